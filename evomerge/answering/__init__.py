@@ -1,0 +1,1 @@
+"""Prompts, engines, and answers already paid for."""

@@ -1,0 +1,85 @@
+"""Errors that a user can cause or meet, each printed as one line.
+
+    EvomergeError                 exit 1
+    ├── InputError                exit 2: something the user wrote or named
+    │   ├── StudyFileError        the study file: unknown key, wrong value
+    │   ├── StudyError            a study by name: unknown, changed, busy
+    │   ├── RecipeError           a mergekit configuration
+    │   ├── ModelError            a model folder: missing, damaged, of another shape
+    │   ├── TaskError             a task file or dataset
+    │   └── KnowledgeError        the Excel base
+    └── RunError                  exit 1: something that happened while running
+        ├── EngineError           the model could not answer
+        ├── JudgeError            the judge could not grade: the run stops, all recorded
+        └── OutputError           results could not be written (full disk, no permission)
+
+A line reads ``where: what (found: value). remedy``.
+"""
+
+from __future__ import annotations
+
+
+class EvomergeError(Exception):
+    """The root; `where`, `found` and `remedy` are optional parts of the line."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: object = None, found: object = None, remedy: str | None = None) -> None:
+        line = f"{where}: {what}" if where is not None else what
+        if found is not None:
+            line += f" (found: {_short(found)})"
+        if remedy is not None:
+            line = f"{line.rstrip('.')}. {remedy}"
+        super().__init__(" ".join(line.split()))
+        self.what, self.where, self.found, self.remedy = what, where, found, remedy
+
+
+class InputError(EvomergeError):
+    """Something the user wrote or named is wrong."""
+
+    exit_code = 2
+
+
+class StudyFileError(InputError):
+    """A key or value of the study file."""
+
+
+class StudyError(InputError):
+    """A study by name: it is unknown, has changed, or is in use."""
+
+
+class RecipeError(InputError):
+    """A mergekit configuration that is wrong or not supported."""
+
+
+class ModelError(InputError):
+    """A model that is missing, damaged, or does not fit its siblings."""
+
+
+class TaskError(InputError):
+    """A task file or dataset."""
+
+
+class KnowledgeError(InputError):
+    """An Excel knowledge base."""
+
+
+class RunError(EvomergeError):
+    """Something that went wrong while running."""
+
+
+class EngineError(RunError):
+    """The model could not be loaded or could not answer."""
+
+
+class JudgeError(RunError):
+    """The judge failed; a run stops, and everything so far is recorded."""
+
+
+class OutputError(RunError):
+    """A result could not be written."""
+
+
+def _short(value: object, limit: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"

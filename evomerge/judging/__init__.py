@@ -1,0 +1,1 @@
+"""Judges: each takes a task and an answer and gives a grade."""

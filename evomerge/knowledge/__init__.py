@@ -1,0 +1,1 @@
+"""The Excel knowledge base and retrieval from it."""
