@@ -1,0 +1,74 @@
+"""Answers already paid for: an SQLite file beside the study, keyed by whole batches.
+
+A batch is kept or not kept as one, because the answers of a padded batch may depend on what shares it.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable, Sequence
+from dataclasses import astuple
+from hashlib import sha256
+from pathlib import Path
+
+from evomerge.answering.engine import Answer, Engine
+from evomerge.errors import OutputError
+
+SCHEMA = "CREATE TABLE IF NOT EXISTS batches (key TEXT PRIMARY KEY, answers TEXT NOT NULL)"
+
+
+class AnswerCache:
+    """Batches of answers by key; every write is durable when `put` returns."""
+
+    def __init__(self, path: Path, scope: str) -> None:
+        """`scope` names all that the answers depend on beside recipe and prompts: models, generation, engine."""
+        self.scope = scope
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.db = sqlite3.connect(path, timeout=60, isolation_level=None)
+            self.db.execute(SCHEMA)
+        except (OSError, sqlite3.Error) as error:
+            raise OutputError(f"the answer cache cannot be opened: {error}", where=path, remedy="Free some space, or delete the file.") from error
+
+    def key(self, recipe: str, prompts: Sequence[str]) -> str:
+        """SHA-256 of scope, recipe digest and the batch's prompts."""
+        return sha256(json.dumps([self.scope, recipe, list(prompts)]).encode()).hexdigest()
+
+    def get(self, key: str) -> list[Answer] | None:
+        row = self.db.execute("SELECT answers FROM batches WHERE key = ?", (key,)).fetchone()
+        return None if row is None else [Answer(*fields) for fields in json.loads(row[0])]
+
+    def put(self, key: str, answers: Sequence[Answer]) -> None:
+        """Raises OutputError on a full disk."""
+        try:
+            text = json.dumps([astuple(answer) for answer in answers])
+            self.db.execute("INSERT OR REPLACE INTO batches VALUES (?, ?)", (key, text))
+        except sqlite3.Error as error:
+            raise OutputError(f"answers cannot be kept: {error}", remedy="Free some space and run the same command again.") from error
+
+    def close(self) -> None:
+        self.db.close()
+
+
+def answer_all(
+    engine: Engine, cache: AnswerCache, recipe: str, prompts: Sequence[str], apply: Callable[[], None], progress: Callable[[int], None]
+) -> list[Answer]:
+    """Answers to all prompts, in order; `apply` merges, and runs only when some batch is not in the cache."""
+    answers: list[Answer | None] = [None] * len(prompts)
+    applied, done = False, 0
+    for batch in engine.batches(prompts):
+        texts = [prompts[i] for i in batch]
+        key = cache.key(recipe, texts)
+        found = cache.get(key)
+        if found is None:
+            if not applied:
+                apply()
+                applied = True
+            found = engine.answer(texts)
+            cache.put(key, found)
+        for i, answer in zip(batch, found, strict=True):
+            answers[i] = answer
+        done += len(batch)
+        progress(done)
+    return [answer for answer in answers if answer is not None]

@@ -1,0 +1,349 @@
+"""The study file: YAML in, one validated, frozen object out.
+
+Everything is checked here, once; a message names the key, the value found and the remedy. A mergekit-evolve
+`genome:` section is read as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from evomerge.errors import InputError, StudyFileError
+
+# Keys that a finished or running study may change: they say when to stop, not what is searched.
+STOPPING_KEYS = ("search.trials",)
+LM_EVAL_KEYS = ("limit", "num_fewshot", "shuffle", "random_init", "apply_chat_template", "fewshot_as_multiturn", "task_search_path")
+
+
+@dataclass(frozen=True)
+class GenomeSection:
+    """What is merged and how: mergekit-evolve's keys."""
+
+    base_model: str  # a folder or a hub name
+    models: tuple[str, ...]  # the siblings, each fine-tuned from the base
+    merge_method: Literal["task_arithmetic"] = "task_arithmetic"
+    layer_granularity: int = -1  # layers per slice; -1: one slice holds all
+    normalize: bool | None = None  # divide by the sum of the siblings' weights
+    allow_negative_weights: bool = False  # the default bounds become -2 to 2
+    tokenizer_source: str | None = None  # None or "base": the base's tokenizer
+    smooth: bool = False  # not built yet: must be false
+    filters: tuple[str, ...] | None = None  # not built yet: must be absent or empty
+
+
+@dataclass(frozen=True)
+class TaskSource:
+    """One place that tasks come from: `file` or `dataset`."""
+
+    file: str | None = None  # .jsonl, .json, .csv, .xlsx or .parquet
+    dataset: str | None = None  # a dataset on the hub
+    split: str | None = None  # the dataset's split; "test" by default
+
+
+@dataclass(frozen=True)
+class SplitSection:
+    """Which tasks are kept for the verdict."""
+
+    held_out: float = 0.5  # share of the tasks, in each kind
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class PromptSection:
+    """How a task becomes a prompt."""
+
+    format: Literal["chat", "competition", "template"] = "chat"
+    template: str | None = None  # with format template: a text that holds {input}
+    system: str | None = None  # with format chat: the system turn
+
+
+@dataclass(frozen=True)
+class GenerationSection:
+    """How answers are generated; names and meanings as in transformers."""
+
+    max_new_tokens: int = 256
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+
+@dataclass(frozen=True)
+class JudgeSection:
+    """Who grades, and which of its figures is optimised."""
+
+    kind: Literal["rules"] = "rules"
+    metric: Literal["grade", "correct"] = "grade"  # grade: 1 to 5; correct: the share of closed tasks that are right
+
+
+@dataclass(frozen=True)
+class SearchSection:
+    """CMA-ES (Hansen 2016) over the weights."""
+
+    trials: int = 96  # candidates; parents, uniform weights and the mean come on top
+    population: int | None = None  # candidates per generation; None: 4 + floor(3 ln d)
+    sigma: float = 0.25  # first step size, in units of the weight
+    start: float = 1.0  # first mean, the same for every weight
+    bounds: tuple[float, float] | None = None  # None: 0 to 2, or -2 to 2 with allow_negative_weights
+    uniform: tuple[float, ...] = (0.25, 0.5, 0.75, 1.25)  # one weight for all slices: what a search must beat
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # of the merge and of the live model
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class EngineSection:
+    """What answers."""
+
+    kind: Literal["transformers"] = "transformers"
+    device: str = "auto"  # auto: cuda if there is one, else cpu
+    device_map: str | None = None  # "auto" spreads one model over several GPUs (accelerate)
+    batch_size: int = 32
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Study:
+    """One search, by name. `folder` is what the paths in the file were relative to."""
+
+    genome: GenomeSection
+    tasks: tuple[TaskSource, ...]
+    study: str = ""  # the name; the file's stem by default
+    split: SplitSection = field(default_factory=SplitSection)
+    prompt: PromptSection = field(default_factory=PromptSection)
+    generation: GenerationSection = field(default_factory=GenerationSection)
+    judge: JudgeSection = field(default_factory=JudgeSection)
+    search: SearchSection = field(default_factory=SearchSection)
+    engine: EngineSection = field(default_factory=EngineSection)
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Lowest and highest weight."""
+        return self.search.bounds or ((-2.0, 2.0) if self.genome.allow_negative_weights else (0.0, 2.0))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and dicts, every default written out: what the study remembers."""
+        plain: dict[str, Any] = _plain(dataclasses.asdict(self))
+        return plain
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Study:
+        """The inverse of `to_dict`."""
+        return typing.cast(Study, _build(cls, dict(data), "", "the stored study"))
+
+
+def read_study(path: str | Path, overrides: Sequence[str] = (), environ: Mapping[str, str] = os.environ) -> Study:
+    """Read, override, resolve and check a study file.
+
+    `overrides` are "a.b=value" texts. Paths become absolute; `${NAME}` is taken from `environ`.
+    Raises StudyFileError.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise StudyFileError("no such study file", where=path, remedy="The files that ship lie in search_spaces/.")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise StudyFileError(f"not valid YAML: {error}", where=path, remedy="Mend the line named.") from error
+    except UnicodeDecodeError as error:
+        raise StudyFileError("is not UTF-8", where=path, remedy="Save it as UTF-8.") from error
+    if not isinstance(data, dict):
+        raise StudyFileError("is not a mapping of keys", where=path, found=data, remedy="See search_spaces/demo.yaml.")
+    for override in overrides:
+        _override(data, override)
+    data = _expand(data, environ, str(path), "")
+    data.setdefault("study", path.stem)
+    _refuse_unbuilt(data, str(path))
+    study = typing.cast(Study, _build(Study, data, "", str(path)))
+    _check(study, str(path))
+    return _resolve_paths(study, path.resolve().parent)
+
+
+def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Dotted keys whose values differ between two `to_dict`s, stopping keys left out."""
+    a, b = _flatten(old), _flatten(new)
+    return [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key) and key not in STOPPING_KEYS]
+
+
+def _build(cls: type, data: Any, at: str, where: str) -> Any:
+    if not isinstance(data, dict):
+        raise StudyFileError(f"`{at}` is not a mapping", where=where, found=data, remedy="Write its keys on indented lines.")
+    hints = typing.get_type_hints(cls)
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    for key in data:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            remedy = f"Did you mean `{_join(at, near[0])}`?" if near else f"Known keys: {', '.join(known)}."
+            raise StudyFileError(f"unknown key `{_join(at, str(key))}`", where=where, remedy=remedy)
+    missing = [n for n, f in known.items() if n not in data and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    if missing:
+        raise StudyFileError(f"`{_join(at, missing[0])}` is missing", where=where, remedy="Add it; see search_spaces/demo.yaml.")
+    return cls(**{key: _convert(hints[key], value, _join(at, key), where) for key, value in data.items()})
+
+
+def _convert(hint: Any, value: Any, at: str, where: str) -> Any:
+    def wrong(wanted: str) -> StudyFileError:
+        return StudyFileError(f"`{at}` must be {wanted}", where=where, found=value, remedy="Change it, or leave it out for the default.")
+
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value, at, where)
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, at, where)
+    if origin is Literal:
+        if value not in args:
+            raise wrong(" or ".join(map(str, args)))
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise wrong("a list")
+        if args[-1] is not Ellipsis and len(value) != len(args):
+            raise wrong(f"a list of {len(args)} values")
+        return tuple(_convert(args[0], item, f"{at}[{i}]", where) for i, item in enumerate(value))
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    if hint is str and isinstance(value, str | int):
+        return str(value)
+    raise wrong({bool: "true or false", int: "a whole number", float: "a finite number", str: "a text"}[hint])
+
+
+def _check(study: Study, where: str) -> None:
+    """Rules that need more than one key, or a range."""
+    low, high = study.bounds
+    s, g = study.search, study.generation
+    rules: list[tuple[bool, str, object, str]] = [
+        (re.fullmatch(r"[\w.-]+", study.study) is not None, "study", study.study, "Use letters, digits, dots, dashes."),
+        (bool(study.genome.models), "genome.models", study.genome.models, "Name at least one fine-tuned sibling."),
+        (bool(study.tasks), "tasks", study.tasks, "Name at least one task file or dataset."),
+        (
+            study.genome.layer_granularity == -1 or study.genome.layer_granularity > 0,
+            "genome.layer_granularity",
+            study.genome.layer_granularity,
+            "Use 1 or more layers, or -1.",
+        ),
+        (0 < study.split.held_out < 1, "split.held_out", study.split.held_out, "Use a share between 0 and 1, such as 0.5."),
+        (low < high, "search.bounds", study.search.bounds, "Write [lowest, highest]."),
+        (low <= s.start <= high, "search.start", s.start, f"It must lie within the bounds {low} to {high}."),
+        (s.trials >= 1, "search.trials", s.trials, "At least 1."),
+        (s.population is None or s.population >= 4, "search.population", s.population, "CMA-ES needs at least 4."),
+        (s.sigma > 0, "search.sigma", s.sigma, "A step size above 0."),
+        (g.max_new_tokens >= 1, "generation.max_new_tokens", g.max_new_tokens, "At least 1."),
+        (g.repetition_penalty > 0, "generation.repetition_penalty", g.repetition_penalty, "Above 0; 1.0 switches it off."),
+        (g.temperature > 0, "generation.temperature", g.temperature, "Above 0; do_sample: false is greedy."),
+        (0 < g.top_p <= 1, "generation.top_p", g.top_p, "Above 0, at most 1."),
+        (study.engine.batch_size >= 1, "engine.batch_size", study.engine.batch_size, "At least 1."),
+        (
+            (study.prompt.format == "template") == (study.prompt.template is not None),
+            "prompt.template",
+            study.prompt.template,
+            "It goes with `format: template`, and only with it.",
+        ),
+        (study.prompt.template is None or "{input}" in study.prompt.template, "prompt.template", study.prompt.template, "It must hold {input}."),
+    ]
+    for i, source in enumerate(study.tasks):
+        rules.append(((source.file is None) != (source.dataset is None), f"tasks[{i}]", source, "Name either `file` or `dataset`."))
+    for good, key, value, remedy in rules:
+        if not good:
+            raise StudyFileError(f"`{key}` is out of range", where=where, found=value, remedy=remedy)
+
+
+def _refuse_unbuilt(data: Mapping[str, Any], where: str) -> None:
+    """Keys that mergekit-evolve has and this version cannot honour are refused, never ignored."""
+    for key in LM_EVAL_KEYS:
+        if key in data:
+            raise StudyFileError(f"`{key}` belongs to lm-eval tasks, which are not supported yet", where=where, remedy="Remove it.")
+    for i, entry in enumerate(data.get("tasks") or []):
+        if isinstance(entry, dict) and "name" in entry:
+            raise StudyFileError(
+                f"`tasks[{i}].name` names an lm-eval task, which is not supported yet", where=where, found=entry["name"], remedy="Name a `file`."
+            )
+    genome = data.get("genome")
+    if isinstance(genome, dict):
+        method = genome.get("merge_method", "task_arithmetic")
+        if method != "task_arithmetic":
+            raise StudyFileError("`genome.merge_method` is not supported yet", where=where, found=method, remedy="Use task_arithmetic.")
+        for key in ("smooth", "filters"):
+            if genome.get(key):
+                raise StudyFileError(f"`genome.{key}` is not supported yet", where=where, found=genome[key], remedy="Remove it.")
+        if genome.get("tokenizer_source") not in (None, "base"):
+            raise StudyFileError(
+                "`genome.tokenizer_source` is not supported yet", where=where, found=genome["tokenizer_source"], remedy="Use base, or remove it."
+            )
+
+
+def _resolve_paths(study: Study, folder: Path) -> Study:
+    def model(ref: str) -> str:
+        looks_local = ref.startswith((".", "/", "~")) or (folder / ref).exists()
+        return str((folder / Path(ref).expanduser()).resolve()) if looks_local else ref
+
+    genome = dataclasses.replace(
+        study.genome, base_model=model(study.genome.base_model), models=tuple(model(ref) for ref in study.genome.models)
+    )
+    tasks = tuple(
+        dataclasses.replace(source, file=str((folder / Path(source.file).expanduser()).resolve())) if source.file else source
+        for source in study.tasks
+    )
+    return dataclasses.replace(study, genome=genome, tasks=tasks)
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise InputError("--set wants KEY=VALUE", found=override, remedy="For example --set search.trials=24.")
+    *parents, last = key.split(".")
+    target = data
+    for parent in parents:
+        target = target.setdefault(parent, {})
+        if not isinstance(target, dict):
+            raise InputError(f"--set: `{parent}` holds no keys", found=override, remedy="Name a key such as search.trials.")
+    target[last] = yaml.safe_load(text)
+
+
+def _expand(value: Any, environ: Mapping[str, str], where: str, at: str) -> Any:
+    if isinstance(value, dict):
+        return {k: _expand(v, environ, where, _join(at, str(k))) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_expand(v, environ, where, f"{at}[{i}]") for i, v in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+
+    def lookup(match: re.Match[str]) -> str:
+        if match[1] not in environ:
+            raise StudyFileError(
+                f"`{at}` uses ${{{match[1]}}}, which is not set", where=where, remedy=f"Set the environment variable {match[1]}."
+            )
+        return environ[match[1]]
+
+    return re.sub(r"\$\{(\w+)\}", lookup, value)
+
+
+def _join(at: str, key: str) -> str:
+    return f"{at}.{key}" if at else key
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _flatten(value: Any, at: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {k: v for key, item in value.items() for k, v in _flatten(item, _join(at, str(key))).items()}
+    return {at: value}
