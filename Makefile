@@ -1,0 +1,67 @@
+# Everything from a fresh clone: git, Python 3.11+ and make are enough. Bare `make` lists the targets.
+
+SPACE     = search_spaces/demo.yaml
+STUDY     = $(basename $(notdir $(SPACE)))
+TRIALS    =
+TASKS     = demo/tasks.jsonl
+KNOWLEDGE = evomerge/knowledge/demo.xlsx
+PYTHON    = python3
+
+VENV     = .venv
+BIN      = $(VENV)/bin
+READY    = $(VENV)/.ready
+DEMO     = demo/.ready
+BENCHES  = $(filter-out benchmarks/make_%,$(wildcard benchmarks/*.py))
+SEARCH   = $(BIN)/evomerge search $(SPACE) --study $(STUDY) $(if $(TRIALS),--trials $(TRIALS))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo search resume test check export infer report bench real-pair clean
+
+help:
+	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+	@echo 'SPACE=search_spaces/FILE.yaml, STUDY=NAME and TRIALS=N are passed on.'
+
+setup: $(READY) ## create .venv and install evomerge with its pinned dependencies
+search: $(READY) $(if $(findstring search_spaces/demo.yaml,$(SPACE)),$(DEMO)) ## search for the best merge, prove it on held-out tasks: results/STUDY/
+	@$(SEARCH)
+resume: search ## go on with the same study where it stopped
+export: $(READY) ## print the winner as a mergekit configuration
+	@$(BIN)/evomerge export $(STUDY)
+infer: $(READY) $(if $(filter demo/tasks.jsonl,$(TASKS)),$(DEMO)) ## answer TASKS with the winner and the Excel base KNOWLEDGE: results/STUDY/answers.jsonl
+	@mkdir -p results/$(STUDY)
+	@$(BIN)/evomerge infer --study $(STUDY) --tasks $(TASKS) --knowledge $(KNOWLEDGE) --out results/$(STUDY)/answers.jsonl
+report: $(READY) ## write results/STUDY/report.html again
+	@$(BIN)/evomerge report $(STUDY)
+demo: $(DEMO) ## build the tiny demo pair and its tasks in demo/
+real-pair: $(VENV)/.ready-real-pair ## build a real pair of 135 M parameters in pairs/real/ (about 8 minutes)
+	@$(BIN)/python benchmarks/make_real_pair.py pairs/real
+test: $(READY) ## run the tests
+	@$(BIN)/python -m pytest
+check: $(READY) ## lint, formatting, types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+bench: $(READY) ## run the benchmarks, which print ratios
+	@set -e; for file in $(BENCHES); do echo "$$file" >&2; $(BIN)/python $$file; done
+clean: ## remove .venv, the demo pair and caches; studies, results and pairs/ stay
+	rm -rf $(VENV) demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Installers speak on stderr, so that `make export > best.yaml` holds the configuration alone.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed. Name one: make setup PYTHON=python3.12")'
+	@$(PYTHON) -m venv $(VENV) >&2 || { rm -rf $(VENV); exit 1; }
+
+$(READY): pyproject.toml constraints.txt | $(BIN)/python
+	@echo 'Installing into $(VENV): torch first, which is large.' >&2
+	@$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0 >&2
+	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]' >&2
+	@touch $@
+
+$(VENV)/.ready-real-pair: $(READY)
+	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,real-pair]' >&2
+	@touch $@
+
+$(DEMO): | $(READY)
+	@$(BIN)/evomerge demo demo
+	@touch $@
