@@ -29,7 +29,9 @@ class AnswerCache:
             self.db = sqlite3.connect(path, timeout=60, isolation_level=None)
             self.db.execute(SCHEMA)
         except (OSError, sqlite3.Error) as error:
-            raise OutputError(f"the answer cache cannot be opened: {error}", where=path, remedy="Free some space, or delete the file.") from error
+            raise OutputError(
+                f"the answer cache cannot be opened: {error}", where=path, remedy="Free some space, or delete the file."
+            ) from error
 
     def key(self, recipe: str, prompts: Sequence[str]) -> str:
         """SHA-256 of scope, recipe digest and the batch's prompts."""

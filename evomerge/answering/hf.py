@@ -60,7 +60,7 @@ class TransformersEngine:
         context = getattr(self.model.config, "max_position_embeddings", None)
         if context is not None and width + self.generation.max_new_tokens > context:
             raise EngineError(
-                f"the longest prompt ({width} tokens) and max_new_tokens ({self.generation.max_new_tokens}) exceed the context of {context}",
+                f"a prompt of {width} tokens and max_new_tokens {self.generation.max_new_tokens} exceed the context of {context}",
                 remedy="Lower generation.max_new_tokens, or shorten the task.",
             )
         if self.generation.do_sample:
@@ -109,7 +109,9 @@ def load_tokenizer(folder: ModelFolder, trust_remote_code: bool = False) -> PreT
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
-            raise ModelError("the tokenizer has neither a pad nor an end token", where=folder.path, remedy="Set one in tokenizer_config.json.")
+            raise ModelError(
+                "the tokenizer has neither a pad nor an end token", where=folder.path, remedy="Set one in tokenizer_config.json."
+            )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -125,7 +127,9 @@ def _load_model(folder: ModelFolder, engine: EngineSection, dtype: torch.dtype) 
         if engine.device_map is None:
             model = model.to(device)
     except torch.OutOfMemoryError as error:
-        raise EngineError("the model does not fit the device", where=folder.path, found=device, remedy="Use engine.device_map: auto.") from error
+        raise EngineError(
+            "the model does not fit the device", where=folder.path, found=device, remedy="Use engine.device_map: auto."
+        ) from error
     except Exception as error:  # as above: many kinds, none of them ours
         raise ModelError(f"transformers cannot load the model: {error}", where=folder.path, remedy="Check config.json.") from error
     model.eval()

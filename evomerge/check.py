@@ -1,0 +1,136 @@
+"""What a study will need, before any work: models, shapes, tokenizers, disk, memory, judge, cost."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evomerge.errors import EvomergeError, ModelError
+from evomerge.genome import make_genome
+from evomerge.study import Study
+
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One finding: `level` is ok, unknown (it could not be reached) or wrong."""
+
+    level: str
+    subject: str
+    text: str
+
+
+def check_study(study: Study, base_config: Path | None = None) -> list[Line]:
+    """Every finding, good or bad; nothing is raised for what a user can mend."""
+    lines: list[Line] = []
+    config = _config_file(base_config, lines) if base_config else None
+    config = _check_models(study, lines) or config
+    n_tasks = _check_tasks(study, lines)
+    lines.append(Line("ok", "judge", f"{study.judge.kind}, offline, metric {study.judge.metric}"))
+    if config is None:
+        lines.append(Line("unknown", "slices, memory, disk", "no model configuration; give one with --base-config FILE"))
+        return lines
+    try:
+        _size_up(study, config, n_tasks, lines)
+    except (EvomergeError, KeyError) as error:
+        lines.append(Line("wrong", "slices, memory, disk", str(error)))
+    return lines
+
+
+def _config_file(path: Path, lines: list[Line]) -> dict[str, Any] | None:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError) as error:
+        lines.append(Line("wrong", "--base-config", f"{path}: {error}"))
+        return None
+    return config
+
+
+def _check_models(study: Study, lines: list[Line]) -> dict[str, Any] | None:
+    """The base's configuration, when it can be reached."""
+    from evomerge.answering.hf import load_tokenizer
+    from evomerge.answering.prompts import make_prompter
+    from evomerge.merging.layout import check_fit, open_model
+
+    opened = []
+    for role, ref in [("base", study.genome.base_model), *[("sibling", ref) for ref in study.genome.models]]:
+        try:
+            opened.append(open_model(ref))
+            lines.append(Line("ok", role, ref))
+        except ModelError as error:
+            lines.append(Line("wrong" if Path(ref).is_absolute() else "unknown", role, str(error)))
+    if len(opened) != 1 + len(study.genome.models):
+        return None
+    try:
+        check_fit(opened[0], opened[1:])
+        lines.append(Line("ok", "shapes", f"{len(opened[0].keys)} tensors, the same in every model"))
+        make_prompter(load_tokenizer(opened[0], study.engine.trust_remote_code), study.prompt)
+        lines.append(Line("ok", "tokenizer", f"prompts in format {study.prompt.format}"))
+    except EvomergeError as error:
+        lines.append(Line("wrong", "fit", str(error)))
+    return dict(opened[0].config)
+
+
+def _check_tasks(study: Study, lines: list[Line]) -> tuple[int, int] | None:
+    """Numbers of search and held-out tasks."""
+    from evomerge.search.session import study_tasks
+    from evomerge.tasks import split_tasks
+
+    try:
+        tasks = study_tasks(study)
+        split = split_tasks(tasks, study.split.held_out, study.split.seed)
+    except EvomergeError as error:
+        lines.append(Line("wrong" if any(s.file for s in study.tasks) else "unknown", "tasks", str(error)))
+        return None
+    lines.append(Line("ok", "tasks", f"{len(split.search)} to search on, {len(split.held_out)} held out"))
+    return len(split.search), len(split.held_out)
+
+
+def _size_up(study: Study, config: Mapping[str, Any], n_tasks: tuple[int, int] | None, lines: list[Line]) -> None:
+    from evomerge.merging.size import count_parameters, kv_cache_bytes
+
+    genome = make_genome(study, config["num_hidden_layers"])
+    size = genome.slices[0][1]
+    lines.append(
+        Line("ok", "slices", f"{len(genome.slices)} of {size} layers x {len(genome.siblings)} sibling(s) = {genome.dimensions} weights")
+    )
+    parameters = count_parameters(config)
+    model = parameters * BYTES[study.search.dtype]
+    cache = kv_cache_bytes(config, study.engine.batch_size * (study.generation.max_new_tokens + 512))
+    copies = 1 + len(genome.siblings)
+    lines.append(
+        Line(
+            "ok",
+            "memory",
+            f"{parameters / 1e9:.2f} B parameters, {_gb(model)} live in {study.search.dtype}, about {_gb(cache)} of keys and values "
+            f"({study.engine.batch_size} answers at once); base and deltas beside it: {_gb(copies * model)}, or streamed from disk",
+        )
+    )
+    free = shutil.disk_usage(Path.cwd()).free
+    need = model * (1 + copies)
+    level = "ok" if free > need else "wrong"
+    lines.append(Line(level, "disk", f"{_gb(copies * model)} of models and {_gb(model)} for an exported one; {_gb(free)} free here"))
+    lines.append(Line("ok", "cost", _cost(study, genome.dimensions, n_tasks)))
+
+
+def _cost(study: Study, dimensions: int, n_tasks: tuple[int, int] | None) -> str:
+    siblings = len(study.genome.models)
+    population = study.search.population or 4 + math.floor(3 * math.log(dimensions))
+    candidates = study.search.trials + 1 + siblings + len(study.search.uniform) + 1
+    text = f"{study.search.trials} candidates in generations of {population}, {candidates} with parents, uniform weights and the mean"
+    if n_tasks is None:
+        return text + "; the number of tasks is not known"
+    answers = candidates * n_tasks[0] + (3 + siblings) * n_tasks[1]
+    return f"{text}; {answers:,} answers of at most {study.generation.max_new_tokens} tokens; the judge costs nothing"
+
+
+def _gb(n_bytes: float) -> str:
+    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.1f} MB"

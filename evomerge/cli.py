@@ -1,0 +1,342 @@
+"""The command line: parse, call, print. Data goes to stdout, progress and messages to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from evomerge import __version__
+from evomerge.console import Console
+from evomerge.errors import EvomergeError, InputError
+
+if TYPE_CHECKING:
+    from evomerge.search.session import Finished
+    from evomerge.tasks import Task
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns 0 done, 1 failed, 2 wrong usage or input, 130 interrupted."""
+    args = make_parser().parse_args(argv)
+    try:
+        command: Callable[[argparse.Namespace], int | None] = args.command
+        return command(args) or 0
+    except EvomergeError as error:
+        Console().say(f"evomerge: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        Console().say("evomerge: interrupted; everything finished is kept, and the same command goes on")
+        return 130
+    except BrokenPipeError:  # `evomerge show demo | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="evomerge", description="Find the best merge of a base model and its fine-tuned siblings, and prove it on held-out tasks."
+    )
+    parser.add_argument("--version", action="version", version=f"evomerge {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    p = _command(
+        commands, "search", search, "run a study, or go on with it", "evomerge search search_spaces/demo.yaml --set search.trials=24"
+    )
+    p.add_argument("study_file", metavar="STUDY_FILE", help="a YAML file; see search_spaces/")
+    p.add_argument("--study", metavar="NAME", help="the study's name (default: `study:` in the file, or the file's stem)")
+    _storage(p)
+    _results(p)
+    p.add_argument("--trials", type=int, metavar="N", help="the same as --set search.trials=N")
+    p.add_argument("--seed", type=int, metavar="N", help="the same as --set search.seed=N")
+    _set(p)
+
+    p = _command(
+        commands,
+        "check",
+        check,
+        "say what a study needs, before any work",
+        "evomerge check search_spaces/llm-jp-3-13b.yaml --base-config config.json",
+    )
+    p.add_argument("study_file", metavar="STUDY_FILE")
+    p.add_argument("--base-config", type=Path, metavar="FILE", help="a config.json to compute with when the base cannot be reached")
+    _set(p)
+
+    p = _command(
+        commands, "show", show, "print a study's trials, best so far and verdict", "evomerge show demo\n  evomerge show demo --json"
+    )
+    _study(p)
+    p.add_argument("--json", action="store_true", help="one JSON object")
+
+    p = _command(
+        commands,
+        "export",
+        export,
+        "write the winner as mergekit YAML, or as a model folder",
+        "evomerge export demo -o best.yaml\n  evomerge export demo --model merged/",
+    )
+    _study(p)
+    p.add_argument("-o", "--output", type=Path, metavar="FILE", help="where the YAML goes (default: stdout)")
+    p.add_argument("--model", type=Path, metavar="DIR", help="build the merged model in DIR")
+    _shards(p)
+
+    p = _command(commands, "merge", merge, "merge any supported mergekit YAML to a model folder", "evomerge merge best.yaml merged/")
+    p.add_argument("config", type=Path, metavar="CONFIG_YAML")
+    p.add_argument("out", type=Path, metavar="OUT")
+    _shards(p)
+
+    p = _command(
+        commands,
+        "infer",
+        infer,
+        "answer tasks with a model or with a study's winner",
+        "evomerge infer --study demo --tasks tasks.jsonl --out answers.jsonl --knowledge base.xlsx",
+    )
+    which = p.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", metavar="DIR", help="a model folder or hub name")
+    which.add_argument("--study", metavar="NAME", help="a study: its winner is merged in place")
+    p.add_argument("--tasks", type=Path, required=True, metavar="FILE", help="JSON lines: task_id, input")
+    p.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON lines: task_id, input, output")
+    p.add_argument("--knowledge", type=Path, metavar="FILE", help="an Excel base: classes and examples")
+    p.add_argument("--format", choices=["chat", "competition"], help="the prompt's format (default: the study's, or chat)")
+    p.add_argument("--max-new-tokens", type=int, metavar="N", help="the longest answer (default: the study's, or 256)")
+    p.add_argument("--batch-size", type=int, metavar="N", help="prompts answered at once (default: the study's, or 32)")
+    _storage(p)
+
+    judge = commands.add_parser("judge", help="grade answers", description="Grade answers.")
+    judging = judge.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    p = _command(
+        judging,
+        "grade",
+        judge_grade,
+        "grade a file of answers",
+        "evomerge judge grade --tasks t.jsonl --answers a.jsonl --judge rules --out g.jsonl",
+    )
+    p.add_argument("--tasks", type=Path, required=True, metavar="T", help="the tasks, with references")
+    p.add_argument("--answers", type=Path, required=True, metavar="A", help="JSON lines: task_id, output, and model if there are several")
+    p.add_argument("--judge", choices=["rules"], default="rules")
+    p.add_argument("--out", type=Path, metavar="G", help="JSON lines: task_id, grade, reason, judge, model (default: stdout)")
+
+    p = _command(
+        commands, "report", report, "write a study's results again: YAML, model card, verdict, page, table", "evomerge report demo"
+    )
+    _study(p)
+    _results(p)
+
+    p = _command(commands, "demo", demo, "build the tiny pair and its tasks", "evomerge demo demo/")
+    p.add_argument("out", type=Path, metavar="DIR")
+    return parser
+
+
+def search(args: argparse.Namespace) -> None:
+    from evomerge.export import write_results
+    from evomerge.search.session import load_finished, open_search
+    from evomerge.study import read_study
+
+    overrides = list(args.set)
+    overrides += [f"study={args.study}"] if args.study is not None else []
+    overrides += [f"search.{key}={value}" for key in ("trials", "seed") if (value := getattr(args, key)) is not None]
+    study = read_study(args.study_file, overrides)
+    url, console = _url(args.storage, study.study), Console()
+    with open_search(study, url, console) as running:
+        running.run()
+    finished = load_finished(url, study.study)
+    _print_verdict(finished)
+    _say_written(console, write_results(finished, _folder(args.results, study.study)))
+
+
+def check(args: argparse.Namespace) -> int:
+    from evomerge.check import check_study
+    from evomerge.study import read_study
+
+    study = read_study(args.study_file, args.set)
+    lines = check_study(study, args.base_config)
+    for line in lines:
+        print(f"{line.level:8}{line.subject}: {line.text}")
+    return 2 if any(line.level == "wrong" for line in lines) else 0
+
+
+def show(args: argparse.Namespace) -> None:
+    from evomerge.export import as_json
+
+    finished = _finished(args)
+    if args.json:
+        print(json.dumps(as_json(finished), ensure_ascii=False))
+        return
+    print("trial  gen  idx  role       state     score            n   cut")
+    for r in finished.records:
+        score = f"{r.score:.3f} ± {r.stderr or 0:.3f}" if r.score is not None else (r.reason or "")[:15]
+        place = "  ".join(f"{'' if v is None else v:>3}" for v in (r.generation, r.index))
+        mark = " <- winner" if r.number == finished.winner.number else ""
+        print(f"{r.number:>5}  {place}  {r.role:9}  {r.state:8}  {score:15}  {r.n:>3}  {r.truncated:>4.0%}{mark}")
+    print()
+    _print_verdict(finished)
+
+
+def export(args: argparse.Namespace) -> None:
+    from evomerge.export import card, replace_file
+
+    finished = _finished(args)
+    text = finished.recipe.to_yaml()
+    if args.model is not None:
+        _build(finished.recipe, args.model, args.out_shard_size, text)
+        replace_file(args.model / "README.md", lambda p: p.write_text(card(finished), encoding="utf-8"))
+    if args.output is not None:
+        _say_written(Console(), [replace_file(args.output, lambda p: p.write_text(text, encoding="utf-8"))])
+    elif args.model is None:
+        sys.stdout.write(text)
+
+
+def merge(args: argparse.Namespace) -> None:
+    from evomerge.recipe import read_recipe
+
+    recipe = read_recipe(args.config)
+    _build(recipe, args.out, args.out_shard_size, args.config.read_text(encoding="utf-8"))
+
+
+def infer(args: argparse.Namespace) -> None:
+    from evomerge.inference import run_inference
+    from evomerge.knowledge.base import read_knowledge
+    from evomerge.search.inferring import model_engine, study_engine
+
+    tasks = _inference_tasks(args.tasks)
+    knowledge = read_knowledge(args.knowledge) if args.knowledge is not None else None
+    overrides = {key: getattr(args, key) for key in ("format", "max_new_tokens", "batch_size") if getattr(args, key) is not None}
+    if args.study is not None:
+        engine, prompter = study_engine(_url(args.storage, args.study), args.study, overrides)
+    else:
+        engine, prompter = model_engine(args.model, overrides)
+    console = Console()
+    run_inference(engine, prompter, tasks, args.out, knowledge, lambda done, total: console.status(f"answered {done}/{total}"))
+    _say_written(console, [args.out])
+
+
+def judge_grade(args: argparse.Namespace) -> None:
+    from evomerge.judging.files import grade_file
+    from evomerge.judging.rules import RulesJudge
+
+    summary = grade_file(args.tasks, args.answers, RulesJudge(), args.out)
+    Console().say(f"{summary.n} answers, mean grade {summary.mean:.3f} ± {summary.stderr:.3f}")
+
+
+def report(args: argparse.Namespace) -> None:
+    from evomerge.export import write_results
+
+    finished = _finished(args)
+    _say_written(Console(), write_results(finished, _folder(args.results, args.study)))
+
+
+def demo(args: argparse.Namespace) -> None:
+    from evomerge.demo import build_demo
+
+    console = Console()
+    build_demo(args.out, progress=console.status)
+    console.say(f"the demo pair and its tasks are in {args.out}")
+
+
+def _command(
+    commands: argparse._SubParsersAction, name: str, run: Callable[..., object], does: str, example: str
+) -> argparse.ArgumentParser:  # type: ignore[type-arg]
+    p: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=does,
+        description=f"{does[0].upper()}{does[1:]}.",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.set_defaults(command=run)
+    return p
+
+
+def _study(p: argparse.ArgumentParser) -> None:
+    p.add_argument("study", metavar="STUDY", help="the study's name")
+    _storage(p)
+
+
+def _storage(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--storage",
+        metavar="URL",
+        default=os.environ.get("EVOMERGE_STORAGE"),
+        help="any Optuna storage (default: $EVOMERGE_STORAGE, or sqlite:///storage/NAME.db)",
+    )
+
+
+def _results(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--results",
+        type=Path,
+        metavar="DIR",
+        default=os.environ.get("EVOMERGE_RESULTS"),
+        help="default: $EVOMERGE_RESULTS, or results/; NAME is added",
+    )
+
+
+def _set(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the study file; may be repeated")
+
+
+def _shards(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--out-shard-size", default="5GB", metavar="SIZE", help="largest weight file, such as 5GB or 200M (default: 5GB)")
+
+
+def _url(storage: str | None, name: str) -> str:
+    return storage or f"sqlite:///storage/{name}.db"
+
+
+def _folder(results: Path | str | None, name: str) -> Path:
+    return Path(results or "results") / name
+
+
+def _finished(args: argparse.Namespace) -> Finished:
+    from evomerge.search.session import load_finished
+
+    return load_finished(_url(args.storage, args.study), args.study)
+
+
+def _build(recipe: object, out: Path, shard_size: str, text: str) -> None:
+    from evomerge.merging.build import build_model
+    from evomerge.recipe import Recipe
+
+    assert isinstance(recipe, Recipe)
+    console = Console()
+    build_model(
+        recipe,
+        out,
+        recipe_text=text,
+        shard_size=shard_size,
+        progress=lambda done, total: console.status(f"merged {done / 1e6:.1f} of {total / 1e6:.1f} MB"),
+    )
+    _say_written(console, [out])
+
+
+def _inference_tasks(path: Path) -> tuple[Task, ...]:
+    from evomerge.tasks import load_tasks
+
+    if not path.is_file():
+        raise InputError("no such task file", where=path, remedy="Name a file of JSON lines: task_id, input.")
+    return load_tasks(path)
+
+
+def _print_verdict(finished: Finished) -> None:
+    verdict, winner = finished.verdict, finished.winner
+    if verdict is None:
+        print(f"best so far: trial {winner.number} ({winner.role}), {winner.score:.3f} ± {winner.stderr:.3f} on its tasks; no verdict yet")
+        return
+    print(f"verdict on {verdict['n']} held-out tasks, metric {verdict['metric']}; winner: trial {winner.number} ({winner.role})")
+    for name, c in verdict["candidates"].items():
+        paired = verdict["paired"].get(f"winner-{name}")
+        beside = f"   winner ahead by {paired['diff']:+.3f} [{paired['low']:+.3f}, {paired['high']:+.3f}]" if paired else ""
+        print(f"  {name:12} {c['mean']:.3f} ± {c['stderr']:.3f}{beside}")
+
+
+def _say_written(console: Console, paths: Sequence[Path]) -> None:
+    console.say("wrote " + ", ".join(map(str, paths)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

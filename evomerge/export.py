@@ -1,0 +1,116 @@
+"""What a study gives, as files: best.yaml, README.md (the model card), verdict.json, report.html, trials.csv."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from evomerge.errors import OutputError
+from evomerge.recipe import model_card
+from evomerge.report import write_report, write_trials_csv
+from evomerge.search.ledger import TrialRecord
+from evomerge.search.session import Finished
+
+
+def write_results(finished: Finished, folder: Path) -> list[Path]:
+    """Write all five files, each whole or not at all. Raises OutputError."""
+    slices = slice_labels(finished)
+    facts = finished.ledger.facts
+    written = []
+
+    def put(name: str, write: Callable[[Path], object]) -> None:
+        written.append(replace_file(folder / name, write))
+
+    put("best.yaml", lambda p: p.write_text(finished.recipe.to_yaml(), encoding="utf-8"))
+    put("README.md", lambda p: p.write_text(card(finished), encoding="utf-8"))
+    if finished.verdict is not None:
+        text = json.dumps(finished.verdict, indent=2, ensure_ascii=False) + "\n"
+        put("verdict.json", lambda p: p.write_text(text, encoding="utf-8"))
+    put("trials.csv", lambda p: write_trials_csv(p, finished.records, slices))
+    put(
+        "report.html",
+        lambda p: write_report(
+            p,
+            study=finished.ledger.name,
+            metric=finished.study.judge.metric,
+            trials=finished.records,
+            verdict=finished.verdict,
+            best=finished.winner.number,
+            slices=slices,
+            samples=facts.get("samples", []),
+            study_file=yaml.safe_dump(facts["study_file"], allow_unicode=True, sort_keys=False),
+        ),
+    )
+    return written
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> Path:
+    """Let `write` fill a temporary file, then rename it to `path`. Raises OutputError on a full disk."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            write(temporary)
+            temporary.chmod(0o644)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"cannot be written: {error.strerror}", where=path, remedy="Free some space and run the command again."
+        ) from error
+    return path
+
+
+def card(finished: Finished) -> str:
+    """The model card: as mergekit's, plus the verdict."""
+    return model_card(finished.recipe, finished.ledger.name, verdict_markdown(finished.verdict, finished.winner))
+
+
+def verdict_markdown(verdict: dict[str, Any] | None, winner: TrialRecord) -> str:
+    """The verdict as a Markdown section."""
+    if verdict is None:
+        return "## Verdict\n\nThe search is not finished, so nothing was compared on held-out tasks yet.\n"
+    lines = [
+        "## Verdict",
+        "",
+        f"On {verdict['n']} tasks that the search never saw, metric `{verdict['metric']}` (trial {winner.number}, {winner.role}):",
+        "",
+        "| model | mean | standard error | cut off |",
+        "|---|---|---|---|",
+    ]
+    for name, c in verdict["candidates"].items():
+        lines.append(f"| {name} | {c['mean']:.3f} | {c['stderr']:.3f} | {c['truncated']:.0%} |")
+    lines += ["", "| paired difference | mean | 95 % interval |", "|---|---|---|"]
+    for name, p in verdict["paired"].items():
+        lines.append(f"| {name.replace('-', ' − ', 1)} | {p['diff']:+.3f} | {p['low']:+.3f} to {p['high']:+.3f} |")
+    return "\n".join(lines) + "\n"
+
+
+def slice_labels(finished: Finished) -> list[str]:
+    """One label per weight: the layers, and the sibling where there are several."""
+    siblings = finished.genome.siblings
+    return [
+        f"{start}–{end - 1}" + (f" {Path(ref).name}" if len(siblings) > 1 else "")
+        for start, end in finished.genome.slices
+        for ref in siblings
+    ]
+
+
+def as_json(finished: Finished) -> dict[str, Any]:
+    """The stable form of `evomerge show --json`."""
+    keys = ("number", "generation", "index", "role", "state", "weights", "score", "stderr", "n", "truncated")
+    return {
+        "study": finished.ledger.name,
+        "best": finished.winner.number,
+        "trials": [{key: getattr(r, key) for key in keys} for r in finished.records],
+        "verdict": finished.verdict,
+    }

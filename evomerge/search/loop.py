@@ -1,0 +1,236 @@
+"""The loop: the only place where genome, merging, answering, judging and the study meet.
+
+ask -> decode -> apply -> answer -> judge -> score -> record -> tell; then the verdict on the held-out tasks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evomerge.answering.cache import AnswerCache, answer_all
+from evomerge.answering.engine import Answer, Engine
+from evomerge.answering.prompts import Prompter
+from evomerge.console import Console, duration
+from evomerge.errors import EngineError, StudyFileError
+from evomerge.genome import Genome
+from evomerge.judging.grade import Grade, Judge
+from evomerge.recipe import Recipe
+from evomerge.search.ledger import Ledger, Result, TrialRecord
+from evomerge.search.sampler import ReplayedCmaEs, Slot
+from evomerge.search.verdict import best_uniform, choose_winner, make_verdict, mean_and_error, metric_values
+from evomerge.study import Study
+from evomerge.tasks import Split, Task
+
+SAMPLE_CHARACTERS = 600  # of each text kept for the report
+MAX_ATTEMPTS = 3  # failures at one place of a generation before the run stops
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What one recipe did on some tasks."""
+
+    answers: list[Answer]
+    grades: list[Grade]
+    seconds: dict[str, float]
+
+    def by_task(self, tasks: Sequence[Task]) -> dict[str, dict[str, Any]]:
+        """task_id -> grade, correct, truncated."""
+        return {
+            str(task.task_id): {"grade": grade.value, "correct": grade.correct, "truncated": answer.truncated}
+            for task, answer, grade in zip(tasks, self.answers, self.grades, strict=True)
+        }
+
+
+class Search:
+    """One study under way. `run` goes on from whatever the ledger holds."""
+
+    def __init__(
+        self,
+        study: Study,
+        genome: Genome,
+        split: Split,
+        engine: Engine,
+        prompter: Prompter,
+        judge: Judge,
+        ledger: Ledger,
+        cache: AnswerCache,
+        console: Console,
+    ) -> None:
+        self.study, self.genome, self.split = study, genome, split
+        self.engine, self.prompter, self.judge = engine, prompter, judge
+        self.ledger, self.cache, self.console = ledger, cache, console
+        assert isinstance(ledger.study.sampler, ReplayedCmaEs)
+        self.sampler = ledger.study.sampler
+
+    def run(self) -> dict[str, Any]:
+        """References, generations, the mean, the verdict. Returns the verdict; raises what stops a run."""
+        stale = self.ledger.release_stale()
+        if stale:
+            self.console.say(f"{stale} interrupted trial(s) are taken up again")
+        self._references()
+        while (done := self._candidates_done()) < self.study.search.trials:
+            slot = self.sampler.next_slot(self.ledger.trials())
+            if slot.attempt >= MAX_ATTEMPTS:
+                reason = next(r.reason for r in reversed(self.ledger.records()) if r.state == "failed")
+                raise EngineError(f"{MAX_ATTEMPTS} candidates in a row failed: {reason}", remedy="Mend the cause and run the same command.")
+            self._trial("candidate", slot=slot, label=f"gen {slot.generation + 1}  trial {done + 1}/{self.study.search.trials}")
+        self._mean()
+        return self._verdict()
+
+    def _references(self) -> None:
+        """The parents and the uniform weights, each once."""
+        siblings = range(len(self.genome.siblings))
+        wanted = [("parent", self.genome.parent(None))] + [("parent", self.genome.parent(m)) for m in siblings]
+        wanted += [("uniform", self.genome.uniform(w)) for w in self.study.search.uniform]
+        if len(self.genome.siblings) > 1:
+            wanted.append(("uniform", self.genome.uniform(1.0)))
+        for i, (role, weights) in enumerate(wanted):
+            if not self._has(role, weights):
+                self._trial(role, weights=weights, label=f"{role} {i + 1}/{len(wanted)}")
+
+    def _mean(self) -> None:
+        generation, mean = self.sampler.mean(self.ledger.trials())
+        weights = tuple(float(w) for w in mean)
+        if generation and not self._has("mean", weights):
+            self._trial("mean", weights=weights, generation=generation, label="the distribution's mean")
+
+    def _trial(
+        self, role: str, label: str, slot: Slot | None = None, weights: tuple[float, ...] | None = None, generation: int | None = None
+    ) -> None:
+        """Start, examine, record. A candidate whose answers fail becomes a failed trial; all else stops the run."""
+        fixed = None if weights is None else dict(zip(self.genome.names, weights, strict=True))
+        trial = self.ledger.start(role, slot, fixed, generation)
+        vector = [trial.params[name] for name in self.genome.names]
+        began = time.perf_counter()
+        try:
+            examined = self.examine(self.genome.decode(vector), self.split.search, label)
+        except EngineError as error:
+            self.ledger.fail(trial, str(error))
+            if role != "candidate":
+                raise
+            self.console.say(f"{label}: failed: {error}")
+            return
+        self.ledger.finish(trial, self._result(examined))
+        self._progress(label, time.perf_counter() - began)
+
+    def examine(self, recipe: Recipe, tasks: Sequence[Task], label: str = "") -> Examined:
+        """Merge, answer, judge. Merging is skipped when every answer is already paid for."""
+        seconds = {"merge": 0.0, "answer": 0.0, "judge": 0.0}
+
+        def apply() -> None:
+            began = time.perf_counter()
+            self.engine.apply(recipe)
+            seconds["merge"] = time.perf_counter() - began
+
+        prompts = [self.prompter.render(task.input) for task in tasks]
+        began = time.perf_counter()
+        answers = answer_all(
+            self.engine, self.cache, recipe.digest(), prompts, apply, lambda n: self.console.status(f"{label}  answered {n}/{len(tasks)}")
+        )
+        seconds["answer"] = time.perf_counter() - began - seconds["merge"]
+        began = time.perf_counter()
+        grades = [self.judge.grade(task, answer) for task, answer in zip(tasks, answers, strict=True)]
+        seconds["judge"] = time.perf_counter() - began
+        return Examined(answers, grades, {phase: round(s, 4) for phase, s in seconds.items()})
+
+    def _result(self, examined: Examined) -> Result:
+        grades = examined.by_task(self.split.search)
+        values = list(metric_values(grades, self.study.judge.metric).values())
+        if not values:
+            raise StudyFileError(
+                "no search task is closed, so none can be right or wrong", where="judge.metric", found="correct", remedy="Use grade."
+            )
+        score, error = mean_and_error(values)
+        cut = float(np.mean([answer.truncated for answer in examined.answers]))
+        return Result(score, error, len(values), cut, examined.seconds, grades)
+
+    def _verdict(self) -> dict[str, Any]:
+        """Examine the finalists on the held-out tasks; what was paid for before the run was cut comes from the cache."""
+        records = self.ledger.records()
+        metric = self.study.judge.metric
+        finalists = self._finalists(records)
+        before = self.ledger.facts
+        numbers = {name: record.number for name, record in finalists.items()}
+        if before.get("verdict") and before.get("finalists") == numbers:
+            verdict: dict[str, Any] = before["verdict"]
+            return verdict
+        tasks = self.split.held_out
+        examined = {name: self.examine(self.genome.decode(r.weights), tasks, f"verdict: {name}") for name, r in finalists.items()}
+        held_out = {name: e.by_task(tasks) for name, e in examined.items()}
+        if not metric_values(held_out["winner"], metric):
+            raise StudyFileError("no held-out task is closed", where="judge.metric", found=metric, remedy="Use grade.")
+        verdict = make_verdict(held_out, metric, self.study.search.seed)
+        self.ledger.remember("samples", samples(tasks, examined))
+        self.ledger.remember("finalists", numbers)
+        self.ledger.remember("verdict", verdict)
+        return verdict
+
+    def _finalists(self, records: Sequence[TrialRecord]) -> dict[str, TrialRecord]:
+        parents = {r.weights: r for r in records if r.role == "parent" and r.state == "complete"}
+        names = sibling_names(self.genome.siblings)
+        finalists = {"winner": choose_winner(records, self.study.judge.metric), "base": parents[self.genome.parent(None)]}
+        finalists |= {name: parents[self.genome.parent(m)] for m, name in enumerate(names)}
+        return finalists | {"uniform": best_uniform(records)}
+
+    def _has(self, role: str, weights: tuple[float, ...]) -> bool:
+        return any(r.role == role and r.state == "complete" and r.weights == weights for r in self.ledger.records())
+
+    def _candidates_done(self) -> int:
+        return sum(r.role == "candidate" and r.state == "complete" for r in self.ledger.records())
+
+    def _progress(self, label: str, seconds: float) -> None:
+        records = [r for r in self.ledger.records() if r.state == "complete" and r.score is not None]
+        best = max(records, key=lambda r: r.score or 0.0)
+        paces = [sum(r.seconds.values()) for r in records[-20:]]
+        left = self.study.search.trials - sum(r.role == "candidate" for r in records) + 5  # the mean and the verdict
+        eta = duration(left * float(np.mean(paces)))
+        last = f"{records[-1].score:.3f}"
+        self.console.status(
+            f"{label}  {last}  best {best.score:.3f} ± {best.stderr:.3f} (#{best.number})  {seconds:.1f} s/candidate  ETA {eta}",
+            force=seconds > 2,
+        )
+
+
+def samples(tasks: Sequence[Task], examined: Mapping[str, Examined], limit: int = 12) -> list[dict[str, Any]]:
+    """Held-out answers side by side, those first on which the candidates' grades differ most; long texts are cut."""
+
+    def spread(i: int) -> float:
+        grades = [e.grades[i].value for e in examined.values()]
+        return max(grades) - min(grades)
+
+    def text(value: str) -> str:
+        return value if len(value) <= SAMPLE_CHARACTERS else value[:SAMPLE_CHARACTERS] + " …"
+
+    order = sorted(range(len(tasks)), key=lambda i: (-spread(i), i))[:limit]
+    return [
+        {
+            "task_id": tasks[i].task_id,
+            "input": text(tasks[i].input),
+            "reference": text(tasks[i].output),
+            "answers": {name: {"text": text(e.answers[i].text), "grade": e.grades[i].value} for name, e in examined.items()},
+        }
+        for i in order
+    ]
+
+
+def sibling_names(siblings: Sequence[str]) -> list[str]:
+    """What the siblings are called in a verdict: "instruct" alone, else "sibling:NAME" by folder name."""
+    if len(siblings) == 1:
+        return ["instruct"]
+    stems = [Path(ref).name for ref in siblings]
+    return [f"sibling:{stem}" if stems.count(stem) == 1 else f"sibling:{stem}-{i}" for i, stem in enumerate(stems)]
+
+
+def cache_scope(study: Study, models: Mapping[str, Any]) -> str:
+    """All that answers depend on beside recipe and prompts."""
+    data = study.to_dict()
+    parts = [data["generation"], data["engine"], data["search"]["dtype"], data["search"]["seed"], models]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,78 @@
+"""The verdict: the winner against its parents and the best uniform weight, on tasks that the search never saw."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from evomerge.search.ledger import TrialRecord
+
+RESAMPLES = 10_000
+LEAD = 2.0  # standard errors by which a single trial must beat the mean
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error, s / sqrt(n) with n - 1 in s; the error of one value is 0."""
+    array = np.asarray(values, dtype=float)
+    error = array.std(ddof=1) / np.sqrt(len(array)) if len(array) > 1 else 0.0
+    return float(array.mean()), float(error)
+
+
+def bootstrap_interval(differences: Sequence[float], seed: int = 0) -> tuple[float, float]:
+    """95 % percentile interval of the mean of paired differences (Efron and Tibshirani 1993, section 13.3)."""
+    array = np.asarray(differences, dtype=float)
+    rng = np.random.default_rng(seed)
+    means = array[rng.integers(0, len(array), (RESAMPLES, len(array)))].mean(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def choose_winner(records: Sequence[TrialRecord], metric: str) -> TrialRecord:
+    """The distribution's mean, unless one candidate beats it by more than two standard errors on the search tasks.
+
+    The best of many noisy trials is lucky as well as good, so its lead has to be larger than noise.
+    """
+    best = _best([r for r in records if r.role == "candidate"])
+    means = [r for r in records if r.role == "mean" and r.state == "complete"]
+    if not means:
+        return best
+    mean = max(means, key=lambda r: r.number)
+    lead, error = mean_and_error(_paired(metric_values(best.grades, metric), metric_values(mean.grades, metric)))
+    return best if lead > LEAD * error else mean
+
+
+def best_uniform(records: Sequence[TrialRecord]) -> TrialRecord:
+    """The best single weight by the search tasks; the base and the sibling alone count as the weights 0 and 1."""
+    return _best([r for r in records if r.role in ("uniform", "parent") and len(set(r.weights)) == 1])
+
+
+def metric_values(grades: Mapping[str, Mapping[str, Any]], metric: str) -> dict[str, float]:
+    """task_id -> what is optimised: the grade, or 1.0 and 0.0 for closed tasks."""
+    return {task: float(g[metric]) for task, g in grades.items() if g[metric] is not None}
+
+
+def make_verdict(held_out: Mapping[str, Mapping[str, Mapping[str, Any]]], metric: str, seed: int) -> dict[str, Any]:
+    """The verdict from the held-out grades of each candidate ("winner" among them)."""
+    values = {name: metric_values(grades, metric) for name, grades in held_out.items()}
+    candidates = {}
+    for name, by_task in values.items():
+        mean, error = mean_and_error(list(by_task.values()))
+        cut = float(np.mean([bool(g["truncated"]) for g in held_out[name].values()]))
+        candidates[name] = {"mean": mean, "stderr": error, "truncated": cut}
+    paired = {}
+    for name in values:
+        if name != "winner":
+            differences = _paired(values["winner"], values[name])
+            low, high = bootstrap_interval(differences, seed)
+            paired[f"winner-{name}"] = {"diff": float(np.mean(differences)), "low": low, "high": high}
+    return {"metric": metric, "n": len(values["winner"]), "candidates": candidates, "paired": paired}
+
+
+def _paired(a: Mapping[str, float], b: Mapping[str, float]) -> list[float]:
+    return [a[task] - b[task] for task in a if task in b]
+
+
+def _best(records: Sequence[TrialRecord]) -> TrialRecord:
+    return max((r for r in records if r.score is not None and r.state == "complete"), key=lambda r: (r.score or 0.0, -r.number))

@@ -1,0 +1,71 @@
+"""Imports run one way, and what must stay light stays light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1] / "evomerge"
+ORDER = [
+    ["errors", "console"],
+    ["study", "recipe", "tasks"],
+    ["genome"],
+    ["merging"],
+    ["knowledge"],
+    ["answering"],
+    ["judging"],
+    ["search"],
+    ["inference"],
+    ["report"],
+    ["export", "check", "demo"],
+    ["cli"],
+]
+RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
+MAY_IMPORT = {
+    "transformers": ("answering", "merging", "demo"),
+    "optuna": ("search",),
+    "cmaes": ("search",),
+}
+
+
+def imports(path):
+    """(module, only for type checking) of every import in a file."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    typing_only = {n for b in ast.walk(tree) if isinstance(b, ast.If) and "TYPE_CHECKING" in ast.unparse(b.test) for n in ast.walk(b)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module, node in typing_only
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, node in typing_only) for alias in node.names)
+
+
+def room(path):
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+FILES = [path for path in sorted(ROOT.rglob("*.py")) if path != ROOT / "__init__.py"]
+
+
+def test_imports_run_one_way():
+    wrong = []
+    for path in FILES:
+        for module, typing_only in imports(path):
+            parts = module.split(".")
+            if parts[0] == "evomerge" and len(parts) > 1 and not typing_only and RANK[parts[1]] > RANK[room(path)]:
+                wrong.append(f"{path.relative_to(ROOT)} imports {module}")
+    assert not wrong
+
+
+def test_heavy_libraries_stay_in_their_rooms():
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {module}"
+        for path in FILES
+        for module, typing_only in imports(path)
+        if not typing_only and room(path) not in MAY_IMPORT.get(module.split(".")[0], (room(path),))
+    ]
+    assert not wrong
+
+
+def test_light_modules_import_no_torch():
+    code = "import sys, evomerge.cli, evomerge.recipe, evomerge.judging.rules; sys.exit('torch' in sys.modules or 'optuna' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,86 @@
+"""The sampler against plain cmaes, and against itself after any interruption."""
+
+import numpy as np
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from evomerge.search.ledger import Ledger, Result
+from evomerge.search.sampler import INTERRUPTED, ReplayedCmaEs, Slot
+
+NAMES = ["a", "b", "c"]
+TARGET = np.array([0.3, 1.4, 0.9])
+
+
+def sampler(population=6, seed=0):
+    return ReplayedCmaEs(NAMES, (0.0, 2.0), (0.0, 2.0), 1.0, 0.3, population, seed)
+
+
+def result(x):
+    return Result(float(-np.sum((np.array(x) - TARGET) ** 2)), 0.0, 1, 0.0, {}, {})
+
+
+def run(study, trials, interrupt=()):
+    """Ask and tell until `trials` candidates are complete; those at the numbers in `interrupt` are left running first."""
+    ledger = Ledger(study)
+    done = 0
+    while done < trials:
+        slot = study.sampler.next_slot(ledger.trials())
+        trial = ledger.start("candidate", slot)
+        if trial.number in interrupt:
+            ledger.release_stale()
+            continue
+        ledger.finish(trial, result([trial.params[n] for n in NAMES]))
+        done += 1
+    return [
+        (t.user_attrs["generation"], t.user_attrs["index"], t.params, t.values) for t in ledger.trials() if t.state == TrialState.COMPLETE
+    ]
+
+
+def test_interruptions_change_nothing(tmp_path):
+    plain = run(optuna.create_study(sampler=sampler(), direction="maximize"), 24)
+    url = f"sqlite:///{tmp_path}/s.db"
+    study = optuna.create_study(storage=url, study_name="s", sampler=sampler(), direction="maximize")
+    run(study, 7, interrupt={2, 5})
+    again = optuna.load_study(storage=url, study_name="s", sampler=sampler())
+    assert run(again, 17, interrupt={10, 11}) == plain
+
+
+def test_it_finds_the_optimum():
+    study = optuna.create_study(sampler=sampler(8), direction="maximize")
+    run(study, 240)
+    _, mean = study.sampler.mean(study.get_trials())
+    assert np.abs(mean - TARGET).max() < 0.02
+
+
+def test_a_generation_is_drawn_from_the_mean_and_step_size_given():
+    own = sampler(population=6, seed=3)
+    draws = np.array([own.draw([], Slot(0, i)) for i in range(4000)])
+    assert np.abs(draws.mean(0) - 1.0).max() < 0.02
+    assert np.abs(draws.std(0) - 0.3).max() < 0.02
+    assert draws.min() >= 0.0
+    assert draws.max() <= 2.0
+
+
+def test_a_failed_place_is_drawn_anew_and_an_interrupted_one_as_it_was():
+    study = optuna.create_study(sampler=sampler(), direction="maximize")
+    ledger = Ledger(study)
+    first = ledger.start("candidate", study.sampler.next_slot(ledger.trials()))
+    ledger.fail(first, INTERRUPTED)
+    second = ledger.start("candidate", study.sampler.next_slot(ledger.trials()))
+    assert second.params == first.params
+    ledger.fail(second, "out of memory")
+    slot = study.sampler.next_slot(ledger.trials())
+    third = ledger.start("candidate", slot)
+    assert slot == Slot(0, 0, 1)
+    assert third.params != first.params
+
+
+@pytest.mark.parametrize("role", ["parent", "uniform", "mean"])
+def test_other_roles_do_not_reach_the_optimizer(role):
+    study = optuna.create_study(sampler=sampler(), direction="maximize")
+    ledger = Ledger(study)
+    ledger.finish(ledger.start(role, weights=dict.fromkeys(NAMES, 0.0)), result([0, 0, 0]))
+    assert ledger.trials()[0].params == dict.fromkeys(NAMES, 0.0)
+    assert study.sampler.next_slot(ledger.trials()) == Slot(0, 0)
+    assert study.sampler.complete_generations(ledger.trials()) == 0
