@@ -11,10 +11,10 @@ import time
 TRIALS = 40
 
 
-def command(pair, folder, *extra):
-    return [sys.executable, "-m", "evomerge.cli", "search", str(pair / "study.yaml"), "--trials", str(TRIALS), "--storage", f"sqlite:///{folder}/s.db"] + [
-        "--results", str(folder / "results"), *extra
-    ]  # fmt: skip
+def command(pair, folder):
+    storage, results = f"sqlite:///{folder}/s.db", str(folder / "results")
+    run = [sys.executable, "-m", "evomerge.cli", "search", str(pair / "study.yaml"), "--trials", str(TRIALS)]
+    return [*run, "--storage", storage, "--results", results]
 
 
 def environment():
