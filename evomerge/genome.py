@@ -37,7 +37,9 @@ class Genome:
         """One name per number; they stand as parameters in the Optuna study."""
         several = len(self.siblings) > 1
         return tuple(
-            f"layers_{start}_{end - 1}" + (f"_model_{m}" if several else "") for start, end in self.slices for m in range(len(self.siblings))
+            f"layers_{start}_{end - 1}" + (f"_model_{m}" if several else "")
+            for start, end in self.slices
+            for m in range(len(self.siblings))
         )
 
     def uniform(self, weight: float) -> tuple[float, ...]:

@@ -185,7 +185,9 @@ def _build(cls: type, data: Any, at: str, where: str) -> Any:
             near = difflib.get_close_matches(str(key), known, n=1)
             remedy = f"Did you mean `{_join(at, near[0])}`?" if near else f"Known keys: {', '.join(known)}."
             raise StudyFileError(f"unknown key `{_join(at, str(key))}`", where=where, remedy=remedy)
-    missing = [n for n, f in known.items() if n not in data and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    missing = [
+        n for n, f in known.items() if n not in data and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
     if missing:
         raise StudyFileError(f"`{_join(at, missing[0])}` is missing", where=where, remedy="Add it; see search_spaces/demo.yaml.")
     return cls(**{key: _convert(hints[key], value, _join(at, key), where) for key, value in data.items()})
@@ -254,7 +256,12 @@ def _check(study: Study, where: str) -> None:
             study.prompt.template,
             "It goes with `format: template`, and only with it.",
         ),
-        (study.prompt.template is None or "{input}" in study.prompt.template, "prompt.template", study.prompt.template, "It must hold {input}."),
+        (
+            study.prompt.template is None or "{input}" in study.prompt.template,
+            "prompt.template",
+            study.prompt.template,
+            "It must hold {input}.",
+        ),
     ]
     for i, source in enumerate(study.tasks):
         rules.append(((source.file is None) != (source.dataset is None), f"tasks[{i}]", source, "Name either `file` or `dataset`."))
@@ -271,7 +278,10 @@ def _refuse_unbuilt(data: Mapping[str, Any], where: str) -> None:
     for i, entry in enumerate(data.get("tasks") or []):
         if isinstance(entry, dict) and "name" in entry:
             raise StudyFileError(
-                f"`tasks[{i}].name` names an lm-eval task, which is not supported yet", where=where, found=entry["name"], remedy="Name a `file`."
+                f"`tasks[{i}].name` names an lm-eval task, which is not supported yet",
+                where=where,
+                found=entry["name"],
+                remedy="Name a `file`.",
             )
     genome = data.get("genome")
     if isinstance(genome, dict):
@@ -283,7 +293,10 @@ def _refuse_unbuilt(data: Mapping[str, Any], where: str) -> None:
                 raise StudyFileError(f"`genome.{key}` is not supported yet", where=where, found=genome[key], remedy="Remove it.")
         if genome.get("tokenizer_source") not in (None, "base"):
             raise StudyFileError(
-                "`genome.tokenizer_source` is not supported yet", where=where, found=genome["tokenizer_source"], remedy="Use base, or remove it."
+                "`genome.tokenizer_source` is not supported yet",
+                where=where,
+                found=genome["tokenizer_source"],
+                remedy="Use base, or remove it.",
             )
 
 

@@ -86,7 +86,9 @@ def tasks_from_rows(rows: Iterable[tuple[str, Mapping[str, Any]]], where: str) -
         if not isinstance(task_id, int | str) or isinstance(task_id, bool):
             raise TaskError("`task_id` is neither a number nor a text", where=at, found=task_id, remedy="Use 0, 1, 2, … or names.")
         if str(task_id) in seen:
-            raise TaskError(f"duplicate task_id, first in {seen[str(task_id)]}", where=at, found=task_id, remedy="Give each task its own id.")
+            raise TaskError(
+                f"duplicate task_id, first in {seen[str(task_id)]}", where=at, found=task_id, remedy="Give each task its own id."
+            )
         seen[str(task_id)] = place
         others = {key: _text(row, key, at) for key in ("output", "eval_aspect", "kind")}
         tasks.append(Task(task_id, text, **others))
@@ -150,10 +152,15 @@ def read_json_records(path: Path) -> list[tuple[str, dict[str, Any]]]:
         except json.JSONDecodeError as error:
             wrong = text.count("\n", 0, error.pos) + 1
             raise TaskError(
-                f"no valid JSON: {error.msg}", where=f"{path}, line {wrong}", found=text[at : at + 40], remedy="Write one JSON object per line."
+                f"no valid JSON: {error.msg}",
+                where=f"{path}, line {wrong}",
+                found=text[at : at + 40],
+                remedy="Write one JSON object per line.",
             ) from error
         if not isinstance(value, dict):
-            raise TaskError("a record is not an object", where=f"{path}, line {line}", found=value, remedy='Write {"task_id": 0, "input": "…"}.')
+            raise TaskError(
+                "a record is not an object", where=f"{path}, line {line}", found=value, remedy='Write {"task_id": 0, "input": "…"}.'
+            )
         records.append((f"line {line}", value))
 
 
