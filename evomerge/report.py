@@ -106,8 +106,10 @@ def headline(verdict: Mapping[str, Any] | None, trials: Sequence[TrialRecord], w
     """The first sentence: the winner on the held-out tasks, or how far the search has come."""
     if verdict is not None:
         mean = verdict["candidates"]["winner"]
-        what = "is right on a share of" if verdict["metric"] == "correct" else "has a mean grade of"
-        return f"The winner {what} {number(mean['mean'])} ± {number(mean['stderr'])} on {verdict['n']} held-out tasks."
+        figure, n = f"{number(mean['mean'])}\u00a0±\u00a0{number(mean['stderr'])}", verdict["n"]
+        if verdict["metric"] == "correct":
+            return f"The winner is right on a share of {figure} of the {n} held-out tasks."
+        return f"The winner has a mean grade of {figure} on the {n} held-out tasks."
     done = sum(t.state == "complete" for t in trials)
     text = f"The search is not finished: {done} trials are complete, and there is no verdict yet."
     if winner is not None and winner.score is not None:
@@ -124,6 +126,7 @@ def remarks(verdict: Mapping[str, Any] | None) -> list[dict[str, Any]]:
         return sentences
     for key, pair in verdict["paired"].items():
         name = model_title(key.removeprefix("winner-"))
+        name = f"the {name}" if key == "winner-uniform" else name
         figures = (
             f"{signed(pair['diff'])}, 95 % interval {signed(pair['low'])} to {signed(pair['high'])}, n = {verdict['n'] if verdict else 0}"
         )
@@ -214,7 +217,7 @@ def reference_lines(scored: Sequence[TrialRecord], y: Callable[[float], float]) 
 def weight_chart(weights: Sequence[float], slices: Sequence[str]) -> dict[str, Any]:
     """Horizontal bars, a slice to a row, from the first layers down to the last; lines at 0 and at 1."""
     labels = [slices[i] if i < len(slices) else str(i) for i in range(len(weights))]
-    left = 24 + 7.0 * max((len(label) for label in labels), default=0)
+    left = 54 + 7.0 * max((len(label) for label in labels), default=0)
     x = scale([0.0, 1.0, *weights], left, 560, pad=0.02)
     bars = [
         {"y": 26 + 20 * i, "x": min(x(0), x(w)), "width": abs(x(w) - x(0)), "label": labels[i], "value": number(w), "end": max(x(0), x(w))}
