@@ -62,6 +62,6 @@ $(VENV)/.ready-real-pair: $(READY)
 	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,real-pair]' >&2
 	@touch $@
 
-$(DEMO): | $(READY)
+$(DEMO): evomerge/demo.py | $(READY)
 	@$(BIN)/evomerge demo demo
 	@touch $@
