@@ -1,0 +1,57 @@
+"""mergekit 0.1.5's own outputs, bit for bit."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from evomerge.cli import main
+
+CASES = {
+    "seed40_llama": [],
+    "tied_llama": [],
+    "gqa_qwen2": [],
+    "fp32_llama": [],
+    "fp32calc_bf16out": [],
+    "models_gradient": [],
+    "sharded": ["--out-shard-size", "20K"],
+    "ta_normalize_lambda": [],
+}
+
+
+def load_all(folder):
+    tensors = {}
+    for path in folder.glob("*.safetensors"):
+        tensors |= load_file(path)
+    return tensors
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_bit(shared, tmp_path, monkeypatch, case):
+    folder = tmp_path / case
+    shutil.copytree(shared / "golden" / case, folder)
+    monkeypatch.chdir(folder)
+    assert main(["merge", "config.yml", "out", *CASES[case]]) == 0
+    ours, theirs = load_all(folder / "out"), load_all(folder / "expected")
+    assert ours.keys() == theirs.keys()
+    differing = {n: int((ours[n] != theirs[n]).sum()) for n in ours if ours[n].dtype != theirs[n].dtype or not torch.equal(ours[n], theirs[n])}
+    assert not differing
+    assert {p.name for p in (folder / "out").iterdir()} == {p.name for p in (folder / "expected").iterdir()}
+    ignored = {"transformers_version"}
+    config, wanted = (json.loads((folder / d / "config.json").read_text()) for d in ("out", "expected"))
+    assert {k: v for k, v in config.items() if k not in ignored} == {k: v for k, v in wanted.items() if k not in ignored}
+    for name in ("mergekit_config.yml", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        assert (folder / "out" / name).read_bytes() == (folder / "expected" / name).read_bytes(), name
+    if case == "sharded":
+        ours, theirs = (json.loads((folder / d / "model.safetensors.index.json").read_text())["weight_map"] for d in ("out", "expected"))
+        assert ours.keys() == theirs.keys()
+
+
+def test_different_vocabularies_are_refused(shared, tmp_path, monkeypatch, capsys):
+    shutil.copytree(shared / "golden/vocab_mismatch_error", tmp_path / "case")
+    monkeypatch.chdir(tmp_path / "case")
+    assert main(["merge", "config.yml", "out"]) == 2
+    assert "vocab_size" in capsys.readouterr().err
+    assert not (tmp_path / "case/out").exists()
