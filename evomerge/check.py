@@ -19,7 +19,7 @@ BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 @dataclass(frozen=True)
 class Line:
-    """One finding: `level` is ok, unknown (it could not be reached) or wrong."""
+    """One finding: `level` is ok, low (it may not suffice), unknown (it could not be reached) or wrong."""
 
     level: str
     subject: str
@@ -116,7 +116,7 @@ def _size_up(study: Study, config: Mapping[str, Any], n_tasks: tuple[int, int] |
     )
     free = shutil.disk_usage(Path.cwd()).free
     need = model * (1 + copies)
-    level = "ok" if free > need else "wrong"
+    level = "ok" if free > need else "low"
     lines.append(Line(level, "disk", f"{_gb(copies * model)} of models and {_gb(model)} for an exported one; {_gb(free)} free here"))
     lines.append(Line("ok", "cost", _cost(study, genome.dimensions, n_tasks)))
 

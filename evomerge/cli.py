@@ -6,12 +6,13 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evomerge import __version__
-from evomerge.console import Console
+from evomerge.console import Console, duration
 from evomerge.errors import EvomergeError, InputError
 
 if TYPE_CHECKING:
@@ -207,11 +208,11 @@ def infer(args: argparse.Namespace) -> None:
     knowledge = read_knowledge(args.knowledge) if args.knowledge is not None else None
     overrides = {key: getattr(args, key) for key in ("format", "max_new_tokens", "batch_size") if getattr(args, key) is not None}
     if args.study is not None:
-        engine, prompter = study_engine(_url(args.storage, args.study), args.study, overrides)
+        engine, prompter, identity = study_engine(_url(args.storage, args.study), args.study, overrides)
     else:
-        engine, prompter = model_engine(args.model, overrides)
+        engine, prompter, identity = model_engine(args.model, overrides)
     console = Console()
-    run_inference(engine, prompter, tasks, args.out, knowledge, lambda done, total: console.status(f"answered {done}/{total}"))
+    run_inference(engine, prompter, tasks, args.out, knowledge, _answered(console), model=identity)
     _say_written(console, [args.out])
 
 
@@ -312,6 +313,19 @@ def _build(recipe: object, out: Path, shard_size: str, text: str) -> None:
         progress=lambda done, total: console.status(f"merged {done / 1e6:.1f} of {total / 1e6:.1f} MB"),
     )
     _say_written(console, [out])
+
+
+def _answered(console: Console) -> Callable[[int, int], None]:
+    began, first = time.monotonic(), []
+
+    def progress(done: int, total: int) -> None:
+        if not first:
+            first.append(done)  # what an earlier run had answered says nothing about the pace
+        fresh = done - first[0]
+        eta = f"  ETA {duration((time.monotonic() - began) / fresh * (total - done))}" if fresh else ""
+        console.status(f"answered {done}/{total}{eta}")
+
+    return progress
 
 
 def _inference_tasks(path: Path) -> tuple[Task, ...]:

@@ -14,13 +14,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 torch.set_num_threads(1)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+PLACES = [(n % 7, n * n) for n in range(60)]  # long references are open tasks, whose grades vary with every answer
 CHARACTERS = "あいうえおかきくけこ0123456789:\n"
 
 
 def make_tokenizer():
     vocab = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *CHARACTERS])}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex("(?s)."), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<pad>",
@@ -63,13 +64,16 @@ def pair(tmp_path_factory):
             p.add_(0.5 * q)
     save(base, folder / "instruct")
     kana = CHARACTERS[:10]
-    rows = [{"task_id": i, "input": kana[i % 10] + kana[(3 * i) % 10], "output": kana[(7 * i) % 10] * 3} for i in range(40)]
+    rows = [
+        {"task_id": i, "input": kana[i % 10] + kana[(3 * i) % 10], "output": "".join(kana[(a * i + b) % 10] for a, b in PLACES)}
+        for i in range(40)
+    ]
     (folder / "tasks.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     (folder / "study.yaml").write_text(
         "study: tiny\n"
         "genome: {base_model: ./base, models: [./instruct], merge_method: task_arithmetic, layer_granularity: 1}\n"
         "tasks: [{file: tasks.jsonl}]\n"
-        "generation: {max_new_tokens: 6}\n"
+        "generation: {max_new_tokens: 12}\n"
         "judge: {metric: grade}\n"
         "search: {trials: 12, population: 4, uniform: [0.5]}\n"
         "engine: {batch_size: 8}\n",

@@ -48,6 +48,7 @@ def test_show_json_is_the_stable_form(searched, capsys):
     assert roles == ["parent", "parent", "uniform", *["candidate"] * 12, "mean"]
     assert [t["weights"] for t in data["trials"][:2]] == [[0.0] * 4, [1.0] * 4]
     assert [(t["generation"], t["index"]) for t in data["trials"][3:15]] == [divmod(i, 4) for i in range(12)]
+    assert len({t["score"] for t in data["trials"]}) > 8
     verdict = data["verdict"]
     assert verdict["n"] == 20
     assert set(verdict["candidates"]) == {"winner", "base", "instruct", "uniform"}
@@ -102,7 +103,7 @@ def test_export_and_merge_are_the_same_bits_as_the_live_model(pair, searched, ca
 def test_inference_by_study_and_by_folder_agree(searched, pair, tmp_path):
     storage = ["--storage", searched[1]]
     assert main(["export", "tiny", *storage, "--model", str(tmp_path / "model")]) == 0
-    tasks = ["--tasks", str(pair / "tasks.jsonl"), "--max-new-tokens", "6", "--batch-size", "8"]
+    tasks = ["--tasks", str(pair / "tasks.jsonl"), "--max-new-tokens", "12", "--batch-size", "8"]
     assert main(["infer", "--study", "tiny", *storage, *tasks, "--out", str(tmp_path / "a.jsonl")]) == 0
     assert main(["infer", "--model", str(tmp_path / "model"), *tasks, "--out", str(tmp_path / "b.jsonl")]) == 0
     assert (tmp_path / "a.jsonl").read_text() == (tmp_path / "b.jsonl").read_text()
@@ -112,7 +113,9 @@ def test_inference_by_study_and_by_folder_agree(searched, pair, tmp_path):
 
 
 def test_judge_grade_writes_json_lines(pair, tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"task_id": 0, "output": "あああ", "model": "m"}\n{"task_id": 1, "output": "", "model": "m"}\n')
+    (tmp_path / "a.jsonl").write_text(
+        '{"task_id": 0, "output": "あいあおかきくけ", "model": "m"}\n{"task_id": 1, "output": "", "model": "m"}\n'
+    )
     out = tmp_path / "g.jsonl"
     assert (
         main(
@@ -157,7 +160,8 @@ def test_a_changed_study_is_refused_and_named(pair, searched, capsys, tmp_path):
     run = ["search", str(copy / "study.yaml"), "--storage", f"sqlite:///{tmp_path}/s.db", "--results", str(tmp_path / "r"), "--trials", "4"]
     assert main(run) == 0
     tasks = (copy / "tasks.jsonl").read_text()
-    (copy / "tasks.jsonl").write_text(tasks.replace("あああ", "いいい"))
+    (copy / "tasks.jsonl").write_text(tasks.replace("あ", "い"))
+    capsys.readouterr()
     fails(capsys, run, 2, "the tasks")
     (copy / "tasks.jsonl").write_text(tasks)
     shutil.copy(copy / "base/model.safetensors", copy / "instruct/model.safetensors")

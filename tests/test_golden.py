@@ -36,7 +36,9 @@ def test_every_bit(shared, tmp_path, monkeypatch, case):
     assert main(["merge", "config.yml", "out", *CASES[case]]) == 0
     ours, theirs = load_all(folder / "out"), load_all(folder / "expected")
     assert ours.keys() == theirs.keys()
-    differing = {n: int((ours[n] != theirs[n]).sum()) for n in ours if ours[n].dtype != theirs[n].dtype or not torch.equal(ours[n], theirs[n])}
+    differing = {
+        n: int((ours[n] != theirs[n]).sum()) for n in ours if ours[n].dtype != theirs[n].dtype or not torch.equal(ours[n], theirs[n])
+    }
     assert not differing
     assert {p.name for p in (folder / "out").iterdir()} == {p.name for p in (folder / "expected").iterdir()}
     ignored = {"transformers_version"}

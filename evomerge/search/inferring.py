@@ -8,29 +8,32 @@ from typing import Any
 
 from evomerge.answering.hf import TransformersEngine
 from evomerge.answering.prompts import Prompter, make_prompter
+from evomerge.merging.fingerprint import combined, fingerprint
 from evomerge.merging.layout import open_model
 from evomerge.search.session import load_finished, open_models
 from evomerge.study import EngineSection, GenerationSection, PromptSection
 
 
-def study_engine(url: str, name: str, overrides: Mapping[str, Any]) -> tuple[TransformersEngine, Prompter]:
-    """The study's own engine and prompts with the winner's weights; no merged folder is needed."""
+def study_engine(url: str, name: str, overrides: Mapping[str, Any]) -> tuple[TransformersEngine, Prompter, str]:
+    """The study's own engine and prompts with the winner's weights, and what its answers depend on; no merged folder is needed."""
     finished = load_finished(url, name)
     study = finished.study
     base, siblings = open_models(study)
     generation, prompt, engine_section = _overridden(study.generation, study.prompt, study.engine, overrides)
     engine = TransformersEngine(base, siblings, engine_section, generation, study.search.dtype, study.search.seed)
     engine.apply(finished.recipe)
-    return engine, make_prompter(engine.tokenizer, prompt)
+    identity = repr((finished.recipe.digest(), finished.ledger.facts["models"], generation, engine_section))
+    return engine, make_prompter(engine.tokenizer, prompt), identity
 
 
-def model_engine(ref: str, overrides: Mapping[str, Any]) -> tuple[TransformersEngine, Prompter]:
-    """A model folder or hub name in the precision it has on disk."""
+def model_engine(ref: str, overrides: Mapping[str, Any]) -> tuple[TransformersEngine, Prompter, str]:
+    """A model folder or hub name in the precision it has on disk, and what its answers depend on."""
     folder = open_model(ref)
     generation, prompt, engine_section = _overridden(GenerationSection(), PromptSection(), EngineSection(), overrides)
     dtype = str(folder.config.get("dtype") or folder.config.get("torch_dtype") or "bfloat16")
     engine = TransformersEngine(folder, [], engine_section, generation, dtype)
-    return engine, make_prompter(engine.tokenizer, prompt)
+    identity = repr((combined(fingerprint(folder.path)), generation, engine_section))
+    return engine, make_prompter(engine.tokenizer, prompt), identity
 
 
 def _overridden(
