@@ -33,7 +33,7 @@ infer: $(READY) $(if $(filter demo/tasks.jsonl,$(TASKS)),$(DEMO)) ## answer TASK
 report: $(READY) ## write results/STUDY/report.html again
 	@$(BIN)/evomerge report $(STUDY)
 demo: $(DEMO) ## build the tiny demo pair and its tasks in demo/
-real-pair: $(VENV)/.ready-real-pair ## build a real pair of 135 M parameters in pairs/real/ (about 8 minutes)
+real-pair: $(VENV)/.ready-real-pair ## build a real pair of 135 M parameters in pairs/real/ (about 7 minutes)
 	@$(BIN)/python benchmarks/make_real_pair.py pairs/real
 test: $(READY) ## run the tests
 	@$(BIN)/python -m pytest

