@@ -241,7 +241,7 @@ def demo(args: argparse.Namespace) -> None:
 
 def _command(
     commands: argparse._SubParsersAction, name: str, run: Callable[..., object], does: str, example: str
-) -> argparse.ArgumentParser:  # type: ignore[type-arg]
+) -> argparse.ArgumentParser:
     p: argparse.ArgumentParser = commands.add_parser(
         name,
         help=does,
@@ -316,7 +316,8 @@ def _build(recipe: object, out: Path, shard_size: str, text: str) -> None:
 
 
 def _answered(console: Console) -> Callable[[int, int], None]:
-    began, first = time.monotonic(), []
+    began = time.monotonic()
+    first: list[int] = []
 
     def progress(done: int, total: int) -> None:
         if not first:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, set_seed
+from transformers.utils import logging as transformers_logging
 
 from evomerge.answering.engine import Answer
 from evomerge.errors import EngineError, ModelError
@@ -83,7 +85,7 @@ class TransformersEngine:
         ends = self.config.eos_token_id if isinstance(self.config.eos_token_id, list) else [self.config.eos_token_id]
         stop = next((i for i, token in enumerate(ids) if token in ends), None)
         kept = ids if stop is None else ids[:stop]
-        return Answer(self.tokenizer.decode(kept, skip_special_tokens=True), truncated=stop is None, tokens=len(kept))
+        return Answer(str(self.tokenizer.decode(kept, skip_special_tokens=True)), truncated=stop is None, tokens=len(kept))
 
     def _generation_config(self) -> GenerationConfig:
         """The model's own end tokens, our settings, and nothing else from its generation_config.json."""
@@ -116,7 +118,10 @@ def load_tokenizer(folder: ModelFolder, trust_remote_code: bool = False) -> PreT
     return tokenizer
 
 
-def _load_model(folder: ModelFolder, engine: EngineSection, dtype: torch.dtype) -> torch.nn.Module:
+def _load_model(
+    folder: ModelFolder, engine: EngineSection, dtype: torch.dtype
+) -> Any:  # a PreTrainedModel, whose own annotations hide `generate`
+    transformers_logging.disable_progress_bar()  # our own progress says what takes time
     device = engine.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -125,7 +130,7 @@ def _load_model(folder: ModelFolder, engine: EngineSection, dtype: torch.dtype) 
             str(folder.path), dtype=dtype, device_map=engine.device_map, trust_remote_code=engine.trust_remote_code, use_safetensors=True
         )
         if engine.device_map is None:
-            model = model.to(device)
+            model.to(torch.device(device))  # type: ignore[arg-type]
     except torch.OutOfMemoryError as error:
         raise EngineError(
             "the model does not fit the device", where=folder.path, found=device, remedy="Use engine.device_map: auto."
