@@ -7,6 +7,7 @@ import time
 from typing import TextIO
 
 PLAIN_EVERY = 10.0  # seconds between plain progress lines
+DETAIL_EVERY = 60.0  # seconds of silence before a plain line says how far a single candidate is
 
 
 class Console:
@@ -16,20 +17,20 @@ class Console:
         self.stream = stream or sys.stderr
         self.tty = self.stream.isatty()
         self._width = 0
-        self._last = 0.0
+        self._last = time.monotonic()
 
     def say(self, text: str) -> None:
         self._clear()
         print(text, file=self.stream, flush=True)
 
-    def status(self, text: str, force: bool = False) -> None:
-        """On a terminal at once; elsewhere a line at most every ten seconds, unless forced."""
+    def status(self, text: str, detail: bool = False) -> None:
+        """On a terminal at once; elsewhere a line at most every ten seconds, or every minute for a detail."""
         if self.tty:
             self._clear()
             self.stream.write(text)
             self.stream.flush()
             self._width = 2 * len(text)  # East Asian characters are two columns wide
-        elif force or time.monotonic() - self._last >= PLAIN_EVERY:
+        elif time.monotonic() - self._last >= (DETAIL_EVERY if detail else PLAIN_EVERY):
             self._last = time.monotonic()
             print(text, file=self.stream, flush=True)
 

@@ -133,7 +133,12 @@ class Search:
         prompts = [self.prompter.render(task.input) for task in tasks]
         began = time.perf_counter()
         answers = answer_all(
-            self.engine, self.cache, recipe.digest(), prompts, apply, lambda n: self.console.status(f"{label}  answered {n}/{len(tasks)}")
+            self.engine,
+            self.cache,
+            recipe.digest(),
+            prompts,
+            apply,
+            lambda n: self.console.status(f"{label}  answered {n}/{len(tasks)}", detail=True),
         )
         seconds["answer"] = time.perf_counter() - began - seconds["merge"]
         began = time.perf_counter()
@@ -194,8 +199,7 @@ class Search:
         eta = duration(left * float(np.mean(paces)))
         last = f"{records[-1].score:.3f}"
         self.console.status(
-            f"{label}  {last}  best {best.score:.3f} ± {best.stderr:.3f} (#{best.number})  {seconds:.1f} s/candidate  ETA {eta}",
-            force=seconds > 2,
+            f"{label}  {last}  best {best.score:.3f} ± {best.stderr:.3f} (#{best.number})  {seconds:.1f} s/candidate  ETA {eta}"
         )
 
 
