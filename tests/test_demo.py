@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from evomerge.tasks import load_tasks, split_tasks
 
 
 @pytest.fixture(scope="module")
-def quick() -> pytest.MonkeyPatch:
+def quick() -> Iterator[pytest.MonkeyPatch]:
     """Three steps per stage: enough to move every weight that should move."""
     patch = pytest.MonkeyPatch()
     patch.setattr(demo, "BASE", replace(demo.BASE, steps=3))
@@ -143,7 +144,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
-def test_a_killed_or_failed_build_leaves_no_half_pair(quick: pytest.MonkeyPatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_build_leaves_no_half_pair(quick: pytest.MonkeyPatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full_disk(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
