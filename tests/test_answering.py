@@ -1,0 +1,126 @@
+"""The transformers engine against plain generate, and the answer cache."""
+
+import pytest
+import torch
+from conftest import make_tokenizer
+from transformers import AutoModelForCausalLM
+
+from evomerge.answering.cache import AnswerCache, answer_all
+from evomerge.answering.engine import Answer
+from evomerge.answering.hf import TransformersEngine
+from evomerge.answering.prompts import make_prompter
+from evomerge.errors import EngineError, InputError, ModelError
+from evomerge.merging.build import build_model
+from evomerge.merging.layout import open_model
+from evomerge.recipe import task_arithmetic_recipe
+from evomerge.study import EngineSection, GenerationSection, PromptSection
+
+PROMPTS = ["あ\n", "いうえおか\n", "", "12345:\n", "くけこ\n", "😀あ\n"]
+
+
+def make_engine(pair, batch_size=4, **generation):
+    settings = GenerationSection(**({"max_new_tokens": 8} | generation))
+    folders = open_model(str(pair / "base")), [open_model(str(pair / "instruct"))]
+    return TransformersEngine(*folders, EngineSection(batch_size=batch_size), settings, "float32")
+
+
+def recipe_of(pair, weight=0.7):
+    return task_arithmetic_recipe(str(pair / "base"), [str(pair / "instruct")], [(0, 4)], [[weight]], dtype="float32")
+
+
+def answers_of(engine, prompts):
+    answers = {}
+    for batch in engine.batches(prompts):
+        answers |= dict(zip(batch, engine.answer([prompts[i] for i in batch]), strict=True))
+    return [answers[i] for i in range(len(prompts))]
+
+
+def test_in_place_answers_are_those_of_a_fresh_load_one_prompt_at_a_time(pair, tmp_path):
+    engine = make_engine(pair)
+    engine.apply(recipe_of(pair, 1.3))
+    engine.apply(recipe_of(pair))
+    build_model(recipe_of(pair), tmp_path / "merged")
+    fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    tokenizer = make_tokenizer()
+    prompts = [p for p in PROMPTS if p]
+    for prompt, answer in zip(prompts, answers_of(engine, prompts), strict=True):
+        ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        wanted = fresh.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :].tolist()
+        cut = 2 not in wanted
+        assert answer == Answer(tokenizer.decode(wanted, skip_special_tokens=True), cut, len(wanted) if cut else wanted.index(2))
+
+
+def test_empty_prompts_and_emoji_are_answered(pair):
+    assert len(answers_of(make_engine(pair), PROMPTS)) == len(PROMPTS)
+
+
+def test_batches_hold_every_prompt_once_longest_first(pair):
+    batches = make_engine(pair).batches(PROMPTS)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(PROMPTS)))
+    assert max(map(len, batches)) == 4
+    lengths = [len(PROMPTS[i]) for batch in batches for i in batch]
+    assert lengths == sorted(lengths, reverse=True)
+
+
+def test_sampling_is_seeded_by_study_and_batch(pair):
+    engine = make_engine(pair, do_sample=True, temperature=1.5)
+    first = engine.answer(PROMPTS[:2])
+    torch.manual_seed(99)
+    assert engine.answer(PROMPTS[:2]) == first
+
+
+def test_a_prompt_beyond_the_context_is_refused(pair):
+    with pytest.raises(EngineError, match="context of 64"):
+        make_engine(pair).answer(["あ" * 60])
+
+
+def test_prompts(pair):
+    tokenizer = make_tokenizer()
+    assert make_prompter(tokenizer, PromptSection()).render("{input}") == "{input}\n"
+    assert make_prompter(tokenizer, PromptSection(system="こ")).render("あ") == "こ\nあ\n"
+    assert make_prompter(tokenizer, PromptSection(format="competition")).render("問い {x}") == "### 指示\n問い {x}\n### 回答\n"
+    assert make_prompter(tokenizer, PromptSection(format="template", template="Q: {input} A:")).render("{input}") == "Q: {input} A:"
+    tokenizer.chat_template = None
+    with pytest.raises(InputError, match="no chat template"):
+        make_prompter(tokenizer, PromptSection())
+
+
+def test_a_model_without_tokenizer_is_named(pair, tmp_path):
+    import shutil
+
+    shutil.copytree(pair / "base", tmp_path / "bare", ignore=shutil.ignore_patterns("token*"))
+    with pytest.raises(ModelError, match="tokenizer cannot be loaded"):
+        TransformersEngine(open_model(str(tmp_path / "bare")), [], EngineSection(), GenerationSection(), "bfloat16")
+
+
+class Counting:
+    """An engine that upper-cases, two prompts a batch, and counts."""
+
+    def __init__(self):
+        self.answered = 0
+
+    def apply(self, recipe): ...
+
+    def batches(self, prompts):
+        return [list(range(i, min(i + 2, len(prompts)))) for i in range(0, len(prompts), 2)]
+
+    def answer(self, prompts):
+        self.answered += len(prompts)
+        return [Answer(p.upper(), False, len(p)) for p in prompts]
+
+
+def test_nothing_is_paid_for_twice_and_merging_only_when_needed(tmp_path):
+    engine, merges = Counting(), []
+    prompts = ["a", "b", "c", "d", "e"]
+
+    def run(recipe):
+        cache = AnswerCache(tmp_path / "a.sqlite", "scope")
+        return answer_all(engine, cache, recipe, prompts, lambda: merges.append(recipe), lambda n: None)
+
+    assert [a.text for a in run("r1")] == ["A", "B", "C", "D", "E"]
+    assert run("r1") == run("r1")
+    assert (engine.answered, merges) == (5, ["r1"])
+    run("r2")
+    assert (engine.answered, merges) == (10, ["r1", "r2"])
+    cache = AnswerCache(tmp_path / "a.sqlite", "other settings")
+    assert cache.get(cache.key("r1", prompts[:2])) is None
