@@ -3,12 +3,15 @@
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
 import time
 
-TRIALS = 40
+import pytest
+
+TRIALS = 24
 
 
 def command(pair, folder):
@@ -33,13 +36,19 @@ def complete(folder):
     return trials, shown["verdict"]
 
 
-def test_five_kills_change_nothing(pair, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    whole.mkdir()
-    killed.mkdir()
+@pytest.fixture(scope="module")
+def whole(pair, tmp_path_factory):
+    """An uninterrupted run: (its trials and verdict, its seconds)."""
+    folder = tmp_path_factory.mktemp("whole")
     began = time.monotonic()
-    subprocess.run(command(pair, whole), check=True, env=environment(), capture_output=True)
-    length = time.monotonic() - began
+    subprocess.run(command(pair, folder), check=True, env=environment(), capture_output=True)
+    return complete(folder), time.monotonic() - began
+
+
+def test_five_kills_change_nothing(pair, whole, tmp_path):
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    wanted, length = whole
     rng = random.Random(0)
     kills = 0
     for _ in range(5):
@@ -50,5 +59,24 @@ def test_five_kills_change_nothing(pair, tmp_path):
         process.wait()
     assert kills, "every run was over before it was to be killed"
     last = subprocess.run(command(pair, killed), check=True, env=environment(), capture_output=True, text=True)
-    assert complete(killed) == complete(whole)
+    assert complete(killed) == wanted
     assert "verdict on 20 held-out tasks" in last.stdout
+
+
+def test_a_full_disk_loses_nothing(pair, whole, tmp_path):
+    full = tmp_path / "full"
+    full.mkdir()
+
+    def no_space():  # a limit on file sizes is what a process without privileges can have of a full disk
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (180_000, 180_000))
+
+    out = subprocess.run(command(pair, full), env=environment(), capture_output=True, text=True, preexec_fn=no_space, check=False)
+    assert out.returncode == 1
+    last = out.stderr.strip().splitlines()[-1]
+    assert last.startswith("evomerge: ")
+    assert "Free some space" in last or "Free space" in last
+    kept, _ = complete(full)
+    assert 3 < len(kept) < TRIALS
+    subprocess.run(command(pair, full), check=True, env=environment(), capture_output=True)
+    assert complete(full) == whole[0]
