@@ -109,6 +109,7 @@ class EngineSection:
     device: str = "auto"  # auto: cuda if there is one, else cpu
     device_map: str | None = None  # "auto" spreads one model over several GPUs (accelerate)
     batch_size: int = 32
+    threads: int | None = None  # CPU threads; None: torch's choice. On a busy machine fewer can be much faster
     trust_remote_code: bool = False
 
 
@@ -250,6 +251,7 @@ def _check(study: Study, where: str) -> None:
         (g.temperature > 0, "generation.temperature", g.temperature, "Above 0; do_sample: false is greedy."),
         (0 < g.top_p <= 1, "generation.top_p", g.top_p, "Above 0, at most 1."),
         (study.engine.batch_size >= 1, "engine.batch_size", study.engine.batch_size, "At least 1."),
+        (study.engine.threads is None or study.engine.threads >= 1, "engine.threads", study.engine.threads, "At least 1."),
         (
             (study.prompt.format == "template") == (study.prompt.template is not None),
             "prompt.template",

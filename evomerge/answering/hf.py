@@ -37,6 +37,8 @@ class TransformersEngine:
         seed: int = 0,
     ) -> None:
         self.settings, self.generation, self.seed = engine, generation, seed
+        if engine.threads is not None:
+            torch.set_num_threads(engine.threads)
         self.tokenizer = load_tokenizer(base, engine.trust_remote_code)
         self.model = _load_model(base, engine, getattr(torch, dtype))
         self.live = LiveModel(self.model, base, siblings) if siblings else None
