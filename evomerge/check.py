@@ -110,7 +110,7 @@ def _size_up(study: Study, config: Mapping[str, Any], n_tasks: tuple[int, int] |
         Line(
             "ok",
             "memory",
-            f"{parameters / 1e9:.2f} B parameters, {_gb(model)} live in {study.search.dtype}, about {_gb(cache)} of keys and values "
+            f"{_millions(parameters)} parameters, {_gb(model)} live in {study.search.dtype}, about {_gb(cache)} of keys and values "
             f"({study.engine.batch_size} answers at once); base and deltas beside it: {_gb(copies * model)}, or streamed from disk",
         )
     )
@@ -134,3 +134,7 @@ def _cost(study: Study, dimensions: int, n_tasks: tuple[int, int] | None) -> str
 
 def _gb(n_bytes: float) -> str:
     return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.1f} MB"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
