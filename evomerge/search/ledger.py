@@ -7,7 +7,6 @@ before it is told. Study attributes hold the resolved study file, the hashes of 
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -212,5 +211,5 @@ def _record(t: FrozenTrial, names: Sequence[str]) -> TrialRecord:
         truncated=a.get("truncated", 0.0),
         seconds=a.get("seconds", {}),
         reason=a.get("reason"),
-        grades=json.loads(a["grades"]) if isinstance(a.get("grades"), str) else a.get("grades", {}),
+        grades=a.get("grades", {}),
     )
