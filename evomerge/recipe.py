@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,9 @@ METHODS = {"task_arithmetic": "[Task Arithmetic](https://arxiv.org/abs/2212.0408
 DTYPES = ("bfloat16", "float16", "float32")
 KEYS = ("base_model", "merge_method", "dtype", "out_dtype", "parameters", "slices", "models", "tokenizer_source")
 PARAMETERS = ("weight", "normalize", "lambda", "int8_mask")
+BOOLEANS = ("normalize", "int8_mask")
+WORDS = dict.fromkeys(("1", "true", "t", "yes", "y", "on"), True) | dict.fromkeys(("0", "false", "f", "no", "n", "off"), False)
+LARGEST = {"bfloat16": 3.3895e38, "float16": 65504.0, "float32": 3.4028e38, None: 3.4028e38}  # beyond it a weight rounds to infinity
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Recipe:
             if key not in KEYS:
                 raise RecipeError(f"`{key}` is not supported", where=where, remedy=f"Supported keys: {', '.join(KEYS)}.")
         method = data.get("merge_method")
-        if method not in METHODS:
+        if not isinstance(method, str) or method not in METHODS:
             raise RecipeError("`merge_method` is not supported", where=where, found=method, remedy=f"Use {', '.join(METHODS)}.")
         if not isinstance(data.get("base_model"), str):
             raise RecipeError("`base_model` is missing", where=where, remedy="Name the model that the siblings were fine-tuned from.")
@@ -74,17 +77,21 @@ class Recipe:
             raise RecipeError(
                 "`tokenizer_source` is not supported", where=where, found=data["tokenizer_source"], remedy="Use base, or remove it."
             )
-        if data.get("slices"):
-            slices = tuple(_slice(item, f"{where}, slices[{i}]") for i, item in enumerate(data["slices"]))
+        kind = "slices" if data.get("slices") else "models"
+        if not isinstance(data[kind], list):
+            raise RecipeError(f"`{kind}` is no list", where=where, found=data[kind], remedy="Write one item per line, each after a dash.")
+        check = _Checker(data["base_model"], data.get("dtype"))
+        if kind == "slices":
+            slices = tuple(check.slice(item, f"{where}, slices[{i}]") for i, item in enumerate(data["slices"]))
         else:
-            slices = (Slice(tuple(_source(item, f"{where}, models[{i}]", False) for i, item in enumerate(data["models"])), {}),)
+            slices = (check.models(data["models"], where),)
         return cls(
             data=copy.deepcopy(dict(data)),
             base_model=data["base_model"],
             merge_method=method,
             dtype=data.get("dtype"),
             out_dtype=data.get("out_dtype"),
-            parameters=_parameters(data.get("parameters"), where),
+            parameters=check.parameters(data.get("parameters"), where),
             slices=slices,
             tokenizer_source=data.get("tokenizer_source"),
         )
@@ -105,7 +112,7 @@ class Recipe:
 
     def digest(self) -> str:
         """SHA-256 of what decides the merged bits: numbers are rounded to the dtype first."""
-        rounded = _rounded(self.to_dict()) if self.dtype == "bfloat16" else self.to_dict()
+        rounded = _rounded(self.to_dict(), self.dtype)
         return hashlib.sha256(json.dumps(rounded, sort_keys=True).encode()).hexdigest()
 
 
@@ -171,30 +178,100 @@ def _link(model: str) -> str:
     return f"[{model}](https://huggingface.co/{model})" if is_hub_name(model) else model
 
 
-def _slice(item: Any, where: str) -> Slice:
-    if not isinstance(item, Mapping) or not isinstance(item.get("sources"), list) or not item["sources"]:
-        raise RecipeError("has no list of `sources`", where=where, found=item, remedy="Write sources: [{model, layer_range, parameters}].")
-    _known(item, ("sources", "parameters"), where)
-    sources = tuple(_source(s, f"{where}.sources[{i}]", True) for i, s in enumerate(item["sources"]))
-    ranges = {source.layers for source in sources}
-    if len(ranges) != 1:
-        raise RecipeError(
-            "sources with different layer ranges are not supported", where=where, found=sorted(map(str, ranges)), remedy="Use one."
-        )
-    return Slice(sources, _parameters(item.get("parameters"), where))
+@dataclass(frozen=True)
+class _Checker:
+    """The checked forms of a recipe's parts; every method raises RecipeError naming the place."""
+
+    base_model: str
+    dtype: str | None
+
+    def slice(self, item: Any, where: str) -> Slice:
+        """One item of `slices:`."""
+        if not isinstance(item, Mapping) or not isinstance(item.get("sources"), list) or not item["sources"]:
+            raise RecipeError(
+                "has no list of `sources`", where=where, found=item, remedy="Write sources: [{model, layer_range, parameters}]."
+            )
+        _known(item, ("sources", "parameters"), where)
+        sources = tuple(self.source(s, f"{where}.sources[{i}]", True) for i, s in enumerate(item["sources"]))
+        ranges = {source.layers for source in sources}
+        if len(ranges) != 1:
+            raise RecipeError(
+                "sources with different layer ranges are not supported", where=where, found=sorted(map(str, ranges)), remedy="Use one."
+            )
+        if self.base_model not in (source.model for source in sources):  # mergekit refuses it too
+            raise RecipeError("the base is not among the `sources`", where=where, remedy=f"Add {{model: {self.base_model}, layer_range}}.")
+        _no_twins(sources, where)
+        return Slice(sources, self.parameters(item.get("parameters"), where))
+
+    def models(self, items: Sequence[Any], where: str) -> Slice:
+        """The list under `models:`, as one slice over all layers; the base need not be in it."""
+        sources = tuple(self.source(item, f"{where}, models[{i}]", False) for i, item in enumerate(items))
+        _no_twins(sources, f"{where}, models")
+        return Slice(sources, {})
+
+    def source(self, item: Any, where: str, ranged: bool) -> Source:
+        """One model with its layer range and parameters."""
+        if not isinstance(item, Mapping) or not isinstance(item.get("model"), str):
+            raise RecipeError("has no `model`", where=where, found=item, remedy="Name a folder or a hub name.")
+        _known(item, ("model", "parameters", "layer_range") if ranged else ("model", "parameters"), where)
+        layers = None
+        if ranged:
+            given = item.get("layer_range")
+            if not isinstance(given, list | tuple) or [type(n) for n in given] != [int, int] or not 0 <= given[0] < given[1]:
+                raise RecipeError("`layer_range` is no pair of layers", where=where, found=given, remedy="Write [first, last + 1].")
+            layers = (given[0], given[1])
+        return Source(item["model"], layers, self.parameters(item.get("parameters"), where))
+
+    def parameters(self, value: Any, where: str) -> Mapping[str, Any]:
+        """Refuse what mergekit would ignore or turn into NaN tensors."""
+        if value is None:
+            return {}
+        if not isinstance(value, Mapping):
+            raise RecipeError("`parameters` is not a mapping", where=where, found=value, remedy="Write parameters: {weight: 1.0}.")
+        for key, setting in value.items():
+            if key not in PARAMETERS:
+                raise RecipeError(
+                    f"parameter `{key}` is not supported", where=where, remedy=f"task_arithmetic has {', '.join(PARAMETERS)}."
+                )
+            self._setting(key, setting, f"{where}, {key}")
+        return dict(value)
+
+    def _setting(self, key: str, setting: Any, where: str) -> None:
+        """A scalar, a gradient (list of scalars), or one or several {filter, value}."""
+        items = setting if isinstance(setting, list) and setting else [setting]
+        if any(isinstance(item, Mapping) for item in items):
+            for item in items:
+                if not isinstance(item, Mapping) or "value" not in item or not isinstance(item.get("filter"), str | None):
+                    raise RecipeError("is no {filter, value}", where=where, found=item, remedy="Write - filter: NAME / value: NUMBER.")
+                _known(item, ("filter", "value"), where)
+                values = item["value"] if isinstance(item["value"], list) and item["value"] else [item["value"]]
+                for value in values:
+                    self._scalar(key, value, where)
+        else:
+            for item in items:
+                self._scalar(key, item, where)
+
+    def _scalar(self, key: str, value: Any, where: str) -> None:
+        try:
+            number = scalar(key, value)
+        except (TypeError, ValueError, OverflowError):
+            kind = "is no true or false" if key in BOOLEANS else "is no number"
+            raise RecipeError(kind, where=where, found=value, remedy="Write a number, a list of numbers or filters.") from None
+        if not math.isfinite(number):
+            raise RecipeError(f"`{key}` is not finite", where=where, found=number, remedy="NaN and infinite weights give NaN tensors.")
+        if abs(number) > LARGEST[self.dtype]:
+            raise RecipeError(f"`{key}` is infinite in {self.dtype or 'float32'}", where=where, found=number, remedy="Write a smaller one.")
 
 
-def _source(item: Any, where: str, ranged: bool) -> Source:
-    if not isinstance(item, Mapping) or not isinstance(item.get("model"), str):
-        raise RecipeError("has no `model`", where=where, found=item, remedy="Name a folder or a hub name.")
-    _known(item, ("model", "parameters", "layer_range") if ranged else ("model", "parameters"), where)
-    layers = None
-    if ranged:
-        given = item.get("layer_range")
-        if not isinstance(given, list | tuple) or len(given) != 2 or not all(type(n) is int for n in given) or not 0 <= given[0] < given[1]:
-            raise RecipeError("`layer_range` is no pair of layers", where=where, found=given, remedy="Write [first, last + 1].")
-        layers = (given[0], given[1])
-    return Source(item["model"], layers, _parameters(item.get("parameters"), where))
+def scalar(key: str, value: Any) -> float | bool:
+    """A parameter's value from YAML, where "0.5" and 1e-3 come as strings. Raises TypeError, ValueError, OverflowError."""
+    if key not in BOOLEANS:
+        return float(value)
+    if isinstance(value, str):
+        value = WORDS.get(value.strip().lower(), value)
+    if value not in (0, 1):
+        raise ValueError(value)
+    return bool(value)
 
 
 def _known(item: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
@@ -203,42 +280,28 @@ def _known(item: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
             raise RecipeError(f"`{key}` is not supported", where=where, remedy=f"Supported keys: {', '.join(keys)}.")
 
 
-def _parameters(value: Any, where: str) -> Mapping[str, Any]:
-    """Refuse what mergekit would ignore or turn into NaN tensors."""
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise RecipeError("`parameters` is not a mapping", where=where, found=value, remedy="Write parameters: {weight: 1.0}.")
-    for key, setting in value.items():
-        if key not in PARAMETERS:
-            raise RecipeError(f"parameter `{key}` is not supported", where=where, remedy=f"task_arithmetic has {', '.join(PARAMETERS)}.")
-        for number in _numbers(setting, f"{where}, {key}"):
-            if not math.isfinite(number):
-                raise RecipeError(f"`{key}` is not finite", where=where, found=number, remedy="NaN and infinite weights give NaN tensors.")
-    return dict(value)
+def _no_twins(sources: Sequence[Source], where: str) -> None:
+    names = [source.model for source in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise RecipeError("a model stands twice", where=where, found=name, remedy="Keep one, with the sum of the weights.")
 
 
-def _numbers(setting: Any, where: str) -> Iterator[float]:
-    if isinstance(setting, Mapping) and "value" in setting:
-        yield from _numbers(setting["value"], where)
-    elif isinstance(setting, list) and setting:
-        for item in setting:
-            yield from _numbers(item, where)
-    else:
-        try:
-            yield float(setting)
-        except (TypeError, ValueError):
-            raise RecipeError("is no number, list or filter", where=where, found=setting, remedy="Write a number.") from None
-
-
-def _rounded(value: Any) -> Any:
-    """Every single weight rounded to bf16, ties to even, as the merge itself does; gradients interpolate first, so they stay."""
+def _rounded(value: Any, dtype: str | None) -> Any:
+    """Every single weight as the merge rounds it; gradients interpolate first, so they stay."""
     if isinstance(value, dict):
-        return {key: _bf16(item) if key == "weight" and isinstance(item, float) else _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list) else value
+        single = {key for key, item in value.items() if key == "weight" and not isinstance(item, list | dict)}
+        return {key: _round(float(item), dtype) if key in single else _rounded(item, dtype) for key, item in value.items()}
+    return [_rounded(item, dtype) for item in value] if isinstance(value, list) else value
 
 
-def _bf16(value: float) -> float:
+def _round(value: float, dtype: str | None) -> float:
+    """To the nearest number of the dtype, ties to even; without a dtype as it is."""
+    if dtype is None:
+        return value
+    if dtype == "float16":
+        return float(struct.unpack("<e", struct.pack("<e", value))[0])
     bits: int = struct.unpack("<I", struct.pack("<f", value))[0]
-    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    if dtype == "bfloat16":
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
     return float(struct.unpack("<f", struct.pack("<I", bits))[0])

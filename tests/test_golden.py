@@ -4,8 +4,7 @@ import json
 import shutil
 
 import pytest
-import torch
-from safetensors.torch import load_file
+from merging_tools import differing, load_all
 
 from evomerge.cli import main
 
@@ -21,25 +20,13 @@ CASES = {
 }
 
 
-def load_all(folder):
-    tensors = {}
-    for path in folder.glob("*.safetensors"):
-        tensors |= load_file(path)
-    return tensors
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_every_bit(shared, tmp_path, monkeypatch, case):
     folder = tmp_path / case
     shutil.copytree(shared / "golden" / case, folder)
     monkeypatch.chdir(folder)
     assert main(["merge", "config.yml", "out", *CASES[case]]) == 0
-    ours, theirs = load_all(folder / "out"), load_all(folder / "expected")
-    assert ours.keys() == theirs.keys()
-    differing = {
-        n: int((ours[n] != theirs[n]).sum()) for n in ours if ours[n].dtype != theirs[n].dtype or not torch.equal(ours[n], theirs[n])
-    }
-    assert not differing
+    assert not differing(load_all(folder / "out"), load_all(folder / "expected"))
     assert {p.name for p in (folder / "out").iterdir()} == {p.name for p in (folder / "expected").iterdir()}
     ignored = {"transformers_version"}
     config, wanted = (json.loads((folder / d / "config.json").read_text()) for d in ("out", "expected"))

@@ -1,48 +1,34 @@
 """Merging against the formula and a fresh load, and every way a model or recipe can be wrong."""
 
-import copy
+import errno
 import json
+import os
 import resource
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_model, save
+from merging_tools import SLICES, differing, load_all, make_family, random_recipe
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from evomerge.errors import InputError, ModelError, RecipeError
+from evomerge.errors import InputError, ModelError, OutputError, RecipeError
 from evomerge.merging.build import build_model, parse_size
 from evomerge.merging.layout import Layout, check_fit, open_model
 from evomerge.merging.live import LiveModel
-from evomerge.recipe import Recipe, model_card, read_recipe, task_arithmetic_recipe
-
-SLICES = [(0, 1), (1, 3), (3, 4)]
-
-
-def moved(model, seed, scale):
-    other = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in other.parameters():
-            p.add_(scale * torch.randn(p.shape, generator=generator).to(p.dtype))
-    return other
+from evomerge.merging.stream import merged_tensors, open_recipe
+from evomerge.recipe import Recipe, task_arithmetic_recipe
 
 
 @pytest.fixture(params=[False, True], ids=["untied", "tied"])
 def family(request, tmp_path):
     """base, one, two: a base and two siblings."""
-    base = make_model(0, tie_word_embeddings=request.param)
-    save(base, tmp_path / "base")
-    save(moved(base, 1, 0.1), tmp_path / "one")
-    save(moved(base, 2, 0.1), tmp_path / "two")
-    return tmp_path
-
-
-def random_recipe(family, siblings, generator, normalize=False):
-    rows = (2 * torch.rand(len(SLICES), len(siblings), generator=generator, dtype=torch.float64)).tolist()
-    return task_arithmetic_recipe(str(family / "base"), [str(family / s) for s in siblings], SLICES, rows, normalize=normalize)
+    return make_family(tmp_path, request.param)
 
 
 @pytest.mark.parametrize("siblings", [["one"], ["one", "two"]])
@@ -55,8 +41,7 @@ def test_after_many_recipes_the_live_model_is_a_fresh_merge_of_the_last(family, 
         live.apply(recipe)
     build_model(recipe, tmp_path / "out")
     fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
-    for (name, p), (_, q) in zip(model.named_parameters(), fresh.named_parameters(), strict=True):
-        assert torch.equal(p, q), name
+    assert not differing(dict(model.named_parameters()), dict(fresh.named_parameters()))
 
 
 def test_streaming_from_disk_gives_the_same_live_weights(family):
@@ -67,7 +52,75 @@ def test_streaming_from_disk_gives_the_same_live_weights(family):
     streamed.resident = False
     kept.apply(recipe)
     streamed.apply(recipe)
-    assert all(torch.equal(p, q) for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True))
+    assert not differing(*(dict(m.named_parameters()) for m in models))
+
+
+def models_recipe(family, weights, **top):
+    models = [{"model": str(family / name), "parameters": {"weight": w}} for name, w in weights.items()]
+    return Recipe.from_dict({"merge_method": "task_arithmetic", "base_model": str(family / "base"), "models": models} | top)
+
+
+@pytest.mark.parametrize("live_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("resident", [True, False])
+def test_the_live_model_takes_every_kind_of_recipe(tmp_path, live_dtype, resident):
+    """Each from the untouched base, whatever came before: equal to a fresh merge that is loaded in the same dtype."""
+    family = make_family(tmp_path, dtypes=(torch.bfloat16, torch.float32, torch.bfloat16))
+    model = AutoModelForCausalLM.from_pretrained(family / "base", dtype=live_dtype)
+    live = LiveModel(model, *(open_model(str(family / "base")), [open_model(str(family / s)) for s in ("one", "two")]))
+    live.resident = resident
+    recipes = [
+        models_recipe(family, {"one": [0, 0.5, 1]}, dtype="bfloat16"),
+        models_recipe(family, {"two": 0.7, "one": [{"filter": "mlp", "value": 1}, {"value": "0.1"}]}, dtype="float32"),
+        models_recipe(family, {"one": 0.3}, dtype="float32", out_dtype="float16"),
+        models_recipe(family, {"one": 0.3, "two": 0.4}),
+        models_recipe(family, {"two": 0.0}, dtype="bfloat16", parameters={"lambda": -1.0}),
+        models_recipe(family, {"base": 1.0}, dtype="bfloat16"),
+        models_recipe(family, {"two": -1}, dtype="bfloat16"),
+        random_recipe(family, ["two"], torch.Generator().manual_seed(0)),
+    ]
+    for i, recipe in enumerate(recipes):
+        live.apply(recipe)
+        build_model(recipe, tmp_path / f"out{i}")
+        fresh = AutoModelForCausalLM.from_pretrained(tmp_path / f"out{i}", dtype=live_dtype)
+        assert not differing(dict(model.named_parameters()), dict(fresh.named_parameters())), i
+
+
+def test_a_candidate_that_failed_leaves_no_trace(family):
+    model = AutoModelForCausalLM.from_pretrained(family / "base", dtype=torch.bfloat16)
+    live = LiveModel(model, open_model(str(family / "base")), [open_model(str(family / "one"))])
+    recipe = random_recipe(family, ["one"], torch.Generator().manual_seed(1))
+    live.apply(recipe)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    live.apply(random_recipe(family, ["one"], torch.Generator().manual_seed(2)))
+    with pytest.raises(RecipeError, match=r"no `weight` for model\.layers"):  # fails after the embedding was written
+        live.apply(models_recipe(family, {"one": [{"filter": "embed", "value": 1}]}, dtype="bfloat16"))
+    live.apply(recipe)
+    assert not differing(before, dict(model.named_parameters()))
+
+
+def test_a_recipe_of_other_models_is_refused(family):
+    model = AutoModelForCausalLM.from_pretrained(family / "base", dtype=torch.bfloat16)
+    live = LiveModel(model, open_model(str(family / "base")), [open_model(str(family / "one"))])
+    with pytest.raises(ModelError, match="not loaded"):
+        live.apply(models_recipe(family, {"two": 1.0}, dtype="bfloat16"))
+
+
+def nearest_bf16(x):
+    """float32 -> bf16 as float32, ties to even, by the bits alone."""
+    bits = x.astype(np.float32).view(np.uint32).astype(np.uint64)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+
+
+def test_the_formula_without_torch(family):
+    """r(b + r(r(x - b) * r(w))) of Ilharco et al. with numpy and rounding by hand."""
+    recipe = task_arithmetic_recipe(str(family / "base"), [str(family / "one")], [(0, 4)], [[0.3]])
+    merged = dict(merged_tensors(recipe, open_recipe(recipe)))
+    base, one = load_all(family / "base"), load_all(family / "one")
+    for name, tensor in merged.items():
+        b, x = base[name].float().numpy(), one[name].float().numpy()
+        wanted = nearest_bf16(b + nearest_bf16(nearest_bf16(x - b) * nearest_bf16(np.array(0.3, dtype=np.float32))))
+        assert np.array_equal(tensor.float().numpy(), wanted), name
+    assert len(merged) == len(base)
 
 
 def test_the_first_slice_rules_the_embedding_and_the_last_the_head(family):
@@ -79,55 +132,6 @@ def test_the_first_slice_rules_the_embedding_and_the_last_the_head(family):
         for n in ("model.embed_tokens.weight", "model.layers.2.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight")
     }
     assert list(weights.values()) == [0.0, 0.5, 1.0, 1.0]
-
-
-def test_a_recipe_survives_writing_and_reading(tmp_path):
-    weights = [[0.1 + 0.2], [1e-17], [-1 / 3]]
-    recipe = task_arithmetic_recipe("owner/base", ["owner/instruct"], SLICES, weights)
-    (tmp_path / "r.yaml").write_text(recipe.to_yaml())
-    again = read_recipe(tmp_path / "r.yaml")
-    assert again.to_dict() == recipe.to_dict()
-    assert list(recipe.to_dict()) == ["base_model", "dtype", "merge_method", "parameters", "slices"]
-    card = model_card(recipe, "mine")
-    for part in (
-        "base_model:\n- owner/base\n- owner/instruct\n",
-        "tags:\n- mergekit\n- merge\n",
-        "### Merge Method",
-        "### Models Merged",
-        "```yaml\n",
-    ):
-        assert part in card
-
-
-def test_a_digest_sees_the_rounded_weight(tmp_path):
-    def digest(w):
-        return task_arithmetic_recipe("b", ["s"], [(0, 4)], [[w]]).digest()
-
-    assert digest(0.5) == digest(0.5 + 1e-6)
-    assert torch.tensor(0.5, dtype=torch.bfloat16) == torch.tensor(0.5 + 1e-6, dtype=torch.bfloat16)
-    assert digest(0.5) != digest(0.51)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"merge_method": "ties"}, ["merge_method", "ties"]),
-        ({"slices": None}, ["exactly one"]),
-        ({"dtype": "int8"}, ["dtype", "int8"]),
-        ({"tokenizer_source": "union"}, ["tokenizer_source"]),
-        ({"parameters": {"weight": float("nan")}}, ["weight", "not finite"]),
-        ({"parameters": {"lambda": float("inf")}}, ["lambda", "not finite"]),
-        ({"parameters": {"densty": 1}}, ["densty"]),
-        ({"base_model": None}, ["base_model"]),
-        ({"modules": {}}, ["modules"]),
-    ],
-)
-def test_bad_recipes(change, words):
-    good = task_arithmetic_recipe("b", ["s"], [(0, 4)], [[1.0]]).to_dict()
-    with pytest.raises(RecipeError) as caught:
-        Recipe.from_dict(good | change)
-    for word in words:
-        assert word in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -179,8 +183,39 @@ def test_damaged_missing_and_pickled_weights(family):
     (family / "one/model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ModelError, match="a shard is missing"):
         open_model(str(family / "one"))
+    tensors = load_file(family / "two/model.safetensors")
+    save_file({"a": torch.zeros(1)}, family / "two/part.safetensors")
+    index = {"weight_map": dict.fromkeys(tensors, "part.safetensors")}
+    (family / "two/model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match="the file lacks tensor"):
+        check_fit(open_model(str(family / "base")), [open_model(str(family / "two"))])
+    (family / "two/model.safetensors.index.json").write_text("[]")
+    with pytest.raises(ModelError, match="index of shards"):
+        open_model(str(family / "two"))
     with pytest.raises(ModelError, match="no model folder"):
         open_model(str(family / "nowhere"))
+    (family / "one/config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"config\.json cannot be read"):
+        open_model(str(family / "one"))
+
+
+def test_older_folders_fit(family):
+    """A file that still holds rotary constants; a configuration that leaves out the KV heads where they are the heads."""
+    base, one = family / "base", family / "one"
+    edit_config(base, num_key_value_heads=4)
+    config = json.loads((one / "config.json").read_text())
+    del config["num_key_value_heads"]
+    (one / "config.json").write_text(json.dumps(config))
+    tensors = load_file(one / "model.safetensors")
+    save_file(tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, one / "model.safetensors")
+    check_fit(open_model(str(base)), [open_model(str(one))])
+
+
+def test_architectures_that_the_rules_do_not_cover(family):
+    layout = Layout(task_arithmetic_recipe("b", ["s"], [(0, 4)], [[1.0]]), 4)
+    for name in ("transformer.h.0.attn.weight", "model.final_layernorm.weight", "model.layers.4.mlp.up_proj.weight"):
+        with pytest.raises(ModelError, match=name):
+            layout.place(name)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -193,6 +228,51 @@ def test_weights_that_are_not_finite_are_refused(family, tmp_path, bad):
         build_model(recipe, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_disk_that_is_full_to_the_last_byte(family, tmp_path, monkeypatch):
+    """Whichever file it is that does not fit any more, nothing is left behind."""
+    recipe = random_recipe(family, ["one"], torch.Generator().manual_seed(0))
+    before = sorted(tmp_path.iterdir())
+    for step in ("fsync", "copyfile", "rename"):
+        with monkeypatch.context() as patch:
+
+            def full(*_args, **_kwargs):
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+            patch.setattr({"fsync": os, "copyfile": shutil, "rename": Path}[step], step, full)
+            with pytest.raises(OutputError, match="No space left on device"):
+                build_model(recipe, tmp_path / "out")
+        assert sorted(tmp_path.iterdir()) == before
+    assert build_model(recipe, tmp_path / "out").is_dir()
+
+
+def test_shards_and_progress_add_up(family, tmp_path):
+    recipe = random_recipe(family, ["one"], torch.Generator().manual_seed(0))
+    seen = []
+    build_model(recipe, tmp_path / "whole", progress=lambda done, total: seen.append((done, total)))
+    build_model(recipe, tmp_path / "parts", shard_size="10K")
+    files = list((tmp_path / "parts").glob("model-*-of-*.safetensors"))
+    assert len(files) > 1
+    assert all(sum(t.nbytes for t in load_file(f).values()) <= 10_000 for f in files)
+    assert not differing(load_all(tmp_path / "whole"), load_all(tmp_path / "parts"))
+    index = json.loads((tmp_path / "parts/model.safetensors.index.json").read_text())
+    assert seen[-1] == (index["metadata"]["total_size"],) * 2
+    assert seen == sorted(seen)
+    again = task_arithmetic_recipe(str(tmp_path / "parts"), [str(tmp_path / "whole")], [(0, 4)], [[0.5]])
+    assert not differing(dict(merged_tensors(again, open_recipe(again))), load_all(tmp_path / "whole"))
+
+
+def test_tokens_that_mean_the_same_may_name_the_base_as_their_source(family, tmp_path):
+    recipe = Recipe.from_dict(random_recipe(family, ["one"], torch.Generator().manual_seed(0)).to_dict() | {"tokenizer_source": "base"})
+    build_model(recipe, tmp_path / "out")
+    path = family / "one/tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["あ"], vocab["い"] = vocab["い"], vocab["あ"]
+    path.write_text(json.dumps(tokenizer))
+    with pytest.raises(RecipeError, match="would move or cut rows"):
+        build_model(recipe, tmp_path / "again")
 
 
 def test_a_full_disk_leaves_nothing_behind(family, tmp_path):

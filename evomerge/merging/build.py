@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import errno
 import json
+import math
+import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from evomerge.errors import InputError, OutputError
-from evomerge.merging.layout import ModelFolder
-from evomerge.merging.stream import merged_tensors, open_recipe, tensor_names
+from evomerge.merging.layout import Layout, ModelFolder, num_layers
+from evomerge.merging.stream import dtype_named, merged_tensors, open_recipe, tensor_names, working_dtype
 from evomerge.recipe import Recipe, model_card
 
 COPIED = (
@@ -29,6 +31,7 @@ COPIED = (
     "chat_template*",
 )
 UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3}
+FORMAT_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 Progress = Callable[[int, int], None]
 
 
@@ -37,22 +40,22 @@ def build_model(
 ) -> Path:
     """Write the merged model to the new folder `out`; `progress` gets (bytes written, bytes in all).
 
-    Everything is written to a temporary folder beside it, which is renamed at the end. Raises InputError when `out`
-    is there already, ModelError and RecipeError as the merge does, OutputError on a full disk.
+    Tensors are merged and written one by one, to a temporary folder beside it that is renamed at the end. Raises
+    InputError when `out` is there already, ModelError and RecipeError as the merge does, OutputError on a full disk.
     """
-    out = Path(out)
+    out = Path(out).absolute()
     limit = parse_size(shard_size)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError("is there already", where=out, remedy="Name a new folder, or remove this one.")
     models = open_recipe(recipe)
-    base = models[recipe.base_model]
+    plan = _plan(recipe, models)
     temporary: Path | None = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        _write_weights(recipe, models, temporary, limit, progress)
-        _write_config(recipe, base, temporary)
-        _copy_tokenizer(base, temporary)
+        write_shards(temporary, plan, merged_tensors(recipe, models), limit, progress)
+        _write_config(recipe, models[recipe.base_model], temporary)
+        _copy_tokenizer(models[recipe.base_model], temporary)
         text = recipe.to_yaml() if recipe_text is None else recipe_text
         (temporary / "mergekit_config.yml").write_text(text, encoding="utf-8", newline="")
         (temporary / "README.md").write_text(model_card(recipe, out.name, recipe_text=text), encoding="utf-8")
@@ -60,10 +63,10 @@ def build_model(
         if out.exists():
             out.rmdir()
         temporary.rename(out)
-    except Exception as error:
-        if not _is_disk_error(error):
-            raise
-        raise OutputError(f"the model cannot be written: {error}", where=out, remedy="Free some space; nothing was left behind.") from error
+    except OSError as error:
+        raise OutputError(
+            f"the model cannot be written: {error.strerror or error}", where=out, remedy="Free some space; nothing was left behind."
+        ) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -78,55 +81,83 @@ def parse_size(size: str | int) -> int:
     return int(float(match[1]) * UNITS[match[2]])
 
 
-def _write_weights(recipe: Recipe, models: Mapping[str, ModelFolder], folder: Path, limit: int, progress: Progress | None) -> None:
-    """Shard by shard: a shard is written when the next tensor would make it larger than `limit`."""
-    total = _total_bytes(recipe, models[recipe.base_model])
-    shards: list[list[str]] = []
-    shard: dict[str, torch.Tensor] = {}
-    size = written = 0
+@dataclass(frozen=True)
+class Planned:
+    """A tensor that will be written: known before it is merged, so that a file's header can come first."""
 
-    def flush() -> None:
-        nonlocal size
-        save_file(shard, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
-        shards.append(list(shard))
-        shard.clear()
-        size = 0
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
 
-    for name, tensor in merged_tensors(recipe, models):
-        n_bytes = tensor.numel() * tensor.element_size()
-        if shard and size + n_bytes > limit:
-            flush()
-        shard[name] = tensor.contiguous()
-        size += n_bytes
-        written += n_bytes
-        if progress is not None:
-            progress(written, total)
-    flush()
-    _name_shards(folder, shards, written)
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
-def _name_shards(folder: Path, shards: list[list[str]], total: int) -> None:
-    if len(shards) == 1:
-        (folder / "shard-0").rename(folder / "model.safetensors")
-        return
+def write_shards(
+    folder: Path, plan: Iterable[Planned], tensors: Iterator[tuple[str, torch.Tensor]], limit: int, progress: Progress | None = None
+) -> None:
+    """Write `tensors`, which come in the plan's order, as safetensors files of up to `limit` bytes. Raises OSError.
+
+    A file holds at least one tensor, however large. Several files get an index.
+    """
+    shards = _into_shards(plan, limit)
+    total = sum(item.size for shard in shards for item in shard)
+    written = 0
     weight_map: dict[str, str] = {}
-    for i, names in enumerate(shards):
-        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"shard-{i}").rename(folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+    for i, shard in enumerate(shards):
+        name = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        with (folder / name).open("wb") as file:
+            file.write(_header(shard))
+            for item, (merged_name, tensor) in zip(shard, islice(tensors, len(shard)), strict=True):
+                assert (merged_name, tensor.dtype, tuple(tensor.shape)) == (item.name, item.dtype, item.shape)
+                file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+                weight_map[item.name] = name
+                written += item.size
+                if progress is not None:
+                    progress(written, total)
+            file.flush()
+            os.fsync(file.fileno())  # some file systems find out only now that the disk is full
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def _total_bytes(recipe: Recipe, base: ModelFolder) -> int:
-    total = 0
-    for name in tensor_names(base):
-        numel = 1
-        for n in base.shape(name):
-            numel *= n
-        dtype = getattr(torch, recipe.out_dtype or recipe.dtype or "", base.dtype(name))
-        total += numel * dtype.itemsize
-    return total
+def _plan(recipe: Recipe, models: Mapping[str, ModelFolder]) -> list[Planned]:
+    base = models[recipe.base_model]
+    layout = Layout(recipe, num_layers(base.config))
+    out_dtype = dtype_named(recipe.out_dtype)
+    return [Planned(name, out_dtype or working_dtype(layout, models, name), base.shape(name)) for name in tensor_names(base)]
+
+
+def _into_shards(plan: Iterable[Planned], limit: int) -> list[list[Planned]]:
+    """A new file begins when the next tensor would make the last one larger than `limit`."""
+    shards: list[list[Planned]] = [[]]
+    size = 0
+    for item in plan:
+        if shards[-1] and size + item.size > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(item)
+        size += item.size
+    return shards
+
+
+def _header(shard: Iterable[Planned]) -> bytes:
+    """safetensors' header: its length (8 bytes, little-endian), then JSON that is padded with spaces to 8 bytes."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for item in shard:
+        header[item.name] = {
+            "dtype": FORMAT_NAMES[item.dtype],
+            "shape": list(item.shape),
+            "data_offsets": [end, end + item.size],
+        }
+        end += item.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _write_config(recipe: Recipe, base: ModelFolder, folder: Path) -> None:
@@ -134,8 +165,8 @@ def _write_config(recipe: Recipe, base: ModelFolder, folder: Path) -> None:
     config = dict(base.config)
     dtype = recipe.out_dtype or recipe.dtype
     if dtype is not None:
-        key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
-        config[key] = dtype
+        for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]:
+            config[key] = dtype
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -146,9 +177,3 @@ def _copy_tokenizer(base: ModelFolder, folder: Path) -> None:
                 shutil.copytree(path, folder / path.name)
             else:
                 shutil.copyfile(path, folder / path.name)
-
-
-def _is_disk_error(error: Exception) -> bool:
-    """safetensors wraps the operating system's errors in its own kind, with their text."""
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM)
-    return full or (type(error).__name__ == "SafetensorError" and any(w in str(error) for w in ("No space", "too large", "os error")))

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from evomerge.errors import ModelError, RecipeError
-from evomerge.recipe import Recipe, Slice
+from evomerge.recipe import BOOLEANS, Recipe, Slice, scalar
 
 LAYER = re.compile(r"^(.*?\blayers\.)(\d+)(\..*)$")
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -29,6 +29,8 @@ CONFIG_KEYS = (
     "vocab_size",
     "tie_word_embeddings",
 )
+FIRST, LAST = ("model.embed_tokens.",), ("model.norm.", "lm_head.")  # outside the layers: the first slice's and the last's
+NOT_WEIGHTS = ".rotary_emb.inv_freq"  # a constant that old checkpoints carry
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class ModelFolder:
     path: Path
     config: dict[str, Any]
     files: Mapping[str, Path] = field(repr=False)  # tensor name -> safetensors file
+    ref: str = ""  # as it was asked for: a folder or a hub name
     _open: dict[Path, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -49,7 +52,10 @@ class ModelFolder:
     def _headers(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         headers = {}
         for name in self.files:
-            piece = self._file(name).get_slice(name)
+            try:
+                piece = self._file(name).get_slice(name)
+            except SafetensorError as error:
+                raise ModelError(f"the file lacks tensor {name}", where=self.files[name], remedy="Copy or download it again.") from error
             if piece.get_dtype() not in DTYPES:
                 raise ModelError(
                     f"tensor {name} has a dtype that is not supported", where=self.path, found=piece.get_dtype(), remedy="Convert it."
@@ -65,7 +71,12 @@ class ModelFolder:
 
     def get_tensor(self, name: str) -> torch.Tensor:
         """The tensor as it lies on disk. Raises ModelError when the file is damaged."""
-        tensor: torch.Tensor = self._file(name).get_tensor(name)
+        try:
+            tensor: torch.Tensor = self._file(name).get_tensor(name)
+        except SafetensorError as error:
+            raise ModelError(
+                f"tensor {name} cannot be read: {error}", where=self.files[name], remedy="Copy or download it again."
+            ) from error
         return tensor
 
     def _file(self, name: str) -> Any:
@@ -91,7 +102,10 @@ def open_model(ref: str) -> ModelFolder:
         raise ModelError("the folder has no config.json", where=path, remedy="Name a folder in transformers' format.") from None
     except (OSError, ValueError) as error:
         raise ModelError(f"config.json cannot be read: {error}", where=path, remedy="Save the model again.") from error
-    return ModelFolder(path, config, _weight_files(path))
+    if not isinstance(config, dict):
+        raise ModelError("config.json is no mapping", where=path, found=config, remedy="Save the model again.")
+    files = {name: file for name, file in _weight_files(path).items() if not name.endswith(NOT_WEIGHTS)}
+    return ModelFolder(path, config, files, ref)
 
 
 def num_layers(config: Mapping[str, Any]) -> int:
@@ -106,7 +120,11 @@ def check_fit(base: ModelFolder, siblings: Sequence[ModelFolder]) -> None:
     for sibling in siblings:
         for key in CONFIG_KEYS:
             ours, theirs = base.config.get(key), sibling.config.get(key)
-            if ours != theirs and (key != "tie_word_embeddings" or bool(ours) != bool(theirs)):
+            if key == "tie_word_embeddings":
+                ours, theirs = bool(ours), bool(theirs)
+            elif key == "num_key_value_heads":  # older configurations leave it out where it equals the heads
+                ours, theirs = (m.config.get(key) or m.config.get("num_attention_heads") for m in (base, sibling))
+            if ours != theirs:
                 raise ModelError(
                     f"does not fit the base: `{key}` is {theirs}, the base has {ours}",
                     where=sibling.path,
@@ -127,13 +145,30 @@ def check_fit(base: ModelFolder, siblings: Sequence[ModelFolder]) -> None:
                 )
 
 
+def check_same_tokens(models: Sequence[ModelFolder]) -> None:
+    """Raise RecipeError unless `tokenizer_source: base` would leave every row of the embeddings where it is."""
+    from transformers import AutoTokenizer
+
+    tokens: list[dict[str, int]] = []
+    for model in models:
+        try:
+            tokens.append(AutoTokenizer.from_pretrained(str(model.path)).get_vocab())
+        except Exception as error:  # OSError, ValueError, KeyError and others, by what is wrong in the files
+            raise ModelError(f"the tokenizer cannot be loaded: {error}", where=model.path, remedy="Remove `tokenizer_source`.") from error
+        if tokens[-1] != tokens[0] or len(tokens[-1]) != model.config.get("vocab_size"):
+            raise RecipeError(
+                "`tokenizer_source: base` would move or cut rows of the embeddings, which is not supported",
+                where=model.path,
+                remedy="Remove `tokenizer_source` if the rows mean the same tokens in every model.",
+            )
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a tensor's parameters come from: its slice, and t in 0 to 1 along the slice's layers for gradients."""
 
     piece: Slice
     t: float
-    source_name: str  # the tensor's name in the input models
 
 
 class Layout:
@@ -158,17 +193,23 @@ class Layout:
                     remedy="Mend it.",
                 )
             count = end - start
-            self._layers += [Place(piece, layer / (count - 1) if count > 1 else 1.0, "") for layer in range(count)]
+            self._layers += [Place(piece, layer / (count - 1) if count > 1 else 1.0) for layer in range(count)]
         if len(self._layers) != n_layers:
             raise RecipeError(f"the slices end at layer {len(self._layers)}, the model has {n_layers}", remedy="Add the missing layers.")
 
     def place(self, name: str) -> Place:
-        """Layers by their slice; final norm and head by the last slice, all else by the first; t is 0 outside layers."""
+        """Layers by their slice; final norm and head by the last slice, embeddings by the first; t is 0 outside layers.
+
+        Raises ModelError for a tensor of another kind: mergekit's rules say nothing of it.
+        """
         match = LAYER.match(name)
         if match:
+            if int(match[2]) >= self.n_layers:
+                raise ModelError(f"tensor {name} passes the configuration's {self.n_layers} layers", remedy="Mend config.json.")
             return self._layers[int(match[2])]
-        last = name.startswith(("lm_head", "model.norm"))
-        return Place(self.recipe.slices[-1 if last else 0], 0.0, name)
+        if not name.startswith(FIRST + LAST):
+            raise ModelError(f"tensor {name} is of an architecture that is not supported", remedy="Llama, Qwen2 and their like are.")
+        return Place(self.recipe.slices[-1 if name.startswith(LAST) else 0], 0.0)
 
     def parameter(self, key: str, name: str, model: str | None = None, default: Any = None) -> Any:
         """A parameter's value for a tensor: the source's before the slice's before the recipe's."""
@@ -176,7 +217,7 @@ class Layout:
         levels = [source.parameters for source in place.piece.sources if source.model == model]
         for level in [*levels, place.piece.parameters, self.recipe.parameters]:
             if key in level:
-                value = _evaluate(level[key], name, place.t)
+                value = _evaluate(key, level[key], name, place.t)
                 if value is not None:
                     return value
         return default
@@ -193,29 +234,32 @@ class Layout:
         return found
 
 
-def _evaluate(setting: Any, name: str, t: float) -> float | None:
-    """A number, a gradient over t, or the first filter that matches the tensor's name."""
+def _evaluate(key: str, setting: Any, name: str, t: float) -> float | bool | None:
+    """A number, a gradient over t (booleans take the step before t), or the first filter that matches the tensor's name."""
     if isinstance(setting, Mapping):
         setting = [setting]
     if not isinstance(setting, list):
-        return float(setting)
-    if not any(isinstance(item, Mapping) for item in setting):
-        scaled = t * (len(setting) - 1)
-        low = int(scaled)
-        high = min(len(setting) - 1, low + 1)
-        return (1 - (scaled - low)) * float(setting[low]) + (scaled - low) * float(setting[high])
-    for item in setting:
-        pattern = item.get("filter")
-        if pattern in (None, "*") or pattern in name:
-            return _evaluate(item["value"], name, t)
-    return None
+        return scalar(key, setting)
+    if isinstance(setting[0], Mapping):
+        matching = (s for s in setting if s.get("filter") in (None, "*") or s["filter"] in name)
+        first = next(matching, None)
+        return None if first is None else _evaluate(key, first["value"], name, t)
+    values = [scalar(key, item) for item in setting]
+    scaled = t * (len(values) - 1)
+    low = int(scaled)
+    if key in BOOLEANS:
+        return values[low]
+    return (1 - (scaled - low)) * values[low] + (scaled - low) * values[min(len(values) - 1, low + 1)]
 
 
 def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model"]))
+        owner_name, _, revision = name.partition("@")
+        return Path(
+            snapshot_download(owner_name, revision=revision or None, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model"])
+        )
     except Exception as error:  # the client raises its own, httpx's and OSError
         raise ModelError(
             f"cannot be fetched from the hub ({type(error).__name__})",
@@ -229,7 +273,7 @@ def _weight_files(path: Path) -> dict[str, Path]:
     if index.is_file():
         try:
             names = {str(name): path / str(file) for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
-        except (ValueError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise ModelError("the index of shards cannot be read", where=index, remedy="Save the model again.") from error
         for file in sorted(set(names.values())):
             if not file.is_file():

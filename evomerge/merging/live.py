@@ -8,17 +8,29 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from evomerge.errors import ModelError
 from evomerge.merging.layout import Layout, ModelFolder, num_layers
 from evomerge.merging.methods import combine, combine_into
-from evomerge.merging.stream import load_finite, merge_tensor, tensor_names
+from evomerge.merging.stream import dtype_named, load_finite, merge_tensor, tensor_names, working_dtype
 from evomerge.recipe import Recipe
 
 log = logging.getLogger(__name__)
+MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 SHARE = 0.6  # of the free memory that base and deltas may take; the rest is for keys and values
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What stays beside one live parameter, in its dtype and on its device."""
+
+    base: torch.Tensor
+    positive: torch.Tensor  # the base with 0 for -0, which `combine_into` needs; mostly the same tensor
+    deltas: list[torch.Tensor]  # r(x - b), one per sibling
 
 
 class LiveModel:
@@ -39,15 +51,17 @@ class LiveModel:
                 raise ModelError(
                     f"the live model has no parameter {name}", where=base.path, remedy="This architecture cannot be merged in place."
                 )
+        for name in self.live.keys() - set(self.names):  # it would keep what the model was loaded with
+            raise ModelError(f"the file has no tensor for {name}", where=base.path, remedy="Save the model again with transformers.")
         self.resident = self._fits()
         log.info("base and deltas: %s", "beside the live model" if self.resident else "streamed from disk for every candidate")
-        self._kept: dict[str, tuple[torch.Tensor, list[torch.Tensor]]] = {}
+        self._kept: dict[str, _Kept] = {}
         self._applied: dict[str, object] = {}  # what each parameter holds now: weights, normalize, lambda
 
     @torch.no_grad()
     def apply(self, recipe: Recipe) -> None:
         """Give every parameter the recipe's weights, in place; parameters whose weights did not change are skipped."""
-        folders = dict(zip((recipe.base_model, *recipe.siblings), (self.base, *self._in_order(recipe)), strict=True))
+        folders = {ref: _find(ref, self.siblings) for ref in recipe.siblings} | {recipe.base_model: _find(recipe.base_model, [self.base])}
         layout = Layout(recipe, num_layers(self.base.config))
         for name in self.names:
             out = self.live[name]
@@ -60,36 +74,25 @@ class LiveModel:
             if self._applied.get(name) == state:
                 continue
             self._applied.pop(name, None)  # an interrupted write must not count as done
-            own_dtype = recipe.dtype is None or getattr(torch, recipe.dtype) == out.dtype
-            if self.resident and own_dtype:
-                base, deltas = self._base_and_deltas(name, out)
-                order = [self.siblings.index(folders[ref]) for ref, _ in pairs]
-                weights = [w for _, w in pairs]
-                if len(order) == 1 and settings == (False, 1.0):
-                    combine_into(out, base, deltas[order[0]], weights[0])
+            one_dtype = {working_dtype(layout, folders, name), dtype_named(recipe.out_dtype) or out.dtype} == {out.dtype}
+            if self.resident and one_dtype:
+                kept = self._base_and_deltas(name, out)
+                deltas = [kept.deltas[self.siblings.index(folders[ref])] for ref, _ in pairs]
+                if len(deltas) == 1 and settings == (False, 1.0):
+                    combine_into(out, kept.positive, deltas[0], pairs[0][1])
                 else:
-                    out.copy_(combine(base, [deltas[i] for i in order], weights, *settings))
+                    out.copy_(combine(kept.base, deltas, [w for _, w in pairs], *settings))
             else:
                 out.copy_(merge_tensor(layout, folders, name, out.device))
             self._applied[name] = state
 
-    def _in_order(self, recipe: Recipe) -> list[ModelFolder]:
-        """The folders of a recipe's siblings."""
-        by_path = {os.path.realpath(folder.path): folder for folder in self.siblings}
-        found = []
-        for i, ref in enumerate(recipe.siblings):
-            folder = by_path.get(os.path.realpath(ref)) or (self.siblings[i] if len(recipe.siblings) == len(self.siblings) else None)
-            if folder is None:
-                raise ModelError("the recipe names a model that is not loaded", where=ref, remedy="Load it as a sibling.")
-            found.append(folder)
-        return found
-
-    def _base_and_deltas(self, name: str, out: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The base and each sibling's delta r(x - b), in the parameter's dtype and on its device; computed once."""
+    def _base_and_deltas(self, name: str, out: torch.Tensor) -> _Kept:
+        """Read once, at the first candidate."""
         if name not in self._kept:
             base = load_finite(self.base, name, out.dtype, out.device)
             deltas = [load_finite(folder, name, out.dtype, out.device).sub(base) for folder in self.siblings]
-            self._kept[name] = (base, deltas)
+            negative_zeros = bool(((base == 0) & base.signbit()).any())
+            self._kept[name] = _Kept(base, base + 0.0 if negative_zeros else base, deltas)
         return self._kept[name]
 
     def _fits(self) -> bool:
@@ -100,9 +103,25 @@ class LiveModel:
         return all(size <= SHARE * _free_bytes(device) for device, size in needed.items())
 
 
+def _find(ref: str, folders: Sequence[ModelFolder]) -> ModelFolder:
+    """The folder that a recipe's reference means. Raises ModelError."""
+    found = next((f for f in folders if f.ref == ref or os.path.realpath(f.path) == os.path.realpath(ref)), None)
+    if found is None:
+        raise ModelError("the recipe names a model that is not loaded", where=ref, remedy="Load it as the base or a sibling.")
+    return found
+
+
 def _free_bytes(device: torch.device) -> float:
+    """Memory that can be taken now; on the CPU what the kernel calls available, which counts files it can drop."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
-    if device.type == "cpu":
-        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return float("inf")
+    if device.type != "cpu":
+        return float("inf")
+    free = float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    if MEMINFO.is_file():
+        lines = dict(line.split(":", 1) for line in MEMINFO.read_text(encoding="ascii").splitlines())
+        free = float(lines["MemAvailable"].split()[0]) * 1024
+    limit, used = (CGROUP / "memory.max", CGROUP / "memory.current")
+    if limit.is_file() and (text := limit.read_text(encoding="ascii").strip()) != "max":  # a container's own limit
+        free = min(free, float(text) - float(used.read_text(encoding="ascii")))
+    return free

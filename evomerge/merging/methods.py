@@ -35,6 +35,9 @@ def combine(base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], no
 
 
 def combine_into(out: Tensor, base: Tensor, delta: Tensor, weight: float) -> None:
-    """`combine` of one delta without temporaries: out = r(b + r(d * r(w))). `torch.add(alpha=)` would round once only."""
+    """`combine` of one delta without temporaries: out = r(b + r(d * r(w))). `torch.add(alpha=)` would round once only.
+
+    `base` must hold no -0: mergekit's sum over one product turns -0 into 0, and -0 + -0 would stay -0 here.
+    """
     torch.mul(delta, torch.tensor(weight, dtype=base.dtype, device=base.device), out=out)
     out.add_(base)
