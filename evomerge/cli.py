@@ -345,8 +345,8 @@ def _print_verdict(finished: Finished) -> None:
     print(f"verdict on {verdict['n']} held-out tasks, metric {verdict['metric']}; winner: trial {winner.number} ({winner.role})")
     for name, c in verdict["candidates"].items():
         paired = verdict["paired"].get(f"winner-{name}")
-        beside = f"   winner ahead by {paired['diff']:+.3f} [{paired['low']:+.3f}, {paired['high']:+.3f}]" if paired else ""
-        print(f"  {name:12} {c['mean']:.3f} ± {c['stderr']:.3f}{beside}")
+        beside = f"  winner ahead by {paired['diff']:+.3f} [{paired['low']:+.3f}, {paired['high']:+.3f}]" if paired else ""
+        print(f"  {name:12} {c['mean']:.3f} ± {c['stderr']:.3f}  cut {c['truncated']:>4.0%}{beside}")
 
 
 def _say_written(console: Console, paths: Sequence[Path]) -> None:

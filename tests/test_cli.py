@@ -184,6 +184,20 @@ def test_errors_of_the_user_are_one_line(pair, capsys, tmp_path):
     )
 
 
+def test_several_siblings_and_a_device_map(pair, capsys, tmp_path):
+    shutil.copytree(pair, tmp_path / "pair")
+    shutil.copytree(pair / "instruct", tmp_path / "pair/math")
+    study = (tmp_path / "pair/study.yaml").read_text().replace("[./instruct]", "[./instruct, ./math]")
+    (tmp_path / "pair/study.yaml").write_text(study)
+    url = f"sqlite:///{tmp_path}/s.db"
+    run = ["search", str(tmp_path / "pair/study.yaml"), "--storage", url, "--results", str(tmp_path / "r"), "--trials", "8"]
+    assert main([*run, "--set", "engine.device_map=auto", "--set", "genome.normalize=true"]) == 0
+    data = shown(capsys, url)
+    assert [t["weights"] for t in data["trials"][:3]] == [[0.0] * 8, [1.0, 0.0] * 4, [0.0, 1.0] * 4]
+    assert set(data["verdict"]["candidates"]) == {"winner", "base", "sibling:instruct", "sibling:math", "uniform"}
+    assert main(["merge", str(tmp_path / "r/tiny/best.yaml"), str(tmp_path / "merged")]) == 0
+
+
 def test_correct_needs_closed_tasks(pair, capsys, tmp_path):
     shutil.copytree(pair, tmp_path / "pair")
     long = "これは長い参照解答であり、単語や数字や一覧ではない。自由な文章として書かれているので、正誤は決まらない。" * 3

@@ -13,8 +13,9 @@ import torch
 import yaml
 from merging_tools import SLICES, differing, load_all, make_family
 
+from evomerge.cli import main
 from evomerge.merging.build import build_model
-from evomerge.recipe import Recipe, task_arithmetic_recipe
+from evomerge.recipe import Recipe, read_recipe, task_arithmetic_recipe
 
 PYTHON, SCRIPT = os.environ.get("EVOMERGE_MERGEKIT_PYTHON"), shutil.which("mergekit-yaml")
 COMMAND = [PYTHON, "-m", "mergekit.scripts.run_yaml"] if PYTHON else [SCRIPT]
@@ -72,3 +73,10 @@ def test_everything_at_once(tmp_path):
     make_family(tmp_path, dtypes=(torch.bfloat16, torch.float32, torch.float16))
     text = EVERYTHING.format(**{name: tmp_path / name for name in ("base", "one", "two")})
     assert not differing(*both(Recipe.from_dict(yaml.safe_load(text)), tmp_path))
+
+
+def test_a_study_s_winner_as_it_is_exported(pair, tmp_path):
+    storage, results = f"sqlite:///{tmp_path}/s.db", str(tmp_path / "results")
+    assert main(["search", str(pair / "study.yaml"), "--storage", storage, "--results", results, "--trials", "4"]) == 0
+    ours, theirs = both(read_recipe(tmp_path / "results/tiny/best.yaml"), tmp_path)
+    assert differing(ours, theirs) == {}
