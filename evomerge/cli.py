@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from evomerge import __version__
 from evomerge.console import Console, duration
@@ -18,6 +18,8 @@ from evomerge.errors import EvomergeError, InputError
 if TYPE_CHECKING:
     from evomerge.search.session import Finished
     from evomerge.tasks import Task
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,6 +47,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"evomerge {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
+    _study_commands(commands)
+    _model_commands(commands)
+    return parser
+
+
+def _study_commands(commands: Commands) -> None:
+    """search, check, show, export, report."""
     p = _command(
         commands, "search", search, "run a study, or go on with it", "evomerge search search_spaces/demo.yaml --set search.trials=24"
     )
@@ -85,6 +94,15 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--model", type=Path, metavar="DIR", help="build the merged model in DIR")
     _shards(p)
 
+    p = _command(
+        commands, "report", report, "write a study's results again: YAML, model card, verdict, page, table", "evomerge report demo"
+    )
+    _study(p)
+    _results(p)
+
+
+def _model_commands(commands: Commands) -> None:
+    """merge, infer, judge grade, demo: what needs no study."""
     p = _command(commands, "merge", merge, "merge any supported mergekit YAML to a model folder", "evomerge merge best.yaml merged/")
     p.add_argument("config", type=Path, metavar="CONFIG_YAML")
     p.add_argument("out", type=Path, metavar="OUT")
@@ -122,18 +140,12 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--judge", choices=["rules"], default="rules")
     p.add_argument("--out", type=Path, metavar="G", help="JSON lines: task_id, grade, reason, judge, model (default: stdout)")
 
-    p = _command(
-        commands, "report", report, "write a study's results again: YAML, model card, verdict, page, table", "evomerge report demo"
-    )
-    _study(p)
-    _results(p)
-
     p = _command(commands, "demo", demo, "build the tiny pair and its tasks", "evomerge demo demo/")
     p.add_argument("out", type=Path, metavar="DIR")
-    return parser
 
 
 def search(args: argparse.Namespace) -> None:
+    """Run or go on, then write the results."""
     from evomerge.export import write_results
     from evomerge.search.session import load_finished, open_search
     from evomerge.study import read_study
@@ -151,6 +163,7 @@ def search(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> int:
+    """A line per finding; 2 when one is wrong."""
     from evomerge.check import check_study
     from evomerge.study import read_study
 
@@ -162,6 +175,7 @@ def check(args: argparse.Namespace) -> int:
 
 
 def show(args: argparse.Namespace) -> None:
+    """Trials and verdict as a table, or as one JSON object."""
     from evomerge.export import as_json
 
     finished = _finished(args)
@@ -179,6 +193,7 @@ def show(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
+    """The winner's YAML, or its model folder."""
     from evomerge.export import card, replace_file
 
     finished = _finished(args)
@@ -200,6 +215,7 @@ def merge(args: argparse.Namespace) -> None:
 
 
 def infer(args: argparse.Namespace) -> None:
+    """Answer a task file."""
     from evomerge.inference import run_inference
     from evomerge.knowledge.base import read_knowledge
     from evomerge.search.inferring import model_engine, study_engine
@@ -239,9 +255,7 @@ def demo(args: argparse.Namespace) -> None:
     console.say(f"the demo pair and its tasks are in {args.out}")
 
 
-def _command(
-    commands: argparse._SubParsersAction, name: str, run: Callable[..., object], does: str, example: str
-) -> argparse.ArgumentParser:
+def _command(commands: Commands, name: str, run: Callable[..., object], does: str, example: str) -> argparse.ArgumentParser:
     p: argparse.ArgumentParser = commands.add_parser(
         name,
         help=does,
