@@ -25,6 +25,7 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0 done, 1 failed, 2 wrong usage or input, 130 interrupted."""
     args = make_parser().parse_args(argv)
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # the hub's retries would stand above our one line
     try:
         command: Callable[[argparse.Namespace], int | None] = args.command
         return command(args) or 0
@@ -146,14 +147,15 @@ def _model_commands(commands: Commands) -> None:
 
 def search(args: argparse.Namespace) -> None:
     """Run or go on, then write the results."""
-    from evomerge.export import write_results
-    from evomerge.search.session import load_finished, open_search
     from evomerge.study import read_study
 
     overrides = list(args.set)
     overrides += [f"study={args.study}"] if args.study is not None else []
     overrides += [f"search.{key}={value}" for key in ("trials", "seed") if (value := getattr(args, key)) is not None]
     study = read_study(args.study_file, overrides)
+    from evomerge.export import write_results  # seconds of imports, which a typing error need not wait for
+    from evomerge.search.session import load_finished, open_search
+
     url, console = _url(args.storage, study.study), Console()
     with open_search(study, url, console) as running:
         running.run()
