@@ -196,7 +196,8 @@ def show(args: argparse.Namespace) -> None:
 
 def export(args: argparse.Namespace) -> None:
     """The winner's YAML, or its model folder."""
-    from evomerge.export import card, replace_file
+    from evomerge.atomic import replace_file
+    from evomerge.export import card
 
     finished = _finished(args)
     text = finished.recipe.to_yaml()

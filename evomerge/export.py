@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from evomerge.errors import OutputError
+from evomerge.atomic import replace_file
 from evomerge.recipe import model_card
 from evomerge.report import write_report, write_trials_csv
 from evomerge.search.ledger import TrialRecord
@@ -48,26 +46,6 @@ def write_results(finished: Finished, folder: Path) -> list[Path]:
         ),
     )
     return written
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> Path:
-    """Let `write` fill a temporary file, then rename it to `path`. Raises OutputError on a full disk."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        temporary = Path(name)
-        try:
-            write(temporary)
-            temporary.chmod(0o644)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"cannot be written: {error.strerror}", where=path, remedy="Free some space and run the command again."
-        ) from error
-    return path
 
 
 def card(finished: Finished) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1] / "evomerge"
 ORDER = [
-    ["errors", "console"],
+    ["errors", "console", "atomic"],
     ["study", "recipe", "tasks"],
     ["genome"],
     ["merging"],

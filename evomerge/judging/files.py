@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,8 @@ from statistics import fmean, stdev
 from typing import Any
 
 from evomerge.answering.engine import Answer
-from evomerge.errors import InputError, OutputError, TaskError
+from evomerge.atomic import replace_file
+from evomerge.errors import InputError, TaskError
 from evomerge.judging.grade import Grade, Judge
 from evomerge.tasks import Task, load_tasks, read_json_records
 
@@ -51,7 +50,7 @@ def grade_file(tasks_path: str | Path, answers_path: str | Path, judge: Judge, o
     if out is None:
         _write_stdout(text)
     else:
-        _write_whole(Path(out), text)
+        replace_file(Path(out), lambda path: path.write_text(text, encoding="utf-8", newline="\n"), make_folder=False)
     return _summary(grade.value for grade in grades)
 
 
@@ -126,22 +125,3 @@ _SURROGATES = dict.fromkeys(range(55296, 57344), "�")
 def _write_stdout(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
-
-
-def _write_whole(out: Path, text: str) -> None:
-    """Write beside `out` and rename, so that a reader never meets half a file."""
-    name = None
-    try:
-        with tempfile.NamedTemporaryFile("w", dir=out.parent, prefix=f".{out.name}.", encoding="utf-8", newline="\n", delete=False) as file:
-            name = file.name
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # temporary files are private by default
-        os.replace(name, out)
-    except OSError as error:
-        if name is not None:
-            Path(name).unlink(missing_ok=True)
-        raise OutputError(
-            "the grades cannot be written", where=out, found=error.strerror, remedy="Check the folder, its rights and the disk."
-        ) from error
