@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging as transformers_logging
 
 from evomerge.answering.engine import Answer
@@ -127,11 +128,20 @@ def _load_model(
     device = engine.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    device_map: Any = engine.device_map
+    quantization = _quantization(engine)
+    if quantization is not None and device_map is None:
+        device_map = {"": device}  # tensor by tensor: the unquantised model is never there as a whole
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            str(folder.path), dtype=dtype, device_map=engine.device_map, trust_remote_code=engine.trust_remote_code, use_safetensors=True
+            str(folder.path),
+            dtype=dtype,
+            device_map=device_map,
+            trust_remote_code=engine.trust_remote_code,
+            use_safetensors=True,
+            quantization_config=quantization,
         )
-        if engine.device_map is None:
+        if device_map is None:
             model.to(torch.device(device))  # type: ignore[arg-type]
     except torch.OutOfMemoryError as error:
         raise EngineError(
@@ -141,6 +151,25 @@ def _load_model(
         raise ModelError(f"transformers cannot load the model: {error}", where=folder.path, remedy="Check config.json.") from error
     model.eval()
     return model
+
+
+def _quantization(engine: EngineSection) -> BitsAndBytesConfig | None:
+    """How the live model is quantised: NF4, computed in bfloat16. Raises EngineError without bitsandbytes."""
+    if engine.quantization is None:
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise EngineError(
+            "a live model in 4 bits needs bitsandbytes",
+            where="engine.quantization",
+            found=engine.quantization,
+            remedy="Run pip install 'evomerge[4bit]'.",
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_use_double_quant=engine.quantization == "4bit-double",
+    )
 
 
 def _batch_seed(seed: int, prompts: Sequence[str]) -> int:
