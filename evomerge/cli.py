@@ -108,6 +108,7 @@ def _model_commands(commands: Commands) -> None:
     p.add_argument("config", type=Path, metavar="CONFIG_YAML")
     p.add_argument("out", type=Path, metavar="OUT")
     _shards(p)
+    p.add_argument("--random-seed", type=int, default=0, metavar="N", help="decides what DARE drops, as in mergekit (default: 0)")
 
     p = _command(
         commands,
@@ -202,7 +203,7 @@ def export(args: argparse.Namespace) -> None:
     finished = _finished(args)
     text = finished.recipe.to_yaml()
     if args.model is not None:
-        _build(finished.recipe, args.model, args.out_shard_size, text)
+        _build(finished.recipe, args.model, args.out_shard_size, text, finished.study.search.seed)
         replace_file(args.model / "README.md", lambda p: p.write_text(card(finished), encoding="utf-8"))
     if args.output is not None:
         _say_written(Console(), [replace_file(args.output, lambda p: p.write_text(text, encoding="utf-8"))])
@@ -214,7 +215,7 @@ def merge(args: argparse.Namespace) -> None:
     from evomerge.recipe import read_recipe
 
     recipe = read_recipe(args.config)
-    _build(recipe, args.out, args.out_shard_size, args.config.read_text(encoding="utf-8"))
+    _build(recipe, args.out, args.out_shard_size, args.config.read_text(encoding="utf-8"), args.random_seed)
 
 
 def infer(args: argparse.Namespace) -> None:
@@ -316,7 +317,7 @@ def _finished(args: argparse.Namespace) -> Finished:
     return load_finished(_url(args.storage, args.study), args.study)
 
 
-def _build(recipe: object, out: Path, shard_size: str, text: str) -> None:
+def _build(recipe: object, out: Path, shard_size: str, text: str, random_seed: int) -> None:
     from evomerge.merging.build import build_model
     from evomerge.recipe import Recipe
 
@@ -327,6 +328,7 @@ def _build(recipe: object, out: Path, shard_size: str, text: str) -> None:
         out,
         recipe_text=text,
         shard_size=shard_size,
+        random_seed=random_seed,
         progress=lambda done, total: console.status(f"merged {done / 1e6:.1f} of {total / 1e6:.1f} MB"),
     )
     _say_written(console, [out])

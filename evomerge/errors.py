@@ -5,6 +5,7 @@
     │   ├── StudyFileError        the study file: unknown key, wrong value
     │   ├── StudyError            a study by name: unknown, changed, busy
     │   ├── RecipeError           a mergekit configuration
+    │   │   └── UnsupportedRecipe a valid one that only mergekit itself can merge
     │   ├── ModelError            a model folder: missing, damaged, of another shape
     │   ├── TaskError             a task file or dataset
     │   └── KnowledgeError        the Excel base
@@ -50,6 +51,10 @@ class StudyError(InputError):
 
 class RecipeError(InputError):
     """A mergekit configuration that is wrong or not supported."""
+
+
+class UnsupportedRecipe(RecipeError):
+    """A configuration that mergekit may merge and evomerge does not: `evomerge merge` hands it over."""
 
 
 class ModelError(InputError):

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from evomerge.atomic import replace_file
-from evomerge.recipe import model_card
+from evomerge.card import model_card
 from evomerge.report import write_report, write_trials_csv
 from evomerge.search.ledger import TrialRecord
 from evomerge.search.session import Finished

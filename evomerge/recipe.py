@@ -14,13 +14,34 @@ from typing import Any
 
 import yaml
 
-from evomerge.errors import RecipeError
+from evomerge.errors import RecipeError, UnsupportedRecipe
 
-METHODS = {"task_arithmetic": "[Task Arithmetic](https://arxiv.org/abs/2212.04089)"}
+MERGEKIT = "mergekit itself may: pip install 'evomerge[mergekit]'."
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a recipe of one merge method must hold."""
+
+    link: str  # for a model card
+    base: bool  # a base model among the sources: needed, or (linear) a source like the others
+    settings: tuple[str, ...]  # needed for each sibling, or (slerp) for the slice
+
+
+METHODS = {
+    "task_arithmetic": Method("[Task Arithmetic](https://arxiv.org/abs/2212.04089)", True, ("weight",)),
+    "ties": Method("[TIES](https://arxiv.org/abs/2306.01708)", True, ("weight",)),
+    "dare_ties": Method("[DARE TIES](https://arxiv.org/abs/2311.03099)", True, ("weight",)),
+    "dare_linear": Method("[Linear DARE](https://arxiv.org/abs/2311.03099)", True, ("weight",)),
+    "linear": Method("[Linear](https://arxiv.org/abs/2203.05482)", False, ("weight",)),
+    "slerp": Method("[SLERP](https://en.wikipedia.org/wiki/Slerp)", True, ()),
+}
+DARE = ("dare_ties", "dare_linear")  # these drop numbers at random
 DTYPES = ("bfloat16", "float16", "float32")
-KEYS = ("base_model", "merge_method", "dtype", "out_dtype", "parameters", "slices", "models", "tokenizer_source")
-PARAMETERS = ("weight", "normalize", "lambda", "int8_mask")
-BOOLEANS = ("normalize", "int8_mask")
+KEYS = ("base_model", "merge_method", "dtype", "out_dtype", "parameters", "slices", "models", "tokenizer_source", "tokenizer")
+THEIRS = ("modules", "chat_template")  # keys that only mergekit itself understands
+PARAMETERS = ("weight", "density", "t", "normalize", "rescale", "lambda", "int8_mask")  # a method ignores those it has no use for
+BOOLEANS = ("normalize", "rescale", "int8_mask")
 WORDS = dict.fromkeys(("1", "true", "t", "yes", "y", "on"), True) | dict.fromkeys(("0", "false", "f", "no", "n", "off"), False)
 LARGEST = {"bfloat16": 3.3895e38, "float16": 65504.0, "float32": 3.4028e38, None: 3.4028e38}  # beyond it a weight rounds to infinity
 
@@ -40,6 +61,21 @@ class Slice:
 
     sources: tuple[Source, ...]
     parameters: Mapping[str, Any]
+    base_model: str | None  # its own, or the recipe's
+
+    @property
+    def siblings(self) -> tuple[Source, ...]:
+        """The sources that are not the base."""
+        return tuple(source for source in self.sources if source.model != self.base_model)
+
+
+@dataclass(frozen=True)
+class TokenizerSection:
+    """Whose tokens the merged model has: `source` is base, union, or a model."""
+
+    source: str
+    tokens: Mapping[str, Any]  # token -> where its row comes from; mergekit's format
+    pad_to_multiple_of: int | None
 
 
 @dataclass(frozen=True)
@@ -47,60 +83,70 @@ class Recipe:
     """A mergekit configuration. `data` is what was read, untouched; the other fields are its checked form."""
 
     data: Mapping[str, Any]
-    base_model: str
+    base_model: str | None
     merge_method: str
     dtype: str | None
     out_dtype: str | None
     parameters: Mapping[str, Any]
     slices: tuple[Slice, ...]  # a `models:` recipe is one slice over all layers
-    tokenizer_source: str | None
+    tokenizer: TokenizerSection | None
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "recipe") -> Recipe:
-        """Check a configuration. Raises RecipeError naming the key."""
+        """Check a configuration. Raises RecipeError naming the key, UnsupportedRecipe where only mergekit itself can help."""
         if not isinstance(data, Mapping):
             raise RecipeError("is not a mapping of keys", where=where, found=data, remedy="Write a mergekit configuration.")
+        method = _method(data, where)
         for key in data:
-            if key not in KEYS:
+            if key in THEIRS and data[key]:
+                raise UnsupportedRecipe(f"`{key}` is not supported", where=where, remedy=MERGEKIT)
+            if key not in KEYS + THEIRS:
                 raise RecipeError(f"`{key}` is not supported", where=where, remedy=f"Supported keys: {', '.join(KEYS)}.")
-        method = data.get("merge_method")
-        if not isinstance(method, str) or method not in METHODS:
-            raise RecipeError("`merge_method` is not supported", where=where, found=method, remedy=f"Use {', '.join(METHODS)}.")
-        if not isinstance(data.get("base_model"), str):
+        own = data.get("slices") if isinstance(data.get("slices"), list) else None  # a slice may name its own base
+        named = isinstance(data.get("base_model"), str) or (own and all(isinstance(s, Mapping) and s.get("base_model") for s in own))
+        if METHODS[method].base and not named:
             raise RecipeError("`base_model` is missing", where=where, remedy="Name the model that the siblings were fine-tuned from.")
+        if data.get("base_model") is not None and not isinstance(data["base_model"], str):
+            raise RecipeError("`base_model` is no name", where=where, found=data["base_model"], remedy="Name a folder or a hub name.")
         if bool(data.get("slices")) == bool(data.get("models")):
             raise RecipeError("needs exactly one of `slices` and `models`", where=where, remedy="Keep one of them.")
         for key in ("dtype", "out_dtype"):
             if data.get(key) not in (None, *DTYPES):
-                raise RecipeError(f"`{key}` is not supported", where=where, found=data[key], remedy=f"Use one of {', '.join(DTYPES)}.")
-        if data.get("tokenizer_source") not in (None, "base"):
-            raise RecipeError(
-                "`tokenizer_source` is not supported", where=where, found=data["tokenizer_source"], remedy="Use base, or remove it."
-            )
+                raise UnsupportedRecipe(f"`{key}` is not supported", where=where, found=data[key], remedy=f"Use {', '.join(DTYPES)}.")
         kind = "slices" if data.get("slices") else "models"
         if not isinstance(data[kind], list):
             raise RecipeError(f"`{kind}` is no list", where=where, found=data[kind], remedy="Write one item per line, each after a dash.")
-        check = _Checker(data["base_model"], data.get("dtype"))
+        check = _Checker(method, data.get("base_model"), data.get("dtype"))
         if kind == "slices":
             slices = tuple(check.slice(item, f"{where}, slices[{i}]") for i, item in enumerate(data["slices"]))
         else:
             slices = (check.models(data["models"], where),)
         return cls(
             data=copy.deepcopy(dict(data)),
-            base_model=data["base_model"],
+            base_model=data.get("base_model"),
             merge_method=method,
             dtype=data.get("dtype"),
             out_dtype=data.get("out_dtype"),
             parameters=check.parameters(data.get("parameters"), where),
             slices=slices,
-            tokenizer_source=data.get("tokenizer_source"),
+            tokenizer=_tokenizer(data, where),
         )
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Every model, the base first, then in the order of first use."""
+        first = [] if self.base_model is None else [self.base_model]
+        return tuple(dict.fromkeys([*first, *(source.model for piece in self.slices for source in piece.sources)]))
+
+    @property
+    def donor(self) -> str:
+        """The model whose configuration and tokenizer the merged model gets: the base, else the first."""
+        return self.models[0]
 
     @property
     def siblings(self) -> tuple[str, ...]:
         """Every model but the base, in the order of first use."""
-        seen = dict.fromkeys(source.model for piece in self.slices for source in piece.sources)
-        return tuple(model for model in seen if model != self.base_model)
+        return tuple(model for model in self.models if model != self.base_model)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as it was read."""
@@ -112,7 +158,8 @@ class Recipe:
 
     def digest(self) -> str:
         """SHA-256 of what decides the merged bits: numbers are rounded to the dtype first."""
-        rounded = _rounded(self.to_dict(), self.dtype)
+        dtype = "float32" if self.merge_method in ("linear", "slerp") else self.dtype
+        rounded = _rounded(self.to_dict(), dtype)
         return hashlib.sha256(json.dumps(rounded, sort_keys=True).encode()).hexdigest()
 
 
@@ -149,40 +196,43 @@ def task_arithmetic_recipe(
     return Recipe.from_dict(data)
 
 
-def model_card(recipe: Recipe, name: str, extra_markdown: str = "", recipe_text: str | None = None) -> str:
-    """A model card with the front matter and sections of mergekit's cards; `extra_markdown` goes before the configuration."""
-    models = [recipe.base_model, *recipe.siblings]
-    front = yaml.safe_dump(
-        {"base_model": [m for m in models if is_hub_name(m)], "library_name": "transformers", "tags": ["mergekit", "merge"]}, sort_keys=True
-    )
-    bullets = "\n".join(f"* {_link(model)}" for model in recipe.siblings)
-    extra = f"{extra_markdown.strip()}\n\n" if extra_markdown else ""
-    text = (recipe_text or recipe.to_yaml()).rstrip("\n")
-    return (
-        f"---\n{front}\n---\n# {name}\n\n"
-        "This is a merge of pre-trained language models, found with evomerge; its configuration is "
-        "[mergekit](https://github.com/arcee-ai/mergekit)'s.\n\n"
-        f"{extra}## Merge Details\n### Merge Method\n\n"
-        f"This model was merged using the {METHODS[recipe.merge_method]} merge method using {_link(recipe.base_model)} as a base.\n\n"
-        f"### Models Merged\n\nThe following models were included in the merge:\n{bullets}\n\n"
-        f"### Configuration\n\nThe following YAML configuration was used to produce this model:\n\n```yaml\n{text}\n```\n"
-    )
+def _method(data: Mapping[str, Any], where: str) -> str:
+    method = data.get("merge_method")
+    if not isinstance(method, str):
+        raise RecipeError("`merge_method` is missing", where=where, found=method, remedy=f"Use {', '.join(METHODS)}.")
+    if method not in METHODS:
+        raise UnsupportedRecipe(
+            "`merge_method` is not supported", where=where, found=method, remedy=f"Use {', '.join(METHODS)}. {MERGEKIT}"
+        )
+    return method
 
 
-def is_hub_name(model: str) -> bool:
-    """True for `owner/name`, which is no folder here."""
-    return model.count("/") == 1 and not model.startswith((".", "/", "~")) and not Path(model).exists()
-
-
-def _link(model: str) -> str:
-    return f"[{model}](https://huggingface.co/{model})" if is_hub_name(model) else model
+def _tokenizer(data: Mapping[str, Any], where: str) -> TokenizerSection | None:
+    """`tokenizer_source: X`, or mergekit's longer `tokenizer: {source, tokens, pad_to_multiple_of}`."""
+    section, source = data.get("tokenizer"), data.get("tokenizer_source")
+    if section is None:
+        if source is not None and not isinstance(source, str):
+            raise RecipeError("`tokenizer_source` is no name", where=where, found=source, remedy="Write base, union or a model.")
+        return None if source is None else TokenizerSection(source, {}, None)
+    if source is not None:
+        raise RecipeError("has both `tokenizer` and `tokenizer_source`", where=where, remedy="Keep one of them.")
+    if not isinstance(section, Mapping):
+        raise RecipeError("`tokenizer` is not a mapping", where=where, found=section, remedy="Write tokenizer: {source: union}.")
+    _known(section, ("source", "tokens", "pad_to_multiple_of"), f"{where}, tokenizer")
+    source, tokens, pad = section.get("source", "union"), section.get("tokens") or {}, section.get("pad_to_multiple_of")
+    if not isinstance(source, str) or not isinstance(tokens, Mapping):
+        raise RecipeError("`tokenizer` is malformed", where=where, found=section, remedy="Write tokenizer: {source: union, tokens: {}}.")
+    if pad is not None and (not isinstance(pad, int) or isinstance(pad, bool) or pad < 1):
+        raise RecipeError("`tokenizer.pad_to_multiple_of` is no number of rows", where=where, found=pad, remedy="Write 64, for example.")
+    return TokenizerSection(source, tokens, pad)
 
 
 @dataclass(frozen=True)
 class _Checker:
     """The checked forms of a recipe's parts; every method raises RecipeError naming the place."""
 
-    base_model: str
+    method: str
+    base_model: str | None
     dtype: str | None
 
     def slice(self, item: Any, where: str) -> Slice:
@@ -191,31 +241,43 @@ class _Checker:
             raise RecipeError(
                 "has no list of `sources`", where=where, found=item, remedy="Write sources: [{model, layer_range, parameters}]."
             )
-        _known(item, ("sources", "parameters"), where)
+        _known(item, ("sources", "parameters", "base_model"), where)
         sources = tuple(self.source(s, f"{where}.sources[{i}]", True) for i, s in enumerate(item["sources"]))
-        ranges = {source.layers for source in sources}
-        if len(ranges) != 1:
+        lengths = {end - start for start, end in (source.layers or (0, 0) for source in sources)}
+        if len(lengths) != 1:
             raise RecipeError(
-                "sources with different layer ranges are not supported", where=where, found=sorted(map(str, ranges)), remedy="Use one."
+                "the sources' layer ranges differ in length", where=where, found=sorted(lengths), remedy="Use as many layers of each."
             )
-        if self.base_model not in (source.model for source in sources):  # mergekit refuses it too
-            raise RecipeError("the base is not among the `sources`", where=where, remedy=f"Add {{model: {self.base_model}, layer_range}}.")
-        _no_twins(sources, where)
-        return Slice(sources, self.parameters(item.get("parameters"), where))
+        base = item.get("base_model") or self.base_model
+        self._inputs(sources, base, where)
+        return Slice(sources, self.parameters(item.get("parameters"), where), base)
 
     def models(self, items: Sequence[Any], where: str) -> Slice:
-        """The list under `models:`, as one slice over all layers; the base need not be in it."""
+        """The list under `models:`, as one slice over all layers; a base that is not in it is added, as mergekit does."""
         sources = tuple(self.source(item, f"{where}, models[{i}]", False) for i, item in enumerate(items))
-        _no_twins(sources, f"{where}, models")
-        return Slice(sources, {})
+        if self.base_model is not None and self.base_model not in (source.model for source in sources):
+            sources = (*sources, Source(self.base_model, None, {}))
+        self._inputs(sources, self.base_model, f"{where}, models")
+        return Slice(sources, {}, self.base_model)
+
+    def _inputs(self, sources: Sequence[Source], base: str | None, where: str) -> None:
+        """What mergekit too refuses: the base missing, a model twice, slerp of more or fewer than two."""
+        names = [source.model for source in sources]
+        if METHODS[self.method].base and base not in names:
+            raise RecipeError("the base is not among the `sources`", where=where, remedy=f"Add {{model: {base}, layer_range}}.")
+        for name in names:
+            if names.count(name) > 1:
+                raise RecipeError("a model stands twice", where=where, found=name, remedy="Keep one, with the sum of the weights.")
+        if self.method == "slerp" and len(names) != 2:
+            raise RecipeError("slerp merges exactly two models", where=where, found=names, remedy="Keep the base and one other.")
 
     def source(self, item: Any, where: str, ranged: bool) -> Source:
         """One model with its layer range and parameters."""
         if not isinstance(item, Mapping) or not isinstance(item.get("model"), str):
             raise RecipeError("has no `model`", where=where, found=item, remedy="Name a folder or a hub name.")
-        _known(item, ("model", "parameters", "layer_range") if ranged else ("model", "parameters"), where)
+        _known(item, ("model", "parameters", "layer_range"), where)
         layers = None
-        if ranged:
+        if ranged or item.get("layer_range") is not None:
             given = item.get("layer_range")
             if not isinstance(given, list | tuple) or [type(n) for n in given] != [int, int] or not 0 <= given[0] < given[1]:
                 raise RecipeError("`layer_range` is no pair of layers", where=where, found=given, remedy="Write [first, last + 1].")
@@ -230,9 +292,7 @@ class _Checker:
             raise RecipeError("`parameters` is not a mapping", where=where, found=value, remedy="Write parameters: {weight: 1.0}.")
         for key, setting in value.items():
             if key not in PARAMETERS:
-                raise RecipeError(
-                    f"parameter `{key}` is not supported", where=where, remedy=f"task_arithmetic has {', '.join(PARAMETERS)}."
-                )
+                raise RecipeError(f"parameter `{key}` is not supported", where=where, remedy=f"Known: {', '.join(PARAMETERS)}.")
             self._setting(key, setting, f"{where}, {key}")
         return dict(value)
 
@@ -261,6 +321,8 @@ class _Checker:
             raise RecipeError(f"`{key}` is not finite", where=where, found=number, remedy="NaN and infinite weights give NaN tensors.")
         if abs(number) > LARGEST[self.dtype]:
             raise RecipeError(f"`{key}` is infinite in {self.dtype or 'float32'}", where=where, found=number, remedy="Write a smaller one.")
+        if key == "density" and not 0 < number <= 1:
+            raise RecipeError("`density` is out of range", where=where, found=number, remedy="Above 0, at most 1: the share that is kept.")
 
 
 def scalar(key: str, value: Any) -> float | bool:
@@ -280,17 +342,10 @@ def _known(item: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
             raise RecipeError(f"`{key}` is not supported", where=where, remedy=f"Supported keys: {', '.join(keys)}.")
 
 
-def _no_twins(sources: Sequence[Source], where: str) -> None:
-    names = [source.model for source in sources]
-    for name in names:
-        if names.count(name) > 1:
-            raise RecipeError("a model stands twice", where=where, found=name, remedy="Keep one, with the sum of the weights.")
-
-
 def _rounded(value: Any, dtype: str | None) -> Any:
-    """Every single weight as the merge rounds it; gradients interpolate first, so they stay."""
+    """Every single weight (and slerp's t) as the merge rounds it; gradients interpolate first, so they stay."""
     if isinstance(value, dict):
-        single = {key for key, item in value.items() if key == "weight" and not isinstance(item, list | dict)}
+        single = {key for key, item in value.items() if key in ("weight", "t") and not isinstance(item, list | dict)}
         return {key: _round(float(item), dtype) if key in single else _rounded(item, dtype) for key, item in value.items()}
     return [_rounded(item, dtype) for item in value] if isinstance(value, list) else value
 

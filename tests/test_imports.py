@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1] / "evomerge"
 ORDER = [
     ["errors", "console", "atomic"],
     ["study", "recipe", "tasks"],
-    ["genome"],
+    ["genome", "card"],
     ["merging"],
     ["knowledge"],
     ["answering"],

@@ -5,7 +5,8 @@ import torch
 import yaml
 
 from evomerge.errors import RecipeError
-from evomerge.recipe import Recipe, model_card, read_recipe, task_arithmetic_recipe
+from evomerge.card import model_card
+from evomerge.recipe import Recipe, read_recipe, task_arithmetic_recipe
 
 SLICES = [(0, 1), (1, 3), (3, 4)]
 
@@ -44,15 +45,21 @@ def test_a_digest_sees_the_rounded_weight(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"merge_method": "ties"}, ["merge_method", "ties"]),
+        ({"merge_method": "sce"}, ["merge_method", "sce", "evomerge[mergekit]"]),
+        ({"merge_method": None}, ["merge_method", "missing"]),
         ({"slices": None}, ["exactly one"]),
         ({"dtype": "int8"}, ["dtype", "int8"]),
-        ({"tokenizer_source": "union"}, ["tokenizer_source"]),
+        ({"tokenizer_source": 3}, ["tokenizer_source"]),
+        ({"tokenizer_source": "base", "tokenizer": {}}, ["both"]),
+        ({"tokenizer": {"pad_to_multiple_of": 0}}, ["pad_to_multiple_of", "0"]),
+        ({"parameters": {"density": 0.0}}, ["density", "0.0"]),
+        ({"parameters": {"density": 1.5}}, ["density", "1.5"]),
+        ({"merge_method": "slerp", "slices": None, "models": [{"model": "b"}, {"model": "s"}, {"model": "t"}]}, ["exactly two"]),
         ({"parameters": {"weight": float("nan")}}, ["weight", "not finite"]),
         ({"parameters": {"lambda": float("inf")}}, ["lambda", "not finite"]),
         ({"parameters": {"densty": 1}}, ["densty"]),
         ({"base_model": None}, ["base_model"]),
-        ({"modules": {}}, ["modules"]),
+        ({"modules": {"default": {}}}, ["modules"]),
     ],
 )
 def test_bad_recipes(change, words):
@@ -107,7 +114,7 @@ def test_sources_as_mergekit_wants_them():
         Recipe.from_dict(data)
     sources[0]["layer_range"] = [0, 3]
     data["slices"][0]["sources"] = sources
-    with pytest.raises(RecipeError, match="different layer ranges"):
+    with pytest.raises(RecipeError, match="differ in length"):
         Recipe.from_dict(data)
 
 

@@ -8,17 +8,18 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import torch
 
+from evomerge.card import model_card
 from evomerge.errors import InputError, OutputError
-from evomerge.merging.layout import Layout, ModelFolder, num_layers
-from evomerge.merging.stream import dtype_named, merged_tensors, open_recipe, tensor_names, working_dtype
-from evomerge.recipe import Recipe, model_card
+from evomerge.merging.folder import ModelFolder
+from evomerge.merging.stream import MergePlan, open_recipe
+from evomerge.recipe import Recipe
 
 COPIED = (
     "generation_config.json",
@@ -36,7 +37,13 @@ Progress = Callable[[int, int], None]
 
 
 def build_model(
-    recipe: Recipe, out: str | Path, *, recipe_text: str | None = None, shard_size: str | int = "5GB", progress: Progress | None = None
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    recipe_text: str | None = None,
+    shard_size: str | int = "5GB",
+    random_seed: int = 0,
+    progress: Progress | None = None,
 ) -> Path:
     """Write the merged model to the new folder `out`; `progress` gets (bytes written, bytes in all).
 
@@ -48,14 +55,18 @@ def build_model(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError("is there already", where=out, remedy="Name a new folder, or remove this one.")
     models = open_recipe(recipe)
-    plan = _plan(recipe, models)
+    plan = MergePlan(recipe, models, random_seed)
+    planned = [Planned(name, plan.dtype(name), plan.shape(name)) for name in plan.names]
     temporary: Path | None = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        write_shards(temporary, plan, merged_tensors(recipe, models), limit, progress)
-        _write_config(recipe, models[recipe.base_model], temporary)
-        _copy_tokenizer(models[recipe.base_model], temporary)
+        write_shards(temporary, planned, ((name, plan.merge(name)) for name in plan.names), limit, progress)
+        _write_config(plan, temporary)
+        if plan.vocabulary is None:
+            _copy_tokenizer(plan.donor, temporary)
+        else:
+            plan.vocabulary.save(temporary)
         text = recipe.to_yaml() if recipe_text is None else recipe_text
         (temporary / "mergekit_config.yml").write_text(text, encoding="utf-8", newline="")
         (temporary / "README.md").write_text(model_card(recipe, out.name, recipe_text=text), encoding="utf-8")
@@ -124,13 +135,6 @@ def write_shards(
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def _plan(recipe: Recipe, models: Mapping[str, ModelFolder]) -> list[Planned]:
-    base = models[recipe.base_model]
-    layout = Layout(recipe, num_layers(base.config))
-    out_dtype = dtype_named(recipe.out_dtype)
-    return [Planned(name, out_dtype or working_dtype(layout, models, name), base.shape(name)) for name in tensor_names(base)]
-
-
 def _into_shards(plan: Iterable[Planned], limit: int) -> list[list[Planned]]:
     """A new file begins when the next tensor would make the last one larger than `limit`."""
     shards: list[list[Planned]] = [[]]
@@ -160,13 +164,16 @@ def _header(shard: Iterable[Planned]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_config(recipe: Recipe, base: ModelFolder, folder: Path) -> None:
-    """The base's configuration; only the dtype changes."""
-    config = dict(base.config)
-    dtype = recipe.out_dtype or recipe.dtype
+def _write_config(plan: MergePlan, folder: Path) -> None:
+    """The donor's configuration; only dtype, layers and vocabulary may change."""
+    config = dict(plan.donor.config)
+    dtype = plan.recipe.out_dtype or plan.recipe.dtype
     if dtype is not None:
         for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]:
             config[key] = dtype
+    config["num_hidden_layers"] = plan.layout.n_layers
+    if plan.vocabulary is not None:
+        config["vocab_size"] = plan.vocabulary.size
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

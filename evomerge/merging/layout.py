@@ -1,201 +1,109 @@
-"""Model folders, whether they fit each other, and which of a recipe's parameters applies to which tensor."""
+"""Which of a recipe's parameters, and which tensors, go into which tensor of the merged model: mergekit's rules."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-
 from evomerge.errors import ModelError, RecipeError
-from evomerge.recipe import BOOLEANS, Recipe, Slice, scalar
+from evomerge.merging.folder import ModelFolder, check_fit, num_layers, open_model
+from evomerge.recipe import BOOLEANS, Recipe, Slice, Source, scalar
 
+__all__ = ["How", "Layout", "ModelFolder", "Place", "check_fit", "num_layers", "open_model"]
 LAYER = re.compile(r"^(.*?\blayers\.)(\d+)(\..*)$")
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-# What has to be the same in every model's config.json for its tensors to mean the same.
-CONFIG_KEYS = (
-    "model_type",
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-    "tie_word_embeddings",
-)
 FIRST, LAST = ("model.embed_tokens.",), ("model.norm.", "lm_head.")  # outside the layers: the first slice's and the last's
-NOT_WEIGHTS = ".rotary_emb.inv_freq"  # a constant that old checkpoints carry
-
-
-@dataclass(frozen=True)
-class ModelFolder:
-    """A model on disk; its weights are mapped, not read, until a tensor is asked for."""
-
-    path: Path
-    config: dict[str, Any]
-    files: Mapping[str, Path] = field(repr=False)  # tensor name -> safetensors file
-    ref: str = ""  # as it was asked for: a folder or a hub name
-    _open: dict[Path, Any] = field(default_factory=dict, repr=False, compare=False)
-
-    @property
-    def keys(self) -> frozenset[str]:
-        """The tensors' names."""
-        return frozenset(self.files)
-
-    @cached_property
-    def _headers(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        headers = {}
-        for name in self.files:
-            try:
-                piece = self._file(name).get_slice(name)
-            except SafetensorError as error:
-                raise ModelError(f"the file lacks tensor {name}", where=self.files[name], remedy="Copy or download it again.") from error
-            if piece.get_dtype() not in DTYPES:
-                raise ModelError(
-                    f"tensor {name} has a dtype that is not supported", where=self.path, found=piece.get_dtype(), remedy="Convert it."
-                )
-            headers[name] = (tuple(piece.get_shape()), DTYPES[piece.get_dtype()])
-        return headers
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._headers[name][0]
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._headers[name][1]
-
-    def get_tensor(self, name: str) -> torch.Tensor:
-        """The tensor as it lies on disk. Raises ModelError when the file is damaged."""
-        try:
-            tensor: torch.Tensor = self._file(name).get_tensor(name)
-        except SafetensorError as error:
-            raise ModelError(
-                f"tensor {name} cannot be read: {error}", where=self.files[name], remedy="Copy or download it again."
-            ) from error
-        return tensor
-
-    def _file(self, name: str) -> Any:
-        path = self.files[name]
-        if path not in self._open:
-            self._open[path] = _open_safetensors(path)
-        return self._open[path]
-
-
-def open_model(ref: str) -> ModelFolder:
-    """A local folder, or a hub name that is downloaded (weights as safetensors only).
-
-    Raises ModelError: no model there, damaged or missing files, pickled weights.
-    """
-    path = Path(ref).expanduser()
-    if not path.is_dir():
-        if path.exists() or ref.count("/") != 1 or ref.startswith((".", "/", "~")):
-            raise ModelError("there is no model folder", where=ref, remedy="Name a folder with config.json and safetensors, or a hub name.")
-        path = _download(ref)
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError("the folder has no config.json", where=path, remedy="Name a folder in transformers' format.") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"config.json cannot be read: {error}", where=path, remedy="Save the model again.") from error
-    if not isinstance(config, dict):
-        raise ModelError("config.json is no mapping", where=path, found=config, remedy="Save the model again.")
-    files = {name: file for name, file in _weight_files(path).items() if not name.endswith(NOT_WEIGHTS)}
-    return ModelFolder(path, config, files, ref)
-
-
-def num_layers(config: Mapping[str, Any]) -> int:
-    """Layers of the model that a config.json describes."""
-    if not isinstance(config.get("num_hidden_layers"), int):
-        raise ModelError("the configuration names no `num_hidden_layers`", remedy="Only causal language models can be merged.")
-    return int(config["num_hidden_layers"])
-
-
-def check_fit(base: ModelFolder, siblings: Sequence[ModelFolder]) -> None:
-    """Raise ModelError naming the first key or tensor in which a sibling differs from the base."""
-    for sibling in siblings:
-        for key in CONFIG_KEYS:
-            ours, theirs = base.config.get(key), sibling.config.get(key)
-            if key == "tie_word_embeddings":
-                ours, theirs = bool(ours), bool(theirs)
-            elif key == "num_key_value_heads":  # older configurations leave it out where it equals the heads
-                ours, theirs = (m.config.get(key) or m.config.get("num_attention_heads") for m in (base, sibling))
-            if ours != theirs:
-                raise ModelError(
-                    f"does not fit the base: `{key}` is {theirs}, the base has {ours}",
-                    where=sibling.path,
-                    remedy="Only siblings of one base can be merged.",
-                )
-        tied = {"lm_head.weight"} if base.config.get("tie_word_embeddings") else set()
-        for name in sorted((base.keys ^ sibling.keys) - tied):
-            lacking = "the sibling lacks" if name in base.keys else "the base lacks"
-            raise ModelError(
-                f"does not fit the base: {lacking} {name}", where=sibling.path, remedy="Only siblings of one base can be merged."
-            )
-        for name in sorted(base.keys & sibling.keys):
-            if base.shape(name) != sibling.shape(name):
-                raise ModelError(
-                    f"does not fit the base: {name} is {sibling.shape(name)}, the base has {base.shape(name)}",
-                    where=sibling.path,
-                    remedy="Only siblings of one base can be merged.",
-                )
-
-
-def check_same_tokens(models: Sequence[ModelFolder]) -> None:
-    """Raise RecipeError unless `tokenizer_source: base` would leave every row of the embeddings where it is."""
-    from transformers import AutoTokenizer
-
-    tokens: list[dict[str, int]] = []
-    for model in models:
-        try:
-            tokens.append(AutoTokenizer.from_pretrained(str(model.path)).get_vocab())
-        except Exception as error:  # OSError, ValueError, KeyError and others, by what is wrong in the files
-            raise ModelError(f"the tokenizer cannot be loaded: {error}", where=model.path, remedy="Remove `tokenizer_source`.") from error
-        if tokens[-1] != tokens[0] or len(tokens[-1]) != model.config.get("vocab_size"):
-            raise RecipeError(
-                "`tokenizer_source: base` would move or cut rows of the embeddings, which is not supported",
-                where=model.path,
-                remedy="Remove `tokenizer_source` if the rows mean the same tokens in every model.",
-            )
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor's parameters come from: its slice, and t in 0 to 1 along the slice's layers for gradients."""
+    """Where a tensor's parameters come from: its slice, the layer within it, and t in 0 to 1 along its layers for gradients."""
 
     piece: Slice
+    layer: int | None
     t: float
 
 
+@dataclass(frozen=True)
+class How:
+    """All that decides one merged tensor's bits beside the models' contents. `siblings` are (model, tensor name) pairs.
+
+    For linear every model is a sibling and there is no base.
+    """
+
+    method: str
+    base: tuple[str, str] | None
+    siblings: tuple[tuple[str, str], ...]
+    weights: tuple[float, ...] = ()
+    densities: tuple[float, ...] = ()
+    t: float = 0.0
+    normalize: bool = False
+    scale: float = 1.0
+    rescale: bool = False
+
+    @property
+    def inputs(self) -> tuple[tuple[str, str], ...]:
+        """(model, tensor name) of everything that is read, the base first."""
+        return ((self.base,) if self.base is not None else ()) + self.siblings
+
+    @property
+    def draws(self) -> int:
+        """How many of the siblings' deltas DARE thins out at random."""
+        return sum(density < 1 for density in self.densities) if self.method.startswith("dare") else 0
+
+
 class Layout:
-    """Which parameter of a recipe applies to which tensor, by mergekit's rules."""
+    """A recipe laid over models of `n_layers` layers."""
 
     def __init__(self, recipe: Recipe, n_layers: int) -> None:
-        """Raises RecipeError when the slices leave a gap or pass the model's end."""
-        self.recipe, self.n_layers = recipe, n_layers
+        """Raises RecipeError when a slice passes the models' end."""
+        self.recipe = recipe
         self._layers: list[Place] = []
         for i, piece in enumerate(recipe.slices):
+            for source in piece.sources:
+                if source.layers is not None and source.layers[1] > n_layers:
+                    raise RecipeError(
+                        f"`layer_range` passes the model's {n_layers} layers",
+                        where=f"slices[{i}]",
+                        found=list(source.layers),
+                        remedy="Lower its end.",
+                    )
             start, end = piece.sources[0].layers or (0, n_layers)
-            at = f"slices[{i}]"
-            if end > n_layers:
-                raise RecipeError(
-                    f"`layer_range` passes the model's {n_layers} layers", where=at, found=[start, end], remedy="Lower its end."
-                )
-            if start != len(self._layers):
-                raise RecipeError(
-                    f"`layer_range` leaves a gap or overlaps: layer {len(self._layers)} comes next",
-                    where=at,
-                    found=[start, end],
-                    remedy="Mend it.",
-                )
             count = end - start
-            self._layers += [Place(piece, layer / (count - 1) if count > 1 else 1.0) for layer in range(count)]
-        if len(self._layers) != n_layers:
-            raise RecipeError(f"the slices end at layer {len(self._layers)}, the model has {n_layers}", remedy="Add the missing layers.")
+            self._layers += [Place(piece, layer, layer / (count - 1) if count > 1 else 1.0) for layer in range(count)]
+        at_home = all(self._input_layer(s, p) == i for i, p in enumerate(self._layers) for s in p.piece.sources)
+        self.restacked = not at_home or len(self._layers) != n_layers  # some layer leaves its place
+
+    @property
+    def n_layers(self) -> int:
+        """Layers of the merged model."""
+        return len(self._layers)
+
+    def names(self, folder: ModelFolder) -> list[str]:
+        """The merged model's tensors, sorted: the order in which mergekit merges. `folder` is the model that lends its names.
+
+        A tied head is not stored.
+        """
+        tied = bool(folder.config.get("tie_word_embeddings"))
+        plain, by_layer = [], dict[int, list[tuple[str, str]]]()
+        for name in folder.keys:
+            match = LAYER.match(name)
+            if match:
+                by_layer.setdefault(int(match[2]), []).append((match[1], match[3]))
+            elif not (tied and name == "lm_head.weight"):
+                plain.append(name)
+        beyond = [layer for layer in by_layer if layer >= num_layers(folder.config)]
+        if beyond:
+            raise ModelError(
+                f"tensors of layer {max(beyond)} pass the configuration's {num_layers(folder.config)} layers",
+                where=folder.path,
+                remedy="Mend config.json.",
+            )
+        for i, place in enumerate(self._layers):
+            lender = next((s for s in place.piece.sources if s.model == self.recipe.donor), place.piece.sources[0])
+            plain += [f"{before}{i}{after}" for before, after in by_layer.get(self._input_layer(lender, place), [])]
+        return sorted(plain)
 
     def place(self, name: str) -> Place:
         """Layers by their slice; final norm and head by the last slice, embeddings by the first; t is 0 outside layers.
@@ -209,29 +117,65 @@ class Layout:
             return self._layers[int(match[2])]
         if not name.startswith(FIRST + LAST):
             raise ModelError(f"tensor {name} is of an architecture that is not supported", remedy="Llama, Qwen2 and their like are.")
-        return Place(self.recipe.slices[-1 if name.startswith(LAST) else 0], 0.0)
+        return Place(self.recipe.slices[-1 if name.startswith(LAST) else 0], None, 0.0)
 
-    def parameter(self, key: str, name: str, model: str | None = None, default: Any = None) -> Any:
+    def how(self, name: str) -> How:
+        """Raises RecipeError when a parameter that the method needs is missing."""
+        method, place = self.recipe.merge_method, self.place(name)
+        piece = place.piece
+        base = next((self._input(name, s, place) for s in piece.sources if s.model == piece.base_model), None)
+        normalize = bool(self.parameter("normalize", name, default=method in ("ties", "linear")))
+        if method == "slerp":
+            t = self.parameter("t", name)
+            if t is None:
+                raise RecipeError(f"no `t` for {name}", remedy="Give the slice or the recipe parameters: {t: …}.")
+            return How(method, base, tuple(self._input(name, s, place) for s in piece.siblings), t=float(t))
+        if method == "linear":
+            return How(
+                method,
+                None,
+                tuple(self._input(name, s, place) for s in piece.sources),
+                self._each("weight", name, piece.sources),
+                normalize=normalize,
+            )
+        return How(
+            method,
+            base,
+            tuple(self._input(name, s, place) for s in piece.siblings),
+            self._each("weight", name, piece.siblings),
+            () if method == "task_arithmetic" else self._each("density", name, piece.siblings, 1.0),
+            normalize=normalize,
+            scale=float(self.parameter("lambda", name, default=1.0)),
+            rescale=bool(self.parameter("rescale", name, default=method.startswith("dare"))),
+        )
+
+    def parameter(self, key: str, name: str, source: Source | None = None, default: Any = None) -> Any:
         """A parameter's value for a tensor: the source's before the slice's before the recipe's."""
         place = self.place(name)
-        levels = [source.parameters for source in place.piece.sources if source.model == model]
+        levels = [] if source is None else [source.parameters]
         for level in [*levels, place.piece.parameters, self.recipe.parameters]:
             if key in level:
-                value = _evaluate(key, level[key], name, place.t)
+                at = name if source is None else self._input(name, source, place)[1]
+                value = _evaluate(key, level[key], at, place.t)
                 if value is not None:
                     return value
         return default
 
-    def weights(self, name: str) -> list[tuple[str, float]]:
-        """(sibling, weight) for a tensor, in the order of the slice's sources. Raises RecipeError when one has no weight."""
-        found = []
-        for source in self.place(name).piece.sources:
-            if source.model != self.recipe.base_model:
-                weight = self.parameter("weight", name, source.model)
-                if weight is None:
-                    raise RecipeError(f"no `weight` for {name}", where=source.model, remedy="Give the source parameters: {weight: …}.")
-                found.append((source.model, float(weight)))
-        return found
+    def _each(self, key: str, name: str, sources: tuple[Source, ...], default: float | None = None) -> tuple[float, ...]:
+        values = [self.parameter(key, name, source, default) for source in sources]
+        for source, value in zip(sources, values, strict=True):
+            if value is None:
+                raise RecipeError(f"no `{key}` for {name}", where=source.model, remedy=f"Give the source parameters: {{{key}: …}}.")
+        return tuple(float(value) for value in values)
+
+    def _input(self, name: str, source: Source, place: Place) -> tuple[str, str]:
+        """(model, name) of the tensor that a source gives to an output tensor."""
+        match = LAYER.match(name)
+        return source.model, f"{match[1]}{self._input_layer(source, place)}{match[3]}" if match else name
+
+    def _input_layer(self, source: Source, place: Place) -> int:
+        start = source.layers[0] if source.layers else 0
+        return start + (place.layer or 0)
 
 
 def _evaluate(key: str, setting: Any, name: str, t: float) -> float | bool | None:
@@ -250,50 +194,3 @@ def _evaluate(key: str, setting: Any, name: str, t: float) -> float | bool | Non
     if key in BOOLEANS:
         return values[low]
     return (1 - (scaled - low)) * values[low] + (scaled - low) * values[min(len(values) - 1, low + 1)]
-
-
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        owner_name, _, revision = name.partition("@")
-        return Path(
-            snapshot_download(owner_name, revision=revision or None, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model"])
-        )
-    except Exception as error:  # the client raises its own, httpx's and OSError
-        raise ModelError(
-            f"cannot be fetched from the hub ({type(error).__name__})",
-            where=name,
-            remedy="Check the name and the network, or name a folder.",
-        ) from error
-
-
-def _weight_files(path: Path) -> dict[str, Path]:
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = {str(name): path / str(file) for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ModelError("the index of shards cannot be read", where=index, remedy="Save the model again.") from error
-        for file in sorted(set(names.values())):
-            if not file.is_file():
-                raise ModelError("a shard is missing", where=file, remedy="Copy or download the model again.")
-        return names
-    single = path / "model.safetensors"
-    if single.is_file():
-        return dict.fromkeys(_open_safetensors(single).keys(), single)
-    pickled = sorted([*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
-    if pickled:
-        raise ModelError(
-            "the weights are pickled, and reading them could run code",
-            where=pickled[0],
-            remedy="Convert them where you trust them: load with transformers and save_pretrained(folder).",
-        )
-    raise ModelError("the folder has no model.safetensors", where=path, remedy="Copy or download the model again.")
-
-
-def _open_safetensors(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"the file is damaged: {error}", where=path, remedy="Copy or download it again.") from error

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from evomerge.errors import ModelError
-from evomerge.merging.layout import Layout, ModelFolder, num_layers
+from evomerge.errors import ModelError, RecipeError
+from evomerge.merging.folder import ModelFolder
 from evomerge.merging.methods import combine, combine_into
-from evomerge.merging.stream import dtype_named, load_finite, merge_tensor, tensor_names, working_dtype
+from evomerge.merging.stream import MergePlan, load_finite
 from evomerge.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -40,12 +40,15 @@ class LiveModel:
     them from the mapped files.
     """
 
-    def __init__(self, model: torch.nn.Module, base: ModelFolder, siblings: Sequence[ModelFolder]) -> None:
+    def __init__(self, model: torch.nn.Module, base: ModelFolder, siblings: Sequence[ModelFolder], random_seed: int = 0) -> None:
         """Raises ModelError when the live model lacks a tensor of the files, or a tensor is not finite."""
         self.base = base
         self.siblings = list(siblings)
         self.live = dict(model.named_parameters())
-        self.names = tensor_names(base)
+        self.random_seed = random_seed
+        self._draws: dict[int, torch.Tensor] = {}
+        tied = bool(base.config.get("tie_word_embeddings"))
+        self.names = sorted(name for name in base.keys if not (tied and name == "lm_head.weight"))
         for name in self.names:
             if name not in self.live:
                 raise ModelError(
@@ -61,29 +64,26 @@ class LiveModel:
     @torch.no_grad()
     def apply(self, recipe: Recipe) -> None:
         """Give every parameter the recipe's weights, in place; parameters whose weights did not change are skipped."""
-        folders = {ref: _find(ref, self.siblings) for ref in recipe.siblings} | {recipe.base_model: _find(recipe.base_model, [self.base])}
-        layout = Layout(recipe, num_layers(self.base.config))
+        folders = {ref: _find(ref, [self.base, *self.siblings]) for ref in recipe.models}
+        plan = MergePlan(recipe, folders, self.random_seed, self._draws)
+        if plan.layout.restacked:
+            raise RecipeError("the slices move layers, which a live model cannot follow", remedy="Build the model with `evomerge merge`.")
         for name in self.names:
-            out = self.live[name]
-            pairs = layout.weights(name)
-            settings = (
-                bool(layout.parameter("normalize", name, default=False)),
-                float(layout.parameter("lambda", name, default=1.0)),
-            )
-            state = (tuple((str(folders[ref].path), w) for ref, w in pairs), settings, recipe.dtype, recipe.out_dtype)
+            out, how = self.live[name], plan.hows[name]
+            state = (how, tuple(str(folders[ref].path) for ref, _ in how.inputs), recipe.dtype, recipe.out_dtype)
             if self._applied.get(name) == state:
                 continue
             self._applied.pop(name, None)  # an interrupted write must not count as done
-            one_dtype = {working_dtype(layout, folders, name), dtype_named(recipe.out_dtype) or out.dtype} == {out.dtype}
-            if self.resident and one_dtype:
+            one_dtype = {plan.working_dtype(name), plan.dtype(name)} == {out.dtype}
+            if self.resident and one_dtype and how.method == "task_arithmetic":
                 kept = self._base_and_deltas(name, out)
-                deltas = [kept.deltas[self.siblings.index(folders[ref])] for ref, _ in pairs]
-                if len(deltas) == 1 and settings == (False, 1.0):
-                    combine_into(out, kept.positive, deltas[0], pairs[0][1])
+                deltas = [kept.deltas[self.siblings.index(folders[ref])] for ref, _ in how.siblings]
+                if len(deltas) == 1 and not how.normalize and how.scale == 1:
+                    combine_into(out, kept.positive, deltas[0], how.weights[0])
                 else:
-                    out.copy_(combine(kept.base, deltas, [w for _, w in pairs], *settings))
+                    out.copy_(combine(kept.base, deltas, how.weights, how.normalize, how.scale))
             else:
-                out.copy_(merge_tensor(layout, folders, name, out.device))
+                out.copy_(plan.merge(name, out.device))
             self._applied[name] = state
 
     def _base_and_deltas(self, name: str, out: torch.Tensor) -> _Kept:

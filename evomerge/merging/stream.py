@@ -1,83 +1,131 @@
-"""A recipe as a stream of merged tensors, one at a time, whatever takes them."""
+"""A recipe as merged tensors, one at a time, whatever takes them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from functools import reduce
+from collections.abc import Iterator, Mapping
+from functools import cached_property, reduce
 from typing import Any
 
 import torch
 
 from evomerge.errors import ModelError, RecipeError
-from evomerge.merging.layout import LAYER, Layout, ModelFolder, check_fit, check_same_tokens, num_layers, open_model
-from evomerge.merging.methods import task_arithmetic
+from evomerge.merging import methods
+from evomerge.merging.draws import Draws
+from evomerge.merging.folder import VOCABULARY, ModelFolder, check_fit, num_layers, open_model
+from evomerge.merging.layout import How, Layout
 from evomerge.recipe import Recipe
+
+CHUNK = 1 << 18  # elements that go through an element-wise method at once: 512 kB in bf16 stay in a core's cache
+ELEMENTWISE = ("task_arithmetic", "linear")
 
 
 def open_recipe(recipe: Recipe) -> dict[str, ModelFolder]:
-    """Every model of a recipe by its reference, checked to fit the base; the base comes first."""
-    models = {ref: open_model(ref) for ref in (recipe.base_model, *recipe.siblings)}
-    check_fit(models[recipe.base_model], [models[ref] for ref in recipe.siblings])
-    if recipe.tokenizer_source is not None:
-        check_same_tokens(list(models.values()))
+    """Every model of a recipe by its reference, checked to fit the first one; the base comes first."""
+    models = {ref: open_model(ref) for ref in recipe.models}
+    first, *others = models.values()
+    check_fit(first, others, same_vocabulary=recipe.tokenizer is None)
     return models
 
 
-def merged_tensors(recipe: Recipe, models: Mapping[str, ModelFolder]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) in the model's order, on the CPU, in `merged_dtype`.
+class MergePlan:
+    """What a recipe makes of its models: names, shapes and dtypes of the merged tensors, and each of them when asked for."""
 
-    Raises ModelError on NaN or infinite weights, RecipeError when the slices do not cover the model.
-    """
-    base = models[recipe.base_model]
-    layout = Layout(recipe, num_layers(base.config))
-    for name in tensor_names(base):
-        yield name, merge_tensor(layout, models, name)
+    def __init__(
+        self, recipe: Recipe, models: Mapping[str, ModelFolder], random_seed: int = 0, states: dict[int, torch.Tensor] | None = None
+    ) -> None:
+        """Raises RecipeError when the recipe does not fit the models; nothing is read or merged yet. `states`: see Draws."""
+        self.recipe, self.models = recipe, models
+        self.donor = models[recipe.donor]
+        self.layout = Layout(recipe, num_layers(self.donor.config))
+        self.names = self.layout.names(self.donor)
+        self.hows = {name: self.layout.how(name) for name in self.names}
+        counts = {name: how.draws * torch.Size(self.shape(name)).numel() for name, how in self.hows.items() if how.draws}
+        self.draws = Draws(random_seed, counts, states)
+
+    @cached_property
+    def vocabulary(self) -> Any:
+        """How rows of embeddings and head move to the output's tokenizer; None where they stay."""
+        if self.recipe.tokenizer is None:
+            return None
+        from evomerge.merging.vocabulary import make_vocabulary
+
+        return make_vocabulary(self.recipe.tokenizer, self.recipe.base_model, self.models)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        ref, source = self.hows[name].inputs[0]
+        shape = self.models[ref].shape(source)
+        return (self.vocabulary.size, *shape[1:]) if name in VOCABULARY and self.vocabulary is not None else shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of the merged tensor: `out_dtype`, or the dtype it is merged in."""
+        return dtype_named(self.recipe.out_dtype) or self.working_dtype(name)
+
+    def working_dtype(self, name: str) -> torch.dtype:
+        """The recipe's `dtype`; without one, the widest that the tensor has on disk."""
+        named = dtype_named(self.recipe.dtype)
+        return named or reduce(torch.promote_types, (self.models[ref].dtype(source) for ref, source in self.hows[name].inputs))
+
+    def merge(self, name: str, device: Any = "cpu") -> torch.Tensor:
+        """One merged tensor, computed on `device`. Raises ModelError on NaN or infinite weights."""
+        how, dtype = self.hows[name], self.working_dtype(name)
+        aligned = name in VOCABULARY and self.vocabulary is not None
+        if how.method in ELEMENTWISE and not aligned and torch.device(device).type == "cpu":
+            return self._merge_in_chunks(name, how, dtype)
+        tensors = {ref: load_finite(self.models[ref], source, dtype, device) for ref, source in how.inputs}
+        if aligned:
+            tensors = self.vocabulary.align(tensors)
+        return combine(how, tensors, self.draws.generator(name) if how.draws else None).to(self.dtype(name))
+
+    def _merge_in_chunks(self, name: str, how: How, dtype: torch.dtype) -> torch.Tensor:
+        """The same where every number depends on its own place only: what is in between stays in the cache."""
+        mapped = {ref: (self.models[ref], self.models[ref].get_tensor(source).reshape(-1)) for ref, source in how.inputs}
+        out = torch.empty(self.shape(name), dtype=self.dtype(name))
+        flat = out.reshape(-1)
+        for start in range(0, flat.numel(), CHUNK):
+            piece = slice(start, start + CHUNK)
+            tensors = {ref: finite(tensor[piece].to(dtype), folder, name) for ref, (folder, tensor) in mapped.items()}
+            flat[piece] = combine(how, tensors, None)
+        return out
 
 
-def merge_tensor(layout: Layout, models: Mapping[str, ModelFolder], name: str, device: Any = "cpu") -> torch.Tensor:
-    """One merged tensor, computed on `device` in the recipe's dtype, then rounded to its `out_dtype`."""
-    weights = layout.weights(name)
-    dtype = working_dtype(layout, models, name)
-    base = load_finite(models[layout.recipe.base_model], name, dtype, device)
-    siblings = [load_finite(models[ref], name, dtype, device) for ref, _ in weights]
-    normalize = bool(layout.parameter("normalize", name, default=False))
-    scale = float(layout.parameter("lambda", name, default=1.0))
-    merged = task_arithmetic(base, siblings, [w for _, w in weights], normalize, scale)
-    return merged.to(dtype_named(layout.recipe.out_dtype) or dtype)
+def merged_tensors(recipe: Recipe, models: Mapping[str, ModelFolder], random_seed: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) on the CPU, sorted by name."""
+    plan = MergePlan(recipe, models, random_seed)
+    for name in plan.names:
+        yield name, plan.merge(name)
 
 
-def working_dtype(layout: Layout, models: Mapping[str, ModelFolder], name: str) -> torch.dtype:
-    """The recipe's `dtype`; without one, the widest that the tensor has on disk."""
-    named = dtype_named(layout.recipe.dtype)
-    if named is not None:
-        return named
-    on_disk = [models[ref].dtype(name) for ref in (layout.recipe.base_model, *(ref for ref, _ in layout.weights(name)))]
-    return reduce(torch.promote_types, on_disk)
+def combine(how: How, tensors: Mapping[str, torch.Tensor], generator: torch.Generator | None) -> torch.Tensor:
+    """One merged tensor from its inputs by model, all of one shape and dtype. Raises RecipeError on weights that sum to 0."""
+    siblings = [tensors[ref] for ref, _ in how.siblings]
+    if how.method == "linear":
+        if how.normalize and torch.tensor(how.weights).sum() == 0:
+            raise RecipeError("the weights sum to 0, so they cannot be normalised", found=how.weights, remedy="Change one of them.")
+        return methods.linear(siblings, how.weights, how.normalize)
+    assert how.base is not None
+    base = tensors[how.base[0]]
+    if how.method == "slerp":
+        return methods.slerp(base, siblings[0], how.t)
+    if how.method == "task_arithmetic":
+        return methods.task_arithmetic(base, siblings, how.weights, how.normalize, how.scale)
+    if how.method == "ties":
+        return methods.ties(base, siblings, how.weights, how.densities, how.normalize, how.scale, how.rescale)
+    dare = methods.dare_ties if how.method == "dare_ties" else methods.dare_linear
+    return dare(base, siblings, how.weights, how.densities, generator or torch.Generator(), how.normalize, how.scale, how.rescale)
 
 
 def load_finite(model: ModelFolder, name: str, dtype: torch.dtype, device: Any = "cpu") -> torch.Tensor:
     """A tensor in `dtype`. Raises ModelError when it holds NaN or infinite numbers."""
-    tensor = model.get_tensor(name)
-    tensor = tensor.to(device=device, dtype=dtype)
+    return finite(model.get_tensor(name).to(device=device, dtype=dtype), model, name)
+
+
+def finite(tensor: torch.Tensor, model: ModelFolder, name: str) -> torch.Tensor:
+    """The tensor itself. Raises ModelError when it holds NaN or infinite numbers."""
     if tensor.numel():
         low, high = torch.aminmax(tensor)  # NaN goes through both; a fraction of isfinite's cost
         if not (torch.isfinite(low) and torch.isfinite(high)):
             raise ModelError(f"tensor {name} holds NaN or infinite numbers", where=model.path, remedy="Train or download the model again.")
     return tensor
-
-
-def tensor_names(model: ModelFolder) -> list[str]:
-    """Embeddings, layers in order, norm, head; a tied head is not stored."""
-    tied = bool(model.config.get("tie_word_embeddings"))
-    names: Sequence[str] = [name for name in model.keys if not (tied and name == "lm_head.weight")]
-
-    def order(name: str) -> tuple[int, int, str]:
-        match = LAYER.match(name)
-        if match:
-            return 1, int(match[2]), name
-        return (2 if name.startswith("model.norm") else 3 if name.startswith("lm_head") else 0), 0, name
-
-    return sorted(names, key=order)
 
 
 def dtype_named(name: str | None) -> torch.dtype | None:
