@@ -135,7 +135,10 @@ def _cut(tokenizer: Any, size: int, ref: str) -> Any:
 
     bpe = state["model"]
     bpe["vocab"] = {token: number for token, number in bpe["vocab"].items() if token not in unused}
-    bpe["merges"] = [m for m in bpe["merges"] if unused.isdisjoint(m.split(" ") if isinstance(m, str) else m)]
+    pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in bpe["merges"]]
+    prefix = bpe.get("continuing_subword_prefix") or ""
+    # A merge into a token that is cut goes too: there mergekit fails.
+    bpe["merges"] = [(a, b) for a, b in pairs if unused.isdisjoint((a, b, a + b.removeprefix(prefix)))]
     state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < size]
     try:
         tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))  # what backend_tokenizer shows; it has no setter

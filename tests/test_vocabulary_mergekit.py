@@ -1,0 +1,202 @@
+"""Models with different tokens through real mergekit: the same bits for every token, the same tokenizer.
+
+All recipes go through one process, whose start would else be most of the time. mergekit numbers a union's new tokens
+in an order that changes from run to run, so rows are compared by token.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from merging_tools import load_all, same_bits
+from transformers import AutoTokenizer
+from vocabulary_tools import EMBEDDINGS, adding, byte_pairs, save_with, section, word_level
+
+from evomerge.errors import RecipeError
+from evomerge.merging.layout import open_model
+from evomerge.merging.methods import linear, task_arithmetic
+from evomerge.merging.vocabulary import make_vocabulary
+
+SCRIPT = shutil.which("mergekit-yaml")
+PYTHON = os.environ.get("EVOMERGE_MERGEKIT_PYTHON") or (SCRIPT and str(Path(SCRIPT).resolve().parent / "python"))
+pytestmark = pytest.mark.skipif(
+    not PYTHON, reason="mergekit is not here: install mergekit==0.1.5 elsewhere and set EVOMERGE_MERGEKIT_PYTHON"
+)
+
+MERGE_ALL = """
+import json, pathlib, sys, yaml
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+for name, recipe in json.loads(pathlib.Path("recipes.json").read_text()).items():
+    try:
+        run_merge(MergeConfiguration.model_validate(recipe), name, MergeOptions(quiet=True), yaml.safe_dump(recipe))
+    except Exception as error:
+        pathlib.Path(name + ".error").write_text(repr(error))
+"""
+
+SETTINGS = {
+    "<new>": {"source": {"kind": "zero"}},
+    "<copy>": {"source": {"kind": "model_token", "model": "./one", "token": "abc"}},
+    "<id>": {"source": {"kind": "model_token", "model": "./base", "token_id": 3}},
+    "zz": {"source": "./two"},
+    "a": {"source": "./one", "force": True},
+    "b": {"source": {"kind": "zero"}, "force": True},
+    "c": {"source": {"kind": "zero"}},  # every model has it: nothing changes
+    "d": {},
+}
+# name: (models in the order of the sources, the recipe's `tokenizer`, its dtype)
+CASES = {
+    "union": (["base", "one", "two"], section(), "bfloat16"),
+    "union_base_last": (["two", "one", "base"], section(), "float32"),
+    "union_dtypes": (["base", "one32"], section(), "float32"),
+    "union_padded": (["one", "base", "two"], section(pad=16), "bfloat16"),
+    "union_tied": (["tied", "tied_one"], section(), "bfloat16"),
+    "union_cut": (["cut", "one"], section(), "bfloat16"),
+    "base": (["base", "one", "two"], section("base"), "bfloat16"),
+    "base_padding_rows": (["roomy", "one"], section("base"), "bfloat16"),
+    "base_tied_padded": (["tied", "tied_one"], section("base", pad=64), "bfloat16"),
+    "base_cut": (["cut", "one"], section("base"), "bfloat16"),
+    "base_new_token_in_padding": (["roomy", "one"], section("base", {"<new>": {"source": "./roomy"}}), "bfloat16"),
+    "model": (["base", "one", "two"], section("./one"), "bfloat16"),
+    "foreign_model": (["base", "one"], section("./two"), "bfloat16"),
+    "tokens": (["one", "base", "two"], section(tokens=SETTINGS), "bfloat16"),
+    "tokens_padded": (["one", "two", "base"], section("./two", SETTINGS, 8), "float32"),
+    "no_tokenizer": (["base", "bare"], section(), "bfloat16"),
+    "no_base": (["one", "two"], section(), "bfloat16"),
+}
+FAILING = {
+    "new_token_without_row": (["base", "one"], section("base", {"<new>": {"source": "./one"}}), "bfloat16"),
+    "model_past_its_rows": (["base", "short"], section("./short"), "bfloat16"),
+    "short_is_no_bpe": (["short", "base"], section("base"), "bfloat16"),
+    "donor_lacks_it": (["base", "one"], section(tokens={"zz": {"source": "./one"}, "abc": {"source": "./base"}}), "bfloat16"),
+    "row_too_far": (
+        ["base", "one"],
+        section(tokens={"q": {"source": {"kind": "model_token", "model": "./one", "token_id": 999}}}),
+        "float32",
+    ),
+    "force_alone": (["base", "one"], section(tokens={"a": {"force": True}}), "bfloat16"),
+}
+WEIGHTS = {"base": 0.4, "one": 0.7, "two": -0.3}
+
+
+def weight(ref):
+    return WEIGHTS.get(ref, 0.6)
+
+
+def base_of(name, models):
+    return None if name == "no_base" else "base" if "base" in models else models[0]
+
+
+def recipe(name, models, asked, dtype):
+    """task_arithmetic of three layers of settings, or, without a base, linear."""
+    data = {"merge_method": "task_arithmetic", "base_model": f"./{base_of(name, models)}"}
+    if base_of(name, models) is None:
+        data = {"merge_method": "linear"}
+    if asked.tokens or asked.pad_to_multiple_of:
+        data["tokenizer"] = {"source": asked.source, "tokens": asked.tokens, "pad_to_multiple_of": asked.pad_to_multiple_of}
+    else:
+        data["tokenizer_source"] = asked.source
+    sources = [{"model": f"./{ref}", "layer_range": [0, 1], "parameters": {"weight": weight(ref)}} for ref in models]
+    return data | {"dtype": dtype, "slices": [{"sources": sources}]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The models, and mergekit's output (or error) of every case."""
+    folder = tmp_path_factory.mktemp("vocabularies")
+    pairs = [("a", "b"), ("d", "e")]
+    base = adding(byte_pairs(pairs), ["<x>"], ["<s>"])
+    one = adding(word_level(["q", "h", "g", "abc", "d", "c", "b", "a", "r", "<x>"]), ["ab", "<y>"], ["<z>", "<s>"])
+    two = adding(word_level(["zz", "d", "c", "r", "q", "b", "a", "abc", "de", "e", "zzz"]), ["<y>"], ["<s>", "w"])
+    save_with(base, folder / "base", 0)
+    save_with(base, folder / "roomy", 1, rows=len(base) + 5)
+    save_with(one, folder / "one", 2)
+    save_with(one, folder / "one32", 2, dtype=torch.float32)
+    save_with(two, folder / "two", 3, rows=len(two) + 3)
+    save_with(base, folder / "tied", 4, tied=True)
+    save_with(one, folder / "tied_one", 5, tied=True)
+    save_with(base, folder / "cut", 6, rows=len(base) - 1)
+    save_with(two, folder / "short", 7, rows=len(two) - 2)
+    save_with(None, folder / "bare", 8, rows=len(base))
+    recipes = {f"out/{name}": recipe(name, *case) for name, case in (CASES | FAILING).items()}
+    (folder / "out").mkdir()
+    (folder / "recipes.json").write_text(json.dumps(recipes))
+    done = subprocess.run([PYTHON, "-c", MERGE_ALL], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder
+
+
+def aligned(name, models, asked, dtype, opened):
+    """Our vocabulary, and every aligned tensor by name and model."""
+    vocabulary = make_vocabulary(asked, None if name == "no_base" else f"./{base_of(name, models)}", opened)
+    names = [n for n in EMBEDDINGS if n in opened[f"./{models[0]}"].keys]
+    dtype = getattr(torch, dtype)
+    return vocabulary, {n: vocabulary.align({f"./{ref}": opened[f"./{ref}"].get_tensor(n).to(dtype) for ref in models}) for n in names}
+
+
+def open_all(name, models, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    base = base_of(name, models) or models[0]
+    return {f"./{ref}": open_model(f"./{ref}") for ref in [base, *(ref for ref in models if ref != base)]}
+
+
+def merge(name, models, rows):
+    base = base_of(name, models)
+    if base is None:
+        return linear([rows[f"./{ref}"] for ref in models], [weight(ref) for ref in models])
+    siblings = [ref for ref in models if ref != base]
+    return task_arithmetic(rows[f"./{base}"], [rows[f"./{ref}"] for ref in siblings], [weight(ref) for ref in siblings])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_token_s_row(folder, monkeypatch, name):
+    models, asked, dtype = CASES[name]
+    assert not (folder / f"out/{name}.error").exists(), (folder / f"out/{name}.error").read_text()
+    vocabulary, tensors = aligned(name, models, asked, dtype, open_all(name, models, folder, monkeypatch))
+    theirs, their_tensors = AutoTokenizer.from_pretrained(folder / "out" / name), load_all(folder / "out" / name)
+    vocab = theirs.get_vocab()
+    assert vocab.keys() == set(vocabulary.tokens)
+    if asked.source != "union":
+        assert vocab == vocabulary.tokenizer.get_vocab()
+    order = torch.tensor([vocab[token] for token in vocabulary.tokens])
+    assert vocabulary.size == json.loads((folder / "out" / name / "config.json").read_text())["vocab_size"]
+    assert tensors.keys() == {n for n in EMBEDDINGS if n in their_tensors}
+    for tensor, rows in tensors.items():
+        ours, wanted = merge(name, models, rows), their_tensors[tensor]
+        assert len(ours) == len(wanted) == vocabulary.size
+        assert same_bits(ours[: len(order)], wanted[order]), tensor
+        padding = ours[len(order) :], wanted[len(order) :]
+        if asked.source == "union":  # a mean over rows in another order
+            assert torch.allclose(*(p.float() for p in padding), atol=1e-2)
+        else:
+            assert same_bits(*padding)
+
+
+@pytest.mark.parametrize("name", sorted(CASES.keys() - {"no_base"}))  # without a base, mergekit's first model changes from run to run
+def test_the_saved_tokenizer(folder, monkeypatch, tmp_path, name):
+    models, asked, _ = CASES[name]
+    vocabulary = make_vocabulary(
+        asked, next(iter(open_all(name, models, folder, monkeypatch))), open_all(name, models, folder, monkeypatch)
+    )
+    vocabulary.save(tmp_path)
+    ours, theirs = (AutoTokenizer.from_pretrained(path) for path in (tmp_path, folder / "out" / name))
+    assert {p.name for p in tmp_path.iterdir()} == {p.name for p in (folder / "out" / name).glob("*token*")}
+    settings = [{str(t): repr(t) for t in tokenizer.added_tokens_decoder.values()} for tokenizer in (ours, theirs)]
+    assert settings[0] == settings[1]
+    text = "abc abde <x>q <z> zz w <s> <y>a <new>"
+    assert ours.tokenize(text) == theirs.tokenize(text)
+    assert ours.special_tokens_map == theirs.special_tokens_map == {"unk_token": "<unk>"}
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_where_mergekit_crashes_we_say_why(folder, monkeypatch, name):
+    models, asked, dtype = FAILING[name]
+    assert (folder / f"out/{name}.error").exists()
+    with pytest.raises(RecipeError) as caught:
+        aligned(name, models, asked, dtype, open_all(name, models, folder, monkeypatch))
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,76 @@
+"""Tiny models with tokenizers of their own, and rows of the embeddings by a plain loop."""
+
+from types import SimpleNamespace
+
+import torch
+from conftest import make_model
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
+LETTERS = "abcdefgh"
+
+
+def word_level(words):
+    """A tokenizer whose tokens are `words`, after <unk>."""
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<unk>", *words])}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+
+
+def byte_pairs(pairs):
+    """A BPE over LETTERS with the merges `pairs`."""
+    vocab = {token: i for i, token in enumerate(["<unk>", *LETTERS, *(a + b for a, b in pairs)])}
+    backend = Tokenizer(models.BPE(vocab, pairs, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+
+
+def adding(tokenizer, plain=(), special=()):
+    """The tokenizer with added tokens; special ones are stripped on their left."""
+    tokenizer.add_tokens(list(plain))
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False, lstrip=True) for token in special])
+    return tokenizer
+
+
+def save_with(tokenizer, folder, seed, rows=None, dtype=torch.bfloat16, tied=False):
+    """A model of one layer with random embeddings, negative zeros among them; `rows` of them, or one per token."""
+    model = make_model(seed, layers=1, vocab_size=rows or len(tokenizer), tie_word_embeddings=tied, initializer_range=0.5)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.view(-1)[::7] = -0.0
+    model.to(dtype).save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def section(source="union", tokens=None, pad=None):
+    """A recipe's `tokenizer`."""
+    return SimpleNamespace(source=source, tokens=tokens or {}, pad_to_multiple_of=pad)
+
+
+def aligned_by_loop(tensors, rows, rules, base, size):
+    """What Vocabulary.align gives, a row and a model at a time; `rules` are (model, row, force) by output row."""
+    dtype = torch.float32 if torch.float32 in {t.dtype for t in tensors.values()} else torch.bfloat16
+    n = len(next(iter(rows.values())))
+    out = {ref: torch.zeros(size, tensor.shape[1], dtype=dtype) for ref, tensor in tensors.items()}
+    for i in range(n):
+        owners = [ref for ref in tensors if rows[ref][i] >= 0]
+        model, row, force = rules.get(i, (None, None, False))
+        if i in rules:
+            row = rows[model][i] if model is not None and row is None else row
+            default = torch.zeros(1) if model is None else tensors[model][row]
+        elif base in owners:
+            default = tensors[base][rows[base][i]]
+        elif len(owners) == 1:
+            default = tensors[owners[0]][rows[owners[0]][i]]
+        else:
+            default = torch.zeros(1, dtype=dtype)
+            for ref in owners:
+                default = default + tensors[ref][rows[ref][i]]
+            default = default / max(len(owners), 1)
+        for ref in tensors:
+            out[ref][i] = tensors[ref][rows[ref][i]] if ref in owners and not force else default
+    for tensor in out.values():
+        tensor[n:] = tensor[:n].mean(dim=0)
+    return out
