@@ -48,7 +48,7 @@ def write_adapter(folder, tensors=None, **config):
 
 def peft_adapter(base, out, dtype=torch.float32, **config):
     """An adapter that peft made and saved for `base`, filled with noise."""
-    peft = pytest.importorskip("peft", reason="peft is not installed: pip install peft")
+    peft = pytest.importorskip("peft", reason="peft cannot be imported: pip install peft", exc_type=ImportError)
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -66,7 +66,7 @@ def peft_adapter(base, out, dtype=torch.float32, **config):
 
 def merge_with_peft(base, adapter, out):
     """The folder that mergekit makes of base+adapter before it merges."""
-    peft = pytest.importorskip("peft", reason="peft is not installed: pip install peft")
+    peft = pytest.importorskip("peft", reason="peft cannot be imported: pip install peft", exc_type=ImportError)
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(str(base), torch_dtype=None, low_cpu_mem_usage=True)
@@ -255,6 +255,7 @@ BAD = {
     "half a DoRA": (parts(Q, lora_magnitude_vector=(32,)), {"use_dora": True}, "it lacks a LoRA for model.layers.1.self_attn.q_proj"),
     "no rank": (None, {"r": None}, "`r` or `lora_alpha` of .*q_proj is no number"),
     "a pattern of another kind": (None, {"rank_pattern": [1]}, "`rank_pattern`"),
+    "layers of another kind": (None, {"layers_to_transform": ["0"]}, "`layers_to_transform`"),
     "a pattern that is none": (None, {"alpha_pattern": {"(": 1}}, "`alpha_pattern`"),
 }
 

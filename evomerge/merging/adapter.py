@@ -149,7 +149,10 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _check_names(config: Mapping[str, Any], file: Path) -> None:
-    """Names and regular expressions of modules, of the kinds that peft takes."""
+    """Names, regular expressions and layers, of the kinds that peft takes."""
+    layers = config.get("layers_to_transform") or []
+    if not all(isinstance(layer, int) for layer in (layers if isinstance(layers, list) else [layers])):
+        raise ModelError("`layers_to_transform` is not what peft writes there", where=file, found=layers, remedy="Mend it.")
     for key in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "rank_pattern", "alpha_pattern"):
         names = config.get(key)
         if not names:
