@@ -55,6 +55,7 @@ CASES = {
     "union_base_last": (["two", "one", "base"], section(), "float32"),
     "union_dtypes": (["base", "one32"], section(), "float32"),
     "union_padded": (["one", "base", "two"], section(pad=16), "bfloat16"),
+    "union_of_many": (["four", "three", "base", "one", "two"], section(), "bfloat16"),
     "union_tied": (["tied", "tied_one"], section(), "bfloat16"),
     "union_cut": (["cut", "one"], section(), "bfloat16"),
     "base": (["base", "one", "two"], section("base"), "bfloat16"),
@@ -118,6 +119,8 @@ def folder(tmp_path_factory):
     save_with(one, folder / "one", 2)
     save_with(one, folder / "one32", 2, dtype=torch.float32)
     save_with(two, folder / "two", 3, rows=len(two) + 3)
+    save_with(two, folder / "three", 9, rows=len(two))
+    save_with(one, folder / "four", 10)
     save_with(base, folder / "tied", 4, tied=True)
     save_with(one, folder / "tied_one", 5, tied=True)
     save_with(base, folder / "cut", 6, rows=len(base) - 1)
