@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import EvomergeError, ModelError
-from evomerge.genome import make_genome
+from evomerge.genome import Genome, make_genome
 from evomerge.study import Study
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -61,16 +61,18 @@ def _check_models(study: Study, lines: list[Line]) -> dict[str, Any] | None:
     from evomerge.merging.layout import check_fit, open_model
 
     opened = []
-    for role, ref in [("base", study.genome.base_model), *[("sibling", ref) for ref in study.genome.models]]:
+    refs = study.genome.all_models
+    for ref in refs:
+        role = "base" if ref == study.genome.base_model else "sibling"
         try:
             opened.append(open_model(ref))
             lines.append(Line("ok", role, ref))
         except ModelError as error:
             lines.append(Line("wrong" if Path(ref).is_absolute() else "unknown", role, str(error)))
-    if len(opened) != 1 + len(study.genome.models):
+    if len(opened) != len(refs):
         return None
     try:
-        check_fit(opened[0], opened[1:])
+        check_fit(opened[0], opened[1:], same_vocabulary=study.genome.tokenizer_source is None)
         lines.append(Line("ok", "shapes", f"{len(opened[0].keys)} tensors, the same in every model"))
         make_prompter(load_tokenizer(opened[0], study.engine.trust_remote_code), study.prompt)
         lines.append(Line("ok", "tokenizer", f"prompts in format {study.prompt.format}"))
@@ -99,13 +101,14 @@ def _size_up(study: Study, config: Mapping[str, Any], n_tasks: tuple[int, int] |
 
     genome = make_genome(study, config["num_hidden_layers"])
     size = genome.slices[0][1]
+    unit = "weights" if genome.dimensions == len(genome.slices) * len(genome.siblings) else "numbers"
     lines.append(
-        Line("ok", "slices", f"{len(genome.slices)} of {size} layers x {len(genome.siblings)} sibling(s) = {genome.dimensions} weights")
+        Line("ok", "slices", f"{len(genome.slices)} of {size} layers x {len(genome.siblings)} sibling(s) = {genome.dimensions} {unit}")
     )
     parameters = count_parameters(config)
     model = parameters * BYTES[study.search.dtype]
     cache = kv_cache_bytes(config, study.engine.batch_size * (study.generation.max_new_tokens + 512))
-    copies = 1 + len(genome.siblings)
+    copies = len(study.genome.all_models)
     lines.append(
         Line(
             "ok",
@@ -118,17 +121,16 @@ def _size_up(study: Study, config: Mapping[str, Any], n_tasks: tuple[int, int] |
     need = model * (1 + copies)
     level = "ok" if free > need else "low"
     lines.append(Line(level, "disk", f"{_gb(copies * model)} of models and {_gb(model)} for an exported one; {_gb(free)} free here"))
-    lines.append(Line("ok", "cost", _cost(study, genome.dimensions, n_tasks)))
+    lines.append(Line("ok", "cost", _cost(study, genome, n_tasks)))
 
 
-def _cost(study: Study, dimensions: int, n_tasks: tuple[int, int] | None) -> str:
-    siblings = len(study.genome.models)
-    population = study.search.population or 4 + math.floor(3 * math.log(dimensions))
-    candidates = study.search.trials + 1 + siblings + len(study.search.uniform) + 1
+def _cost(study: Study, genome: Genome, n_tasks: tuple[int, int] | None) -> str:
+    population = study.search.population or 4 + math.floor(3 * math.log(genome.dimensions))
+    candidates = study.search.trials + len(genome.references(study.search.uniform)) + 1
     text = f"{study.search.trials} candidates in generations of {population}, {candidates} with parents, uniform weights and the mean"
     if n_tasks is None:
         return text + "; the number of tasks is not known"
-    answers = candidates * n_tasks[0] + (3 + siblings) * n_tasks[1]
+    answers = candidates * n_tasks[0] + (2 + len(study.genome.all_models)) * n_tasks[1]
     return f"{text}; {answers:,} answers of at most {study.generation.max_new_tokens} tokens; the judge costs nothing"
 
 

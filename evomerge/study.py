@@ -24,6 +24,8 @@ from evomerge.errors import InputError, StudyFileError
 
 # Keys that a finished or running study may change: they say when to stop, not what is searched.
 STOPPING_KEYS = ("search.trials",)
+DENSE = ("ties", "dare_ties", "dare_linear")  # these keep a share of each difference: its density is searched too
+MIXING = ("linear", "slerp")  # these mix models as they are: the base, if there is one, is a model like the others
 LM_EVAL_KEYS = ("limit", "num_fewshot", "shuffle", "random_init", "apply_chat_template", "fewshot_as_multiturn", "task_search_path")
 
 
@@ -31,15 +33,20 @@ LM_EVAL_KEYS = ("limit", "num_fewshot", "shuffle", "random_init", "apply_chat_te
 class GenomeSection:
     """What is merged and how: mergekit-evolve's keys."""
 
-    base_model: str  # a folder or a hub name
-    models: tuple[str, ...]  # the siblings, each fine-tuned from the base
-    merge_method: Literal["task_arithmetic"] = "task_arithmetic"
-    layer_granularity: int = -1  # layers per slice; -1: one slice holds all
-    normalize: bool | None = None  # divide by the sum of the siblings' weights
+    models: tuple[str, ...]  # folders, hub names or MODEL+ADAPTER; with a base, its fine-tuned siblings
+    base_model: str | None = None  # linear and slerp work without; there it is one more model to mix
+    merge_method: Literal["task_arithmetic", "ties", "dare_ties", "dare_linear", "linear", "slerp"] = "task_arithmetic"
+    layer_granularity: int = -1  # layers per slice; -1 or 0: one slice holds all
+    normalize: bool | None = None  # divide by the sum of the weights; None: true for ties, dare_ties and linear
     allow_negative_weights: bool = False  # the default bounds become -2 to 2
-    tokenizer_source: str | None = None  # None or "base": the base's tokenizer
-    smooth: bool = False  # not built yet: must be false
-    filters: tuple[str, ...] | None = None  # not built yet: must be absent or empty
+    tokenizer_source: str | None = None  # whose tokens the merged model has: base, union or a model; None: the base's files
+    smooth: bool = False  # weights are points of a line along the layers instead of steps
+    filters: tuple[str, ...] | None = None  # parts of tensor names; each has numbers of its own, and so has the rest
+
+    @property
+    def all_models(self) -> tuple[str, ...]:
+        """Every model to load; the first lends configuration and tokenizer."""
+        return tuple(dict.fromkeys([*([self.base_model] if self.base_model is not None else []), *self.models]))
 
 
 @dataclass(frozen=True)
@@ -93,9 +100,11 @@ class SearchSection:
 
     trials: int = 96  # candidates; parents, uniform weights and the mean come on top
     population: int | None = None  # candidates per generation; None: 4 + floor(3 ln d)
-    sigma: float = 0.25  # first step size, in units of the weight
-    start: float = 1.0  # first mean, the same for every weight
-    bounds: tuple[float, float] | None = None  # None: 0 to 2, or -2 to 2 with allow_negative_weights
+    sigma: float = 0.25  # first step size, in units of the weight; other numbers take the same share of their range
+    start: float = 1.0  # first mean, the same for every weight; slerp takes the same share of its range: the middle
+    bounds: tuple[float, float] | None = None  # of the weight. None: 0 to 2, or -2 to 2 with allow_negative_weights
+    start_density: float | None = None  # first mean of every density; None: 0.8
+    density_bounds: tuple[float, float] | None = None  # within 0 (excluded) and 1; None: 0.1 to 1
     uniform: tuple[float, ...] = (0.25, 0.5, 0.75, 1.25)  # one weight for all slices: what a search must beat
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # of the merge and of the live model
     seed: int = 0
@@ -130,8 +139,21 @@ class Study:
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """Lowest and highest weight."""
-        return self.search.bounds or ((-2.0, 2.0) if self.genome.allow_negative_weights else (0.0, 2.0))
+        """Lowest and highest weight. For slerp, which has none, the range that `start` and `sigma` are shares of."""
+        negative = self.genome.allow_negative_weights and self.genome.merge_method != "slerp"
+        return self.search.bounds or ((-2.0, 2.0) if negative else (0.0, 2.0))
+
+    @property
+    def density_bounds(self) -> tuple[float, float]:
+        """Lowest and highest density. Below 0.1 a random tenth is scaled up tenfold, which is noise."""
+        return self.search.density_bounds or (0.1, 1.0)
+
+    @property
+    def start_density(self) -> float:
+        """First mean of the densities: not 1, for half of the draws around a bound would fall outside and be drawn again."""
+        low, high = self.density_bounds
+        default = 0.8 if low < 0.8 < high else (low + high) / 2
+        return default if self.search.start_density is None else self.search.start_density
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and dicts, every default written out: what the study remembers."""
@@ -167,8 +189,10 @@ def read_study(path: str | Path, overrides: Sequence[str] = (), environ: Mapping
     data.setdefault("study", path.stem)
     _refuse_unbuilt(data, str(path))
     study = typing.cast(Study, _build(Study, data, "", str(path)))
+    study = _resolve_paths(study, path.resolve().parent)
     _check(study, str(path))
-    return _resolve_paths(study, path.resolve().parent)
+    _check_genome(study, str(path))
+    return study
 
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -229,21 +253,23 @@ def _convert(hint: Any, value: Any, at: str, where: str) -> Any:
 
 def _check(study: Study, where: str) -> None:
     """Rules that need more than one key, or a range."""
-    low, high = study.bounds
+    (low, high), (sparse, dense) = study.bounds, study.density_bounds
     s, g = study.search, study.generation
     rules: list[tuple[bool, str, object, str]] = [
         (re.fullmatch(r"[\w.-]+", study.study) is not None, "study", study.study, "Use letters, digits, dots, dashes."),
         (bool(study.genome.models), "genome.models", study.genome.models, "Name at least one fine-tuned sibling."),
         (bool(study.tasks), "tasks", study.tasks, "Name at least one task file or dataset."),
-        (
-            study.genome.layer_granularity == -1 or study.genome.layer_granularity > 0,
-            "genome.layer_granularity",
-            study.genome.layer_granularity,
-            "Use 1 or more layers, or -1.",
-        ),
+        (study.genome.layer_granularity >= -1, "genome.layer_granularity", study.genome.layer_granularity, "Use 1 or more layers, or -1."),
         (0 < study.split.held_out < 1, "split.held_out", study.split.held_out, "Use a share between 0 and 1, such as 0.5."),
         (low < high, "search.bounds", study.search.bounds, "Write [lowest, highest]."),
         (low <= s.start <= high, "search.start", s.start, f"It must lie within the bounds {low} to {high}."),
+        (0 < sparse < dense <= 1, "search.density_bounds", s.density_bounds, "Write [lowest, highest], above 0 and at most 1."),
+        (
+            sparse <= study.start_density <= dense,
+            "search.start_density",
+            s.start_density,
+            f"It must lie within the bounds {sparse} to {dense}.",
+        ),
         (s.trials >= 1, "search.trials", s.trials, "At least 1."),
         (s.population is None or s.population >= 4, "search.population", s.population, "CMA-ES needs at least 4."),
         (s.sigma > 0, "search.sigma", s.sigma, "A step size above 0."),
@@ -286,30 +312,57 @@ def _refuse_unbuilt(data: Mapping[str, Any], where: str) -> None:
                 found=entry["name"],
                 remedy="Name a `file`.",
             )
-    genome = data.get("genome")
-    if isinstance(genome, dict):
-        method = genome.get("merge_method", "task_arithmetic")
-        if method != "task_arithmetic":
-            raise StudyFileError("`genome.merge_method` is not supported yet", where=where, found=method, remedy="Use task_arithmetic.")
-        for key in ("smooth", "filters"):
-            if genome.get(key):
-                raise StudyFileError(f"`genome.{key}` is not supported yet", where=where, found=genome[key], remedy="Remove it.")
-        if genome.get("tokenizer_source") not in (None, "base"):
-            raise StudyFileError(
-                "`genome.tokenizer_source` is not supported yet",
-                where=where,
-                found=genome["tokenizer_source"],
-                remedy="Use base, or remove it.",
-            )
+
+
+def _check_genome(study: Study, where: str) -> None:
+    """Genomes that no recipe can express, or that hold a number which changes nothing."""
+    genome, search = study.genome, study.search
+    method, filters = genome.merge_method, genome.filters or ()
+    deltas, base = method not in MIXING, genome.base_model
+    twice = [model for model in genome.models if genome.models.count(model) > 1]
+    shadowed = [f for i, f in enumerate(filters) if f in ("", "*") or any(earlier in f for earlier in filters[:i])]
+    rules: list[tuple[bool, str, object, str]] = [
+        (deltas and base is None, "`genome.base_model` is missing", None, f"{method} needs the model that the siblings come from."),
+        (bool(twice), "`genome.models` names a model twice", next(iter(twice), None), "Keep one."),
+        (deltas and base in genome.models, "`genome.models` holds the base, whose weight changes nothing", base, "Remove it there."),
+        (len(genome.all_models) < 2, f"{method} needs two models at least", genome.models, "Add one to genome.models, or a base_model."),
+        (method == "slerp" and genome.smooth, "slerp cannot be smooth", None, "Remove `genome.smooth`."),
+        (method == "slerp" and bool(filters), "slerp takes no filters", filters, "Remove `genome.filters`."),
+        (method == "slerp" and search.bounds is not None, "slerp has no weights", search.bounds, "Remove `search.bounds`."),
+        (
+            method == "slerp" and genome.tokenizer_source == "union" and len(genome.all_models) > 2,
+            "slerp mixes other models in each candidate, and their union of tokens would change with them",
+            genome.tokenizer_source,
+            "Set `genome.tokenizer_source` to base, or name one model.",
+        ),
+        (
+            bool(shadowed),
+            "`genome.filters` holds one that decides nothing",
+            next(iter(shadowed), None),
+            "An earlier filter matches all that it does.",
+        ),
+        (method not in DENSE and search.density_bounds is not None, f"{method} has no densities", None, "Remove `search.density_bounds`."),
+        (method not in DENSE and search.start_density is not None, f"{method} has no densities", None, "Remove `search.start_density`."),
+    ]
+    for wrong, what, found, remedy in rules:
+        if wrong:
+            raise StudyFileError(what, where=where, found=found, remedy=remedy)
 
 
 def _resolve_paths(study: Study, folder: Path) -> Study:
-    def model(ref: str) -> str:
+    def place(ref: str) -> str:
         looks_local = ref.startswith((".", "/", "~")) or (folder / ref).exists()
         return str((folder / Path(ref).expanduser()).resolve()) if looks_local else ref
 
+    def model(ref: str) -> str:
+        return place(ref) if (folder / ref).exists() else "+".join(map(place, ref.split("+")))  # MODEL+ADAPTER
+
+    g = study.genome
     genome = dataclasses.replace(
-        study.genome, base_model=model(study.genome.base_model), models=tuple(model(ref) for ref in study.genome.models)
+        g,
+        base_model=None if g.base_model is None else model(g.base_model),
+        models=tuple(map(model, g.models)),
+        tokenizer_source=g.tokenizer_source if g.tokenizer_source in (None, "base", "union") else model(g.tokenizer_source),
     )
     tasks = tuple(
         dataclasses.replace(source, file=str((folder / Path(source.file).expanduser()).resolve())) if source.file else source

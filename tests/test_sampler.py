@@ -1,8 +1,11 @@
 """The sampler against plain cmaes, and against itself after any interruption."""
 
+import hashlib
+
 import numpy as np
 import optuna
 import pytest
+from cmaes import CMA
 from optuna.trial import TrialState
 
 from evomerge.search.ledger import Ledger, Result
@@ -13,7 +16,7 @@ TARGET = np.array([0.3, 1.4, 0.9])
 
 
 def sampler(population=6, seed=0):
-    return ReplayedCmaEs(NAMES, (0.0, 2.0), (0.0, 2.0), 1.0, 0.3, population, seed)
+    return ReplayedCmaEs(NAMES, [(0.0, 2.0)] * 3, [(0.0, 2.0)] * 3, [1.0] * 3, 0.3, population, seed)
 
 
 def result(x):
@@ -44,6 +47,45 @@ def test_interruptions_change_nothing(tmp_path):
     run(study, 7, interrupt={2, 5})
     again = optuna.load_study(storage=url, study_name="s", sampler=sampler())
     assert run(again, 17, interrupt={10, 11}) == plain
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_the_candidates_are_those_of_plain_cmaes(seed):
+    study = optuna.create_study(sampler=sampler(6, seed), direction="maximize")
+    ours = [list(params.values()) for _, _, params, _ in run(study, 24)]
+    optimizer = CMA(mean=np.ones(3), sigma=0.3, bounds=np.array([[0.0, 2.0]] * 3), population_size=6)
+    theirs = []
+    for generation in range(4):
+        asked = []
+        for index in range(6):
+            digest = hashlib.sha256(f"{seed}/{generation}/{index}/0".encode()).digest()
+            optimizer.reseed_rng(int.from_bytes(digest[:4], "big"))
+            asked.append(optimizer.ask())
+        optimizer.tell([(x, -result(x).score) for x in asked])
+        theirs += [x.tolist() for x in asked]
+    assert ours == theirs
+    assert study.sampler.mean(study.get_trials())[1].tolist() == np.clip(optimizer.mean, 0, 2).tolist()
+
+
+def test_every_number_has_its_own_bounds_start_and_step():
+    bounds, starts = [(0.0, 2.0), (0.1, 1.0), (0.0, 3.0)], [1.0, 0.8, 1.5]
+    own = ReplayedCmaEs(NAMES, bounds, [(-1.0, 4.0)] * 3, starts, 0.1, 6, 0, [1.0, 0.5, 2.0])
+    draws = np.array([own.draw([], Slot(0, i)) for i in range(4000)])
+    assert np.abs(draws.mean(0) - starts).max() < 0.02
+    assert draws.std(0) == pytest.approx([0.1, 0.05, 0.2], rel=0.05)
+    wide = ReplayedCmaEs(NAMES, bounds, bounds, starts, 2.0, 6, 0)
+    draws = np.array([wide.draw([], Slot(0, i)) for i in range(400)])
+    assert (draws >= np.array(bounds).T[0]).all()
+    assert (draws <= np.array(bounds).T[1]).all()
+
+
+def test_one_number_alone_is_searched():
+    study = optuna.create_study(sampler=ReplayedCmaEs(["a"], [(0.0, 2.0)], [(0.0, 2.0)], [1.0], 0.3, 4, 0), direction="maximize")
+    ledger = Ledger(study)
+    for _ in range(60):
+        trial = ledger.start("candidate", study.sampler.next_slot(ledger.trials()))
+        ledger.finish(trial, Result(-((trial.params["a"] - 1.4) ** 2), 0.0, 1, 0.0, {}, {}))
+    assert study.sampler.mean(ledger.trials())[1] == pytest.approx([1.4], abs=0.02)
 
 
 def test_it_finds_the_optimum():

@@ -38,7 +38,8 @@ def test_a_lucky_trial_does_not_beat_the_mean_but_a_clearly_better_one_does():
 
 def test_the_best_uniform_weight_is_one_weight():
     trials = [record(0, "parent", [1], (0.0, 0.0)), record(1, "parent", [5], (1.0, 0.0)), record(2, "uniform", [3], (0.5, 0.5))]
-    assert best_uniform(trials).number == 2
+    assert best_uniform(trials, lambda weights: len(set(weights)) == 1).number == 2
+    assert best_uniform(trials, lambda weights: weights == (1.0, 0.0)).number == 1
 
 
 def test_the_verdict_pairs_by_task_and_leaves_open_tasks_out_of_correct():

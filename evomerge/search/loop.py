@@ -87,11 +87,7 @@ class Search:
 
     def _references(self) -> None:
         """The parents and the uniform weights, each once."""
-        siblings = range(len(self.genome.siblings))
-        wanted = [("parent", self.genome.parent(None))] + [("parent", self.genome.parent(m)) for m in siblings]
-        wanted += [("uniform", self.genome.uniform(w)) for w in self.study.search.uniform]
-        if len(self.genome.siblings) > 1:
-            wanted.append(("uniform", self.genome.uniform(1.0)))
+        wanted = self.genome.references(self.study.search.uniform)
         for i, (role, weights) in enumerate(wanted):
             if not self._has(role, weights):
                 self._trial(role, weights=weights, label=f"{role} {i + 1}/{len(wanted)}")
@@ -180,10 +176,11 @@ class Search:
 
     def _finalists(self, records: Sequence[TrialRecord]) -> dict[str, TrialRecord]:
         parents = {r.weights: r for r in records if r.role == "parent" and r.state == "complete"}
-        names = sibling_names(self.genome.siblings)
-        finalists = {"winner": choose_winner(records, self.study.judge.metric), "base": parents[self.genome.parent(None)]}
-        finalists |= {name: parents[self.genome.parent(m)] for m, name in enumerate(names)}
-        return finalists | {"uniform": best_uniform(records)}
+        finalists = {"winner": choose_winner(records, self.study.judge.metric)}
+        if self.genome.has_base:
+            finalists["base"] = parents[self.genome.parent(None)]
+        finalists |= {name: parents[self.genome.parent(m)] for m, name in enumerate(sibling_names(self.genome.siblings))}
+        return finalists | {"uniform": best_uniform(records, self.genome.is_uniform)}
 
     def _has(self, role: str, weights: tuple[float, ...]) -> bool:
         return any(r.role == role and r.state == "complete" and r.weights == weights for r in self.ledger.records())

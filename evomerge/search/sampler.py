@@ -38,17 +38,23 @@ class ReplayedCmaEs(BaseSampler):
     def __init__(
         self,
         names: Sequence[str],
-        bounds: tuple[float, float],
-        declared: tuple[float, float],
-        start: float,
+        bounds: Sequence[tuple[float, float]],
+        declared: Sequence[tuple[float, float]],
+        starts: Sequence[float],
         sigma: float,
         population: int | None,
         seed: int,
+        scales: Sequence[float] | None = None,
     ) -> None:
-        """`bounds` hold the candidates; `declared`, at least as wide, also holds parents and uniform weights."""
-        self.names, self.bounds, self.start, self.sigma, self.seed = tuple(names), bounds, start, sigma, seed
+        """One of each per dimension. `bounds` hold the candidates; `declared`, at least as wide, also parents and uniform weights.
+
+        The first step size of dimension i is sigma * scales[i]; scales are 1 by default.
+        """
+        self.names, self.sigma, self.seed = tuple(names), sigma, seed
+        self.bounds, self.starts = np.array(bounds, dtype=float), np.array(starts, dtype=float)
+        self.scales = np.ones(len(names)) if scales is None else np.array(scales, dtype=float)
         self.population = population or 4 + math.floor(3 * math.log(len(names)))  # Hansen 2016, table 1
-        self.space: dict[str, BaseDistribution] = {name: FloatDistribution(*declared) for name in names}
+        self.space: dict[str, BaseDistribution] = {name: FloatDistribution(*d) for name, d in zip(names, declared, strict=True)}
 
     def next_slot(self, trials: Sequence[FrozenTrial]) -> Slot:
         """The first place, in order, that has no finished candidate."""
@@ -73,7 +79,7 @@ class ReplayedCmaEs(BaseSampler):
     def mean(self, trials: Sequence[FrozenTrial]) -> tuple[int, np.ndarray]:
         """How many generations are complete, and the distribution's mean after them, (d,), within the bounds."""
         complete = self.complete_generations(trials)
-        return complete, np.clip(self.replay(trials, complete).mean, *self.bounds)
+        return complete, np.clip(self.replay(trials, complete).mean, *self.bounds.T)
 
     def complete_generations(self, trials: Sequence[FrozenTrial]) -> int:
         """How many generations have all their candidates finished."""
@@ -84,13 +90,13 @@ class ReplayedCmaEs(BaseSampler):
 
     def replay(self, trials: Sequence[FrozenTrial], generations: int) -> CMA:
         """The optimizer after being told the first `generations`; CMA minimises, scores are maximised."""
-        d = len(self.names)
         optimizer = CMA(
-            mean=np.full(d, self.start),
+            mean=self.starts,
             sigma=self.sigma,
-            bounds=np.tile(np.array(self.bounds), (d, 1)),
+            bounds=self.bounds,
             population_size=self.population,
             seed=_seed(self.seed, Slot(0, 0)),
+            cov=np.diag(self.scales**2),  # CMA-ES is the same in other units when it begins with their covariance
         )
         done = _finished(trials)
         for generation in range(generations):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,11 +12,12 @@ from evomerge.answering.cache import AnswerCache
 from evomerge.answering.hf import TransformersEngine
 from evomerge.answering.prompts import make_prompter
 from evomerge.console import Console
-from evomerge.errors import StudyError
+from evomerge.errors import StudyError, StudyFileError
 from evomerge.genome import Genome, make_genome
 from evomerge.judging.rules import RulesJudge
 from evomerge.merging.fingerprint import combined, fingerprint
 from evomerge.merging.layout import ModelFolder, check_fit, num_layers, open_model
+from evomerge.merging.lora import AdaptedModel
 from evomerge.recipe import Recipe
 from evomerge.search.ledger import Ledger, TrialRecord, check_unchanged, only_worker, open_ledger, sqlite_path
 from evomerge.search.loop import Search, cache_scope
@@ -33,13 +34,14 @@ def open_search(study: Study, url: str, console: Console) -> Iterator[Search]:
     split = split_tasks(tasks, study.split.held_out, study.split.seed)
     base, siblings = open_models(study)
     genome = make_genome(study, num_layers(base.config))
+    check_filters(genome, base)
     sampler = make_sampler(study, genome)
     with only_worker(url, study.study):
         ledger = open_ledger(url, study.study, sampler, create=True)
         facts = _facts(study, genome, tasks, split, [base, *siblings], ledger)
         check_unchanged(ledger, facts)
         console.say(
-            f"study {study.study}: {len(genome.slices)} slices x {len(siblings)} sibling(s), {len(split.search)} tasks to search on, "
+            f"study {study.study}: {_size(genome)}, {len(split.search)} tasks to search on, "
             f"{len(split.held_out)} held out, {study.search.trials} candidates in generations of {sampler.population}"
         )
         engine = TransformersEngine(base, siblings, study.engine, study.generation, study.search.dtype, study.search.seed)
@@ -53,10 +55,20 @@ def open_search(study: Study, url: str, console: Console) -> Iterator[Search]:
 
 def make_sampler(study: Study, genome: Genome) -> ReplayedCmaEs:
     """The study's sampler; the declared range also holds the parents and the uniform weights."""
-    low, high = study.bounds
-    declared = (min(low, 0.0, *study.search.uniform), max(high, 1.0, *study.search.uniform))
-    s = study.search
-    return ReplayedCmaEs(genome.names, study.bounds, declared, s.start, s.sigma, s.population, s.seed)
+    vectors = [vector for _, vector in genome.references(study.search.uniform)]
+    bounds = [(gene.low, gene.high) for gene in genome.genes]
+    declared = [(min(low, *numbers), max(high, *numbers)) for (low, high), *numbers in zip(bounds, *vectors, strict=True)]
+    starts, scales = [gene.start for gene in genome.genes], [gene.scale for gene in genome.genes]
+    return ReplayedCmaEs(genome.names, bounds, declared, starts, study.search.sigma, study.search.population, study.search.seed, scales)
+
+
+def check_filters(genome: Genome, base: ModelFolder) -> None:
+    """Raise StudyFileError for a filter that no tensor's name holds: its numbers would change nothing."""
+    for text in genome.filters:
+        if not any(text in name for name in base.keys):
+            raise StudyFileError(
+                "no tensor has this in its name", where="genome.filters", found=text, remedy="Write self_attn or mlp, for example."
+            )
 
 
 def study_tasks(study: Study) -> tuple[Task, ...]:
@@ -68,11 +80,10 @@ def study_tasks(study: Study) -> tuple[Task, ...]:
 
 
 def open_models(study: Study) -> tuple[ModelFolder, list[ModelFolder]]:
-    """Base and siblings, checked to fit each other."""
-    base = open_model(study.genome.base_model)
-    siblings = [open_model(ref) for ref in study.genome.models]
-    check_fit(base, siblings)
-    return base, siblings
+    """The base, or what stands for it (the first model), and the others, checked to fit each other."""
+    base, *others = [open_model(ref) for ref in study.genome.all_models]
+    check_fit(base, others, same_vocabulary=study.genome.tokenizer_source is None)
+    return base, others
 
 
 @dataclass(frozen=True)
@@ -121,8 +132,7 @@ def _facts(
     study: Study, genome: Genome, tasks: Sequence[Task], split: Split, models: Sequence[ModelFolder], ledger: Ledger
 ) -> dict[str, Any]:
     known = ledger.facts.get("files", {})
-    refs = [study.genome.base_model, *study.genome.models]
-    files = {ref: fingerprint(Path(m.path), known.get(ref)) for ref, m in zip(refs, models, strict=True)}
+    files = {ref: _prints(m, known.get(ref)) for ref, m in zip(study.genome.all_models, models, strict=True)}
     return {
         "study_file": study.to_dict(),
         "models": {ref: combined(prints) for ref, prints in files.items()},
@@ -132,3 +142,19 @@ def _facts(
         "n_layers": genome.slices[-1][1],
         "files": files,
     }
+
+
+def _prints(model: ModelFolder, known: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """The folder's files, and for MODEL+ADAPTER the adapter's after them."""
+    prints = fingerprint(model.path, known)
+    if isinstance(model, AdaptedModel):
+        mark = "adapter/"
+        old = {name.removeprefix(mark): value for name, value in (known or {}).items() if name.startswith(mark)}
+        prints |= {mark + name: value for name, value in fingerprint(model.adapter, old).items()}
+    return prints
+
+
+def _size(genome: Genome) -> str:
+    """What the search is over, in words."""
+    text = f"{len(genome.slices)} slices x {len(genome.siblings)} sibling(s)"
+    return text if genome.dimensions == len(genome.slices) * len(genome.siblings) else f"{text}, {genome.dimensions} numbers"

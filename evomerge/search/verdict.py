@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,9 +43,9 @@ def choose_winner(records: Sequence[TrialRecord], metric: str) -> TrialRecord:
     return best if lead > LEAD * error else mean
 
 
-def best_uniform(records: Sequence[TrialRecord]) -> TrialRecord:
+def best_uniform(records: Sequence[TrialRecord], is_uniform: Callable[[Sequence[float]], bool]) -> TrialRecord:
     """The best single weight by the search tasks; the base and the sibling alone count as the weights 0 and 1."""
-    return _best([r for r in records if r.role in ("uniform", "parent") and len(set(r.weights)) == 1])
+    return _best([r for r in records if r.role == "uniform" or (r.role == "parent" and is_uniform(r.weights))])
 
 
 def metric_values(grades: Mapping[str, Mapping[str, Any]], metric: str) -> dict[str, float]:
