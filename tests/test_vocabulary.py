@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from vocabulary_tools import EMBEDDINGS, adding, aligned_by_loop, byte_pairs, save_with, section, word_level
 
 from evomerge.errors import InputError, ModelError, RecipeError
-from evomerge.merging.layout import open_model
+from evomerge.merging.folder import open_model
 from evomerge.merging.methods import task_arithmetic
 from evomerge.merging.tokens import Rule
 from evomerge.merging.vocabulary import Vocabulary, make_vocabulary

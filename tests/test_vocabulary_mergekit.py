@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from merging_tools import load_all, same_bits
 from transformers import AutoTokenizer
 from vocabulary_tools import EMBEDDINGS, adding, byte_pairs, save_with, section, word_level
 
+from evomerge.cli import main
 from evomerge.errors import RecipeError
-from evomerge.merging.layout import open_model
+from evomerge.merging.folder import open_model
 from evomerge.merging.methods import linear, task_arithmetic
 from evomerge.merging.vocabulary import make_vocabulary
 
@@ -69,6 +71,7 @@ CASES = {
     "tokens_padded": (["one", "two", "base"], section("./two", SETTINGS, 8), "float32"),
     "no_tokenizer": (["base", "bare"], section(), "bfloat16"),
     "no_base": (["one", "two"], section(), "bfloat16"),
+    "slice_base": (["two", "base", "one"], section(), "bfloat16"),
 }
 FAILING = {
     "new_token_without_row": (["base", "one"], section("base", {"<new>": {"source": "./one"}}), "bfloat16"),
@@ -90,11 +93,16 @@ def weight(ref):
 
 
 def base_of(name, models):
+    """The recipe's."""
     return None if name == "no_base" else "base" if "base" in models else models[0]
 
 
+def slice_base_of(name, models):
+    return "one" if name == "slice_base" else base_of(name, models)
+
+
 def recipe(name, models, asked, dtype):
-    """task_arithmetic of three layers of settings, or, without a base, linear."""
+    """task_arithmetic, or linear where there is no base."""
     data = {"merge_method": "task_arithmetic", "base_model": f"./{base_of(name, models)}"}
     if base_of(name, models) is None:
         data = {"merge_method": "linear"}
@@ -103,7 +111,8 @@ def recipe(name, models, asked, dtype):
     else:
         data["tokenizer_source"] = asked.source
     sources = [{"model": f"./{ref}", "layer_range": [0, 1], "parameters": {"weight": weight(ref)}} for ref in models]
-    return data | {"dtype": dtype, "slices": [{"sources": sources}]}
+    slice_base = {"base_model": "./one"} if name == "slice_base" else {}
+    return data | {"dtype": dtype, "slices": [slice_base | {"sources": sources}]}
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +147,9 @@ def aligned(name, models, asked, dtype, opened):
     """Our vocabulary, and every aligned tensor by name and model."""
     vocabulary = make_vocabulary(asked, None if name == "no_base" else f"./{base_of(name, models)}", opened)
     names = [n for n in EMBEDDINGS if n in opened[f"./{models[0]}"].keys]
-    dtype = getattr(torch, dtype)
-    return vocabulary, {n: vocabulary.align({f"./{ref}": opened[f"./{ref}"].get_tensor(n).to(dtype) for ref in models}) for n in names}
+    base = slice_base_of(name, models)
+    inputs = {n: {f"./{ref}": opened[f"./{ref}"].get_tensor(n).to(getattr(torch, dtype)) for ref in models} for n in names}
+    return vocabulary, {n: vocabulary.align(tensors, base and f"./{base}") for n, tensors in inputs.items()}
 
 
 def open_all(name, models, folder, monkeypatch):
@@ -149,7 +159,7 @@ def open_all(name, models, folder, monkeypatch):
 
 
 def merge(name, models, rows):
-    base = base_of(name, models)
+    base = slice_base_of(name, models)
     if base is None:
         return linear([rows[f"./{ref}"] for ref in models], [weight(ref) for ref in models])
     siblings = [ref for ref in models if ref != base]
@@ -203,3 +213,35 @@ def test_where_mergekit_crashes_we_say_why(folder, monkeypatch, name):
     with pytest.raises(RecipeError) as caught:
         aligned(name, models, asked, dtype, open_all(name, models, folder, monkeypatch))
     assert "\n" not in str(caught.value)
+
+
+NOT_YET = pytest.mark.xfail(reason="MergePlan does not hand a slice's own base to Vocabulary.align")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[NOT_YET] if name == "slice_base" else []) for name in CASES])
+def test_the_whole_merge(folder, monkeypatch, tmp_path, name):
+    """The command line: every tensor, the configuration and the files."""
+    monkeypatch.chdir(folder)
+    Path("recipe.yml").write_text(yaml.safe_dump(recipe(name, *CASES[name])))
+    assert main(["merge", "recipe.yml", str(tmp_path / "out")]) == 0
+    ours, theirs = load_all(tmp_path / "out"), load_all(folder / "out" / name)
+    vocabs = [AutoTokenizer.from_pretrained(side).get_vocab() for side in (tmp_path / "out", folder / "out" / name)]
+    assert ours.keys() == theirs.keys()
+    for tensor in ours:
+        orders = [torch.tensor([vocab[token] for token in vocabs[0]]) if tensor in EMBEDDINGS else slice(None) for vocab in vocabs]
+        assert same_bits(ours[tensor][orders[0]], theirs[tensor][orders[1]]), tensor
+        assert ours[tensor].shape == theirs[tensor].shape
+    if name == "no_base":  # whose configuration is copied changes from run to run
+        return
+    configs = [json.loads((side / "config.json").read_text()) for side in (tmp_path / "out", folder / "out" / name)]
+    assert configs[0] == configs[1]
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in (folder / "out" / name).iterdir()}
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_a_merge_that_cannot_be_leaves_nothing(folder, monkeypatch, tmp_path, capsys, name):
+    monkeypatch.chdir(folder)
+    Path("recipe.yml").write_text(yaml.safe_dump(recipe(name, *FAILING[name])))
+    assert main(["merge", "recipe.yml", str(tmp_path / "out")]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import ModelError, RecipeError
-from evomerge.merging.layout import ModelFolder
+from evomerge.merging.folder import ModelFolder
 
 log = logging.getLogger(__name__)
 

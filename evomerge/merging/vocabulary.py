@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from evomerge.errors import ModelError, RecipeError
-from evomerge.merging.layout import ModelFolder
+from evomerge.merging.folder import ModelFolder
 from evomerge.merging.tokens import Rule, load_tokenizer, load_tokenizers, read_rules, unite, vocab_size
 
 LACKING, BEYOND = -1, -2  # instead of a row: the model has no such token; it has, past the end of its embeddings
