@@ -24,7 +24,8 @@ def task_arithmetic(
     base and siblings: any one shape and dtype. `normalize` divides the sum by the sum of the weights; `scale` is
     mergekit's `lambda`. Ilharco et al. 2023, arXiv 2212.04089, section 2.
     """
-    return combine(base, [sibling - base for sibling in siblings], weights, normalize, scale)
+    deltas = differences(base, siblings)
+    return from_deltas("task_arithmetic", base, deltas, weights, normalize=normalize, scale=scale)
 
 
 def ties(
@@ -41,8 +42,7 @@ def ties(
     Of each delta the `density` share with the largest magnitude stays; where the weighted deltas disagree in sign,
     those of the sign with the larger sum count. `normalize` divides by the weights that counted.
     """
-    deltas = [trim(sibling - base, density, rescale) for sibling, density in zip(siblings, densities, strict=True)]
-    return combine_elected(base, deltas, weights, normalize, scale)
+    return from_deltas("ties", base, differences(base, siblings), weights, densities, None, normalize, scale, rescale)
 
 
 def dare_ties(
@@ -56,8 +56,7 @@ def dare_ties(
     rescale: bool = True,
 ) -> Tensor:
     """Drop at random, rescale (Yu et al. 2024, arXiv 2311.03099, section 3), then elect signs as TIES does."""
-    deltas = [drop(sibling - base, density, generator, rescale) for sibling, density in zip(siblings, densities, strict=True)]
-    return combine_elected(base, deltas, weights, normalize, scale)
+    return from_deltas("dare_ties", base, differences(base, siblings), weights, densities, generator, normalize, scale, rescale)
 
 
 def dare_linear(
@@ -71,8 +70,7 @@ def dare_linear(
     rescale: bool = True,
 ) -> Tensor:
     """Drop at random, rescale (Yu et al. 2024, arXiv 2311.03099, section 3), then task arithmetic."""
-    deltas = [drop(sibling - base, density, generator, rescale) for sibling, density in zip(siblings, densities, strict=True)]
-    return combine(base, deltas, weights, normalize, scale)
+    return from_deltas("dare_linear", base, differences(base, siblings), weights, densities, generator, normalize, scale, rescale)
 
 
 def linear(tensors: Sequence[Tensor], weights: Sequence[float], normalize: bool = True) -> Tensor:
@@ -114,6 +112,32 @@ def slerp(base: Tensor, other: Tensor, t: float) -> Tensor:
     return out.reshape(base.shape)
 
 
+def differences(base: Tensor, siblings: Sequence[Tensor]) -> list[Tensor]:
+    """x_m - b, rounded."""
+    return [sibling - base for sibling in siblings]
+
+
+def from_deltas(
+    method: str,
+    base: Tensor,
+    deltas: Sequence[Tensor],
+    weights: Sequence[float],
+    densities: Sequence[float] = (),
+    generator: torch.Generator | None = None,
+    normalize: bool = False,
+    scale: float = 1.0,
+    rescale: bool = False,
+) -> Tensor:
+    """The four methods above from differences that are already there: thin the deltas out, then add them to the base."""
+    if method == "ties":
+        deltas = [trim(delta, density, rescale) for delta, density in zip(deltas, densities, strict=True)]
+    elif method != "task_arithmetic":
+        drawn = generator if generator is not None else torch.Generator()
+        deltas = [drop(delta, density, drawn, rescale) for delta, density in zip(deltas, densities, strict=True)]
+    add = combine_elected if method in ("ties", "dare_ties") else combine
+    return add(base, deltas, weights, normalize, scale)
+
+
 def trim(delta: Tensor, density: float, rescale: bool = False) -> Tensor:
     """Zero all but the `density` share of largest magnitude (at least one). Equal magnitudes: as torch.argsort orders them."""
     if density >= 1 or delta.numel() == 0:
@@ -143,6 +167,8 @@ def _masked(delta: Tensor, mask: Tensor, rescale: bool) -> Tensor:
     if not rescale:
         return masked
     before, after = delta.abs().sum(), masked.abs().sum()
+    if before.isinf():  # fp16 ends at 65504, where mergekit's tensor becomes NaN
+        before, after = delta.float().abs().sum(), masked.float().abs().sum()
     if before < 1e-7 or after < 1e-7:
         return masked
     return masked * (before / after)
@@ -157,7 +183,7 @@ def combine(base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], no
     mixed = products.sum(dim=0)  # in fp32 inside, rounded once: not the same as adding pairwise
     if normalize:
         total = rounded.sum(dim=0)
-        mixed /= torch.where(total.abs() < SMALLEST, torch.ones_like(total), total)
+        mixed /= torch.where(total.float().abs() < SMALLEST, torch.ones_like(total), total)  # fp16 has no 1e-8: mergekit divides by 0
     if scale != 1:
         mixed *= scale
     return base + mixed
