@@ -119,6 +119,7 @@ class EngineSection:
     device_map: str | None = None  # "auto" spreads one model over several GPUs (accelerate)
     batch_size: int = 32
     threads: int | None = None  # CPU threads; None: torch's choice. On a busy machine fewer can be much faster
+    residency: Literal["auto", "device", "host", "disk"] = "auto"  # where base and siblings wait between candidates
     quantization: Literal["4bit", "4bit-double"] | None = None  # the live model in NF4 (bitsandbytes); merges stay in bf16
     trust_remote_code: bool = False
 

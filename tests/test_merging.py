@@ -15,12 +15,10 @@ import torch
 from conftest import make_model, save
 from merging_tools import SLICES, differing, load_all, make_family, random_recipe
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from evomerge.errors import InputError, ModelError, OutputError, RecipeError
 from evomerge.merging.build import build_model, parse_size
 from evomerge.merging.layout import Layout, check_fit, open_model
-from evomerge.merging.live import LiveModel
 from evomerge.merging.stream import merged_tensors, open_recipe
 from evomerge.recipe import Recipe, task_arithmetic_recipe
 
@@ -29,80 +27,6 @@ from evomerge.recipe import Recipe, task_arithmetic_recipe
 def family(request, tmp_path):
     """base, one, two: a base and two siblings."""
     return make_family(tmp_path, request.param)
-
-
-@pytest.mark.parametrize("siblings", [["one"], ["one", "two"]])
-def test_after_many_recipes_the_live_model_is_a_fresh_merge_of_the_last(family, tmp_path, siblings):
-    generator = torch.Generator().manual_seed(3)
-    model = AutoModelForCausalLM.from_pretrained(family / "base", dtype=torch.bfloat16)
-    live = LiveModel(model, open_model(str(family / "base")), [open_model(str(family / s)) for s in siblings])
-    for i in range(60):
-        recipe = random_recipe(family, siblings, generator, normalize=i % 3 == 0)
-        live.apply(recipe)
-    build_model(recipe, tmp_path / "out")
-    fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
-    assert not differing(dict(model.named_parameters()), dict(fresh.named_parameters()))
-
-
-def test_streaming_from_disk_gives_the_same_live_weights(family):
-    recipe = random_recipe(family, ["one"], torch.Generator().manual_seed(4))
-    folders = open_model(str(family / "base")), [open_model(str(family / "one"))]
-    models = [AutoModelForCausalLM.from_pretrained(family / "base", dtype=torch.bfloat16) for _ in range(2)]
-    kept, streamed = (LiveModel(m, *folders) for m in models)
-    streamed.resident = False
-    kept.apply(recipe)
-    streamed.apply(recipe)
-    assert not differing(*(dict(m.named_parameters()) for m in models))
-
-
-def models_recipe(family, weights, **top):
-    models = [{"model": str(family / name), "parameters": {"weight": w}} for name, w in weights.items()]
-    return Recipe.from_dict({"merge_method": "task_arithmetic", "base_model": str(family / "base"), "models": models} | top)
-
-
-@pytest.mark.parametrize("live_dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("resident", [True, False])
-def test_the_live_model_takes_every_kind_of_recipe(tmp_path, live_dtype, resident):
-    """Each from the untouched base, whatever came before: equal to a fresh merge that is loaded in the same dtype."""
-    family = make_family(tmp_path, dtypes=(torch.bfloat16, torch.float32, torch.bfloat16))
-    model = AutoModelForCausalLM.from_pretrained(family / "base", dtype=live_dtype)
-    live = LiveModel(model, *(open_model(str(family / "base")), [open_model(str(family / s)) for s in ("one", "two")]))
-    live.resident = resident
-    recipes = [
-        models_recipe(family, {"one": [0, 0.5, 1]}, dtype="bfloat16"),
-        models_recipe(family, {"two": 0.7, "one": [{"filter": "mlp", "value": 1}, {"value": "0.1"}]}, dtype="float32"),
-        models_recipe(family, {"one": 0.3}, dtype="float32", out_dtype="float16"),
-        models_recipe(family, {"one": 0.3, "two": 0.4}),
-        models_recipe(family, {"two": 0.0}, dtype="bfloat16", parameters={"lambda": -1.0}),
-        models_recipe(family, {"base": 1.0}, dtype="bfloat16"),
-        models_recipe(family, {"two": -1}, dtype="bfloat16"),
-        random_recipe(family, ["two"], torch.Generator().manual_seed(0)),
-    ]
-    for i, recipe in enumerate(recipes):
-        live.apply(recipe)
-        build_model(recipe, tmp_path / f"out{i}")
-        fresh = AutoModelForCausalLM.from_pretrained(tmp_path / f"out{i}", dtype=live_dtype)
-        assert not differing(dict(model.named_parameters()), dict(fresh.named_parameters())), i
-
-
-def test_a_candidate_that_failed_leaves_no_trace(family):
-    model = AutoModelForCausalLM.from_pretrained(family / "base", dtype=torch.bfloat16)
-    live = LiveModel(model, open_model(str(family / "base")), [open_model(str(family / "one"))])
-    recipe = random_recipe(family, ["one"], torch.Generator().manual_seed(1))
-    live.apply(recipe)
-    before = {n: p.clone() for n, p in model.named_parameters()}
-    live.apply(random_recipe(family, ["one"], torch.Generator().manual_seed(2)))
-    with pytest.raises(RecipeError, match="no `weight` for lm_head" if "lm_head" in str(before) else "no `weight` for model"):
-        live.apply(models_recipe(family, {"one": [{"filter": "embed", "value": 1}]}, dtype="bfloat16"))
-    live.apply(recipe)
-    assert not differing(before, dict(model.named_parameters()))
-
-
-def test_a_recipe_of_other_models_is_refused(family):
-    model = AutoModelForCausalLM.from_pretrained(family / "base", dtype=torch.bfloat16)
-    live = LiveModel(model, open_model(str(family / "base")), [open_model(str(family / "one"))])
-    with pytest.raises(ModelError, match="not loaded"):
-        live.apply(models_recipe(family, {"two": 1.0}, dtype="bfloat16"))
 
 
 def nearest_bf16(x):
@@ -137,18 +61,6 @@ def test_the_first_slice_rules_the_embedding_and_the_last_the_head(family):
 def test_a_slice_that_passes_the_end_is_refused():
     with pytest.raises(RecipeError, match="passes"):
         Layout(task_arithmetic_recipe("b", ["s"], [(0, 5)], [[1.0]]), 4)
-
-
-@pytest.mark.parametrize("slices", [[(0, 2), (3, 4)], [(0, 2), (1, 4)], [(0, 3)]])
-def test_a_live_model_keeps_its_layers_in_place(family, slices):
-    """Slices that leave out or repeat layers make another model: one to build, not one to apply."""
-    model = AutoModelForCausalLM.from_pretrained(family / "base", dtype=torch.bfloat16)
-    live = LiveModel(model, open_model(str(family / "base")), [open_model(str(family / "one"))])
-    recipe = task_arithmetic_recipe(str(family / "base"), [str(family / "one")], slices, [[1.0]] * len(slices))
-    with pytest.raises(RecipeError, match="move layers"):
-        live.apply(recipe)
-    names = dict(merged_tensors(recipe, open_recipe(recipe)))
-    assert sum("input_layernorm" in name for name in names) == sum(end - start for start, end in slices)
 
 
 def edit_config(folder, **changes):

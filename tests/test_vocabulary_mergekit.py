@@ -215,10 +215,7 @@ def test_where_mergekit_crashes_we_say_why(folder, monkeypatch, name):
     assert "\n" not in str(caught.value)
 
 
-NOT_YET = pytest.mark.xfail(reason="MergePlan does not hand a slice's own base to Vocabulary.align")
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[NOT_YET] if name == "slice_base" else []) for name in CASES])
+@pytest.mark.parametrize("name", CASES)
 def test_the_whole_merge(folder, monkeypatch, tmp_path, name):
     """The command line: every tensor, the configuration and the files."""
     monkeypatch.chdir(folder)

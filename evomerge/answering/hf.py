@@ -42,7 +42,7 @@ class TransformersEngine:
             torch.set_num_threads(engine.threads)
         self.tokenizer = load_tokenizer(base, engine.trust_remote_code)
         self.model = _load_model(base, engine, getattr(torch, dtype))
-        self.live = LiveModel(self.model, base, siblings) if siblings else None
+        self.live = LiveModel(self.model, base, siblings, seed, engine.residency) if siblings else None
         self.config = self._generation_config()
 
     def apply(self, recipe: Recipe) -> None:

@@ -25,16 +25,16 @@ class Draws:
             self.starts[name] = at
             at += counts[name]
         self._generator = torch.Generator().manual_seed(seed)
-        self._states = {} if states is None else states
-        self._states.setdefault(0, self._generator.get_state())
+        self.states = {} if states is None else states
+        self.states.setdefault(0, self._generator.get_state())
 
     def generator(self, name: str) -> torch.Generator:
         """The stream where the tensor's numbers begin."""
         start = self.starts[name]
-        known = sorted(self._states)
+        known = sorted(self.states)
         before = known[bisect_right(known, start) - 1]
-        self._generator.set_state(self._states[before])
+        self._generator.set_state(self.states[before])
         for at in range(before, start, BURN):
             torch.empty(min(BURN, start - at)).bernoulli_(torch.tensor(0.5).expand(min(BURN, start - at)), generator=self._generator)
-        self._states.setdefault(start, self._generator.get_state())
+        self.states.setdefault(start, self._generator.get_state())
         return self._generator

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -39,6 +40,11 @@ class ModelFolder:
     files: Mapping[str, Path] = field(repr=False)  # tensor name -> safetensors file
     ref: str = ""  # as it was asked for: a folder or a hub name
     _open: dict[Path, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def places(self) -> tuple[Path, ...]:
+        """The folders that its files lie in: two models with the same ones are the same model."""
+        return (self.path,)
 
     @property
     def keys(self) -> frozenset[str]:
@@ -108,6 +114,12 @@ def open_model(ref: str) -> ModelFolder:
         raise ModelError("config.json is no mapping", where=path, found=config, remedy="Save the model again.")
     files = {name: file for name, file in _weight_files(path).items() if not name.endswith(NOT_WEIGHTS)}
     return ModelFolder(path, config, files, ref)
+
+
+def same_model(folder: ModelFolder, ref: str) -> bool:
+    """Whether a reference means this folder, however its path is written."""
+    parts = ref.split("+")
+    return folder.ref == ref or [os.path.realpath(p) for p in parts] == [os.path.realpath(p) for p in folder.places]
 
 
 def num_layers(config: Mapping[str, Any]) -> int:

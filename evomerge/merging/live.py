@@ -5,48 +5,40 @@ Adding a difference of weights to what is live would drift; see docs/LOG.md.
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from typing import Literal
 
 import torch
 
 from evomerge.errors import ModelError, RecipeError
-from evomerge.merging.folder import ModelFolder
-from evomerge.merging.methods import combine, combine_into
-from evomerge.merging.stream import MergePlan, load_finite
+from evomerge.merging import fused, quantized
+from evomerge.merging.folder import VOCABULARY, ModelFolder, same_model
+from evomerge.merging.layout import How
+from evomerge.merging.resident import Inputs, Residency, Resident, Slot, is_out_of_memory
+from evomerge.merging.stream import MergePlan, combine, from_deltas
 from evomerge.recipe import Recipe
 
-log = logging.getLogger(__name__)
-MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
-SHARE = 0.6  # of the free memory that base and deltas may take; the rest is for keys and values
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """What stays beside one live parameter, in its dtype and on its device."""
-
-    base: torch.Tensor
-    positive: torch.Tensor  # the base with 0 for -0, which `combine_into` needs; mostly the same tensor
-    deltas: list[torch.Tensor]  # r(x - b), one per sibling
+ADDING = ("task_arithmetic", "ties", "dare_ties", "dare_linear")  # these add deltas to the base
 
 
 class LiveModel:
     """`apply` writes a recipe's weights into the parameters of `model`, each on its own device.
 
-    Base and deltas stay beside the live parameters when they fit (`resident`); otherwise every candidate streams
-    them from the mapped files.
+    A 4-bit parameter is merged in the dtype that it was quantised from, and quantised again. What is read for that
+    waits where it fits: see `Resident`.
     """
 
-    def __init__(self, model: torch.nn.Module, base: ModelFolder, siblings: Sequence[ModelFolder], random_seed: int = 0) -> None:
-        """Raises ModelError when the live model lacks a tensor of the files, or a tensor is not finite."""
-        self.base = base
-        self.siblings = list(siblings)
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        base: ModelFolder,
+        siblings: Sequence[ModelFolder],
+        random_seed: int = 0,
+        residency: Literal["auto"] | Residency = "auto",
+    ) -> None:
+        """`random_seed` decides what DARE drops. Raises ModelError when the live model lacks a tensor of the files."""
+        self.base, self.siblings, self.random_seed = base, list(siblings), random_seed
         self.live = dict(model.named_parameters())
-        self.random_seed = random_seed
-        self._draws: dict[int, torch.Tensor] = {}
         tied = bool(base.config.get("tie_word_embeddings"))
         self.names = sorted(name for name in base.keys if not (tied and name == "lm_head.weight"))
         for name in self.names:
@@ -56,72 +48,84 @@ class LiveModel:
                 )
         for name in self.live.keys() - set(self.names):  # it would keep what the model was loaded with
             raise ModelError(f"the file has no tensor for {name}", where=base.path, remedy="Save the model again with transformers.")
-        self.resident = self._fits()
-        log.info("base and deltas: %s", "beside the live model" if self.resident else "streamed from disk for every candidate")
-        self._kept: dict[str, _Kept] = {}
-        self._applied: dict[str, object] = {}  # what each parameter holds now: weights, normalize, lambda
+        slots = {n: Slot(self.live[n].device, quantized.dtype(self.live[n]), torch.Size(base.shape(n)).numel()) for n in self.names}
+        self.resident = Resident(base, siblings, slots, residency)
+        self._parameters = sum(slot.numbers for slot in slots.values())
+        self._plan: MergePlan | None = None  # the last one
+        self._applied: dict[str, object] = {}  # what each parameter holds now
 
     @torch.no_grad()
     def apply(self, recipe: Recipe) -> None:
-        """Give every parameter the recipe's weights, in place; parameters whose weights did not change are skipped."""
-        folders = {ref: _find(ref, [self.base, *self.siblings]) for ref in recipe.models}
-        plan = MergePlan(recipe, folders, self.random_seed, self._draws)
+        """Give every parameter the recipe's weights, in place; parameters that would not change are skipped.
+
+        Raises RecipeError when a live model cannot follow, ModelError on NaN or infinite weights, EngineError when
+        even streaming needs more memory than there is.
+        """
+        plan = MergePlan(recipe, {ref: self._find(ref) for ref in recipe.models}, self.random_seed, after=self._plan)
+        self._plan = plan
         if plan.layout.restacked:
             raise RecipeError("the slices move layers, which a live model cannot follow", remedy="Build the model with `evomerge merge`.")
-        for name in self.names:
-            out, how = self.live[name], plan.hows[name]
-            state = (how, tuple(str(folders[ref].path) for ref, _ in how.inputs), recipe.dtype, recipe.out_dtype)
-            if self._applied.get(name) == state:
-                continue
-            self._applied.pop(name, None)  # an interrupted write must not count as done
-            one_dtype = {plan.working_dtype(name), plan.dtype(name)} == {out.dtype}
-            if self.resident and one_dtype and how.method == "task_arithmetic":
-                kept = self._base_and_deltas(name, out)
-                deltas = [kept.deltas[self.siblings.index(folders[ref])] for ref, _ in how.siblings]
-                if len(deltas) == 1 and not how.normalize and how.scale == 1:
-                    combine_into(out, kept.positive, deltas[0], how.weights[0])
-                else:
-                    out.copy_(combine(kept.base, deltas, how.weights, how.normalize, how.scale))
+        if plan.vocabulary is not None and (not plan.vocabulary.keeps(recipe.donor) or plan.vocabulary.size > self._rows()):
+            raise RecipeError(
+                "`tokenizer_source` would move rows of the live model's embeddings",
+                found=recipe.tokenizer,
+                remedy="Merge the tokenizers first: `evomerge merge` each sibling, then search over the results.",
+            )
+        states = {name: self._state(plan, name) for name in self.names}
+        stale = [name for name in self.names if self._applied.get(name) != states[name]]
+        streamed = [name for name in stale if plan.pure(name, self.resident.slots[name].dtype)]
+        for name in set(stale) - set(streamed):
+            self._applied.pop(name, None)
+            merged = plan.merge(name, self.live[name].device).to(self.resident.slots[name].dtype)
+            if plan.vocabulary is not None and name in VOCABULARY:  # rows that no token has stay as they are
+                self.live[name][: len(merged)].copy_(merged)
             else:
-                out.copy_(plan.merge(name, out.device))
-            self._applied[name] = state
+                quantized.write(self.live[name], merged)
+            self._applied[name] = states[name]
+        while streamed:
+            try:
+                for name, inputs in self.resident.stream(streamed, recipe.merge_method in ADDING):
+                    self._applied.pop(name, None)  # an interrupted write must not count as done
+                    self._write(name, plan, inputs)
+                    self._applied[name] = states[name]
+                streamed = []
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self.resident.retreat()
+                streamed = [name for name in streamed if self._applied.get(name) != states[name]]
 
-    def _base_and_deltas(self, name: str, out: torch.Tensor) -> _Kept:
-        """Read once, at the first candidate."""
-        if name not in self._kept:
-            base = load_finite(self.base, name, out.dtype, out.device)
-            deltas = [load_finite(folder, name, out.dtype, out.device).sub(base) for folder in self.siblings]
-            negative_zeros = bool(((base == 0) & base.signbit()).any())
-            self._kept[name] = _Kept(base, base + 0.0 if negative_zeros else base, deltas)
-        return self._kept[name]
+    def _write(self, name: str, plan: MergePlan, inputs: Inputs) -> None:
+        """Merge one tensor from what is on its device."""
+        out, how = self.live[name], plan.hows[name]
+        generator = plan.draws.generator(name) if how.draws else None
+        others = {ref: inputs.others[self.siblings.index(plan.models[ref])] for ref, _ in how.siblings if plan.models[ref] is not self.base}
+        if how.method not in ADDING:
+            merged = combine(how, {ref: others.get(ref, inputs.base) for ref, _ in how.inputs}, generator)
+        elif _one_delta(how) and not quantized.is_quantized(out):
+            fused.kernel(out.device, out.dtype, self._parameters)(out, inputs.positive, next(iter(others.values())), how.weights[0])
+            return
+        else:
+            merged = from_deltas(how, inputs.base, [others[ref] for ref, _ in how.siblings], generator)
+        quantized.write(out, merged)
 
-    def _fits(self) -> bool:
-        needed: dict[torch.device, int] = {}
-        for name in self.names:
-            p = self.live[name]
-            needed[p.device] = needed.get(p.device, 0) + p.numel() * p.element_size() * (1 + len(self.siblings))
-        return all(size <= SHARE * _free_bytes(device) for device, size in needed.items())
+    def _rows(self) -> int:
+        return min(self.base.shape(name)[0] for name in VOCABULARY if name in self.base.keys)
+
+    def _state(self, plan: MergePlan, name: str) -> object:
+        """All that decides a parameter's bits."""
+        how = plan.hows[name]
+        drawn = plan.draws.starts[name] if how.draws else None
+        return how, tuple(plan.models[ref].places for ref, _ in how.inputs), plan.working_dtype(name), plan.dtype(name), drawn
+
+    def _find(self, ref: str) -> ModelFolder:
+        """The folder that a recipe's reference means. Raises ModelError."""
+        found = next((folder for folder in (self.base, *self.siblings) if same_model(folder, ref)), None)
+        if found is None:
+            raise ModelError("the recipe names a model that is not loaded", where=ref, remedy="Load it as the base or a sibling.")
+        return found
 
 
-def _find(ref: str, folders: Sequence[ModelFolder]) -> ModelFolder:
-    """The folder that a recipe's reference means. Raises ModelError."""
-    found = next((f for f in folders if f.ref == ref or os.path.realpath(f.path) == os.path.realpath(ref)), None)
-    if found is None:
-        raise ModelError("the recipe names a model that is not loaded", where=ref, remedy="Load it as the base or a sibling.")
-    return found
-
-
-def _free_bytes(device: torch.device) -> float:
-    """Memory that can be taken now; on the CPU what the kernel calls available, which counts files it can drop."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    if device.type != "cpu":
-        return float("inf")
-    free = float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    if MEMINFO.is_file():
-        lines = dict(line.split(":", 1) for line in MEMINFO.read_text(encoding="ascii").splitlines())
-        free = float(lines["MemAvailable"].split()[0]) * 1024
-    limit, used = (CGROUP / "memory.max", CGROUP / "memory.current")
-    if limit.is_file() and (text := limit.read_text(encoding="ascii").strip()) != "max":  # a container's own limit
-        free = min(free, float(text) - float(used.read_text(encoding="ascii")))
-    return free
+def _one_delta(how: How) -> bool:
+    """One sibling, one weight, nothing else: what every candidate of the plain search is."""
+    return how.method == "task_arithmetic" and len(how.siblings) == 1 and not how.normalize and how.scale == 1

@@ -71,6 +71,11 @@ class AdaptedModel(ModelFolder):
     _replaced: Mapping[str, str] = field(repr=False)  # tensor -> the adapter's tensor that takes its place
     _loras: Mapping[str, list[_Lora]] = field(repr=False)  # tensor -> LoRAs, in the order in which they are added
 
+    @property
+    def places(self) -> tuple[Path, ...]:
+        """The base's folder and the adapter's."""
+        return (*self.base.places, self.adapter)
+
     @cached_property
     def _headers(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         return {name: (self.base.shape(self._source(name)), self.loaded) for name in self.files}

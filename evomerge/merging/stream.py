@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, reduce
 from typing import Any
 
@@ -15,7 +17,7 @@ from evomerge.merging.folder import VOCABULARY, ModelFolder, check_fit, num_laye
 from evomerge.merging.layout import How, Layout
 from evomerge.recipe import Recipe
 
-CHUNK = 1 << 18  # elements that go through an element-wise method at once: 512 kB in bf16 stay in a core's cache
+CHUNK = 1 << 19  # elements that go through an element-wise method at once: 1 MB in bf16 stays in a core's cache
 ELEMENTWISE = ("task_arithmetic", "linear")
 
 
@@ -30,17 +32,20 @@ def open_recipe(recipe: Recipe) -> dict[str, ModelFolder]:
 class MergePlan:
     """What a recipe makes of its models: names, shapes and dtypes of the merged tensors, and each of them when asked for."""
 
-    def __init__(
-        self, recipe: Recipe, models: Mapping[str, ModelFolder], random_seed: int = 0, states: dict[int, torch.Tensor] | None = None
-    ) -> None:
-        """Raises RecipeError when the recipe does not fit the models; nothing is read or merged yet. `states`: see Draws."""
+    def __init__(self, recipe: Recipe, models: Mapping[str, ModelFolder], random_seed: int = 0, after: MergePlan | None = None) -> None:
+        """Raises RecipeError when the recipe does not fit the models; nothing is read or merged yet.
+
+        `after`: an earlier plan of the same models and seed, whose findings are used again.
+        """
         self.recipe, self.models = recipe, models
         self.donor = models[recipe.donor]
         self.layout = Layout(recipe, num_layers(self.donor.config))
         self.names = self.layout.names(self.donor)
+        if after is not None and after.recipe.tokenizer == recipe.tokenizer and after.models == models:
+            self.vocabulary = after.vocabulary
         self.hows = {name: self.layout.how(name) for name in self.names}
         counts = {name: how.draws * torch.Size(self.shape(name)).numel() for name, how in self.hows.items() if how.draws}
-        self.draws = Draws(random_seed, counts, states)
+        self.draws: Draws = Draws(random_seed, counts, None if after is None else after.draws.states)
 
     @cached_property
     def vocabulary(self) -> Any:
@@ -67,25 +72,62 @@ class MergePlan:
 
     def merge(self, name: str, device: Any = "cpu") -> torch.Tensor:
         """One merged tensor, computed on `device`. Raises ModelError on NaN or infinite weights."""
+        pieces = self.pieces(name) if torch.device(device).type == "cpu" else None
+        if pieces is not None:
+            return self._merge_in_chunks(name, pieces)
         how, dtype = self.hows[name], self.working_dtype(name)
-        aligned = name in VOCABULARY and self.vocabulary is not None
-        if how.method in ELEMENTWISE and not aligned and torch.device(device).type == "cpu":
-            return self._merge_in_chunks(name, how, dtype)
         tensors = {ref: load_finite(self.models[ref], source, dtype, device) for ref, source in how.inputs}
-        if aligned:
-            tensors = self.vocabulary.align(tensors)
+        if name in VOCABULARY and self.vocabulary is not None:
+            tensors = self.vocabulary.align(tensors, self.layout.place(name).piece.base_model)
         return combine(how, tensors, self.draws.generator(name) if how.draws else None).to(self.dtype(name))
 
-    def _merge_in_chunks(self, name: str, how: How, dtype: torch.dtype) -> torch.Tensor:
-        """The same where every number depends on its own place only: what is in between stays in the cache."""
-        mapped = {ref: (self.models[ref], self.models[ref].get_tensor(source).reshape(-1)) for ref, source in how.inputs}
+    def pure(self, name: str, dtype: torch.dtype) -> bool:
+        """Whether the tensor is merged in `dtype`, stays in it, and no row of it moves: then it needs no files beside its inputs."""
+        moves = name in VOCABULARY and self.vocabulary is not None
+        return not moves and self.working_dtype(name) == dtype == self.dtype(name)
+
+    def elementwise(self, name: str) -> bool:
+        """Whether every number of the merged tensor depends on its own place only."""
+        return self.hows[name].method in ELEMENTWISE and (name not in VOCABULARY or self.vocabulary is None)
+
+    def pieces(self, name: str) -> Pieces | None:
+        """The tensor as pieces that are merged one by one; None where the method, or a change of tokens, needs it whole."""
+        how = self.hows[name]
+        if not self.elementwise(name):
+            return None
+        inputs = {ref: self.models[ref].get_tensor(source).reshape(-1) for ref, source in how.inputs}
+        return Pieces(how, self.models, inputs, self.working_dtype(name))
+
+    def _merge_in_chunks(self, name: str, pieces: Pieces) -> torch.Tensor:
+        """A whole tensor of which only a piece at a time is in between, and in the cache."""
         out = torch.empty(self.shape(name), dtype=self.dtype(name))
         flat = out.reshape(-1)
         for start in range(0, flat.numel(), CHUNK):
-            piece = slice(start, start + CHUNK)
-            tensors = {ref: finite(tensor[piece].to(dtype), folder, name) for ref, (folder, tensor) in mapped.items()}
-            flat[piece] = combine(how, tensors, None)
+            pieces.merge_into(flat[start : start + CHUNK], start)
         return out
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A tensor on the CPU of which every number depends on its own place only: any part can be merged alone."""
+
+    how: How
+    models: Mapping[str, ModelFolder]
+    inputs: Mapping[str, torch.Tensor]  # by model: (numbers,), mapped, as on disk
+    dtype: torch.dtype  # to merge in
+
+    def merge_into(self, out: torch.Tensor, start: int) -> None:
+        """Write the numbers from `start` on into `out`, (n,). Raises ModelError on NaN or infinite weights."""
+        end, how = start + out.numel(), self.how
+        tensors = {ref: finite(self.inputs[ref][start:end].to(self.dtype), self.models[ref], source) for ref, source in how.inputs}
+        plain = how.method == "task_arithmetic" and len(how.siblings) == 1 and not how.normalize and how.scale == 1
+        if not plain or how.base is None or out.dtype != self.dtype:
+            out.copy_(combine(how, tensors, None))
+            return
+        base = tensors[how.base[0]]
+        torch.sub(tensors[how.siblings[0][0]], base, out=out)
+        out.mul_(torch.tensor(how.weights[0], dtype=self.dtype))
+        out.add_(0.0).add_(base)  # 0 first: a sum over one product turns -0 into 0
 
 
 def merged_tensors(recipe: Recipe, models: Mapping[str, ModelFolder], random_seed: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
@@ -106,12 +148,12 @@ def combine(how: How, tensors: Mapping[str, torch.Tensor], generator: torch.Gene
     base = tensors[how.base[0]]
     if how.method == "slerp":
         return methods.slerp(base, siblings[0], how.t)
-    if how.method == "task_arithmetic":
-        return methods.task_arithmetic(base, siblings, how.weights, how.normalize, how.scale)
-    if how.method == "ties":
-        return methods.ties(base, siblings, how.weights, how.densities, how.normalize, how.scale, how.rescale)
-    dare = methods.dare_ties if how.method == "dare_ties" else methods.dare_linear
-    return dare(base, siblings, how.weights, how.densities, generator or torch.Generator(), how.normalize, how.scale, how.rescale)
+    return from_deltas(how, base, methods.differences(base, siblings), generator)
+
+
+def from_deltas(how: How, base: torch.Tensor, deltas: Sequence[torch.Tensor], generator: torch.Generator | None) -> torch.Tensor:
+    """The same for the methods that add deltas to a base, from deltas that are there."""
+    return methods.from_deltas(how.method, base, deltas, how.weights, how.densities, generator, how.normalize, how.scale, how.rescale)
 
 
 def load_finite(model: ModelFolder, name: str, dtype: torch.dtype, device: Any = "cpu") -> torch.Tensor:
@@ -123,7 +165,7 @@ def finite(tensor: torch.Tensor, model: ModelFolder, name: str) -> torch.Tensor:
     """The tensor itself. Raises ModelError when it holds NaN or infinite numbers."""
     if tensor.numel():
         low, high = torch.aminmax(tensor)  # NaN goes through both; a fraction of isfinite's cost
-        if not (torch.isfinite(low) and torch.isfinite(high)):
+        if not (math.isfinite(low.item()) and math.isfinite(high.item())):
             raise ModelError(f"tensor {name} holds NaN or infinite numbers", where=model.path, remedy="Train or download the model again.")
     return tensor
 

@@ -81,6 +81,10 @@ class Vocabulary:
         table = self._table(refs, found, defaults, dtype)
         return {ref: self._moved(ref, tensor.to(dtype), defaults, table) for ref, tensor in zip(refs, found, strict=True)}
 
+    def keeps(self, model: str) -> bool:
+        """Whether every token of the output has the row that it has in `model`."""
+        return torch.equal(self.rows[model], torch.arange(len(self.tokens)))
+
     def check(self, models: Sequence[str], base: str | None = None) -> None:
         """Raise RecipeError where `align` of these models' tensors would, whatever the tensors."""
         self._defaults(tuple(models), base or self.base)
