@@ -9,12 +9,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import make_model, save
-from merging_tools import same_bits
+from merging_tools import make_family, random_recipe, same_bits
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
 from evomerge.answering.hf import _load_model
 from evomerge.errors import EngineError
 from evomerge.merging import quantized
+from evomerge.merging.build import build_model
+from evomerge.merging.folder import open_model
+from evomerge.merging.live import LiveModel
+from evomerge.recipe import Recipe
 from evomerge.study import EngineSection
 
 needs_bitsandbytes = pytest.mark.skipif(
@@ -223,6 +227,37 @@ def test_the_packed_numbers_are_nf4():
     scaled = blocks / blocks.abs().amax(dim=1, keepdim=True)
     nearest = (scaled[..., None] - state.code.double()).abs().amin(dim=-1)
     assert torch.allclose((scaled - ours).abs(), nearest, rtol=0, atol=1e-6)
+
+
+@needs_bitsandbytes
+@on_devices
+@double_or_not
+@pytest.mark.parametrize("residency", ["device", "host", "disk"])
+def test_a_recipe_in_place_equals_the_merged_folder_loaded_in_4_bits(tmp_path, quantization, device, residency):
+    """From merge to answer, with answers before each: packed bytes, absmax and logits."""
+    family = make_family(tmp_path, **(SIZES | {"layers": 4}))
+    dtype = torch.float16 if residency == "host" else torch.bfloat16  # of the live model; the merges stay in bfloat16
+    model = load(family / "base", quantization, device, dtype)
+    folders = [open_model(str(family / name)) for name in ("base", "one", "two")]
+    live = LiveModel(model, folders[0], folders[1:], residency=residency)
+    models = [{"model": str(family / name), "parameters": {"weight": [0.4, 1.2], "density": 0.5}} for name in ("one", "two")]
+    others = {"base_model": str(family / "base"), "models": models, "dtype": "bfloat16"}
+    generator = torch.Generator().manual_seed(5)
+    recipes = [
+        random_recipe(family, ["one"], generator),
+        random_recipe(family, ["one", "two"], generator, normalize=True),
+        Recipe.from_dict({"merge_method": "ties"} | others),
+        Recipe.from_dict({"merge_method": "dare_linear"} | others),
+        random_recipe(family, ["two"], generator),
+    ]
+    logits(model)
+    for i, recipe in enumerate(recipes):
+        live.apply(recipe)
+        fresh = load_fresh(build_model(recipe, tmp_path / f"out{i}"), quantization, device, dtype)
+        assert not different(model, fresh), i
+        assert same_bits(logits(model), logits(fresh)), i
+    live.apply(recipes[-1])  # nothing changed, nothing is written: the reordered weights stay
+    assert not different(model, fresh)
 
 
 @needs_bitsandbytes
