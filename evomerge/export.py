@@ -11,21 +11,23 @@ import yaml
 
 from evomerge.atomic import replace_file
 from evomerge.card import model_card
+from evomerge.recipe import DARE
 from evomerge.report import write_report, write_trials_csv
 from evomerge.search.ledger import TrialRecord
+from evomerge.search.loop import sibling_names
 from evomerge.search.session import Finished
 
 
 def write_results(finished: Finished, folder: Path) -> list[Path]:
     """Write all five files, each whole or not at all. Raises OutputError."""
-    slices = slice_labels(finished)
+    slices = [gene.label for gene in finished.genome.genes]
     facts = finished.ledger.facts
     written = []
 
     def put(name: str, write: Callable[[Path], object]) -> None:
         written.append(replace_file(folder / name, write))
 
-    put("best.yaml", lambda p: p.write_text(finished.recipe.to_yaml(), encoding="utf-8"))
+    put("best.yaml", lambda p: p.write_text(recipe_text(finished), encoding="utf-8"))
     put("README.md", lambda p: p.write_text(card(finished), encoding="utf-8"))
     if finished.verdict is not None:
         text = json.dumps(finished.verdict, indent=2, ensure_ascii=False) + "\n"
@@ -41,6 +43,7 @@ def write_results(finished: Finished, folder: Path) -> list[Path]:
             verdict=finished.verdict,
             best=finished.winner.number,
             slices=slices,
+            labels=reference_labels(finished),
             samples=facts.get("samples", []),
             study_file=yaml.safe_dump(facts["study_file"], allow_unicode=True, sort_keys=False),
         ),
@@ -48,9 +51,18 @@ def write_results(finished: Finished, folder: Path) -> list[Path]:
     return written
 
 
+def recipe_text(finished: Finished) -> str:
+    """The winner's YAML; where numbers are dropped at random, a comment says with which seed."""
+    text = finished.recipe.to_yaml()
+    if finished.recipe.merge_method not in DARE:
+        return text
+    return f"# The same numbers are dropped with: mergekit-yaml --random-seed {finished.study.search.seed}\n{text}"
+
+
 def card(finished: Finished) -> str:
     """The model card: as mergekit's, plus the verdict."""
-    return model_card(finished.recipe, finished.ledger.name, verdict_markdown(finished.verdict, finished.winner))
+    verdict = verdict_markdown(finished.verdict, finished.winner)
+    return model_card(finished.recipe, finished.ledger.name, verdict, recipe_text(finished))
 
 
 def verdict_markdown(verdict: dict[str, Any] | None, winner: TrialRecord) -> str:
@@ -73,14 +85,13 @@ def verdict_markdown(verdict: dict[str, Any] | None, winner: TrialRecord) -> str
     return "\n".join(lines) + "\n"
 
 
-def slice_labels(finished: Finished) -> list[str]:
-    """One label per weight: the layers, and the sibling where there are several."""
-    siblings = finished.genome.siblings
-    return [
-        f"{start}–{end - 1}" + (f" {Path(ref).name}" if len(siblings) > 1 else "")
-        for start, end in finished.genome.slices
-        for ref in siblings
-    ]
+def reference_labels(finished: Finished) -> dict[int, str]:
+    """Trial number -> what a parent or uniform weight is called."""
+    genome = finished.genome
+    names = {vector: f"uniform {weight:g}" for weight in (*finished.study.search.uniform, 1.0) for vector in genome.uniform(weight)}
+    names |= {genome.parent(m): name for m, name in enumerate(sibling_names(genome.siblings))}
+    names |= {genome.parent(None): "base"} if genome.has_base else {}
+    return {r.number: names[r.weights] for r in finished.records if r.role in ("parent", "uniform") and r.weights in names}
 
 
 def as_json(finished: Finished) -> dict[str, Any]:

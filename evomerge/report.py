@@ -34,13 +34,15 @@ def write_report(
     verdict: Mapping[str, Any] | None,
     best: int | None,
     slices: Sequence[str],
+    labels: Mapping[int, str] | None = None,
     samples: Sequence[Mapping[str, Any]] = (),
     study_file: str = "",
 ) -> Path:
     """Write the page of a study, finished or not, to `out`, and return `out`.
 
-    `best` is the winner's trial number. `slices` holds a label per weight, such as "0–2". `samples` are held-out
-    answers side by side: {task_id, input, reference, answers: {"winner": {text, grade}, …}}. Raises OSError.
+    `best` is the winner's trial number. `slices` holds a label per weight, such as "0–2". `labels` says what a parent
+    or uniform trial is called, by its number: "base", "uniform 0.5". `samples` are held-out answers side by side:
+    {task_id, input, reference, answers: {"winner": {text, grade}, …}}. Raises OSError.
     """
     import jinja2
 
@@ -58,7 +60,7 @@ def write_report(
         remarks=remarks(verdict),
         verdict=verdict,
         rows=verdict_rows(verdict) if verdict else [],
-        progress=progress_chart(trials, best),
+        progress=progress_chart(trials, best, labels or {}),
         weights=weight_chart(winner.weights, slices) if winner else None,
         phases=seconds_by_phase(trials),
         truncated=truncation(trials),
@@ -160,7 +162,7 @@ def verdict_rows(verdict: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def progress_chart(trials: Sequence[TrialRecord], best: int | None) -> dict[str, Any] | None:
+def progress_chart(trials: Sequence[TrialRecord], best: int | None, labels: Mapping[int, str]) -> dict[str, Any] | None:
     """Coordinates of the scores by trial, the running best, and a line for each parent and the best uniform weight."""
     shown = [t for t in trials if t.role in ("candidate", "mean")]
     scored = [t for t in trials if t.state == "complete" and t.score is not None]
@@ -189,22 +191,21 @@ def progress_chart(trials: Sequence[TrialRecord], best: int | None) -> dict[str,
         "points": points,
         "crosses": crosses,
         "running": step_path(steps),
-        "lines": reference_lines(scored, y),
+        "lines": reference_lines(scored, y, labels),
         "ticks": [{"y": y(v), "label": number(v, 2)} for v in ticks],
         "xticks": [{"x": x(i + 1), "label": shown[i].number} for i in range(0, len(shown), every)],
     }
 
 
-def reference_lines(scored: Sequence[TrialRecord], y: Callable[[float], float]) -> list[dict[str, Any]]:
+def reference_lines(scored: Sequence[TrialRecord], y: Callable[[float], float], labels: Mapping[int, str]) -> list[dict[str, Any]]:
     """The parents and the best uniform weight as level lines, their labels kept apart."""
-    lines: list[dict[str, Any]] = []
-    for t in (t for t in scored if t.role == "parent"):
-        name = "base" if not any(t.weights) else "instruct" if len(set(t.weights)) == 1 else "sibling"
-        lines.append({"kind": "base" if name == "base" else "sibling", "label": f"{name} {number(t.score)}", "y": y(t.score or 0.0)})
+    shown = [t for t in scored if t.role == "parent"]
     uniform = max((t for t in scored if t.role == "uniform"), key=lambda t: t.score or 0.0, default=None)
-    if uniform is not None:
-        label = f"uniform {uniform.weights[0]:g}: {number(uniform.score)}" if uniform.weights else f"uniform {number(uniform.score)}"
-        lines.append({"kind": "uniform", "label": label, "y": y(uniform.score or 0.0)})
+    lines: list[dict[str, Any]] = []
+    for t in [*shown, *([uniform] if uniform is not None else [])]:
+        name = labels.get(t.number, t.role)
+        kind = "uniform" if t.role == "uniform" else "base" if name == "base" else "sibling"
+        lines.append({"kind": kind, "label": f"{name}: {number(t.score)}", "y": y(t.score or 0.0)})
     lines.sort(key=lambda line: line["y"])
     lowest = PLOT["bottom"] - LABEL_GAP * (len(lines) - 1)
     at = PLOT["top"] - LABEL_GAP

@@ -76,9 +76,12 @@ def trials() -> list[Trial]:
     return [*out, Trial(29, "mean", (0.9321, 1.6512, -0.1234, 0.4567), 0.8, 0.048, generation=2)]
 
 
+LABELS = {0: "base", 1: "instruct", 27: "uniform 0.25", 28: "uniform 0.75"}
+
+
 def make_page(path: Path, **changes: Any) -> str:
     study_file = f"study: demo\n# {EVIL}\n"
-    settings = {"verdict": VERDICT, "best": 29, "samples": SAMPLES, "trials": trials(), "study_file": study_file, **changes}
+    settings = {"verdict": VERDICT, "best": 29, "samples": SAMPLES, "trials": trials(), "study_file": study_file, "labels": LABELS, **changes}
     assert write_report(path, study="demo", metric="correct", slices=SLICES, **settings) == path
     return path.read_text(encoding="utf-8")
 
@@ -150,7 +153,7 @@ def test_an_interval_that_includes_zero_shows_no_difference(low: float, high: fl
 
 
 def test_points_and_level_lines_share_one_scale() -> None:
-    chart = progress_chart(trials(), best=29)
+    chart = progress_chart(trials(), 29, LABELS)
     assert chart is not None
     level = {line["kind"]: line["y"] for line in chart["lines"]}
     ticks = {float(t["label"]): t["y"] for t in chart["ticks"]}
@@ -163,6 +166,7 @@ def test_points_and_level_lines_share_one_scale() -> None:
         assert point["y"] == pytest.approx(expected(point["trial"].score), abs=0.02)
         assert PLOT["top"] <= point["high"] <= point["y"] <= point["low"] <= PLOT["bottom"]
     assert level == {k: pytest.approx(expected(v), abs=0.02) for k, v in {"base": 0.264, "sibling": 0.721, "uniform": 0.725}.items()}
+    assert {line["label"].rpartition(":")[0] for line in chart["lines"]} == {"base", "instruct", "uniform 0.75"}
     labels = sorted(line["label_y"] for line in chart["lines"])
     assert min(b - a for a, b in itertools.pairwise(labels)) >= 14
 
