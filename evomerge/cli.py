@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from evomerge import __version__
-from evomerge.console import Console, duration
+from evomerge.console import Console, byte_progress, duration
 from evomerge.errors import EvomergeError, InputError
 
 if TYPE_CHECKING:
@@ -104,9 +104,15 @@ def _study_commands(commands: Commands) -> None:
 
 def _model_commands(commands: Commands) -> None:
     """merge, infer, judge grade, demo: what needs no study."""
-    p = _command(commands, "merge", merge, "merge any supported mergekit YAML to a model folder", "evomerge merge best.yaml merged/")
-    p.add_argument("config", type=Path, metavar="CONFIG_YAML")
-    p.add_argument("out", type=Path, metavar="OUT")
+    p = _command(
+        commands,
+        "merge",
+        merge,
+        "merge a mergekit YAML to a model folder",
+        "evomerge merge best.yaml merged/\n  evomerge merge best.yaml merged/ --out-shard-size 2GB --random-seed 42",
+    )
+    p.add_argument("config", type=Path, metavar="CONFIG_YAML", help="a mergekit configuration; mergekit merges what evomerge does not know")
+    p.add_argument("out", type=Path, metavar="OUT", help="a new folder")
     _shards(p)
     p.add_argument("--random-seed", type=int, default=0, metavar="N", help="decides what DARE drops, as in mergekit (default: 0)")
 
@@ -212,10 +218,23 @@ def export(args: argparse.Namespace) -> None:
 
 
 def merge(args: argparse.Namespace) -> None:
+    """A YAML file to a model folder: by mergekit, when that is installed, where evomerge does not know the method."""
+    from evomerge.errors import UnsupportedRecipe
+    from evomerge.merging.elsewhere import is_installed, merge_with_mergekit
     from evomerge.recipe import read_recipe
 
-    recipe = read_recipe(args.config)
-    _build(recipe, args.out, args.out_shard_size, args.config.read_text(encoding="utf-8"), args.random_seed)
+    try:
+        recipe = read_recipe(args.config)
+    except UnsupportedRecipe as error:
+        if not is_installed():
+            raise
+        console = Console()
+        found = "" if error.found is None else f" ({error.found})"
+        console.say(f"{error.where}: {error.what}{found} here; mergekit merges it")
+        merge_with_mergekit(args.config, args.out, args.out_shard_size, args.random_seed, console.status)
+        _say_written(console, [args.out])
+    else:
+        _build(recipe, args.out, args.out_shard_size, args.config.read_text(encoding="utf-8"), args.random_seed)
 
 
 def infer(args: argparse.Namespace) -> None:
@@ -300,7 +319,9 @@ def _set(p: argparse.ArgumentParser) -> None:
 
 
 def _shards(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--out-shard-size", default="5GB", metavar="SIZE", help="largest weight file, such as 5GB or 200M (default: 5GB)")
+    p.add_argument(
+        "--out-shard-size", default="5GB", metavar="SIZE", help="largest weight file: 5GB, 200M, 5B as in mergekit (default: 5GB)"
+    )
 
 
 def _url(storage: str | None, name: str) -> str:
@@ -329,7 +350,7 @@ def _build(recipe: object, out: Path, shard_size: str, text: str, random_seed: i
         recipe_text=text,
         shard_size=shard_size,
         random_seed=random_seed,
-        progress=lambda done, total: console.status(f"merged {done / 1e6:.1f} of {total / 1e6:.1f} MB"),
+        progress=byte_progress(console, "merging"),
     )
     _say_written(console, [out])
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
+from collections.abc import Callable
 from typing import TextIO
 
+from evomerge.errors import InputError
+
 PLAIN_EVERY = 10.0  # seconds between plain progress lines
+REDRAW_EVERY = 0.1  # seconds between a progress bar's changes
+BAR = 24  # its columns
 DETAIL_EVERY = 60.0  # seconds of silence before a plain line says how far a single candidate is
 
 
@@ -45,3 +51,41 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def size(number: float) -> str:
+    """Bytes as 512 B, 20.4 kB, 852.6 MB, 26.4 GB."""
+    units = ["B", "kB", "MB", "GB"]
+    while number >= 1000 and len(units) > 1:
+        number /= 1000
+        units.pop(0)
+    return f"{number:.0f} B" if units[0] == "B" else f"{number:.1f} {units[0]}"
+
+
+def parse_size(size: str | int) -> int:
+    """Bytes of "5GB", "200M", "20K", "5GiB" or a number; "5B" is mergekit's five billion. Raises InputError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)(I?)(B?)", str(size).strip().upper())
+    if not match or float(match[1]) <= 0 or (match[3] and not match[2]):
+        raise InputError("no size of a file", where="--out-shard-size", found=size, remedy="Write 5GB, 200M or a number of bytes.")
+    if match[4] and not match[2]:
+        return int(float(match[1]) * 1000**3)
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMG".index(match[2] or " "))
+
+
+def byte_progress(console: Console, doing: str) -> Callable[[int, int], None]:
+    """What to call with (bytes done, bytes in all): a bar on a terminal, plain lines elsewhere, with rate and time left."""
+    began = time.monotonic()
+    shown = -REDRAW_EVERY
+
+    def progress(done: int, total: int) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if now - shown < REDRAW_EVERY and done < total:
+            return
+        shown = now
+        share, seconds = done / total if total else 1.0, now - began
+        rate = f"  {size(done / seconds)}/s  ETA {duration(seconds * (1 / share - 1))}" if done and seconds else ""
+        bar = f"[{'#' * int(share * BAR):{BAR}}] " if console.tty else ""
+        console.status(f"{doing} {bar}{share:4.0%}  {size(done)} of {size(total)}{rate}")
+
+    return progress
