@@ -26,6 +26,14 @@ class Line:
     text: str
 
 
+WAITING = {
+    "auto": "on the device where they fit, else on the host, else on disk",
+    "device": "beside it",
+    "host": "in host memory, streamed",
+    "disk": "streamed from disk",
+}
+
+
 def check_study(study: Study, base_config: Path | None = None) -> list[Line]:
     """Every finding, good or bad; nothing is raised for what a user can mend."""
     lines: list[Line] = []
@@ -107,14 +115,16 @@ def _size_up(study: Study, config: Mapping[str, Any], n_tasks: tuple[int, int] |
     )
     parameters = count_parameters(config)
     model = parameters * BYTES[study.search.dtype]
+    live = _live_bytes(study, config, parameters)
     cache = kv_cache_bytes(config, study.engine.batch_size * (study.generation.max_new_tokens + 512))
     copies = len(study.genome.all_models)
     lines.append(
         Line(
             "ok",
             "memory",
-            f"{_millions(parameters)} parameters, {_gb(model)} live in {study.search.dtype}, about {_gb(cache)} of keys and values "
-            f"({study.engine.batch_size} answers at once); base and deltas beside it: {_gb(copies * model)}, or streamed from disk",
+            f"{_millions(parameters)} parameters, {_gb(live)} live in {study.engine.quantization or study.search.dtype}, "
+            f"about {_gb(cache)} of keys and values ({study.engine.batch_size} answers at once); base and siblings: "
+            f"{_gb(copies * model)}, {WAITING[study.engine.residency]}",
         )
     )
     free = shutil.disk_usage(Path.cwd()).free
@@ -122,6 +132,16 @@ def _size_up(study: Study, config: Mapping[str, Any], n_tasks: tuple[int, int] |
     level = "ok" if free > need else "low"
     lines.append(Line(level, "disk", f"{_gb(copies * model)} of models and {_gb(model)} for an exported one; {_gb(free)} free here"))
     lines.append(Line("ok", "cost", _cost(study, genome, n_tasks)))
+
+
+def _live_bytes(study: Study, config: Mapping[str, Any], parameters: int) -> float:
+    """The live model: in 4 bits, linears take half a byte and a scale for each 64 numbers; embeddings and head stay."""
+    whole = BYTES[study.search.dtype]
+    if study.engine.quantization is None:
+        return parameters * whole
+    rows = int(config["vocab_size"]) * int(config["hidden_size"]) * (1 if config.get("tie_word_embeddings") else 2)
+    scales = 4 / 64 if study.engine.quantization == "4bit" else 1 / 64 + 4 / (64 * 256)  # double: a byte, and its own scale
+    return rows * whole + (parameters - rows) * (0.5 + scales)
 
 
 def _cost(study: Study, genome: Genome, n_tasks: tuple[int, int] | None) -> str:

@@ -204,10 +204,10 @@ def show(args: argparse.Namespace) -> None:
 def export(args: argparse.Namespace) -> None:
     """The winner's YAML, or its model folder."""
     from evomerge.atomic import replace_file
-    from evomerge.export import card
+    from evomerge.export import card, recipe_text
 
     finished = _finished(args)
-    text = finished.recipe.to_yaml()
+    text = recipe_text(finished)
     if args.model is not None:
         _build(finished.recipe, args.model, args.out_shard_size, text, finished.study.search.seed)
         replace_file(args.model / "README.md", lambda p: p.write_text(card(finished), encoding="utf-8"))

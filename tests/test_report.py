@@ -81,8 +81,8 @@ LABELS = {0: "base", 1: "instruct", 27: "uniform 0.25", 28: "uniform 0.75"}
 
 def make_page(path: Path, **changes: Any) -> str:
     study_file = f"study: demo\n# {EVIL}\n"
-    settings = {"verdict": VERDICT, "best": 29, "samples": SAMPLES, "trials": trials(), "study_file": study_file, "labels": LABELS, **changes}
-    assert write_report(path, study="demo", metric="correct", slices=SLICES, **settings) == path
+    settings = {"verdict": VERDICT, "best": 29, "samples": SAMPLES, "trials": trials(), "labels": LABELS, "study_file": study_file}
+    assert write_report(path, study="demo", metric="correct", slices=SLICES, **settings | changes) == path
     return path.read_text(encoding="utf-8")
 
 
