@@ -277,7 +277,9 @@ class _Checker:
             raise RecipeError("has no `model`", where=where, found=item, remedy="Name a folder or a hub name.")
         _known(item, ("model", "parameters", "layer_range"), where)
         layers = None
-        if ranged or item.get("layer_range") is not None:
+        if not ranged and item.get("layer_range") is not None:
+            raise RecipeError("`layer_range` does nothing under `models`", where=where, remedy="Remove it, or write `slices`.")
+        if ranged:
             given = item.get("layer_range")
             if not isinstance(given, list | tuple) or [type(n) for n in given] != [int, int] or not 0 <= given[0] < given[1]:
                 raise RecipeError("`layer_range` is no pair of layers", where=where, found=given, remedy="Write [first, last + 1].")
@@ -327,10 +329,12 @@ class _Checker:
 
 def scalar(key: str, value: Any) -> float | bool:
     """A parameter's value from YAML, where "0.5" and 1e-3 come as strings. Raises TypeError, ValueError, OverflowError."""
+    if isinstance(value, str) and not value.isascii():  # float reads other scripts' digits, which mergekit does not
+        raise ValueError(value)
     if key not in BOOLEANS:
         return float(value)
     if isinstance(value, str):
-        value = WORDS.get(value.strip().lower(), value)
+        value = WORDS.get(value.lower(), value)
     if value not in (0, 1):
         raise ValueError(value)
     return bool(value)

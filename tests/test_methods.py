@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, example, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from mergekit_server import mergekit
 from merging_tools import same_bits
@@ -12,8 +12,9 @@ from method_cases import UNIT, WEIGHTED, Case, cases, make_tensors, seeded
 from evomerge.merging import methods
 
 TINY = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24, torch.float32: 2.0**-149}  # below the smallest normal number: absolute
-QUICK = settings(max_examples=60, deadline=None)
-THOROUGH = settings(max_examples=250, deadline=None)
+SLOW = [HealthCheck.too_slow]  # on a busy machine
+QUICK = settings(max_examples=60, deadline=None, suppress_health_check=SLOW)
+THOROUGH = settings(max_examples=250, deadline=None, suppress_health_check=SLOW)
 
 
 @pytest.mark.parametrize("name", [*WEIGHTED, "slerp"])
