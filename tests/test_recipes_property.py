@@ -112,7 +112,7 @@ def test_what_mergekit_cannot_read_is_refused(families, tmp_path, key, value):
     data = {"merge_method": "task_arithmetic", "base_model": str(families / "tied/base"), "models": [one], "parameters": {key: value}}
     with pytest.raises(RecipeError, match=key):
         Recipe.from_dict(data)
-    with pytest.raises(MergekitError, match="[Vv]alid"):
+    with pytest.raises(MergekitError, match=r"[Vv]alid"):
         mergekit().merge(yaml.safe_dump(data), tmp_path / "theirs")
 
 
@@ -129,7 +129,8 @@ def strict(data):
 
 
 NUMBERS = st.floats(-6e4, 6e4) | st.sampled_from([1e-300, 5e-324, 2.5e-310, -0.0, 0.1 + 0.2, 1 / 3, 1.7976931348623157e-305, 1e-5])
-NAMES = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=12)
+LINE_BREAKS = "\x85\u2028\u2029"  # PyYAML writes these as they are, and reads a space
+NAMES = st.text(st.characters(codec="utf-8", exclude_characters=LINE_BREAKS), min_size=1, max_size=12)
 
 
 @st.composite
