@@ -1,34 +1,69 @@
-"""How fast a candidate is merged in place, as ratios within one run. The last line is one JSON object.
+"""How fast models are merged, in place and to disk, as ratios within one run. The last line is one JSON object.
 
 live_vs_copy: bytes per second of `combine_into` (reads base and delta, writes live) over those of Tensor.copy_.
 live_vs_naive: its speed over `live.copy_(base + weight * delta)`. bf16, CPU, 440 M parameters in 20 tensors.
+build_vs_floor: time of `evomerge merge` after its imports over that of a plain script, `floor` below, which checks nothing.
+build_vs_mergekit: time of the whole process of mergekit-yaml over that of `evomerge merge`; null where mergekit is absent.
+build_peak_mb_over_import: the most memory of a build beyond that of its imports. Counted are RssAnon and RssShmem of
+/proc/self/status, read every 2 ms: pages of the mapped models, which the system can drop at any time, are RssFile.
+
+The models are llama-shaped, bf16, 426 M parameters, in a temporary folder (TMPDIR), and in the page cache when they are
+merged. `--deep` also prints the peak for three times the layers; `--peaks` for the methods that need whole tensors.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
+import shutil
 import statistics
+import subprocess
+import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
+import evomerge.merging.build
+import evomerge.recipe  # noqa: F401
+from evomerge.cli import main as evomerge_main
 from evomerge.merging.methods import combine_into
 
 TENSORS, NUMEL, ROUNDS = 20, 22_000_000, 5
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """Median of a few rounds after a warm-up."""
-    times = []
-    for _ in range(ROUNDS + 1):
-        began = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[1:])
+LAYERS, HIDDEN, FFN, VOCAB = 8, 2048, 5632, 16_000
+ATTENTION = {"q_proj": HIDDEN, "k_proj": 512, "v_proj": 512, "o_proj": HIDDEN}
+WEIGHT = 0.7310585786300049
+MERGEKIT_PYTHON = os.environ.get("EVOMERGE_MERGEKIT_PYTHON")
+Seconds = Callable[[], float]
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--deep", action="store_true", help="the peak for a model with three times the layers, too")
+    parser.add_argument("--peaks", action="store_true", help="the peaks of all methods, too")
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)  # what a process of its own does
+    args = parser.parse_args()
+    if args.child:
+        {"ours": ours, "floor": floor, "peak": peak}[args.child[0]](*map(Path, args.child[1:]))
+        return
+    figures = live_figures()
+    with tempfile.TemporaryDirectory(prefix="evomerge-bench-") as folder:
+        figures |= build_figures(Path(folder))
+        if args.deep:
+            print(f"{3 * LAYERS} layers: {peak_mb(make_pair(Path(folder) / 'deep', 3 * LAYERS)):.0f} MB over the imports")
+        if args.peaks:
+            print_peaks(Path(folder))
+    print(json.dumps(figures))
+
+
+def live_figures() -> dict[str, float | None]:
+    """live_vs_copy and live_vs_naive."""
     generator = torch.Generator().manual_seed(0)
     base, delta, live = ([torch.randn(NUMEL, generator=generator).bfloat16() for _ in range(TENSORS)] for _ in range(3))
 
@@ -44,9 +79,157 @@ def main() -> None:
         for out, b, d in zip(live, base, delta, strict=True):
             out.copy_(b + 0.7 * d)
 
-    ours, plain, slow = seconds(in_place), seconds(copy), seconds(naive)
-    print(f"{TENSORS * NUMEL / 1e6:.0f} M parameters: in place {ours:.3f} s, copy {plain:.3f} s, with temporaries {slow:.3f} s")
-    print(json.dumps({"live_vs_copy": round((3 / ours) / (2 / plain), 3), "live_vs_naive": round(slow / ours, 2)}))
+    fast, plain, slow = medians([timed(in_place), timed(copy), timed(naive)])
+    print(f"{TENSORS * NUMEL / 1e6:.0f} M parameters: in place {fast:.3f} s, copy {plain:.3f} s, with temporaries {slow:.3f} s")
+    return {"live_vs_copy": round((3 / fast) / (2 / plain), 3), "live_vs_naive": round(slow / fast, 2)}
+
+
+def build_figures(folder: Path) -> dict[str, float | None]:
+    """build_vs_floor, build_vs_mergekit and build_peak_mb_over_import."""
+    recipe = make_pair(folder, LAYERS)
+    fast, plain = medians([lambda: float(child("ours", recipe)), lambda: float(child("floor", recipe))])
+    print(f"to disk, without imports: evomerge {fast:.2f} s, plain script {plain:.2f} s")
+    figures: dict[str, float | None] = {"build_vs_floor": round(fast / plain, 3), "build_vs_mergekit": None}
+    script = shutil.which("mergekit-yaml")
+    if MERGEKIT_PYTHON or script:
+        theirs = [MERGEKIT_PYTHON, "-m", "mergekit.scripts.run_yaml"] if MERGEKIT_PYTHON else [str(script)]
+        commands = [[sys.executable, "-m", "evomerge.cli", "merge"], theirs]
+        fast, slow = medians([process(command, recipe) for command in commands])
+        print(f"to disk, whole process: evomerge {fast:.2f} s, mergekit {slow:.2f} s")
+        figures["build_vs_mergekit"] = round(slow / fast, 2)
+    return figures | {"build_peak_mb_over_import": round(peak_mb(recipe), 1)}
+
+
+def print_peaks(folder: Path) -> None:
+    """Of the methods that need whole tensors, in units of the largest tensor too."""
+    largest = VOCAB * HIDDEN * 2 / 1e6
+    for method in ("linear", "slerp", "dare_linear", "dare_ties", "ties"):
+        recipe = write_recipe(folder, method)
+        print(f"{method}: {(peak := peak_mb(recipe)):.0f} MB over the imports, {peak / largest:.1f} largest tensors")
+
+
+def medians(works: list[Seconds]) -> list[float]:
+    """Seconds of each, a few rounds by turns after a warm-up: a busy machine then slows all of them."""
+    rounds = [[work() for work in works] for _ in range(ROUNDS + 1)]
+    return [statistics.median(times[1:]) for times in zip(*rounds, strict=True)]
+
+
+def timed(work: Callable[[], object]) -> Seconds:
+    def run() -> float:
+        began = time.perf_counter()
+        work()
+        return time.perf_counter() - began
+
+    return run
+
+
+def process(command: list[str], recipe: Path) -> Seconds:
+    """A whole process `command RECIPE OUT`, from an empty place and a quiet disk."""
+
+    def run() -> float:
+        out = fresh(recipe)
+        return timed(lambda: subprocess.run([*command, str(recipe), str(out)], check=True, capture_output=True))()
+
+    return run
+
+
+def child(what: str, recipe: Path) -> str:
+    """The last line that this script prints as `--child what`."""
+    command = [sys.executable, __file__, "--child", what, str(recipe), str(fresh(recipe))]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+
+
+def fresh(recipe: Path) -> Path:
+    """Where the merged model goes: nothing is there, and nothing waits to be written."""
+    out = recipe.parent / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    os.sync()
+    return out
+
+
+def peak_mb(recipe: Path) -> float:
+    return float(child("peak", recipe))
+
+
+def ours(recipe: Path, out: Path) -> None:
+    """Print the seconds of `evomerge merge`; the imports are done."""
+    print(timed(lambda: evomerge_main(["merge", str(recipe), str(out)]))())
+
+
+def floor(recipe: Path, out: Path) -> None:
+    """Print the seconds of the plain script."""
+
+    def work() -> None:
+        out.mkdir()
+        merged = {}
+        weight = torch.tensor(WEIGHT, dtype=torch.bfloat16)
+        paths = [recipe.parent / name / "model.safetensors" for name in ("base", "one")]
+        with safe_open(paths[0], "pt") as base, safe_open(paths[1], "pt") as one:
+            for name in base.keys():  # noqa: SIM118
+                b = base.get_tensor(name)
+                merged[name] = b + (one.get_tensor(name) - b) * weight
+        save_file(merged, out / "model.safetensors", metadata={"format": "pt"})
+        with (out / "model.safetensors").open("rb") as file:
+            os.fsync(file.fileno())
+
+    print(timed(work)())
+
+
+def peak(recipe: Path, out: Path) -> None:
+    """Print the most megabytes that `evomerge merge` holds beyond what its imports do."""
+    before, most, done = resident(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(0.002):
+            most = max(most, resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    evomerge_main(["merge", str(recipe), str(out)])
+    done.set()
+    watcher.join()
+    print((most - before) / 1000)
+
+
+def resident() -> int:
+    """Kilobytes in memory that belong to no file."""
+    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
+    return sum(int(fields[key].split()[0]) for key in ("RssAnon", "RssShmem"))
+
+
+def make_pair(folder: Path, layers: int) -> Path:
+    """A llama-shaped base and sibling of random numbers, and the recipe that merges them."""
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": (VOCAB, HIDDEN), "lm_head": (VOCAB, HIDDEN), "model.norm": (HIDDEN,)}
+    for i in range(layers):
+        room = f"model.layers.{i}."
+        shapes |= {f"{room}self_attn.{name}": (rows, HIDDEN) for name, rows in ATTENTION.items()}
+        shapes |= {f"{room}mlp.gate_proj": (FFN, HIDDEN), f"{room}mlp.up_proj": (FFN, HIDDEN), f"{room}mlp.down_proj": (HIDDEN, FFN)}
+        shapes |= {f"{room}input_layernorm": (HIDDEN,), f"{room}post_attention_layernorm": (HIDDEN,)}
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": layers, "hidden_size": HIDDEN}
+    config |= {
+        "intermediate_size": FFN,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "vocab_size": VOCAB,
+        "torch_dtype": "bfloat16",
+    }
+    config |= {"tie_word_embeddings": False, "rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "hidden_act": "silu"}
+    for seed, name in enumerate(("base", "one")):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {f"{key}.weight": (0.02 * torch.randn(shape, generator=generator)).bfloat16() for key, shape in shapes.items()}
+        save_file(tensors, folder / name / "model.safetensors", metadata={"format": "pt"})
+    return write_recipe(folder, "task_arithmetic")
+
+
+def write_recipe(folder: Path, method: str) -> Path:
+    recipe = folder / f"{method}.yml"
+    parameters = {"weight": WEIGHT, "density": 0.5, "t": 0.3}
+    data = {"base_model": str(folder / "base"), "merge_method": method, "dtype": "bfloat16", "parameters": parameters}
+    recipe.write_text(json.dumps(data | {"models": [{"model": str(folder / name)} for name in ("base", "one")]}), encoding="utf-8")
+    return recipe
 
 
 if __name__ == "__main__":
