@@ -73,6 +73,7 @@ class PromptSection:
     format: Literal["chat", "competition", "template"] = "chat"
     template: str | None = None  # with format template: a text that holds {input}
     system: str | None = None  # with format chat: the system turn
+    too_long: Literal["refuse", "truncate"] = "refuse"  # what leaves no room for an answer; truncate: cut from the left, with a warning
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class GenerationSection:
     temperature: float = 1.0
     top_p: float = 1.0
     repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()  # texts that end an answer; they are no part of it
 
 
 @dataclass(frozen=True)
@@ -111,17 +113,31 @@ class SearchSection:
 
 
 @dataclass(frozen=True)
+class VllmSection:
+    """Arguments of vLLM's `LLM`, as there; None: vLLM's default."""
+
+    tensor_parallel_size: int = 1
+    max_model_len: int | None = None
+    gpu_memory_utilization: float | None = None
+    enforce_eager: bool | None = None
+    quantization: str | None = None
+
+
+@dataclass(frozen=True)
 class EngineSection:
     """What answers."""
 
-    kind: Literal["transformers"] = "transformers"
+    kind: Literal["transformers", "vllm"] = "transformers"
     device: str = "auto"  # auto: cuda if there is one, else cpu
     device_map: str | None = None  # "auto" spreads one model over several GPUs (accelerate)
-    batch_size: int = 32
+    batch_size: int = 32  # most prompts answered at once
+    batch_tokens: int | None = None  # most tokens of a batch: prompts x (the longest + max_new_tokens); memory grows with it
+    population: bool = False  # the candidates of a generation answer together, in one pass
     threads: int | None = None  # CPU threads; None: torch's choice. On a busy machine fewer can be much faster
     residency: Literal["auto", "device", "host", "disk"] = "auto"  # where base and siblings wait between candidates
     quantization: Literal["4bit", "4bit-double"] | None = None  # the live model in NF4 (bitsandbytes); merges stay in bf16
     trust_remote_code: bool = False
+    vllm: VllmSection = field(default_factory=VllmSection)  # with kind vllm
 
 
 @dataclass(frozen=True)
@@ -198,6 +214,10 @@ def read_study(path: str | Path, overrides: Sequence[str] = (), environ: Mapping
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Dotted keys whose values differ between two `to_dict`s, stopping keys left out."""
+    try:
+        old = Study.from_dict(old).to_dict()  # keys that are younger than the study have their defaults
+    except StudyFileError:
+        pass  # it holds what this version does not know: compared as it is
     a, b = _flatten(old), _flatten(new)
     return [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key) and key not in STOPPING_KEYS]
 
@@ -255,7 +275,7 @@ def _convert(hint: Any, value: Any, at: str, where: str) -> Any:
 def _check(study: Study, where: str) -> None:
     """Rules that need more than one key, or a range."""
     (low, high), (sparse, dense) = study.bounds, study.density_bounds
-    s, g = study.search, study.generation
+    s, g, e = study.search, study.generation, study.engine
     rules: list[tuple[bool, str, object, str]] = [
         (re.fullmatch(r"[\w.-]+", study.study) is not None, "study", study.study, "Use letters, digits, dots, dashes."),
         (bool(study.genome.models), "genome.models", study.genome.models, "Name at least one fine-tuned sibling."),
@@ -279,6 +299,15 @@ def _check(study: Study, where: str) -> None:
         (g.temperature > 0, "generation.temperature", g.temperature, "Above 0; do_sample: false is greedy."),
         (0 < g.top_p <= 1, "generation.top_p", g.top_p, "Above 0, at most 1."),
         (study.engine.batch_size >= 1, "engine.batch_size", study.engine.batch_size, "At least 1."),
+        (e.batch_tokens is None or e.batch_tokens >= 1, "engine.batch_tokens", e.batch_tokens, "At least 1; leave it out for no limit."),
+        (all(g.stop), "generation.stop", g.stop, "An empty text would end every answer."),
+        (e.vllm.tensor_parallel_size >= 1, "engine.vllm.tensor_parallel_size", e.vllm.tensor_parallel_size, "At least 1."),
+        (
+            e.vllm.gpu_memory_utilization is None or 0 < e.vllm.gpu_memory_utilization <= 1,
+            "engine.vllm.gpu_memory_utilization",
+            e.vllm.gpu_memory_utilization,
+            "A share above 0, at most 1.",
+        ),
         (study.engine.threads is None or study.engine.threads >= 1, "engine.threads", study.engine.threads, "At least 1."),
         (
             (study.prompt.format == "template") == (study.prompt.template is not None),
