@@ -26,7 +26,7 @@ from evomerge.errors import InputError, StudyFileError
 STOPPING_KEYS = ("search.trials",)
 DENSE = ("ties", "dare_ties", "dare_linear")  # these keep a share of each difference: its density is searched too
 MIXING = ("linear", "slerp")  # these mix models as they are: the base, if there is one, is a model like the others
-LM_EVAL_KEYS = ("limit", "num_fewshot", "shuffle", "random_init", "apply_chat_template", "fewshot_as_multiturn", "task_search_path")
+LM_EVAL_KEYS = ("limit", "num_fewshot", "shuffle", "apply_chat_template", "fewshot_as_multiturn", "task_search_path")
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,14 @@ class GenomeSection:
 
 @dataclass(frozen=True)
 class TaskSource:
-    """One place that tasks come from: `file` or `dataset`."""
+    """One place that tasks come from: `file`, `dataset`, or `name` (an lm-eval task or group, as in mergekit-evolve)."""
 
     file: str | None = None  # .jsonl, .json, .csv, .xlsx or .parquet
     dataset: str | None = None  # a dataset on the hub
     split: str | None = None  # the dataset's split; "test" by default
+    name: str | None = None
+    metric: str = "acc,none"  # with name: lm-eval's "metric,filter"
+    weight: float = 1.0  # with name: the score is sum(weight * metric) / sum(|weight|)
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,8 @@ class GenerationSection:
 class JudgeSection:
     """Who grades, and which of its figures is optimised."""
 
-    kind: Literal["rules"] = "rules"
-    metric: Literal["grade", "correct"] = "grade"  # grade: 1 to 5; correct: the share of closed tasks that are right
+    kind: Literal["rules", "lm-eval"] = "rules"  # lm-eval: set by lm-eval tasks, which bring metrics of their own
+    metric: Literal["grade", "correct", "score"] = "grade"  # 1 to 5; the share of closed tasks that are right; lm-eval's weighted mean
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,19 @@ class Study:
     judge: JudgeSection = field(default_factory=JudgeSection)
     search: SearchSection = field(default_factory=SearchSection)
     engine: EngineSection = field(default_factory=EngineSection)
+    # mergekit-evolve's other keys. All but random_init go with lm-eval tasks.
+    limit: int | None = None  # documents of each task, search and held-out together; the same for every candidate
+    num_fewshot: int | None = None  # examples in each prompt; None: the task's own number
+    shuffle: bool = False  # with limit: documents from anywhere, drawn once by split.seed, instead of the first
+    random_init: bool = False  # the first mean is drawn within the bounds, by search.seed
+    apply_chat_template: bool = True
+    fewshot_as_multiturn: bool = True  # with the chat template: each example is a turn of its own
+    task_search_path: tuple[str, ...] = ()  # folders with lm-eval tasks of your own: a text or a list
+
+    @property
+    def lm_eval(self) -> bool:
+        """Whether the tasks are lm-eval's."""
+        return any(source.name is not None for source in self.tasks)
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -204,11 +220,12 @@ def read_study(path: str | Path, overrides: Sequence[str] = (), environ: Mapping
         _override(data, override)
     data = _expand(data, environ, str(path), "")
     data.setdefault("study", path.stem)
-    _refuse_unbuilt(data, str(path))
+    _read_mergekit_evolve(data, str(path))
     study = typing.cast(Study, _build(Study, data, "", str(path)))
     study = _resolve_paths(study, path.resolve().parent)
     _check(study, str(path))
     _check_genome(study, str(path))
+    _check_lm_eval(study, str(path))
     return study
 
 
@@ -323,25 +340,56 @@ def _check(study: Study, where: str) -> None:
         ),
     ]
     for i, source in enumerate(study.tasks):
-        rules.append(((source.file is None) != (source.dataset is None), f"tasks[{i}]", source, "Name either `file` or `dataset`."))
+        places = [place for place in (source.file, source.dataset, source.name) if place is not None]
+        rules.append((len(places) == 1, f"tasks[{i}]", source, "Name one of `file`, `dataset` or (an lm-eval task) `name`."))
     for good, key, value, remedy in rules:
         if not good:
             raise StudyFileError(f"`{key}` is out of range", where=where, found=value, remedy=remedy)
 
 
-def _refuse_unbuilt(data: Mapping[str, Any], where: str) -> None:
-    """Keys that mergekit-evolve has and this version cannot honour are refused, never ignored."""
-    for key in LM_EVAL_KEYS:
-        if key in data:
-            raise StudyFileError(f"`{key}` belongs to lm-eval tasks, which are not supported yet", where=where, remedy="Remove it.")
-    for i, entry in enumerate(data.get("tasks") or []):
-        if isinstance(entry, dict) and "name" in entry:
-            raise StudyFileError(
-                f"`tasks[{i}].name` names an lm-eval task, which is not supported yet",
-                where=where,
-                found=entry["name"],
-                remedy="Name a `file`.",
-            )
+def _read_mergekit_evolve(data: dict[str, Any], where: str) -> None:
+    """Task names and paths as plain texts become what we hold; keys that would change nothing are refused."""
+    if isinstance(data.get("tasks"), list):
+        data["tasks"] = [{"name": entry} if isinstance(entry, str) else entry for entry in data["tasks"]]
+    if isinstance(data.get("task_search_path"), str):
+        data["task_search_path"] = [data["task_search_path"]]
+    sources = [entry for entry in data.get("tasks") or [] if isinstance(entry, dict)]
+    if any("name" in entry for entry in sources):
+        for key in ("judge", "prompt", "generation"):
+            if key in data:
+                raise StudyFileError(f"`{key}` changes nothing: lm-eval tasks bring their own", where=where, remedy="Remove it.")
+        data["judge"] = {"kind": "lm-eval", "metric": "score"}
+        return
+    wrong = [key for key in LM_EVAL_KEYS if key in data]
+    wrong += [f"tasks[{i}].{key}" for i, entry in enumerate(sources) for key in ("metric", "weight") if key in entry]
+    judge = data["judge"] if isinstance(data.get("judge"), dict) else {}
+    wrong += [f"judge.{key}" for key, value in judge.items() if value in ("lm-eval", "score")]
+    if wrong:
+        raise StudyFileError(f"`{wrong[0]}` goes with lm-eval tasks, and there are none", where=where, remedy="Remove it.")
+
+
+def _check_lm_eval(study: Study, where: str) -> None:
+    """What lm-eval tasks can be combined with."""
+    if study.random_init and study.search.start != 1.0:
+        raise StudyFileError("`random_init` draws the start", where=where, found=study.search.start, remedy="Remove `search.start`.")
+    if not study.lm_eval:
+        return
+    e = study.engine
+    named = [source.name is not None for source in study.tasks]
+    rules: list[tuple[bool, str, object, str]] = [
+        (all(named), "lm-eval tasks cannot share a study with files", None, "Their grades differ in scale: make two studies."),
+        (e.kind == "transformers", "lm-eval tasks need engine.kind transformers", e.kind, "Change it."),
+        (not e.population, "lm-eval tasks are answered candidate by candidate", "engine.population: true", "Remove it."),
+        (study.limit is None or study.limit >= 2, "`limit` leaves nothing to hold out", study.limit, "At least 2."),
+        (study.num_fewshot is None or study.num_fewshot >= 0, "`num_fewshot` is out of range", study.num_fewshot, "At least 0."),
+        (any(source.weight for source in study.tasks), "every `weight` is 0", None, "Give one task a weight."),
+    ]
+    for good, what, found, remedy in rules:
+        if not good:
+            raise StudyFileError(what, where=where, found=found, remedy=remedy)
+    for path in study.task_search_path:
+        if not Path(path).is_dir():
+            raise StudyFileError("no such folder", where=f"{where}: task_search_path", found=path, remedy="Name folders with task YAMLs.")
 
 
 def _check_genome(study: Study, where: str) -> None:
@@ -398,7 +446,8 @@ def _resolve_paths(study: Study, folder: Path) -> Study:
         dataclasses.replace(source, file=str((folder / Path(source.file).expanduser()).resolve())) if source.file else source
         for source in study.tasks
     )
-    return dataclasses.replace(study, genome=genome, tasks=tasks)
+    folders = tuple(str((folder / Path(path).expanduser()).resolve()) for path in study.task_search_path)
+    return dataclasses.replace(study, genome=genome, tasks=tasks, task_search_path=folders)
 
 
 def _override(data: dict[str, Any], override: str) -> None:
