@@ -210,6 +210,13 @@ def test_ctrl_c_leaves_nothing(family):
     assert not list(family.glob("*out*")) + list(family.glob(".out*"))
 
 
+def test_a_build_imports_no_transformers(family):
+    """It would take longer than merging a billion parameters."""
+    code = "import sys; from evomerge.cli import main; sys.exit(main(sys.argv[1:]) or 'transformers' in sys.modules)"
+    command = [sys.executable, "-c", code, "merge", write(family, recipe(family)), str(family / "out")]
+    assert subprocess.run(command, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode == 0
+
+
 FAKE = """
 import json, pathlib, sys
 config, out, *options = sys.argv[1:]
