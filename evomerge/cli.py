@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from evomerge import __version__
-from evomerge.console import Console, byte_progress, duration
+from evomerge.console import Console, byte_progress, duration, size
 from evomerge.errors import EvomergeError, InputError
 
 if TYPE_CHECKING:
+    from evomerge.answering.engine import Engine
+    from evomerge.inference import Renders
     from evomerge.search.session import Finished
     from evomerge.tasks import Task
 
@@ -54,7 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _study_commands(commands: Commands) -> None:
-    """search, check, show, export, report."""
+    """search, check, show, export, report, cache."""
     p = _command(
         commands, "search", search, "run a study, or go on with it", "evomerge search search_spaces/demo.yaml --set search.trials=24"
     )
@@ -101,6 +103,12 @@ def _study_commands(commands: Commands) -> None:
     _study(p)
     _results(p)
 
+    p = _command(
+        commands, "cache", cache, "show or clear the answers that a study keeps", "evomerge cache demo\n  evomerge cache demo --clear"
+    )
+    _study(p)
+    p.add_argument("--clear", action="store_true", help="delete them; trials, grades and verdict stay")
+
 
 def _model_commands(commands: Commands) -> None:
     """merge, infer, judge grade, demo: what needs no study."""
@@ -120,18 +128,25 @@ def _model_commands(commands: Commands) -> None:
         commands,
         "infer",
         infer,
-        "answer tasks with a model or with a study's winner",
-        "evomerge infer --study demo --tasks tasks.jsonl --out answers.jsonl --knowledge base.xlsx",
+        "answer tasks with a model, with a study's winner, or through a server",
+        "evomerge infer --model merged/ --tasks tasks.jsonl --out answers.jsonl\n"
+        "  evomerge infer --study demo --tasks tasks.jsonl --out answers.jsonl --knowledge base.xlsx\n"
+        "  evomerge infer --server http://localhost:8000/v1 --model NAME --tasks tasks.jsonl --out answers.jsonl",
     )
-    which = p.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model", metavar="DIR", help="a model folder or hub name")
-    which.add_argument("--study", metavar="NAME", help="a study: its winner is merged in place")
+    p.add_argument("--model", metavar="DIR", help="a model folder or hub name; with --server, the server's name for it")
+    p.add_argument("--study", metavar="NAME", help="a study: its winner is merged in place")
+    p.add_argument(
+        "--server",
+        metavar="URL",
+        help="an OpenAI-compatible server; a key is taken from OPENAI_API_KEY. --model may be left out if it has but one",
+    )
     p.add_argument("--tasks", type=Path, required=True, metavar="FILE", help="JSON lines: task_id, input")
     p.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON lines: task_id, input, output")
     p.add_argument("--knowledge", type=Path, metavar="FILE", help="an Excel base: classes and examples")
     p.add_argument("--format", choices=["chat", "competition"], help="the prompt's format (default: the study's, or chat)")
     p.add_argument("--max-new-tokens", type=int, metavar="N", help="the longest answer (default: the study's, or 256)")
     p.add_argument("--batch-size", type=int, metavar="N", help="prompts answered at once (default: the study's, or 32)")
+    p.add_argument("--concurrency", type=int, metavar="N", help="with --server: requests under way at once (default: 8)")
     _storage(p)
 
     judge = commands.add_parser("judge", help="grade answers", description="Grade answers.")
@@ -186,6 +201,7 @@ def check(args: argparse.Namespace) -> int:
 def show(args: argparse.Namespace) -> None:
     """Trials and verdict as a table, or as one JSON object."""
     from evomerge.export import as_json
+    from evomerge.search.session import cache_path
 
     finished = _finished(args)
     if args.json:
@@ -199,6 +215,7 @@ def show(args: argparse.Namespace) -> None:
         print(f"{r.number:>5}  {place}  {r.role:9}  {r.state:8}  {score:15}  {r.n:>3}  {r.truncated:>4.0%}{mark}")
     print()
     _print_verdict(finished)
+    print(_cache_line(cache_path(_url(args.storage, args.study), args.study)))
 
 
 def export(args: argparse.Namespace) -> None:
@@ -241,18 +258,64 @@ def infer(args: argparse.Namespace) -> None:
     """Answer a task file."""
     from evomerge.inference import run_inference
     from evomerge.knowledge.base import read_knowledge
-    from evomerge.search.inferring import model_engine, study_engine
 
+    _check_infer(args)
     tasks = _inference_tasks(args.tasks)
     knowledge = read_knowledge(args.knowledge) if args.knowledge is not None else None
-    overrides = {key: getattr(args, key) for key in ("format", "max_new_tokens", "batch_size") if getattr(args, key) is not None}
-    if args.study is not None:
-        engine, prompter, identity = study_engine(_url(args.storage, args.study), args.study, overrides)
-    else:
-        engine, prompter, identity = model_engine(args.model, overrides)
+    engine, prompter, identity = _inference_engine(args)
     console = Console()
     run_inference(engine, prompter, tasks, args.out, knowledge, _answered(console), model=identity)
     _say_written(console, [args.out])
+
+
+def _check_infer(args: argparse.Namespace) -> None:
+    """Raise InputError for options that do not go together."""
+    if args.server is None and (args.model is None) == (args.study is None):
+        raise InputError("who answers is not clear", where="evomerge infer", remedy="Give one of --model, --study and --server.")
+    if args.server is not None and args.study is not None:
+        raise InputError("--study merges in place, a server does not", where="--server", remedy="Leave one of the two out.")
+    if args.server is not None and args.batch_size is not None:
+        raise InputError("a server makes its own batches", where="--batch-size", remedy="Use --concurrency.")
+    if args.server is None and args.concurrency is not None:
+        raise InputError("is for a server", where="--concurrency", remedy="Use --batch-size.")
+    for option in ("concurrency", "max_new_tokens", "batch_size"):
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            raise InputError("must be 1 or more", where=f"--{option.replace('_', '-')}", found=value)
+
+
+def _inference_engine(args: argparse.Namespace) -> tuple[Engine, Renders, str]:
+    """Engine, prompts, and what the answers depend on."""
+    overrides = {key: getattr(args, key) for key in ("format", "max_new_tokens", "batch_size") if getattr(args, key) is not None}
+    if args.server is not None:
+        from evomerge.answering.server import CONCURRENCY, open_server
+        from evomerge.study import GenerationSection, PromptSection
+
+        generation = GenerationSection(max_new_tokens=overrides.get("max_new_tokens", GenerationSection.max_new_tokens))
+        prompt = PromptSection(format=overrides.get("format", "chat"))
+        return open_server(args.server, args.model, generation, prompt, args.concurrency or CONCURRENCY)
+    from evomerge.search.inferring import model_engine, study_engine
+
+    if args.study is not None:
+        return study_engine(_url(args.storage, args.study), args.study, overrides)
+    return model_engine(args.model, overrides)
+
+
+def cache(args: argparse.Namespace) -> None:
+    """The size of the study's answer cache; --clear deletes it, unless the study is being searched."""
+    from evomerge.answering.cache import clear
+    from evomerge.search.ledger import only_worker, open_ledger
+    from evomerge.search.session import cache_path
+
+    url = _url(args.storage, args.study)
+    open_ledger(url, args.study)  # a name that is not there is told as such
+    path = cache_path(url, args.study)
+    if args.clear:
+        with only_worker(url, args.study):
+            freed = clear(path)
+        Console().say(f"cleared {path}: {size(freed)}")
+    else:
+        print(_cache_line(path))
 
 
 def judge_grade(args: argparse.Namespace) -> None:
@@ -336,6 +399,15 @@ def _finished(args: argparse.Namespace) -> Finished:
     from evomerge.search.session import load_finished
 
     return load_finished(_url(args.storage, args.study), args.study)
+
+
+def _cache_line(path: Path) -> str:
+    from evomerge.answering.cache import cache_size
+
+    found = cache_size(path)
+    if found is None:
+        return "answer cache: none"
+    return f"answer cache: {size(found[0])}, " + (f"{found[1]} batches" if found[1] is not None else "damaged") + f", in {path}"
 
 
 def _build(recipe: object, out: Path, shard_size: str, text: str, random_seed: int) -> None:

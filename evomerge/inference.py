@@ -1,7 +1,8 @@
 """Tasks in, answers out: in batches, in input order, going on where a killed run stopped.
 
 While a run is under way its answers stand in OUT.part: a header that says what they were made from, then a line per
-finished batch. Batches are kept whole, because the answers of a padded batch may depend on what shares it.
+finished batch. Batches are kept whole, because the answers of a padded batch may depend on what shares it; an engine
+that answers every prompt by itself has batches of one.
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
-from evomerge.answering.engine import Engine
+from evomerge.answering.engine import Answer, Engine
 from evomerge.errors import InputError, OutputError, TaskError
 from evomerge.knowledge.base import Knowledge
 from evomerge.knowledge.retrieve import Choice, Retriever
@@ -27,6 +28,13 @@ class Renders(Protocol):
     """What makes the whole prompt of a task's text; see answering/prompts.py."""
 
     def render(self, text: str, system: str | None = None) -> str: ...
+
+
+@runtime_checkable
+class AnswersEach(Protocol):
+    """An engine whose answers depend on no other prompt, given as they come; see answering/server.py."""
+
+    def answer_each(self, prompts: Sequence[str]) -> Iterator[tuple[int, Answer]]: ...
 
 
 def run_inference(
@@ -49,9 +57,9 @@ def run_inference(
     """
     out = Path(out)
     _check_texts(tasks)
-    choices = None if knowledge is None else [Retriever(knowledge).choose(task.input) for task in tasks]
+    choices = None if knowledge is None else list(map(Retriever(knowledge).choose, (task.input for task in tasks)))
     prompts = [prompter.render(task.input) for task in tasks] if choices is None else [prompter.render(c.text, c.system) for c in choices]
-    batches = engine.batches(prompts)
+    batches = [[i] for i in range(len(prompts))] if isinstance(engine, AnswersEach) else engine.batches(prompts)
     header = {
         "tasks": _hash([[t.task_id, t.input] for t in tasks]),
         "prompts": _hash(prompts),
@@ -61,14 +69,22 @@ def run_inference(
     with _Part(out, header, len(tasks)) as part:
         if progress is not None:
             progress(len(part.outputs), len(tasks))
-        for batch in batches:
-            if batch[0] in part.outputs:
-                continue
-            answers = engine.answer([prompts[i] for i in batch])
+        missing = [batch for batch in batches if batch[0] not in part.outputs]
+        for batch, answers in _answers(engine, prompts, missing):
             part.add({i: answer.text for i, answer in zip(batch, answers, strict=True)})
             if progress is not None:
                 progress(len(part.outputs), len(tasks))
         _finish(out, part, tasks, choices)
+
+
+def _answers(engine: Engine, prompts: Sequence[str], batches: Sequence[list[int]]) -> Iterator[tuple[list[int], list[Answer]]]:
+    """The batches with their answers, in the order in which they come."""
+    if isinstance(engine, AnswersEach):
+        for at, answer in engine.answer_each([prompts[i] for batch in batches for i in batch]):
+            yield batches[at], [answer]
+    else:
+        for batch in batches:
+            yield batch, engine.answer([prompts[i] for i in batch])
 
 
 def _finish(out: Path, part: _Part, tasks: Sequence[Task], choices: Sequence[Choice] | None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import astuple
 from hashlib import sha256
 from pathlib import Path
@@ -51,6 +52,36 @@ class AnswerCache:
 
     def close(self) -> None:
         self.db.close()
+
+
+def cache_size(path: Path) -> tuple[int, int | None] | None:
+    """(bytes, batches) of the cache in `path`, None where there is none; the batches are None when it cannot be read."""
+    files = _files(path)
+    if not files:
+        return None
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=60)) as db:
+            batches = int(db.execute("SELECT count(*) FROM batches").fetchone()[0])
+    except sqlite3.Error:
+        return sum(files.values()), None
+    return sum(files.values()), batches
+
+
+def clear(path: Path) -> int:
+    """Delete the cache in `path`; how many bytes that freed. Nobody may be using it. Raises OutputError."""
+    files = _files(path)
+    try:
+        for file in files:
+            file.unlink()
+    except OSError as error:
+        raise OutputError(f"the answer cache cannot be deleted: {error.strerror}", where=path, remedy="Change the permissions.") from error
+    return sum(files.values())
+
+
+def _files(path: Path) -> dict[Path, int]:
+    """The database and what SQLite keeps beside it -> bytes."""
+    files = [path, *(path.with_name(path.name + suffix) for suffix in ("-journal", "-wal", "-shm"))]
+    return {file: file.stat().st_size for file in files if file.is_file()}
 
 
 def answer_all(

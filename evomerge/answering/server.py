@@ -1,0 +1,285 @@
+"""Any OpenAI-compatible server as an engine, for inference alone: its weights are its own, so nothing is merged.
+
+Every prompt is a request of its own, so no answer depends on what is asked beside it. With `format: chat` a prompt is
+the turns as JSON, which the server's own template renders; otherwise it is the whole text, for the completions
+endpoint, where most servers put a begin token in front if the model's tokenizer does (the other engines do not).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from queue import SimpleQueue
+from typing import Any, NoReturn, cast
+from urllib.parse import urlsplit
+
+from evomerge.answering.engine import Answer
+from evomerge.answering.prompts import Prompter, make_prompter
+from evomerge.errors import EngineError, EvomergeError, InputError, ModelError
+from evomerge.recipe import Recipe
+from evomerge.study import GenerationSection, PromptSection
+
+KEY = "OPENAI_API_KEY"
+CONCURRENCY = 8  # requests under way at once
+RETRIES = 5  # of a request, after 0.5 to 8 s or what Retry-After says: no connection, 408, 409, 429, 5xx
+UNREADABLE_RETRIES = 2  # of a reply with status 200 that holds no answer, which the client does not repeat
+FIRST_RETRIES = 1  # of the very first request: a server that is down shall not keep a user waiting
+CONNECT, READ = 10.0, 600.0  # seconds
+LISTED = 20  # models that an error names
+GOES_ON = "What was answered is kept: the same command goes on."
+
+
+class ServerEngine:
+    """Asks a server, `concurrency` prompts at once.
+
+    `answer_each` is what inference uses: it gives every answer when it comes, so that none is asked for twice.
+    """
+
+    def __init__(self, url: str, model: str | None, generation: GenerationSection, chat: bool, concurrency: int = CONCURRENCY) -> None:
+        """`model` None takes the only one that the server lists. Raises InputError, ModelError; EngineError: the server is down."""
+        self.url, self.generation, self.chat, self.concurrency = server_url(url), generation, chat, concurrency
+        self.limits: dict[str, int] = {}  # no memory of ours is short
+        self.key = _key()
+        self.client, self.errors = _connect(self.url, self.key)
+        listed = self._list(needed=model is None)
+        self.model = _only(listed, self.url) if model is None else model
+
+    @property
+    def identity(self) -> str:
+        """What the answers depend on beside the prompts; the key is no part of it."""
+        return repr((self.url, self.model, self.generation, self.chat))
+
+    def apply(self, recipe: Recipe) -> None:
+        raise EngineError("a server's weights are its own: it cannot search", where=self.url, remedy="Use another engine.")
+
+    def batches(self, prompts: Sequence[str]) -> list[list[int]]:
+        """`concurrency` prompts each, in their order."""
+        indices = list(range(len(prompts)))
+        return [indices[at : at + self.concurrency] for at in range(0, len(indices), self.concurrency)]
+
+    def answer(self, prompts: Sequence[str]) -> list[Answer]:
+        """Answer all prompts, in their order. Raises EngineError; ModelError: the server does not know the model."""
+        answers = dict(self.answer_each(prompts))
+        return [answers[i] for i in range(len(prompts))]
+
+    def answer_each(self, prompts: Sequence[str]) -> Iterator[tuple[int, Answer]]:
+        """(index of the prompt, answer) as they come. After a failure nothing new is asked, what is under way is still
+        given, and the first failure is raised at the end."""
+        waiting, done = deque(range(len(prompts))), SimpleQueue[tuple[int, Answer | EvomergeError] | None]()
+
+        def work() -> None:
+            try:
+                while waiting:
+                    index = waiting.popleft()
+                    try:
+                        done.put((index, self._ask(prompts[index])))
+                    except EvomergeError as error:
+                        waiting.clear()
+                        done.put((index, error))
+            except IndexError:  # another worker took the last one, between the question and the taking
+                pass
+            finally:
+                done.put(None)
+
+        workers = [threading.Thread(target=work, daemon=True) for _ in range(min(self.concurrency, len(prompts)))]
+        for worker in workers:  # daemons: Ctrl-C waits for no server
+            worker.start()
+        failure: EvomergeError | None = None
+        running = len(workers)
+        try:
+            while running:
+                match done.get():
+                    case None:
+                        running -= 1
+                    case (index, Answer() as answer):
+                        yield index, answer
+                    case (_, EvomergeError() as error):
+                        failure = failure or error
+        finally:
+            waiting.clear()
+        if failure is not None:
+            raise failure
+
+    def _ask(self, prompt: str) -> Answer:
+        for left in reversed(range(UNREADABLE_RETRIES + 1)):
+            try:
+                return _read(self._request(whole(prompt)))
+            except self.errors.OpenAIError as error:
+                raise self._failure(error) from error
+            except ValueError as error:  # no JSON, or JSON of another shape
+                if not left:
+                    raise EngineError(f"the server's reply holds no answer: {error}", where=self.url, remedy=GOES_ON) from error
+            except Exception as error:  # a worker must not end without a word
+                raise EngineError(f"{type(error).__name__}: {self._hidden(str(error))}", where=self.url, remedy=GOES_ON) from error
+        raise AssertionError("the loop returns or raises")
+
+    def _request(self, prompt: str) -> Any:
+        """One request. Raises openai.OpenAIError, ValueError."""
+        g = self.generation
+        settings: dict[str, Any] = {
+            "model": self.model,
+            "max_tokens": g.max_new_tokens,
+            "temperature": g.temperature if g.do_sample else 0.0,
+        }
+        if g.do_sample:
+            settings |= {"top_p": g.top_p, "seed": 0}
+        if g.repetition_penalty != 1.0:  # no field of OpenAI's; vLLM, SGLang and others know it
+            settings["extra_body"] = {"repetition_penalty": g.repetition_penalty}
+        if self.chat:
+            return self.client.chat.completions.create(messages=json.loads(prompt), **settings)
+        return self.client.completions.create(prompt=prompt, **settings)
+
+    def _list(self, needed: bool = False) -> list[str]:
+        """The models that the server lists; none where it lists none. Raises EngineError: it is down, or `needed` and refused."""
+        try:
+            page = self.client.with_options(max_retries=FIRST_RETRIES).models.list()
+            return [m.id for m in getattr(page, "data", None) or [] if isinstance(getattr(m, "id", None), str)]
+        except self.errors.APIStatusError as error:
+            if needed or error.status_code == 401:
+                raise self._failure(error) from error
+        except self.errors.OpenAIError as error:
+            raise self._failure(error) from error
+        except (ValueError, TypeError, AttributeError):  # not JSON, or of another shape
+            pass
+        return []
+
+    def _failure(self, error: Exception) -> EvomergeError:
+        """The client's error as one of ours; its retries are over."""
+        e = self.errors
+        if isinstance(error, e.APITimeoutError):
+            return EngineError(f"the server gave no answer within {READ:.0f} s", where=self.url, remedy=GOES_ON)
+        if isinstance(error, e.APIConnectionError):
+            cause = self._hidden(str(error.__cause__ or error))
+            return EngineError(f"the server cannot be reached: {cause}", where=self.url, remedy=f"Start it, or check --server. {GOES_ON}")
+        if not isinstance(error, e.APIStatusError):
+            return EngineError(f"{type(error).__name__}: {self._hidden(str(error))}", where=self.url, remedy=GOES_ON)
+        said, status = self._hidden(_message(error)), error.status_code
+        if status in (401, 403):
+            remedy = f"Check the key in {KEY}." if self.key else f"Set {KEY}."
+            return EngineError(f"the server refused us with status {status}: {said}", where=self.url, remedy=remedy)
+        if status in (400, 404, 422) and (unknown := self._unknown_model(status, said)) is not None:
+            return unknown
+        if status == 404:
+            remedy = "Check --server" + ("." if self.chat else ", or use --format chat: not every server has the completions endpoint.")
+            return EngineError(f"the server answered with status 404: {said}", where=error.request.url, remedy=remedy)
+        remedy = f"Lower --concurrency. {GOES_ON}" if status == 429 else GOES_ON
+        return EngineError(f"the server answered with status {status}: {said}", where=self.url, remedy=remedy)
+
+    def _unknown_model(self, status: int, said: str) -> ModelError | None:
+        """An error that names the server's models, where the status or the words are about a model that it does not list."""
+        model = getattr(self, "model", None)  # not there yet while the list itself is asked for
+        if model is None or (status != 404 and model not in said):
+            return None
+        try:
+            listed = self._list()
+        except EvomergeError:
+            return None
+        if not listed or model in listed:
+            return None
+        return ModelError(f"the server knows no such model: {said}", where=self.url, found=model, remedy=f"It lists: {_names(listed)}.")
+
+    def _hidden(self, text: str) -> str:
+        """The text without the key, and not longer than a line may be."""
+        text = " ".join((text.replace(self.key, "***") if self.key else text).split())
+        return text if len(text) <= 300 else text[:299] + "…"
+
+
+class TurnsAsJson:
+    """Stands where a tokenizer stands in a Prompter: the turns stay turns."""
+
+    chat_template = "the server's"
+
+    def apply_chat_template(self, turns: list[dict[str, str]], tokenize: bool, add_generation_prompt: bool) -> str:
+        return json.dumps(turns, ensure_ascii=False)
+
+
+def open_server(
+    url: str, model: str | None, generation: GenerationSection, prompt: PromptSection, concurrency: int = CONCURRENCY
+) -> tuple[ServerEngine, Prompter, str]:
+    """The engine, its prompts, and what its answers depend on. Raises as ServerEngine does."""
+    engine = ServerEngine(url, model, generation, prompt.format == "chat", concurrency)
+    return engine, make_prompter(cast(Any, TurnsAsJson()), prompt), engine.identity
+
+
+def server_url(url: str) -> str:
+    """The address that the client takes: `/v1` is added where there is no path. Raises InputError."""
+    try:
+        parts = urlsplit(url)
+        fine = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        fine = False
+    if not fine:
+        raise InputError("no address of a server", where="--server", found=url, remedy="Write http://HOST:PORT/v1.")
+    if "@" in parts.netloc or parts.query or parts.fragment:  # not shown: it may hold a key
+        raise InputError(
+            "the address holds more than host and path", where="--server", remedy=f"Write http://HOST:PORT/v1; a key belongs in {KEY}."
+        )
+    path = parts.path.rstrip("/") or "/v1"
+    return f"{parts.scheme}://{parts.netloc}{path}"
+
+
+def whole(text: str) -> str:
+    """The text with halves of surrogate pairs joined, or replaced by U+FFFD: JSON can hold what UTF-8 cannot."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def _key() -> str:
+    key = os.environ.get(KEY, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise InputError("the key holds characters that no request can carry", where=KEY, remedy="Set it again.")
+    return key
+
+
+def _connect(url: str, key: str) -> tuple[Any, Any]:
+    """(client, the package with its errors). Raises EngineError without the package."""
+    try:
+        import openai
+    except ImportError as error:
+        raise EngineError(
+            "asking a server needs the package openai", where="--server", remedy="Run pip install 'evomerge[server]'."
+        ) from error
+    timeout = openai.Timeout(READ, connect=CONNECT)
+    # a server without keys takes any; without one the client would not start
+    return openai.OpenAI(base_url=url, api_key=key or "none", max_retries=RETRIES, timeout=timeout), openai
+
+
+def _read(reply: Any) -> Answer:
+    """The answer of a reply of either endpoint. Raises ValueError when there is none in it."""
+    choices = getattr(reply, "choices", None)
+    if not isinstance(choices, list) or not choices:
+        _no_answer(reply)
+    message = getattr(choices[0], "message", None)
+    text = getattr(choices[0], "text", None) if message is None else getattr(message, "content", None)
+    if text is None and message is not None:
+        text = ""  # a model that only thought, or called a tool
+    if not isinstance(text, str):
+        _no_answer(reply)
+    tokens = getattr(getattr(reply, "usage", None), "completion_tokens", None)
+    return Answer(whole(text), getattr(choices[0], "finish_reason", None) == "length", tokens if isinstance(tokens, int) else 0)
+
+
+def _no_answer(reply: Any) -> NoReturn:
+    raise ValueError(" ".join(str(reply).split())[:80])
+
+
+def _message(error: Any) -> str:
+    """The server's own words, of {"error": {"message": …}}, {"detail": …} or any other body."""
+    body = error.body
+    for key in ("error", "message", "detail"):
+        body = body.get(key, body) if isinstance(body, dict) else body
+    return body if isinstance(body, str) else json.dumps(body, ensure_ascii=False, default=str) if body else "no reason given"
+
+
+def _only(listed: Sequence[str], url: str) -> str:
+    if len(listed) == 1:
+        return listed[0]
+    found = f"the server lists {len(listed)} models" if listed else "the server lists no model"
+    remedy = f"Name one with --model: {_names(listed)}." if listed else "Name one with --model."
+    raise ModelError(found, where=url, remedy=remedy)
+
+
+def _names(listed: Sequence[str]) -> str:
+    return ", ".join(listed[:LISTED]) + (f" and {len(listed) - LISTED} more" if len(listed) > LISTED else "")
