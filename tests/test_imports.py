@@ -23,6 +23,7 @@ ORDER = [
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 MAY_IMPORT = {
     "transformers": ("answering", "merging", "demo"),
+    "lm_eval": ("answering",),
     "optuna": ("search",),
     "cmaes": ("search",),
 }
