@@ -6,6 +6,7 @@ Everything is checked here, once; a message names the key, the value found and t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -231,10 +232,8 @@ def read_study(path: str | Path, overrides: Sequence[str] = (), environ: Mapping
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Dotted keys whose values differ between two `to_dict`s, stopping keys left out."""
-    try:
+    with contextlib.suppress(StudyFileError):  # it may hold what this version does not know
         old = Study.from_dict(old).to_dict()  # keys that are younger than the study have their defaults
-    except StudyFileError:
-        pass  # it holds what this version does not know: compared as it is
     a, b = _flatten(old), _flatten(new)
     return [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key) and key not in STOPPING_KEYS]
 
