@@ -17,6 +17,7 @@ import json
 import logging
 import math
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ import torch
 
 from evomerge.answering.engine import Answer
 from evomerge.errors import EngineError, InputError, TaskError
-from evomerge.tasks import Task
+from evomerge.tasks import Split, Task
 
 if TYPE_CHECKING:
     from evomerge.answering.cache import AnswerCache
@@ -74,11 +75,12 @@ class LmEvalTasks:
     def _load(self) -> tuple[Objective, ...]:
         from lm_eval.tasks import TaskManager
 
-        manager = TaskManager(include_path=list(self.study.task_search_path) or None)
-        loaded: dict[str, Any] = {}
-        for source in self.study.tasks:
-            if source.name not in loaded:
-                loaded[str(source.name)] = _load_one(manager, str(source.name))
+        names = list(dict.fromkeys(str(source.name) for source in self.study.tasks))
+        folders = list(self.study.task_search_path)
+        own = TaskManager(include_path=folders, include_defaults=False) if folders else None
+        if own is None or not set(names) <= set(own.all_tasks):  # to index lm-eval's own thousands takes many seconds
+            own = TaskManager(include_path=folders or None)
+        loaded = {name: _load_one(own, name) for name in names}
         objectives = []
         for source in self.study.tasks:
             found = loaded[str(source.name)]
@@ -163,6 +165,11 @@ class LmEvalTasks:
                 if share:
                     result[name][o.metric] = result[name].get(o.metric, 0.0) + scale * o.weight / share
         return result
+
+    def check_split(self, split: Split) -> None:
+        """Raise TaskError when search or verdict lacks documents of some task."""
+        for part in (split.search, split.held_out):
+            self.coefficients(part)
 
     def scores(self, tasks: Sequence[Task], outcomes: Sequence[Outcome]) -> list[float]:
         """One value per document; their plain mean is the candidate's score."""
@@ -352,7 +359,11 @@ def _line(error: Exception) -> str:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, default=_text)
+
+
+def _text(value: Any) -> str:
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))  # where a function lies in memory says nothing
 
 
 def _digest(value: Any) -> str:

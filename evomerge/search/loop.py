@@ -17,6 +17,8 @@ import numpy as np
 
 from evomerge.answering.cache import AnswerCache, answer_all
 from evomerge.answering.engine import Answer, Engine
+from evomerge.answering.lm_eval_tasks import LmEvalTasks
+from evomerge.answering.pace import Pace
 from evomerge.answering.prompts import Prompter
 from evomerge.console import Console, duration
 from evomerge.errors import EngineError, StudyFileError
@@ -40,11 +42,13 @@ class Examined:
     answers: list[Answer]
     grades: list[Grade]
     seconds: dict[str, float]
+    tokens_per_second: float | None = None  # None: every answer was paid for before
+    figure: str = "grade"  # what a grade's value is called: a judge's grade, or a document's part of lm-eval's score
 
     def by_task(self, tasks: Sequence[Task]) -> dict[str, dict[str, Any]]:
-        """task_id -> grade, correct, truncated."""
+        """task_id -> grade (or score), correct, truncated."""
         return {
-            str(task.task_id): {"grade": grade.value, "correct": grade.correct, "truncated": answer.truncated}
+            str(task.task_id): {self.figure: grade.value, "correct": grade.correct, "truncated": answer.truncated}
             for task, answer, grade in zip(tasks, self.answers, self.grades, strict=True)
         }
 
@@ -63,10 +67,14 @@ class Search:
         ledger: Ledger,
         cache: AnswerCache,
         console: Console,
+        lm_eval: LmEvalTasks | None = None,
     ) -> None:
+        """With `lm_eval`, whose documents the split holds, prompter and judge have nothing to do."""
+        self.lm_eval = lm_eval
         self.study, self.genome, self.split = study, genome, split
         self.engine, self.prompter, self.judge = engine, prompter, judge
         self.ledger, self.cache, self.console = ledger, cache, console
+        engine.limits.update(ledger.facts.get("limits", {}))
         assert isinstance(ledger.study.sampler, ReplayedCmaEs)
         self.sampler = ledger.study.sampler
 
@@ -126,21 +134,27 @@ class Search:
             self.engine.apply(recipe)
             seconds["merge"] = time.perf_counter() - began
 
-        prompts = [self.prompter.render(task.input) for task in tasks]
+        def progress(n: int) -> None:
+            self.console.status(f"{label}  answered {n}/{len(tasks)}", detail=True)
+
         began = time.perf_counter()
-        answers = answer_all(
-            self.engine,
-            self.cache,
-            recipe.digest(),
-            prompts,
-            apply,
-            lambda n: self.console.status(f"{label}  answered {n}/{len(tasks)}", detail=True),
-        )
+        if self.lm_eval is not None:
+            outcomes = self.lm_eval.examine(recipe.digest(), tasks, self.cache, apply, progress)
+            seconds["answer"] = round(time.perf_counter() - began - seconds["merge"], 4)
+            parts = [Grade(score, None, str(o.values)) for score, o in zip(self.lm_eval.scores(tasks, outcomes), outcomes, strict=True)]
+            return Examined([o.answer for o in outcomes], parts, seconds, figure="score")
+        prompts = [self.prompter.render(task.input) for task in tasks]
+        pace = Pace(len(tasks), lambda line: self.console.status(f"{label}  {line}", detail=True))
+        answers = answer_all(self.engine, self.cache, recipe.digest(), prompts, apply, pace, self._remember_limits)
         seconds["answer"] = time.perf_counter() - began - seconds["merge"]
         began = time.perf_counter()
         grades = [self.judge.grade(task, answer) for task, answer in zip(tasks, answers, strict=True)]
         seconds["judge"] = time.perf_counter() - began
-        return Examined(answers, grades, {phase: round(s, 4) for phase, s in seconds.items()})
+        return Examined(answers, grades, {phase: round(s, 4) for phase, s in seconds.items()}, tokens_per_second=pace.rate)
+
+    def _remember_limits(self, limits: Mapping[str, int]) -> None:
+        """Memory has forced smaller batches: the study uses them from here on, also when it is resumed."""
+        self.ledger.remember("limits", dict(limits))
 
     def _result(self, examined: Examined) -> Result:
         grades = examined.by_task(self.split.search)
@@ -151,7 +165,8 @@ class Search:
             )
         score, error = mean_and_error(values)
         cut = float(np.mean([answer.truncated for answer in examined.answers]))
-        return Result(score, error, len(values), cut, examined.seconds, grades)
+        tokens = sum(answer.tokens for answer in examined.answers)
+        return Result(score, error, len(values), cut, examined.seconds, grades, tokens, examined.tokens_per_second)
 
     def _verdict(self) -> dict[str, Any]:
         """Examine the finalists on the held-out tasks; what was paid for before the run was cut comes from the cache."""
@@ -231,7 +246,8 @@ def sibling_names(siblings: Sequence[str]) -> list[str]:
 
 
 def cache_scope(study: Study, models: Mapping[str, Any]) -> str:
-    """All that answers depend on beside recipe and prompts."""
+    """All that answers depend on beside recipe, mode and prompts: a batch is known by its prompts, however it was packed."""
     data = study.to_dict()
-    parts = [data["generation"], data["engine"], data["search"]["dtype"], data["search"]["seed"], models]
+    engine = {key: value for key, value in data["engine"].items() if key not in ("batch_size", "batch_tokens", "residency")}
+    parts = [data["generation"], data["prompt"]["too_long"], engine, data["search"]["dtype"], data["search"]["seed"], models]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

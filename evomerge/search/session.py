@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -10,7 +11,8 @@ from typing import Any
 
 from evomerge.answering.cache import AnswerCache
 from evomerge.answering.hf import TransformersEngine
-from evomerge.answering.prompts import make_prompter
+from evomerge.answering.lm_eval_tasks import LmEvalTasks
+from evomerge.answering.prompts import Prompter, make_prompter
 from evomerge.console import Console
 from evomerge.errors import StudyError, StudyFileError
 from evomerge.genome import Genome, make_genome
@@ -30,8 +32,11 @@ from evomerge.tasks import Split, Task, load_dataset_tasks, load_tasks, split_ta
 @contextmanager
 def open_search(study: Study, url: str, console: Console) -> Iterator[Search]:
     """A search ready to run or to go on. Everything the user can get wrong is raised here, before any work."""
-    tasks = study_tasks(study)
+    lm_eval = LmEvalTasks(study) if study.lm_eval else None
+    tasks = study_tasks(study) if lm_eval is None else lm_eval.tasks
     split = split_tasks(tasks, study.split.held_out, study.split.seed)
+    if lm_eval is not None:
+        lm_eval.check_split(split)
     base, siblings = open_models(study)
     genome = make_genome(study, num_layers(base.config))
     check_filters(genome, base)
@@ -45,12 +50,24 @@ def open_search(study: Study, url: str, console: Console) -> Iterator[Search]:
             f"{len(split.held_out)} held out, {study.search.trials} candidates in generations of {sampler.population}"
         )
         engine = TransformersEngine(base, siblings, study.engine, study.generation, study.search.dtype, study.search.seed)
-        prompter = make_prompter(engine.tokenizer, study.prompt)
+        if lm_eval is not None:
+            _prepare(lm_eval, engine, ledger, console)
+        prompter = make_prompter(engine.tokenizer, study.prompt) if lm_eval is None else Prompter(engine.tokenizer, study.prompt)
         cache = AnswerCache(cache_path(url, study.study), cache_scope(study, facts["models"]))
         try:
-            yield Search(study, genome, split, engine, prompter, RulesJudge(), ledger, cache, console)
+            yield Search(study, genome, split, engine, prompter, RulesJudge(), ledger, cache, console, lm_eval)
         finally:
             cache.close()
+
+
+def _prepare(lm_eval: LmEvalTasks, engine: TransformersEngine, ledger: Ledger, console: Console) -> None:
+    """Build the prompts; refuse a study whose examples, chat template or lm-eval ask otherwise than when it began."""
+    prompts = lm_eval.prepare(engine)
+    for warning in lm_eval.warnings:
+        console.say(f"warning: {warning}")
+    if ledger.facts.get("prompts", prompts) != prompts:
+        raise StudyError("the prompts have changed since the study began", where=ledger.name, remedy="Start anew with --study NEW_NAME.")
+    ledger.remember("prompts", prompts)
 
 
 def make_sampler(study: Study, genome: Genome) -> ReplayedCmaEs:
@@ -59,6 +76,9 @@ def make_sampler(study: Study, genome: Genome) -> ReplayedCmaEs:
     bounds = [(gene.low, gene.high) for gene in genome.genes]
     declared = [(min(low, *numbers), max(high, *numbers)) for (low, high), *numbers in zip(bounds, *vectors, strict=True)]
     starts, scales = [gene.start for gene in genome.genes], [gene.scale for gene in genome.genes]
+    if study.random_init:
+        rng = random.Random(f"start/{study.search.seed}")
+        starts = [rng.uniform(gene.low, gene.high) for gene in genome.genes]
     return ReplayedCmaEs(genome.names, bounds, declared, starts, study.search.sigma, study.search.population, study.search.seed, scales)
 
 
@@ -73,6 +93,8 @@ def check_filters(genome: Genome, base: ModelFolder) -> None:
 
 def study_tasks(study: Study) -> tuple[Task, ...]:
     """The tasks of every source; ids get the source's number in front where there are several sources."""
+    if study.lm_eval:
+        return LmEvalTasks(study).tasks
     groups = [load_tasks(s.file) if s.file else load_dataset_tasks(s.dataset or "", s.split) for s in study.tasks]
     if len(groups) == 1:
         return groups[0]
