@@ -1,19 +1,20 @@
 """How fast models are merged, in place and to disk, as ratios within one run. The last line is one JSON object.
 
-live_vs_copy: bytes per second of `combine_into` (reads base and delta, writes live) over those of Tensor.copy_.
-live_vs_naive: its speed over `live.copy_(base + weight * delta)`. bf16, CPU, 440 M parameters in 20 tensors.
+live_vs_copy: bytes per second of `LiveModel.apply` (reads base and delta, writes live) over those of Tensor.copy_ on the
+same tensors. live_vs_naive: its speed over `live.copy_(base + weight * delta)`. Both on the CPU, every weight changed.
 build_vs_floor: time of `evomerge merge` after its imports over that of a plain script, `floor` below, which checks nothing.
 build_vs_mergekit: time of the whole process of mergekit-yaml over that of `evomerge merge`; null where mergekit is absent.
 build_peak_mb_over_import: the most memory of a build beyond that of its imports. Counted are RssAnon and RssShmem of
 /proc/self/status, read every 2 ms: pages of the mapped models, which the system can drop at any time, are RssFile.
 
-The models are llama-shaped, bf16, 426 M parameters, in a temporary folder (TMPDIR), and in the page cache when they are
+The models are llama-shaped, bf16, 420 M parameters, in a temporary folder (TMPDIR), and in the page cache when they are
 merged. `--deep` also prints the peak for three times the layers; `--peaks` for the methods that need whole tensors.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -25,19 +26,22 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-import evomerge.merging.build
-import evomerge.recipe  # noqa: F401
+import evomerge.merging.build  # noqa: F401
 from evomerge.cli import main as evomerge_main
-from evomerge.merging.methods import combine_into
+from evomerge.merging.folder import open_model
+from evomerge.merging.live import LiveModel
+from evomerge.recipe import Recipe
 
-TENSORS, NUMEL, ROUNDS = 20, 22_000_000, 5
-LAYERS, HIDDEN, FFN, VOCAB = 8, 2048, 5632, 16_000
-ATTENTION = {"q_proj": HIDDEN, "k_proj": 512, "v_proj": 512, "o_proj": HIDDEN}
+ROUNDS = 5
+LAYERS, HIDDEN, FFN, VOCAB = 1, 5120, 13_824, 10_000  # a layer of llm-jp-3-13b, and a small vocabulary
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 WEIGHT = 0.7310585786300049
 MERGEKIT_PYTHON = os.environ.get("EVOMERGE_MERGEKIT_PYTHON")
 Seconds = Callable[[], float]
@@ -52,9 +56,9 @@ def main() -> None:
     if args.child:
         {"ours": ours, "floor": floor, "peak": peak}[args.child[0]](*map(Path, args.child[1:]))
         return
-    figures = live_figures()
     with tempfile.TemporaryDirectory(prefix="evomerge-bench-") as folder:
-        figures |= build_figures(Path(folder))
+        recipe = make_pair(Path(folder), LAYERS)
+        figures = live_figures(Path(folder)) | build_figures(recipe)
         if args.deep:
             print(f"{3 * LAYERS} layers: {peak_mb(make_pair(Path(folder) / 'deep', 3 * LAYERS)):.0f} MB over the imports")
         if args.peaks:
@@ -62,31 +66,34 @@ def main() -> None:
     print(json.dumps(figures))
 
 
-def live_figures() -> dict[str, float | None]:
+def live_figures(folder: Path) -> dict[str, float | None]:
     """live_vs_copy and live_vs_naive."""
-    generator = torch.Generator().manual_seed(0)
-    base, delta, live = ([torch.randn(NUMEL, generator=generator).bfloat16() for _ in range(TENSORS)] for _ in range(3))
+    models = [open_model(str(folder / name)) for name in ("base", "one")]
+    names = sorted(models[0].keys)
+    parameters = {name: torch.nn.Parameter(models[0].get_tensor(name).clone(), requires_grad=False) for name in names}
+    live = LiveModel(cast(torch.nn.Module, SimpleNamespace(named_parameters=parameters.items)), models[0], [models[1]], residency="device")
+    kept = dict(live.resident.stream(names, deltas=True))
+    weights = itertools.count(1)
 
     def in_place() -> None:
-        for out, b, d in zip(live, base, delta, strict=True):
-            combine_into(out, b, d, 0.7)
+        live.apply(recipe_of(folder, next(weights) / 16))
 
     def copy() -> None:
-        for out, b in zip(live, base, strict=True):
-            out.copy_(b)
+        for name, out in parameters.items():
+            out.copy_(kept[name].base)
 
     def naive() -> None:
-        for out, b, d in zip(live, base, delta, strict=True):
-            out.copy_(b + 0.7 * d)
+        for name, out in parameters.items():
+            out.copy_(kept[name].base + WEIGHT * kept[name].others[0])
 
     fast, plain, slow = medians([timed(in_place), timed(copy), timed(naive)])
-    print(f"{TENSORS * NUMEL / 1e6:.0f} M parameters: in place {fast:.3f} s, copy {plain:.3f} s, with temporaries {slow:.3f} s")
+    numbers = sum(p.numel() for p in parameters.values())
+    print(f"{numbers / 1e6:.0f} M parameters: in place {fast:.3f} s, copy {plain:.3f} s, with temporaries {slow:.3f} s")
     return {"live_vs_copy": round((3 / fast) / (2 / plain), 3), "live_vs_naive": round(slow / fast, 2)}
 
 
-def build_figures(folder: Path) -> dict[str, float | None]:
+def build_figures(recipe: Path) -> dict[str, float | None]:
     """build_vs_floor, build_vs_mergekit and build_peak_mb_over_import."""
-    recipe = make_pair(folder, LAYERS)
     fast, plain = medians([lambda: float(child("ours", recipe)), lambda: float(child("floor", recipe))])
     print(f"to disk, without imports: evomerge {fast:.2f} s, plain script {plain:.2f} s")
     figures: dict[str, float | None] = {"build_vs_floor": round(fast / plain, 3), "build_vs_mergekit": None}
@@ -203,14 +210,14 @@ def make_pair(folder: Path, layers: int) -> Path:
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": (VOCAB, HIDDEN), "lm_head": (VOCAB, HIDDEN), "model.norm": (HIDDEN,)}
     for i in range(layers):
         room = f"model.layers.{i}."
-        shapes |= {f"{room}self_attn.{name}": (rows, HIDDEN) for name, rows in ATTENTION.items()}
+        shapes |= {f"{room}self_attn.{name}": (HIDDEN, HIDDEN) for name in ATTENTION}
         shapes |= {f"{room}mlp.gate_proj": (FFN, HIDDEN), f"{room}mlp.up_proj": (FFN, HIDDEN), f"{room}mlp.down_proj": (HIDDEN, FFN)}
         shapes |= {f"{room}input_layernorm": (HIDDEN,), f"{room}post_attention_layernorm": (HIDDEN,)}
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": layers, "hidden_size": HIDDEN}
     config |= {
         "intermediate_size": FFN,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 4,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 40,
         "vocab_size": VOCAB,
         "torch_dtype": "bfloat16",
     }
@@ -226,10 +233,14 @@ def make_pair(folder: Path, layers: int) -> Path:
 
 def write_recipe(folder: Path, method: str) -> Path:
     recipe = folder / f"{method}.yml"
-    parameters = {"weight": WEIGHT, "density": 0.5, "t": 0.3}
-    data = {"base_model": str(folder / "base"), "merge_method": method, "dtype": "bfloat16", "parameters": parameters}
-    recipe.write_text(json.dumps(data | {"models": [{"model": str(folder / name)} for name in ("base", "one")]}), encoding="utf-8")
+    recipe.write_text(recipe_of(folder, WEIGHT, method).to_yaml(), encoding="utf-8")
     return recipe
+
+
+def recipe_of(folder: Path, weight: float, method: str = "task_arithmetic") -> Recipe:
+    parameters = {"weight": weight, "density": 0.5, "t": 0.3}
+    data = {"base_model": str(folder / "base"), "merge_method": method, "dtype": "bfloat16", "parameters": parameters}
+    return Recipe.from_dict(data | {"models": [{"model": str(folder / name)} for name in ("base", "one")]})
 
 
 if __name__ == "__main__":
