@@ -82,11 +82,21 @@ def _check_models(study: Study, lines: list[Line]) -> dict[str, Any] | None:
     try:
         check_fit(opened[0], opened[1:], same_vocabulary=study.genome.tokenizer_source is None)
         lines.append(Line("ok", "shapes", f"{len(opened[0].keys)} tensors, the same in every model"))
-        make_prompter(load_tokenizer(opened[0], study.engine.trust_remote_code), study.prompt)
-        lines.append(Line("ok", "tokenizer", f"prompts in format {study.prompt.format}"))
+        tokenizer = load_tokenizer(opened[0], study.engine.trust_remote_code)
+        if study.lm_eval:
+            lines.append(_check_chat(study, bool(tokenizer.chat_template)))
+        else:
+            make_prompter(tokenizer, study.prompt)
+            lines.append(Line("ok", "tokenizer", f"prompts in format {study.prompt.format}"))
     except EvomergeError as error:
         lines.append(Line("wrong", "fit", str(error)))
     return dict(opened[0].config)
+
+
+def _check_chat(study: Study, has_template: bool) -> Line:
+    if study.apply_chat_template and not has_template:
+        return Line("wrong", "tokenizer", "it has no chat template; set `apply_chat_template: false`")
+    return Line("ok", "tokenizer", f"lm-eval's prompts, {'with' if study.apply_chat_template else 'without'} the chat template")
 
 
 def _check_tasks(study: Study, lines: list[Line]) -> tuple[int, int] | None:
@@ -98,7 +108,7 @@ def _check_tasks(study: Study, lines: list[Line]) -> tuple[int, int] | None:
         tasks = study_tasks(study)
         split = split_tasks(tasks, study.split.held_out, study.split.seed)
     except EvomergeError as error:
-        lines.append(Line("wrong" if any(s.file for s in study.tasks) else "unknown", "tasks", str(error)))
+        lines.append(Line("wrong" if any(s.file or s.name for s in study.tasks) else "unknown", "tasks", str(error)))
         return None
     lines.append(Line("ok", "tasks", f"{len(split.search)} to search on, {len(split.held_out)} held out"))
     return len(split.search), len(split.held_out)
@@ -151,6 +161,8 @@ def _cost(study: Study, genome: Genome, n_tasks: tuple[int, int] | None) -> str:
     if n_tasks is None:
         return text + "; the number of tasks is not known"
     answers = candidates * n_tasks[0] + (2 + len(study.genome.all_models)) * n_tasks[1]
+    if study.lm_eval:
+        return f"{text}; {answers:,} times a document is answered"
     return f"{text}; {answers:,} answers of at most {study.generation.max_new_tokens} tokens; the judge costs nothing"
 
 

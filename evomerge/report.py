@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Z95 = 1.96  # standard errors to each side of a mean in a 95 % interval
 PHASES = ("merge", "answer", "judge")
 COLUMNS = ("number", "generation", "index", "role", "state", "score", "stderr", "n", "truncated")
-METRICS = {"grade": "mean grade, 1 to 5", "correct": "share of answers that are right"}
+METRICS = {"grade": "mean grade, 1 to 5", "correct": "share of answers that are right", "score": "weighted mean of lm-eval's metrics"}
 MINUS = "−"
 PLOT = {"left": 46.0, "right": 610.0, "top": 14.0, "bottom": 236.0, "width": 760.0, "height": 274.0}
 LABEL_GAP = 14.0  # least distance between two labels beside the progress chart
@@ -111,6 +111,8 @@ def headline(verdict: Mapping[str, Any] | None, trials: Sequence[TrialRecord], w
         figure, n = f"{number(mean['mean'])}\u00a0±\u00a0{number(mean['stderr'])}", verdict["n"]
         if verdict["metric"] == "correct":
             return f"The winner is right on a share of {figure} of the {n} held-out tasks."
+        if verdict["metric"] == "score":
+            return f"The winner has a score of {figure} on the {n} held-out documents."
         return f"The winner has a mean grade of {figure} on the {n} held-out tasks."
     done = sum(t.state == "complete" for t in trials)
     text = f"The search is not finished: {done} trials are complete, and there is no verdict yet."

@@ -229,7 +229,7 @@ class LmEvalTasks:
             numbers = [int(str(task.task_id).rpartition("/")[2]) for task in tasks if task.kind == name]
             if not numbers:
                 continue
-            key = cache.key(recipe, self._prints(name, numbers))
+            key = cache.key(recipe, [f"batches of {self.study.engine.batch_size}", *self._prints(name, numbers)])
             kept = cache.get(key)
             if kept is None:
                 if not applied:
