@@ -1,0 +1,133 @@
+"""Candidates per second in one pass over candidate after candidate, on random Llamas, on the CPU.
+
+One pass is PopulationModel.answer_all; candidate after candidate is LiveModel.apply and the same decode loop, on the same
+module. Both answer the same prompts to their full length. The last line is one JSON object: `population_gain` is that of
+12 candidates x 2 prompts in fp32 on 20 M parameters, `table` the rest, `equal_tokens` the share of tokens at which one pass
+says what the merged model says, up to the first difference of an answer (after it the two read different texts).
+`--quick` measures `population_gain` alone; `--threads N` sets torch's threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from evomerge.answering.decode import Output, Rules, decode
+from evomerge.answering.population import PopulationModel
+from evomerge.merging.folder import open_model
+from evomerge.merging.live import LiveModel
+from evomerge.recipe import Recipe, task_arithmetic_recipe
+
+CANDIDATES, ROUNDS = 12, 3
+SIZES = {"20M": {"hidden_size": 384, "intermediate_size": 1024}, "9M": {"hidden_size": 256, "intermediate_size": 640}}
+DTYPES = ("float32", "bfloat16")
+WORK = ((2, 64), (8, 48), (24, 32))  # prompts, new tokens
+LAYERS, VOCABULARY, PROMPT = 8, 8000, (12, 20)  # tokens of a prompt
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="only the figure that is required")
+    parser.add_argument("--threads", type=int, help="torch's threads")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    table: dict[str, float] = {}
+    equal: dict[str, float] = {}
+    for size in list(SIZES)[: 1 if args.quick else None]:
+        for dtype in DTYPES[: 1 if args.quick else None]:
+            with tempfile.TemporaryDirectory(prefix="evomerge-bench-") as folder:
+                case = Case(Path(folder), SIZES[size], dtype)
+                for prompts, tokens in WORK[: 1 if args.quick else None]:
+                    key = f"{size}_{dtype}_{prompts}"
+                    table[key], equal[key] = case.measure(prompts, tokens)
+                    print(
+                        f"{case.parameters / 1e6:.1f} M, {dtype}, {CANDIDATES} candidates x {prompts} prompts x {tokens}: {table[key]:.2f} times,"
+                    )
+                    print(f"    {equal[key]:.1%} of the tokens are the merged model's", flush=True)
+    gain = table.pop("20M_float32_2")
+    print(json.dumps({"population_gain": gain, "table": table, "equal_tokens": equal, "threads": torch.get_num_threads()}))
+
+
+class Case:
+    """One pair of models, and recipes with a weight for every second layer."""
+
+    def __init__(self, folder: Path, shape: dict[str, int], dtype: str) -> None:
+        base, sibling = make_pair(folder, shape)
+        self.model: Any = LlamaForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
+        self.live = LiveModel(self.model, open_model(base), [open_model(sibling)], residency="device")
+        self.population = PopulationModel(self.model, self.live, batch_size=CANDIDATES * 24)
+        self.parameters = sum(p.numel() for p in self.model.parameters())
+        generator = torch.Generator().manual_seed(1)
+        slices = [(i, i + 2) for i in range(0, LAYERS, 2)]
+        self.recipes: list[Recipe] = [
+            task_arithmetic_recipe(base, [sibling], slices, torch.rand(len(slices), 1, generator=generator).mul(2).tolist(), dtype)
+            for _ in range(CANDIDATES)
+        ]
+
+    def measure(self, prompts: int, tokens: int) -> tuple[float, float]:
+        """How many times as fast one pass is, and the share of equal tokens."""
+        generator = torch.Generator().manual_seed(2)
+        lengths = torch.randint(*PROMPT, (prompts,), generator=generator).tolist()
+        ids = [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+        rules = Rules(tokens)  # no token ends an answer
+
+        def one_pass() -> list[list[Output]]:
+            return self.population.answer_all(self.recipes, ids, rules)
+
+        def one_by_one() -> list[list[Output]]:
+            return [self._apply_and_answer(recipe, ids, rules) for recipe in self.recipes]
+
+        equal = share_of_equal(one_pass(), one_by_one())  # the warm-up as well
+        fast, slow = zip(*[(seconds(one_pass), seconds(one_by_one)) for _ in range(ROUNDS)], strict=True)
+        print(f"    one pass {statistics.median(fast):.2f} s, one by one {statistics.median(slow):.2f} s")
+        return round(statistics.median(s / f for s, f in zip(slow, fast, strict=True)), 2), round(equal, 3)
+
+    def _apply_and_answer(self, recipe: Recipe, ids: list[list[int]], rules: Rules) -> list[Output]:
+        self.live.apply(recipe)
+        return decode(self.model, ids, rules)
+
+
+def make_pair(folder: Path, shape: dict[str, int]) -> tuple[str, str]:
+    """A base, and a sibling that a tenth of noise moves away from it."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        num_hidden_layers=LAYERS, vocab_size=VOCABULARY, num_attention_heads=shape["hidden_size"] // 64, **shape, initializer_range=0.05
+    )
+    base = LlamaForCausalLM(config)
+    sibling = copy.deepcopy(base)
+    with torch.no_grad():
+        for p in sibling.parameters():
+            p.add_(0.1 * p.std().nan_to_num(0.1) * torch.randn_like(p))
+    for name, model in (("base", base), ("sibling", sibling)):
+        model.save_pretrained(folder / name)
+    return str(folder / "base"), str(folder / "sibling")
+
+
+def share_of_equal(ours: list[list[Output]], theirs: list[list[Output]]) -> float:
+    """Tokens before the first difference, over all tokens."""
+    same = total = 0
+    for a, b in zip((o for row in ours for o in row), (o for row in theirs for o in row), strict=True):
+        differs = (i for i, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=True)) if x != y)
+        same, total = same + next(differs, len(b.tokens)), total + len(b.tokens)
+    return same / total
+
+
+def seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    main()

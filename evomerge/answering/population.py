@@ -1,0 +1,260 @@
+"""A whole generation in one pass: the rows of one batch belong to different candidates.
+
+Every candidate of plain task arithmetic is base + sum_m w_m delta_m, tensor by tensor, and every layer is linear in its
+weights. So with a weight per row, w (rows,), a linear layer gives each row its own candidate's output:
+
+    y = x B^T + sum_m (w_m * x) D_m^T        the same as [x, w * x] [B, D]^T
+
+and base and deltas are read once for all candidates. What that costs is arithmetic: 1 + m products in place of one. So
+it pays while few rows wait on the reading of weights or on the overhead of calls (`pays`), and loses with many rows.
+
+Base and deltas are those that the LiveModel keeps, not copies of them; its live parameters are left as they are.
+A merged weight is rounded to its dtype and this sum is not: fp32 gives the merged model's tokens, bf16 does not always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from evomerge.answering.decode import Hooks, Output, Rules, decode
+from evomerge.errors import RecipeError
+from evomerge.merging import quantized
+from evomerge.merging.live import LiveModel
+from evomerge.merging.resident import Inputs
+from evomerge.merging.stream import MergePlan
+from evomerge.recipe import Recipe, scalar
+
+PLAIN = {"normalize": False, "lambda": 1.0}  # what a recipe must set, if it sets them
+Forward = Callable[..., Tensor]
+
+
+def suits(recipe: Recipe) -> bool:
+    """Whether a recipe is base + sum_m w_m delta_m with every layer in its place: nothing normalised, scaled or moved."""
+    levels = [recipe.parameters, *(piece.parameters for piece in recipe.slices)]
+    plain = all(value == PLAIN[key] for key in PLAIN for level in levels if key in level for value in _values(key, level[key]))
+    end, in_place = 0, True
+    for piece in recipe.slices:
+        ranges = {source.layers for source in piece.sources}
+        start, stop = next(iter(ranges)) or (end, end)
+        in_place, end = in_place and len(ranges) == 1 and start == end, stop
+    stays = recipe.tokenizer is None and recipe.out_dtype in (None, recipe.dtype)
+    return recipe.merge_method == "task_arithmetic" and plain and in_place and stays
+
+
+class PopulationModel:
+    """Answers for many candidates at once, beside a LiveModel that goes on applying them one by one."""
+
+    def __init__(self, model: Any, live: LiveModel, batch_size: int, batch_tokens: int | None = None) -> None:
+        """`model`: the module whose parameters `live` merges. A batch has at most `batch_size` rows, and `batch_tokens` tokens."""
+        self.model, self.live, self.batch_size, self.batch_tokens = model, live, batch_size, batch_tokens
+        self._plan: MergePlan | None = None  # the last one
+
+    def suits(self, recipe: Recipe) -> bool:
+        """Whether `answer_all` takes the recipe: it `suits`, and so do architecture, dtypes, and where the models wait."""
+        return suits(recipe) and self._fits(self._plan_of(recipe))
+
+    def answer_all(
+        self,
+        recipes: Sequence[Recipe],
+        prompts: Sequence[Sequence[int]],
+        rules: Rules,
+        seeds: Sequence[int] = (),
+        hooks: Hooks | None = None,
+    ) -> list[list[Output]]:
+        """Every candidate's answers to every prompt, [candidate][prompt]; prompts are token lists, as in `decode`.
+
+        `seeds` are one per prompt, as in `decode`; of the hooks `rows` is not called. Raises RecipeError where a recipe does not suit.
+        """
+        plans = [self._plan_of(recipe) for recipe in recipes]
+        for recipe, plan in zip(recipes, plans, strict=True):
+            if not (suits(recipe) and self._fits(plan)):
+                raise RecipeError("a recipe cannot share a pass", found=recipe.merge_method, remedy="Set engine.population: false.")
+        given, weights = hooks or Hooks(), Weights(plans, self.live)
+        answers: list[list[Output]] = [[Output() for _ in prompts] for _ in recipes]
+        with self._per_row(weights):
+            for batch in self.batches(len(recipes), [len(prompt) for prompt in prompts], rules.max_new_tokens):
+                watching = Hooks(given.stopped, given.watch, _selecting(weights, [candidate for candidate, _ in batch]))
+                rows = [prompts[prompt] for _, prompt in batch]
+                outputs = decode(self.model, rows, rules, [seeds[p] for _, p in batch] if seeds else (), watching, share=False)
+                for (candidate, prompt), output in zip(batch, outputs, strict=True):
+                    answers[candidate][prompt] = output
+        return answers
+
+    def batches(self, candidates: int, lengths: Sequence[int], max_new_tokens: int) -> list[list[tuple[int, int]]]:
+        """(candidate, prompt) pairs that share a batch: longest prompts first, all candidates of a prompt side by side."""
+        batches: list[list[tuple[int, int]]] = []
+        room = 0
+        for prompt in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+            for candidate in range(candidates):
+                if room < 1:
+                    batches.append([])
+                    most = self.batch_size if self.batch_tokens is None else self.batch_tokens // (lengths[prompt] + max_new_tokens)
+                    room = max(1, min(self.batch_size, most))
+                batches[-1].append((candidate, prompt))
+                room -= 1
+        return batches
+
+    def _plan_of(self, recipe: Recipe) -> MergePlan:
+        self._plan = MergePlan(recipe, {ref: self.live._find(ref) for ref in recipe.models}, self.live.random_seed, after=self._plan)
+        return self._plan
+
+    def _fits(self, plan: MergePlan) -> bool:
+        """Whether every tensor is its own place's base plus deltas, in one dtype, all of it kept on the device."""
+        live = self.live
+        if plan.layout.restacked or set(plan.names) != set(live.names):
+            return False
+        for name in live.names:
+            how = plan.hows[name]
+            at_home = how.base is not None and plan.models[how.base[0]] is live.base and all(source == name for _, source in how.inputs)
+            kept = live.resident.places[name] == "device" and not quantized.is_quantized(live.live[name])
+            if not (at_home and kept and plan.pure(name, live.resident.slots[name].dtype)):
+                return False
+        return all(_forward_for(module) is not None for module in self.model.modules() if _own(module))
+
+    @contextmanager
+    def _per_row(self, weights: Weights) -> Iterator[None]:
+        """The model with forwards that know rows; with its own again when the context ends."""
+        names = {id(parameter): name for name, parameter in self.live.live.items()}
+        inputs = dict(self.live.resident.stream(self.live.names, deltas=True))
+        before: list[tuple[nn.Module, Any]] = []
+        try:
+            for module in list(self.model.modules()):
+                make = _forward_for(module) if _own(module) else None
+                if make is not None:
+                    tensors = {key: PerRow(inputs[names[id(p)]], weights, names[id(p)]) for key, p in _own(module).items()}
+                    before.append((module, module.__dict__.get("forward")))
+                    module.forward = make(module, tensors)
+            yield
+        finally:
+            for module, forward in before:
+                if forward is None:
+                    del module.forward
+                else:  # one that was put there before, as accelerate does
+                    module.forward = forward
+
+
+class Weights:
+    """The weights of the rows at hand, by tensor and sibling."""
+
+    def __init__(self, plans: Sequence[MergePlan], live: LiveModel) -> None:
+        """Tensors that share their weights, such as those of one slice, share a table (siblings, candidates)."""
+        self._of: dict[str, int] = {}
+        self._tables: list[Tensor] = []
+        self._rows: list[Tensor] = []
+        known: dict[object, int] = {}
+        for name in live.names:
+            columns, slot = [], live.resident.slots[name]
+            for plan in plans:
+                how = plan.hows[name]
+                given = {id(plan.models[ref]): weight for (ref, _), weight in zip(how.siblings, how.weights, strict=True)}
+                columns.append(tuple(given.get(id(sibling), 0.0) for sibling in live.siblings))
+            key = (tuple(columns), slot.device, slot.dtype)
+            if key not in known:
+                known[key] = len(self._tables)
+                self._tables.append(torch.tensor(columns, dtype=slot.dtype, device=slot.device).T.contiguous())
+            self._of[name] = known[key]
+
+    def select(self, candidates: Sequence[int]) -> None:
+        """From now on row i is of candidates[i]."""
+        index = torch.tensor(candidates)
+        self._rows = [table[:, index.to(table.device)] for table in self._tables]
+
+    def of(self, name: str) -> Tensor:
+        """(siblings, rows)."""
+        return self._rows[self._of[name]]
+
+
+class PerRow:
+    """A parameter that differs by row: base + sum_m w_m delta_m."""
+
+    def __init__(self, inputs: Inputs, weights: Weights, name: str) -> None:
+        self.base, self.deltas, self.weights, self.name = inputs.base, list(inputs.others), weights, name
+
+    def pairs(self, dims: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(w_m, delta_m) for each sibling, w_m (rows, 1, …) in so many dimensions."""
+        for weight, delta in zip(self.weights.of(self.name), self.deltas, strict=True):
+            yield weight.view(-1, *[1] * (dims - 1)), delta
+
+    def merged(self, dims: int, take: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+        """Of a small parameter, or of what is taken of it: the merged bits of every row, (rows, 1…, n)."""
+        total = None
+        for weight, delta in self.pairs(dims):
+            part = take(delta) * weight
+            total = part if total is None else total.add_(part)
+        return take(self.base) if total is None else total.add_(take(self.base))
+
+
+def _linear(module: nn.Module, tensors: Mapping[str, PerRow]) -> Forward:
+    weight, bias = tensors["weight"], tensors.get("bias")
+    plain = [delta.T for delta in weight.deltas]
+
+    def forward(x: Tensor) -> Tensor:
+        """x (rows, columns, in) -> (rows, columns, out)."""
+        y = F.linear(x, weight.base)
+        flat = y.view(-1, y.shape[-1])
+        for (w, _), delta in zip(weight.pairs(x.dim()), plain, strict=True):
+            flat.addmm_((x * w).view(-1, x.shape[-1]), delta)
+        return y if bias is None else y.add_(bias.merged(x.dim()))
+
+    return forward
+
+
+def _embedding(module: nn.Module, tensors: Mapping[str, PerRow]) -> Forward:
+    weight = tensors["weight"]
+
+    def forward(ids: Tensor) -> Tensor:
+        """ids (rows, columns) -> (rows, columns, n)."""
+        return weight.merged(ids.dim() + 1, lambda table: F.embedding(ids, table))
+
+    return forward
+
+
+def _norm(module: nn.Module, tensors: Mapping[str, PerRow]) -> Forward:
+    weight, own, original = tensors["weight"], module._parameters, module.forward
+
+    def forward(x: Tensor) -> Tensor:
+        """The module's own computation, with a weight (rows, 1…, n) that broadcasts over x (rows, …, n)."""
+        kept = own["weight"]
+        try:
+            own["weight"] = weight.merged(x.dim())  # type: ignore[assignment]
+            result: Tensor = original(x)
+            return result
+        finally:
+            own["weight"] = kept
+
+    return forward
+
+
+def _forward_for(module: nn.Module) -> Callable[[nn.Module, Mapping[str, PerRow]], Forward] | None:
+    """What makes the module's forward by row; None for a kind of module that is not known."""
+    own = _own(module)
+    if type(module) is nn.Linear:
+        return _linear
+    if type(module) is nn.Embedding and module.max_norm is None:
+        return _embedding
+    if type(module).__name__.endswith("RMSNorm") and own.keys() == {"weight"} and not isinstance(module, nn.RMSNorm):
+        return _norm
+    return None
+
+
+def _own(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {key: parameter for key, parameter in module._parameters.items() if parameter is not None}
+
+
+def _selecting(weights: Weights, candidates: Sequence[int]) -> Callable[[list[int]], None]:
+    return lambda order: weights.select([candidates[row] for row in order])
+
+
+def _values(key: str, setting: Any) -> Iterator[float | bool]:
+    """Every value that a parameter takes anywhere: of a gradient and of filters all of them."""
+    for item in setting if isinstance(setting, list) else [setting]:
+        if isinstance(item, Mapping):
+            yield from _values(key, item["value"])
+        else:
+            yield scalar(key, item)
