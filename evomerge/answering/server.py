@@ -11,9 +11,9 @@ import json
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from queue import SimpleQueue
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from evomerge.answering.engine import Answer
@@ -41,7 +41,9 @@ class ServerEngine:
     def __init__(self, url: str, model: str | None, generation: GenerationSection, chat: bool, concurrency: int = CONCURRENCY) -> None:
         """`model` None takes the only one that the server lists. Raises InputError, ModelError; EngineError: the server is down."""
         self.url, self.generation, self.chat, self.concurrency = server_url(url), generation, chat, concurrency
+        self.tokenizer: Any = TurnsAsJson()
         self.limits: dict[str, int] = {}  # no memory of ours is short
+        self.watch: Callable[[int, int], None] | None = None  # a server tells nothing before its answers
         self.key = _key()
         self.client, self.errors = _connect(self.url, self.key)
         listed = self._list(needed=model is None)
@@ -119,11 +121,10 @@ class ServerEngine:
     def _request(self, prompt: str) -> Any:
         """One request. Raises openai.OpenAIError, ValueError."""
         g = self.generation
-        settings: dict[str, Any] = {
-            "model": self.model,
-            "max_tokens": g.max_new_tokens,
-            "temperature": g.temperature if g.do_sample else 0.0,
-        }
+        temperature = g.temperature if g.do_sample else 0.0
+        settings: dict[str, Any] = {"model": self.model, "max_tokens": g.max_new_tokens, "temperature": temperature}
+        if g.stop:
+            settings["stop"] = list(g.stop)
         if g.do_sample:
             settings |= {"top_p": g.top_p, "seed": 0}
         if g.repetition_penalty != 1.0:  # no field of OpenAI's; vLLM, SGLang and others know it
@@ -201,7 +202,7 @@ def open_server(
 ) -> tuple[ServerEngine, Prompter, str]:
     """The engine, its prompts, and what its answers depend on. Raises as ServerEngine does."""
     engine = ServerEngine(url, model, generation, prompt.format == "chat", concurrency)
-    return engine, make_prompter(cast(Any, TurnsAsJson()), prompt), engine.identity
+    return engine, make_prompter(engine.tokenizer, prompt), engine.identity
 
 
 def server_url(url: str) -> str:
