@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 from evomerge.answering.cache import AnswerCache, answer_all
 from evomerge.answering.engine import Answer
 from evomerge.answering.hf import TransformersEngine
+from evomerge.answering.pace import Pace
 from evomerge.answering.prompts import make_prompter
 from evomerge.errors import EngineError, InputError, ModelError
 from evomerge.merging.build import build_model
@@ -97,7 +98,7 @@ class Counting:
     """An engine that upper-cases, two prompts a batch, and counts."""
 
     def __init__(self):
-        self.answered = 0
+        self.answered, self.limits = 0, {}
 
     def apply(self, recipe): ...
 
@@ -115,7 +116,7 @@ def test_nothing_is_paid_for_twice_and_merging_only_when_needed(tmp_path):
 
     def run(recipe):
         cache = AnswerCache(tmp_path / "a.sqlite", "scope")
-        return answer_all(engine, cache, recipe, prompts, lambda: merges.append(recipe), lambda n: None)
+        return answer_all(engine, cache, recipe, prompts, lambda: merges.append(recipe), Pace(len(prompts)))
 
     assert [a.text for a in run("r1")] == ["A", "B", "C", "D", "E"]
     assert run("r1") == run("r1")

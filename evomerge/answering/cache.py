@@ -7,23 +7,25 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import astuple
 from hashlib import sha256
 from pathlib import Path
 
 from evomerge.answering.engine import Answer, Engine
+from evomerge.answering.pace import Pace
 from evomerge.errors import OutputError
 
 SCHEMA = "CREATE TABLE IF NOT EXISTS batches (key TEXT PRIMARY KEY, answers TEXT NOT NULL)"
+MERGED = "merged"  # the mode in which the live model holds the merged weights
 
 
 class AnswerCache:
     """Batches of answers by key; every write is durable when `put` returns."""
 
     def __init__(self, path: Path, scope: str) -> None:
-        """`scope` names all that the answers depend on beside recipe and prompts: models, generation, engine."""
+        """`scope` names all that the answers depend on beside recipe, prompts and mode: models, generation, engine."""
         self.scope = scope
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,9 +36,9 @@ class AnswerCache:
                 f"the answer cache cannot be opened: {error}", where=path, remedy="Free some space, or delete the file."
             ) from error
 
-    def key(self, recipe: str, prompts: Sequence[str]) -> str:
-        """SHA-256 of scope, recipe digest and the batch's prompts."""
-        return sha256(json.dumps([self.scope, recipe, list(prompts)]).encode()).hexdigest()
+    def key(self, recipe: str, prompts: Sequence[str], mode: str = MERGED) -> str:
+        """SHA-256 of scope, mode, recipe digest and the batch's prompts."""
+        return sha256(json.dumps([self.scope, mode, recipe, list(prompts)]).encode()).hexdigest()
 
     def get(self, key: str) -> list[Answer] | None:
         row = self.db.execute("SELECT answers FROM batches WHERE key = ?", (key,)).fetchone()
@@ -85,23 +87,38 @@ def _files(path: Path) -> dict[Path, int]:
 
 
 def answer_all(
-    engine: Engine, cache: AnswerCache, recipe: str, prompts: Sequence[str], apply: Callable[[], None], progress: Callable[[int], None]
+    engine: Engine,
+    cache: AnswerCache,
+    recipe: str,
+    prompts: Sequence[str],
+    apply: Callable[[], None],
+    pace: Pace,
+    remember: Callable[[Mapping[str, int]], None] = lambda limits: None,
 ) -> list[Answer]:
-    """Answers to all prompts, in order; `apply` merges, and runs only when some batch is not in the cache."""
+    """Answers to all prompts, in order; `apply` merges, and runs only when some batch is not in the cache.
+
+    `remember` gets the engine's limits when memory has changed them, before the answers under them are kept.
+    """
     answers: list[Answer | None] = [None] * len(prompts)
-    applied, done = False, 0
+    applied = False
+    engine.watch = pace.watch
     for batch in engine.batches(prompts):
         texts = [prompts[i] for i in batch]
         key = cache.key(recipe, texts)
         found = cache.get(key)
-        if found is None:
+        if found is not None:
+            pace.found(len(batch))
+        else:
             if not applied:
                 apply()
                 applied = True
+            limits = dict(engine.limits)
+            pace.begin()
             found = engine.answer(texts)
+            pace.end(len(batch), sum(answer.tokens for answer in found))
+            if engine.limits != limits:
+                remember(engine.limits)
             cache.put(key, found)
         for i, answer in zip(batch, found, strict=True):
             answers[i] = answer
-        done += len(batch)
-        progress(done)
     return [answer for answer in answers if answer is not None]

@@ -1,20 +1,24 @@
-"""What an engine is: something that takes a recipe's weights and answers prompts."""
+"""What an engine is: something that takes a recipe's weights and answers prompts; and how one is chosen."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
+    from evomerge.merging.layout import ModelFolder
     from evomerge.recipe import Recipe
+    from evomerge.study import EngineSection, GenerationSection
+
+Watch = Callable[[int, int], None]  # (answers that have ended, new tokens) of the batch under way
 
 
 @dataclass(frozen=True)
 class Answer:
     """What the model said to one prompt.
 
-    `truncated` is True when `max_new_tokens` ended it rather than an end token; `tokens` counts new tokens.
+    `truncated` is True when `max_new_tokens` ended it rather than an end token or a stop string; `tokens` counts new tokens.
     """
 
     text: str
@@ -23,16 +27,57 @@ class Answer:
 
 
 class Engine(Protocol):
-    """One loaded model whose weights are replaced in place between candidates."""
+    """One loaded model whose weights are replaced in place between candidates.
+
+    `tokenizer` is transformers' of the model. `limits` holds what memory has forced, such as a smaller `batch_tokens`: a
+    search remembers it and gives it back when it goes on. `watch`, where it is set, is called while a batch is answered.
+    """
+
+    tokenizer: Any
+    limits: dict[str, int]
+    watch: Watch | None
 
     def apply(self, recipe: Recipe) -> None:
         """Give the live model the recipe's weights, computed from the untouched base."""
 
     def batches(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Which prompts share a batch, by index: a function of the prompts and the settings alone."""
+        """Which prompts share a batch, by index: a function of the prompts and the settings alone. Raises EngineError."""
 
     def answer(self, prompts: Sequence[str]) -> list[Answer]:
-        """Answer the prompts of one batch, in their order.
+        """Answer the prompts of one batch, in their order; what `limits` forbid is answered in parts.
 
         A prompt is the whole text the model sees, special tokens included as text. Raises EngineError.
         """
+
+
+def make_engine(
+    base: ModelFolder,
+    siblings: Sequence[ModelFolder],
+    engine: EngineSection,
+    generation: GenerationSection,
+    dtype: str,
+    seed: int = 0,
+    too_long: Literal["refuse", "truncate"] = "refuse",
+) -> Engine:
+    """The engine that `engine.kind` names, its model loaded. Raises EngineError, and ModelError for a model it cannot load."""
+    if engine.kind == "vllm":
+        from evomerge.answering.vllm import VllmEngine
+
+        return VllmEngine(base, siblings, engine, generation, dtype, seed, too_long)
+    from evomerge.answering.hf import TransformersEngine
+
+    return TransformersEngine(base, siblings, engine, generation, dtype, seed, too_long)
+
+
+def pack(lengths: Sequence[int], new_tokens: int, rows: int, tokens: int | None = None) -> list[list[int]]:
+    """Indices of prompts of these lengths, longest first, in batches; ties keep their order.
+
+    A batch has at most `rows` prompts, and prompts x (longest + new_tokens) is at most `tokens`, unless it is a single one.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    batches = []
+    while order:
+        fit = rows if tokens is None else min(rows, tokens // (lengths[order[0]] + new_tokens))
+        batches.append(order[: max(1, fit)])
+        order = order[max(1, fit) :]
+    return batches

@@ -1,29 +1,33 @@
-"""The transformers engine: one live model, weights replaced in place, batches padded on the left."""
+"""The transformers engine: one live model, weights replaced in place, a decode loop of our own."""
 
 from __future__ import annotations
 
-import hashlib
+import gc
 import importlib.util
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging as transformers_logging
 
-from evomerge.answering.engine import Answer
+from evomerge.answering.decode import Hooks, Output, Rules, decodable, decode
+from evomerge.answering.encode import Encoder, first_stop, prompt_seed
+from evomerge.answering.engine import Answer, Watch, pack
 from evomerge.errors import EngineError, ModelError
 from evomerge.merging.layout import ModelFolder
 from evomerge.merging.live import LiveModel
+from evomerge.merging.resident import is_out_of_memory
 from evomerge.recipe import Recipe
 from evomerge.study import EngineSection, GenerationSection
 
 log = logging.getLogger(__name__)
+STOP_MARGIN = 8  # tokens more than a stop string can have: what is decoded to look for one
 
 
 class TransformersEngine:
-    """Answers with `generate`, in batches of similar length.
+    """Answers batches of similar length with `decode`, and models whose caches it does not know with `generate`.
 
     Without siblings the model answers as it lies on disk, and `apply` is not there for it.
     """
@@ -36,14 +40,18 @@ class TransformersEngine:
         generation: GenerationSection,
         dtype: str,
         seed: int = 0,
+        too_long: Literal["refuse", "truncate"] = "refuse",
     ) -> None:
         self.settings, self.generation, self.seed = engine, generation, seed
+        self.limits: dict[str, int] = {}
+        self.watch: Watch | None = None
         if engine.threads is not None:
             torch.set_num_threads(engine.threads)
         self.tokenizer = load_tokenizer(base, engine.trust_remote_code)
         self.model = _load_model(base, engine, getattr(torch, dtype))
         self.live = LiveModel(self.model, base, siblings, seed, engine.residency) if siblings else None
-        self.config = self._generation_config()
+        self.encode = Encoder(self.tokenizer, _context(self.model.config), generation.max_new_tokens, too_long)
+        self.rules = self._rules()
 
     def apply(self, recipe: Recipe) -> None:
         """Give the live model the recipe's weights, in place."""
@@ -51,58 +59,112 @@ class TransformersEngine:
         self.live.apply(recipe)
 
     def batches(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Indices of the prompts, longest first, in groups of `batch_size`; ties keep their order."""
-        lengths = [len(ids) for ids in self.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]]
-        order = sorted(range(len(prompts)), key=lambda i: (-lengths[i], i))
-        size = self.settings.batch_size
-        return [order[at : at + size] for at in range(0, len(order), size)]
+        """Indices of the prompts, longest first, in batches of `batch_size` and `batch_tokens`; `limits` do not change them."""
+        lengths = [len(row) for row in self.encode(prompts)]
+        return pack(lengths, self.generation.max_new_tokens, self.settings.batch_size, self.settings.batch_tokens)
 
-    @torch.inference_mode()
     def answer(self, prompts: Sequence[str]) -> list[Answer]:
-        """Answer one batch. Raises EngineError: out of memory, a prompt that leaves no room in the context."""
-        inputs = self.tokenizer(list(prompts), add_special_tokens=False, padding=True, return_tensors="pt")
-        width = inputs["input_ids"].shape[1]
-        context = getattr(self.model.config, "max_position_embeddings", None)
-        if context is not None and width + self.generation.max_new_tokens > context:
-            raise EngineError(
-                f"a prompt of {width} tokens and max_new_tokens {self.generation.max_new_tokens} exceed the context of {context}",
-                remedy="Lower generation.max_new_tokens, or shorten the task.",
-            )
-        if self.generation.do_sample:
-            set_seed(_batch_seed(self.seed, prompts))
-        device = self.model.get_input_embeddings().weight.device
+        """Answer one batch, in parts where memory has shown that it must be.
+
+        Out of memory, the limit becomes half of what failed and is remembered in `limits`; the prompts are tried again.
+        Raises EngineError: out of memory with one prompt, a prompt that leaves no room in the context.
+        """
+        rows = self.encode(prompts)
+        outputs: dict[int, Output] = {}
+        waiting = list(range(len(rows)))
+        while waiting:
+            part = [waiting[i] for i in self._packed([len(rows[i]) for i in waiting])]
+            found = self._attempt([rows[i] for i in part], [prompts[i] for i in part], outputs)
+            if found is None:
+                self._halve([len(rows[i]) for i in part])
+                continue
+            outputs |= dict(zip(part, found, strict=True))
+            waiting = [i for i in waiting if i not in outputs]
+        return [self._finish(outputs[i]) for i in range(len(prompts))]
+
+    def _packed(self, lengths: Sequence[int]) -> list[int]:
+        """The first batch of these, within settings and limits."""
+        budgets = [b for b in (self.settings.batch_tokens, self.limits.get("batch_tokens")) if b is not None]
+        return pack(lengths, self.generation.max_new_tokens, self.settings.batch_size, min(budgets, default=None))[0]
+
+    def _attempt(self, rows: list[list[int]], prompts: list[str], before: dict[int, Output]) -> list[Output] | None:
+        """The outputs of one part, or None when memory did not suffice."""
+        ended, tokens = len(before), sum(len(output.tokens) for output in before.values())
+        watch = self.watch
+        shifted = None if watch is None else lambda e, t: watch(ended + e, tokens + t)
         try:
-            output = self.model.generate(
-                input_ids=inputs["input_ids"].to(device), attention_mask=inputs["attention_mask"].to(device), generation_config=self.config
-            )
-        except torch.OutOfMemoryError as error:
+            if not decodable(self.model):
+                return self._generate(rows, prompts)
+            seeds = [prompt_seed(self.seed, prompt) for prompt in prompts] if self.rules.do_sample else []
+            return decode(self.model, rows, self.rules, seeds, Hooks(self._stopped if self.generation.stop else None, shifted))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        return None  # only here have the error and all that its frames held been let go
+
+    def _halve(self, lengths: Sequence[int]) -> None:
+        """Let batches have at most half of the tokens that were too many. Raises EngineError at one prompt."""
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        width, new = max(lengths), self.generation.max_new_tokens
+        if len(lengths) == 1:
             raise EngineError(
-                f"out of memory with {len(prompts)} prompts of up to {width} tokens",
-                where="engine.batch_size",
-                found=self.settings.batch_size,
-                remedy="Lower it; the study file's hash changes with it, so start a new study.",
-            ) from error
-        return [self._finish(row) for row in output[:, width:].tolist()]
+                f"out of memory with a single prompt of {width} tokens and max_new_tokens {new}",
+                remedy="Lower generation.max_new_tokens, shorten the task, or use a device with more memory.",
+            )
+        self.limits["batch_tokens"] = len(lengths) * (width + new) // 2
+        log.warning("out of memory with %d prompts: batches of at most %d tokens from here on", len(lengths), self.limits["batch_tokens"])
 
-    def _finish(self, ids: list[int]) -> Answer:
-        ends = self.config.eos_token_id if isinstance(self.config.eos_token_id, list) else [self.config.eos_token_id]
-        stop = next((i for i, token in enumerate(ids) if token in ends), None)
-        kept = ids if stop is None else ids[:stop]
-        return Answer(str(self.tokenizer.decode(kept, skip_special_tokens=True)), truncated=stop is None, tokens=len(kept))
+    def _stopped(self, tokens: list[int]) -> bool:
+        """Whether the latest tokens complete a stop string; a character has up to four of them."""
+        most = 4 * max(map(len, self.generation.stop)) + STOP_MARGIN
+        text = str(self.tokenizer.decode(tokens[-most:], skip_special_tokens=True))
+        return first_stop(text, self.generation.stop) is not None
 
-    def _generation_config(self) -> GenerationConfig:
+    def _finish(self, output: Output) -> Answer:
+        text = str(self.tokenizer.decode(output.tokens, skip_special_tokens=True))
+        stop = first_stop(text, self.generation.stop)
+        return Answer(text[:stop], truncated=not output.ended and stop is None, tokens=len(output.tokens))
+
+    def _rules(self) -> Rules:
         """The model's own end tokens, our settings, and nothing else from its generation_config.json."""
         g, own = self.generation, self.model.generation_config
         ends = own.eos_token_id if own is not None and own.eos_token_id is not None else self.tokenizer.eos_token_id
-        sampling = {"temperature": g.temperature, "top_p": g.top_p, "top_k": 0} if g.do_sample else {}
-        return GenerationConfig(
-            max_new_tokens=g.max_new_tokens,
-            do_sample=g.do_sample,
-            repetition_penalty=g.repetition_penalty,
-            eos_token_id=ends,
-            pad_token_id=self.tokenizer.pad_token_id,
-            **sampling,
+        several = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+        return Rules(g.max_new_tokens, several, g.do_sample, g.temperature, g.top_p, g.repetition_penalty)
+
+    @torch.inference_mode()
+    def _generate(self, rows: list[list[int]], prompts: list[str]) -> list[Output]:
+        """transformers' `generate`, all rows to the end of the longest answer: for caches that hold more than keys and values."""
+        r, width, pad = self.rules, max(map(len, rows)), self.tokenizer.pad_token_id
+        config = GenerationConfig(
+            max_new_tokens=r.max_new_tokens,
+            do_sample=r.do_sample,
+            repetition_penalty=r.repetition_penalty,
+            eos_token_id=sorted(r.ends) or None,
+            pad_token_id=pad,
+            stop_strings=list(self.generation.stop) or None,
+            **({"temperature": r.temperature, "top_p": r.top_p, "top_k": 0} if r.do_sample else {}),
         )
+        device = self.model.get_input_embeddings().weight.device
+        ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            if r.do_sample:
+                set_seed(prompt_seed(self.seed, "\0".join(prompts)))
+            output = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config, tokenizer=self.tokenizer)
+        return [_until_end(row, r.ends) for row in output[:, width:].tolist()]
+
+
+def _until_end(tokens: list[int], ends: frozenset[int]) -> Output:
+    end = next((i for i, token in enumerate(tokens) if token in ends), None)
+    return Output(tokens[:end], end is not None)
+
+
+def _context(config: Any) -> int | None:
+    """How many tokens the model has positions for."""
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def load_tokenizer(folder: ModelFolder, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -170,9 +232,3 @@ def _quantization(engine: EngineSection) -> BitsAndBytesConfig | None:
         bnb_4bit_compute_dtype=torch.bfloat16,
         bnb_4bit_use_double_quant=engine.quantization == "4bit-double",
     )
-
-
-def _batch_seed(seed: int, prompts: Sequence[str]) -> int:
-    """A seed from the study's and the batch's texts, so that sampling is the same after a resume."""
-    text = "\0".join([str(seed), *prompts])
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:4], "big")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from evomerge.answering.hf import TransformersEngine
+from evomerge.answering.engine import Engine, make_engine
 from evomerge.answering.prompts import Prompter, make_prompter
 from evomerge.merging.fingerprint import combined, fingerprint
 from evomerge.merging.layout import open_model
@@ -14,25 +14,26 @@ from evomerge.search.session import load_finished, open_models
 from evomerge.study import EngineSection, GenerationSection, PromptSection
 
 
-def study_engine(url: str, name: str, overrides: Mapping[str, Any]) -> tuple[TransformersEngine, Prompter, str]:
+def study_engine(url: str, name: str, overrides: Mapping[str, Any]) -> tuple[Engine, Prompter, str]:
     """The study's own engine and prompts with the winner's weights, and what its answers depend on; no merged folder is needed."""
     finished = load_finished(url, name)
     study = finished.study
     base, siblings = open_models(study)
     generation, prompt, engine_section = _overridden(study.generation, study.prompt, study.engine, overrides)
-    engine = TransformersEngine(base, siblings, engine_section, generation, study.search.dtype, study.search.seed)
+    engine = make_engine(base, siblings, engine_section, generation, study.search.dtype, study.search.seed, prompt.too_long)
+    engine.limits.update(finished.ledger.facts.get("limits", {}))
     engine.apply(finished.recipe)
-    identity = repr((finished.recipe.digest(), finished.ledger.facts["models"], generation, engine_section))
+    identity = repr((finished.recipe.digest(), finished.ledger.facts["models"], generation, prompt.too_long, engine_section))
     return engine, make_prompter(engine.tokenizer, prompt), identity
 
 
-def model_engine(ref: str, overrides: Mapping[str, Any]) -> tuple[TransformersEngine, Prompter, str]:
+def model_engine(ref: str, overrides: Mapping[str, Any]) -> tuple[Engine, Prompter, str]:
     """A model folder or hub name in the precision it has on disk, and what its answers depend on."""
     folder = open_model(ref)
     generation, prompt, engine_section = _overridden(GenerationSection(), PromptSection(), EngineSection(), overrides)
     dtype = str(folder.config.get("dtype") or folder.config.get("torch_dtype") or "bfloat16")
-    engine = TransformersEngine(folder, [], engine_section, generation, dtype)
-    identity = repr((combined(fingerprint(folder.path)), generation, engine_section))
+    engine = make_engine(folder, [], engine_section, generation, dtype, too_long=prompt.too_long)
+    identity = repr((combined(fingerprint(folder.path)), generation, prompt.too_long, engine_section))
     return engine, make_prompter(engine.tokenizer, prompt), identity
 
 

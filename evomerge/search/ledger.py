@@ -44,6 +44,8 @@ class TrialRecord:
     seconds: dict[str, float]
     reason: str | None
     grades: dict[str, dict[str, Any]]
+    tokens: int | None = None  # new tokens of all answers
+    tokens_per_second: float | None = None  # of those that were not paid for before
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Result:
     truncated: float
     seconds: dict[str, float]
     grades: dict[str, dict[str, Any]]
+    tokens: int = 0  # new tokens of all answers
+    tokens_per_second: float | None = None  # of those that were not paid for before
 
 
 class Ledger:
@@ -212,4 +216,6 @@ def _record(t: FrozenTrial, names: Sequence[str]) -> TrialRecord:
         seconds=a.get("seconds", {}),
         reason=a.get("reason"),
         grades=a.get("grades", {}),
+        tokens=a.get("tokens"),
+        tokens_per_second=a.get("tokens_per_second"),
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.answering.cache import AnswerCache
+from evomerge.answering.engine import make_engine
 from evomerge.answering.hf import TransformersEngine
 from evomerge.answering.lm_eval_tasks import LmEvalTasks
 from evomerge.answering.prompts import Prompter, make_prompter
@@ -49,8 +50,13 @@ def open_search(study: Study, url: str, console: Console) -> Iterator[Search]:
             f"study {study.study}: {_size(genome)}, {len(split.search)} tasks to search on, "
             f"{len(split.held_out)} held out, {study.search.trials} candidates in generations of {sampler.population}"
         )
-        engine = TransformersEngine(base, siblings, study.engine, study.generation, study.search.dtype, study.search.seed)
+        s = study.search
+        engine = make_engine(base, siblings, study.engine, study.generation, s.dtype, s.seed, study.prompt.too_long)
         if lm_eval is not None:
+            if not isinstance(engine, TransformersEngine):
+                raise StudyFileError(
+                    "lm-eval asks a transformers model", where="engine.kind", found=study.engine.kind, remedy="Leave it out."
+                )
             _prepare(lm_eval, engine, ledger, console)
         prompter = make_prompter(engine.tokenizer, study.prompt) if lm_eval is None else Prompter(engine.tokenizer, study.prompt)
         cache = AnswerCache(cache_path(url, study.study), cache_scope(study, facts["models"]))
