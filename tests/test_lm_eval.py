@@ -1,16 +1,21 @@
 """lm-eval tasks in place: the same values as lm-eval itself finds on a merged folder, and a study from end to end."""
 
+import importlib.util
 import json
+import os
+import shutil
+import subprocess
 
 import pytest
-import torch
 import yaml
 
+from evomerge.answering.lm_eval_tasks import LmEvalTasks
 from evomerge.cli import main
 from evomerge.console import Console
-from evomerge.errors import StudyError, StudyFileError, TaskError
+from evomerge.errors import InputError, StudyError, StudyFileError, TaskError
+from evomerge.genome import make_genome
 from evomerge.merging.build import build_model
-from evomerge.search.session import open_search
+from evomerge.search.session import make_sampler, open_search
 from evomerge.study import read_study
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -36,7 +41,10 @@ def folder(pair, tmp_path_factory):
     metrics = [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")]
     task("tiny_choice", "docs", **choice, metric_list=metrics)
     task("tiny_few", "few", **choice, metric_list=metrics)
-    strict = {"name": "strict-match", "filter": [{"function": "regex", "regex_pattern": "(.)", "group_select": 0}, {"function": "take_first"}]}
+    strict = {
+        "name": "strict-match",
+        "filter": [{"function": "regex", "regex_pattern": "(.)", "group_select": 0}, {"function": "take_first"}],
+    }
     task(
         "tiny_generate",
         "docs",
@@ -144,8 +152,6 @@ def test_a_study_from_end_to_end(folder, tmp_path, capsys, monkeypatch):
     storage = f"sqlite:///{tmp_path}/s.db"
     command = ["search", str(folder / "study.yaml"), "--storage", storage, "--results", str(tmp_path / "results")]
     command += [word for value in [*SMALL, "num_fewshot=0"] for word in ("--set", value)]
-    from evomerge.answering.lm_eval_tasks import LmEvalTasks
-
     run, runs = LmEvalTasks._run, []
 
     def cut(self, name, numbers):
@@ -153,7 +159,9 @@ def test_a_study_from_end_to_end(folder, tmp_path, capsys, monkeypatch):
             runs.append(None)
             raise KeyboardInterrupt
         result = run(self, name, numbers)
-        runs.append((name, tuple(numbers), repr(sorted((n, float(p.double().sum())) for n, p in self.lm.model.named_parameters()))))
+        runs.append(
+            (name, tuple(numbers), repr(sorted((n, float(p.detach().double().sum())) for n, p in self.lm.model.named_parameters())))
+        )
         return result
 
     monkeypatch.setattr(LmEvalTasks, "_run", cut)
@@ -164,7 +172,7 @@ def test_a_study_from_end_to_end(folder, tmp_path, capsys, monkeypatch):
     count = len(runs)
     assert main(command) == 0
     assert len(runs) == count
-    verdict = json.loads((tmp_path / "results/verdict.json").read_text(encoding="utf-8"))
+    verdict = json.loads((tmp_path / "results/study/verdict.json").read_text(encoding="utf-8"))
     assert verdict["metric"] == "score"
     assert set(verdict["paired"]) == {"winner-base", "winner-instruct", "winner-uniform"}
     with opened(folder, tmp_path, "num_fewshot=0") as search:
@@ -177,19 +185,15 @@ def test_a_study_from_end_to_end(folder, tmp_path, capsys, monkeypatch):
     results = reference(folder, tmp_path / "winner", list(names), (), fewshot=0, samples=samples)[1]
     expected = (results["tiny_choice"]["acc_norm,none"] + 3 * results["tiny_generate"]["exact_match,strict-match"]) / 4
     assert verdict["candidates"]["winner"]["mean"] == pytest.approx(expected)
-    page = (tmp_path / "results/report.html").read_text(encoding="utf-8")
+    page = (tmp_path / "results/study/report.html").read_text(encoding="utf-8")
     assert "weighted mean of lm-eval" in page
     assert main(["check", str(folder / "study.yaml")]) == 0
     assert "23 to search on, 23 held out" in capsys.readouterr().out
 
 
-def test_limit_and_shuffle_take_the_same_documents_for_all(folder, tmp_path):
+def test_limit_and_shuffle_take_the_same_documents_for_all(folder):
     def documents(*overrides):
-        study = read_study(folder / "study.yaml", ["tasks=[tiny_choice]", *overrides])
-        from evomerge.answering.lm_eval_tasks import LmEvalTasks
-
-        study = __import__("dataclasses").replace(study, tasks=study.tasks)
-        return LmEvalTasks(study).documents["tiny_choice"]
+        return LmEvalTasks(read_study(folder / "study.yaml", ["tasks=[tiny_choice]", *overrides])).documents["tiny_choice"]
 
     assert documents("limit=6") == list(range(6))
     drawn = documents("limit=6", "shuffle=true")
@@ -199,10 +203,7 @@ def test_limit_and_shuffle_take_the_same_documents_for_all(folder, tmp_path):
     assert documents("limit=100", "shuffle=true") == list(range(23))
 
 
-def test_random_init_draws_the_start(pair, folder, tmp_path):
-    from evomerge.genome import make_genome
-    from evomerge.search.session import make_sampler
-
+def test_random_init_draws_the_start(folder):
     starts = []
     for seed in (0, 0, 1):
         study = read_study(folder / "study.yaml", ["random_init=true", f"search.seed={seed}"])
@@ -229,8 +230,8 @@ def test_bad_tasks_are_named_in_one_line(folder, tmp_path, overrides, words):
     broken = data | {"task": "tiny_broken", "dataset_kwargs": {"data_files": {"test": "nowhere.jsonl"}}}
     for task in (corpus, broken):
         (own / f"{task['task']}.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
-    near = lm_eval.__version__ and [f"task_search_path=[{folder}/tasks, {own}]"]
-    with pytest.raises(TaskError) as caught, opened(folder, tmp_path, *near, *overrides):
+    paths = f"task_search_path=[{folder}/tasks, {own}]"
+    with pytest.raises(TaskError) as caught, opened(folder, tmp_path, paths, *overrides):
         pass
     assert "\n" not in str(caught.value)
     for word in words:
@@ -238,8 +239,6 @@ def test_bad_tasks_are_named_in_one_line(folder, tmp_path, overrides, words):
 
 
 def test_a_model_without_a_chat_template(pair, folder, tmp_path):
-    import shutil
-
     shutil.copytree(pair / "base", tmp_path / "base")
     (tmp_path / "base/chat_template.jinja").unlink()
     base = f"genome.base_model={tmp_path}/base"
@@ -250,15 +249,19 @@ def test_a_model_without_a_chat_template(pair, folder, tmp_path):
 
 
 def test_what_changed_under_a_study_is_refused(folder, tmp_path):
-    import shutil
-
     own = tmp_path / "own"
     shutil.copytree(folder / "tasks", own)
     path = f"task_search_path={own}"
     with opened(folder, tmp_path, path):
         pass
-    shots = tmp_path / "shots.jsonl"
-    shots.write_text((folder / "shots.jsonl").read_text(encoding="utf-8").replace('"12"', '"11"'), encoding="utf-8")
+    shots = folder / "shots.jsonl"
+    kept = shots.read_text(encoding="utf-8")
+    try:
+        shots.write_text(kept.replace('"12"', '"11"').replace('"q": "', '"q": "0'), encoding="utf-8")
+        with pytest.raises(StudyError, match="the prompts"), opened(folder, tmp_path, path):
+            pass
+    finally:
+        shots.write_text(kept, encoding="utf-8")
     config = own / "tiny_choice.yaml"
     text = config.read_text(encoding="utf-8")
     config.write_text(text.replace("target_delimiter: ''", "target_delimiter: ' '"), encoding="utf-8")
@@ -267,9 +270,72 @@ def test_what_changed_under_a_study_is_refused(folder, tmp_path):
 
 
 def test_without_lm_eval_the_extra_is_named(folder, tmp_path, monkeypatch):
-    import importlib.util
-
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "lm_eval" else find(name, *rest))
-    with pytest.raises(Exception, match=r"pip install 'evomerge\[lm-eval\]'"), opened(folder, tmp_path):
+    with pytest.raises(InputError, match=r"pip install 'evomerge\[lm-eval\]'"), opened(folder, tmp_path):
         pass
+
+
+EXAMPLE = """
+genome:
+  models: [org/a, org/b+org/adapter]
+  merge_method: dare_ties
+  base_model: org/base
+  tokenizer_source: union
+  layer_granularity: 8
+  allow_negative_weights: true
+  normalize: false
+  filters: [self_attn]
+tasks:
+  - gsm_custom
+  - {name: quiz, weight: -0.5, metric: "exact_match,strict-match"}
+limit: 100
+num_fewshot: 3
+shuffle: true
+random_init: true
+"""
+KEYS = ("limit", "num_fewshot", "shuffle", "random_init", "apply_chat_template", "fewshot_as_multiturn")
+
+
+@pytest.mark.skipif(not os.environ.get("EVOMERGE_MERGEKIT_PYTHON"), reason="EVOMERGE_MERGEKIT_PYTHON names no Python with mergekit")
+@pytest.mark.parametrize("extra", ["", "apply_chat_template: false\nfewshot_as_multiturn: false\n"])
+def test_mergekit_evolve_reads_its_files_the_same_way(tmp_path, extra):
+    path = tmp_path / "evolve.yaml"
+    path.write_text(EXAMPLE + extra, encoding="utf-8")
+    code = (
+        "import json, sys, yaml; from mergekit.evo.config import EvolMergeConfiguration as C; "
+        "print(json.dumps(C.model_validate(yaml.safe_load(open(sys.argv[1]))).model_dump(mode='json')))"
+    )
+    out = subprocess.run([os.environ["EVOMERGE_MERGEKIT_PYTHON"], "-c", code, str(path)], capture_output=True, text=True, check=True)
+    theirs, ours = json.loads(out.stdout.splitlines()[-1]), read_study(path).to_dict()
+    assert {key: ours[key] for key in KEYS} == {key: theirs[key] for key in KEYS}
+    assert [{key: task[key] for key in ("name", "weight", "metric")} for task in ours["tasks"]] == theirs["tasks"]
+    assert {key: ours["genome"][key] for key in theirs["genome"] if "model" not in key} == {
+        key: value for key, value in theirs["genome"].items() if "model" not in key
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("judge: {metric: grade}", ["`judge`", "bring their own"]),
+        ("generation: {max_new_tokens: 5}", ["`generation`"]),
+        ("engine: {kind: vllm}", ["transformers"]),
+        ("task_search_path: nowhere", ["nowhere", "task_search_path"]),
+        ("limit: 1", ["`limit`"]),
+        ("search: {start: 0.5}", ["random_init"]),
+    ],
+)
+def test_what_lm_eval_tasks_cannot_have_is_refused(tmp_path, text, words):
+    data = yaml.safe_load(EXAMPLE) | yaml.safe_load(text)
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
+    with pytest.raises(StudyFileError) as caught:
+        read_study(tmp_path / "s.yaml")
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_files_and_lm_eval_tasks_do_not_mix(pair, tmp_path):
+    for override in ("tasks=[{file: tasks.jsonl}, quiz]", "tasks=[{file: tasks.jsonl, weight: 2}]", "limit=5"):
+        with pytest.raises(StudyFileError, match="lm-eval"):
+            read_study(pair / "study.yaml", [override])
