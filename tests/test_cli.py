@@ -222,7 +222,7 @@ def test_a_damaged_storage_is_one_line(pair, searched, capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["search"], ["check"], ["show"], ["export"], ["merge"], ["infer"], ["judge", "grade"], ["report"], ["demo"]]
+    "command", [[], ["search"], ["check"], ["show"], ["export"], ["merge"], ["infer"], ["judge", "grade"], ["report"], ["cache"], ["demo"]]
 )
 def test_every_command_has_help(command):
     out = subprocess.run([sys.executable, "-m", "evomerge.cli", *command, "--help"], capture_output=True, text=True, check=True).stdout
