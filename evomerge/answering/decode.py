@@ -134,7 +134,7 @@ def filled(keep: Sequence[int]) -> list[int]:
 
 def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """How many tokens all prompts begin with; at least one token of each is left over."""
-    first, last = min(prompts), max(prompts)  # every other one lies between them
+    first, last = min(map(tuple, prompts)), max(map(tuple, prompts))  # every other one lies between them
     most = min(map(len, prompts)) - 1
     return next((i for i in range(most) if first[i] != last[i]), most)
 
@@ -178,6 +178,7 @@ class Forward:
         if prefix:
             self._run(self._ids[:1, :prefix], self._mask[:1, :prefix], positions[:1, :prefix])
             for layer in self._cache.layers:
+                assert isinstance(layer, Rows), "a prefix is shared among plain layers only"
                 layer.spread(rows)
         return self._run(self._ids[:, prefix:width], self._mask[:, :width], positions[:, prefix:])
 
@@ -199,8 +200,9 @@ class Forward:
         for layer in self._cache.layers:
             if isinstance(layer, Rows):
                 layer.keep(order, self._at)
-            elif layer.is_initialized:
-                layer.keys, layer.values = layer.keys[index.to(layer.keys.device)], layer.values[index.to(layer.values.device)]
+            else:
+                assert isinstance(layer, DynamicLayer)
+                layer.reorder_cache(index)  # type: ignore[arg-type]  # int64, as it wants
 
     def _run(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         placed = {"position_ids": positions} if self.positioned else {}
@@ -272,7 +274,7 @@ class _Choice:
     def __call__(self, logits: Tensor, ids: Tensor, step: int) -> Tensor:
         """logits (rows, vocabulary), ids (rows, columns) -> (rows,)."""
         if self.processors:
-            logits = self.processors(ids, logits.float())
+            logits = self.processors(ids, logits.float())  # type: ignore[arg-type]  # subclasses of Tensor that do not exist at run time
         if not self.do_sample:
             return logits.argmax(-1)
         below = logits.double().softmax(-1).cumsum(-1)  # the inverse of this distribution function, at the row's draw
