@@ -9,42 +9,28 @@ them is that (`LmEvalTasks.scores`).
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
-import importlib.util
-import io
 import json
-import logging
 import math
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from evomerge.answering.engine import Answer
-from evomerge.errors import EngineError, InputError, TaskError
+from evomerge.answering.lm_eval_loading import line, load_objectives, quiet
+from evomerge.errors import EngineError, TaskError
 from evomerge.tasks import Split, Task
 
 if TYPE_CHECKING:
     from evomerge.answering.cache import AnswerCache
     from evomerge.answering.hf import TransformersEngine
-    from evomerge.study import Study, TaskSource
+    from evomerge.study import Study
 
 FEWSHOT_SEED = 1234  # lm-eval's own default: the examples are those that it would draw
-
-
-@dataclass(frozen=True)
-class Objective:
-    """One entry of the study file: a metric over the documents of some leaves (lm-eval's single tasks)."""
-
-    name: str
-    metric: str
-    weight: float
-    leaves: tuple[str, ...]
-    pooled: bool  # a mean over all documents; else a mean of the leaves' means, as the group's YAML says
 
 
 @dataclass(frozen=True)
@@ -60,69 +46,12 @@ class LmEvalTasks:
 
     def __init__(self, study: Study) -> None:
         """Raises InputError without lm-eval, TaskError for an unknown task, metric or dataset."""
-        if importlib.util.find_spec("lm_eval") is None:
-            raise InputError("lm-eval tasks need lm-eval", where="tasks", remedy="Run pip install 'evomerge[lm-eval]'.")
         self.study = study
-        self.leaves: dict[str, Any] = {}
-        self.warnings: list[str] = []
-        with _quiet():
-            self.objectives = self._load()
+        self.leaves, self.objectives, self.warnings = load_objectives(study)
         self.documents = {name: self._chosen(name, leaf) for name, leaf in self.leaves.items()}
         self.configs = {name: _digest(leaf.dump_config()) for name, leaf in self.leaves.items()}
         self.tasks = tuple(self._task(name, leaf, i) for name, leaf in self.leaves.items() for i in self.documents[name])
         self._requests: dict[str, dict[int, list[Any]]] = {}  # leaf -> document -> lm-eval's instances, without responses
-
-    def _load(self) -> tuple[Objective, ...]:
-        from lm_eval.tasks import TaskManager
-
-        names = list(dict.fromkeys(str(source.name) for source in self.study.tasks))
-        folders = list(self.study.task_search_path)
-        own = TaskManager(include_path=folders, include_defaults=False) if folders else None
-        if own is None or not set(names) <= set(own.all_tasks):  # to index lm-eval's own thousands takes many seconds
-            own = TaskManager(include_path=folders or None)
-        loaded = {name: _load_one(own, name) for name in names}
-        objectives = []
-        for source in self.study.tasks:
-            found = loaded[str(source.name)]
-            leaves = {leaf.task_name: leaf for leaf in (found.get_all_tasks() if hasattr(found, "get_all_tasks") else [found])}
-            for name, leaf in leaves.items():
-                if name not in self.leaves:
-                    _check_runs(name, leaf)
-                    self._set_fewshot(leaf)
-                    self.leaves[name] = leaf
-            objectives.append(self._objective(source, found, leaves))
-        return tuple(objectives)
-
-    def _objective(self, source: TaskSource, found: Any, leaves: Mapping[str, Any]) -> Objective:
-        """Check the metric by name: it must be a mean over documents, or no document has a value of its own."""
-        from lm_eval.api.metrics import mean
-
-        name, metric, (title, _, filter_name) = str(source.name), source.metric, source.metric.partition(",")
-        known = {key: [f"{m},{f.name}" for m in leaf.aggregation() for f in leaf._filters] for key, leaf in leaves.items()}
-        having = tuple(key for key in leaves if metric in known[key])
-        pooled = True
-        if hasattr(found, "get_all_tasks"):
-            rules = [a for a in found.aggregate_metric_list or [] if a.metric == title and filter_name in (a.filter_list or [filter_name])]
-            having, pooled = (having, rules[0].weight_by_size) if rules else ((), True)
-        if not having:
-            names = dict.fromkeys(m for metrics in known.values() for m in metrics)
-            raise TaskError("the task has no such metric", where=f"task {name}", found=metric, remedy=f"Use one of {', '.join(names)}.")
-        if any(leaves[key].aggregation()[title] is not mean for key in having):
-            raise TaskError(
-                "this metric is no mean over documents, so no verdict can compare it document by document",
-                where=f"task {name}",
-                found=metric,
-                remedy="Use a metric such as acc or exact_match.",
-            )
-        if source.weight > 0 and not all(leaves[key].higher_is_better().get(title, True) for key in having):
-            self.warnings.append(f"task {name}: of {metric} less is better, and a weight above 0 asks for more of it")
-        return Objective(name, metric, source.weight, having, pooled)
-
-    def _set_fewshot(self, leaf: Any) -> None:
-        """As lm-eval does: a task that says 0 keeps it."""
-        own, wanted = leaf.get_config("num_fewshot"), self.study.num_fewshot
-        if own is None or (wanted is not None and own != 0):
-            leaf.set_config(key="num_fewshot", value=wanted or 0)
 
     def _chosen(self, name: str, leaf: Any) -> list[int]:
         """The first `limit` documents, or with `shuffle` some from anywhere; the same for every candidate."""
@@ -191,7 +120,7 @@ class LmEvalTasks:
                 found=chat,
                 remedy="Set `apply_chat_template: false`.",
             )
-        with _quiet():
+        with quiet():
             self.lm = HFLM(pretrained=engine.model, tokenizer=engine.tokenizer, batch_size=self.study.engine.batch_size)
             for name, leaf in self.leaves.items():
                 leaf.set_fewshot_seed(seed=FEWSHOT_SEED)
@@ -204,9 +133,7 @@ class LmEvalTasks:
                         tokenizer_name="",
                     )
                 except Exception as error:  # templates of tasks and of tokenizers raise what they like
-                    raise TaskError(
-                        f"the prompts cannot be built: {_line(error)}", where=f"task {name}", remedy="Mend the task."
-                    ) from error
+                    raise TaskError(f"the prompts cannot be built: {line(error)}", where=f"task {name}", remedy="Mend the task.") from error
                 requests: dict[int, list[Any]] = {}
                 for instance in leaf.instances:
                     requests.setdefault(self.documents[name][instance.doc_id], []).append(instance)
@@ -252,7 +179,7 @@ class LmEvalTasks:
         wanted = {o.metric for o in self.objectives if name in o.leaves}
         values: dict[int, dict[str, float]] = {number: {} for number in numbers}
         try:
-            with _quiet(), self._seeded():
+            with quiet(), self._seeded():
                 for kind in dict.fromkeys(instance.request_type for instance in instances):
                     repeated = [i for i in instances if i.request_type == kind for _ in range(i.repeats or 1)]
                     for instance, response in zip(repeated, getattr(self.lm, kind)(repeated, disable_tqdm=True), strict=True):
@@ -268,7 +195,7 @@ class LmEvalTasks:
             size = self.study.engine.batch_size
             raise EngineError(f"out of memory in task {name}", where="engine.batch_size", found=size, remedy="Lower it.") from error
         except Exception as error:  # lm-eval asserts its own invariants and the user's settings alike
-            raise EngineError(f"lm-eval failed: {_line(error)}", where=f"task {name}", remedy="Mend the task or the model.") from error
+            raise EngineError(f"lm-eval failed: {line(error)}", where=f"task {name}", remedy="Mend the task or the model.") from error
         for number in numbers:
             for metric in wanted:
                 if not math.isfinite(values[number].get(metric, math.nan)):
@@ -298,33 +225,6 @@ class LmEvalTasks:
             yield
 
 
-def _load_one(manager: Any, name: str) -> Any:
-    """A task or group by name. Raises TaskError."""
-    known: list[str] = [*manager.all_subtasks, *manager.all_groups]
-    if name in manager.all_tags:
-        raise TaskError("this is a tag, which has no metric of its own", where="tasks", found=name, remedy="Name its tasks one by one.")
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=3)
-        remedy = f"Did you mean {' or '.join(near)}?" if near else "A task of your own needs `task_search_path`."
-        raise TaskError("lm-eval knows no such task", where="tasks", found=name, remedy=remedy)
-    try:
-        loaded = manager.load([name])
-    except Exception as error:  # datasets, its hub client and the tasks' own code raise many kinds
-        raise TaskError(
-            f"the task cannot be loaded: {_line(error)}",
-            where=f"task {name}",
-            remedy="Check its YAML, and the network or the dataset's path.",
-        ) from error
-    return loaded["groups"].get(name) or loaded["tasks"][name]
-
-
-def _check_runs(name: str, leaf: Any) -> None:
-    if getattr(leaf, "UNSAFE_CODE", False):
-        raise TaskError("the task runs code that the model wrote", where=f"task {name}", remedy="evomerge does not; name another.")
-    if getattr(leaf, "MULTIMODAL", False):
-        raise TaskError("the task shows images or sound", where=f"task {name}", remedy="Name a text task.")
-
-
 def _fresh(instance: Any) -> Any:
     """A request without responses; its settings are a copy, for lm-eval may change them."""
     arguments = tuple(dict(a) if isinstance(a, dict) else a for a in instance.arguments)
@@ -338,24 +238,6 @@ def _response(own: Sequence[Any]) -> str:
         return str(responses[0])
     best = max(range(len(own)), key=lambda i: responses[i][0])
     return str(own[best].arguments[1]).strip()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """lm-eval's and datasets' bars and remarks would stand between our own lines."""
-    log = logging.getLogger("lm_eval")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        log.setLevel(level)
-
-
-def _line(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 
 
 def _json(value: Any) -> str:
