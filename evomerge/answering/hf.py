@@ -9,7 +9,15 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PreTrainedTokenizerBase, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+    set_seed,
+)
 from transformers.utils import logging as transformers_logging
 
 from evomerge.answering.decode import Hooks, Output, Rules, decodable, decode
@@ -144,22 +152,27 @@ class TransformersEngine:
             repetition_penalty=r.repetition_penalty,
             eos_token_id=sorted(r.ends) or None,
             pad_token_id=pad,
-            stop_strings=list(self.generation.stop) or None,
             **({"temperature": r.temperature, "top_p": r.top_p, "top_k": 0} if r.do_sample else {}),
         )
         device = self.model.get_input_embeddings().weight.device
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+        # transformers' own `stop_strings` fail with tokenizers that have no rule for joining tokens.
+        stop = StoppingCriteriaList([lambda ids, scores: ids.new_tensor([self._stopped(row) for row in ids[:, width:].tolist()]).bool()])
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             if r.do_sample:
                 set_seed(prompt_seed(self.seed, "\0".join(prompts)))
-            output = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config, tokenizer=self.tokenizer)
-        return [_until_end(row, r.ends) for row in output[:, width:].tolist()]
+            output = self.model.generate(
+                input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=stop if self.generation.stop else None
+            )
+        return [self._until_end(row) for row in output[:, width:].tolist()]
 
-
-def _until_end(tokens: list[int], ends: frozenset[int]) -> Output:
-    end = next((i for i, token in enumerate(tokens) if token in ends), None)
-    return Output(tokens[:end], end is not None)
+    def _until_end(self, tokens: list[int]) -> Output:
+        """What `decode` would have made of a row: `generate` fills it up after its end."""
+        end = next((i for i, token in enumerate(tokens) if token in self.rules.ends), None)
+        kept = tokens[:end]
+        stop = next((i for i in range(1, len(kept) + 1) if self._stopped(kept[:i])), None) if self.generation.stop else None
+        return Output(kept[:stop], end is not None or stop is not None)
 
 
 def _context(config: Any) -> int | None:
