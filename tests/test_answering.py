@@ -125,3 +125,49 @@ def test_nothing_is_paid_for_twice_and_merging_only_when_needed(tmp_path):
     assert (engine.answered, merges) == (10, ["r1", "r2"])
     cache = AnswerCache(tmp_path / "a.sqlite", "other settings")
     assert cache.get(cache.key("r1", prompts[:2])) is None
+
+
+def test_limits_are_remembered_before_the_answers_under_them_are_kept(tmp_path):
+    class Shrinking(Counting):
+        def answer(self, prompts):
+            if self.answered == 2:
+                self.limits["batch_tokens"] = 7
+            return super().answer(prompts)
+
+    engine, cache, remembered = Shrinking(), AnswerCache(tmp_path / "a.sqlite", "scope"), []
+
+    def remember(limits):
+        remembered.append((dict(limits), cache.get(cache.key("r", ["c", "d"]))))
+
+    answer_all(engine, cache, "r", ["a", "b", "c", "d", "e"], lambda: None, Pace(5), remember)
+    assert remembered == [({"batch_tokens": 7}, None)]
+
+
+def test_modes_share_no_answers(tmp_path):
+    cache = AnswerCache(tmp_path / "a.sqlite", "scope")
+    cache.put(cache.key("r", ["あ\ud800"]), [Answer("\ufffd", True, 3)])
+    assert cache.get(cache.key("r", ["あ\ud800"])) == [Answer("\ufffd", True, 3)]
+    assert cache.get(cache.key("r", ["あ\ud800"], mode="one pass")) is None
+
+
+def test_pace_tells_speed_and_time_left_of_what_is_answered_here():
+    now, lines = [0.0], []
+    pace = Pace(10, lines.append, lambda: now[0])
+    pace.found(4)
+    assert pace.rate is None
+    pace.begin()
+    now[0] = 2.0
+    pace.watch(1, 100)
+    now[0] = 2.1
+    pace.watch(2, 104)  # too soon to be told
+    now[0] = 4.0
+    pace.end(4, 200)
+    pace.begin()
+    pace.end(2, 0)
+    assert lines == [
+        "answered 4/10",
+        "answered 5/10  50 tokens/s  ETA 10 s",
+        "answered 8/10  50 tokens/s  ETA 2 s",
+        "answered 10/10  50 tokens/s",
+    ]
+    assert pace.rate == 50.0
