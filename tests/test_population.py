@@ -47,10 +47,10 @@ def family(request, tmp_path):
     return FAMILIES[request.param](tmp_path)
 
 
-def make_population(family, siblings=("one", "two"), dtype=torch.float32, batch_size=100, **settings):
+def make_population(family, siblings=("one", "two"), dtype=torch.float32):
     model = AutoModelForCausalLM.from_pretrained(family / "base", dtype=dtype)
     live = LiveModel(model, open_model(str(family / "base")), [open_model(str(family / s)) for s in siblings])
-    return model, live, PopulationModel(model, live, batch_size, **settings)
+    return model, live, PopulationModel(model, live)
 
 
 def candidates(family, siblings, count, dtype="float32"):
@@ -74,15 +74,20 @@ def by_generate(family, recipe, dtype=torch.float32, max_new_tokens=16, **settin
     return found
 
 
-def tokens(answers):
-    return [[output.tokens for output in row] for row in answers]
+def answer_all(population, recipes, rules):
+    """[candidate][prompt] tokens, all rows in one batch."""
+    pairs = [(c, p) for p in range(len(PROMPTS)) for c in range(len(recipes))]
+    with population.of(recipes) as answer:
+        outputs = answer([c for c, _ in pairs], [PROMPTS[p] for _, p in pairs], rules)
+    found = dict(zip(pairs, outputs, strict=True))
+    return [[found[c, p].tokens for p in range(len(PROMPTS))] for c in range(len(recipes))]
 
 
 @pytest.mark.parametrize("siblings", [["one"], ["one", "two"]])
 def test_the_tokens_of_every_merged_model(family, siblings):
     recipes = candidates(family, siblings, 5)
     _, _, population = make_population(family, siblings)
-    answers = tokens(population.answer_all(recipes, PROMPTS, Rules(16, frozenset([END]))))
+    answers = answer_all(population, recipes, Rules(16, frozenset([END])))
     wanted = [by_generate(family, recipe) for recipe in recipes]
     assert answers == wanted
     assert len({str(row) for row in wanted}) == 5  # the candidates do differ
@@ -96,7 +101,8 @@ def test_the_logits_of_a_merged_model_in_float64(tmp_path):
     model, _, population = make_population(family)
     seen = []
     hook = model.lm_head.register_forward_hook(lambda _module, _inputs, out: seen.append(out[:, -1].clone()))
-    population.answer_all([recipe], [PROMPTS[2]], Rules(1))
+    with population.of([recipe]) as answer:
+        answer([0], [PROMPTS[2]], Rules(1))
     hook.remove()
     exact = AutoModelForCausalLM.from_pretrained(family / "base", dtype=torch.float64)
     exact.load_state_dict({name: tensor.double() for name, tensor in merged_tensors(recipe, open_recipe(recipe))})

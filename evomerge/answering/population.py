@@ -22,16 +22,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evomerge.answering.decode import Hooks, Output, Rules, decode
+from evomerge.answering.decode import Hooks, Output, Rules, decodable, decode
+from evomerge.answering.encode import prompt_seed
+from evomerge.answering.engine import Answer, pack
+from evomerge.answering.hf import TransformersEngine
 from evomerge.errors import RecipeError
 from evomerge.merging import quantized
 from evomerge.merging.live import LiveModel
-from evomerge.merging.resident import Inputs
+from evomerge.merging.resident import Inputs, is_out_of_memory
 from evomerge.merging.stream import MergePlan
 from evomerge.recipe import Recipe, scalar
 
 PLAIN = {"normalize": False, "lambda": 1.0}  # what a recipe must set, if it sets them
 Forward = Callable[..., Tensor]
+AnswerRows = Callable[..., list[Output]]
 
 
 def suits(recipe: Recipe) -> bool:
@@ -47,58 +51,90 @@ def suits(recipe: Recipe) -> bool:
     return recipe.merge_method == "task_arithmetic" and plain and in_place and stays
 
 
-class PopulationModel:
-    """Answers for many candidates at once, beside a LiveModel that goes on applying them one by one."""
+def pays(candidates: int, prompts: int, parameters: int, device: str) -> bool:
+    """Whether one pass is surely faster than candidate after candidate, by docs/PERFORMANCE.md; where nobody measured, it is not."""
+    return device == "cpu" and candidates >= 8 and prompts <= 4 and parameters <= 50_000_000
 
-    def __init__(self, model: Any, live: LiveModel, batch_size: int, batch_tokens: int | None = None) -> None:
-        """`model`: the module whose parameters `live` merges. A batch has at most `batch_size` rows, and `batch_tokens` tokens."""
-        self.model, self.live, self.batch_size, self.batch_tokens = model, live, batch_size, batch_tokens
+
+class PopulationEngine(TransformersEngine):
+    """The transformers engine that can also answer for many candidates in one pass."""
+
+    def suits(self, recipes: Sequence[Recipe]) -> bool:
+        """Whether `answer_all` takes these recipes."""
+        return self.live is not None and PopulationModel(self.model, self.live).suits(recipes)
+
+    def answer_all(self, recipes: Sequence[Recipe], prompts: Sequence[str]) -> list[list[Answer]]:
+        """Every candidate's answers to every prompt, [candidate][prompt]. The live model keeps the weights it has.
+
+        A batch has `batch_size` prompts of every candidate, within `batch_tokens`; out of memory it is halved as in `answer`.
+        Raises RecipeError where a recipe does not suit, EngineError as `answer` does.
+        """
+        assert self.live is not None, "an engine without siblings merges nothing"
+        tokens = self.encode(prompts)
+        outputs: dict[tuple[int, int], Output] = {}
+        waiting = [(candidate, prompt) for prompt in range(len(prompts)) for candidate in range(len(recipes))]
+        budget, new = self.settings.batch_tokens, self.generation.max_new_tokens
+        with PopulationModel(self.model, self.live).of(recipes) as answer:
+            while waiting:
+                most = min((b for b in (budget, self.limits.get("batch_tokens")) if b is not None), default=None)
+                lengths = [len(tokens[prompt]) for _, prompt in waiting]
+                part = [waiting[i] for i in pack(lengths, new, self.settings.batch_size * len(recipes), most)[0]]
+                found = self._attempt_part(answer, part, tokens, prompts)
+                if found is None:
+                    self._halve([len(tokens[prompt]) for _, prompt in part])
+                    continue
+                outputs |= dict(zip(part, found, strict=True))
+                waiting = [pair for pair in waiting if pair not in outputs]
+        return [[self._finish(outputs[candidate, prompt]) for prompt in range(len(prompts))] for candidate in range(len(recipes))]
+
+    def _attempt_part(
+        self, answer: AnswerRows, part: list[tuple[int, int]], tokens: Sequence[list[int]], prompts: Sequence[str]
+    ) -> list[Output] | None:
+        """The outputs of some rows, or None when memory did not suffice."""
+        seeds = [prompt_seed(self.seed, prompts[prompt]) for _, prompt in part] if self.rules.do_sample else []
+        stopped = self._stopped if self.generation.stop else None
+        try:
+            rows = [tokens[prompt] for _, prompt in part]
+            return answer([candidate for candidate, _ in part], rows, self.rules, seeds, Hooks(stopped, self.watch))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        return None  # only here have the error and all that its frames held been let go
+
+
+class PopulationModel:
+    """A LiveModel's module whose rows are of different candidates for a while."""
+
+    def __init__(self, model: Any, live: LiveModel) -> None:
+        """`model`: the module whose parameters `live` merges."""
+        self.model, self.live = model, live
         self._plan: MergePlan | None = None  # the last one
 
-    def suits(self, recipe: Recipe) -> bool:
-        """Whether `answer_all` takes the recipe: it `suits`, and so do architecture, dtypes, and where the models wait."""
-        return suits(recipe) and self._fits(self._plan_of(recipe))
+    def suits(self, recipes: Sequence[Recipe]) -> bool:
+        """Whether `of` takes the recipes: they `suits`, and so do architecture, dtypes, and where the models wait."""
+        return all(suits(recipe) and self._fits(self._plan_of(recipe)) for recipe in recipes)
 
-    def answer_all(
-        self,
-        recipes: Sequence[Recipe],
-        prompts: Sequence[Sequence[int]],
-        rules: Rules,
-        seeds: Sequence[int] = (),
-        hooks: Hooks | None = None,
-    ) -> list[list[Output]]:
-        """Every candidate's answers to every prompt, [candidate][prompt]; prompts are token lists, as in `decode`.
+    @contextmanager
+    def of(self, recipes: Sequence[Recipe]) -> Iterator[AnswerRows]:
+        """Until the context ends, rows can be answered by candidates: answer(candidates, prompts, rules, seeds, hooks).
 
-        `seeds` are one per prompt, as in `decode`; of the hooks `rows` is not called. Raises RecipeError where a recipe does not suit.
+        That is `decode`, row i with the weights of recipes[candidates[i]]. Raises RecipeError where a recipe does not suit.
         """
         plans = [self._plan_of(recipe) for recipe in recipes]
         for recipe, plan in zip(recipes, plans, strict=True):
             if not (suits(recipe) and self._fits(plan)):
                 raise RecipeError("a recipe cannot share a pass", found=recipe.merge_method, remedy="Set engine.population: false.")
-        given, weights = hooks or Hooks(), Weights(plans, self.live)
-        answers: list[list[Output]] = [[Output() for _ in prompts] for _ in recipes]
-        with self._per_row(weights):
-            for batch in self.batches(len(recipes), [len(prompt) for prompt in prompts], rules.max_new_tokens):
-                watching = Hooks(given.stopped, given.watch, _selecting(weights, [candidate for candidate, _ in batch]))
-                rows = [prompts[prompt] for _, prompt in batch]
-                outputs = decode(self.model, rows, rules, [seeds[p] for _, p in batch] if seeds else (), watching, share=False)
-                for (candidate, prompt), output in zip(batch, outputs, strict=True):
-                    answers[candidate][prompt] = output
-        return answers
+        weights = Weights(plans, self.live)
 
-    def batches(self, candidates: int, lengths: Sequence[int], max_new_tokens: int) -> list[list[tuple[int, int]]]:
-        """(candidate, prompt) pairs that share a batch: longest prompts first, all candidates of a prompt side by side."""
-        batches: list[list[tuple[int, int]]] = []
-        room = 0
-        for prompt in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-            for candidate in range(candidates):
-                if room < 1:
-                    batches.append([])
-                    most = self.batch_size if self.batch_tokens is None else self.batch_tokens // (lengths[prompt] + max_new_tokens)
-                    room = max(1, min(self.batch_size, most))
-                batches[-1].append((candidate, prompt))
-                room -= 1
-        return batches
+        def answer(
+            candidates: Sequence[int], prompts: Sequence[Sequence[int]], rules: Rules, seeds: Sequence[int] = (), hooks: Hooks | None = None
+        ) -> list[Output]:
+            given = hooks or Hooks()
+            selecting = Hooks(given.stopped, given.watch, lambda order: weights.select([candidates[row] for row in order]))
+            return decode(self.model, prompts, rules, seeds, selecting, share=False)
+
+        with self._per_row(weights):
+            yield answer
 
     def _plan_of(self, recipe: Recipe) -> MergePlan:
         self._plan = MergePlan(recipe, {ref: self.live._find(ref) for ref in recipe.models}, self.live.random_seed, after=self._plan)
@@ -107,7 +143,7 @@ class PopulationModel:
     def _fits(self, plan: MergePlan) -> bool:
         """Whether every tensor is its own place's base plus deltas, in one dtype, all of it kept on the device."""
         live = self.live
-        if plan.layout.restacked or set(plan.names) != set(live.names):
+        if plan.layout.restacked or not decodable(self.model) or set(plan.names) != set(live.names):
             return False
         for name in live.names:
             how = plan.hows[name]
@@ -147,6 +183,7 @@ class Weights:
         self._of: dict[str, int] = {}
         self._tables: list[Tensor] = []
         self._rows: list[Tensor] = []
+        self._last: tuple[Tensor | None, Tensor | None, list[Tensor]] = (None, None, [])
         known: dict[object, int] = {}
         for name in live.names:
             columns, slot = [], live.resident.slots[name]
@@ -169,6 +206,13 @@ class Weights:
         """(siblings, rows)."""
         return self._rows[self._of[name]]
 
+    def times(self, x: Tensor, name: str) -> list[Tensor]:
+        """w_m * x for each sibling; kept for the next layer, which often reads the same x with the same weights."""
+        rows = self.of(name)
+        if x is not self._last[0] or rows is not self._last[1]:
+            self._last = x, rows, [x * weight.view(-1, *[1] * (x.dim() - 1)) for weight in rows]
+        return self._last[2]
+
 
 class PerRow:
     """A parameter that differs by row: base + sum_m w_m delta_m."""
@@ -176,30 +220,25 @@ class PerRow:
     def __init__(self, inputs: Inputs, weights: Weights, name: str) -> None:
         self.base, self.deltas, self.weights, self.name = inputs.base, list(inputs.others), weights, name
 
-    def pairs(self, dims: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(w_m, delta_m) for each sibling, w_m (rows, 1, …) in so many dimensions."""
-        for weight, delta in zip(self.weights.of(self.name), self.deltas, strict=True):
-            yield weight.view(-1, *[1] * (dims - 1)), delta
-
     def merged(self, dims: int, take: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
         """Of a small parameter, or of what is taken of it: the merged bits of every row, (rows, 1…, n)."""
         total = None
-        for weight, delta in self.pairs(dims):
-            part = take(delta) * weight
+        for weight, delta in zip(self.weights.of(self.name), self.deltas, strict=True):
+            part = take(delta) * weight.view(-1, *[1] * (dims - 1))
             total = part if total is None else total.add_(part)
         return take(self.base) if total is None else total.add_(take(self.base))
 
 
 def _linear(module: nn.Module, tensors: Mapping[str, PerRow]) -> Forward:
     weight, bias = tensors["weight"], tensors.get("bias")
-    plain = [delta.T for delta in weight.deltas]
+    turned = [delta.T for delta in weight.deltas]
 
     def forward(x: Tensor) -> Tensor:
         """x (rows, columns, in) -> (rows, columns, out)."""
         y = F.linear(x, weight.base)
         flat = y.view(-1, y.shape[-1])
-        for (w, _), delta in zip(weight.pairs(x.dim()), plain, strict=True):
-            flat.addmm_((x * w).view(-1, x.shape[-1]), delta)
+        for scaled, delta in zip(weight.weights.times(x, weight.name), turned, strict=True):
+            flat.addmm_(scaled.view(-1, x.shape[-1]), delta)
         return y if bias is None else y.add_(bias.merged(x.dim()))
 
     return forward
@@ -245,10 +284,6 @@ def _forward_for(module: nn.Module) -> Callable[[nn.Module, Mapping[str, PerRow]
 
 def _own(module: nn.Module) -> dict[str, nn.Parameter]:
     return {key: parameter for key, parameter in module._parameters.items() if parameter is not None}
-
-
-def _selecting(weights: Weights, candidates: Sequence[int]) -> Callable[[list[int]], None]:
-    return lambda order: weights.select([candidates[row] for row in order])
 
 
 def _values(key: str, setting: Any) -> Iterator[float | bool]:
