@@ -6,13 +6,14 @@ to that dtype: in bf16 nearly every step does, and the order of the steps decide
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 PARALLEL = 0.9995  # |cos| above which slerp is linear interpolation
 SLERP_CHUNK = 1 << 20  # elements that slerp holds in fp32 at a time
+PIECE = 1 << 19  # numbers that are drawn or added up at a time
 SMALLEST = 1e-8  # a sum of weights below it does not divide
 
 
@@ -24,8 +25,7 @@ def task_arithmetic(
     base and siblings: any one shape and dtype. `normalize` divides the sum by the sum of the weights; `scale` is
     mergekit's `lambda`. Ilharco et al. 2023, arXiv 2212.04089, section 2.
     """
-    deltas = differences(base, siblings)
-    return from_deltas("task_arithmetic", base, deltas, weights, normalize=normalize, scale=scale)
+    return from_deltas("task_arithmetic", base, differences(base, siblings), weights, normalize=normalize, scale=scale)
 
 
 def ties(
@@ -94,33 +94,33 @@ def slerp(base: Tensor, other: Tensor, t: float) -> Tensor:
     step = torch.tensor([[t]], dtype=torch.float32, device=base.device)
     if not v0.numel():
         return base.clone()
-    pieces = [(slice(None), slice(start, start + SLERP_CHUNK)) for start in range(0, v0.shape[1], SLERP_CHUNK)]
+    chunks = [(slice(None), slice(start, start + SLERP_CHUNK)) for start in range(0, v0.shape[1], SLERP_CHUNK)]
     norms = []
     for v in (v0, v1):
-        parts = [torch.linalg.vector_norm(v[piece].float(), dim=1, keepdim=True) for piece in pieces]
+        parts = [torch.linalg.vector_norm(v[piece].float(), dim=1, keepdim=True) for piece in chunks]
         norm = torch.linalg.vector_norm(torch.stack(parts), dim=0)
         norms.append(torch.where(norm > SMALLEST, norm, 1))
-    cosines = [((v0[p].float() / norms[0]) * (v1[p].float() / norms[1])).sum(dim=1, keepdim=True) for p in pieces]
+    cosines = [((v0[p].float() / norms[0]) * (v1[p].float() / norms[1])).sum(dim=1, keepdim=True) for p in chunks]
     cosine = torch.stack(cosines).sum(dim=0).clamp(-1, 1)
     straight = cosine.abs() > PARALLEL
     angle = torch.acos(torch.where(straight, 0, cosine))
     share0 = torch.where(straight, 1 - step, torch.sin((1 - step) * angle) / torch.sin(angle))
     share1 = torch.where(straight, step, torch.sin(step * angle) / torch.sin(angle))
     out = torch.empty_like(v0)
-    for piece in pieces:
+    for piece in chunks:
         out[piece] = share0 * v0[piece].float() + share1 * v1[piece].float()
     return out.reshape(base.shape)
 
 
-def differences(base: Tensor, siblings: Sequence[Tensor]) -> list[Tensor]:
-    """x_m - b, rounded."""
-    return [sibling - base for sibling in siblings]
+def differences(base: Tensor, siblings: Sequence[Tensor]) -> Iterator[Tensor]:
+    """x_m - b, rounded; each made when it is asked for."""
+    return (sibling - base for sibling in siblings)
 
 
 def from_deltas(
     method: str,
     base: Tensor,
-    deltas: Sequence[Tensor],
+    deltas: Iterable[Tensor],
     weights: Sequence[float],
     densities: Sequence[float] = (),
     generator: torch.Generator | None = None,
@@ -129,13 +129,24 @@ def from_deltas(
     rescale: bool = False,
 ) -> Tensor:
     """The four methods above from differences that are already there: thin the deltas out, then add them to the base."""
+    drawn = generator if generator is not None else torch.Generator()
     if method == "ties":
-        deltas = [trim(delta, density, rescale) for delta, density in zip(deltas, densities, strict=True)]
+        deltas = (trim(delta, density, rescale) for delta, density in zip(deltas, densities, strict=True))
     elif method != "task_arithmetic":
-        drawn = generator if generator is not None else torch.Generator()
-        deltas = [drop(delta, density, drawn, rescale) for delta, density in zip(deltas, densities, strict=True)]
+        deltas = (drop(delta, density, drawn, rescale) for delta, density in zip(deltas, densities, strict=True))
+    thinned = list(deltas)  # one by one: of the whole deltas only one is held at a time
     add = combine_elected if method in ("ties", "dare_ties") else combine
-    return add(base, deltas, weights, normalize, scale)
+    if base.device.type != "cpu" or not thinned:
+        return add(base, thinned, weights, normalize, scale)
+    out = torch.empty_like(base, memory_format=torch.contiguous_format)
+    for piece in pieces(base.numel()):
+        out.view(-1)[piece] = add(base.reshape(-1)[piece], [d.reshape(-1)[piece] for d in thinned], weights, normalize, scale)
+    return out
+
+
+def pieces(numbers: int) -> list[slice]:
+    """Parts of a flat tensor that fit a core's cache, in order."""
+    return [slice(start, start + PIECE) for start in range(0, numbers, PIECE)]
 
 
 def trim(delta: Tensor, density: float, rescale: bool = False) -> Tensor:
@@ -146,9 +157,12 @@ def trim(delta: Tensor, density: float, rescale: bool = False) -> Tensor:
     magnitude = delta.abs().reshape(-1)
     if magnitude.device.type == "cpu":
         magnitude = magnitude.float()
+    order = torch.argsort(magnitude, descending=True)  # eight bytes a number, and four for the magnitudes: the most that any merge holds
+    del magnitude
     mask = torch.zeros(delta.numel(), dtype=delta.dtype, device=delta.device)
-    mask[torch.argsort(magnitude, descending=True)[:keep]] = 1
-    return _masked(delta, mask.reshape(delta.shape), rescale)
+    mask[order[:keep]] = 1
+    del order
+    return _rescaled(delta, mask.reshape(delta.shape).mul_(delta), rescale)
 
 
 def drop(delta: Tensor, density: float, generator: torch.Generator, rescale: bool = True) -> Tensor:
@@ -157,21 +171,23 @@ def drop(delta: Tensor, density: float, generator: torch.Generator, rescale: boo
         return delta
     # bf16 draws in bf16, other dtypes in fp32: a density is rounded to the dtype that draws.
     dtype = delta.dtype if delta.dtype == torch.bfloat16 else torch.float32
-    mask = torch.bernoulli(torch.full(delta.shape, density, dtype=dtype), generator=generator).to(delta.device)
-    return _masked(delta.to(dtype), mask, rescale).to(delta.dtype)
+    delta_, flat = delta.to(dtype), torch.empty(delta.numel(), dtype=dtype, device=delta.device)
+    for piece in pieces(delta.numel()):
+        drawn = torch.bernoulli(torch.full(flat[piece].shape, density, dtype=dtype), generator=generator)
+        torch.mul(delta_.reshape(-1)[piece], drawn.to(delta.device), out=flat[piece])
+    return _rescaled(delta_, flat.reshape(delta.shape), rescale).to(delta.dtype)
 
 
-def _masked(delta: Tensor, mask: Tensor, rescale: bool) -> Tensor:
-    """delta * mask, times the factor that restores the sum of magnitudes when `rescale`."""
-    masked = delta * mask
+def _rescaled(delta: Tensor, kept: Tensor, rescale: bool) -> Tensor:
+    """`kept`, of which some numbers are 0, in place times the factor that restores delta's sum of magnitudes when `rescale`."""
     if not rescale:
-        return masked
-    before, after = delta.abs().sum(), masked.abs().sum()
+        return kept
+    before, after = delta.abs().sum(), kept.abs().sum()
     if before.isinf():  # fp16 ends at 65504, where mergekit's tensor becomes NaN
-        before, after = delta.float().abs().sum(), masked.float().abs().sum()
+        before, after = delta.float().abs().sum(), kept.float().abs().sum()
     if before < 1e-7 or after < 1e-7:
-        return masked
-    return masked * (before / after)
+        return kept
+    return kept.mul_(before / after)
 
 
 def combine(base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], normalize: bool = False, scale: float = 1.0) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from typing import Any
@@ -151,7 +151,7 @@ def combine(how: How, tensors: Mapping[str, torch.Tensor], generator: torch.Gene
     return from_deltas(how, base, methods.differences(base, siblings), generator)
 
 
-def from_deltas(how: How, base: torch.Tensor, deltas: Sequence[torch.Tensor], generator: torch.Generator | None) -> torch.Tensor:
+def from_deltas(how: How, base: torch.Tensor, deltas: Iterable[torch.Tensor], generator: torch.Generator | None) -> torch.Tensor:
     """The same for the methods that add deltas to a base, from deltas that are there."""
     return methods.from_deltas(how.method, base, deltas, how.weights, how.densities, generator, how.normalize, how.scale, how.rescale)
 
