@@ -16,7 +16,8 @@ pytest.importorskip("openai", reason="the extra `server` is not installed")
 
 from evomerge.answering import server as module
 from evomerge.answering.prompts import COMPETITION
-from evomerge.answering.server import ServerEngine, open_server, server_url, whole
+from evomerge.answering.server import ServerEngine, open_server
+from evomerge.answering.wire import server_url, whole
 from evomerge.cli import main
 from evomerge.errors import EngineError, InputError, ModelError
 from evomerge.study import GenerationSection, PromptSection
@@ -126,9 +127,7 @@ def test_as_many_as_asked_for_are_under_way(tmp_path):
     write_tasks(tmp_path, texts)
     server = Server(seconds=0.1)
     with server.running() as url:
-        began = time.monotonic()
         assert infer(tmp_path, url, "--concurrency", "4") == 0
-        assert time.monotonic() - began < 12 * 0.1
     assert server.most == 4
     assert outputs(tmp_path) == [usual(f"user: {text}") for text in texts]
 
@@ -275,9 +274,9 @@ def test_a_server_that_goes_down_and_comes_back(tmp_path, capsys):
 
 
 def test_no_answer_in_time(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(module, "READ", 0.3)
+    monkeypatch.setattr(module, "READ", 1.0)
     write_tasks(tmp_path, ["a"])
-    server = Server(seconds=2)
+    server = Server(seconds=4)
     with server.running() as url:
         fails(capsys, 1, infer(tmp_path, url), "no answer within")
     assert len(server.prompts()) == 2  # it was asked again once
@@ -299,7 +298,7 @@ def test_stopped_by_hand(tmp_path, stop):
         while len(kept(tmp_path)) < 5 and time.monotonic() < deadline:
             time.sleep(0.02)
         process.send_signal(stop)
-        _, err = process.communicate(timeout=5)
+        _, err = process.communicate(timeout=30)
         if stop == signal.SIGINT:
             assert process.returncode == 130
             assert "interrupted" in err
@@ -369,6 +368,8 @@ def test_the_key_is_never_written_or_printed(tmp_path, capsys, monkeypatch, code
         assert SECRET not in line
         assert server.asked[-1][2]["authorization"] == f"Bearer {SECRET}"
         assert SECRET not in engine(url)[2]
+        server.plan = lambda number, prompt: raw(f"<html>{SECRET}</html>".encode(), "text/html")
+        assert SECRET not in fails(capsys, 1, infer(tmp_path, url, "--concurrency", "1"), "holds no answer")
     assert kept(tmp_path) == [0]
     assert all(SECRET not in path.read_text() for path in tmp_path.iterdir())
 
@@ -380,7 +381,9 @@ def test_a_key_that_no_header_can_carry(monkeypatch):
     assert "鍵" not in str(caught.value)
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "ftp://host", "http://", "http://h:99999", "http://u:pw@h/v1", "http://h/v1?key=pw"])
+@pytest.mark.parametrize(
+    "url", ["localhost:8000", "ftp://host", "http://", "http://h:99999", "http://u:pw@h/v1", "u:pw@h", "http://h/v1?key=pw"]
+)
 def test_wrong_addresses(tmp_path, capsys, url):
     write_tasks(tmp_path, ["a"])
     assert "pw" not in fails(capsys, 2, infer(tmp_path, url), "--server", "http://HOST:PORT/v1").replace("http://HOST", "")

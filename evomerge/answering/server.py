@@ -8,21 +8,19 @@ endpoint, where most servers put a begin token in front if the model's tokenizer
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from queue import SimpleQueue
-from typing import Any, NoReturn
-from urllib.parse import urlsplit
+from typing import Any
 
 from evomerge.answering.engine import Answer
 from evomerge.answering.prompts import Prompter, make_prompter
-from evomerge.errors import EngineError, EvomergeError, InputError, ModelError
+from evomerge.answering.wire import KEY, api_key, message_of, read_reply, server_url, whole
+from evomerge.errors import EngineError, EvomergeError, ModelError
 from evomerge.recipe import Recipe
 from evomerge.study import GenerationSection, PromptSection
 
-KEY = "OPENAI_API_KEY"
 CONCURRENCY = 8  # requests under way at once
 RETRIES = 5  # of a request, after 0.5 to 8 s or what Retry-After says: no connection, 408, 409, 429, 5xx
 UNREADABLE_RETRIES = 2  # of a reply with status 200 that holds no answer, which the client does not repeat
@@ -44,7 +42,7 @@ class ServerEngine:
         self.tokenizer: Any = TurnsAsJson()
         self.limits: dict[str, int] = {}  # no memory of ours is short
         self.watch: Callable[[int, int], None] | None = None  # a server tells nothing before its answers
-        self.key = _key()
+        self.key = api_key()
         self.client, self.errors = _connect(self.url, self.key)
         listed = self._list(needed=model is None)
         self.model = _only(listed, self.url) if model is None else model
@@ -108,12 +106,13 @@ class ServerEngine:
     def _ask(self, prompt: str) -> Answer:
         for left in reversed(range(UNREADABLE_RETRIES + 1)):
             try:
-                return _read(self._request(whole(prompt)))
+                return read_reply(self._request(whole(prompt)))
             except self.errors.OpenAIError as error:
                 raise self._failure(error) from error
             except ValueError as error:  # no JSON, or JSON of another shape
                 if not left:
-                    raise EngineError(f"the server's reply holds no answer: {error}", where=self.url, remedy=GOES_ON) from error
+                    what = f"the server's reply holds no answer: {self._hidden(str(error))}"
+                    raise EngineError(what, where=self.url, remedy=GOES_ON) from error
             except Exception as error:  # a worker must not end without a word
                 raise EngineError(f"{type(error).__name__}: {self._hidden(str(error))}", where=self.url, remedy=GOES_ON) from error
         raise AssertionError("the loop returns or raises")
@@ -157,7 +156,7 @@ class ServerEngine:
             return EngineError(f"the server cannot be reached: {cause}", where=self.url, remedy=f"Start it, or check --server. {GOES_ON}")
         if not isinstance(error, e.APIStatusError):
             return EngineError(f"{type(error).__name__}: {self._hidden(str(error))}", where=self.url, remedy=GOES_ON)
-        said, status = self._hidden(_message(error)), error.status_code
+        said, status = self._hidden(message_of(error)), error.status_code
         if status in (401, 403):
             remedy = f"Check the key in {KEY}." if self.key else f"Set {KEY}."
             return EngineError(f"the server refused us with status {status}: {said}", where=self.url, remedy=remedy)
@@ -205,35 +204,6 @@ def open_server(
     return engine, make_prompter(engine.tokenizer, prompt), engine.identity
 
 
-def server_url(url: str) -> str:
-    """The address that the client takes: `/v1` is added where there is no path. Raises InputError."""
-    try:
-        parts = urlsplit(url)
-        fine = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        fine = False
-    if not fine:
-        raise InputError("no address of a server", where="--server", found=url, remedy="Write http://HOST:PORT/v1.")
-    if "@" in parts.netloc or parts.query or parts.fragment:  # not shown: it may hold a key
-        raise InputError(
-            "the address holds more than host and path", where="--server", remedy=f"Write http://HOST:PORT/v1; a key belongs in {KEY}."
-        )
-    path = parts.path.rstrip("/") or "/v1"
-    return f"{parts.scheme}://{parts.netloc}{path}"
-
-
-def whole(text: str) -> str:
-    """The text with halves of surrogate pairs joined, or replaced by U+FFFD: JSON can hold what UTF-8 cannot."""
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-
-
-def _key() -> str:
-    key = os.environ.get(KEY, "").strip()
-    if not (key.isascii() and key.isprintable()):
-        raise InputError("the key holds characters that no request can carry", where=KEY, remedy="Set it again.")
-    return key
-
-
 def _connect(url: str, key: str) -> tuple[Any, Any]:
     """(client, the package with its errors). Raises EngineError without the package."""
     try:
@@ -245,33 +215,6 @@ def _connect(url: str, key: str) -> tuple[Any, Any]:
     timeout = openai.Timeout(READ, connect=CONNECT)
     # a server without keys takes any; without one the client would not start
     return openai.OpenAI(base_url=url, api_key=key or "none", max_retries=RETRIES, timeout=timeout), openai
-
-
-def _read(reply: Any) -> Answer:
-    """The answer of a reply of either endpoint. Raises ValueError when there is none in it."""
-    choices = getattr(reply, "choices", None)
-    if not isinstance(choices, list) or not choices:
-        _no_answer(reply)
-    message = getattr(choices[0], "message", None)
-    text = getattr(choices[0], "text", None) if message is None else getattr(message, "content", None)
-    if text is None and message is not None:
-        text = ""  # a model that only thought, or called a tool
-    if not isinstance(text, str):
-        _no_answer(reply)
-    tokens = getattr(getattr(reply, "usage", None), "completion_tokens", None)
-    return Answer(whole(text), getattr(choices[0], "finish_reason", None) == "length", tokens if isinstance(tokens, int) else 0)
-
-
-def _no_answer(reply: Any) -> NoReturn:
-    raise ValueError(" ".join(str(reply).split())[:80])
-
-
-def _message(error: Any) -> str:
-    """The server's own words, of {"error": {"message": …}}, {"detail": …} or any other body."""
-    body = error.body
-    for key in ("error", "message", "detail"):
-        body = body.get(key, body) if isinstance(body, dict) else body
-    return body if isinstance(body, str) else json.dumps(body, ensure_ascii=False, default=str) if body else "no reason given"
 
 
 def _only(listed: Sequence[str], url: str) -> str:
