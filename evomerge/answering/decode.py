@@ -68,12 +68,12 @@ class Output:
 class Hooks:
     """What a caller may put into the loop.
 
-    `stopped` says of a row's new tokens whether they end the answer. `watch` gets (answers ended, new tokens) of the batch
-    after every step. `rows` gets the prompts' numbers in the order of the batch, before the first forward pass and
-    whenever rows have left.
+    `stopped` says of a prompt's number and its new tokens whether they end the answer. `watch` gets (answers ended, new
+    tokens) of the batch after every step. `rows` gets the prompts' numbers in the order of the batch, before the first
+    forward pass and whenever rows have left.
     """
 
-    stopped: Callable[[list[int]], bool] | None = None
+    stopped: Callable[[int, list[int]], bool] | None = None
     watch: Callable[[int, int], None] | None = None
     rows: Callable[[list[int]], None] | None = None
 
@@ -100,7 +100,7 @@ def decode(
             output.ended = token in rules.ends
             if not output.ended:
                 output.tokens.append(token)
-                output.ended = hooks.stopped is not None and hooks.stopped(output.tokens)
+                output.ended = hooks.stopped is not None and hooks.stopped(alive[row], output.tokens)
             if not output.ended:
                 keep.append(row)
         if hooks.watch:

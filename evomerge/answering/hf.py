@@ -103,8 +103,9 @@ class TransformersEngine:
         try:
             if not decodable(self.model):
                 return self._generate(rows, prompts)
+            stopped = (lambda _, tokens: self._stopped(tokens)) if self.generation.stop else None
             seeds = [prompt_seed(self.seed, prompt) for prompt in prompts] if self.rules.do_sample else []
-            return decode(self.model, rows, self.rules, seeds, Hooks(self._stopped if self.generation.stop else None, shifted))
+            return decode(self.model, rows, self.rules, seeds, Hooks(stopped, shifted))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
