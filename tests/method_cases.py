@@ -63,7 +63,8 @@ class Case:
 
 def make_tensors(kind, shape, dtype, count, seed):
     """Base and siblings, negative zeros among them. Kinds: noise; grid, whose deltas have few magnitudes, exact in any
-    dtype; same, where a sibling is the base; opposite, where the last sibling's delta is the first's, negated; far."""
+    dtype; same, where a sibling is the base; opposite, where the last sibling's delta is the first's, negated;
+    far; near, for slerp's angles: the cosine is above, at or below its limit."""
     generator = seeded(seed)
     base = torch.randn(shape, generator=generator)
     steps = [torch.randn(shape, generator=generator) for _ in range(count)]
@@ -75,8 +76,10 @@ def make_tensors(kind, shape, dtype, count, seed):
         steps[-1] = -steps[0] if count > 1 else -2 * base
     elif kind == "far":
         steps = [step * 30 for step in steps]
+    elif kind == "near":
+        steps = [step * [0.2, 0.3161, 1][seed % 3] for step in steps]
     tensors = [base.to(dtype), *((base + (step if kind in ("grid", "far") else 0.1 * step)).to(dtype) for step in steps)]
-    if kind != "opposite":
+    if kind not in ("opposite", "near"):
         for i, tensor in enumerate(tensors):
             tensor.reshape(-1)[i :: 5 + i] = -0.0
     return tensors
@@ -90,7 +93,7 @@ SCALES = st.one_of(st.just(1.0), st.floats(-2, 2), st.sampled_from([0.0, 1.00000
 
 
 @st.composite
-def cases(draw, names, kinds=("noise", "grid", "same", "opposite", "far"), weights=WEIGHTS, scales=SCALES):
+def cases(draw, names, kinds=("noise", "grid", "same", "opposite", "far", "near"), weights=WEIGHTS, scales=SCALES):
     name = draw(st.sampled_from(names))
     shape, dtype, kind = draw(SHAPES), draw(st.sampled_from(list(UNIT))), draw(st.sampled_from(kinds))
     count, seed = 1 if name == "slerp" else draw(st.integers(1, 4)), draw(st.integers(0, 2**32 - 1))

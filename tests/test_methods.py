@@ -133,20 +133,24 @@ def test_linear_in_float64(case):
 @QUICK
 @given(cases(["slerp"]))
 @example(Case("slerp", make_tensors("far", (2**20 + 5,), torch.float32, 1, 0), torch.float32, [], [], *[False] * 3, 0.3, 0))
+@example(Case("slerp", make_tensors("near", (100,), torch.float32, 1, 2), torch.float32, [], [], *[False] * 3, 0.3, 0))
 def test_slerp_in_float64(case):
-    """fp32 inside. The cosine is off by 64 units at most (torch sums in a tree), and an angle by that over its sine, which is
-    above 0.03 by the limit on the cosine; a coefficient's derivative in the angle is below (1 + |t|) / sine^2 * 4."""
+    """fp32 inside. The cosine is off by 64 units at most (torch sums in a tree), the angle by that over its sine, and a share by
+    that times its derivative in the angle; beside it, each of some 8 roundings is of a share, of t, or of an angle below pi
+    whose sine divides."""
     base, other = exact(case.tensors)
     norms = [np.linalg.norm(v) if np.linalg.norm(v) > 1e-8 else 1.0 for v in (base, other)]
     cosine = np.clip((base / norms[0]) @ (other / norms[1]), -1, 1)
-    sine, angle = np.sqrt(1 - cosine**2), np.arccos(cosine)
-    if abs(abs(cosine) - 0.9995) < 1e-5:
-        return
-    straight = abs(cosine) > 0.9995
-    shares = (1 - case.t, case.t) if straight else (np.sin((1 - case.t) * angle) / sine, np.sin(case.t * angle) / sine)
-    out = shares[0] * base + shares[1] * other
-    unit = UNIT[torch.float32] * (4 if straight else 256 / sine**3)
-    bound = unit * (1 + abs(case.t)) * (np.abs(base) + np.abs(other))
+    assume(abs(abs(cosine) - 0.9995) > 1e-5)
+    sine, angle, unit = np.sqrt(1 - cosine**2), np.arccos(cosine), UNIT[torch.float32]
+    out, bound = 0.0, 0.0
+    for t, vector in ((1 - case.t, base), (case.t, other)):
+        if abs(cosine) > 0.9995:
+            share, error = t, 8 * (1 + abs(t))
+        else:
+            share, slope = np.sin(t * angle) / sine, (t * np.cos(t * angle) * sine - np.sin(t * angle) * cosine) / sine**2
+            error = 64 * abs(slope) / sine + 8 * (1 + abs(t) + abs(share)) * (1 + angle / sine)
+        out, bound = out + share * vector, bound + unit * error * np.abs(vector)
     assert_close(case, out, bound + UNIT[case.dtype] * (np.abs(out) + bound), np.ones(out.shape, dtype=bool))
 
 
@@ -176,6 +180,18 @@ def test_drop_keeps_a_share_and_the_size(dtype, density):
     share = np.count_nonzero(out) / np.count_nonzero(size)
     assert abs(share - density) < 5 * np.sqrt(density * (1 - density) / size.size) + UNIT[dtype] * density
     assert abs(np.abs(out).sum() / size.sum() - 1) < 4 * UNIT[dtype]
+
+
+def test_fp16_neither_divides_by_zero_nor_overflows():
+    """Where mergekit gives NaN: weights that sum to 0 are not normalised; a sum of magnitudes above 65504 still rescales."""
+    base, one, two = make_tensors("far", (70001,), torch.float16, 2, 0)
+    plain, normal = (methods.task_arithmetic(base, [one, two], [0.5, -0.5], normalize) for normalize in (False, True))
+    assert normal.isfinite().all()
+    assert same_bits(plain, normal)
+    delta = one - base
+    before, kept = (np.abs(exact([x])).sum() for x in (delta, methods.trim(delta, 0.3, rescale=True)))
+    assert before > 65504
+    assert abs(kept / before - 1) < 4 * UNIT[torch.float16]
 
 
 @QUICK
