@@ -3,8 +3,10 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from engine_contract import Contract, contract_family
 from evomerge.answering.engine import make_engine
 from evomerge.errors import EngineError, RecipeError
 from evomerge.merging.build import build_model
-from evomerge.merging.layout import open_model
+from evomerge.merging.folder import open_model
 from evomerge.recipe import Recipe, task_arithmetic_recipe
 from evomerge.study import EngineSection, GenerationSection, VllmSection
 
@@ -219,6 +221,11 @@ def test_what_cannot_be_merged_leaves_the_engine_as_it_was(family, engine):
     assert engine.answer(PROMPTS) == before
 
 
+def environment(**more):
+    """For processes of their own, which find what this one finds."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | more
+
+
 TWO_WORKERS = """
 import json, sys
 sys.path.insert(0, sys.argv[2])
@@ -244,7 +251,7 @@ def test_two_workers_take_the_weights_from_shared_memory(family, engine, tmp_pat
     script.write_text(TWO_WORKERS, encoding="utf-8")
     found = subprocess.run(
         [sys.executable, script, family, os.path.dirname(__file__)],
-        env=os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "PYTHONPATH": os.pathsep.join(sys.path)},
+        env=environment(VLLM_CPU_OMP_THREADS_BIND="nobind"),
         capture_output=True,
         text=True,
         check=False,
@@ -284,7 +291,51 @@ def test_what_vllm_cannot_do_is_one_line(tmp_path):
         assert len(str(caught.value).splitlines()) == 1
 
 
+DEMO = """
+import sys
+from pathlib import Path
+from transformers import LlamaForCausalLM
+from evomerge import demo
+
+narrow = demo.new_model
+
+def wide(seed):
+    config = narrow(seed).config
+    config.num_attention_heads = config.num_key_value_heads = 3  # heads of 32 numbers
+    config.head_dim = 32
+    return LlamaForCausalLM(config)
+
+demo.new_model = wide
+demo.build_demo(Path(sys.argv[1]))
+"""
+
+
+@needs_vllm
+def test_the_demo_study_runs_to_a_verdict(tmp_path):
+    """The demo's model with three heads instead of four: vLLM has no kernel for heads of 24 numbers on a CPU."""
+    subprocess.run([sys.executable, "-c", DEMO, tmp_path / "demo"], check=True, env=environment())
+    (tmp_path / "spaces").mkdir()
+    shutil.copy(Path(__file__).parents[1] / "search_spaces" / "demo.yaml", tmp_path / "spaces")
+    sets = ["engine.kind=vllm", "engine.vllm={enforce_eager: true}", "search.trials=24", "search.uniform=[0.5]"]
+    command = [sys.executable, "-m", "evomerge.cli", "search", "spaces/demo.yaml", *(part for s in sets for part in ("--set", s))]
+    for _ in range(2):  # the second time there is nothing left to do
+        found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment())
+        assert found.returncode == 0, found.stderr[-2000:]
+    verdict = json.loads((tmp_path / "results" / "demo" / "verdict.json").read_text(encoding="utf-8"))
+    print(found.stderr, verdict)
+    assert "winner" in str(verdict)
+
+
 @pytest.mark.skipif(INSTALLED, reason="vLLM is installed here")
 def test_an_absent_vllm_names_the_extra(pair):
     with pytest.raises(EngineError, match=r"pip install 'evomerge\[vllm\]'"):
         make_engine(open_model(str(pair / "base")), [], EngineSection(kind="vllm"), GenerationSection(), "float32")
+
+
+@pytest.mark.parametrize(
+    "keys", [{"device": "cpu"}, {"device_map": "auto"}, {"quantization": "4bit"}, {"batch_tokens": 9}, {"population": True}]
+)
+def test_what_only_transformers_honours_is_refused(pair, keys):
+    section = EngineSection(kind="vllm", **keys)
+    with pytest.raises(EngineError, match=f"engine.{next(iter(keys))}: the vLLM engine does not take this key"):
+        make_engine(open_model(str(pair / "base")), [], section, GenerationSection(), "float32")

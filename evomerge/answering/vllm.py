@@ -60,6 +60,7 @@ class VllmEngine:
         too_long: Literal["refuse", "truncate"] = "refuse",
     ) -> None:
         """Raises EngineError when vLLM is absent or refuses its arguments, ModelError for a bad tokenizer or tensor."""
+        _refuse_others(engine)
         if importlib.util.find_spec("vllm") is None:
             raise EngineError("vLLM is not installed", where="engine.kind", found="vllm", remedy="Run pip install 'evomerge[vllm]'.")
         self.settings, self.generation, self.seed = engine, generation, seed
@@ -148,6 +149,20 @@ class VllmEngine:
             if isinstance(error, torch.OutOfMemoryError):
                 raise EngineError(what + ": out of memory", remedy="Lower engine.vllm.gpu_memory_utilization or max_model_len.") from error
             raise EngineError(self._broken, remedy="Run the same command again: it goes on where it stopped.") from error
+
+
+def _refuse_others(engine: EngineSection) -> None:
+    """Keys that only the transformers engine honours are refused, never ignored; `batch_size` has a default, and see BATCH."""
+    keys: list[tuple[str, object, str]] = [
+        ("device", engine.device if engine.device != "auto" else None, "Leave it out: vLLM's build decides."),
+        ("device_map", engine.device_map, "Use engine.vllm.tensor_parallel_size."),
+        ("quantization", engine.quantization, "Use engine.vllm.quantization."),
+        ("batch_tokens", engine.batch_tokens, "Leave it out: vLLM fits what it runs into memory itself."),
+        ("population", engine.population or None, "Leave it out."),
+    ]
+    for key, found, remedy in keys:
+        if found is not None:
+            raise EngineError("the vLLM engine does not take this key", where=f"engine.{key}", found=found, remedy=remedy)
 
 
 def _load(base: ModelFolder, engine: EngineSection, dtype: str, seed: int) -> Any:
