@@ -7,6 +7,7 @@ weights. So with a weight per row, w (rows,), a linear layer gives each row its 
 
 and base and deltas are read once for all candidates. What that costs is arithmetic: 1 + m products in place of one. So
 it pays while few rows wait on the reading of weights or on the overhead of calls (`pays`), and loses with many rows.
+Where one call brings many tokens of each candidate, as prompts do, its weights are merged for that call, a tensor at a time.
 
 Base and deltas are those that the LiveModel keeps, not copies of them; its live parameters are left as they are.
 A merged weight is rounded to its dtype and this sum is not: fp32 gives the merged model's tokens, bf16 does not always.
@@ -27,13 +28,14 @@ from evomerge.answering.encode import prompt_seed
 from evomerge.answering.engine import Answer, pack
 from evomerge.answering.hf import TransformersEngine
 from evomerge.errors import RecipeError
-from evomerge.merging import quantized
+from evomerge.merging import methods, quantized
 from evomerge.merging.live import LiveModel
 from evomerge.merging.resident import Inputs, is_out_of_memory
 from evomerge.merging.stream import MergePlan
 from evomerge.recipe import Recipe, scalar
 
 PLAIN = {"normalize": False, "lambda": 1.0}  # what a recipe must set, if it sets them
+GROUPED = 64  # tokens of one candidate from which merging its weights once more is cheaper than more products
 Forward = Callable[..., Tensor]
 AnswerRows = Callable[..., list[Output]]
 
@@ -92,7 +94,7 @@ class PopulationEngine(TransformersEngine):
     ) -> list[Output] | None:
         """The outputs of some rows, or None when memory did not suffice."""
         seeds = [prompt_seed(self.seed, prompts[prompt]) for _, prompt in part] if self.rules.do_sample else []
-        stopped = self._stopped if self.generation.stop else None
+        stopped = (lambda _, new: self._stopped(new)) if self.generation.stop else None
         try:
             rows = [tokens[prompt] for _, prompt in part]
             return answer([candidate for candidate, _ in part], rows, self.rules, seeds, Hooks(stopped, self.watch))
@@ -183,6 +185,7 @@ class Weights:
         self._of: dict[str, int] = {}
         self._tables: list[Tensor] = []
         self._rows: list[Tensor] = []
+        self.groups: list[Tensor] = []  # the rows of each candidate that has any
         self._last: tuple[Tensor | None, Tensor | None, list[Tensor]] = (None, None, [])
         known: dict[object, int] = {}
         for name in live.names:
@@ -194,12 +197,15 @@ class Weights:
             key = (tuple(columns), slot.device, slot.dtype)
             if key not in known:
                 known[key] = len(self._tables)
-                self._tables.append(torch.tensor(columns, dtype=slot.dtype, device=slot.device).T.contiguous())
+                self._tables.append(
+                    torch.tensor(columns, dtype=slot.dtype, device=slot.device).view(len(plans), len(live.siblings)).t().contiguous()
+                )
             self._of[name] = known[key]
 
     def select(self, candidates: Sequence[int]) -> None:
         """From now on row i is of candidates[i]."""
         index = torch.tensor(candidates)
+        self.groups = [torch.nonzero(index == candidate)[:, 0] for candidate in dict.fromkeys(candidates)]
         self._rows = [table[:, index.to(table.device)] for table in self._tables]
 
     def of(self, name: str) -> Tensor:
@@ -222,11 +228,16 @@ class PerRow:
 
     def merged(self, dims: int, take: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
         """Of a small parameter, or of what is taken of it: the merged bits of every row, (rows, 1…, n)."""
-        total = None
-        for weight, delta in zip(self.weights.of(self.name), self.deltas, strict=True):
-            part = take(delta) * weight.view(-1, *[1] * (dims - 1))
-            total = part if total is None else total.add_(part)
-        return take(self.base) if total is None else total.add_(take(self.base))
+        weights = [weight.view(-1, *[1] * (dims - 1)) for weight in self.weights.of(self.name)]
+        parts = [take(delta) * weight for delta, weight in zip(self.deltas, weights, strict=True)]
+        total = parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)  # as methods.combine rounds
+        return total.add_(take(self.base))
+
+    def of_candidates(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(rows, merged tensor) for each candidate of the batch, one at a time: the live model's bits."""
+        for rows in self.weights.groups:
+            weights = self.weights.of(self.name)[:, rows[0]].tolist()
+            yield rows.to(self.base.device), methods.combine(self.base, self.deltas, weights)
 
 
 def _linear(module: nn.Module, tensors: Mapping[str, PerRow]) -> Forward:
@@ -235,6 +246,11 @@ def _linear(module: nn.Module, tensors: Mapping[str, PerRow]) -> Forward:
 
     def forward(x: Tensor) -> Tensor:
         """x (rows, columns, in) -> (rows, columns, out)."""
+        if x.numel() >= GROUPED * x.shape[-1] * len(weight.weights.groups):
+            y = x.new_empty(*x.shape[:-1], weight.base.shape[0])
+            for rows, merged in weight.of_candidates():
+                y[rows] = F.linear(x[rows], merged)
+            return y if bias is None else y.add_(bias.merged(x.dim()))
         y = F.linear(x, weight.base)
         flat = y.view(-1, y.shape[-1])
         for scaled, delta in zip(weight.weights.times(x, weight.name), turned, strict=True):
