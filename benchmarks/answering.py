@@ -6,7 +6,10 @@ tokens; the lengths are drawn once, and a rule on the number of new tokens ends 
 candidate_vs_mergekit_evolve: seconds per candidate (merge and answers) of mergekit-evolve's on-disk mode over ours, same
 pair, 20 prompts, 64 new tokens. It is what its OnDiskMergeEvaluator does for one genotype, in a process that has imported
 all, with lm-eval's batches set to 20 (mergekit's default is 1); null unless EVOMERGE_MERGEKIT_EVOLVE_PYTHON names a Python
-with mergekit[evolve]. population_gain: see population.py; null where that is absent.
+with mergekit, lm_eval, ray and cma (vLLM, which its helpers import, is not needed).
+population_gain: see population.py; null where that is absent.
+
+With one thread seconds are the process's CPU seconds, so that a busy machine does not count; else they are the clock's.
 
 The models are Llamas of about 20 M random parameters with a tokenizer of one token per character, in a temporary folder.
 `--model DIR` measures the first two on that model as well, in keys that end in _model.
@@ -50,19 +53,21 @@ import lm_eval.tasks, torch, yaml
 from mergekit.evo.config import EvolMergeConfiguration
 from mergekit.evo.genome import ModelGenome
 from mergekit.evo.helpers import evaluate_model, merge_model
+from mergekit.evo import helpers
 from mergekit.options import MergeOptions
 
-folder, rounds = sys.argv[1], int(sys.argv[2])
+helpers.monkeypatch_lmeval_vllm = lambda: None  # wants vLLM to be there, although it is not asked for
+folder, rounds, clock = sys.argv[1], int(sys.argv[2]), getattr(time, sys.argv[3])
 with open(f"{folder}/evolve.yaml") as file:
     config = EvolMergeConfiguration.model_validate(yaml.safe_load(file))
 genome, manager, times = ModelGenome(config.genome), lm_eval.tasks.TaskManager(include_path=folder), []
 for i in range(rounds + 1):
-    began = time.perf_counter()
+    began = clock()
     gc.collect()
     merged = merge_model(genome.initial_genotype() + i / 1000, genome, f"{folder}/merged", MergeOptions())
     how = dict(num_fewshot=None, limit=None, vllm=False, batch_size=20, task_manager=manager)
     evaluate_model(merged, config.tasks, **how, apply_chat_template=False, model_kwargs={"device": "cpu"})
-    times.append(time.perf_counter() - began)
+    times.append(clock() - began)
 print(statistics.median(times[1:]))
 """
 Work = Callable[[], object]
@@ -81,7 +86,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="evomerge-bench-") as name:
         folder = make_pair(Path(name))
         figures = answer_figures(folder / "base", args.dtype, clock)
-        figures["candidate_vs_mergekit_evolve"] = candidate_figure(folder)
+        figures["candidate_vs_mergekit_evolve"] = candidate_figure(folder, clock)
         figures["population_gain"] = population_gain(args.threads)
         if args.model is not None:
             figures |= {f"{key}_model": value for key, value in answer_figures(args.model, args.dtype, clock).items()}
@@ -139,13 +144,13 @@ def generate(engine: TransformersEngine, prompts: Sequence[str], new_tokens: int
     return output
 
 
-def candidate_figure(folder: Path) -> float | None:
+def candidate_figure(folder: Path, clock: Clock) -> float | None:
     """candidate_vs_mergekit_evolve."""
     if not EVOLVE_PYTHON:
         return None
     prompts = make_prompts(random.Random(1), 20)
     (folder / "tasks.jsonl").write_text("".join(json.dumps({"input": p, "output": "あ"}) + "\n" for p in prompts), encoding="utf-8")
-    theirs = float(run_child(EVOLVE_PYTHON, folder))
+    theirs = float(run_child(EVOLVE_PYTHON, folder, clock))
     engine = make_engine(folder / "base", [folder / "sibling"], "bfloat16", 64)
     weights = iter(range(1, 1000))
 
@@ -155,12 +160,12 @@ def candidate_figure(folder: Path) -> float | None:
         for batch in engine.batches(prompts):
             engine.answer([prompts[i] for i in batch])
 
-    (ours,) = medians(time.perf_counter, [candidate])
+    (ours,) = medians(clock, [candidate])
     print(f"a candidate with 20 prompts x 64 tokens: {ours:.2f} s, mergekit-evolve on disk {theirs:.2f} s", flush=True)
     return round(theirs / ours, 2)
 
 
-def run_child(python: str, folder: Path) -> str:
+def run_child(python: str, folder: Path, clock: Clock) -> str:
     """The last line that EVOLVE prints, run by another Python: seconds per candidate."""
     config = {
         "genome": {
@@ -186,7 +191,7 @@ def run_child(python: str, folder: Path) -> str:
     (folder / "evolve.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
     environment |= {"HF_DATASETS_CACHE": str(folder / "cache")}
-    command = [python, "-c", EVOLVE, str(folder), str(ROUNDS)]
+    command = [python, "-c", EVOLVE, str(folder), str(ROUNDS), clock.__name__]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"mergekit-evolve failed:\n{done.stderr[-2000:]}")
@@ -235,7 +240,7 @@ def make_pair(folder: Path) -> Path:
         eos_token_id=1,
         bos_token_id=None,
     )
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model = LlamaForCausalLM(config).bfloat16()
     tokenizer = make_tokenizer()
     for name in ("base", "sibling"):
         model.save_pretrained(folder / name)
