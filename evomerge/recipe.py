@@ -321,7 +321,7 @@ class _Checker:
             raise RecipeError(kind, where=where, found=value, remedy="Write a number, a list of numbers or filters.") from None
         if not math.isfinite(number):
             raise RecipeError(f"`{key}` is not finite", where=where, found=number, remedy="NaN and infinite weights give NaN tensors.")
-        if abs(number) > LARGEST[self.dtype]:
+        if abs(number) > LARGEST[None if self.method == "linear" else self.dtype]:
             raise RecipeError(f"`{key}` is infinite in {self.dtype or 'float32'}", where=where, found=number, remedy="Write a smaller one.")
         if key == "density" and not 0 < number <= 1:
             raise RecipeError("`density` is out of range", where=where, found=number, remedy="Above 0, at most 1: the share that is kept.")

@@ -4,8 +4,8 @@ import pytest
 import torch
 import yaml
 
-from evomerge.errors import RecipeError
 from evomerge.card import model_card
+from evomerge.errors import RecipeError
 from evomerge.recipe import Recipe, read_recipe, task_arithmetic_recipe
 
 SLICES = [(0, 1), (1, 3), (3, 4)]

@@ -11,17 +11,22 @@ BURN = 1 << 20  # numbers drawn and thrown away at once
 
 
 class Draws:
-    """mergekit seeds one global generator and draws tensor by tensor, sorted by name, one number for each element.
+    """mergekit seeds one global generator and draws tensor by tensor, one number for each element, in the order of names.
+
+    Of the tensors that go into a merged one, the last in that order counts.
 
     So a tensor's numbers depend on how many the tensors before it took. A live model that merges only some tensors
     jumps over the others': states are kept at the places where a tensor began, so that a jump is mostly free.
     """
 
     def __init__(self, seed: int, counts: Mapping[str, int], states: dict[int, torch.Tensor] | None = None) -> None:
-        """`counts`: how many numbers each tensor takes. `states`: what another recipe's stream of this seed has kept; it is added to."""
+        """`counts`: how many numbers each tensor takes, in the order of the draws.
+
+        `states`: what another recipe's stream of this seed has kept; it is added to.
+        """
         self.starts: dict[str, int] = {}
         at = 0
-        for name in sorted(counts):
+        for name in counts:
             self.starts[name] = at
             at += counts[name]
         self._generator = torch.Generator().manual_seed(seed)

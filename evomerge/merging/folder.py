@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from evomerge.errors import ModelError
+from evomerge.errors import ModelError, UnsupportedRecipe
+from evomerge.recipe import MERGEKIT
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 # What has to be the same in every model's config.json for its tensors to mean the same.
@@ -27,7 +28,8 @@ CONFIG_KEYS = (
     "vocab_size",
     "tie_word_embeddings",
 )
-VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")  # a row for each token
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+VOCABULARY = (EMBED, HEAD)  # a row for each token
 NOT_WEIGHTS = ".rotary_emb.inv_freq"  # a constant that old checkpoints carry
 
 
@@ -66,14 +68,19 @@ class ModelFolder:
             headers[name] = (tuple(piece.get_shape()), DTYPES[piece.get_dtype()])
         return headers
 
+    def stored(self, name: str) -> str:
+        """The name under which a tensor lies on disk: a head that is not there is the embeddings, tied."""
+        return EMBED if name == HEAD and HEAD not in self.files else name
+
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._headers[name][0]
+        return self._headers[self.stored(name)][0]
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._headers[name][1]
+        return self._headers[self.stored(name)][1]
 
     def get_tensor(self, name: str) -> torch.Tensor:
         """The tensor as it lies on disk. Raises ModelError when the file is damaged."""
+        name = self.stored(name)
         try:
             tensor: torch.Tensor = self._file(name).get_tensor(name)
         except SafetensorError as error:
@@ -125,7 +132,9 @@ def same_model(folder: ModelFolder, ref: str) -> bool:
 def num_layers(config: Mapping[str, Any]) -> int:
     """Layers of the model that a config.json describes."""
     if not isinstance(config.get("num_hidden_layers"), int):
-        raise ModelError("the configuration names no `num_hidden_layers`", remedy="Only causal language models can be merged.")
+        raise UnsupportedRecipe(
+            "the configuration names no `num_hidden_layers`", where=config.get("model_type"), remedy=f"Llama and its like are. {MERGEKIT}"
+        )
     return int(config["num_hidden_layers"])
 
 
@@ -145,9 +154,9 @@ def check_fit(base: ModelFolder, siblings: Sequence[ModelFolder], same_vocabular
                 raise ModelError(
                     f"does not fit the base: `{key}` is {theirs}, the base has {ours}",
                     where=sibling.path,
-                    remedy="Only siblings of one base can be merged.",
+                    remedy="Name a `tokenizer_source`." if key == "vocab_size" else "Only siblings of one base can be merged.",
                 )
-        tied = {"lm_head.weight"} if base.config.get("tie_word_embeddings") else set()
+        tied = {HEAD} if base.config.get("tie_word_embeddings") else set()
         for name in sorted((base.keys ^ sibling.keys) - tied):
             lacking = "the sibling lacks" if name in base.keys else "the base lacks"
             raise ModelError(

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evomerge.errors import ModelError, RecipeError
-from evomerge.merging.folder import ModelFolder, check_fit, num_layers, open_model
-from evomerge.recipe import BOOLEANS, Recipe, Slice, Source, scalar
+from evomerge.errors import ModelError, RecipeError, UnsupportedRecipe
+from evomerge.merging.folder import HEAD, ModelFolder, num_layers
+from evomerge.recipe import BOOLEANS, MERGEKIT, Recipe, Slice, Source, scalar
 
-__all__ = ["How", "Layout", "ModelFolder", "Place", "check_fit", "num_layers", "open_model"]
 LAYER = re.compile(r"^(.*?\blayers\.)(\d+)(\..*)$")
 FIRST, LAST = ("model.embed_tokens.",), ("model.norm.", "lm_head.")  # outside the layers: the first slice's and the last's
+# What mergekit 0.1.5 has a description of. Of other architectures it takes all that is outside the layers from the first slice.
+FAMILIES = (
+    *("Apertus", "Arcee", "Baichuan", "Cohere", "Cohere2", "Gemma", "Gemma2", "Gemma3", "Glm4", "Granite", "LLaMa", "Llama"),
+    *("Mistral", "Olmo2", "Phi3", "Phi3Small", "Qwen2", "Qwen3", "Solar", "StableLMEpoch", "StableLm", "Starcoder2"),
+)
+KNOWN = frozenset(f"{family}ForCausalLM" for family in FAMILIES)
 
 
 @dataclass(frozen=True)
@@ -56,9 +61,9 @@ class How:
 class Layout:
     """A recipe laid over models of `n_layers` layers."""
 
-    def __init__(self, recipe: Recipe, n_layers: int) -> None:
-        """Raises RecipeError when a slice passes the models' end."""
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, n_layers: int, architecture: str = "LlamaForCausalLM") -> None:
+        """`architecture` is the donor's class. Raises RecipeError when a slice passes the models' end."""
+        self.recipe, self.known = recipe, architecture in KNOWN
         self._layers: list[Place] = []
         for i, piece in enumerate(recipe.slices):
             for source in piece.sources:
@@ -80,29 +85,29 @@ class Layout:
         """Layers of the merged model."""
         return len(self._layers)
 
-    def names(self, folder: ModelFolder) -> list[str]:
-        """The merged model's tensors, sorted: the order in which mergekit merges. `folder` is the model that lends its names.
+    @property
+    def lenders(self) -> list[int]:
+        """For each merged layer, the donor's layer whose names and settings it has."""
+        sources = [next((s for s in p.piece.sources if s.model == self.recipe.donor), p.piece.sources[0]) for p in self._layers]
+        return [self._input_layer(source, place) for source, place in zip(sources, self._layers, strict=True)]
 
-        A tied head is not stored.
+    def names(self, folders: Sequence[ModelFolder]) -> list[str]:
+        """The merged model's tensors, sorted: the order in which mergekit merges. The first folder lends its names.
+
+        A head is merged when any model stores one. Raises ModelError when tensors are missing, UnsupportedRecipe for an
+        architecture that is merged otherwise.
         """
-        tied = bool(folder.config.get("tie_word_embeddings"))
-        plain, by_layer = [], dict[int, list[tuple[str, str]]]()
-        for name in folder.keys:
-            match = LAYER.match(name)
-            if match:
-                by_layer.setdefault(int(match[2]), []).append((match[1], match[3]))
-            elif not (tied and name == "lm_head.weight"):
-                plain.append(name)
-        beyond = [layer for layer in by_layer if layer >= num_layers(folder.config)]
-        if beyond:
-            raise ModelError(
-                f"tensors of layer {max(beyond)} pass the configuration's {num_layers(folder.config)} layers",
-                where=folder.path,
-                remedy="Mend config.json.",
-            )
-        for i, place in enumerate(self._layers):
-            lender = next((s for s in place.piece.sources if s.model == self.recipe.donor), place.piece.sources[0])
-            plain += [f"{before}{i}{after}" for before, after in by_layer.get(self._input_layer(lender, place), [])]
+        donor = folders[0]
+        plain = {name for name in donor.keys if not LAYER.match(name)} | {HEAD for folder in folders if HEAD in folder.keys}
+        by_layer: dict[int, set[tuple[str, str]]] = {}
+        for name in donor.keys:
+            if ".experts." in name:
+                raise UnsupportedRecipe("mixtures of experts are not supported", where=donor.path, remedy=MERGEKIT)
+            if match := LAYER.match(name):
+                by_layer.setdefault(int(match[2]), set()).add((match[1], match[3]))
+        check_layers(donor, by_layer)
+        for i, layer in enumerate(self.lenders):
+            plain |= {f"{before}{i}{after}" for before, after in by_layer[layer]}
         return sorted(plain)
 
     def place(self, name: str) -> Place:
@@ -116,8 +121,10 @@ class Layout:
                 raise ModelError(f"tensor {name} passes the configuration's {self.n_layers} layers", remedy="Mend config.json.")
             return self._layers[int(match[2])]
         if not name.startswith(FIRST + LAST):
-            raise ModelError(f"tensor {name} is of an architecture that is not supported", remedy="Llama, Qwen2 and their like are.")
-        return Place(self.recipe.slices[-1 if name.startswith(LAST) else 0], None, 0.0)
+            raise UnsupportedRecipe(
+                f"tensor {name} is of an architecture that is not supported", remedy=f"Llama and its like are. {MERGEKIT}"
+            )
+        return Place(self.recipe.slices[-1 if name.startswith(LAST) and self.known else 0], None, 0.0)
 
     def how(self, name: str) -> How:
         """Raises RecipeError when a parameter that the method needs is missing."""
@@ -176,6 +183,23 @@ class Layout:
     def _input_layer(self, source: Source, place: Place) -> int:
         start = source.layers[0] if source.layers else 0
         return start + (place.layer or 0)
+
+
+def check_layers(folder: ModelFolder, by_layer: Mapping[int, set[tuple[str, str]]]) -> None:
+    """Raise ModelError unless the file has every layer of the configuration, and layers of one type the same tensors."""
+    count = num_layers(folder.config)
+    if set(by_layer) != set(range(count)):
+        odd = sorted(set(by_layer) ^ set(range(count)))[0]
+        raise ModelError(
+            f"config.json has {count} layers, the file {len(by_layer)}: layer {odd} is in one of them only",
+            where=folder.path,
+            remedy="Mend config.json, or copy the model again.",
+        )
+    types = folder.config.get("layer_types") or [""] * count
+    for layer, tensors in by_layer.items():
+        same = [other for other in by_layer if types[other] == types[layer]]
+        for _, after in set().union(*(by_layer[other] for other in same)) - tensors:
+            raise ModelError(f"the file lacks layer {layer}'s {after[1:]}", where=folder.path, remedy="Copy or download the model again.")
 
 
 def _evaluate(key: str, setting: Any, name: str, t: float) -> float | bool | None:

@@ -12,7 +12,7 @@ import torch
 
 from evomerge.errors import ModelError, RecipeError
 from evomerge.merging import fused, quantized
-from evomerge.merging.folder import VOCABULARY, ModelFolder, same_model
+from evomerge.merging.folder import HEAD, VOCABULARY, ModelFolder, same_model
 from evomerge.merging.layout import How
 from evomerge.merging.resident import Inputs, Residency, Resident, Slot, is_out_of_memory
 from evomerge.merging.stream import MergePlan, combine, from_deltas
@@ -39,8 +39,13 @@ class LiveModel:
         """`random_seed` decides what DARE drops. Raises ModelError when the live model lacks a tensor of the files."""
         self.base, self.siblings, self.random_seed = base, list(siblings), random_seed
         self.live = dict(model.named_parameters())
-        tied = bool(base.config.get("tie_word_embeddings"))
-        self.names = sorted(name for name in base.keys if not (tied and name == "lm_head.weight"))
+        if HEAD not in self.live and any(HEAD in folder.keys for folder in (base, *siblings)):
+            raise ModelError(
+                f"a file stores {HEAD}, which the live model ties to its embeddings",
+                where=base.path,
+                remedy="Save the models with transformers.",
+            )
+        self.names = sorted(base.keys)
         for name in self.names:
             if name not in self.live:
                 raise ModelError(

@@ -82,6 +82,7 @@ class AdaptedModel(ModelFolder):
 
     def get_tensor(self, name: str) -> torch.Tensor:
         """The merged tensor. Raises ModelError when a file is damaged."""
+        name = self.stored(name)
         replaced = self._replaced.get(name)
         tensor = (self._weights.read(replaced) if replaced else self.base.get_tensor(self._source(name))).to(self.loaded)
         for lora in self._loras.get(name, ()):

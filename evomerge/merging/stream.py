@@ -39,12 +39,15 @@ class MergePlan:
         """
         self.recipe, self.models = recipe, models
         self.donor = models[recipe.donor]
-        self.layout = Layout(recipe, num_layers(self.donor.config))
-        self.names = self.layout.names(self.donor)
+        architectures = self.donor.config.get("architectures") or [""]
+        self.layout = Layout(recipe, num_layers(self.donor.config), architectures[0])
+        self.names = self.layout.names([self.donor, *models.values()])
         if after is not None and after.recipe.tokenizer == recipe.tokenizer and after.models == models:
             self.vocabulary = after.vocabulary
         self.hows = {name: self.layout.how(name) for name in self.names}
-        counts = {name: how.draws * torch.Size(self.shape(name)).numel() for name, how in self.hows.items() if how.draws}
+        self._check_numbers()
+        order = sorted(self.hows, key=lambda name: (max(source for _, source in self.hows[name].inputs), name))  # as mergekit merges
+        counts = {n: self.hows[n].draws * torch.Size(self.shape(n)).numel() for n in order if self.hows[n].draws}
         self.draws: Draws = Draws(random_seed, counts, None if after is None else after.draws.states)
 
     @cached_property
@@ -55,6 +58,16 @@ class MergePlan:
         from evomerge.merging.vocabulary import make_vocabulary
 
         return make_vocabulary(self.recipe.tokenizer, self.recipe.base_model, self.models)
+
+    def _check_numbers(self) -> None:
+        """Raise RecipeError where a weight would be infinite in the dtype that it is rounded to: the tensors would be NaN."""
+        for name, how in self.hows.items():
+            limit = torch.finfo(torch.float32 if how.method == "linear" else self.working_dtype(name)).max
+            for number in (*how.weights, how.scale):
+                if abs(number) > limit:
+                    raise RecipeError(
+                        f"a weight is infinite in {self.working_dtype(name)}", where=name, found=number, remedy="Write a smaller one."
+                    )
 
     def shape(self, name: str) -> tuple[int, ...]:
         ref, source = self.hows[name].inputs[0]
@@ -79,7 +92,7 @@ class MergePlan:
         tensors = {ref: load_finite(self.models[ref], source, dtype, device) for ref, source in how.inputs}
         if name in VOCABULARY and self.vocabulary is not None:
             tensors = self.vocabulary.align(tensors, self.layout.place(name).piece.base_model)
-        return combine(how, tensors, self.draws.generator(name) if how.draws else None).to(self.dtype(name))
+        return bounded(combine(how, tensors, self.draws.generator(name) if how.draws else None).to(self.dtype(name)), name)
 
     def pure(self, name: str, dtype: torch.dtype) -> bool:
         """Whether the tensor is merged in `dtype`, stays in it, and no row of it moves: then it needs no files beside its inputs."""
@@ -123,11 +136,13 @@ class Pieces:
         plain = how.method == "task_arithmetic" and len(how.siblings) == 1 and not how.normalize and how.scale == 1
         if not plain or how.base is None or out.dtype != self.dtype:
             out.copy_(combine(how, tensors, None))
+            bounded(out, how.inputs[0][1])
             return
         base = tensors[how.base[0]]
         torch.sub(tensors[how.siblings[0][0]], base, out=out)
         out.mul_(torch.tensor(how.weights[0], dtype=self.dtype))
         out.add_(0.0).add_(base)  # 0 first: a sum over one product turns -0 into 0
+        bounded(out, how.inputs[0][1])
 
 
 def merged_tensors(recipe: Recipe, models: Mapping[str, ModelFolder], random_seed: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
@@ -166,8 +181,17 @@ def finite(tensor: torch.Tensor, model: ModelFolder, name: str) -> torch.Tensor:
     if tensor.numel():
         low, high = torch.aminmax(tensor)  # NaN goes through both; a fraction of isfinite's cost
         if not (math.isfinite(low.item()) and math.isfinite(high.item())):
-            raise ModelError(f"tensor {name} holds NaN or infinite numbers", where=model.path, remedy="Train or download the model again.")
+            raise ModelError(
+                f"tensor {name} holds NaN or infinite numbers", where=model.ref or model.path, remedy="Train or download the model again."
+            )
     return tensor
+
+
+def bounded(merged: torch.Tensor, name: str) -> torch.Tensor:
+    """The tensor itself. Raises RecipeError when it passed the end of float16; the other dtypes end where no weights are."""
+    if merged.dtype == torch.float16 and merged.numel() and not all(math.isfinite(end.item()) for end in torch.aminmax(merged)):
+        raise RecipeError(f"merged tensor {name} passes float16's 65504", remedy="Write smaller weights, or out_dtype: bfloat16.")
+    return merged
 
 
 def dtype_named(name: str | None) -> torch.dtype | None:
