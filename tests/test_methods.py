@@ -75,9 +75,13 @@ def combined(base, deltas, weights, elect, normalize, scale, unit):
 
 
 def assert_close(case, out, bound, holds):
-    """Within the bound, and 64 times the smallest number for what underflows on the way."""
+    """Within the bound, and 64 times the smallest number for what underflows on the way; numbers near fp16's end may overflow."""
     ours = exact([case.ours()])[0]
-    wrong = holds & ~(np.abs(ours - out) <= bound + 64 * TINY[case.dtype])
+    wrong = (
+        holds
+        & (bound < 6e4 * UNIT[case.dtype] if case.dtype == torch.float16 else True)
+        & ~(np.abs(ours - out) <= bound + 64 * TINY[case.dtype])
+    )
     assert not wrong.any(), (ours[wrong][:3], out[wrong][:3], bound[wrong][:3])
 
 
@@ -103,6 +107,7 @@ def test_the_formula_in_float64(name):
                 kept = exact([torch.bernoulli(torch.full(base.shape, density, dtype=dtype), generator=generator)])[0] != 0
             before, after = np.abs(deltas[i]).sum(), np.abs(deltas[i] * kept).sum()
             deltas[i] *= kept * (before / after if case.rescale and min(before, after) > 1e-7 else 1)
+        assume(case.dtype != torch.float16 or np.abs(deltas).sum(0).max(initial=0) < 3e4)
         unit = UNIT[case.dtype] * (2 if case.rescale else 1)  # both sums and their quotient round too
         assert_close(case, *combined(base, deltas, case.weights[1:], name.endswith("ties"), case.normalize, case.scale, unit))
 
