@@ -35,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         Console().say(f"evomerge: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        Console().say("evomerge: interrupted; everything finished is kept, and the same command goes on")
+        kept = "nothing was written" if args.command in (merge, demo) else "everything finished is kept, and the same command goes on"
+        Console().say(f"evomerge: interrupted; {kept}")
         return 130
     except BrokenPipeError:  # `evomerge show demo | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -122,7 +123,7 @@ def _model_commands(commands: Commands) -> None:
     p.add_argument("config", type=Path, metavar="CONFIG_YAML", help="a mergekit configuration; mergekit merges what evomerge does not know")
     p.add_argument("out", type=Path, metavar="OUT", help="a new folder")
     _shards(p)
-    p.add_argument("--random-seed", type=int, default=0, metavar="N", help="decides what DARE drops, as in mergekit (default: 0)")
+    p.add_argument("--random-seed", type=_seed, default=0, metavar="N", help="decides what DARE drops, as in mergekit (default: 0)")
 
     p = _command(
         commands,
@@ -242,16 +243,15 @@ def merge(args: argparse.Namespace) -> None:
 
     try:
         recipe = read_recipe(args.config)
-    except UnsupportedRecipe as error:
+        _build(recipe, args.out, args.out_shard_size, args.config.read_text(encoding="utf-8"), args.random_seed)
+    except UnsupportedRecipe as error:  # found before anything is written
         if not is_installed():
             raise
         console = Console()
         found = "" if error.found is None else f" ({error.found})"
-        console.say(f"{error.where}: {error.what}{found} here; mergekit merges it")
+        console.say(f"{error.where or args.config}: {error.what}{found} here; mergekit merges it")
         merge_with_mergekit(args.config, args.out, args.out_shard_size, args.random_seed, console.status)
         _say_written(console, [args.out])
-    else:
-        _build(recipe, args.out, args.out_shard_size, args.config.read_text(encoding="utf-8"), args.random_seed)
 
 
 def infer(args: argparse.Namespace) -> None:
@@ -385,6 +385,14 @@ def _shards(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--out-shard-size", default="5GB", metavar="SIZE", help="largest weight file: 5GB, 200M, 5B as in mergekit (default: 5GB)"
     )
+
+
+def _seed(text: str) -> int:
+    """What numpy takes as a seed, and so mergekit."""
+    number = int(text) if text.isascii() and text.isdigit() else -1
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError(f"no seed: {text!r}; write a whole number from 0 to {2**32 - 1}")
+    return number
 
 
 def _url(storage: str | None, name: str) -> str:

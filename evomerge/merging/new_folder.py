@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from evomerge.errors import InputError, OutputError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MARK = ".merging-"  # in the names of unfinished folders, which begin with a dot
 
 
@@ -49,9 +51,8 @@ def new_folder(out: Path) -> Iterator[Unfinished]:
         unfinished.path.rename(out)
         made = []
     except OSError as error:
-        raise OutputError(
-            f"the model cannot be written: {error.strerror or error}", where=out, remedy="Free some space; nothing was left behind."
-        ) from error
+        remedy = "Free some space; nothing was left behind." if error.errno in FULL else "Name another folder; nothing was left behind."
+        raise OutputError(f"the model cannot be written: {error.strerror or error}", where=out, remedy=remedy) from error
     finally:
         if unfinished is not None:
             shutil.rmtree(unfinished.path, ignore_errors=True)
