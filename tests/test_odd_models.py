@@ -76,10 +76,11 @@ def test_tensors_that_no_model_has_are_missed(tmp_path, missing):
 def test_numbers_that_the_working_dtype_cannot_hold(tmp_path):
     """Without `dtype` the models' own decides; and a result can pass float16's end though no weight does."""
     family = make_family(tmp_path, dtypes=(torch.float16,) * 3)
-    for weight, dtype, word in [(100_000.0, None, "infinite in torch.float16"), (60_000.0, "float16", "passes float16's 65504")]:
-        recipe = Recipe.from_dict(
-            {k: v for k, v in plain(family, weight).to_dict().items() if k != "dtype"} | ({"dtype": dtype} if dtype else {})
-        )
+    data = plain(family, 100_000.0).to_dict()
+    del data["dtype"]
+    too_large = Recipe.from_dict(data)
+    passing = Recipe.from_dict(plain(family, 60.0).to_dict() | {"dtype": "float16", "parameters": {"lambda": 60_000.0}})
+    for recipe, word in [(too_large, "infinite in torch.float16"), (passing, "passes float16's 65504")]:
         with pytest.raises(RecipeError, match=word):
             build_model(recipe, tmp_path / "out")
         assert not (tmp_path / "out").exists()
