@@ -59,7 +59,7 @@ def compare(command: list[str], folder: str) -> float:
 def child(kind: str, folder: Path, dtype: str, eager: bool) -> None:
     """Print one engine's figures: tokens per second, seconds of loading and of applying a recipe."""
     from evomerge.answering.engine import make_engine
-    from evomerge.merging.layout import open_model
+    from evomerge.merging.folder import open_model
     from evomerge.recipe import task_arithmetic_recipe
     from evomerge.study import EngineSection, GenerationSection, VllmSection
 
@@ -86,7 +86,9 @@ def make_pair(folder: Path) -> None:
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     backend = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t0"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="t0", eos_token="t1", bos_token="t2")

@@ -66,7 +66,7 @@ def _check_models(study: Study, lines: list[Line]) -> dict[str, Any] | None:
     """The base's configuration, when it can be reached."""
     from evomerge.answering.hf import load_tokenizer
     from evomerge.answering.prompts import make_prompter
-    from evomerge.merging.layout import check_fit, open_model
+    from evomerge.merging.folder import check_fit, open_model
 
     opened = []
     refs = study.genome.all_models

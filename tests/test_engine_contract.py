@@ -14,7 +14,7 @@ from evomerge.answering.encode import Encoder
 from evomerge.answering.engine import pack
 from evomerge.answering.hf import TransformersEngine
 from evomerge.errors import EngineError
-from evomerge.merging.layout import open_model
+from evomerge.merging.folder import open_model
 from evomerge.study import EngineSection, GenerationSection
 
 

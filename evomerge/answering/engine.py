@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
-    from evomerge.merging.layout import ModelFolder
+    from evomerge.merging.folder import ModelFolder
     from evomerge.recipe import Recipe
     from evomerge.study import EngineSection, GenerationSection
 

@@ -24,7 +24,7 @@ from evomerge.answering.decode import Hooks, Output, Rules, decodable, decode
 from evomerge.answering.encode import Encoder, first_stop, prompt_seed
 from evomerge.answering.engine import Answer, Watch, pack
 from evomerge.errors import EngineError, ModelError
-from evomerge.merging.layout import ModelFolder
+from evomerge.merging.folder import ModelFolder
 from evomerge.merging.live import LiveModel
 from evomerge.merging.resident import is_out_of_memory
 from evomerge.recipe import Recipe

@@ -9,7 +9,7 @@ from typing import Any
 from evomerge.answering.engine import Engine, make_engine
 from evomerge.answering.prompts import Prompter, make_prompter
 from evomerge.merging.fingerprint import combined, fingerprint
-from evomerge.merging.layout import open_model
+from evomerge.merging.folder import open_model
 from evomerge.search.session import load_finished, open_models
 from evomerge.study import EngineSection, GenerationSection, PromptSection
 

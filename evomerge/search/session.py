@@ -19,7 +19,7 @@ from evomerge.errors import StudyError, StudyFileError
 from evomerge.genome import Genome, make_genome
 from evomerge.judging.rules import RulesJudge
 from evomerge.merging.fingerprint import combined, fingerprint
-from evomerge.merging.layout import ModelFolder, check_fit, num_layers, open_model
+from evomerge.merging.folder import ModelFolder, check_fit, num_layers, open_model
 from evomerge.merging.lora import AdaptedModel
 from evomerge.recipe import Recipe
 from evomerge.search.ledger import Ledger, TrialRecord, check_unchanged, only_worker, open_ledger, sqlite_path
