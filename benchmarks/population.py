@@ -4,7 +4,8 @@ One pass is PopulationModel; candidate after candidate is LiveModel.apply and th
 module. Both answer the same prompts to their full length. The last line is one JSON object: `population_gain` is that of
 12 candidates x 2 prompts in fp32 on 20 M parameters, `table` the rest, `equal_tokens` the share of tokens at which one pass
 says what the merged model says, up to the first difference of an answer (after it the two read different texts).
-`--quick` measures `population_gain` alone; `--threads N` sets torch's threads.
+`--quick` measures `population_gain` alone. With one thread, the default, seconds are the process's own on the CPU, so that a
+busy machine does not count. The shape is that of answering.py.
 """
 
 from __future__ import annotations
@@ -32,22 +33,22 @@ CANDIDATES, ROUNDS, ENOUGH = 12, 5, 45.0  # seconds after which no other round b
 SIZES = {"20M": {"hidden_size": 384, "intermediate_size": 1024}, "9M": {"hidden_size": 256, "intermediate_size": 640}}
 DTYPES = ("float32", "bfloat16")
 WORK = ((2, 32), (8, 32), (24, 32))  # prompts, new tokens
-LAYERS, VOCABULARY, PROMPT = 8, 8000, (12, 20)  # tokens of a prompt
+LAYERS, VOCABULARY, PROMPT = 10, 2000, (12, 20)  # tokens of a prompt
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="only the figure that is required")
-    parser.add_argument("--threads", type=int, help="torch's threads")
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads)
+    clock = time.process_time if args.threads == 1 else time.perf_counter
     table: dict[str, float] = {}
     equal: dict[str, float] = {}
     for size in list(SIZES)[: 1 if args.quick else None]:
         for dtype in DTYPES[: 1 if args.quick else None]:
             with tempfile.TemporaryDirectory(prefix="evomerge-bench-") as folder:
-                case = Case(Path(folder), SIZES[size], dtype)
+                case = Case(Path(folder), SIZES[size], dtype, clock)
                 for prompts, tokens in WORK[: 1 if args.quick else None]:
                     key = f"{size}_{dtype}_{prompts}"
                     table[key], equal[key] = case.measure(prompts, tokens)
@@ -60,7 +61,8 @@ def main() -> None:
 class Case:
     """One pair of models, and recipes with a weight for every second layer."""
 
-    def __init__(self, folder: Path, shape: Mapping[str, Any], dtype: str) -> None:
+    def __init__(self, folder: Path, shape: Mapping[str, Any], dtype: str, clock: Callable[[], float]) -> None:
+        self.clock = clock
         base, sibling = make_pair(folder, shape)
         self.model: Any = LlamaForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
         self.live = LiveModel(self.model, open_model(base), [open_model(sibling)], residency="device")
@@ -91,10 +93,15 @@ class Case:
         equal = share_of_equal(one_pass(), one_by_one())  # the warm-up as well
         rounds: list[tuple[float, float]] = []
         while len(rounds) < ROUNDS and sum(map(sum, rounds)) < ENOUGH:
-            rounds.append((seconds(one_pass), seconds(one_by_one)))
+            rounds.append((self.seconds(one_pass), self.seconds(one_by_one)))
         fast, slow = zip(*rounds, strict=True)
         print(f"    one pass {statistics.median(fast):.2f} s, one by one {statistics.median(slow):.2f} s")
         return round(statistics.median(s / f for s, f in zip(slow, fast, strict=True)), 2), round(equal, 3)
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        began = self.clock()
+        work()
+        return self.clock() - began
 
     def _apply_and_answer(self, recipe: Recipe, ids: list[list[int]], rules: Rules) -> list[Output]:
         self.live.apply(recipe)
@@ -124,12 +131,6 @@ def share_of_equal(ours: list[list[Output]], theirs: list[list[Output]]) -> floa
         differs = (i for i, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=True)) if x != y)
         same, total = same + next(differs, len(b.tokens)), total + len(b.tokens)
     return same / total
-
-
-def seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
 
 
 if __name__ == "__main__":

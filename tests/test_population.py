@@ -200,7 +200,7 @@ def test_afterwards_the_live_model_is_what_it_was(plain):
 def last_logits(model, run):
     """The logits (rows, vocabulary) of the last forward pass in `run`."""
     seen = []
-    hook = model.lm_head.register_forward_hook(lambda _module, _inputs, out: seen.append(out[:, -1].double()))
+    hook = model.lm_head.register_forward_hook(lambda _module, _inputs, out: seen.append(out[:, -1].detach().double()))
     run()
     hook.remove()
     return seen[-1]
