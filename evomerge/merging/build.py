@@ -80,9 +80,9 @@ def _write_config(plan: MergePlan, folder: Path) -> None:
     if dtype is not None:
         for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]:
             config[key] = dtype
-    for key in BY_LAYER:
-        if isinstance(config.get(key), list) and len(config[key]) == config["num_hidden_layers"]:
-            config[key] = [config[key][layer] for layer in plan.layout.lenders]
+    for setting in BY_LAYER:
+        if isinstance(config.get(setting), list) and len(config[setting]) == config["num_hidden_layers"]:
+            config[setting] = [config[setting][layer] for layer in plan.layout.lenders]
     config["num_hidden_layers"] = plan.layout.n_layers
     if plan.vocabulary is not None:
         config["vocab_size"] = plan.vocabulary.size
