@@ -136,7 +136,7 @@ class EngineSection:
     device_map: str | None = None  # "auto" spreads one model over several GPUs (accelerate)
     batch_size: int = 32  # most prompts answered at once
     batch_tokens: int | None = None  # most tokens of a batch: prompts x (the longest + max_new_tokens); memory grows with it
-    population: bool = False  # the candidates of a generation answer together, in one pass
+    population: bool | None = None  # a generation's candidates answer in one pass; None: in float32, where it surely pays
     threads: int | None = None  # CPU threads; None: torch's choice. On a busy machine fewer can be much faster
     residency: Literal["auto", "device", "host", "disk"] = "auto"  # where base and siblings wait between candidates
     quantization: Literal["4bit", "4bit-double"] | None = None  # the live model in NF4 (bitsandbytes); merges stay in bf16

@@ -94,6 +94,7 @@ def answer_all(
     apply: Callable[[], None],
     pace: Pace,
     remember: Callable[[Mapping[str, int]], None] = lambda limits: None,
+    mode: str = MERGED,
 ) -> list[Answer]:
     """Answers to all prompts, in order; `apply` merges, and runs only when some batch is not in the cache.
 
@@ -104,7 +105,7 @@ def answer_all(
     engine.watch = pace.watch
     for batch in engine.batches(prompts):
         texts = [prompts[i] for i in batch]
-        key = cache.key(recipe, texts)
+        key = cache.key(recipe, texts, mode)
         found = cache.get(key)
         if found is not None:
             pace.found(len(batch))

@@ -64,9 +64,9 @@ def make_engine(
         from evomerge.answering.vllm import VllmEngine
 
         return VllmEngine(base, siblings, engine, generation, dtype, seed, too_long)
-    from evomerge.answering.hf import TransformersEngine
+    from evomerge.answering.population import PopulationEngine
 
-    return TransformersEngine(base, siblings, engine, generation, dtype, seed, too_long)
+    return PopulationEngine(base, siblings, engine, generation, dtype, seed, too_long)
 
 
 def pack(lengths: Sequence[int], new_tokens: int, rows: int, tokens: int | None = None) -> list[list[int]]:

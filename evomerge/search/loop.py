@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from evomerge.answering.cache import AnswerCache, answer_all
+from evomerge.answering.cache import MERGED, AnswerCache, answer_all
 from evomerge.answering.engine import Answer, Engine
 from evomerge.answering.lm_eval_tasks import LmEvalTasks
 from evomerge.answering.pace import Pace
@@ -26,6 +26,8 @@ from evomerge.genome import Genome
 from evomerge.judging.grade import Grade, Judge
 from evomerge.recipe import Recipe
 from evomerge.search.ledger import Ledger, Result, TrialRecord
+from evomerge.search.one_pass import MODE as ONE_PASS
+from evomerge.search.one_pass import OnePass
 from evomerge.search.sampler import ReplayedCmaEs, Slot
 from evomerge.search.verdict import best_uniform, choose_winner, make_verdict, mean_and_error, metric_values
 from evomerge.study import Study
@@ -77,6 +79,8 @@ class Search:
         engine.limits.update(ledger.facts.get("limits", {}))
         assert isinstance(ledger.study.sampler, ReplayedCmaEs)
         self.sampler = ledger.study.sampler
+        self.one_pass = OnePass(study, genome, engine, cache, ledger, self.sampler)
+        self._in_one_pass: bool | None = None
 
     def run(self) -> dict[str, Any]:
         """References, generations, the mean, the verdict. Returns the verdict; raises what stops a run."""
@@ -115,7 +119,8 @@ class Search:
         vector = [trial.params[name] for name in self.genome.names]
         began = time.perf_counter()
         try:
-            examined = self.examine(self.genome.decode(vector), self.split.search, label)
+            mode = self._answer_generation(slot) if slot is not None else MERGED
+            examined = self.examine(self.genome.decode(vector), self.split.search, label, mode)
         except EngineError as error:
             self.ledger.fail(trial, str(error))
             if role != "candidate":
@@ -125,7 +130,21 @@ class Search:
         self.ledger.finish(trial, self._result(examined))
         self._progress(label, time.perf_counter() - began)
 
-    def examine(self, recipe: Recipe, tasks: Sequence[Task], label: str = "") -> Examined:
+    def _answer_generation(self, slot: Slot) -> str:
+        """Let the whole generation answer in one pass, where that is wanted. The mode in which its answers are kept."""
+        if self.lm_eval is not None:
+            return MERGED
+        prompts = [self.prompter.render(task.input) for task in self.split.search]
+        if self._in_one_pass is None:
+            self._in_one_pass = self.one_pass.wanted(len(prompts))
+        if not self._in_one_pass:
+            return MERGED
+        together = self.one_pass.ahead(slot.generation, prompts)
+        if together:
+            self.console.status(f"gen {slot.generation + 1}  {together} candidates answered in one pass")
+        return ONE_PASS
+
+    def examine(self, recipe: Recipe, tasks: Sequence[Task], label: str = "", mode: str = MERGED) -> Examined:
         """Merge, answer, judge. Merging is skipped when every answer is already paid for."""
         seconds = {"merge": 0.0, "answer": 0.0, "judge": 0.0}
 
@@ -145,8 +164,8 @@ class Search:
             return Examined([o.answer for o in outcomes], parts, seconds, figure="score")
         prompts = [self.prompter.render(task.input) for task in tasks]
         pace = Pace(len(tasks), lambda line: self.console.status(f"{label}  {line}", detail=True))
-        answers = answer_all(self.engine, self.cache, recipe.digest(), prompts, apply, pace, self._remember_limits)
-        seconds["answer"] = time.perf_counter() - began - seconds["merge"]
+        answers = answer_all(self.engine, self.cache, recipe.digest(), prompts, apply, pace, self._remember_limits, mode)
+        seconds["answer"] = time.perf_counter() - began - seconds["merge"] + self.one_pass.spent(recipe)
         began = time.perf_counter()
         grades = [self.judge.grade(task, answer) for task, answer in zip(tasks, answers, strict=True)]
         seconds["judge"] = time.perf_counter() - began

@@ -60,7 +60,10 @@ class ReplayedCmaEs(BaseSampler):
         """The first place, in order, that has no finished candidate."""
         done = _finished(trials)
         number = next(n for n in range(len(done) + 1) if divmod(n, self.population) not in done)
-        generation, index = divmod(number, self.population)
+        return self.slot(trials, *divmod(number, self.population))
+
+    def slot(self, trials: Sequence[FrozenTrial], generation: int, index: int) -> Slot:
+        """A place, and how often a candidate failed there."""
         failures = sum(
             t.state == TrialState.FAIL
             and (t.user_attrs.get("generation"), t.user_attrs.get("index")) == (generation, index)

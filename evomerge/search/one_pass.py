@@ -1,0 +1,68 @@
+"""A generation whose candidates answer together, in one pass: their answers are in the cache before the trials begin."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from evomerge.answering.cache import AnswerCache
+from evomerge.answering.engine import Engine
+from evomerge.answering.population import PopulationEngine, pays
+from evomerge.genome import Genome
+from evomerge.recipe import Recipe
+from evomerge.search.ledger import Ledger
+from evomerge.search.sampler import ReplayedCmaEs
+from evomerge.study import Study
+
+MODE = "population"  # of the cache's keys: a weight that is not merged is not rounded
+
+
+@dataclass
+class OnePass:
+    """`ahead` answers for a whole generation. Which candidates share a pass is a function of the study alone."""
+
+    study: Study
+    genome: Genome
+    engine: Engine
+    cache: AnswerCache
+    ledger: Ledger
+    sampler: ReplayedCmaEs
+    seconds: dict[str, float] = field(default_factory=dict)  # recipe digest -> its share of a pass, until it is fetched
+
+    def wanted(self, prompts: int) -> bool:
+        """As `engine.population` says; unsaid, in fp32, where the tokens are the merged model's, and where it surely pays."""
+        if not isinstance(self.engine, PopulationEngine) or self.engine.live is None or self.study.engine.population is False:
+            return False
+        parameters = sum(p.numel() for p in self.engine.model.parameters())
+        device = next(iter(self.engine.model.parameters())).device.type
+        sure = self.study.search.dtype == "float32" and pays(self.sampler.population, prompts, parameters, device)
+        return (self.study.engine.population or sure) and self.engine.suits([self.genome.decode(self.genome.parent(0))])
+
+    def ahead(self, generation: int, prompts: Sequence[str]) -> int:
+        """Answer for every candidate of the generation, unless all that is kept; how many candidates that were. Raises EngineError."""
+        assert isinstance(self.engine, PopulationEngine)
+        recipes = [self.genome.decode(vector) for vector in self._vectors(generation)]
+        batches = self.engine.batches(prompts)
+        keys = [[self.cache.key(r.digest(), [prompts[i] for i in batch], MODE) for batch in batches] for r in recipes]
+        if all(self.cache.get(key) is not None for row in keys for key in row):
+            return 0
+        began = time.perf_counter()
+        answers = self.engine.answer_all(recipes, prompts)
+        for recipe, row, found in zip(recipes, keys, answers, strict=True):
+            self.seconds[recipe.digest()] = (time.perf_counter() - began) / len(recipes)
+            for key, batch in zip(row, batches, strict=True):
+                self.cache.put(key, [found[i] for i in batch])
+        return len(recipes)
+
+    def spent(self, recipe: Recipe) -> float:
+        """Seconds of a pass that were this candidate's; once."""
+        return self.seconds.pop(recipe.digest(), 0.0)
+
+    def _vectors(self, generation: int) -> list[tuple[float, ...]]:
+        """The generation's candidates: those that are finished, and those that will be drawn, up to the last trial."""
+        trials = self.ledger.trials()
+        finished = {(r.generation, r.index): r.weights for r in self.ledger.records() if r.role == "candidate" and r.state == "complete"}
+        places = [i for i in range(self.sampler.population) if generation * self.sampler.population + i < self.study.search.trials]
+        drawn = {i: self.sampler.draw(trials, self.sampler.slot(trials, generation, i)) for i in places if (generation, i) not in finished}
+        return [finished.get((generation, i)) or tuple(float(x) for x in drawn[i]) for i in places]
