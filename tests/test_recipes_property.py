@@ -40,12 +40,12 @@ def drawn_elsewhere(recipe):
     """Tensors whose random numbers we may not draw where mergekit does.
 
     Where several tensors have one label, because a layer repeats, mergekit's order among them hangs on the slots of a hash
-    table. Where the models' layers cross, a label's tensors wait for one that comes later.
+    table.
     """
     plan = MergePlan(recipe, open_recipe(recipe))
     drawn = [name for name in plan.names if plan.hows[name].draws]
     times = Counter(label(plan, name) for name in drawn)
-    return {name for name in drawn if times[label(plan, name)] > 1 or len({source for _, source in plan.hows[name].inputs}) > 1}
+    return {name for name in drawn if times[label(plan, name)] > 1}
 
 
 def merge_both(data, folder, seed):
