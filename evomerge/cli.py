@@ -222,11 +222,12 @@ def show(args: argparse.Namespace) -> None:
 def export(args: argparse.Namespace) -> None:
     """The winner's YAML, or its model folder."""
     from evomerge.atomic import replace_file
-    from evomerge.export import card, recipe_text
+    from evomerge.export import card, recipe_text, use_threads
 
     finished = _finished(args)
     text = recipe_text(finished)
     if args.model is not None:
+        use_threads(finished.study)
         _build(finished.recipe, args.model, args.out_shard_size, text, finished.study.search.seed)
         replace_file(args.model / "README.md", lambda p: p.write_text(card(finished), encoding="utf-8"))
     if args.output is not None:

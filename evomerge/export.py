@@ -16,6 +16,7 @@ from evomerge.report import write_report, write_trials_csv
 from evomerge.search.ledger import TrialRecord
 from evomerge.search.loop import sibling_names
 from evomerge.search.session import Finished
+from evomerge.study import Study
 
 
 def write_results(finished: Finished, folder: Path) -> list[Path]:
@@ -49,6 +50,14 @@ def write_results(finished: Finished, folder: Path) -> list[Path]:
         ),
     )
     return written
+
+
+def use_threads(study: Study) -> None:
+    """Merge with as many threads as the search did: slerp's angle and DARE's rescaling are sums whose last bit depends on them."""
+    if study.engine.threads is not None:
+        import torch
+
+        torch.set_num_threads(study.engine.threads)
 
 
 def recipe_text(finished: Finished) -> str:
