@@ -42,7 +42,7 @@ from evomerge.merging.folder import open_model
 from evomerge.recipe import task_arithmetic_recipe
 from evomerge.study import EngineSection, GenerationSection
 
-LAYERS, HIDDEN, FFN, HEADS, ROUNDS = 10, 384, 1024, 6, 3
+LAYERS, HIDDEN, FFN, HEADS, ROUNDS = 24, 256, 640, 4, 3  # deep and narrow, as small models are
 CHARACTERS = "".join(chr(ord("ぁ") + i) for i in range(80)) + "".join(chr(ord("一") + i) for i in range(1900))
 SHORTEST, LONGEST = 4, 128  # tokens of the answers that end on their own
 EVOLVE_PYTHON = os.environ.get("EVOMERGE_MERGEKIT_EVOLVE_PYTHON")
@@ -78,7 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a model folder to measure too")
     parser.add_argument("--dtype", default="float32", help="of the live model; float32 is the faster one on most CPUs")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     clock = time.process_time if args.threads == 1 else time.perf_counter  # CPU seconds: a busy machine does not count

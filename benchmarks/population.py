@@ -30,16 +30,16 @@ from evomerge.merging.live import LiveModel
 from evomerge.recipe import Recipe, task_arithmetic_recipe
 
 CANDIDATES, ROUNDS, ENOUGH = 12, 5, 45.0  # seconds after which no other round begins
-SIZES = {"20M": {"hidden_size": 384, "intermediate_size": 1024}, "9M": {"hidden_size": 256, "intermediate_size": 640}}
+SIZES = {"20M": {"hidden_size": 256, "intermediate_size": 640}, "9M": {"hidden_size": 192, "intermediate_size": 384}}
 DTYPES = ("float32", "bfloat16")
 WORK = ((2, 32), (8, 32), (24, 32))  # prompts, new tokens
-LAYERS, VOCABULARY, PROMPT = 10, 2000, (12, 20)  # tokens of a prompt
+LAYERS, VOCABULARY, PROMPT = 24, 2000, (12, 20)  # tokens of a prompt
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="only the figure that is required")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     clock = time.process_time if args.threads == 1 else time.perf_counter

@@ -35,7 +35,7 @@ from evomerge.merging.stream import MergePlan
 from evomerge.recipe import Recipe, scalar
 
 PLAIN = {"normalize": False, "lambda": 1.0}  # what a recipe must set, if it sets them
-GROUPED = 64  # tokens of one candidate from which merging its weights once more is cheaper than more products
+GROUPED = 256  # tokens of one candidate from which merging its weights once more is cheaper than more products
 Forward = Callable[..., Tensor]
 AnswerRows = Callable[..., list[Output]]
 
