@@ -4,7 +4,7 @@ One pass is PopulationModel; candidate after candidate is LiveModel.apply and th
 module. Both answer the same prompts to their full length. The last line is one JSON object: `population_gain` is that of
 12 candidates x 2 prompts in fp32 on 20 M parameters, `table` the rest, `equal_tokens` the share of tokens at which one pass
 says what the merged model says, up to the first difference of an answer (after it the two read different texts).
-`--quick` measures `population_gain` alone. With one thread, the default, seconds are the process's own on the CPU, so that a
+`--quick` measures `population_gain` alone. With `--threads 1` seconds are the process's own on the CPU, so that a
 busy machine does not count. The shape is that of answering.py.
 """
 
