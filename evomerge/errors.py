@@ -12,6 +12,7 @@
     └── RunError                  exit 1: something that happened while running
         ├── EngineError           the model could not answer
         ├── JudgeError            the judge could not grade: the run stops, all recorded
+        │   └── JudgePaused       exit 3: a budget is spent or grades are missing; the same command goes on
         └── OutputError           results could not be written (full disk, no permission)
 
 A line reads ``where: what (found: value). remedy``.
@@ -79,6 +80,12 @@ class EngineError(RunError):
 
 class JudgeError(RunError):
     """The judge failed; a run stops, and everything so far is recorded."""
+
+
+class JudgePaused(JudgeError):
+    """Grades are missing that no one may invent: the run waits, all recorded, and the same command goes on."""
+
+    exit_code = 3
 
 
 class OutputError(RunError):

@@ -23,8 +23,13 @@ import yaml
 
 from evomerge.errors import InputError, StudyFileError
 
-# Keys that a finished or running study may change: they say when to stop, not what is searched.
-STOPPING_KEYS = ("search.trials",)
+# Keys that a finished or running study may change: they say when to stop and how to reach the judge, not what is searched.
+STOPPING_KEYS = (
+    "search.trials",
+    *(f"judge.{key}" for key in ("base_url", "concurrency", "requests_per_minute", "retries", "back_off", "timeout", "asks")),
+    *(f"judge.{key}" for key in ("max_requests", "max_tokens", "max_cost", "input_price", "output_price")),
+)
+JUDGE_MODEL = "EVOMERGE_JUDGE_MODEL"  # the environment's name for `judge.model`
 DENSE = ("ties", "dare_ties", "dare_linear")  # these keep a share of each difference: its density is searched too
 MIXING = ("linear", "slerp")  # these mix models as they are: the base, if there is one, is a model like the others
 LM_EVAL_KEYS = ("limit", "num_fewshot", "shuffle", "apply_chat_template", "fewshot_as_multiturn", "task_search_path")
@@ -96,8 +101,27 @@ class GenerationSection:
 class JudgeSection:
     """Who grades, and which of its figures is optimised."""
 
-    kind: Literal["rules", "lm-eval"] = "rules"  # lm-eval: set by lm-eval tasks, which bring metrics of their own
+    # rules: offline; llm: a server; learned: `file`, of `evomerge judge fit`; local: `model` in process; lm-eval: set by its tasks
+    kind: Literal["rules", "learned", "llm", "local", "lm-eval"] = "rules"
     metric: Literal["grade", "correct", "score"] = "grade"  # 1 to 5; the share of closed tasks that are right; lm-eval's weighted mean
+    file: str | None = None  # with learned
+    model: str | None = None  # llm: the server's name for it (None: $EVOMERGE_JUDGE_MODEL, or the only one there is); local: a model folder
+    base_url: str | None = None  # with llm, any OpenAI-compatible server; None: $OPENAI_BASE_URL, or OpenAI. The key: $OPENAI_API_KEY
+    template: str | None = None  # with llm: a prompt of your own with {input}, {answer} and, if wanted, {output} and {eval_aspect}
+    votes: int = 1  # times an answer is graded; the grade is their median
+    temperature: float = 0.0
+    reply_tokens: int = 1024  # longest reply; a model that thinks first needs more
+    concurrency: int = 16  # requests under way at once
+    requests_per_minute: float | None = None
+    max_requests: int | None = None  # the study's budget: when it is spent the run pauses, and goes on once it is raised
+    max_tokens: int | None = None  # likewise, tokens of prompts and replies
+    max_cost: float | None = None  # likewise, in the currency of the prices
+    input_price: float = 0.0  # for a million tokens of prompts
+    output_price: float = 0.0  # for a million tokens of replies
+    retries: int = 6  # of a request after 408, 409, 429, 5xx, a time-out or a torn connection; then the run pauses
+    back_off: float = 1.0  # seconds before the first retry, doubled each time up to 60; Retry-After goes before it
+    timeout: float = 120.0  # seconds for one reply
+    asks: int = 3  # times a reply is asked for before an answer counts as not graded, and the run pauses
 
 
 @dataclass(frozen=True)
@@ -227,6 +251,7 @@ def read_study(path: str | Path, overrides: Sequence[str] = (), environ: Mapping
     _check(study, str(path))
     _check_genome(study, str(path))
     _check_lm_eval(study, str(path))
+    check_judge(study.judge, str(path))
     return study
 
 
@@ -391,6 +416,47 @@ def _check_lm_eval(study: Study, where: str) -> None:
             raise StudyFileError("no such folder", where=f"{where}: task_search_path", found=path, remedy="Name folders with task YAMLs.")
 
 
+def check_judge(j: JudgeSection, where: str) -> None:
+    """Which of the judge's keys go together, and their ranges. Raises StudyFileError."""
+    limits = {key: getattr(j, key) for key in ("max_requests", "max_tokens", "max_cost", "requests_per_minute")}
+    least = {"votes": 1, "reply_tokens": 1, "concurrency": 1, "asks": 1, "retries": 0, "back_off": 0, "temperature": 0, "input_price": 0}
+    least["output_price"] = 0
+    wrong = next((key for key, low in least.items() if getattr(j, key) < low), None)
+    nothing = next((key for key, value in limits.items() if value is not None and value <= 0), None)
+    missing = next((f"{{{key}}}" for key in ("input", "answer") if j.template is not None and f"{{{key}}}" not in j.template), None)
+    rules: list[tuple[bool, str, object, str]] = [
+        ((j.kind == "learned") == (j.file is not None), "file", j.file, "It goes with `kind: learned`, and only with it."),
+        (wrong is None, wrong or "", getattr(j, wrong or "votes"), f"At least {least.get(wrong or '', 0)}."),
+        (nothing is None, nothing or "", limits.get(nothing or ""), "Above 0; leave it out for no limit."),
+        (j.concurrency <= 1024, "concurrency", j.concurrency, "At most 1024."),
+        (j.timeout > 0, "timeout", j.timeout, "Seconds, above 0."),
+        (missing is None, "template", j.template, f"It must hold {missing}."),
+        (
+            j.max_cost is None or j.input_price + j.output_price > 0,
+            "max_cost",
+            j.max_cost,
+            "Set judge.input_price and judge.output_price, for a million tokens each.",
+        ),
+        (j.kind != "local" or j.model is not None, "model", j.model, "Name the model folder of the local judge."),
+        (
+            j.metric != "correct" or j.kind == "rules",
+            "metric",
+            j.metric,
+            f"The {j.kind} judge gives grades; only rules say right or wrong. Use grade.",
+        ),
+    ]
+    for good, key, value, remedy in rules:
+        if not good:
+            raise StudyFileError(f"`judge.{key}` is out of range", where=where, found=value, remedy=remedy)
+
+
+def read_judge(settings: Mapping[str, Any], where: str) -> JudgeSection:
+    """A judge's keys, outside a study, checked as in one. Raises StudyFileError."""
+    section = typing.cast(JudgeSection, _build(JudgeSection, dict(settings), "judge", where))
+    check_judge(section, where)
+    return section
+
+
 def _check_genome(study: Study, where: str) -> None:
     """Genomes that no recipe can express, or that hold a number which changes nothing."""
     genome, search = study.genome, study.search
@@ -446,20 +512,32 @@ def _resolve_paths(study: Study, folder: Path) -> Study:
         for source in study.tasks
     )
     folders = tuple(str((folder / Path(path).expanduser()).resolve()) for path in study.task_search_path)
-    return dataclasses.replace(study, genome=genome, tasks=tasks, task_search_path=folders)
+    j = study.judge
+    judge = dataclasses.replace(
+        j,
+        file=None if j.file is None else str((folder / Path(j.file).expanduser()).resolve()),
+        model=place(j.model) if j.kind == "local" and j.model is not None else j.model,
+    )
+    return dataclasses.replace(study, genome=genome, tasks=tasks, task_search_path=folders, judge=judge)
+
+
+def read_setting(text: str) -> tuple[str, Any]:
+    """KEY=VALUE of --set, the value as YAML. Raises InputError."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise InputError("--set wants KEY=VALUE", found=text, remedy="For example --set search.trials=24.")
+    return key, yaml.safe_load(value)
 
 
 def _override(data: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise InputError("--set wants KEY=VALUE", found=override, remedy="For example --set search.trials=24.")
+    key, value = read_setting(override)
     *parents, last = key.split(".")
     target = data
     for parent in parents:
         target = target.setdefault(parent, {})
         if not isinstance(target, dict):
             raise InputError(f"--set: `{parent}` holds no keys", found=override, remedy="Name a key such as search.trials.")
-    target[last] = yaml.safe_load(text)
+    target[last] = value
 
 
 def _expand(value: Any, environ: Mapping[str, str], where: str, at: str) -> Any:

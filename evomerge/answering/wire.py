@@ -13,7 +13,7 @@ from evomerge.errors import InputError
 KEY = "OPENAI_API_KEY"
 
 
-def server_url(url: str) -> str:
+def server_url(url: str, where: str = "--server") -> str:
     """The address that the client takes: `/v1` is added where there is no path. Raises InputError."""
     try:
         parts = urlsplit(url)
@@ -22,10 +22,10 @@ def server_url(url: str) -> str:
         fine = False
     if "@" in url or "?" in url or "#" in url:  # not shown: it may hold a key
         raise InputError(
-            "the address holds more than host and path", where="--server", remedy=f"Write http://HOST:PORT/v1; a key belongs in {KEY}."
+            "the address holds more than host and path", where=where, remedy=f"Write http://HOST:PORT/v1; a key belongs in {KEY}."
         )
     if not fine:
-        raise InputError("no address of a server", where="--server", found=url, remedy="Write http://HOST:PORT/v1.")
+        raise InputError("no address of a server", where=where, found=url, remedy="Write http://HOST:PORT/v1.")
     path = parts.path.rstrip("/") or "/v1"
     return f"{parts.scheme}://{parts.netloc}{path}"
 

@@ -1,0 +1,62 @@
+"""Which judge grades: from a study's `judge:` section, or from what a command was given."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from evomerge.errors import InputError
+from evomerge.judging.grade import Judge
+from evomerge.study import JudgeSection, read_judge, read_setting
+
+CACHE = Path("storage/judge.grades.sqlite")  # of the commands, which belong to no study
+
+
+def make_judge(section: JudgeSection, cache: Path | None = None, seed: int = 0, total: bool = True) -> Judge:
+    """The judge that a section names. `cache` is where the llm judge keeps its grades (None: in memory); with `total`
+    what it spent before counts in the budget. Raises InputError, ModelError, JudgeError before anything is graded."""
+    match section.kind:
+        case "llm":
+            from evomerge.judging.llm import LlmJudge
+
+            return LlmJudge(section, cache, seed, total)
+        case "learned":
+            judge: Judge = _lazily("learned", "LearnedJudge")(section.file)
+            return judge
+        case "local":
+            judge = _lazily("local", "make_local_judge")(section)
+            return judge
+        case "rules":
+            from evomerge.judging.rules import RulesJudge
+
+            return RulesJudge()
+    raise InputError("lm-eval tasks bring metrics of their own", where="judge", remedy="Use another judge.")
+
+
+def judge_from_options(judge: str, settings: Sequence[str] = (), cache: Path | None = CACHE) -> Judge:
+    """The judge of a command: `judge` is rules, llm, local or learned:FILE, `settings` are KEY=VALUE texts of the section.
+
+    A budget is the command's own. Raises as `make_judge`, and StudyFileError for a setting.
+    """
+    return make_judge(section_from_options(judge, settings), cache, total=False)
+
+
+def section_from_options(judge: str, settings: Sequence[str] = ()) -> JudgeSection:
+    """The same as a section."""
+    kind, colon, file = judge.partition(":")
+    if kind not in ("rules", "llm", "local", "learned") or (kind == "learned") != bool(colon and file):
+        raise InputError("no such judge", where="--judge", found=judge, remedy="Write rules, llm, local or learned:FILE.")
+    data: dict[str, Any] = {"kind": kind} | ({"file": file} if file else {})
+    for setting in settings:
+        key, value = read_setting(setting)
+        data[key.removeprefix("judge.")] = value
+    return read_judge(data, "--set")
+
+
+def _lazily(module: str, name: str) -> Any:
+    try:
+        return getattr(importlib.import_module(f"evomerge.judging.{module}"), name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"the {module} judge is not installed: {error}", where="judge.kind", remedy="Use rules or llm.") from error

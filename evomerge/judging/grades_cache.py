@@ -1,0 +1,94 @@
+"""Grades already paid for: an SQLite file of its own beside the study, and what they have cost.
+
+A vote is one grade that a judge gave; it is kept in the same transaction as its cost, once, and never changed.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from evomerge.answering.engine import Answer
+from evomerge.errors import OutputError
+from evomerge.judging.rubric import Reading
+from evomerge.tasks import Task
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS votes (key TEXT, vote INTEGER, grade INTEGER NOT NULL, reason TEXT NOT NULL, PRIMARY KEY (key, vote));
+CREATE TABLE IF NOT EXISTS spent (id INTEGER PRIMARY KEY CHECK (id = 1), requests INTEGER, prompt_tokens INTEGER, reply_tokens INTEGER);
+INSERT OR IGNORE INTO spent VALUES (1, 0, 0, 0);
+"""
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What was asked so far: requests sent, tokens of prompts and of replies."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    reply_tokens: int = 0
+
+    def __add__(self, other: Spent) -> Spent:
+        return Spent(self.requests + other.requests, self.prompt_tokens + other.prompt_tokens, self.reply_tokens + other.reply_tokens)
+
+    def __sub__(self, other: Spent) -> Spent:
+        return self + Spent(-other.requests, -other.prompt_tokens, -other.reply_tokens)
+
+
+class GradesCache:
+    """Votes by judge, rubric, task and answer; safe among threads, durable when a call returns."""
+
+    def __init__(self, path: Path | None) -> None:
+        """None keeps everything in memory. Raises OutputError."""
+        self.lock = threading.Lock()
+        self.path = path
+        try:
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            self.db = sqlite3.connect(path or ":memory:", timeout=60, isolation_level=None, check_same_thread=False)
+            self.db.executescript(SCHEMA)
+        except (OSError, sqlite3.Error) as error:
+            raise OutputError(
+                f"the grades cache cannot be opened: {error}", where=path, remedy="Free some space, or move the file away."
+            ) from error
+
+    def get(self, key: str, votes: int) -> dict[int, Reading]:
+        """The votes 0 to `votes` - 1 that are there."""
+        with self.lock:
+            rows = self.db.execute("SELECT vote, grade, reason FROM votes WHERE key = ? AND vote < ?", (key, votes)).fetchall()
+        return {vote: Reading(grade, reason) for vote, grade, reason in rows}
+
+    def put(self, cost: Spent, key: str = "", vote: int = 0, reading: Reading | None = None) -> None:
+        """Keep what a request has cost, and the vote that it gave if it gave one. Raises OutputError on a full disk."""
+        try:
+            with self.lock, self.db:
+                self.db.execute("BEGIN IMMEDIATE")
+                self.db.execute(
+                    "UPDATE spent SET requests = requests + ?, prompt_tokens = prompt_tokens + ?, reply_tokens = reply_tokens + ?",
+                    (cost.requests, cost.prompt_tokens, cost.reply_tokens),
+                )
+                if reading is not None:
+                    self.db.execute("INSERT OR IGNORE INTO votes VALUES (?, ?, ?, ?)", (key, vote, reading.grade, reading.reason))
+        except sqlite3.Error as error:
+            raise OutputError(
+                f"grades cannot be kept: {error}", where=self.path, remedy="Free some space, run the same command again."
+            ) from error
+
+    @property
+    def spent(self) -> Spent:
+        with self.lock:
+            return Spent(*self.db.execute("SELECT requests, prompt_tokens, reply_tokens FROM spent").fetchone())
+
+    def close(self) -> None:
+        with self.lock:
+            self.db.close()
+
+
+def grade_key(judge: str, rubric: str, task: Task, answer: Answer) -> str:
+    """SHA-256 of all that a grade depends on; `judge` is the model and its settings, `rubric` the prompt's digest."""
+    parts = [judge, rubric, task.input, task.output, task.eval_aspect, answer.text, answer.truncated]
+    return sha256(json.dumps(parts).encode()).hexdigest()
