@@ -13,6 +13,13 @@ def usual(prompt):
     return prompt[::-1]
 
 
+class Quiet(ThreadingHTTPServer):
+    """A client that hangs up is no error of the server's, and stderr is under test."""
+
+    def handle_error(self, request, client_address):
+        pass
+
+
 class Server:
     """`models` is the list (None: there is no such page). `plan(number, prompt)`, asked for every question (counted from
     0), gives None for a usual answer, a dict of changes to it, or an action: status(…), raw(…), torn()."""
@@ -27,7 +34,7 @@ class Server:
     @contextmanager
     def running(self, port=0):
         """Gives the URL; on leaving, the port is closed."""
-        self.http = ThreadingHTTPServer(("127.0.0.1", port), handler(self))
+        self.http = Quiet(("127.0.0.1", port), handler(self))
         self.http.daemon_threads = True
         self.port = self.http.server_address[1]
         thread = threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True)
