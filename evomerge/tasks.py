@@ -140,13 +140,14 @@ def read_json_records(path: Path) -> list[tuple[str, dict[str, Any]]]:
     text = _read_text(path)
     decoder = json.JSONDecoder()
     records: list[tuple[str, dict[str, Any]]] = []
-    at = 0
+    at, counted, line = 0, 0, 1
     while True:
         while at < len(text) and text[at] in " \t\r\n,[]" and (text[at] not in ",[]" or path.suffix == ".json"):
             at += 1
         if at >= len(text):
             return records
-        line = text.count("\n", 0, at) + 1
+        line += text.count("\n", counted, at)  # from the last record on: a large file is counted once
+        counted = at
         try:
             value, at = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
