@@ -95,10 +95,12 @@ def answer_all(
     pace: Pace,
     remember: Callable[[Mapping[str, int]], None] = lambda limits: None,
     mode: str = MERGED,
+    got: Callable[[Sequence[int], Sequence[Answer]], None] = lambda indices, answers: None,
 ) -> list[Answer]:
     """Answers to all prompts, in order; `apply` merges, and runs only when some batch is not in the cache.
 
-    `remember` gets the engine's limits when memory has changed them, before the answers under them are kept.
+    `remember` gets the engine's limits when memory has changed them, before the answers under them are kept; `got` gets
+    the prompts' places and the answers of each batch when it is there.
     """
     answers: list[Answer | None] = [None] * len(prompts)
     applied = False
@@ -120,6 +122,7 @@ def answer_all(
             if engine.limits != limits:
                 remember(engine.limits)
             cache.put(key, found)
+        got(batch, found)
         for i, answer in zip(batch, found, strict=True):
             answers[i] = answer
     return [answer for answer in answers if answer is not None]

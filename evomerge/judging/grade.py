@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from evomerge.answering.engine import Answer
@@ -31,3 +32,23 @@ class Judge(Protocol):
 
     def grade(self, task: Task, answer: Answer) -> Grade:
         """Grade one answer. Raises JudgeError when the judge itself fails."""
+
+
+class PendingGrades(Protocol):
+    """Grades of some answers, on their way."""
+
+    def done(self) -> bool: ...
+
+    def result(self) -> list[Grade]:
+        """Wait for them. Raises JudgeError; JudgePaused: some are missing, and the same command goes on."""
+
+
+@runtime_checkable
+class WaitingJudge(Protocol):
+    """A judge that spends its time waiting for others: it is asked, and meanwhile the next candidate answers."""
+
+    def submit(self, tasks: Sequence[Task], answers: Sequence[Answer]) -> PendingGrades:
+        """Ask for grades and return at once. Raises as the last failure did."""
+
+    def close(self, drain: bool = True) -> None:
+        """Ask nothing more; `drain` waits for what is under way, so that it is kept."""

@@ -48,7 +48,6 @@ class Job:
 class Pending:
     """The grades of some answers, on their way."""
 
-    judge: LlmJudge
     votes: list[dict[int, Future[Reading] | Reading]]  # by answer, by vote
 
     @property
@@ -65,7 +64,7 @@ class Pending:
         wait(futures)
         errors = [error for future in futures if (error := future.exception()) is not None]
         if errors:
-            fatal = self.judge.failure or next((e for e in errors if not isinstance(e, NoGrade | Stopped)), None)
+            fatal = next((e for e in errors if not isinstance(e, NoGrade | Stopped)), None)
             missing = [e for e in errors if isinstance(e, NoGrade)]
             if fatal is None and len(missing) > 1:
                 raise NoGrade(f"paused: {len(missing)} grades are missing; {missing[0].what.removeprefix('paused: ')}", remedy=GOES_ON)
@@ -113,21 +112,24 @@ class LlmJudge:
 
     def grade(self, task: Task, answer: Answer) -> Grade:
         """Grade one answer. Raises as `Pending.result`."""
-        return self.submit([task], [answer]).result()[0]
+        return self.grade_all([task], [answer])[0]
 
     def grade_all(self, tasks: Sequence[Task], answers: Sequence[Answer]) -> list[Grade]:
-        """Grade answers, `concurrency` at once. Raises as `Pending.result`."""
+        """Grade answers, `concurrency` at once; after a failure it is a new attempt. Raises as `Pending.result`."""
+        with self._lock:
+            if not self._wanted:
+                self._stop.clear()
+                self.failure = None
         return self.submit(tasks, answers).result()
 
     def submit(self, tasks: Sequence[Task], answers: Sequence[Answer]) -> Pending:
-        """Ask for the grades that are not there yet."""
+        """Ask for the grades that are not there yet. Raises what has ended the run, if it has."""
+        if self.failure is not None:
+            raise self.failure
         keys = [grade_key(self.identity, self.rubric.digest, t, a) for t, a in zip(tasks, answers, strict=True)]
         votes: list[dict[int, Future[Reading] | Reading]] = [{} for _ in keys]
         jobs: list[Job] = []
         with self._lock:
-            if not self._wanted:  # a new attempt after a failure
-                self._stop.clear()
-                self.failure = None
             for i, key in enumerate(keys):
                 found = self.cache.get(key, self.section.votes)
                 for vote in range(self.section.votes):
@@ -143,7 +145,7 @@ class LlmJudge:
             while len(self._workers) < min(self.section.concurrency, len(self._wanted)):
                 self._workers.append(threading.Thread(target=self._work, daemon=True))  # daemons: Ctrl-C waits for no server
                 self._workers[-1].start()
-        return Pending(self, votes)
+        return Pending(votes)
 
     def close(self, drain: bool = True) -> None:
         """Nothing new is asked. `drain` waits for the requests under way, whose grades are paid for."""
@@ -161,14 +163,16 @@ class LlmJudge:
             outcome: Any
             try:
                 done, outcome = job.future.set_result, self._vote(job)
-            except (EvomergeError, Stopped) as error:
+            except Stopped as error:
+                done, outcome = job.future.set_exception, self.failure or error
+            except EvomergeError as error:
                 done, outcome = job.future.set_exception, error
             except Exception as error:  # a worker must not end without a word
                 done, outcome = job.future.set_exception, JudgeError(f"{type(error).__name__}: {error}", where=self.name, remedy=GOES_ON)
             with self._lock:
                 if isinstance(outcome, EvomergeError) and not isinstance(outcome, NoGrade):
-                    self._stop.set()
                     self.failure = self.failure or outcome
+                    self._stop.set()
                 del self._wanted[job.key, job.vote]
             done(outcome)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from evomerge.answering.prompts import Prompter
 from evomerge.console import Console, duration
 from evomerge.errors import EngineError, StudyFileError
 from evomerge.genome import Genome
-from evomerge.judging.grade import Grade, Judge
+from evomerge.judging.grade import Grade, Judge, WaitingJudge
 from evomerge.recipe import Recipe
+from evomerge.search.ahead import Ahead, Begun
 from evomerge.search.ledger import Ledger, Result, TrialRecord
 from evomerge.search.one_pass import MODE as ONE_PASS
 from evomerge.search.one_pass import OnePass
@@ -81,6 +82,7 @@ class Search:
         self.sampler = ledger.study.sampler
         self.one_pass = OnePass(study, genome, engine, cache, ledger, self.sampler)
         self._in_one_pass: bool | None = None
+        self.ahead = Ahead()
 
     def run(self) -> dict[str, Any]:
         """References, generations, the mean, the verdict. Returns the verdict; raises what stops a run."""
@@ -102,7 +104,8 @@ class Search:
         wanted = self.genome.references(self.study.search.uniform)
         for i, (role, weights) in enumerate(wanted):
             if not self._has(role, weights):
-                self._trial(role, weights=weights, label=f"{role} {i + 1}/{len(wanted)}")
+                after = [(r, w) for r, w in wanted[i + 1 :] if not self._has(r, w)]
+                self._trial(role, weights=weights, label=f"{role} {i + 1}/{len(wanted)}", after=after)
 
     def _mean(self) -> None:
         generation, mean = self.sampler.mean(self.ledger.trials())
@@ -111,16 +114,24 @@ class Search:
             self._trial("mean", weights=weights, generation=generation, label="the distribution's mean")
 
     def _trial(
-        self, role: str, label: str, slot: Slot | None = None, weights: tuple[float, ...] | None = None, generation: int | None = None
+        self,
+        role: str,
+        label: str,
+        slot: Slot | None = None,
+        weights: tuple[float, ...] | None = None,
+        generation: int | None = None,
+        after: Sequence[tuple[str, tuple[float, ...]]] | None = None,
     ) -> None:
-        """Start, examine, record. A candidate whose answers fail becomes a failed trial; all else stops the run."""
+        """Start, examine, record. A candidate whose answers fail becomes a failed trial; all else stops the run.
+
+        `after` are the references that follow a reference.
+        """
         fixed = None if weights is None else dict(zip(self.genome.names, weights, strict=True))
         trial = self.ledger.start(role, slot, fixed, generation)
         vector = [trial.params[name] for name in self.genome.names]
-        began = time.perf_counter()
         try:
             mode = self._answer_generation(slot) if slot is not None else MERGED
-            examined = self.examine(self.genome.decode(vector), self.split.search, label, mode)
+            examined = self.examine(self.genome.decode(vector), self.split.search, label, mode, self._upcoming(slot, after))
         except EngineError as error:
             self.ledger.fail(trial, str(error))
             if role != "candidate":
@@ -128,48 +139,96 @@ class Search:
             self.console.say(f"{label}: failed: {error}")
             return
         self.ledger.finish(trial, self._result(examined))
-        self._progress(label, time.perf_counter() - began)
+        self._progress(label, sum(examined.seconds.values()))
 
     def _answer_generation(self, slot: Slot) -> str:
         """Let the whole generation answer in one pass, where that is wanted. The mode in which its answers are kept."""
         if self.lm_eval is not None:
             return MERGED
-        prompts = [self.prompter.render(task.input) for task in self.split.search]
-        if self._in_one_pass is None:
-            self._in_one_pass = self.one_pass.wanted(len(prompts))
-        if not self._in_one_pass:
+        if not self._one_pass():
             return MERGED
+        prompts = [self.prompter.render(task.input) for task in self.split.search]
         together = self.one_pass.ahead(slot.generation, prompts)
         if together:
             self.console.status(f"gen {slot.generation + 1}  {together} candidates answered in one pass")
         return ONE_PASS
 
-    def examine(self, recipe: Recipe, tasks: Sequence[Task], label: str = "", mode: str = MERGED) -> Examined:
-        """Merge, answer, judge. Merging is skipped when every answer is already paid for."""
-        seconds = {"merge": 0.0, "answer": 0.0, "judge": 0.0}
+    def _one_pass(self) -> bool:
+        if self._in_one_pass is None:
+            self._in_one_pass = self.one_pass.wanted(len(self.split.search))
+        return self._in_one_pass
+
+    def _upcoming(self, slot: Slot | None, after: Sequence[tuple[str, tuple[float, ...]]] | None) -> Iterator[Recipe]:
+        """What will be examined next on the search tasks whatever the grades under way will be: the references that are
+        left and then the first generation, or the rest of a candidate's generation, for its draws are independent."""
+        if not isinstance(self.judge, WaitingJudge) or (slot is None and after is None):
+            return
+        yield from (self.genome.decode(weights) for _, weights in after or ())
+        if slot is None and self._one_pass():
+            return  # those answer in another mode
+        trials, size = self.ledger.trials(), self.sampler.population
+        finished = {(r.generation, r.index) for r in self.ledger.records() if r.role == "candidate" and r.state == "complete"}
+        generation, first = (slot.generation, slot.index + 1) if slot is not None else (0, 0)
+        for place in range(first, size):
+            if generation * size + place < self.study.search.trials and (generation, place) not in finished:
+                drawn = self.sampler.draw(trials, self.sampler.slot(trials, generation, place))
+                yield self.genome.decode(tuple(float(x) for x in drawn))
+
+    def examine(
+        self, recipe: Recipe, tasks: Sequence[Task], label: str = "", mode: str = MERGED, upcoming: Iterable[Recipe] = ()
+    ) -> Examined:
+        """Merge, answer, judge. Merging is skipped when every answer is already paid for.
+
+        While a judge is waited for, what is `upcoming` (on the same tasks, in the same mode) is begun.
+        """
+        if self.lm_eval is not None:
+            return self._examine_lm_eval(self.lm_eval, recipe, tasks, label)
+
+        def key(recipe: Recipe) -> tuple[str, str, bool]:
+            return recipe.digest(), mode, tasks is self.split.held_out
+
+        begun = self.ahead.take(key(recipe), lambda: self._begin(recipe, tasks, label, mode))
+        self.ahead.while_waiting(begun, iter(upcoming), key, lambda r: self._begin(r, tasks, f"{label}, ahead", mode))
+        grades = begun.wait()
+        seconds = {phase: round(s, 4) for phase, s in begun.seconds.items()}
+        return Examined(begun.answers, grades, seconds, tokens_per_second=begun.tokens_per_second)
+
+    def _begin(self, recipe: Recipe, tasks: Sequence[Task], label: str, mode: str) -> Begun:
+        """Merge and answer; each batch of answers goes to the judge when it is there."""
+        begun = Begun(self.judge, tasks)
 
         def apply() -> None:
             began = time.perf_counter()
             self.engine.apply(recipe)
-            seconds["merge"] = time.perf_counter() - began
+            begun.seconds["merge"] = time.perf_counter() - began
+
+        began = time.perf_counter()
+        prompts = [self.prompter.render(task.input) for task in tasks]
+        pace = Pace(len(tasks), lambda line: self.console.status(f"{label}  {line}", detail=True))
+        begun.answers = answer_all(self.engine, self.cache, recipe.digest(), prompts, apply, pace, self._remember_limits, mode, begun.got)
+        spent = time.perf_counter() - began - begun.seconds["merge"] - begun.seconds["judge"]
+        begun.seconds["answer"] = spent + self.one_pass.spent(recipe)
+        begun.tokens_per_second = pace.rate
+        return begun
+
+    def _examine_lm_eval(self, lm_eval: LmEvalTasks, recipe: Recipe, tasks: Sequence[Task], label: str) -> Examined:
+        """Merge and let lm-eval ask and score."""
+        merging = 0.0
+
+        def apply() -> None:
+            nonlocal merging
+            began = time.perf_counter()
+            self.engine.apply(recipe)
+            merging = round(time.perf_counter() - began, 4)
 
         def progress(n: int) -> None:
             self.console.status(f"{label}  answered {n}/{len(tasks)}", detail=True)
 
         began = time.perf_counter()
-        if self.lm_eval is not None:
-            outcomes = self.lm_eval.examine(recipe.digest(), tasks, self.cache, apply, progress)
-            seconds["answer"] = round(time.perf_counter() - began - seconds["merge"], 4)
-            parts = [Grade(score, None, str(o.values)) for score, o in zip(self.lm_eval.scores(tasks, outcomes), outcomes, strict=True)]
-            return Examined([o.answer for o in outcomes], parts, seconds, figure="score")
-        prompts = [self.prompter.render(task.input) for task in tasks]
-        pace = Pace(len(tasks), lambda line: self.console.status(f"{label}  {line}", detail=True))
-        answers = answer_all(self.engine, self.cache, recipe.digest(), prompts, apply, pace, self._remember_limits, mode)
-        seconds["answer"] = time.perf_counter() - began - seconds["merge"] + self.one_pass.spent(recipe)
-        began = time.perf_counter()
-        grades = [self.judge.grade(task, answer) for task, answer in zip(tasks, answers, strict=True)]
-        seconds["judge"] = time.perf_counter() - began
-        return Examined(answers, grades, {phase: round(s, 4) for phase, s in seconds.items()}, tokens_per_second=pace.rate)
+        outcomes = lm_eval.examine(recipe.digest(), tasks, self.cache, apply, progress)
+        seconds = {"merge": merging, "answer": round(time.perf_counter() - began - merging, 4), "judge": 0.0}
+        parts = [Grade(score, None, str(o.values)) for score, o in zip(lm_eval.scores(tasks, outcomes), outcomes, strict=True)]
+        return Examined([o.answer for o in outcomes], parts, seconds, figure="score")
 
     def _remember_limits(self, limits: Mapping[str, int]) -> None:
         """Memory has forced smaller batches: the study uses them from here on, also when it is resumed."""
@@ -198,7 +257,10 @@ class Search:
             verdict: dict[str, Any] = before["verdict"]
             return verdict
         tasks = self.split.held_out
-        examined = {name: self.examine(self.genome.decode(r.weights), tasks, f"verdict: {name}") for name, r in finalists.items()}
+        recipes = [self.genome.decode(r.weights) for r in finalists.values()]
+        examined = {
+            name: self.examine(recipes[i], tasks, f"verdict: {name}", upcoming=recipes[i + 1 :]) for i, name in enumerate(finalists)
+        }
         held_out = {name: e.by_task(tasks) for name, e in examined.items()}
         if not metric_values(held_out["winner"], metric):
             raise StudyFileError("no held-out task is closed", where="judge.metric", found=metric, remedy="Use grade.")

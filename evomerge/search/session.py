@@ -17,7 +17,8 @@ from evomerge.answering.prompts import Prompter, make_prompter
 from evomerge.console import Console
 from evomerge.errors import StudyError, StudyFileError
 from evomerge.genome import Genome, make_genome
-from evomerge.judging.rules import RulesJudge
+from evomerge.judging.choose import make_judge
+from evomerge.judging.grade import Judge, WaitingJudge
 from evomerge.merging.fingerprint import combined, fingerprint
 from evomerge.merging.folder import ModelFolder, check_fit, num_layers, open_model
 from evomerge.merging.lora import AdaptedModel
@@ -26,7 +27,7 @@ from evomerge.search.ledger import Ledger, TrialRecord, check_unchanged, only_wo
 from evomerge.search.loop import Search, cache_scope
 from evomerge.search.sampler import ReplayedCmaEs
 from evomerge.search.verdict import choose_winner
-from evomerge.study import Study
+from evomerge.study import JudgeSection, Study
 from evomerge.tasks import Split, Task, load_dataset_tasks, load_tasks, split_tasks, tasks_hash
 
 
@@ -50,6 +51,7 @@ def open_search(study: Study, url: str, console: Console) -> Iterator[Search]:
             f"study {study.study}: {_size(genome)}, {len(split.search)} tasks to search on, "
             f"{len(split.held_out)} held out, {study.search.trials} candidates in generations of {sampler.population}"
         )
+        judge = None if lm_eval is not None else _open_judge(study, url, ledger)
         s = study.search
         engine = make_engine(base, siblings, study.engine, study.generation, s.dtype, s.seed, study.prompt.too_long)
         if lm_eval is not None:
@@ -60,10 +62,34 @@ def open_search(study: Study, url: str, console: Console) -> Iterator[Search]:
             _prepare(lm_eval, engine, ledger, console)
         prompter = make_prompter(engine.tokenizer, study.prompt) if lm_eval is None else Prompter(engine.tokenizer, study.prompt)
         cache = AnswerCache(cache_path(url, study.study), cache_scope(study, facts["models"]))
+        drain = True
         try:
-            yield Search(study, genome, split, engine, prompter, RulesJudge(), ledger, cache, console, lm_eval)
+            yield Search(study, genome, split, engine, prompter, judge or make_judge(JudgeSection()), ledger, cache, console, lm_eval)
+        except KeyboardInterrupt:
+            drain = False  # no server is waited for
+            raise
         finally:
+            if isinstance(judge, WaitingJudge):
+                judge.close(drain)
             cache.close()
+
+
+def _open_judge(study: Study, url: str, ledger: Ledger) -> Judge:
+    """The study's judge; refuse one that is another than the one that graded so far."""
+    judge = make_judge(study.judge, grades_path(url, study.study), study.search.seed)
+    who = f"{judge.name} {judge.version}"
+    known = ledger.facts.get("judge", who)
+    if known != who:
+        if isinstance(judge, WaitingJudge):
+            judge.close()
+        raise StudyError(
+            "the judge is not the one that the study began with",
+            where=ledger.name,
+            found=f"{who}, before: {known}",
+            remedy="Undo the change, or start anew with --study NEW_NAME.",
+        )
+    ledger.remember("judge", who)
+    return judge
 
 
 def _prepare(lm_eval: LmEvalTasks, engine: TransformersEngine, ledger: Ledger, console: Console) -> None:
@@ -154,6 +180,11 @@ def cache_path(url: str, name: str) -> Path:
     """The answer cache lies beside an SQLite study, else in storage/."""
     path = sqlite_path(url)
     return (path.parent if path else Path("storage")) / f"{name}.answers.sqlite"
+
+
+def grades_path(url: str, name: str) -> Path:
+    """Where the llm judge's grades lie: beside the answers."""
+    return cache_path(url, name).with_name(f"{name}.grades.sqlite")
 
 
 def _facts(
