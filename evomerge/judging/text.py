@@ -7,6 +7,7 @@ import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import lru_cache
 from itertools import pairwise
 
 _PLAIN = r"(?:(?<![\w)])-)?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?"
@@ -28,6 +29,11 @@ _KANA = re.compile("[\u3041-\u309f\u30a1-\u30ff]+")
 _HAN = re.compile("[\u3400-\u9fff々]+")
 _LATIN = re.compile("[A-Za-zÀ-ɏ]+")
 _OTHER = re.compile("[\u0370-\u1fff\uac00-\ud7af]+")
+_ODD = re.compile("[^\u0000-\u024f\u3000-\u30ff\uff00-\uffef]")
+_NO_WORD = re.compile(r"[\W_]+")
+_SENTENCE_END = re.compile(r"(?<=[。!?])(?![」』)])|\n+")
+QUOTED = re.compile(r"[「\"]([^「」\"\n]{1,40})[」\"]")
+TERM = re.compile(r"[\u30a1-\u30ff]{2,}|[\u3400-\u9fff々]{2,}|[A-Za-z][A-Za-z'-]+|[0-9]+(?:[.,][0-9]+)*")
 CJK = "\u3041-\u30ff\u3400-\u9fff々"
 
 
@@ -125,6 +131,43 @@ def language(text: str) -> str:
     if kana + han < 0.3 * total:
         return "latin"
     return "zh" if han > 20 and kana < 0.05 * han else "ja"
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences and lines of a cleaned text, none empty."""
+    return [stripped for piece in _SENTENCE_END.split(text) if (stripped := piece.strip())]
+
+
+def grams(text: str) -> frozenset[str]:
+    """The different character trigrams of a text without white space and punctuation."""
+    text = _NO_WORD.sub("", text).casefold()
+    return frozenset(map("".join, zip(text, text[1:], text[2:], strict=False)))
+
+
+def f1(a: frozenset[str], b: frozenset[str]) -> float:
+    """Twice the shared n-grams over the n-grams of both (Dice), 0 to 1."""
+    return 2 * len(a & b) / max(1, len(a) + len(b))
+
+
+def foreign_letters(text: str, known: str = "") -> str:
+    """Letters that Japanese writing does not use and `known` does not hold: Chinese short forms, Hangul, Thai, Arabic.
+
+    Known by their absence from JIS X 0208 with the vendors' additions (cp932).
+    """
+    try:
+        text.encode("cp932")
+    except UnicodeEncodeError:
+        return "".join(sorted(c for c in set(_ODD.findall(text)) if c.isalpha() and c not in known and not _in_cp932(c)))
+    return ""
+
+
+@lru_cache(maxsize=8192)
+def _in_cp932(c: str) -> bool:
+    try:
+        c.encode("cp932")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def bigrams(text: str) -> Counter[str]:
