@@ -1,0 +1,107 @@
+"""What the learned judge sees of an answer: hashed character n-grams, and measures of its form and of its overlap with the reference.
+
+All of it is numpy over the text's code points, some 0.3 ms for an answer of 600 characters. Whoever changes what a number
+means raises VERSION, and files fitted before are refused.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from functools import lru_cache
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+VERSION = 1
+BITS = 16  # n-grams fall into 65,536 buckets
+LENGTHS = (2, 3, 4)
+LONGEST, LONGEST_GRAMS = 20_000, 4_000  # characters that are measured, and whose n-grams are taken
+NAMES = (
+    "length", "length_ratio", "length_distance", "precision", "recall", "f1", "repetition", "kana", "kanji", "latin", "digits", "lines",
+    "bold", "items", "sentences", "exclamations", "headings", "distinct_characters", "distinct_4_grams", "ends", "polite", "apologies",
+    "commas", "leaks",
+)  # fmt: skip
+
+_ITEM = re.compile(r"^[ \t]*(?:[-*・•]|[0-9]{1,3}[.):])", re.MULTILINE)
+_HEADING = re.compile(r"^#", re.MULTILINE)
+_END = re.compile(r"[。.!?)」*`]\s*$")
+_LEAK = re.compile(r"<\||\|>|###|human:|user:|assistant:", re.IGNORECASE)  # a template's marks: the answer did not end
+_PRIME, _GOLDEN = np.uint64(1099511628211), np.uint64(0x9E3779B97F4A7C15)
+
+Ints: TypeAlias = NDArray[np.int64]
+Floats: TypeAlias = NDArray[np.float32]
+
+
+def normalise(text: str) -> str:
+    """NFKC, with half surrogate pairs replaced: what everything here is computed on."""
+    return unicodedata.normalize("NFKC", text[:LONGEST].encode("utf-8", "replace").decode())[:LONGEST]
+
+
+def grams(text: str) -> tuple[Ints, Floats]:
+    """(buckets, weights) of a normalised text's n-grams: ascending buckets, and 1 + ln(times)."""
+    codes = _codes(text[:LONGEST_GRAMS])
+    parts = [_hashes(codes, n) >> np.uint64(64 - BITS) for n in LENGTHS]
+    buckets, times = np.unique(np.concatenate(parts).astype(np.int64), return_counts=True)
+    return buckets, (1 + np.log(times)).astype(np.float32)
+
+
+def measures(text: str, reference: str) -> Floats:
+    """[len(NAMES)] numbers about a normalised answer; the reference may be empty."""
+    codes = _codes(text)
+    n, size = max(1, len(text)), len(_reference(reference)[0])
+    ratio = math.log((len(text) + 5) / (size + 5)) if size else 0.0
+    precision, recall = _overlap(codes, reference)
+    four, ten = _hashes(codes, 4), _hashes(codes, 10)
+
+    def share(low: int, high: int) -> float:
+        return float(((codes >= low) & (codes <= high)).sum()) / n
+
+    values = (
+        math.log1p(len(text)), ratio, abs(ratio), precision, recall, 2 * precision * recall / (precision + recall + 1e-9),
+        1 - len(np.unique(ten)) / max(1, len(ten)),
+        share(0x3041, 0x30FF), share(0x4E00, 0x9FFF), share(0x41, 0x5A) + share(0x61, 0x7A), share(0x30, 0x39),
+        math.log1p(text.count("\n")), math.log1p(text.count("**")), math.log1p(len(_ITEM.findall(text))), math.log1p(text.count("。")),
+        100 * (text.count("!") + text.count("?")) / n, math.log1p(len(_HEADING.findall(text))),
+        len(np.unique(codes)) / n, len(np.unique(four)) / n, float(bool(_END.search(text))),
+        100 * (text.count("ます") + text.count("です")) / n, text.count("申し訳") + text.count("できません"),
+        100 * text.count("、") / n, len(_LEAK.findall(text)),
+    )  # fmt: skip
+    return np.array(values, np.float32)
+
+
+def _codes(text: str) -> NDArray[np.uint64]:
+    return np.frombuffer(text.encode("utf-32-le"), np.uint32).astype(np.uint64)
+
+
+def _hashes(codes: NDArray[np.uint64], n: int) -> NDArray[np.uint64]:
+    """[len - n + 1] 64-bit hashes of the n-grams, by multiplication and xor (as in FNV-1a, on code points)."""
+    count = max(0, len(codes) - n + 1)
+    hashed = np.full(count, n, np.uint64)
+    for i in range(n):
+        hashed = ((hashed * _PRIME) ^ codes[i : i + count]) * _GOLDEN
+    return hashed
+
+
+@lru_cache(maxsize=4096)
+def _reference(reference: str) -> tuple[str, Ints, Ints]:
+    text = normalise(reference).strip()
+    return (text, *_bigrams(_codes(text)))
+
+
+def _bigrams(codes: NDArray[np.uint64]) -> tuple[Ints, Ints]:
+    buckets, times = np.unique((_hashes(codes, 2) >> np.uint64(40)).astype(np.int64), return_counts=True)
+    return buckets, times
+
+
+def _overlap(codes: NDArray[np.uint64], reference: str) -> tuple[float, float]:
+    """(precision, recall) of the answer's character bigrams."""
+    _, theirs, their_times = _reference(reference)
+    ours, our_times = _bigrams(codes)
+    if not len(theirs) or not len(ours):
+        return 0.0, 0.0
+    at = np.searchsorted(theirs, ours).clip(max=len(theirs) - 1)
+    shared = int(np.minimum(our_times, their_times[at])[theirs[at] == ours].sum())
+    return shared / int(our_times.sum()), shared / int(their_times.sum())

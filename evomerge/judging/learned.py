@@ -1,0 +1,173 @@
+"""The learned judge: a ridge regression for each task, fitted on graded answers to that task (judging/fit.py).
+
+It knows the tasks that it was fitted on and no others, by their whole text; another task is refused and not guessed.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from evomerge.atomic import replace_file
+from evomerge.errors import InputError, TaskError
+from evomerge.judging import features
+from evomerge.judging.features import Floats, grams, measures, normalise
+from evomerge.judging.grade import Grade
+
+if TYPE_CHECKING:
+    from evomerge.answering.engine import Answer
+    from evomerge.tasks import Task
+
+FORMAT, FORMAT_VERSION = "evomerge-learned-judge", 1
+CLIP = 3.0  # standard deviations: an odd answer is no odder than that
+_ARRAYS = ("idf", "grams", "grams_scale", "measures", "mean", "scale", "bias")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The fitted numbers; T tasks, B buckets, M measures.
+
+    The grade is bias[t] + grams[t] · x + measures[t] · z, x the answer's n-grams times idf at length 1, z its measures as
+    standard scores within the task.
+    """
+
+    idf: Floats  # [B]
+    grams: Floats  # [T, B]
+    measures: Floats  # [T, M]
+    mean: Floats  # [T, M]
+    scale: Floats  # [T, M]
+    bias: Floats  # [T]
+
+    def predict(self, t: int, text: str, reference: str) -> float:
+        """The unbounded grade of a normalised text."""
+        buckets, x = grams(text)
+        x = x * self.idf[buckets]
+        x /= max(1e-9, float(np.sqrt(x @ x)))
+        z = ((measures(text, reference) - self.mean[t]) / self.scale[t]).clip(-CLIP, CLIP)
+        return float(self.bias[t] + self.grams[t, buckets].astype(np.float32) @ x + self.measures[t] @ z)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a file tells about itself."""
+
+    tasks: tuple[str, ...]  # keys by `task_key`, in the weights' order
+    ids: tuple[str, ...]
+    answers: tuple[int, ...]  # graded answers to each task
+    judges: tuple[str, ...]
+    models: tuple[str, ...]
+    held_out: dict[str, Any] = field(default_factory=dict)
+
+
+class LearnedJudge:
+    """Grades 1 to 5 as its references would; `correct` is always None."""
+
+    name = "learned"
+
+    def __init__(self, file: str | Path) -> None:
+        """Raises InputError for a file that is missing, damaged, or of another version."""
+        self.file = Path(file)
+        self.weights, self.facts, digest = _read(self.file)
+        self.version = f"{features.VERSION}-{digest[:12]}"
+        self._places = {key: i for i, key in enumerate(self.facts.tasks)}
+
+    def check(self, tasks: Iterable[Task]) -> None:
+        """Raise TaskError for the first task that it was not fitted on."""
+        for task in tasks:
+            self._place(task)
+
+    def grade(self, task: Task, answer: Answer) -> Grade:
+        """Grade one answer, 1.0 to 5.0. Raises TaskError for a task that it was not fitted on."""
+        t = self._place(task)
+        if not re.search(r"\w", answer.text):
+            return Grade(1.0, None, "answer without a word")
+        value = self.weights.predict(t, normalise(answer.text), task.output)
+        why = f"predicted from {self.facts.answers[t]} answers to this task graded by {', '.join(self.facts.judges)}"
+        return Grade(round(min(5.0, max(1.0, value)), 4), None, why)
+
+    def _place(self, task: Task) -> int:
+        place = self._places.get(task_key(task))
+        if place is None:
+            same = str(task.task_id) in self.facts.ids
+            raise TaskError(
+                "the learned judge was fitted on another text of this task" if same else "the learned judge was not fitted on this task",
+                where=self.file,
+                found=task.task_id,
+                remedy="Fit it on graded answers to this task (evomerge judge fit), or use another judge.",
+            )
+        return place
+
+
+def task_key(task: Task) -> str:
+    """A task by what it asks and how it is graded, whatever its id."""
+    return sha256(json.dumps([task.input, task.output, task.eval_aspect]).encode()).hexdigest()[:16]
+
+
+def save_judge(path: Path, weights: Weights, facts: Facts) -> None:
+    """Write an .npz file: arrays, and a JSON text; nothing in it runs on loading. Raises OutputError."""
+    scale = np.abs(weights.grams).max(1, keepdims=True).clip(min=1e-12)  # halves hold 1e-7 steps of it; ranks need no more
+    arrays = {
+        "idf": weights.idf, "grams": (weights.grams / scale).astype(np.float16), "grams_scale": scale[:, 0], "measures": weights.measures,
+        "mean": weights.mean, "scale": weights.scale, "bias": weights.bias,
+    }  # fmt: skip
+    about = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "features": features.VERSION,
+        "tasks": [{"key": k, "task_id": i, "answers": n} for k, i, n in zip(facts.tasks, facts.ids, facts.answers, strict=True)],
+        "judges": list(facts.judges),
+        "models": list(facts.models),
+        "held_out": facts.held_out,
+    }
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, about=np.array(json.dumps(about, ensure_ascii=False)), **arrays)  # type: ignore[arg-type]
+    replace_file(path, lambda p: p.write_bytes(buffer.getvalue()), make_folder=False)
+
+
+def _read(path: Path) -> tuple[Weights, Facts, str]:
+    if not path.is_file():
+        raise InputError("no such file of a learned judge", where=path, remedy="Make one with evomerge judge fit.")
+    try:
+        data = path.read_bytes()
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            about = json.loads(str(file["about"]))
+            version = (about["format"], about["version"], about["features"])
+            arrays = {name: file[name] for name in _ARRAYS} if version == (FORMAT, FORMAT_VERSION, features.VERSION) else {}
+        if not arrays:
+            raise InputError(
+                "was fitted by another version",
+                where=path,
+                found="/".join(map(str, version)),
+                remedy=f"Fit it again: this is {FORMAT}/{FORMAT_VERSION}/{features.VERSION}.",
+            )
+        facts = Facts(
+            *(tuple(str(task[key]) for task in about["tasks"]) for key in ("key", "task_id")),
+            tuple(int(task["answers"]) for task in about["tasks"]),
+            tuple(about["judges"]),
+            tuple(about["models"]),
+            about["held_out"],
+        )
+        scale = arrays.pop("grams_scale")
+        weights = Weights(**arrays)
+        t, b, m = len(facts.tasks), 1 << features.BITS, len(features.NAMES)
+        shapes = [a.shape for a in (weights.idf, weights.grams, weights.measures, weights.mean, weights.scale, weights.bias, scale)]
+        if shapes != [(b,), (t, b), (t, m), (t, m), (t, m), (t,), (t,)]:
+            raise ValueError("arrays of other shapes")
+        weights = Weights(weights.idf, weights.grams, weights.measures, weights.mean, weights.scale, weights.bias)
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"is no learned judge: {error}", where=path, remedy="Make one with evomerge judge fit.") from error
+    return _scaled(weights, scale), facts, sha256(data).hexdigest()
+
+
+def _scaled(weights: Weights, scale: Floats) -> Weights:
+    full = weights.grams.astype(np.float32) * scale[:, None]
+    return Weights(weights.idf, full, weights.measures, weights.mean, weights.scale, weights.bias)
