@@ -8,7 +8,7 @@ reads. Where the name tells no more, it is the base's family, and else the organ
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from hashlib import sha256
 
 # In order: trainers before the bases that they trained on. (family, what its models' names hold)
@@ -74,3 +74,10 @@ def split_models(models: Iterable[str]) -> tuple[list[str], list[str]]:
     """(models of the tuning families, models of the test families), each sorted and without duplicates."""
     names = sorted(set(models))
     return [m for m in names if is_tuning(m)], [m for m in names if not is_tuning(m)]
+
+
+def wanted_models(which: str) -> Callable[[str | None], bool]:
+    """A filter for all, tuning or test: whether a model (None: no name) belongs."""
+    if which == "all":
+        return lambda model: True
+    return lambda model: is_tuning(model or "") == (which == "tuning")

@@ -44,7 +44,7 @@ def grade_file(tasks_path: str | Path, answers_path: str | Path, judge: Judge, o
     unknown task id, InputError for lines that are no answers or come twice, JudgeError, OutputError.
     """
     lines = read_answers(answers_path, load_tasks(tasks_path))
-    grades = [judge.grade(line.task, line.answer) for line in lines]
+    grades = grade_lines(judge, lines)
     records = (_record(line, grade, judge) for line, grade in zip(lines, grades, strict=True))
     text = "".join(json.dumps(record, ensure_ascii=False).translate(_SURROGATES) + "\n" for record in records)
     if out is None:
@@ -52,6 +52,14 @@ def grade_file(tasks_path: str | Path, answers_path: str | Path, judge: Judge, o
     else:
         replace_file(Path(out), lambda path: path.write_text(text, encoding="utf-8", newline="\n"), make_folder=False)
     return _summary(grade.value for grade in grades)
+
+
+def grade_lines(judge: Judge, lines: Sequence[AnswerLine]) -> list[Grade]:
+    """Grade answers in order, all at once by a judge that can. Raises what the judge raises."""
+    grade_all = getattr(judge, "grade_all", None)
+    if grade_all is not None:
+        return list(grade_all([line.task for line in lines], [line.answer for line in lines]))
+    return [judge.grade(line.task, line.answer) for line in lines]
 
 
 def read_answers(path: str | Path, tasks: Sequence[Task]) -> list[AnswerLine]:

@@ -59,6 +59,29 @@ class Fitted:
     held_out: Agreements | None
     by_family: bool
 
+    def lines(self) -> list[str]:
+        """What to tell people."""
+        several = len(self.judges) > 1
+        lines = [
+            f"fitted on {self.n_answers} answers of {len(self.models)} models to {self.n_tasks} tasks, graded by {', '.join(self.judges)}"
+        ]
+        lines += [self.unmatched] if self.unmatched else []
+        if self.dropped:
+            lines.append(f"not fitted, under {FEWEST} graded answers, and refused by this judge: tasks {', '.join(self.dropped)}")
+        if self.held_out is None:
+            lines.append(f"too few models (under {2 * FEWEST}) to say how it agrees on models that it has not seen")
+            return lines
+        kind = "families of models" if self.by_family else "models (there are too few families to keep them apart)"
+        close = self.held_out.pairs["0.15-0.3"]
+        figures = [("within a task", self.held_out.within_task), ("across models", self.held_out.model_level), ("pairs .15 to .3", close)]
+        told = ", ".join(
+            f"{name} {a.value:.3f} [{a.low:.3f}, {a.high:.3f}]"
+            for name, a in figures
+            if a.value is not None and a.low is not None and a.high is not None
+        )
+        lines.append(f"on {kind} held out, {FOLDS} folds, against the same judge{'s' * several}: {told or 'nothing can be told'}")
+        return lines
+
 
 def fit_file(
     tasks_path: str | Path,
@@ -66,7 +89,7 @@ def fit_file(
     grades_path: str | Path,
     judges: Sequence[str],
     out: Path,
-    wanted: Callable[[str], bool] = lambda model: True,
+    wanted: Callable[[str | None], bool] = lambda model: True,
 ) -> Fitted:
     """Fit on the answers that have grades by `judges` (their mean) and write the judge. `wanted` chooses models by name.
 
@@ -74,8 +97,8 @@ def fit_file(
     """
     tasks = load_tasks(tasks_path)
     grades = pick(read_grades(grades_path, tasks), judges, grades_path)
-    grades = {key: grade for key, grade in grades.items() if wanted(key[0] or "")}
-    joined = join([line for line in read_answers(answers_path, tasks) if wanted(line.model or "")], grades)
+    grades = {key: grade for key, grade in grades.items() if wanted(key[0])}
+    joined = join([line for line in read_answers(answers_path, tasks) if wanted(line.model)], grades)
     counts = Counter(str(line.task.task_id) for line in joined.lines)
     chosen = [task for task in tasks if counts[str(task.task_id)] >= FEWEST]
     if not chosen:

@@ -129,7 +129,7 @@ def save_judge(path: Path, weights: Weights, facts: Facts) -> None:
         "held_out": facts.held_out,
     }
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, about=np.array(json.dumps(about, ensure_ascii=False)), **arrays)  # type: ignore[arg-type]
+    np.savez_compressed(buffer, about=np.array(json.dumps(about, ensure_ascii=False)), **arrays)
     replace_file(path, lambda p: p.write_bytes(buffer.getvalue()), make_folder=False)
 
 
@@ -150,7 +150,8 @@ def _read(path: Path) -> tuple[Weights, Facts, str]:
                 remedy=f"Fit it again: this is {FORMAT}/{FORMAT_VERSION}/{features.VERSION}.",
             )
         facts = Facts(
-            *(tuple(str(task[key]) for task in about["tasks"]) for key in ("key", "task_id")),
+            tuple(str(task["key"]) for task in about["tasks"]),
+            tuple(str(task["task_id"]) for task in about["tasks"]),
             tuple(int(task["answers"]) for task in about["tasks"]),
             tuple(about["judges"]),
             tuple(about["models"]),

@@ -13,8 +13,8 @@ import numpy as np
 
 from evomerge.judging.agreement import RESAMPLES, Agreement, Agreements, compare, spearman
 from evomerge.judging.choose import judge_from_options
-from evomerge.judging.families import family, is_tuning, split_models
-from evomerge.judging.files import AnswerLine, read_answers
+from evomerge.judging.families import family, is_tuning, split_models, wanted_models
+from evomerge.judging.files import AnswerLine, grade_lines, read_answers
 from evomerge.judging.grade import Grade, Judge
 from evomerge.judging.reference import Joined, join, pick, read_grades
 from evomerge.tasks import load_tasks
@@ -106,14 +106,14 @@ def validate_files(
     the files, and what the judge raises.
     """
     tasks = load_tasks(tasks_path)
-    wanted = {"all": lambda model: True, "tuning": is_tuning, "test": lambda model: not is_tuning(model)}[models]
+    wanted = wanted_models(models)
     graded = read_grades(grades_path, tasks)
-    grades = {key: grade for key, grade in pick(graded, [reference], grades_path).items() if wanted(key[0] or "")}
-    joined = join([line for line in read_answers(answers_path, tasks) if wanted(line.model or "")], grades)
+    grades = {key: grade for key, grade in pick(graded, [reference], grades_path).items() if wanted(key[0])}
+    joined = join([line for line in read_answers(answers_path, tasks) if wanted(line.model)], grades)
     chosen = judge_from_options(judge, settings)
     _check(chosen, joined)
     cost, began = _cost(chosen), time.perf_counter()
-    given = _grade(chosen, joined.lines)
+    given = grade_lines(chosen, joined.lines)
     seconds, cost = time.perf_counter() - began, _cost(chosen) - cost
     _close(chosen)
     second = {key: grade for key, grade in pick(graded, [reference], grades_path, take=2).items() if key in grades}
@@ -143,20 +143,13 @@ def _compare(joined: Joined, given: Sequence[Grade]) -> Agreements:
     return compare(judge, reference)
 
 
-def _grade(judge: Judge, lines: Sequence[AnswerLine]) -> list[Grade]:
-    grade_all = getattr(judge, "grade_all", None)  # of judges that ask for many at once
-    if grade_all is not None:
-        return list(grade_all([line.task for line in lines], [line.answer for line in lines]))
-    return [judge.grade(line.task, line.answer) for line in lines]
-
-
 def _second_run(judge: str, settings: Sequence[str], lines: Sequence[AnswerLine], given: Sequence[Grade], n: int) -> Again | None:
     """The judge once more, without its cache, on n answers."""
     if n <= 0:
         return None
     rows = sorted(random.Random(0).sample(range(len(lines)), min(n, len(lines))))
     fresh = judge_from_options(judge, settings, cache=None)
-    grades = _grade(fresh, [lines[i] for i in rows])
+    grades = grade_lines(fresh, [lines[i] for i in rows])
     _close(fresh)
     return _agree([given[i].value for i in rows], [grade.value for grade in grades])
 
