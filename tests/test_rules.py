@@ -24,6 +24,7 @@ SORT = "Sort these numbers from smallest to largest: 20, 12, 67"
 LETTERS = 'How many letters are in the word "candle"?'
 FIRST = "Write the first letter of each word: garden button chair"
 BIG = 'What is the opposite of "big"? Answer with one word.'
+CANADA = "What is the capital of Canada?"
 ISE = "伊勢神宮は何県？"
 CAN = "缶コーヒーの形は？一番近いものを選んでください。\nA) 円\nB) 円錐\nC) 円柱\nD) 円環"
 
@@ -58,6 +59,24 @@ TABLE = [
     ("What is the capital of India?", "New Delhi", "new  delhi", True),
     ("What is the capital of India?", "New Delhi", "The capital of India is Mumbai.", False),
     ("What is the capital of Argentina?", "Buenos Aires", "The capital of Argentina is Buenos Aires. It is on the coast.", True),
+    (CANADA, "Ottawa", "Ottawa, Ontario", True),
+    (CANADA, "Ottawa", "Ottawa, Ontario.", True),
+    (CANADA, "Ottawa", "**Ottawa, Ontario, Canada**", True),
+    (CANADA, "Ottawa", "The capital of Canada is Ottawa, Ontario.", True),
+    (CANADA, "Ottawa", "It is Ottawa, in the province of Ontario.", True),
+    (CANADA, "Ottawa", "Ottawa (Ontario)", True),
+    (CANADA, "Ottawa", "Ottawa, Toronto", False),
+    (CANADA, "Ottawa", "Ottawa, Ontario, Toronto", False),
+    (CANADA, "Ottawa", "Ottawa, Ontario or Toronto, Ontario", False),
+    (CANADA, "Ottawa", "Toronto, Ontario", False),
+    (CANADA, "Ottawa", "The capital of Canada is Toronto, Ontario. Ottawa, Ontario is another city.", False),
+    ("カナダの首都は？", "オタワ", "オンタリオ州オタワです。", True),
+    ("カナダの首都は？", "オタワ", "オタワ（オンタリオ州）です。", True),
+    (ISE, "三重県", "三重県伊勢市です。", True),
+    (ISE, "三重県", "伊勢神宮は三重県伊勢市にあります。", True),
+    (ISE, "三重県", "三重県津市ではなく奈良県です。", False),
+    (ISE, "三重県", "伊勢市です。", False),
+    ("伊勢神宮は何市？", "伊勢市", "三重県伊勢市です。", True),
     (MINUTES, "80", "80", True),
     (MINUTES, "80", "80 minutes", True),
     (MINUTES, "80", "1 hour and 20 minutes is 80 minutes", True),
