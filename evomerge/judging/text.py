@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections import Counter
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import lru_cache
-from itertools import pairwise
 
 _PLAIN = r"(?:(?<![\w)])-)?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?"
 _SINGLE = r"(?:(?<![\w)])-)?[0-9]+(?:\.[0-9]+)?"
@@ -168,19 +166,6 @@ def _in_cp932(c: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def bigrams(text: str) -> Counter[str]:
-    """Character bigrams of a text without white space and punctuation."""
-    text = re.sub(r"[\W_]+", "", text.casefold())
-    return Counter(map("".join, pairwise(text)))
-
-
-def overlap(a: Counter[str], b: Counter[str]) -> tuple[float, float]:
-    """(precision, recall) of the bigrams `a` against the reference's `b`, each 0 to 1."""
-    few, many = (b, a) if len(a) > len(b) else (a, b)
-    shared = sum(min(n, many[k]) for k, n in few.items() if k in many)
-    return shared / max(1, a.total()), shared / max(1, b.total())
 
 
 def repetition(text: str, n: int = 10) -> float:
