@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 import time
@@ -27,6 +28,7 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0 done, 1 failed, 2 wrong usage or input, 130 interrupted."""
     args = make_parser().parse_args(argv)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at import of kernels that nobody asked for
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # the hub's retries would stand above our one line
     try:
         command: Callable[[argparse.Namespace], int | None] = args.command

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import astuple
 from hashlib import sha256
 from pathlib import Path
@@ -26,7 +26,7 @@ class AnswerCache:
 
     def __init__(self, path: Path, scope: str) -> None:
         """`scope` names all that the answers depend on beside recipe, prompts and mode: models, generation, engine."""
-        self.scope = scope
+        self.path, self.scope = path, scope
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.db = sqlite3.connect(path, timeout=60, isolation_level=None)
@@ -40,9 +40,16 @@ class AnswerCache:
         """SHA-256 of scope, mode, recipe digest and the batch's prompts."""
         return sha256(json.dumps([self.scope, mode, recipe, list(prompts)]).encode()).hexdigest()
 
-    def get(self, key: str) -> list[Answer] | None:
-        row = self.db.execute("SELECT answers FROM batches WHERE key = ?", (key,)).fetchone()
-        return None if row is None else [Answer(*fields) for fields in json.loads(row[0])]
+    def get(self, key: str, count: int | None = None) -> list[Answer] | None:
+        """The batch's answers, `count` of them; None where they are not there or damaged. Raises OutputError."""
+        try:
+            row = self.db.execute("SELECT answers FROM batches WHERE key = ?", (key,)).fetchone()
+            found = None if row is None else [Answer(*fields) for fields in json.loads(row[0])]
+        except (ValueError, TypeError):
+            return None  # they are answered anew
+        except sqlite3.Error as error:
+            raise OutputError(f"the answer cache cannot be read: {error}", where=self.path, remedy="Delete the file.") from error
+        return None if found is None or count not in (None, len(found)) else found
 
     def put(self, key: str, answers: Sequence[Answer]) -> None:
         """Raises OutputError on a full disk."""
@@ -104,25 +111,34 @@ def answer_all(
     """
     answers: list[Answer | None] = [None] * len(prompts)
     applied = False
-    engine.watch = pace.watch
     for batch in engine.batches(prompts):
         texts = [prompts[i] for i in batch]
         key = cache.key(recipe, texts, mode)
-        found = cache.get(key)
+        found = cache.get(key, len(batch))
         if found is not None:
             pace.found(len(batch))
         else:
             if not applied:
                 apply()
                 applied = True
-            limits = dict(engine.limits)
-            pace.begin()
-            found = engine.answer(texts)
+            with watched(engine, pace, remember):
+                found = engine.answer(texts)
             pace.end(len(batch), sum(answer.tokens for answer in found))
-            if engine.limits != limits:
-                remember(engine.limits)
             cache.put(key, found)
         got(batch, found)
         for i, answer in zip(batch, found, strict=True):
             answers[i] = answer
     return [answer for answer in answers if answer is not None]
+
+
+@contextmanager
+def watched(engine: Engine, pace: Pace, remember: Callable[[Mapping[str, int]], None]) -> Iterator[None]:
+    """While the engine answers, `pace` watches; limits that memory forces are remembered, also when it fails in the end."""
+    limits, engine.watch = dict(engine.limits), pace.watch
+    pace.begin()
+    try:
+        yield
+    finally:
+        engine.watch = None
+        if engine.limits != limits:
+            remember(engine.limits)

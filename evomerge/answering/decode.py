@@ -121,7 +121,8 @@ def decode(
 
 def decodable(model: Any) -> bool:
     """Whether the model's cache holds keys and values alone: recurrent states and the like are `generate`'s business."""
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=model.config).layers)
+    takes_it = "past_key_values" in inspect.signature(model.forward).parameters
+    return takes_it and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=model.config).layers)
 
 
 def filled(keep: Sequence[int]) -> list[int]:
@@ -152,7 +153,8 @@ class Forward:
         known = inspect.signature(model.forward).parameters
         self.positioned, self.extra = "position_ids" in known, {"logits_to_keep": 1} if "logits_to_keep" in known else {}
         layers = DynamicCache(config=model.config).layers
-        self.plain = all(type(layer) is DynamicLayer for layer in layers)  # a sliding window counts columns, gaps too
+        # A sliding window counts columns, gaps too; GPT-Neo's does, though its layers look plain.
+        self.plain = all(type(layer) is DynamicLayer for layer in layers) and model.config.model_type != "gpt_neo"
 
     @property
     def ids(self) -> Tensor:

@@ -15,7 +15,7 @@ A merged weight is rounded to its dtype and this sum is not: fp32 gives the merg
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -81,7 +81,7 @@ class PopulationEngine(TransformersEngine):
                 most = min((b for b in (budget, self.limits.get("batch_tokens")) if b is not None), default=None)
                 lengths = [len(tokens[prompt]) for _, prompt in waiting]
                 part = [waiting[i] for i in pack(lengths, new, self.settings.batch_size * len(recipes), most)[0]]
-                found = self._attempt_part(answer, part, tokens, prompts)
+                found = self._attempt_part(answer, part, tokens, prompts, outputs.values())
                 if found is None:
                     self._halve([len(tokens[prompt]) for _, prompt in part])
                     continue
@@ -90,14 +90,17 @@ class PopulationEngine(TransformersEngine):
         return [[self._finish(outputs[candidate, prompt]) for prompt in range(len(prompts))] for candidate in range(len(recipes))]
 
     def _attempt_part(
-        self, answer: AnswerRows, part: list[tuple[int, int]], tokens: Sequence[list[int]], prompts: Sequence[str]
+        self, answer: AnswerRows, part: list[tuple[int, int]], tokens: Sequence[list[int]], prompts: Sequence[str], done: Collection[Output]
     ) -> list[Output] | None:
-        """The outputs of some rows, or None when memory did not suffice."""
+        """The outputs of some rows, or None when memory did not suffice; `done` are those of the parts before."""
+        ended, made = len(done), sum(len(output.tokens) for output in done)
+        heard = self.watch
+        watch = None if heard is None else (lambda more, new: heard(ended + more, made + new))
         seeds = [prompt_seed(self.seed, prompts[prompt]) for _, prompt in part] if self.rules.do_sample else []
         stopped = (lambda _, new: self._stopped(new)) if self.generation.stop else None
         try:
             rows = [tokens[prompt] for _, prompt in part]
-            return answer([candidate for candidate, _ in part], rows, self.rules, seeds, Hooks(stopped, self.watch))
+            return answer([candidate for candidate, _ in part], rows, self.rules, seeds, Hooks(stopped, watch))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -145,6 +148,8 @@ class PopulationModel:
     def _fits(self, plan: MergePlan) -> bool:
         """Whether every tensor is its own place's base plus deltas, in one dtype, all of it kept on the device."""
         live = self.live
+        if len(set(getattr(self.model, "hf_device_map", {}).values())) > 1:  # hooks that move tensors would be passed by
+            return False
         if plan.layout.restacked or not decodable(self.model) or set(plan.names) != set(live.names):
             return False
         for name in live.names:

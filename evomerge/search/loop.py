@@ -25,7 +25,7 @@ from evomerge.errors import EngineError, StudyFileError
 from evomerge.genome import Genome
 from evomerge.judging.grade import Grade, Judge, WaitingJudge
 from evomerge.recipe import Recipe
-from evomerge.search.ahead import Ahead, Begun
+from evomerge.search.ahead import Ahead, Begun, Item
 from evomerge.search.ledger import Ledger, Result, TrialRecord
 from evomerge.search.one_pass import MODE as ONE_PASS
 from evomerge.search.one_pass import OnePass
@@ -89,6 +89,8 @@ class Search:
         stale = self.ledger.release_stale()
         if stale:
             self.console.say(f"{stale} interrupted trial(s) are taken up again")
+        if self.study.engine.population:
+            self._one_pass()  # refused before any work where it cannot be
         self._references()
         while (done := self._candidates_done()) < self.study.search.trials:
             slot = self.sampler.next_slot(self.ledger.trials())
@@ -131,7 +133,7 @@ class Search:
         vector = [trial.params[name] for name in self.genome.names]
         try:
             mode = self._answer_generation(slot) if slot is not None else MERGED
-            examined = self.examine(self.genome.decode(vector), self.split.search, label, mode, self._upcoming(slot, after))
+            examined = self.examine(self.genome.decode(vector), self.split.search, label, mode, self._upcoming(slot, after, mode))
         except EngineError as error:
             self.ledger.fail(trial, str(error))
             if role != "candidate":
@@ -148,9 +150,8 @@ class Search:
         if not self._one_pass():
             return MERGED
         prompts = [self.prompter.render(task.input) for task in self.split.search]
-        together = self.one_pass.ahead(slot.generation, prompts)
-        if together:
-            self.console.status(f"gen {slot.generation + 1}  {together} candidates answered in one pass")
+        label = f"gen {slot.generation + 1}  in one pass"
+        self.one_pass.ahead(slot.generation, prompts, lambda line: self.console.status(f"{label}  {line}", detail=True))
         return ONE_PASS
 
     def _one_pass(self) -> bool:
@@ -158,43 +159,47 @@ class Search:
             self._in_one_pass = self.one_pass.wanted(len(self.split.search))
         return self._in_one_pass
 
-    def _upcoming(self, slot: Slot | None, after: Sequence[tuple[str, tuple[float, ...]]] | None) -> Iterator[Recipe]:
-        """What will be examined next on the search tasks whatever the grades under way will be: the references that are
-        left and then the first generation, or the rest of a candidate's generation, for its draws are independent."""
-        if not isinstance(self.judge, WaitingJudge) or (slot is None and after is None):
+    def _upcoming(self, slot: Slot | None, after: Sequence[tuple[str, tuple[float, ...]]] | None, mode: str) -> Iterator[Item]:
+        """What will be examined whatever the grades under way will be: the references that are left and then the first
+        generation, or the rest of a candidate's generation, whose draws are independent; then, once the references are
+        graded, those of them that stand in the verdict."""
+        if not isinstance(self.judge, WaitingJudge) or self.lm_eval is not None:
             return
-        yield from (self.genome.decode(weights) for _, weights in after or ())
-        if slot is None and self._one_pass():
-            return  # those answer in another mode
+        yield from ((self.genome.decode(weights), self.split.search, mode) for _, weights in after or ())
+        if slot is not None:
+            yield from ((recipe, self.split.search, mode) for recipe in self._draws(slot.generation, slot.index + 1))
+        elif after is not None and not self._one_pass():  # which answers in another mode
+            yield from ((recipe, self.split.search, mode) for recipe in self._draws(0, 0))
+        if after is None:
+            yield from ((self.genome.decode(r.weights), self.split.held_out, MERGED) for r in self._fixed(self.ledger.records()).values())
+
+    def _draws(self, generation: int, first: int) -> Iterator[Recipe]:
+        """The generation's candidates from a place on that are not finished, up to the last trial."""
         trials, size = self.ledger.trials(), self.sampler.population
         finished = {(r.generation, r.index) for r in self.ledger.records() if r.role == "candidate" and r.state == "complete"}
-        generation, first = (slot.generation, slot.index + 1) if slot is not None else (0, 0)
         for place in range(first, size):
             if generation * size + place < self.study.search.trials and (generation, place) not in finished:
                 drawn = self.sampler.draw(trials, self.sampler.slot(trials, generation, place))
                 yield self.genome.decode(tuple(float(x) for x in drawn))
 
     def examine(
-        self, recipe: Recipe, tasks: Sequence[Task], label: str = "", mode: str = MERGED, upcoming: Iterable[Recipe] = ()
+        self, recipe: Recipe, tasks: Sequence[Task], label: str = "", mode: str = MERGED, upcoming: Iterable[Item] = ()
     ) -> Examined:
         """Merge, answer, judge. Merging is skipped when every answer is already paid for.
 
-        While a judge is waited for, what is `upcoming` (on the same tasks, in the same mode) is begun.
+        While a judge is waited for, what is `upcoming` is begun.
         """
         if self.lm_eval is not None:
             return self._examine_lm_eval(self.lm_eval, recipe, tasks, label)
-
-        def key(recipe: Recipe) -> tuple[str, str, bool]:
-            return recipe.digest(), mode, tasks is self.split.held_out
-
-        begun = self.ahead.take(key(recipe), lambda: self._begin(recipe, tasks, label, mode))
-        self.ahead.while_waiting(begun, iter(upcoming), key, lambda r: self._begin(r, tasks, f"{label}, ahead", mode))
+        begun = self.ahead.take((recipe, tasks, mode), lambda item: self._begin(item, label))
+        self.ahead.while_waiting(begun, iter(upcoming), lambda item: self._begin(item, f"{label}, ahead"))
         grades = begun.wait()
         seconds = {phase: round(s, 4) for phase, s in begun.seconds.items()}
         return Examined(begun.answers, grades, seconds, tokens_per_second=begun.tokens_per_second)
 
-    def _begin(self, recipe: Recipe, tasks: Sequence[Task], label: str, mode: str) -> Begun:
+    def _begin(self, item: Item, label: str) -> Begun:
         """Merge and answer; each batch of answers goes to the judge when it is there."""
+        recipe, tasks, mode = item
         begun = Begun(self.judge, tasks)
 
         def apply() -> None:
@@ -207,8 +212,9 @@ class Search:
         pace = Pace(len(tasks), lambda line: self.console.status(f"{label}  {line}", detail=True))
         begun.answers = answer_all(self.engine, self.cache, recipe.digest(), prompts, apply, pace, self._remember_limits, mode, begun.got)
         spent = time.perf_counter() - began - begun.seconds["merge"] - begun.seconds["judge"]
-        begun.seconds["answer"] = spent + self.one_pass.spent(recipe)
-        begun.tokens_per_second = pace.rate
+        shared = self.one_pass.spent(recipe)
+        begun.seconds["answer"] = spent + shared
+        begun.tokens_per_second = pace.rate if not shared else sum(answer.tokens for answer in begun.answers) / shared
         return begun
 
     def _examine_lm_eval(self, lm_eval: LmEvalTasks, recipe: Recipe, tasks: Sequence[Task], label: str) -> Examined:
@@ -259,7 +265,8 @@ class Search:
         tasks = self.split.held_out
         recipes = [self.genome.decode(r.weights) for r in finalists.values()]
         examined = {
-            name: self.examine(recipes[i], tasks, f"verdict: {name}", upcoming=recipes[i + 1 :]) for i, name in enumerate(finalists)
+            name: self.examine(recipes[i], tasks, f"verdict: {name}", upcoming=[(r, tasks, MERGED) for r in recipes[i + 1 :]])
+            for i, name in enumerate(finalists)
         }
         held_out = {name: e.by_task(tasks) for name, e in examined.items()}
         if not metric_values(held_out["winner"], metric):
@@ -271,12 +278,14 @@ class Search:
         return verdict
 
     def _finalists(self, records: Sequence[TrialRecord]) -> dict[str, TrialRecord]:
+        return {"winner": choose_winner(records, self.study.judge.metric)} | self._fixed(records)
+
+    def _fixed(self, records: Sequence[TrialRecord]) -> dict[str, TrialRecord]:
+        """Whom the winner is compared with: known once the references are graded."""
         parents = {r.weights: r for r in records if r.role == "parent" and r.state == "complete"}
-        finalists = {"winner": choose_winner(records, self.study.judge.metric)}
-        if self.genome.has_base:
-            finalists["base"] = parents[self.genome.parent(None)]
-        finalists |= {name: parents[self.genome.parent(m)] for m, name in enumerate(sibling_names(self.genome.siblings))}
-        return finalists | {"uniform": best_uniform(records, self.genome.is_uniform)}
+        fixed = {"base": parents[self.genome.parent(None)]} if self.genome.has_base else {}
+        fixed |= {name: parents[self.genome.parent(m)] for m, name in enumerate(sibling_names(self.genome.siblings))}
+        return fixed | {"uniform": best_uniform(records, self.genome.is_uniform)}
 
     def _has(self, role: str, weights: tuple[float, ...]) -> bool:
         return any(r.role == role and r.state == "complete" and r.weights == weights for r in self.ledger.records())

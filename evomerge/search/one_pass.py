@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from evomerge.answering.cache import AnswerCache
+from evomerge.answering.cache import AnswerCache, watched
 from evomerge.answering.engine import Engine
+from evomerge.answering.pace import Pace
 from evomerge.answering.population import PopulationEngine, pays
+from evomerge.errors import StudyFileError
 from evomerge.genome import Genome
 from evomerge.recipe import Recipe
 from evomerge.search.ledger import Ledger
 from evomerge.search.sampler import ReplayedCmaEs
 from evomerge.study import Study
 
+WHEN = "It is for plain task_arithmetic with the models on one device, not in 4 bits; remove it."
 MODE = "population"  # of the cache's keys: a weight that is not merged is not rounded
 
 
@@ -37,23 +40,30 @@ class OnePass:
         parameters = sum(p.numel() for p in self.engine.model.parameters())
         device = next(iter(self.engine.model.parameters())).device.type
         sure = self.study.search.dtype == "float32" and pays(self.sampler.population, prompts, parameters, device)
-        return (self.study.engine.population or sure) and self.engine.suits([self.genome.decode(self.genome.parent(0))])
+        suits = (self.study.engine.population or sure) and self.engine.suits([self.genome.decode(self.genome.parent(0))])
+        if self.study.engine.population and not suits:
+            raise StudyFileError("these candidates cannot share a pass", where="engine.population", found=True, remedy=WHEN)
+        return suits
 
-    def ahead(self, generation: int, prompts: Sequence[str]) -> int:
-        """Answer for every candidate of the generation, unless all that is kept; how many candidates that were. Raises EngineError."""
+    def ahead(self, generation: int, prompts: Sequence[str], report: Callable[[str], None]) -> None:
+        """Answer for every candidate of the generation, batch of prompts by batch, what is not kept yet. Raises EngineError."""
         assert isinstance(self.engine, PopulationEngine)
         recipes = [self.genome.decode(vector) for vector in self._vectors(generation)]
-        batches = self.engine.batches(prompts)
-        keys = [[self.cache.key(r.digest(), [prompts[i] for i in batch], MODE) for batch in batches] for r in recipes]
-        if all(self.cache.get(key) is not None for row in keys for key in row):
-            return 0
-        began = time.perf_counter()
-        answers = self.engine.answer_all(recipes, prompts)
-        for recipe, row, found in zip(recipes, keys, answers, strict=True):
-            self.seconds[recipe.digest()] = (time.perf_counter() - began) / len(recipes)
-            for key, batch in zip(row, batches, strict=True):
-                self.cache.put(key, [found[i] for i in batch])
-        return len(recipes)
+        pace = Pace(len(recipes) * len(prompts), report)
+        for batch in self.engine.batches(prompts):
+            texts = [prompts[i] for i in batch]
+            keys = [self.cache.key(recipe.digest(), texts, MODE) for recipe in recipes]
+            if all(self.cache.get(key, len(batch)) is not None for key in keys):
+                pace.found(len(recipes) * len(batch))
+                continue
+            began = time.perf_counter()
+            with watched(self.engine, pace, lambda limits: self.ledger.remember("limits", dict(limits))):
+                answers = self.engine.answer_all(recipes, texts)
+            share = (time.perf_counter() - began) / len(recipes)
+            pace.end(len(recipes) * len(batch), sum(answer.tokens for found in answers for answer in found))
+            for recipe, key, found in zip(recipes, keys, answers, strict=True):
+                self.seconds[recipe.digest()] = self.seconds.get(recipe.digest(), 0.0) + share
+                self.cache.put(key, found)
 
     def spent(self, recipe: Recipe) -> float:
         """Seconds of a pass that were this candidate's; once."""
