@@ -23,27 +23,34 @@ from evomerge.judging.learned import CLIP, Facts, Weights, save_judge, task_key
 from evomerge.judging.reference import join, pick, read_grades
 from evomerge.tasks import Task, load_tasks
 
-RIDGE = 0.1  # the kernel's diagonal is about 1
-MEASURES_WEIGHT = 0.1  # of the measures' kernel beside the n-grams' in a task
+RIDGE = 0.02  # the kernel's diagonal is about 1
+MEASURES_WEIGHT = 0.05  # of the measures' kernel beside the n-grams' in a task
 SHARED, SHARED_RIDGE = 0.3, 100.0  # how much of the ridge over all tasks counts, and its penalty
 MODEL_SHARE = 1 / 3  # of a target is what the answer's model reaches elsewhere: one grade is noisy, a mean of 100 is not
+FAMILY_POWER = 0.5  # a family of n models counts like sqrt(n): 0 is each model alike, 1 each family
 FEWEST = 5  # graded answers to a task
 FOLDS = 4
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Graded answers: n rows over T tasks. `x` are their n-grams (buckets, weights), `z` their measures [n, M]."""
+    """Graded answers: n rows over T tasks. `x` are their n-grams (buckets, weights), `z` their measures [n, M].
+
+    `weight` is what a row counts: less in a large family, whose models say much the same.
+    """
 
     task: NDArray[np.int64]
     model: NDArray[np.int64]
     grade: NDArray[np.float64]
     x: list[tuple[NDArray[np.int64], Floats]]
     z: Floats
+    weight: NDArray[np.float64]
 
     def at(self, rows: NDArray[np.bool_]) -> Examples:
         """Some of the rows."""
-        return Examples(self.task[rows], self.model[rows], self.grade[rows], [self.x[i] for i in np.flatnonzero(rows)], self.z[rows])
+        return Examples(
+            self.task[rows], self.model[rows], self.grade[rows], [self.x[i] for i in np.flatnonzero(rows)], self.z[rows], self.weight[rows]
+        )
 
 
 @dataclass(frozen=True)
@@ -108,6 +115,7 @@ def fit_file(
     place = {str(task.task_id): i for i, task in enumerate(chosen)}
     models = sorted({line.model or "" for line in joined.lines})
     number = {model: i for i, model in enumerate(models)}
+    sizes = Counter(map(family, models))
     rows = [
         (place[str(line.task.task_id)], number[line.model or ""], grade, normalise(line.answer.text), line.task.output)
         for line, grade in zip(joined.lines, joined.grades, strict=True)
@@ -119,6 +127,7 @@ def fit_file(
         np.array([row[2] for row in rows], float),
         [grams(row[3]) for row in rows],
         np.stack([measures(row[3], row[4]) for row in rows]),
+        np.array([sizes[family(models[row[1]])] ** -FAMILY_POWER for row in rows]),
     )
     folds, by_family = _folds(models)
     held_out = _held_out(examples, folds, len(chosen)) if len(models) >= 2 * FEWEST else None
@@ -148,29 +157,34 @@ def fit(examples: Examples, n_tasks: int) -> Weights:
         mean[t], scale[t], level[t] = e.z[here].mean(0), e.z[here].std(0) + 0.1 * overall, e.grade[here].mean()
     z = ((e.z - mean[e.task]) / scale[e.task]).clip(-CLIP, CLIP).astype(np.float64)
     above = e.grade - level[e.task]
-    shared = SHARED * np.linalg.solve(z.T @ z + SHARED_RIDGE * np.eye(m), z.T @ above)
+    weight = e.weight / e.weight.mean()
+    shared = SHARED * np.linalg.solve(z.T @ (weight[:, None] * z) + SHARED_RIDGE * np.eye(m), z.T @ (weight * above))
     reach = np.bincount(e.model, above) / np.bincount(e.model).clip(min=1)
     target = e.grade - MODEL_SHARE * (above - reach[e.model]) - z @ shared
 
     by_grams, by_measures, bias = np.zeros((n_tasks, buckets), np.float32), np.tile(shared, (n_tasks, 1)), level.copy()
     for t in np.unique(e.task):
         here = e.task == t
-        w, v, bias[t] = _ridge(x[here], z[here], target[here])
+        w, v, bias[t] = _ridge(x[here], z[here], target[here], weight[here])
         by_grams[t] = w
         by_measures[t] += v
     small = [np.asarray(a, np.float32) for a in (by_measures, mean, scale, bias)]
     return Weights(idf, by_grams, small[0], small[1], small[2], small[3])
 
 
-def _ridge(x: Any, z: NDArray[np.float64], target: NDArray[np.float64]) -> tuple[Any, Any, float]:
-    """(weights of the n-grams [B], of the measures [M], bias) of a ridge with a free bias, solved in its dual: n is small."""
-    n, share = len(target), MEASURES_WEIGHT / z.shape[1]
-    kernel = (x @ x.T).toarray() + share * (z @ z.T)
-    centre = np.eye(n) - 1 / n
-    alpha = np.linalg.solve(centre @ kernel @ centre + RIDGE * np.eye(n), target - target.mean())
-    alpha -= alpha.mean()
+def _ridge(
+    x: Any, z: NDArray[np.float64], target: NDArray[np.float64], weight: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
+    """(weights of the n-grams [B], of the measures [M], bias) of a ridge with a free bias and a weight for each of n rows.
+
+    Solved in its dual, since n is small: alpha = (K + RIDGE / weight)^-1 y, with K and y centred on their weighted means.
+    """
+    n, share, part = len(target), MEASURES_WEIGHT / z.shape[1], weight / weight.sum()
+    centre = np.eye(n) - part[None]  # [n, n]: subtracts the weighted mean
+    kernel = centre @ ((x @ x.T).toarray() + share * (z @ z.T)) @ centre.T
+    alpha = centre.T @ np.linalg.solve(kernel + RIDGE * np.diag(1 / weight), target - part @ target)
     w, v = np.asarray(x.T @ alpha).ravel(), share * (z.T @ alpha)
-    return w, v, float(target.mean() - np.asarray(x @ w).mean() - (z @ v).mean())
+    return w, v, float(part @ (target - np.asarray(x @ w).ravel() - z @ v))
 
 
 def predict(weights: Weights, examples: Examples) -> NDArray[np.float64]:
