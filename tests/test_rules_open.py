@@ -176,6 +176,7 @@ def test_faults_cost_and_are_named() -> None:
         (good.replace("桜が咲き", "樱花盛开这里们"), "another script"),
         ("Japan has four seasons, and each has its own events and food. Spring is for flowers and autumn for leaves.", "language is latin"),
         (good[:-8] + "、", "cut off"),
+        (question, "is the task itself"),
     ):
         given = grade(question, reference, worse)
         assert given.value < best, worse

@@ -93,6 +93,7 @@ def measure(task: Expected, raw: str, text: str, *, truncated: bool) -> Measured
         "check": sum(value for value, _ in verdicts) / len(verdicts) if verdicts else 0.0,
         "lines": math.log1p(min(30, text.count("\n"))),
         "copied": len(said & task.question_grams) / max(1, len(said)),
+        "echo": float(overlap < 0.7 and f1(said, task.question_grams) > 0.9),
         "repetition": max(0.0, repetition(text) - task.repetition),
         "foreign letters": len(foreign_letters(raw, task.reference + task.question)[:4]) / 4,
         "language": float(bool(spoken and task.language and spoken != task.language)),

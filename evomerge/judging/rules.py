@@ -19,7 +19,7 @@ from evomerge.tasks import Task
 LONGEST = 8_000  # characters that are read; what comes after tells nothing new
 
 # Grade points for a measure of 1. Least squares with fixed signs on GPT-4-turbo's and Athene-V2's grades of the models
-# of some families, rounded; the other families were kept for measuring. The last three are set by hand: the
+# of some families, rounded; the other families were kept for measuring. The last four are set by hand: the
 # answers that were graded hardly hold such, and an answer in English shares no wording with a Japanese reference as it is.
 BASE = 2.6
 MERITS = {"overlap": 1.1, "overlap, unchecked": 2.3, "facts": 0.6, "conclusion": 0.5, "points": 0.2, "check": 1.3, "lines": 0.12}
@@ -29,6 +29,7 @@ FAULTS = {
     "items": 0.5,
     "copied": 0.4,
     "refusal": 0.1,
+    "echo": 1.0,
     "language": 0.2,
     "short": 0.2,
     "cut off": 0.75,
@@ -93,6 +94,7 @@ def _faults(expected: Expected, found: Measured) -> list[str]:
         "foreign letters": "letters of another script",
         "items": f"{found.listed} items instead of {expected.items}",
         "copied": f"copies the task ({values['copied']:.0%})",
+        "echo": "is the task itself",
         "refusal": "declines or doubts",
         "short": "far shorter than the reference",
         "cut off": "cut off",
