@@ -9,12 +9,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from evomerge.answering.engine import Answer
 from evomerge.errors import EngineError
 from evomerge.judging.grade import Grade, Judge, PendingGrades, WaitingJudge
 from evomerge.recipe import Recipe
 from evomerge.tasks import Task
+
+Item: TypeAlias = tuple[Recipe, Sequence[Task], str]  # what is examined: a recipe on some tasks, answered in a mode
 
 
 @dataclass
@@ -54,24 +57,28 @@ class Begun:
 
 @dataclass
 class Ahead:
-    """What was begun before its turn, by (recipe digest, mode, whether the tasks are held out)."""
+    """What was begun before its turn."""
 
-    begun: dict[tuple[str, str, bool], Begun] = field(default_factory=dict)
+    begun: dict[tuple[str, str, str], Begun] = field(default_factory=dict)
 
-    def take(self, key: tuple[str, str, bool], begin: Callable[[], Begun]) -> Begun:
-        return self.begun.pop(key, None) or begin()
+    def take(self, item: Item, begin: Callable[[Item], Begun]) -> Begun:
+        return self.begun.pop(_key(item), None) or begin(item)
 
-    def while_waiting(
-        self, current: Begun, upcoming: Iterator[Recipe], key: Callable[[Recipe], tuple[str, str, bool]], begin: Callable[[Recipe], Begun]
-    ) -> None:
+    def while_waiting(self, current: Begun, upcoming: Iterator[Item], begin: Callable[[Item], Begun]) -> None:
         """Begin what comes next until the current one's grades are there; each is begun once."""
         while not current.done():
-            recipe = next(upcoming, None)
-            if recipe is None:
+            item = next(upcoming, None)
+            if item is None:
                 return
-            if key(recipe) in self.begun:
+            if _key(item) in self.begun:
                 continue
             try:
-                self.begun[key(recipe)] = begin(recipe)
+                self.begun[_key(item)] = begin(item)
             except EngineError:
                 return  # it fails again in its own turn, and is recorded then
+
+
+def _key(item: Item) -> tuple[str, str, str]:
+    """Recipe, mode, and which tasks: no two splits of a study begin with the same one."""
+    recipe, tasks, mode = item
+    return recipe.digest(), mode, str(tasks[0].task_id)

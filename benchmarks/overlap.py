@@ -1,0 +1,145 @@
+"""How well judging overlaps answering: a search's wall time over the larger of its two phases.
+
+The real loop runs on a stand-in engine that answers after a fixed time and on a real local server that grades after a
+fixed time, with a number of connections. `python -m benchmarks.overlap` prints the ratio; 1.15 is the most wanted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import StringIO
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from evomerge.answering.cache import AnswerCache
+from evomerge.answering.engine import Answer
+from evomerge.console import Console
+from evomerge.genome import make_genome
+from evomerge.judging.llm import LlmJudge
+from evomerge.recipe import Recipe
+from evomerge.search.ledger import open_ledger
+from evomerge.search.loop import Search
+from evomerge.search.session import make_sampler
+from evomerge.study import GenomeSection, JudgeSection, SearchSection, Study, TaskSource
+from evomerge.tasks import Split, Task
+
+LATENCY, CONNECTIONS = 1.0, 16  # seconds of a grade; grades at once
+TASKS, BATCH = 48, 8
+BUDGET = 1.15
+
+
+class TimedEngine:
+    """Answers a batch after `seconds`; another recipe gives other answers. Counts its working time."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.busy = seconds, 0.0
+        self.limits: dict[str, int] = {}
+        self.watch: Callable[[int, int], None] | None = None
+        self.tokenizer: Any = None
+        self.recipe = ""
+
+    def apply(self, recipe: Recipe) -> None:
+        self.recipe = recipe.digest()
+
+    def batches(self, prompts: Sequence[str]) -> list[list[int]]:
+        return [list(range(i, min(i + BATCH, len(prompts)))) for i in range(0, len(prompts), BATCH)]
+
+    def answer(self, prompts: Sequence[str]) -> list[Answer]:
+        began = time.perf_counter()
+        time.sleep(self.seconds)
+        self.busy += time.perf_counter() - began
+        return [Answer(f"{prompt} {self.recipe[:12]}", False, 8) for prompt in prompts]
+
+
+@contextmanager
+def server(latency: float) -> Iterator[tuple[str, list[int]]]:
+    """A judge's server on this machine: (its address, a list with one entry for each grade)."""
+    graded: list[int] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self.reply({"object": "list", "data": [{"id": "judge", "object": "model"}]})
+
+        def do_POST(self) -> None:
+            data = self.rfile.read(int(self.headers["Content-Length"]))
+            time.sleep(latency)
+            graded.append(1 + sum(data) % 5)
+            message = {"role": "assistant", "content": json.dumps({"reason": "", "grade": graded[-1]})}
+            self.reply({"choices": [{"index": 0, "finish_reason": "stop", "message": message}]})
+
+        def reply(self, value: Any) -> None:
+            data = json.dumps(value).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http.daemon_threads = True
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{http.server_address[1]}", graded
+    finally:
+        http.shutdown()
+        http.server_close()
+
+
+def run_study(folder: Path, batch_seconds: float, latency: float = LATENCY, trials: int = 8, population: int = 4) -> dict[str, float]:
+    """Wall time of a whole study, verdict and all, and of its phases: seconds of answering, and requests x latency / connections."""
+    study = Study(
+        GenomeSection(models=("sibling",), base_model="base"),
+        (TaskSource(file="none"),),
+        study="overlap",
+        judge=JudgeSection(kind="llm", concurrency=CONNECTIONS),
+        search=SearchSection(trials=trials, population=population, uniform=(0.5,)),
+    )
+    genome = make_genome(study, 4)
+    tasks = tuple(Task(i, f"task {i}") for i in range(TASKS + TASKS // 2))
+    split = Split(tasks[:TASKS], tasks[TASKS:])
+    engine, prompter = TimedEngine(batch_seconds), SimpleNamespace(render=lambda text: text)
+    ledger = open_ledger(f"sqlite:///{folder}/overlap.db", "overlap", make_sampler(study, genome), create=True)
+    ledger.remember("names", list(genome.names))
+    cache = AnswerCache(folder / "answers.sqlite", "overlap")
+    with server(latency) as (url, graded):
+        judge = LlmJudge(JudgeSection(kind="llm", base_url=url, concurrency=CONNECTIONS), folder / "grades.sqlite")
+        search: Any = Search(study, genome, split, engine, prompter, judge, ledger, cache, Console(StringIO()))  # type: ignore[arg-type]
+        began = time.perf_counter()
+        search.run()
+        wall = time.perf_counter() - began
+        judge.close()
+    cache.close()
+    return {"wall": wall, "answering": engine.busy, "judging": len(graded) * latency / CONNECTIONS}
+
+
+def overlap_ratio() -> float:
+    """Wall time over the larger phase where both are about as long, which is the hardest case; about a minute."""
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    with tempfile.TemporaryDirectory() as folder:
+        found = run_study(Path(folder), batch_seconds=BATCH * LATENCY / CONNECTIONS)
+    return found["wall"] / max(found["answering"], found["judging"])
+
+
+if __name__ == "__main__":
+    for ratio in (0.5, 1.0, 2.0):
+        with tempfile.TemporaryDirectory() as place:
+            figures = run_study(Path(place), ratio * BATCH * LATENCY / CONNECTIONS)
+        larger = max(figures["answering"], figures["judging"])
+        print(
+            f"answering/judging {ratio}: "
+            + ", ".join(f"{k} {v:.1f} s" for k, v in figures.items())
+            + f", ratio {figures['wall'] / larger:.3f}"
+        )
