@@ -1,7 +1,8 @@
-"""What the learned judge sees of an answer: hashed character n-grams, and measures of its form and of its overlap with the reference.
+"""What the learned judge sees of an answer: hashed character n-grams, and measures of its form, its overlap with the reference
+and its grade by the rules.
 
-All of it is numpy over the text's code points, some 0.3 ms for an answer of 600 characters. Whoever changes what a number
-means raises VERSION, and files fitted before are refused.
+All but the rules is numpy over the text's code points, some 0.3 ms for an answer of 600 characters. Whoever changes what a
+number means raises the version here (that of the rules is part of it), and files fitted before are refused.
 """
 
 from __future__ import annotations
@@ -10,21 +11,28 @@ import math
 import re
 import unicodedata
 from functools import lru_cache
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-VERSION = 1
+from evomerge.judging.rules import RulesJudge
+
+if TYPE_CHECKING:
+    from evomerge.answering.engine import Answer
+    from evomerge.tasks import Task
+
+VERSION = f"2+rules-{RulesJudge.version}"
 BITS = 16  # n-grams fall into 65,536 buckets
 LENGTHS = (2, 3, 4)
 LONGEST, LONGEST_GRAMS = 20_000, 4_000  # characters that are measured, and whose n-grams are taken
 NAMES = (
     "length", "length_ratio", "length_distance", "precision", "recall", "f1", "repetition", "kana", "kanji", "latin", "digits", "lines",
     "bold", "items", "sentences", "exclamations", "headings", "distinct_characters", "distinct_4_grams", "ends", "polite", "apologies",
-    "commas", "leaks",
+    "commas", "leaks", "rules",
 )  # fmt: skip
 
+_RULES = RulesJudge()
 _ITEM = re.compile(r"^[ \t]*(?:[-*・•]|[0-9]{1,3}[.):])", re.MULTILINE)
 _HEADING = re.compile(r"^#", re.MULTILINE)
 _END = re.compile(r"[。.!?)」*`]\s*$")
@@ -48,8 +56,14 @@ def grams(text: str) -> tuple[Ints, Floats]:
     return buckets, (1 + np.log(times)).astype(np.float32)
 
 
-def measures(text: str, reference: str) -> Floats:
-    """[len(NAMES)] numbers about a normalised answer; the reference may be empty."""
+def look(task: Task, answer: Answer) -> tuple[tuple[Ints, Floats], Floats]:
+    """(n-grams, measures) of an answer to a task."""
+    text = normalise(answer.text)
+    return grams(text), measures(text, task.output, _RULES.grade(task, answer).value)
+
+
+def measures(text: str, reference: str, rules: float = 3.0) -> Floats:
+    """[len(NAMES)] numbers about a normalised answer; the reference may be empty, `rules` is the grade by the rules."""
     codes = _codes(text)
     n, size = max(1, len(text)), len(_reference(reference)[0])
     ratio = math.log((len(text) + 5) / (size + 5)) if size else 0.0
@@ -67,7 +81,7 @@ def measures(text: str, reference: str) -> Floats:
         100 * (text.count("!") + text.count("?")) / n, math.log1p(len(_HEADING.findall(text))),
         len(np.unique(codes)) / n, len(np.unique(four)) / n, float(bool(_END.search(text))),
         100 * (text.count("ます") + text.count("です")) / n, text.count("申し訳") + text.count("できません"),
-        100 * text.count("、") / n, len(_LEAK.findall(text)),
+        100 * text.count("、") / n, len(_LEAK.findall(text)), rules,
     )  # fmt: skip
     return np.array(values, np.float32)
 

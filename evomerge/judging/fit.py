@@ -17,14 +17,15 @@ from numpy.typing import NDArray
 from evomerge.errors import InputError
 from evomerge.judging.agreement import Agreements, compare
 from evomerge.judging.families import family
-from evomerge.judging.features import BITS, NAMES, Floats, grams, measures, normalise
+from evomerge.judging.features import BITS, NAMES, Floats, look
 from evomerge.judging.files import read_answers
 from evomerge.judging.learned import CLIP, Facts, Weights, save_judge, task_key
 from evomerge.judging.reference import join, pick, read_grades
 from evomerge.tasks import Task, load_tasks
 
 RIDGE = 0.02  # the kernel's diagonal is about 1
-MEASURES_WEIGHT = 0.05  # of the measures' kernel beside the n-grams' in a task
+MEASURES_WEIGHT = 0.1  # of the measures' kernel beside the n-grams' in a task
+RULES_STRETCH = 2.0  # the rules' grade counts like four other measures
 SHARED, SHARED_RIDGE = 0.3, 100.0  # how much of the ridge over all tasks counts, and its penalty
 MODEL_SHARE = 1 / 3  # of a target is what the answer's model reaches elsewhere: one grade is noisy, a mean of 100 is not
 FAMILY_POWER = 0.5  # a family of n models counts like sqrt(n): 0 is each model alike, 1 each family
@@ -117,7 +118,7 @@ def fit_file(
     number = {model: i for i, model in enumerate(models)}
     sizes = Counter(map(family, models))
     rows = [
-        (place[str(line.task.task_id)], number[line.model or ""], grade, normalise(line.answer.text), line.task.output)
+        (place[str(line.task.task_id)], number[line.model or ""], grade, look(line.task, line.answer))
         for line, grade in zip(joined.lines, joined.grades, strict=True)
         if str(line.task.task_id) in place
     ]
@@ -125,8 +126,8 @@ def fit_file(
         np.array([row[0] for row in rows]),
         np.array([row[1] for row in rows]),
         np.array([row[2] for row in rows], float),
-        [grams(row[3]) for row in rows],
-        np.stack([measures(row[3], row[4]) for row in rows]),
+        [row[3][0] for row in rows],
+        np.stack([row[3][1] for row in rows]),
         np.array([sizes[family(models[row[1]])] ** -FAMILY_POWER for row in rows]),
     )
     folds, by_family = _folds(models)
@@ -155,7 +156,8 @@ def fit(examples: Examples, n_tasks: int) -> Weights:
     for t in np.unique(e.task):
         here = e.task == t
         mean[t], scale[t], level[t] = e.z[here].mean(0), e.z[here].std(0) + 0.1 * overall, e.grade[here].mean()
-    z = ((e.z - mean[e.task]) / scale[e.task]).clip(-CLIP, CLIP).astype(np.float64)
+    stretch = np.where(np.array(NAMES) == "rules", RULES_STRETCH, 1.0)
+    z = ((e.z - mean[e.task]) / scale[e.task]).clip(-CLIP, CLIP).astype(np.float64) * stretch
     above = e.grade - level[e.task]
     weight = e.weight / e.weight.mean()
     shared = SHARED * np.linalg.solve(z.T @ (weight[:, None] * z) + SHARED_RIDGE * np.eye(m), z.T @ (weight * above))
@@ -168,7 +170,7 @@ def fit(examples: Examples, n_tasks: int) -> Weights:
         w, v, bias[t] = _ridge(x[here], z[here], target[here], weight[here])
         by_grams[t] = w
         by_measures[t] += v
-    small = [np.asarray(a, np.float32) for a in (by_measures, mean, scale, bias)]
+    small = [np.asarray(a, np.float32) for a in (by_measures * stretch, mean, scale, bias)]
     return Weights(idf, by_grams, small[0], small[1], small[2], small[3])
 
 
@@ -189,13 +191,8 @@ def _ridge(
 
 def predict(weights: Weights, examples: Examples) -> NDArray[np.float64]:
     """[n] grades of the examples, 1 to 5."""
-    out = np.empty(len(examples.x))
-    for i, ((buckets, x), z, t) in enumerate(zip(examples.x, examples.z, examples.task, strict=True)):
-        x = x * weights.idf[buckets]
-        x = x / max(1e-9, float(np.sqrt(x @ x)))
-        score = ((z - weights.mean[t]) / weights.scale[t]).clip(-CLIP, CLIP)
-        out[i] = weights.bias[t] + weights.grams[t, buckets] @ x + weights.measures[t] @ score
-    return out.clip(1, 5)
+    e = examples
+    return np.array([weights.predict(t, x, z) for t, x, z in zip(e.task, e.x, e.z, strict=True)]).clip(1, 5)
 
 
 def _folds(models: Sequence[str]) -> tuple[NDArray[np.int64], bool]:

@@ -20,7 +20,7 @@ import numpy as np
 from evomerge.atomic import replace_file
 from evomerge.errors import InputError, TaskError
 from evomerge.judging import features
-from evomerge.judging.features import Floats, grams, measures, normalise
+from evomerge.judging.features import Floats, Ints, look
 from evomerge.judging.grade import Grade
 
 if TYPE_CHECKING:
@@ -47,13 +47,12 @@ class Weights:
     scale: Floats  # [T, M]
     bias: Floats  # [T]
 
-    def predict(self, t: int, text: str, reference: str) -> float:
-        """The unbounded grade of a normalised text."""
-        buckets, x = grams(text)
-        x = x * self.idf[buckets]
-        x /= max(1e-9, float(np.sqrt(x @ x)))
-        z = ((measures(text, reference) - self.mean[t]) / self.scale[t]).clip(-CLIP, CLIP)
-        return float(self.bias[t] + self.grams[t, buckets].astype(np.float32) @ x + self.measures[t] @ z)
+    def predict(self, t: int, x: tuple[Ints, Floats], z: Floats) -> float:
+        """The unbounded grade of an answer to task number t, by its n-grams (buckets, weights) and its measures [M]."""
+        buckets, values = x[0], x[1] * self.idf[x[0]]
+        values /= max(1e-9, float(np.sqrt(values @ values)))
+        score = ((z - self.mean[t]) / self.scale[t]).clip(-CLIP, CLIP)
+        return float(self.bias[t] + self.grams[t, buckets] @ values + self.measures[t] @ score)
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ class LearnedJudge:
         t = self._place(task)
         if not re.search(r"\w", answer.text):
             return Grade(1.0, None, "answer without a word")
-        value = self.weights.predict(t, normalise(answer.text), task.output)
+        value = self.weights.predict(t, *look(task, answer))
         why = f"predicted from {self.facts.answers[t]} answers to this task graded by {', '.join(self.facts.judges)}"
         return Grade(round(min(5.0, max(1.0, value)), 4), None, why)
 
