@@ -56,3 +56,26 @@ def test_same_answers_as_the_model_in_its_folder(pair, url, form, tmp_path):
     server, own = ([json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()] for name in ("server", "own"))
     assert len({row["output"] for row in own}) > 1
     assert server == own
+
+
+def test_as_a_judge_it_gives_grades_or_none(pair, url, tmp_path):
+    """What a random model says is hardly ever a grade, and none is invented."""
+    from evomerge.answering.engine import Answer
+    from evomerge.errors import JudgePaused
+    from evomerge.judging.llm import LlmJudge
+    from evomerge.study import JudgeSection
+    from evomerge.tasks import Task
+
+    section = JudgeSection(kind="llm", base_url=url, model=str(pair / "base"), reply_tokens=8, asks=2, concurrency=2, timeout=60)
+    judge = LlmJudge(section, tmp_path / "grades.sqlite")
+    tasks, answers = [Task(i, "あ" * (i + 1), "い") for i in range(3)], [Answer("うえ", False, 1)] * 3
+    said = ""
+    try:
+        assert all(grade.value in (1, 2, 3, 4, 5) for grade in judge.grade_all(tasks, answers))
+    except JudgePaused as error:
+        said = str(error)
+    judge.close()
+    assert not said or ("goes on" in said and "no grade" in said)
+    assert judge.spent.requests >= 3
+    assert judge.spent.prompt_tokens > 0
+    assert judge.spent.reply_tokens > 0
