@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 
 from evomerge.errors import EvomergeError, ModelError
 from evomerge.genome import Genome, make_genome
-from evomerge.study import Study
+from evomerge.study import JUDGE_MODEL, Study
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -40,7 +41,7 @@ def check_study(study: Study, base_config: Path | None = None) -> list[Line]:
     config = _config_file(base_config, lines) if base_config else None
     config = _check_models(study, lines) or config
     n_tasks = _check_tasks(study, lines)
-    lines.append(Line("ok", "judge", f"{study.judge.kind}, offline, metric {study.judge.metric}"))
+    lines.append(_judge(study))
     if config is None:
         lines.append(Line("unknown", "slices, memory, disk", "no model configuration; give one with --base-config FILE"))
         return lines
@@ -49,6 +50,20 @@ def check_study(study: Study, base_config: Path | None = None) -> list[Line]:
     except (EvomergeError, KeyError) as error:
         lines.append(Line("wrong", "slices, memory, disk", str(error)))
     return lines
+
+
+def _judge(study: Study) -> Line:
+    """Who grades; a server is not asked here."""
+    j = study.judge
+    if j.kind != "llm":
+        return Line("ok", "judge", f"{j.kind}, offline, metric {j.metric}")
+    limits = [f"{key} {value:g}" for key in ("max_requests", "max_tokens", "max_cost") if (value := getattr(j, key)) is not None]
+    url = j.base_url or os.environ.get("OPENAI_BASE_URL") or "OpenAI"
+    who = j.model or os.environ.get(JUDGE_MODEL) or "the only model"
+    text = f"{who} at {url}, {j.votes} vote(s) for an answer, {j.concurrency} requests at once, budget: {', '.join(limits) or 'none'}"
+    if url == "OpenAI" and not os.environ.get("OPENAI_API_KEY"):
+        return Line("wrong", "judge", f"{text}; OPENAI_API_KEY is not set")
+    return Line("ok", "judge", text)
 
 
 def _config_file(path: Path, lines: list[Line]) -> dict[str, Any] | None:
@@ -163,7 +178,13 @@ def _cost(study: Study, genome: Genome, n_tasks: tuple[int, int] | None) -> str:
     answers = candidates * n_tasks[0] + (2 + len(study.genome.all_models)) * n_tasks[1]
     if study.lm_eval:
         return f"{text}; {answers:,} times a document is answered"
-    return f"{text}; {answers:,} answers of at most {study.generation.max_new_tokens} tokens; the judge costs nothing"
+    return f"{text}; {answers:,} answers of at most {study.generation.max_new_tokens} tokens; {_judging_cost(study, answers)}"
+
+
+def _judging_cost(study: Study, answers: int) -> str:
+    if study.judge.kind != "llm":
+        return "the judge costs nothing"
+    return f"{answers * study.judge.votes:,} requests to the judge at most, before retries: equal answers are graded once"
 
 
 def _gb(n_bytes: float) -> str:
