@@ -98,7 +98,7 @@ def server(latency: float) -> Iterator[tuple[str, list[int]]]:
         http.server_close()
 
 
-def run_study(folder: Path, batch_seconds: float, latency: float = LATENCY, trials: int = 8, population: int = 4) -> dict[str, float]:
+def run_study(folder: Path, batch_seconds: float, latency: float = LATENCY, trials: int = 16, population: int = 8) -> dict[str, float]:
     """Wall time of a whole study, verdict and all, and of its phases: seconds of answering, and requests x latency / connections."""
     study = Study(
         GenomeSection(models=("sibling",), base_model="base"),
@@ -126,7 +126,7 @@ def run_study(folder: Path, batch_seconds: float, latency: float = LATENCY, tria
 
 
 def overlap_ratio() -> float:
-    """Wall time over the larger phase where both are about as long, which is the hardest case; about a minute."""
+    """Wall time over the larger phase where both are about as long, which is the hardest case; a bit over a minute."""
     logging.getLogger("httpx").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
         found = run_study(Path(folder), batch_seconds=BATCH * LATENCY / CONNECTIONS)
