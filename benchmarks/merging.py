@@ -109,7 +109,7 @@ def build_figures(recipe: Path) -> dict[str, float | None]:
 
 def print_peaks(folder: Path) -> None:
     """Of the methods that need whole tensors, in units of the largest tensor too."""
-    largest = VOCAB * HIDDEN * 2 / 1e6
+    largest = max(VOCAB, FFN) * HIDDEN * 2 / 1e6
     for method in ("linear", "slerp", "dare_linear", "dare_ties", "ties"):
         recipe = write_recipe(folder, method)
         print(f"{method}: {(peak := peak_mb(recipe)):.0f} MB over the imports, {peak / largest:.1f} largest tensors")
