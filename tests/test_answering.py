@@ -63,7 +63,7 @@ def test_batches_hold_every_prompt_once_longest_first(pair):
     assert lengths == sorted(lengths, reverse=True)
 
 
-def test_sampling_is_seeded_by_study_and_batch(pair):
+def test_sampling_is_seeded_by_study_and_prompt(pair):
     engine = make_engine(pair, do_sample=True, temperature=1.5)
     first = engine.answer(PROMPTS[:2])
     torch.manual_seed(99)

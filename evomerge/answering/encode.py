@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
+from evomerge.answering.wire import whole
 from evomerge.errors import EngineError
 
 if TYPE_CHECKING:
@@ -60,11 +61,6 @@ class Encoder:
             log.warning("a prompt of %d tokens is cut from the left to the %d that leave room for an answer", len(row), room)
         self._cut += 1
         return row[-room:]
-
-
-def whole(text: str) -> str:
-    """The text with surrogates made whole: a pair becomes its character, half a pair becomes U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def prompt_seed(seed: int, prompt: str) -> int:

@@ -48,6 +48,7 @@ def split_items(text: str) -> list[str]:
 
 
 def judge_pieces(question: str, expected: list[str], said: str) -> Finding:
+    """A list: every expected piece, and no other item."""
     text = LIST_MARK.sub("", said).casefold()
     spans = [(m.start(), m.end(), piece) for piece in set(expected) for m in bounded(piece).finditer(text)]
     spans.sort()

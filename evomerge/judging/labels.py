@@ -35,6 +35,7 @@ _COMMON = {
 
 
 def judge_label(question: str, expected: str, said: str, *, capital: bool) -> Finding:
+    """A word or name as the answer's conclusion."""
     pattern = bounded(expected)
     lines = [line for line in without_region(said, pattern).split("\n") if line.strip()]
     text = without_region(_ASIDE.sub("", after_correction(said)), pattern)

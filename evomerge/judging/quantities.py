@@ -30,6 +30,7 @@ def number_list(text: str) -> list[str]:
 
 
 def judge_numbers(question: str, expected: list[str], said: str) -> Finding:
+    """Several numbers."""
     text = LIST_MARK.sub("", said)
     asked = [n.value for n in find_numbers(question, thousands=False)]
     runs = [run for run in _runs(text, find_numbers(text, thousands=False)) if len(run) > 1]
@@ -64,6 +65,7 @@ def _runs(text: str, numbers: list[Number]) -> list[list[str]]:
 
 
 def judge_number(question: str, expected: str, said: str, unit: str) -> Finding:
+    """One number with its unit, as the answer's conclusion."""
     first = said.split("\n", 1)[0].strip().rstrip("。.").strip()
     text = after_correction(_REASON.sub("", said)) if not BARE_NUMBER.match(first) else first
     asked = {n.value for n in find_numbers(question, words=False)} - {expected}

@@ -124,6 +124,7 @@ class _Plan:
         self._sort()
 
     def model(self, ref: str) -> AdaptedModel:
+        """What base and adapter make together, by its reference. Raises ModelError."""
         files = {name: file for name, file in self.base.files.items() if not (self.tied and name == HEAD)}
         config = dict(self.base.config)
         if not self.tied and config.get("tie_word_embeddings"):
