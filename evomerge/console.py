@@ -89,3 +89,11 @@ def byte_progress(console: Console, doing: str) -> Callable[[int, int], None]:
         console.status(f"{doing} {bar}{share:4.0%}  {size(done)} of {size(total)}{rate}")
 
     return progress
+
+
+def seconds(text: str) -> float | None:
+    """The seconds of "90s", "55m", "8h" or "2d"; a bare number is seconds. None: no duration above 0."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", text.strip())
+    if match is None or not float(match[1]):
+        return None
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
