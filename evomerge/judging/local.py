@@ -1,0 +1,169 @@
+"""Any model as a judge in process, for those without a server: how likely it finds each of the grades 1 to 5.
+
+The grade is the expectation of the digits under softmax over their five log-likelihoods: a weak model that would write
+3 every time still tells by its doubts which of two answers is better. Nothing is sampled.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from evomerge.answering.wire import whole
+from evomerge.errors import EngineError, JudgeError, ModelError, StudyFileError
+from evomerge.judging.grade import Grade
+from evomerge.judging.rubric import GRADES, RUBRIC, Rubric
+from evomerge.tasks import Task
+
+if TYPE_CHECKING:
+    from evomerge.answering.engine import Answer
+    from evomerge.study import EngineSection, JudgeSection
+
+VERSION = "1"
+_ASKED = "上の回答を採点してください。"
+# the rubric without its order to write a reason and JSON: the digit has to come first
+TEMPLATE = RUBRIC.partition(_ASKED)[0] + _ASKED + "説明や記号を付けず、点数を表す1から5の数字を一つだけ返してください。"
+LEAD = "点数："  # the judge's turn is begun for it; a full-width colon, which no tokenizer glues to a digit
+ROOM = 8  # tokens kept free for the digit
+EXAMPLE = Task(0, "1+1は？", "2", "")  # what is tried before any answer is graded
+
+
+class LikelihoodCapability(Protocol):
+    """What the judge asks of an engine."""
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+    @property
+    def context(self) -> int | None: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[float]: ...
+
+    def length(self, prompt: str) -> int: ...
+
+    def can_write(self, prompt: str, continuation: str) -> bool: ...
+
+
+class LocalJudge:
+    """Grades 1.0 to 5.0 by an engine that it is given; `correct` is always None."""
+
+    def __init__(self, engine: LikelihoodCapability, model: str, template: str | None = None) -> None:
+        """`model` is what it is called. Raises ModelError: no digits in the vocabulary, a context or chat template that takes no rubric."""
+        self.engine, self.model = engine, model
+        self.rubric = Rubric(template or TEMPLATE)
+        self.name = f"local:{Path(model).name}"
+        self.version = sha256("\n".join([VERSION, LEAD, engine.fingerprint, self.rubric.digest]).encode()).hexdigest()[:12]
+        prompt = self._prompt(EXAMPLE, "2", False)
+        if not self._fits(prompt):
+            raise ModelError(
+                f"cannot judge: the rubric and the shortest task are {engine.length(prompt)} tokens, more than its context",
+                where=model,
+                found=engine.context,
+                remedy="Use another model as the judge.",
+            )
+        lacking = [digit for digit in map(str, GRADES) if not engine.can_write(prompt, digit)]
+        if lacking:
+            raise ModelError(
+                "cannot judge: its vocabulary lacks digits", where=model, found=" ".join(lacking), remedy="Use another model as the judge."
+            )
+
+    def grade(self, task: Task, answer: Answer) -> Grade:
+        """Grade one answer. Raises as `grade_all`."""
+        return self.grade_all([task], [answer])[0]
+
+    def grade_all(self, tasks: Sequence[Task], answers: Sequence[Answer]) -> list[Grade]:
+        """Grade answers in batches of similar length. Raises JudgeError: out of memory, a task too long for the judge's context."""
+        asked = list(zip(tasks, answers, strict=True))
+        grades = [Grade(1.0, None, "answer without a word")] * len(asked)
+        said = [i for i, (_, answer) in enumerate(asked) if re.search(r"[^\s\u200b\ufeff]", answer.text)]
+        try:
+            prompts = [self.prompt(*asked[i]) for i in said]
+            found = self.engine.loglikelihood([(prompt, str(digit)) for prompt in prompts for digit in GRADES])
+        except EngineError as error:  # the judge's failure is no candidate's
+            raise JudgeError(f"the local judge failed: {error.what}", where=self.model, remedy=error.remedy) from error
+        n = len(GRADES)
+        for place, i in enumerate(said):
+            grades[i] = self._grade(found[place * n : (place + 1) * n])
+        return grades
+
+    def prompt(self, task: Task, answer: Answer) -> str:
+        """The whole text before the digit. An answer that does not fit the context is cut, and the judge is told so."""
+        text = whole(answer.text)
+        prompt = self._prompt(task, text, answer.truncated)
+        if self._fits(prompt):
+            return prompt
+        low, high = 0, len(text)  # the first fits, the second does not
+        if not self._fits(self._prompt(task, "", True)):
+            raise JudgeError(
+                f"task {task.task_id} with its reference does not fit the judge's context of {self.engine.context} tokens",
+                where=self.model,
+                remedy="Use a judge with a longer context.",
+            )
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._fits(self._prompt(task, text[:middle], True)) else (low, middle)
+        return self._prompt(task, text[:low], True)
+
+    def _fits(self, prompt: str) -> bool:
+        return self.engine.context is None or self.engine.length(prompt) + ROOM <= self.engine.context
+
+    def _prompt(self, task: Task, text: str, truncated: bool) -> str:
+        messages = self.rubric.messages(task, text, truncated)
+        return as_prompt(self.engine.tokenizer, messages, self.model) + LEAD
+
+    def _grade(self, logs: Sequence[float]) -> Grade:
+        """softmax over the five, then the mean of the digits."""
+        top = max(logs)
+        if not math.isfinite(top):
+            raise JudgeError("the model's likelihoods are no numbers", where=self.model, found=top, remedy="Check the model's weights.")
+        odds = [math.exp(value - top) for value in logs]
+        shares = [value / sum(odds) for value in odds]
+        value = sum(grade * share for grade, share in zip(GRADES, shares, strict=True))
+        told = ", ".join(f"{grade}: {share:.3f}" for grade, share in zip(GRADES, shares, strict=True))
+        held = sum(map(math.exp, logs))
+        return Grade(min(5.0, max(1.0, value)), None, f"probabilities {told} (all five: {held:.3g} of what may come next)")
+
+
+def make_local_judge(section: JudgeSection, engine: EngineSection | None = None) -> LocalJudge:
+    """The judge of `section.model`, a folder or hub name, loaded by `engine` (device, 4 bits, batches; its kind is no matter).
+
+    Raises StudyFileError without a model, ModelError, EngineError.
+    """
+    if section.model is None:
+        raise StudyFileError("the local judge needs a model", where="judge.model", remedy="Name a model folder.")
+    from evomerge.answering.likelihood import open_likelihood_engine
+
+    return LocalJudge(open_likelihood_engine(section.model, engine), section.model, section.template)
+
+
+def as_prompt(tokenizer: Any, messages: Sequence[dict[str, str]], where: str) -> str:
+    """The turns in the tokenizer's chat template with the judge's turn begun, or one after the other where it has none.
+
+    A template that knows no system turn gets its text at the head of the user's. Raises ModelError.
+    """
+    joined = "\n\n".join(message["content"] for message in messages)
+    if not tokenizer.chat_template:
+        return _beginning(tokenizer) + joined + "\n\n"
+    from jinja2 import TemplateError
+
+    for turns in (list(messages), [{"role": "user", "content": joined}]):
+        try:
+            text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False))
+        except TemplateError:
+            continue
+        if all(message["content"].strip() in text for message in messages):
+            return f"{text}\n</think>\n\n" if text.rstrip().endswith("<think>") else text
+    raise ModelError("its chat template does not take the rubric", where=where, remedy="Use another model as the judge.")
+
+
+def _beginning(tokenizer: Any) -> str:
+    """The token, as text, that the tokenizer begins every text with, if it does."""
+    first = tokenizer("")["input_ids"][:1]
+    return str(tokenizer.bos_token) if first and first[0] == tokenizer.bos_token_id else ""
