@@ -9,7 +9,7 @@ from cmaes import CMA
 from optuna.trial import TrialState
 
 from evomerge.search.ledger import Ledger, Result
-from evomerge.search.sampler import INTERRUPTED, ReplayedCmaEs, Slot
+from evomerge.search.sampler import INTERRUPTED, Distribution, ReplayedCmaEs, Slot, shortened
 
 NAMES = ["a", "b", "c"]
 TARGET = np.array([0.3, 1.4, 0.9])
@@ -126,3 +126,82 @@ def test_other_roles_do_not_reach_the_optimizer(role):
     assert ledger.trials()[0].params == dict.fromkeys(NAMES, 0.0)
     assert study.sampler.next_slot(ledger.trials()) == Slot(0, 0)
     assert study.sampler.complete_generations(ledger.trials()) == 0
+
+
+def complete(own, trials):
+    """A study of which `trials` candidates are told."""
+    study = optuna.create_study(sampler=own, direction="maximize")
+    ledger = Ledger(study)
+    for _ in range(trials):
+        trial = ledger.start("candidate", study.sampler.next_slot(ledger.trials()))
+        ledger.finish(trial, result([trial.params[n] for n in NAMES]))
+    return study.get_trials()
+
+
+def make(**more):
+    return ReplayedCmaEs(NAMES, [(0.0, 2.0)] * 3, [(-1.0, 3.0)] * 3, [1.0] * 3, 0.3, 6, 0, **more)
+
+
+def test_learning_rates_adapt_as_in_plain_cmaes_and_the_mean_stays_within_bounds():
+    own = make(lr_adapt=True)
+    trials = complete(own, 30)
+    optimizer = CMA(mean=np.ones(3), sigma=0.3, bounds=np.array([[0.0, 2.0]] * 3), population_size=6, lr_adapt=True)
+    for generation in range(5):
+        told = [t for t in trials if t.user_attrs["generation"] == generation]
+        optimizer.tell([(np.array([t.params[n] for n in NAMES]), -t.values[0]) for t in told])
+    assert own.mean(trials)[1].tolist() == optimizer.mean.tolist()
+    assert own.mean(trials)[1].tolist() != make().mean(complete(make(), 30))[1].tolist()
+    at_the_edge = ReplayedCmaEs(NAMES, [(0.0, 0.2)] * 3, [(0.0, 0.2)] * 3, [0.1] * 3, 0.3, 6, 0, lr_adapt=True)
+    study = optuna.create_study(sampler=at_the_edge, direction="maximize")
+    ledger = Ledger(study)
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        trial = ledger.start("candidate", at_the_edge.next_slot(ledger.trials()))
+        ledger.finish(trial, Result(float(rng.normal()), 0.0, 1, 0.0, {}, {}))
+    assert all(0 <= x <= 0.2 for x in at_the_edge.replay(ledger.trials(), 10).mean)
+
+
+def test_the_step_size_of_a_generation():
+    own = make()
+    trials = complete(own, 20)
+    assert own.sigma(trials, 0) == 0.3
+    assert own.sigma(trials, 3) == own.replay(trials, 3)._sigma
+    assert own.sigma(trials, 3) != own.sigma(trials, 2)
+
+
+def test_known_vectors_are_the_first_candidates():
+    known = [[0.5, 0.5, 0.5], [0.4, 1.3, 0.8]]
+    own = make(first=known)
+    trials = complete(own, 12)
+    assert [[t.params[n] for n in NAMES] for t in trials[:2]] == known
+    plain = complete(make(), 6)
+    assert [t.params for t in trials[2:6]] == [t.params for t in plain[2:6]]
+    assert own.draw(trials[:0], Slot(0, 0, 1)).tolist() == make().draw([], Slot(0, 0, 1)).tolist()
+
+
+def test_more_known_vectors_than_a_generation_holds_go_on_in_the_next():
+    known = [[0.1 * i, 1.0, 1.0] for i in range(8)]
+    trials = complete(make(first=known), 12)
+    assert [[t.params[n] for n in NAMES] for t in trials[:8]] == known
+    assert trials[7].user_attrs["generation"] == 1
+
+
+def test_a_known_vector_far_away_does_not_blow_up_the_step_size():
+    far = make(first=[[-1.0, 3.0, 3.0]])
+    assert far.sigma(complete(far, 6), 1) < 0.6
+    start = Distribution(np.ones(3), 0.3, np.diag([1.0, 4.0, 1.0]))
+    bounds = np.array([[0.0, 2.0]] * 3)
+    near = np.array([1.1, 0.8, 1.0])
+    assert shortened(near, start, bounds) == pytest.approx(near)
+    tight = Distribution(np.ones(3), 0.01, np.eye(3))
+    assert np.linalg.norm(shortened(np.full(3, 2.0), tight, bounds) - 1) == pytest.approx(0.01 * (np.sqrt(3) + 6 / 5))
+
+
+def test_another_studys_distribution_is_a_start():
+    source = make()
+    found = source.distribution(complete(source, 60))
+    heir = ReplayedCmaEs(NAMES, [(-1.0, 3.0)] * 3, [(-1.0, 3.0)] * 3, found.mean.tolist(), found.sigma, 6, 1, cov=found.cov)
+    draws = np.array([heir.draw([], Slot(0, i)) for i in range(3000)])
+    assert np.abs(draws.mean(0) - found.mean).max() < 0.02
+    assert np.cov(draws.T) == pytest.approx(found.sigma**2 * found.cov, abs=0.1 * found.sigma**2 * np.abs(found.cov).max())
+    assert np.abs(found.mean - TARGET).max() < 0.2

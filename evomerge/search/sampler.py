@@ -32,6 +32,50 @@ class Slot:
     attempt: int = 0
 
 
+@dataclass(frozen=True)
+class Distribution:
+    """What a generation is drawn from: mean + sigma * N(0, cov), within bounds. mean (d,), cov (d, d)."""
+
+    mean: np.ndarray
+    sigma: float
+    cov: np.ndarray
+
+
+def make_cma(start: Distribution, bounds: np.ndarray, population: int, seed: int = 0, lr_adapt: bool = False) -> CMA:
+    """The optimizer as every search here uses it; bounds are (d, 2). CMA minimises, scores are maximised.
+
+    lr_adapt: learning rates that follow the signal-to-noise ratio (Nomura, Akimoto and Ono 2023, arXiv 2304.03473).
+    With either learning rate the mean is a convex combination of points within the bounds, so it stays within them.
+    """
+    return CMA(
+        mean=np.clip(start.mean, *bounds.T),
+        sigma=start.sigma,
+        bounds=bounds,
+        population_size=population,
+        seed=seed,
+        cov=start.cov.copy(),  # CMA-ES is the same in other units when it begins with their covariance
+        lr_adapt=lr_adapt,
+    )
+
+
+def default_population(dimensions: int) -> int:
+    """Hansen 2016, table 1."""
+    return 4 + math.floor(3 * math.log(dimensions))
+
+
+def shortened(x: np.ndarray, start: Distribution, bounds: np.ndarray) -> np.ndarray:
+    """A vector from elsewhere as CMA-ES may be told it: at most √d + 2d / (d + 2) standard deviations from the mean.
+
+    One far point must not blow up the step size (Hansen 2011, arXiv 1110.4181, equation 4).
+    """
+    d = len(x)
+    step = (np.clip(x, *bounds.T) - start.mean) / start.sigma
+    length = math.sqrt(float(step @ np.linalg.solve(start.cov, step)))
+    limit = math.sqrt(d) + 2 * d / (d + 2)
+    told: np.ndarray = start.mean + start.sigma * step * min(1.0, limit / max(length, 1e-12))
+    return told
+
+
 class ReplayedCmaEs(BaseSampler):
     """Ask for candidates one at a time; `names[i]` is the parameter of dimension i."""
 
@@ -45,15 +89,22 @@ class ReplayedCmaEs(BaseSampler):
         population: int | None,
         seed: int,
         scales: Sequence[float] | None = None,
+        lr_adapt: bool = False,
+        cov: np.ndarray | None = None,
+        first: Sequence[Sequence[float]] = (),
     ) -> None:
         """One of each per dimension. `bounds` hold the candidates; `declared`, at least as wide, also parents and uniform weights.
 
-        The first step size of dimension i is sigma * scales[i]; scales are 1 by default.
+        The first step size of dimension i is sigma * scales[i]; scales are 1 by default. `cov` (d, d) takes their place,
+        for example another study's (`distribution`). `first` are known vectors: the first candidates, in their order.
         """
-        self.names, self.sigma, self.seed = tuple(names), sigma, seed
-        self.bounds, self.starts = np.array(bounds, dtype=float), np.array(starts, dtype=float)
-        self.scales = np.ones(len(names)) if scales is None else np.array(scales, dtype=float)
-        self.population = population or 4 + math.floor(3 * math.log(len(names)))  # Hansen 2016, table 1
+        self.names, self.first_sigma, self.seed, self.lr_adapt = tuple(names), sigma, seed, lr_adapt
+        self.bounds = np.array(bounds, dtype=float)
+        units = np.ones(len(names)) if scales is None else np.array(scales, dtype=float)
+        mean = np.clip(np.array(starts, dtype=float), *self.bounds.T)
+        self.start = Distribution(mean, sigma, np.diag(units**2) if cov is None else np.array(cov, dtype=float))
+        self.first = [np.array(x, dtype=float) for x in first]
+        self.population = population or default_population(len(names))
         self.space: dict[str, BaseDistribution] = {name: FloatDistribution(*d) for name, d in zip(names, declared, strict=True)}
 
     def next_slot(self, trials: Sequence[FrozenTrial]) -> Slot:
@@ -74,7 +125,10 @@ class ReplayedCmaEs(BaseSampler):
         return Slot(generation, index, failures)
 
     def draw(self, trials: Sequence[FrozenTrial], slot: Slot) -> np.ndarray:
-        """(d,) numbers for a slot: a function of the seed, the slot and the generations before it."""
+        """(d,) numbers for a slot: a known vector, or a function of the seed, the slot and the generations before it."""
+        place = slot.generation * self.population + slot.index
+        if place < len(self.first) and not slot.attempt:
+            return self.first[place].copy()
         optimizer = self.replay(trials, slot.generation)
         optimizer.reseed_rng(_seed(self.seed, slot))
         return optimizer.ask()
@@ -84,6 +138,15 @@ class ReplayedCmaEs(BaseSampler):
         complete = self.complete_generations(trials)
         return complete, np.clip(self.replay(trials, complete).mean, *self.bounds.T)
 
+    def sigma(self, trials: Sequence[FrozenTrial], generation: int) -> float:
+        """The step size with which a generation is drawn; the generations before it must be complete."""
+        return self.distribution(trials, generation).sigma
+
+    def distribution(self, trials: Sequence[FrozenTrial], generation: int | None = None) -> Distribution:
+        """What a generation is drawn from, by default the one after all complete ones: a start for another study."""
+        optimizer = self.replay(trials, self.complete_generations(trials) if generation is None else generation)
+        return Distribution(np.clip(optimizer.mean, *self.bounds.T), float(optimizer._sigma), np.array(optimizer._C))
+
     def complete_generations(self, trials: Sequence[FrozenTrial]) -> int:
         """How many generations have all their candidates finished."""
         done, generation = _finished(trials), 0
@@ -92,20 +155,21 @@ class ReplayedCmaEs(BaseSampler):
         return generation
 
     def replay(self, trials: Sequence[FrozenTrial], generations: int) -> CMA:
-        """The optimizer after being told the first `generations`; CMA minimises, scores are maximised."""
-        optimizer = CMA(
-            mean=self.starts,
-            sigma=self.sigma,
-            bounds=self.bounds,
-            population_size=self.population,
-            seed=_seed(self.seed, Slot(0, 0)),
-            cov=np.diag(self.scales**2),  # CMA-ES is the same in other units when it begins with their covariance
-        )
+        """The optimizer after being told the first `generations`."""
+        optimizer = make_cma(self.start, self.bounds, self.population, _seed(self.seed, Slot(0, 0)), self.lr_adapt)
         done = _finished(trials)
         for generation in range(generations):
-            told = [done[generation, index] for index in range(self.population)]
-            optimizer.tell([(np.array([t.params[n] for n in self.names]), -float(t.values[0])) for t in told])
+            places = [(generation, index) for index in range(self.population)]
+            optimizer.tell([(self._told(optimizer, place, done[place]), -float(done[place].values[0])) for place in places])
         return optimizer
+
+    def _told(self, optimizer: CMA, place: tuple[int, int], trial: FrozenTrial) -> np.ndarray:
+        """A trial's numbers as the optimizer hears them: a known vector, which it did not draw, may have to be shortened."""
+        x = np.array([trial.params[name] for name in self.names])
+        number = place[0] * self.population + place[1]
+        if number >= len(self.first) or not np.array_equal(x, self.first[number]):
+            return x
+        return shortened(x, Distribution(optimizer.mean, float(optimizer._sigma), optimizer._C), self.bounds)
 
     def infer_relative_search_space(self, study: OptunaStudy, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return self.space
