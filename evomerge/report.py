@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evomerge.judge_report import judge_section
+
 if TYPE_CHECKING:
     from evomerge.search.ledger import TrialRecord
 
@@ -37,12 +39,14 @@ def write_report(
     labels: Mapping[int, str] | None = None,
     samples: Sequence[Mapping[str, Any]] = (),
     study_file: str = "",
+    judge: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the page of a study, finished or not, to `out`, and return `out`.
 
     `best` is the winner's trial number. `slices` holds a label per weight, such as "0–2". `labels` says what a parent
     or uniform trial is called, by its number: "base", "uniform 0.5". `samples` are held-out answers side by side:
-    {task_id, input, reference, answers: {"winner": {text, grade}, …}}. Raises OSError.
+    {task_id, input, reference, answers: {"winner": {text, grade}, …}}. `judge` is what `judge_report.judge_facts` gave.
+    Raises OSError.
     """
     import jinja2
 
@@ -67,6 +71,7 @@ def write_report(
         slices=slices,
         samples=samples,
         study_file=study_file,
+        judge=judge_section(judge),
     )
     out.write_text(page, encoding="utf-8")
     return out

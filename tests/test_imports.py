@@ -13,7 +13,7 @@ ORDER = [
     ["merging"],
     ["knowledge"],
     ["answering"],
-    ["judging"],
+    ["judging", "judge_report"],
     ["search"],
     ["inference"],
     ["report"],

@@ -16,9 +16,9 @@ from transformers import (
     AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
-    MambaConfig,
-    MambaForCausalLM,
     PreTrainedTokenizerFast,
+    RwkvConfig,
+    RwkvForCausalLM,
 )
 
 from evomerge.answering.engine import Answer
@@ -111,7 +111,7 @@ def test_likelihoods_are_those_of_plain_passes(batch_size):
     assert loglikelihood(model, tokenizer, pairs, batch_size) == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "mamba"])
+@pytest.mark.parametrize("kind", ["gpt2", "rwkv"])
 def test_absolute_positions_and_recurrent_states(kind):
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
@@ -119,7 +119,7 @@ def test_absolute_positions_and_recurrent_states(kind):
         config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3)
         model = GPT2LMHeadModel(config).eval()
     else:
-        model = MambaForCausalLM(MambaConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, state_size=4)).eval()
+        model = RwkvForCausalLM(RwkvConfig(vocab_size=len(tokenizer), hidden_size=32, attention_hidden_size=32, num_hidden_layers=2)).eval()
     pairs = [("あい1"[: 1 + i % 3] * (1 + i % 5), "12"[: 1 + i % 2]) for i in range(12)]
     ids = lambda s: tokenizer(s, add_special_tokens=False)["input_ids"]  # noqa: E731
     expected = one_by_one(model, [(ids(p), ids(c)) for p, c in pairs])
@@ -305,9 +305,7 @@ def test_the_engine_section_says_how_it_is_loaded(judge_folder):
 
 def test_a_context_that_is_too_short_for_any_task_is_told_at_once(tmp_path):
     save(make_model(0), tmp_path / "tiny")
-    with pytest.raises(
-        ModelError, match=r"tiny: cannot judge: the rubric .* are \d+ tokens, more than its context \(found: 64\)"
-    ):
+    with pytest.raises(ModelError, match=r"tiny: cannot judge: the rubric .* are \d+ tokens, more than its context \(found: 64\)"):
         make_local_judge(JudgeSection(kind="local", model=str(tmp_path / "tiny")))
 
 
