@@ -80,6 +80,7 @@ def judge_section(facts: Mapping[str, Any] | None) -> dict[str, Any] | None:
         "name": facts["name"],
         "version": facts["version"],
         "rows": rows,
+        "top": max((bar["share"] for row in rows for bar in row["bars"]), default=0.0) or 1.0,  # one scale for all bars
         "agreement": agreement(grades, rules) if rules else None,
         "held_out": held_out_rows(facts.get("held_out")),
         "savings": savings(facts.get("cascade")),

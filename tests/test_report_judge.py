@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
@@ -195,3 +196,10 @@ def test_texts_of_models_are_escaped_and_cut(tmp_path: Path, judge: str) -> None
     assert max(len(part) for part in parsed.parts[parsed.parts.index("Judge") :]) <= TEXT + 2
     (pair,) = facts["pairs"]
     assert max(len(side["reason"]) for side in pair["sides"]) <= REASON + 2
+
+
+def test_bars_have_one_scale(tmp_path: Path) -> None:
+    did = lambda *values: Did([Answer("1", False, 1)] * 4, [Grade(v, None, "") for v in values])  # noqa: E731
+    facts = judge_facts("rules", "2", TASKS[:4], {"winner": did(5.0, 5.0, 4.0, 1.0), "base": did(1.0, 2.0, 3.0, 4.0)})
+    heights = [float(h) for h in re.findall(r'<rect class="bar"[^>]*height="([\d.]+)"', page(tmp_path, facts))]
+    assert heights == [12, 0, 0, 12, 24, 12, 12, 12, 12, 0]

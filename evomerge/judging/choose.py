@@ -9,14 +9,17 @@ from typing import Any
 
 from evomerge.errors import InputError
 from evomerge.judging.grade import Judge
-from evomerge.study import JudgeSection, read_judge, read_setting
+from evomerge.study import EngineSection, JudgeSection, read_judge, read_setting
 
 CACHE = Path("storage/judge.grades.sqlite")  # of the commands, which belong to no study
 
 
-def make_judge(section: JudgeSection, cache: Path | None = None, seed: int = 0, total: bool = True) -> Judge:
+def make_judge(
+    section: JudgeSection, cache: Path | None = None, seed: int = 0, total: bool = True, engine: EngineSection | None = None
+) -> Judge:
     """The judge that a section names. `cache` is where the llm judge keeps its grades (None: in memory); with `total`
-    what it spent before counts in the budget. Raises InputError, ModelError, JudgeError before anything is graded."""
+    what it spent before counts in the budget. `engine` says how the local judge's model is loaded. Raises InputError,
+    ModelError, EngineError, JudgeError before anything is graded."""
     match section.kind:
         case "llm":
             from evomerge.judging.llm import LlmJudge
@@ -26,8 +29,9 @@ def make_judge(section: JudgeSection, cache: Path | None = None, seed: int = 0, 
             judge: Judge = _lazily("learned", "LearnedJudge")(section.file)
             return judge
         case "local":
-            judge = _lazily("local", "make_local_judge")(section)
-            return judge
+            from evomerge.judging.local import make_local_judge
+
+            return make_local_judge(section, engine)
         case "rules":
             from evomerge.judging.rules import RulesJudge
 
