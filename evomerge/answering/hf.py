@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import importlib.util
 import logging
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import torch
 from transformers import (
@@ -23,7 +24,9 @@ from transformers.utils import logging as transformers_logging
 from evomerge.answering.decode import Hooks, Output, Rules, decodable, decode
 from evomerge.answering.encode import Encoder, first_stop, prompt_seed
 from evomerge.answering.engine import Answer, Watch, pack
+from evomerge.answering.gradient import MICRO_TOKENS, GradientModel, Likelihood, Pair, likelihoods_of, make_pair
 from evomerge.errors import EngineError, ModelError
+from evomerge.genome import Genome
 from evomerge.merging.folder import ModelFolder
 from evomerge.merging.live import LiveModel
 from evomerge.merging.resident import is_out_of_memory
@@ -31,6 +34,7 @@ from evomerge.recipe import Recipe
 from evomerge.study import EngineSection, GenerationSection
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 STOP_MARGIN = 8  # tokens more than a stop string can have: what is decoded to look for one
 
 
@@ -60,6 +64,7 @@ class TransformersEngine:
         self.live = LiveModel(self.model, base, siblings, seed, engine.residency) if siblings else None
         self.encode = Encoder(self.tokenizer, _context(self.model.config), generation.max_new_tokens, too_long)
         self.rules = self._rules()
+        self._gradient: GradientModel | None = None
 
     def apply(self, recipe: Recipe) -> None:
         """Give the live model the recipe's weights, in place."""
@@ -89,6 +94,48 @@ class TransformersEngine:
             outputs |= dict(zip(part, found, strict=True))
             waiting = [i for i in waiting if i not in outputs]
         return [self._finish(outputs[i]) for i in range(len(prompts))]
+
+    def gradient(self, genome: Genome, vector: Sequence[float], pairs: Sequence[tuple[str, str]]) -> Likelihood:
+        """The references' log-likelihood at a vector and its gradient by the genome's numbers, of (prompt, reference) pairs.
+
+        The live model has the vector's weights afterwards. Raises StudyFileError for a genome that is not linear in its
+        numbers, EngineError: out of memory with one pair.
+        """
+        assert self.live is not None, "an engine without siblings merges nothing"
+        if self._gradient is None or self._gradient.genome != genome:
+            self._gradient = GradientModel(self.model, self.live, genome)
+        return self._in_memory(partial(self._gradient, vector=vector), pairs)
+
+    def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """Of (prompt, reference) pairs: the reference's mean log-likelihood per token, in nats, under the model as it is."""
+        return self._in_memory(partial(likelihoods_of, self.model), pairs)
+
+    def _in_memory(self, compute: Callable[..., T], pairs: Sequence[tuple[str, str]]) -> T:
+        """`compute(pairs, micro_tokens=…)`; out of memory, `limits` gets half of what failed and it is computed anew."""
+        tokens = [self._pair(*pair) for pair in pairs]
+        longest = max(len(prompt) + len(reference) for prompt, reference in tokens)
+        while True:
+            micro = self.limits.get("gradient_tokens", MICRO_TOKENS)
+            try:
+                return compute(tokens, micro_tokens=micro)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            if micro <= longest:
+                raise EngineError(
+                    f"out of memory with the gradient of a single task of {longest} tokens",
+                    remedy="Leave out search.warm_start, or use a device with more memory.",
+                )
+            self.limits["gradient_tokens"] = micro // 2
+            log.warning("out of memory with %d tokens: gradients of %d at a time from here on", micro, micro // 2)
+
+    def _pair(self, prompt: str, reference: str) -> Pair:
+        """Tokens of a prompt, and of its reference up to an end token of the model's."""
+        own, ends = self.tokenizer.eos_token_id, self.rules.ends
+        return make_pair(self.encode, prompt, reference, own if own in ends or not ends else min(ends))
 
     def _packed(self, lengths: Sequence[int]) -> list[int]:
         """The first batch of these, within settings and limits."""
