@@ -33,10 +33,11 @@ class Task:
 
 @dataclass(frozen=True)
 class Split:
-    """Tasks that the search sees, and tasks that only the verdict sees."""
+    """Tasks that the search sees, tasks that only the verdict sees, and tasks that only the choice of the winner sees."""
 
     search: tuple[Task, ...]
     held_out: tuple[Task, ...]
+    validation: tuple[Task, ...] = ()
 
 
 def load_tasks(path: str | Path) -> tuple[Task, ...]:
@@ -97,23 +98,34 @@ def tasks_from_rows(rows: Iterable[tuple[str, Mapping[str, Any]]], where: str) -
     return tuple(tasks)
 
 
-def split_tasks(tasks: Sequence[Task], held_out: float, seed: int) -> Split:
-    """Split by a seeded shuffle within each `kind`, so that both parts hold every kind in the same share.
+def split_tasks(tasks: Sequence[Task], held_out: float, seed: int, validation: float = 0.0) -> Split:
+    """Split by a seeded shuffle within each `kind`, so that every part holds every kind in the same share.
 
-    `held_out` is the share kept for the verdict, 0 < held_out < 1. Raises TaskError with fewer than two tasks.
+    `held_out` is the share kept for the verdict, 0 < held_out < 1; `validation` is the share of the others that is kept for
+    the choice of the winner. Raises TaskError where a part would be empty.
     """
     if len(tasks) < 2:
         raise TaskError("too few tasks to hold some out", found=len(tasks), remedy="Two tasks are the least; fifty or more tell something.")
+    others, kept = _part(tasks, held_out, random.Random(seed))
+    if not validation:
+        return Split(others, kept)
+    if len(others) < 2:
+        raise TaskError("too few tasks for a validation split", found=len(others), remedy="Set split.validation: 0.")
+    search, chosen = _part(others, validation, random.Random(f"validation/{seed}"))
+    return Split(search, kept, chosen)
+
+
+def _part(tasks: Sequence[Task], share: float, rng: random.Random) -> tuple[tuple[Task, ...], tuple[Task, ...]]:
+    """(the others, `share` of the tasks in each kind), both in order and neither empty."""
     kinds: dict[str, list[int]] = {}
     for i, task in enumerate(tasks):
         kinds.setdefault(task.kind, []).append(i)
-    rng = random.Random(seed)
     kept: set[int] = set()
     owed = 0.0  # carried from kind to kind, so that the total is right although each kind rounds
     for kind in sorted(kinds):
         members = kinds[kind]
         rng.shuffle(members)
-        owed += held_out * len(members)
+        owed += share * len(members)
         take = min(len(members), max(0, round(owed)))
         owed -= take
         kept.update(members[:take])
@@ -121,10 +133,7 @@ def split_tasks(tasks: Sequence[Task], held_out: float, seed: int) -> Split:
         kept.add(kinds[min(kinds)][0])
     if len(kept) == len(tasks):
         kept.pop()
-    return Split(
-        search=tuple(task for i, task in enumerate(tasks) if i not in kept),
-        held_out=tuple(task for i, task in enumerate(tasks) if i in kept),
-    )
+    return tuple(t for i, t in enumerate(tasks) if i not in kept), tuple(t for i, t in enumerate(tasks) if i in kept)
 
 
 def tasks_hash(tasks: Sequence[Task]) -> str:

@@ -101,6 +101,7 @@ def _search_rules(study: Study) -> list[tuple[bool, str, object, str]]:
         ),
         (s.ranking != "race" or study.judge.kind != "cascade", "search.ranking", s.ranking, "With the cascade judge use subset or all."),
         (any((o.grade, o.length, o.likelihood)), "objective", o, "Give one part a weight."),
+        (any(source.weight for source in study.tasks) or not study.tasks, "tasks[0].weight", 0.0, "Give one source a weight."),
         (
             not o.likelihood or study.engine.kind == "transformers",
             "objective.likelihood",

@@ -207,7 +207,8 @@ class Study:
     @property
     def metric(self) -> str:
         """What of a task's grades is optimised, and compared in the verdict."""
-        return self.judge.metric if self.objective == ObjectiveSection() else "objective"
+        weighted = not self.lm_eval and any(source.weight != self.tasks[0].weight for source in self.tasks)
+        return "objective" if weighted or self.objective != ObjectiveSection() else self.judge.metric
 
     @property
     def bounds(self) -> tuple[float, float]:
