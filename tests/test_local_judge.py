@@ -23,10 +23,12 @@ from transformers import (
 
 from evomerge.answering.engine import Answer
 from evomerge.answering.likelihood import LikelihoodEngine, loglikelihood, open_likelihood_engine, spoken
+from evomerge.cli import main
 from evomerge.errors import EngineError, JudgeError, ModelError, StudyFileError
 from evomerge.judging.choose import make_judge
 from evomerge.judging.local import LEAD, TEMPLATE, LocalJudge, make_local_judge
 from evomerge.judging.rubric import SYSTEM
+from evomerge.search.session import load_finished
 from evomerge.study import EngineSection, JudgeSection
 from evomerge.tasks import Task
 
@@ -199,6 +201,33 @@ def test_grades_depend_on_neither_run_nor_neighbours(judge, judge_folder):
     again = make_judge(JudgeSection(kind="local", model=str(judge_folder)))
     assert again.grade_all(TASKS, said) == together
     assert (again.name, again.version) == (judge.name, judge.version) == ("local:judge", judge.version)
+
+
+def test_many_answers_are_taken_in_parts(judge, monkeypatch):
+    said = answers(*("あ" * n + "5" for n in range(1, 8)))
+    tasks = [TASKS[n % 4] for n in range(7)]
+    expected = judge.grade_all(tasks, said)
+    monkeypatch.setattr("evomerge.judging.local.AT_ONCE", 3)
+    asked, plain = [], LikelihoodEngine.loglikelihood
+    monkeypatch.setattr(LikelihoodEngine, "loglikelihood", lambda self, pairs: asked.append(len(pairs)) or plain(self, pairs))
+    assert [g.value for g in judge.grade_all(tasks, said)] == pytest.approx([g.value for g in expected], abs=1e-4)
+    assert asked == [15, 15, 5]
+
+
+def test_two_runs_of_a_study_that_it_judges_are_equal(pair, judge, judge_folder, tmp_path):
+    outcomes = []
+    for run in "ab":
+        url = f"sqlite:///{tmp_path / run}.db"
+        settings = ["judge.kind=local", f"judge.model={judge_folder}"]
+        options = ["--storage", url, "--results", str(tmp_path / run), "--trials", "2", *(x for s in settings for x in ("--set", s))]
+        assert main(["search", str(pair / "study.yaml"), *options]) == 0
+        finished = load_finished(url, "tiny")
+        assert finished.ledger.facts["judge"] == f"local:judge {judge.version}"
+        outcomes.append(([(r.role, r.weights, r.grades) for r in finished.records], finished.verdict))
+    assert outcomes[0] == outcomes[1]
+    grades = [g["grade"] for _, _, found in outcomes[0][0] for g in found.values()]
+    assert all(1 <= g <= 5 for g in grades)
+    assert len(set(grades)) > 20
 
 
 def test_the_version_knows_model_and_rubric(judge, judge_folder, tmp_path):

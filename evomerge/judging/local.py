@@ -29,6 +29,7 @@ _ASKED = "上の回答を採点してください。"
 TEMPLATE = RUBRIC.partition(_ASKED)[0] + _ASKED + "説明や記号を付けず、点数を表す1から5の数字を一つだけ返してください。"
 LEAD = "点数："  # the judge's turn is begun for it; a full-width colon, which no tokenizer glues to a digit
 ROOM = 8  # tokens kept free for the digit
+AT_ONCE = 256  # answers whose tokens are in memory together
 EXAMPLE = Task(0, "1+1は？", "2", "")  # what is tried before any answer is graded
 
 
@@ -84,13 +85,14 @@ class LocalJudge:
         grades = [Grade(1.0, None, "answer without a word")] * len(asked)
         said = [i for i, (_, answer) in enumerate(asked) if re.search(r"[^\s\u200b\ufeff]", answer.text)]
         try:
-            prompts = [self.prompt(*asked[i]) for i in said]
-            found = self.engine.loglikelihood([(prompt, str(digit)) for prompt in prompts for digit in GRADES])
+            for start in range(0, len(said), AT_ONCE):
+                part = said[start : start + AT_ONCE]
+                pairs = [(prompt, str(digit)) for prompt in (self.prompt(*asked[i]) for i in part) for digit in GRADES]
+                found = self.engine.loglikelihood(pairs)
+                for place, i in enumerate(part):
+                    grades[i] = self._grade(found[place * len(GRADES) :][: len(GRADES)])
         except EngineError as error:  # the judge's failure is no candidate's
             raise JudgeError(f"the local judge failed: {error.what}", where=self.model, remedy=error.remedy) from error
-        n = len(GRADES)
-        for place, i in enumerate(said):
-            grades[i] = self._grade(found[place * n : (place + 1) * n])
         return grades
 
     def prompt(self, task: Task, answer: Answer) -> str:
@@ -128,7 +130,7 @@ class LocalJudge:
         value = sum(grade * share for grade, share in zip(GRADES, shares, strict=True))
         told = ", ".join(f"{grade}: {share:.3f}" for grade, share in zip(GRADES, shares, strict=True))
         held = sum(map(math.exp, logs))
-        return Grade(min(5.0, max(1.0, value)), None, f"probabilities {told} (all five: {held:.3g} of what may come next)")
+        return Grade(round(min(5.0, max(1.0, value)), 6), None, f"probabilities {told} (all five: {held:.3g} of what may come next)")
 
 
 def make_local_judge(section: JudgeSection, engine: EngineSection | None = None) -> LocalJudge:
