@@ -214,11 +214,13 @@ def test_many_answers_are_taken_in_parts(judge, monkeypatch):
     assert asked == [15, 15, 5]
 
 
-def test_two_runs_of_a_study_that_it_judges_are_equal(pair, judge, judge_folder, tmp_path):
+def test_two_runs_of_a_study_that_it_judges_are_equal(pair, judge_folder, tmp_path):
+    template = "{input} {answer}"
+    judge = make_local_judge(JudgeSection(kind="local", model=str(judge_folder), template=template))
     outcomes = []
     for run in "ab":
         url = f"sqlite:///{tmp_path / run}.db"
-        settings = ["judge.kind=local", f"judge.model={judge_folder}"]
+        settings = ["judge.kind=local", f"judge.model={judge_folder}", f"judge.template='{template}'", "split.held_out=0.8"]
         options = ["--storage", url, "--results", str(tmp_path / run), "--trials", "2", *(x for s in settings for x in ("--set", s))]
         assert main(["search", str(pair / "study.yaml"), *options]) == 0
         finished = load_finished(url, "tiny")
