@@ -13,7 +13,7 @@ from evomerge.answering.engine import Answer
 from evomerge.cli import main
 from evomerge.errors import InputError, JudgePaused, ModelError, StudyFileError
 from evomerge.judging.choose import make_judge
-from evomerge.judging.llm import LlmJudge
+from evomerge.judging.llm import LlmJudge, NoGrade
 from evomerge.judging.rubric import Rubric, fenced, read_reply
 from evomerge.study import JudgeSection, read_judge
 from evomerge.tasks import Task
@@ -243,6 +243,28 @@ def test_servers_that_take_less_are_asked_for_less():
     assert "max_completion_tokens" in server.asked[-1][1]
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "This model's maximum context length is 2048 tokens. However, you requested 1024 output tokens and your prompt contains 1956.",
+        "max_tokens=1024 cannot be greater than max_model_len=2048. (parameter=max_tokens, value=1024)",
+        "`inputs` tokens + `max_new_tokens` must be <= 4096. Given: 5000 `inputs` tokens",
+        "the request exceeds the available context size, try increasing it",
+    ],
+)
+def test_an_answer_too_long_for_the_judge_spoils_no_other(tmp_path, said):
+    """As vLLM, TGI and llama.cpp say it: neither is the model unknown, nor is anything left out of the other requests."""
+    server = Server(plan=lambda n, p: status(400, said) if answer_of(p) == "long" else FOUR)
+    with server.running() as url:
+        judge = judging(url, tmp_path / "g", concurrency=1)
+        with pytest.raises(NoGrade, match="task 7 with its answer is too long for the judge"):
+            judge.grade_all([TASK] * 3, answers("a", "long", "b"))
+        assert len(judge.grade_all([TASK] * 2, answers("a", "b"))) == 2
+        judge.close()
+    assert len(server.prompts()) == 3
+    assert all({"response_format", "max_tokens"} <= set(body) for path, body, _ in server.asked if path != "/v1/models")
+
+
 def fails(kind, *words, **settings):
     def run():
         judge = make_judge(JudgeSection(kind="llm", **({"back_off": 0.001} | settings)))
@@ -265,6 +287,8 @@ def test_bad_input_is_one_line(monkeypatch):
     with Server(models=("a", "b"), known=(("a", "b"), status(404, "The model `x` does not exist"))).running() as url:
         fails(ModelError, "a, b", "'x'", base_url=url, model="x")
         fails(ModelError, "judge.model", "a, b", base_url=url)
+    with Server(models=None, plan=lambda n, p: status(400, "Server is pinned to 'm'; requested 'x'.")).running() as url:
+        fails(ModelError, "pinned", "judge.model", base_url=url, model="x")
     with Server(plan=lambda n, p: status(401, "bad key sk-secret")).running() as url:
         monkeypatch.setenv(KEY, "sk-secret")
         fails(InputError, "401", KEY, "***", base_url=url)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,10 +25,16 @@ LONGEST_PAUSE = 60.0  # seconds between two tries, where the server names none
 LONGEST_WAIT = 600.0  # seconds that a server may ask us to wait before the run pauses instead
 PASSING = (408, 409, 425, 429)  # and 5xx
 LISTED = 20  # models that an error names
+# How OpenAI, vLLM, SGLang, llama.cpp and TGI say that prompt and reply do not fit into the model's context.
+_CONTEXT = re.compile(r"context[ _](?:length|size|window)|max_model_len|must be <= ?\d", re.IGNORECASE)
 
 
 class Stopped(Exception):
     """The run has ended meanwhile, and this question was not asked to its end."""
+
+
+class TooLong(Exception):
+    """This question and its reply do not fit into the model's context; others may."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ class Asker:
 
     def ask(self, messages: list[dict[str, str]], seed: int | None, stop: threading.Event) -> Reply:
         """The reply; its cost is counted in the budget, and the caller keeps it. Raises JudgePaused: the budget is spent or
-        the retries are; InputError: the server refuses; Stopped."""
+        the retries are; InputError: the server refuses; TooLong; Stopped."""
         tries = 0
         while True:
             if stop.is_set() or not self.gate.wait(stop):
@@ -75,6 +82,8 @@ class Asker:
                 return Reply(text, cost)
             except self.errors.APIStatusError as error:
                 self.keep(cost)
+                if error.status_code == 413 or (error.status_code in (400, 422) and _CONTEXT.search(message_of(error))):
+                    raise TooLong(self._hidden(message_of(error))) from error
                 if self._plainer(error, sent):
                     continue
                 if error.status_code not in PASSING and error.status_code < 500:
@@ -164,7 +173,7 @@ class Asker:
         if status in (401, 403):
             remedy = f"Check the key in {KEY}." if self.key else f"Set {KEY}."
             return InputError(f"the judge's server refused us with status {status}: {said}", where=self.url, remedy=remedy)
-        if status in (400, 404, 422) and "model" in said.lower() and hasattr(self, "model"):
+        if status in (400, 404, 422) and hasattr(self, "model") and ("model" in said.lower() or self.model in said):
             return self._unknown(said, ())
         remedy = f"Check {WHERE} and judge.model." if status == 404 else GOES_ON
         return JudgeError(f"the judge's server answered with status {status}: {said}", where=self.url, remedy=remedy)

@@ -20,7 +20,7 @@ from typing import Any
 
 from evomerge.answering.engine import Answer
 from evomerge.errors import EvomergeError, JudgeError, JudgePaused
-from evomerge.judging.asking import Asker, Stopped
+from evomerge.judging.asking import Asker, Stopped, TooLong
 from evomerge.judging.budget import GOES_ON, Budget
 from evomerge.judging.grade import Grade
 from evomerge.judging.grades_cache import GradesCache, Spent, grade_key
@@ -182,7 +182,14 @@ class LlmJudge:
         for ask in range(self.section.asks):
             messages = self.rubric.messages(job.task, job.answer.text, job.answer.truncated, again=ask > 0)
             seed = job.vote + ask * self.section.votes
-            reply = self.asker.ask(messages, seed or None, self._stop)  # the first vote as without votes
+            try:
+                reply = self.asker.ask(messages, seed or None, self._stop)  # the first vote as without votes
+            except TooLong as error:
+                raise NoGrade(
+                    f"paused: task {job.task.task_id} with its answer is too long for the judge: {error}",
+                    where=self.name,
+                    remedy=f"Give the server a longer context, or lower judge.reply_tokens. {GOES_ON}",
+                ) from error
             reading, text = read_reply(reply.text), reply.text
             self.cache.put(reply.cost, job.key, job.vote, reading)
             if reading is not None:
