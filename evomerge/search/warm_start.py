@@ -27,9 +27,9 @@ from evomerge.study import Study
 from evomerge.tasks import Task
 
 BATCH = 16  # tasks of a step
-RATE = 0.08  # a number's first step, in units of the weight
+RATE = 0.25  # a number's first step, in units of the weight: in 16 steps it can come from anywhere to anywhere
 BETAS = (0.9, 0.98)  # memory of Adam's two moments (Kingma & Ba 2015, arXiv 1412.6980, algorithm 1)
-AVERAGED = 0.5  # share of the steps, the last ones, whose vectors are averaged (Polyak & Juditsky 1992)
+AVERAGED = 0.25  # share of the steps, the last ones, whose vectors are averaged (Polyak & Juditsky 1992)
 WIDEST = 3.0  # a scale lies in 1 / WIDEST to WIDEST
 
 
@@ -143,7 +143,8 @@ def scales(gradients: Sequence[Sequence[float]]) -> np.ndarray:
     A log-likelihood's curvature is the mean square of its gradient (Fisher's information), and the width of a bowl is
     the root of its inverse.
     """
-    square = np.mean(np.square(np.array(gradients, dtype=float)), axis=0)
+    late = np.array(gradients, dtype=float)[len(gradients) // 2 :]  # the way there says little of where it ends
+    square = np.mean(np.square(late), axis=0)
     width = -0.5 * np.log(np.maximum(square, max(square.max(), 1e-300) * 1e-12))
     for _ in range(20):  # what is cut off moves the mean of the rest
         width = np.clip(width - width.mean(), -np.log(WIDEST), np.log(WIDEST))
