@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import time
+from email.utils import formatdate
 
 import pytest
 from chat_server import Server, raw, status
@@ -12,6 +13,7 @@ from fault_server import answer_of
 from evomerge.answering.engine import Answer
 from evomerge.cli import main
 from evomerge.errors import InputError, JudgePaused, ModelError, StudyFileError
+from evomerge.judging.budget import retry_after
 from evomerge.judging.choose import make_judge
 from evomerge.judging.llm import LlmJudge, NoGrade
 from evomerge.judging.rubric import Rubric, fenced, read_reply
@@ -217,6 +219,53 @@ def test_retry_after_is_honoured():
         judge.close()
 
 
+def test_retry_after_as_a_date_is_honoured():
+    """Dates hold whole seconds: 2.99 s ahead is shown as 2 to 2.99 s."""
+    times = []
+
+    def plan(number, prompt):
+        times.append(time.time())
+        return status(503, "later", retry_after=formatdate(times[0] + 2.99, usegmt=True)) if len(times) == 1 else FOUR
+
+    with Server(plan=plan).running() as url:
+        judge = judging(url)
+        assert judge.grade(TASK, Answer("a", False, 1)).value == 4.0
+        judge.close()
+    assert 1.9 <= times[1] - times[0] < 8
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"retry-after": "7"}, 7),
+        ({"retry-after": "0.25"}, 0.25),
+        ({"retry-after": "-3"}, 0),
+        ({"retry-after-ms": "1500", "retry-after": "9"}, 1.5),
+        ({"retry-after-ms": "soon", "retry-after": "9"}, 9),
+        ({"retry-after": "soon"}, None),
+        ({"retry-after": "nan"}, None),
+        ({"retry-after": ""}, None),
+        ({}, None),
+    ],
+)
+def test_what_retry_after_says(headers, seconds):
+    assert retry_after(headers) == seconds
+
+
+@pytest.mark.parametrize("form", ["%a, %d %b %Y %H:%M:%S GMT", "%A, %d-%b-%y %H:%M:%S GMT", "%a %b %d %H:%M:%S %Y"])
+def test_the_three_dates_of_http(form, monkeypatch):
+    """RFC 9110, section 5.6.7; all are in GMT, wherever we are."""
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        text = time.strftime(form, time.gmtime(time.time() + 100))
+        assert 98 <= retry_after({"retry-after": text}) <= 100
+        assert retry_after({"retry-after": time.strftime(form, time.gmtime(time.time() - 100))}) == 0
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
 def test_a_rate_is_kept():
     server = Server(plan=lambda n, p: FOUR)
     with server.running() as url:
@@ -287,6 +336,8 @@ def test_bad_input_is_one_line(monkeypatch):
     with Server(models=("a", "b"), known=(("a", "b"), status(404, "The model `x` does not exist"))).running() as url:
         fails(ModelError, "a, b", "'x'", base_url=url, model="x")
         fails(ModelError, "judge.model", "a, b", base_url=url)
+    with Server(models=None, plan=lambda n, p: status(404, "Not Found")).running() as url:
+        fails(InputError, "404", "judge.base_url", base_url=f"{url}/nothere", model="x")
     with Server(models=None, plan=lambda n, p: status(400, "Server is pinned to 'm'; requested 'x'.")).running() as url:
         fails(ModelError, "pinned", "judge.model", base_url=url, model="x")
     with Server(plan=lambda n, p: status(401, "bad key sk-secret")).running() as url:

@@ -175,8 +175,10 @@ class Asker:
             return InputError(f"the judge's server refused us with status {status}: {said}", where=self.url, remedy=remedy)
         if status in (400, 404, 422) and hasattr(self, "model") and ("model" in said.lower() or self.model in said):
             return self._unknown(said, ())
-        remedy = f"Check {WHERE} and judge.model." if status == 404 else GOES_ON
-        return JudgeError(f"the judge's server answered with status {status}: {said}", where=self.url, remedy=remedy)
+        what = f"the judge's server answered with status {status}: {said}"
+        if status == 404:
+            return InputError(what, where=self.url, remedy=f"Check {WHERE} and judge.model.")
+        return JudgeError(what, where=self.url, remedy=GOES_ON)
 
     def _unknown(self, said: str, listed: Sequence[str]) -> ModelError:
         names = ", ".join(listed[:LISTED]) + (f" and {len(listed) - LISTED} more" if len(listed) > LISTED else "")

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC
 from email.utils import parsedate_to_datetime
 
 from evomerge.errors import JudgePaused
@@ -103,7 +104,8 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
         seconds = float(text)
     except ValueError:
         try:
-            seconds = parsedate_to_datetime(text).timestamp() - time.time()
+            date = parsedate_to_datetime(text)  # in GMT by RFC 9110, whether or not it says so
+            seconds = (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - time.time()
         except ValueError:
             return None
     return max(0.0, seconds) if seconds == seconds else None
