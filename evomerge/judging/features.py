@@ -32,6 +32,7 @@ NAMES = (
     "commas", "leaks", "rules",
 )  # fmt: skip
 
+_LATIN, _KANA = NAMES.index("latin"), NAMES.index("kana")
 _RULES = RulesJudge()
 _ITEM = re.compile(r"^[ \t]*(?:[-*・•]|[0-9]{1,3}[.):])", re.MULTILINE)
 _HEADING = re.compile(r"^#", re.MULTILINE)
@@ -84,6 +85,11 @@ def measures(text: str, reference: str, rules: float = 3.0) -> Floats:
         100 * text.count("、") / n, len(_LEAK.findall(text)), rules,
     )  # fmt: skip
     return np.array(values, np.float32)
+
+
+def in_english(z: Floats) -> NDArray[np.bool_]:
+    """Whether answers of measures [..., M] are in English, or another language in Latin letters: [...]."""
+    return np.asarray((z[..., _LATIN] > 0.4) & (z[..., _KANA] < 0.15))
 
 
 def _codes(text: str) -> NDArray[np.uint64]:

@@ -1,7 +1,4 @@
-"""Fitting the learned judge: a ridge for each task on n-grams and measures, after a small one on the measures of all tasks.
-
-The numbers below were chosen by cross-validation over the tuning families of judging/families.py alone.
-"""
+"""Fitting the learned judge (judging/ridge.py) on files of graded answers, and saying how it does on models held out."""
 
 from __future__ import annotations
 
@@ -17,41 +14,16 @@ from numpy.typing import NDArray
 from evomerge.errors import InputError
 from evomerge.judging.agreement import Agreements, compare
 from evomerge.judging.families import family
-from evomerge.judging.features import BITS, NAMES, Floats, look
+from evomerge.judging.features import look
 from evomerge.judging.files import read_answers
-from evomerge.judging.learned import CLIP, Facts, Weights, save_judge, task_key
+from evomerge.judging.learned import Facts, Weights, save_judge, task_key
 from evomerge.judging.reference import join, pick, read_grades
+from evomerge.judging.ridge import Examples, fit, predict
 from evomerge.tasks import Task, load_tasks
 
-RIDGE = 0.02  # the kernel's diagonal is about 1
-MEASURES_WEIGHT = 0.1  # of the measures' kernel beside the n-grams' in a task
-RULES_STRETCH = 2.0  # the rules' grade counts like four other measures
-SHARED, SHARED_RIDGE = 0.3, 100.0  # how much of the ridge over all tasks counts, and its penalty
-MODEL_SHARE = 1 / 3  # of a target is what the answer's model reaches elsewhere: one grade is noisy, a mean of 100 is not
 FAMILY_POWER = 0.5  # a family of n models counts like sqrt(n): 0 is each model alike, 1 each family
 FEWEST = 5  # graded answers to a task
 FOLDS = 4
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Graded answers: n rows over T tasks. `x` are their n-grams (buckets, weights), `z` their measures [n, M].
-
-    `weight` is what a row counts: less in a large family, whose models say much the same.
-    """
-
-    task: NDArray[np.int64]
-    model: NDArray[np.int64]
-    grade: NDArray[np.float64]
-    x: list[tuple[NDArray[np.int64], Floats]]
-    z: Floats
-    weight: NDArray[np.float64]
-
-    def at(self, rows: NDArray[np.bool_]) -> Examples:
-        """Some of the rows."""
-        return Examples(
-            self.task[rows], self.model[rows], self.grade[rows], [self.x[i] for i in np.flatnonzero(rows)], self.z[rows], self.weight[rows]
-        )
 
 
 @dataclass(frozen=True)
@@ -136,63 +108,6 @@ def fit_file(
     _save(out, weights, chosen, examples, judges, models, held_out, by_family)
     dropped = tuple(task_id for task_id in counts if task_id not in place)
     return Fitted(len(rows), len(chosen), tuple(models), tuple(judges), joined.unmatched(), dropped, held_out, by_family)
-
-
-def fit(examples: Examples, n_tasks: int) -> Weights:
-    """The weights for T = n_tasks tasks; a task without examples predicts the mean of all."""
-    from scipy import sparse  # comes with scikit-learn; needed here alone
-
-    e, buckets, m = examples, 1 << BITS, len(NAMES)
-    starts = np.cumsum([0] + [len(b) for b, _ in e.x])
-    x = sparse.csr_matrix((np.concatenate([w for _, w in e.x]), np.concatenate([b for b, _ in e.x]), starts), shape=(len(e.x), buckets))
-    seen = np.bincount(x.indices, minlength=buckets)
-    idf = np.log(len(e.x) / (1.0 + seen)).clip(min=0).astype(np.float32)
-    x = x @ sparse.diags(idf)
-    x = sparse.diags(1 / np.sqrt(np.asarray(x.multiply(x).sum(1)).ravel()).clip(min=1e-9)) @ x
-
-    overall = e.z.std(0) + 1e-6
-    mean, scale = np.tile(e.z.mean(0), (n_tasks, 1)), np.tile(overall, (n_tasks, 1))
-    level = np.full(n_tasks, e.grade.mean())
-    for t in np.unique(e.task):
-        here = e.task == t
-        mean[t], scale[t], level[t] = e.z[here].mean(0), e.z[here].std(0) + 0.1 * overall, e.grade[here].mean()
-    stretch = np.where(np.array(NAMES) == "rules", RULES_STRETCH, 1.0)
-    z = ((e.z - mean[e.task]) / scale[e.task]).clip(-CLIP, CLIP).astype(np.float64) * stretch
-    above = e.grade - level[e.task]
-    weight = e.weight / e.weight.mean()
-    shared = SHARED * np.linalg.solve(z.T @ (weight[:, None] * z) + SHARED_RIDGE * np.eye(m), z.T @ (weight * above))
-    reach = np.bincount(e.model, above) / np.bincount(e.model).clip(min=1)
-    target = e.grade - MODEL_SHARE * (above - reach[e.model]) - z @ shared
-
-    by_grams, by_measures, bias = np.zeros((n_tasks, buckets), np.float32), np.tile(shared, (n_tasks, 1)), level.copy()
-    for t in np.unique(e.task):
-        here = e.task == t
-        w, v, bias[t] = _ridge(x[here], z[here], target[here], weight[here])
-        by_grams[t] = w
-        by_measures[t] += v
-    small = [np.asarray(a, np.float32) for a in (by_measures * stretch, mean, scale, bias)]
-    return Weights(idf, by_grams, small[0], small[1], small[2], small[3])
-
-
-def _ridge(
-    x: Any, z: NDArray[np.float64], target: NDArray[np.float64], weight: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
-    """(weights of the n-grams [B], of the measures [M], bias) of a ridge with a free bias and a weight for each of n rows.
-
-    Solved in its dual, since n is small: alpha = (K + RIDGE / weight)^-1 y, with K and y centred on their weighted means.
-    """
-    n, share, part = len(target), MEASURES_WEIGHT / z.shape[1], weight / weight.sum()
-    centre = np.eye(n) - part[None]  # [n, n]: subtracts the weighted mean
-    kernel = centre @ ((x @ x.T).toarray() + share * (z @ z.T)) @ centre.T
-    alpha = centre.T @ np.linalg.solve(kernel + RIDGE * np.diag(1 / weight), target - part @ target)
-    w, v = np.asarray(x.T @ alpha).ravel(), share * (z.T @ alpha)
-    return w, v, float(part @ (target - np.asarray(x @ w).ravel() - z @ v))
-
-
-def predict(weights: Weights, examples: Examples) -> NDArray[np.float64]:
-    """[n] grades of the examples, 1 to 5."""
-    e = examples
-    return np.array([weights.predict(t, x, z) for t, x, z in zip(e.task, e.x, e.z, strict=True)]).clip(1, 5)
 
 
 def _folds(models: Sequence[str]) -> tuple[NDArray[np.int64], bool]:

@@ -1,4 +1,4 @@
-"""The learned judge: a ridge regression for each task, fitted on graded answers to that task (judging/fit.py).
+"""The learned judge: a ridge regression for each task, fitted on graded answers to that task (judging/ridge.py).
 
 It knows the tasks that it was fitted on and no others, by their whole text; another task is refused and not guessed.
 """
@@ -10,49 +10,52 @@ import json
 import re
 import zipfile
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from evomerge.atomic import replace_file
 from evomerge.errors import InputError, TaskError
 from evomerge.judging import features
-from evomerge.judging.features import Floats, Ints, look
+from evomerge.judging.features import Floats, Ints, in_english, look
 from evomerge.judging.grade import Grade
 
 if TYPE_CHECKING:
     from evomerge.answering.engine import Answer
     from evomerge.tasks import Task
 
-FORMAT, FORMAT_VERSION = "evomerge-learned-judge", 1
+FORMAT, FORMAT_VERSION = "evomerge-learned-judge", 2
 CLIP = 3.0  # standard deviations: an odd answer is no odder than that
-_ARRAYS = ("idf", "grams", "grams_scale", "measures", "mean", "scale", "bias")
+_ARRAYS = ("idf", "grams", "grams_scale", "measures", "mean", "scale", "bias", "asks_english")
 
 
 @dataclass(frozen=True)
 class Weights:
     """The fitted numbers; T tasks, B buckets, M measures.
 
-    The grade is bias[t] + grams[t] · x + measures[t] · z, x the answer's n-grams times idf at length 1, z its measures as
-    standard scores within the task.
+    The grade is bias[g, t] + grams[t] · x + measures[t] · z, x the answer's n-grams times idf at length 1, z its measures as
+    standard scores within the task and the group g: 1 for answers in English where the task does not ask for that, else 0.
     """
 
     idf: Floats  # [B]
     grams: Floats  # [T, B]
     measures: Floats  # [T, M]
-    mean: Floats  # [T, M]
-    scale: Floats  # [T, M]
-    bias: Floats  # [T]
+    mean: Floats  # [2, T, M]
+    scale: Floats  # [2, T, M]
+    bias: Floats  # [2, T]
+    asks_english: NDArray[np.bool_]  # [T]
 
     def predict(self, t: int, x: tuple[Ints, Floats], z: Floats) -> float:
         """The unbounded grade of an answer to task number t, by its n-grams (buckets, weights) and its measures [M]."""
         buckets, values = x[0], x[1] * self.idf[x[0]]
         values /= max(1e-9, float(np.sqrt(values @ values)))
-        score = ((z - self.mean[t]) / self.scale[t]).clip(-CLIP, CLIP)
-        return float(self.bias[t] + self.grams[t, buckets] @ values + self.measures[t] @ score)
+        g = int(in_english(z) and not self.asks_english[t])
+        score = ((z - self.mean[g, t]) / self.scale[g, t]).clip(-CLIP, CLIP)
+        return float(self.bias[g, t] + self.grams[t, buckets] @ values + self.measures[t] @ score)
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ def save_judge(path: Path, weights: Weights, facts: Facts) -> None:
     scale = np.abs(weights.grams).max(1, keepdims=True).clip(min=1e-12)  # halves hold 1e-7 steps of it; ranks need no more
     arrays = {
         "idf": weights.idf, "grams": (weights.grams / scale).astype(np.float16), "grams_scale": scale[:, 0], "measures": weights.measures,
-        "mean": weights.mean, "scale": weights.scale, "bias": weights.bias,
+        "mean": weights.mean, "scale": weights.scale, "bias": weights.bias, "asks_english": weights.asks_english,
     }  # fmt: skip
     about = {
         "format": FORMAT,
@@ -159,15 +162,17 @@ def _read(path: Path) -> tuple[Weights, Facts, str]:
         scale = arrays.pop("grams_scale")
         weights = Weights(**arrays)
         t, b, m = len(facts.tasks), 1 << features.BITS, len(features.NAMES)
-        shapes = [a.shape for a in (weights.idf, weights.grams, weights.measures, weights.mean, weights.scale, weights.bias, scale)]
-        if shapes != [(b,), (t, b), (t, m), (t, m), (t, m), (t,), (t,)]:
+        found = {name: a.shape for name, a in (vars(weights) | {"grams_scale": scale}).items()}
+        asked: dict[str, tuple[int, ...]] = {
+            "idf": (b,), "grams": (t, b), "measures": (t, m), "mean": (2, t, m), "scale": (2, t, m), "bias": (2, t),
+            "asks_english": (t,), "grams_scale": (t,),
+        }  # fmt: skip
+        if found != asked:
             raise ValueError("arrays of other shapes")
-        weights = Weights(weights.idf, weights.grams, weights.measures, weights.mean, weights.scale, weights.bias)
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"is no learned judge: {error}", where=path, remedy="Make one with evomerge judge fit.") from error
     return _scaled(weights, scale), facts, sha256(data).hexdigest()
 
 
 def _scaled(weights: Weights, scale: Floats) -> Weights:
-    full = weights.grams.astype(np.float32) * scale[:, None]
-    return Weights(weights.idf, full, weights.measures, weights.mean, weights.scale, weights.bias)
+    return replace(weights, grams=weights.grams.astype(np.float32) * scale[:, None])
