@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-LEAD = 2.0  # standard errors by which a single trial must beat the mean on the validation tasks
+LEAD = 3.0  # standard errors by which a single trial must beat the mean on the validation tasks
 
 
 def finalists(scores: Mapping[int, float], count: int) -> list[int]:

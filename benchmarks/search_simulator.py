@@ -1,0 +1,136 @@
+"""Simulated searches: ours with its options, and two peers. Each is an iterator of what its winner would be by then.
+
+A step is (graded answers so far, those of choosing the winner included; the winner's weights).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import optuna
+from search_landscapes import BOUNDS, Array, World
+
+from evomerge.search.choosing import LEAD, choose
+from evomerge.search.racing import blocks, hopeless, subset_size, task_order
+from evomerge.search.sampler import Distribution, default_population, make_cma
+
+Step = tuple[int, Array]
+UNIFORM = (0.0, 1.0, 0.25, 0.5, 0.75, 1.25)  # the references of a study: parents and uniform weights
+
+
+@dataclass(frozen=True)
+class Options:
+    """Of our search: keys of the study file, and what was tried and does not ship (growth, average, start)."""
+
+    ranking: str = "all"
+    subset: int = 16
+    growth: float = 2.0  # the subset is subset / sigma_ratio ** growth
+    sigma: float = 0.25
+    population: int | None = None
+    lr_adapt: bool = False
+    validation: float = 0.0  # share of the search tasks
+    finalists: int = 0  # trials that validation compares with the mean
+    lead: float = LEAD  # standard errors by which one must beat it
+    average: float = 0.0  # the winner is the mean over this share of the last generations' means
+    references: bool = True  # they are graded first, on every search task
+    start: str = "one"  # or "uniform": the best of the references
+    race_error: float = 0.05
+
+
+def ours(world: World, seed: int, o: Options) -> Iterator[Step]:
+    """CMA-ES as the loop runs it, and what it would say if it ended after each generation."""
+    rng = np.random.default_rng([seed, 1])
+    d, n = world.tilt.shape[1], len(world.search)
+    kept = round(n * o.validation)
+    search, validation = np.arange(kept, n), np.arange(kept)
+    spent, levels, start = 0, np.zeros(len(search)), np.ones(d)
+    if o.references:
+        graded = world.grades(np.outer(UNIFORM, np.ones(d)), search, rng)
+        spent, levels = graded.size, graded.mean(axis=0)
+        if o.start == "uniform":
+            start = np.full(d, UNIFORM[int(graded.mean(axis=1).argmax())])
+    bounds = np.tile(BOUNDS, (d, 1))
+    optimizer = make_cma(Distribution(start, o.sigma, np.eye(d)), bounds, o.population or default_population(d), seed, o.lr_adapt)
+    means: list[Array] = []
+    best: list[tuple[float, Array, Array]] = []  # score, weights, grades on the validation tasks
+    generation = 0
+    while True:
+        size = len(search)
+        if o.ranking != "all":
+            size = subset_size(size, o.subset, float(optimizer._sigma / o.sigma) ** (o.growth / 2))
+        chosen = search[np.array(task_order(seed, generation, len(search))[:size])]
+        drawn = np.array([optimizer.ask() for _ in range(optimizer.population_size)])
+        grades = world.grades(drawn, chosen, rng)
+        if o.ranking == "race":
+            _race(grades, o.race_error)
+        spent += int((~np.isnan(grades)).sum())
+        scores = np.nanmean(grades - levels[chosen - kept], axis=1)
+        optimizer.tell([(x, -float(score)) for x, score in zip(drawn, scores, strict=True)])
+        generation += 1
+        means.append(optimizer.mean.copy())
+        mean = np.mean(means[-max(1, round(o.average * len(means))) :], axis=0)
+        if not o.finalists:
+            yield spent + len(search), mean
+            continue
+        for x, score in zip(drawn, scores, strict=True):
+            if len(best) < o.finalists or score > best[-1][0]:
+                best = sorted([*best, (float(score), x, world.grades(x[None], validation, rng)[0])], key=lambda b: -b[0])[: o.finalists]
+        stands = {"mean": world.grades(mean[None], validation, rng)[0]} | {str(i): b[2] for i, b in enumerate(best)}
+        named = {name: dict(zip(map(str, validation), values.tolist(), strict=True)) for name, values in stands.items()}
+        winner = choose(named, k=o.lead)
+        spent_on_choice = len(search) + len(stands) * kept  # the loop also grades the mean on every search task
+        yield spent + spent_on_choice, mean if winner == "mean" else best[int(winner)][1]
+
+
+def _race(grades: Array, error: float) -> None:
+    """Strike out (nan) what a race would not have asked."""
+    parts, out = blocks(grades.shape[1]), set[int]()
+    for part in parts[:-1]:
+        seen = grades.copy()
+        seen[:, part.stop :] = np.nan
+        out |= hopeless(seen, len(grades) // 2, error, len(parts) - 1)
+        for i in out:
+            grades[i, part.stop :] = np.nan
+
+
+def optuna_cmaes(world: World, seed: int) -> Iterator[Step]:
+    """Optuna's stock sampler on the same bounds; every task each time; the best trial wins."""
+    rng = np.random.default_rng([seed, 2])
+    d, tasks = world.tilt.shape[1], np.arange(len(world.search))
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        study = optuna.create_study(sampler=optuna.samplers.CmaEsSampler(seed=seed), direction="maximize")
+    best = -np.inf
+    spent = 0
+    winner = np.ones(d)
+    while True:
+        trial = study.ask()
+        x = np.array([trial.suggest_float(f"w{i}", *BOUNDS) for i in range(d)])
+        score = float(world.grades(x[None], tasks, rng).mean())
+        study.tell(trial, score)
+        spent += len(tasks)
+        if score > best:
+            best, winner = score, x
+        yield spent, winner
+
+
+def mergekit_evolve(world: World, seed: int) -> Iterator[Step]:
+    """The `cma` package as mergekit-evolve calls it: weights from 1, sigma 1/6, its population, no bounds; `xbest` wins."""
+    import cma  # installed for this benchmark alone
+
+    rng = np.random.default_rng([seed, 3])
+    d, tasks = world.tilt.shape[1], np.arange(len(world.search))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        strategy = cma.CMAEvolutionStrategy(np.ones(d), 1 / 6, {"seed": seed + 1, "verbose": -9})
+    spent = 0
+    while True:
+        drawn = strategy.ask()
+        scores = world.grades(np.array(drawn), tasks, rng).mean(axis=1)
+        strategy.tell(drawn, (-scores).tolist())
+        spent += len(drawn) * len(tasks)
+        yield spent, strategy.result.xbest
