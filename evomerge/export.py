@@ -39,13 +39,14 @@ def write_results(finished: Finished, folder: Path) -> list[Path]:
         lambda p: write_report(
             p,
             study=finished.ledger.name,
-            metric=finished.study.judge.metric,
+            metric=finished.study.metric,
             trials=finished.records,
             verdict=finished.verdict,
             best=finished.winner.number,
             slices=slices,
             labels=reference_labels(finished),
             samples=facts.get("samples", []),
+            judge=None if "judge_report" not in facts else facts["judge_report"] | {"cascade": facts.get("cascade")},
             study_file=yaml.safe_dump(facts["study_file"], allow_unicode=True, sort_keys=False),
         ),
     )

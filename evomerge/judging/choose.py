@@ -25,6 +25,10 @@ def make_judge(
             from evomerge.judging.llm import LlmJudge
 
             return LlmJudge(section, cache, seed, total)
+        case "cascade":
+            from evomerge.judging.cascade import CascadeJudge
+
+            return CascadeJudge(section, cache, seed, total)
         case "learned":
             judge: Judge = _lazily("learned", "LearnedJudge")(section.file)
             return judge

@@ -44,6 +44,14 @@ class PendingGrades(Protocol):
 
 
 @runtime_checkable
+class BatchJudge(Protocol):
+    """A judge to whom several answers at once cost less."""
+
+    def grade_all(self, tasks: Sequence[Task], answers: Sequence[Answer]) -> list[Grade]:
+        """Grade answers, in order. Raises JudgeError."""
+
+
+@runtime_checkable
 class WaitingJudge(Protocol):
     """A judge that spends its time waiting for others: it is asked, and meanwhile the next candidate answers."""
 

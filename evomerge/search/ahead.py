@@ -13,10 +13,11 @@ from typing import TypeAlias
 
 from evomerge.answering.engine import Answer
 from evomerge.errors import EngineError
-from evomerge.judging.grade import Grade, Judge, PendingGrades, WaitingJudge
+from evomerge.judging.grade import BatchJudge, Grade, Judge, PendingGrades, WaitingJudge
 from evomerge.recipe import Recipe
 from evomerge.tasks import Task
 
+Key: TypeAlias = tuple[str, str, tuple[str, ...]]  # recipe, mode, tasks
 Item: TypeAlias = tuple[Recipe, Sequence[Task], str]  # what is examined: a recipe on some tasks, answered in a mode
 
 
@@ -24,7 +25,7 @@ Item: TypeAlias = tuple[Recipe, Sequence[Task], str]  # what is examined: a reci
 class Begun:
     """A recipe's answers to some tasks, and their grades or what they are waited for with; by the tasks' places."""
 
-    judge: Judge
+    judge: Judge | None  # None: answers alone are wanted
     tasks: Sequence[Task]
     answers: list[Answer] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: {"merge": 0.0, "answer": 0.0, "judge": 0.0})
@@ -38,7 +39,9 @@ class Begun:
         tasks = [self.tasks[i] for i in places]
         if isinstance(self.judge, WaitingJudge):
             self.pending.append((list(places), self.judge.submit(tasks, answers)))
-        else:
+        elif isinstance(self.judge, BatchJudge):
+            self.grades.update(zip(places, self.judge.grade_all(tasks, answers), strict=True))
+        elif self.judge is not None:
             self.grades |= {i: self.judge.grade(*pair) for i, pair in zip(places, zip(tasks, answers, strict=True), strict=True)}
         self.seconds["judge"] += time.perf_counter() - began
 
@@ -59,14 +62,18 @@ class Begun:
 class Ahead:
     """What was begun before its turn."""
 
-    begun: dict[tuple[str, str, str], Begun] = field(default_factory=dict)
+    begun: dict[Key, Begun] = field(default_factory=dict)
 
     def take(self, item: Item, begin: Callable[[Item], Begun]) -> Begun:
         return self.begun.pop(_key(item), None) or begin(item)
 
-    def while_waiting(self, current: Begun, upcoming: Iterator[Item], begin: Callable[[Item], Begun]) -> None:
-        """Begin what comes next until the current one's grades are there; each is begun once."""
-        while not current.done():
+    def keep(self, item: Item, begun: Begun) -> None:
+        """For its own turn."""
+        self.begun[_key(item)] = begun
+
+    def while_waiting(self, current: Sequence[Begun], upcoming: Iterator[Item], begin: Callable[[Item], Begun]) -> None:
+        """Begin what comes next until the current ones' grades are there; each is begun once."""
+        while not all(begun.done() for begun in current):
             item = next(upcoming, None)
             if item is None:
                 return
@@ -78,7 +85,6 @@ class Ahead:
                 return  # it fails again in its own turn, and is recorded then
 
 
-def _key(item: Item) -> tuple[str, str, str]:
-    """Recipe, mode, and which tasks: no two splits of a study begin with the same one."""
+def _key(item: Item) -> Key:
     recipe, tasks, mode = item
-    return recipe.digest(), mode, str(tasks[0].task_id)
+    return recipe.digest(), mode, tuple(str(task.task_id) for task in tasks)

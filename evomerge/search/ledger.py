@@ -10,7 +10,7 @@ import fcntl
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class TrialRecord:
     grades: dict[str, dict[str, Any]]
     tokens: int | None = None  # new tokens of all answers
     tokens_per_second: float | None = None  # of those that were not paid for before
+    parts: dict[str, float] = field(default_factory=dict)  # of the objective, where the study has one
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Result:
     grades: dict[str, dict[str, Any]]
     tokens: int = 0  # new tokens of all answers
     tokens_per_second: float | None = None  # of those that were not paid for before
+    parts: dict[str, float] = field(default_factory=dict)
 
 
 class Ledger:
@@ -218,4 +220,5 @@ def _record(t: FrozenTrial, names: Sequence[str]) -> TrialRecord:
         grades=a.get("grades", {}),
         tokens=a.get("tokens"),
         tokens_per_second=a.get("tokens_per_second"),
+        parts=a.get("parts", {}),
     )

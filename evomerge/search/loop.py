@@ -1,6 +1,6 @@
 """The loop: the only place where genome, merging, answering, judging and the study meet.
 
-ask -> decode -> apply -> answer -> judge -> score -> record -> tell; then the verdict on the held-out tasks.
+ask -> decode -> apply -> answer -> judge -> score -> record -> tell; then the winner is chosen and stands before the held-out tasks.
 """
 
 from __future__ import annotations
@@ -8,52 +8,41 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from evomerge.answering.cache import MERGED, AnswerCache, answer_all
-from evomerge.answering.engine import Answer, Engine
+from evomerge.answering.cache import MERGED, AnswerCache
+from evomerge.answering.engine import Engine
 from evomerge.answering.lm_eval_tasks import LmEvalTasks
-from evomerge.answering.pace import Pace
 from evomerge.answering.prompts import Prompter
 from evomerge.console import Console, duration
 from evomerge.errors import EngineError, StudyFileError
 from evomerge.genome import Genome
-from evomerge.judging.grade import Grade, Judge, WaitingJudge
+from evomerge.judge_report import judge_facts
+from evomerge.judging.grade import Judge, WaitingJudge
 from evomerge.recipe import Recipe
-from evomerge.search.ahead import Ahead, Begun, Item
-from evomerge.search.ledger import Ledger, Result, TrialRecord
+from evomerge.search import warm_start
+from evomerge.search.ahead import Item
+from evomerge.search.choosing import choose, finalists
+from evomerge.search.examine import Examined, Examiner
+from evomerge.search.ledger import Ledger, TrialRecord
+from evomerge.search.likelihood_part import make_likelihood_part
 from evomerge.search.one_pass import MODE as ONE_PASS
 from evomerge.search.one_pass import OnePass
-from evomerge.search.sampler import ReplayedCmaEs, Slot
-from evomerge.search.verdict import best_uniform, choose_winner, make_verdict, mean_and_error, metric_values
+from evomerge.search.rounds import Rounds
+from evomerge.search.sampler import Distribution, ReplayedCmaEs, Slot
+from evomerge.search.scoring import Scorer, task_levels, task_shares
+from evomerge.search.stopping import Spent, why_converged, why_stop
+from evomerge.search.verdict import best_uniform, choose_winner, make_verdict, metric_values
 from evomerge.study import Study
 from evomerge.tasks import Split, Task
 
 SAMPLE_CHARACTERS = 600  # of each text kept for the report
 MAX_ATTEMPTS = 3  # failures at one place of a generation before the run stops
-
-
-@dataclass(frozen=True)
-class Examined:
-    """What one recipe did on some tasks."""
-
-    answers: list[Answer]
-    grades: list[Grade]
-    seconds: dict[str, float]
-    tokens_per_second: float | None = None  # None: every answer was paid for before
-    figure: str = "grade"  # what a grade's value is called: a judge's grade, or a document's part of lm-eval's score
-
-    def by_task(self, tasks: Sequence[Task]) -> dict[str, dict[str, Any]]:
-        """task_id -> grade (or score), correct, truncated."""
-        return {
-            str(task.task_id): {self.figure: grade.value, "correct": grade.correct, "truncated": answer.truncated}
-            for task, answer, grade in zip(tasks, self.answers, self.grades, strict=True)
-        }
 
 
 class Search:
@@ -73,33 +62,57 @@ class Search:
         lm_eval: LmEvalTasks | None = None,
     ) -> None:
         """With `lm_eval`, whose documents the split holds, prompter and judge have nothing to do."""
-        self.lm_eval = lm_eval
         self.study, self.genome, self.split = study, genome, split
         self.engine, self.prompter, self.judge = engine, prompter, judge
-        self.ledger, self.cache, self.console = ledger, cache, console
+        self.ledger, self.console, self.lm_eval = ledger, console, lm_eval
         engine.limits.update(ledger.facts.get("limits", {}))
         assert isinstance(ledger.study.sampler, ReplayedCmaEs)
         self.sampler = ledger.study.sampler
         self.one_pass = OnePass(study, genome, engine, cache, ledger, self.sampler)
         self._in_one_pass: bool | None = None
-        self.ahead = Ahead()
+        likelihood = make_likelihood_part(engine, prompter, cache) if study.objective.likelihood else None
+        self.examiner = Examiner(engine, prompter, judge, cache, console, self._remember_limits, self.one_pass.spent, lm_eval, likelihood)
+        self.scorer = Scorer(study, task_shares(study, split))
+        self.rounds = Rounds(study, split.search, self.sampler, ledger, self.examiner, self.scorer)
+        self._began, self._before = time.monotonic(), float(ledger.facts.get("elapsed", 0.0))
 
     def run(self) -> dict[str, Any]:
-        """References, generations, the mean, the verdict. Returns the verdict; raises what stops a run."""
+        """References, generations, the mean, the choice, the verdict. Returns the verdict; raises what stops a run."""
         stale = self.ledger.release_stale()
         if stale:
             self.console.say(f"{stale} interrupted trial(s) are taken up again")
         if self.study.engine.population:
             self._one_pass()  # refused before any work where it cannot be
         self._references()
-        while (done := self._candidates_done()) < self.study.search.trials:
-            slot = self.sampler.next_slot(self.ledger.trials())
-            if slot.attempt >= MAX_ATTEMPTS:
-                reason = next(r.reason for r in reversed(self.ledger.records()) if r.state == "failed")
-                raise EngineError(f"{MAX_ATTEMPTS} candidates in a row failed: {reason}", remedy="Mend the cause and run the same command.")
-            self._trial("candidate", slot=slot, label=f"gen {slot.generation + 1}  trial {done + 1}/{self.study.search.trials}")
+        self._warm_start()
+        while (reason := self._why_stop()) is None:
+            self._next_candidate()
+        self.console.say(f"the search ends: {reason}")
+        self.ledger.remember("stopped", reason)
         self._mean()
         return self._verdict()
+
+    def _next_candidate(self) -> None:
+        done = self._candidates_done()
+        slot = self.sampler.next_slot(self.ledger.trials())
+        if slot.attempt >= MAX_ATTEMPTS:
+            reason = next(r.reason for r in reversed(self.ledger.records()) if r.state == "failed")
+            raise EngineError(f"{MAX_ATTEMPTS} candidates in a row failed: {reason}", remedy="Mend the cause and run the same command.")
+        self._trial("candidate", slot=slot, label=f"gen {slot.generation + 1}  trial {done + 1}/{self.study.search.trials}")
+
+    def _why_stop(self) -> str | None:
+        """Why no further candidate begins; convergence is looked at between generations only."""
+        s, spent = self.study.search, Spent(self._elapsed(), float(getattr(self.judge, "cost", 0.0)))
+        reason = why_stop(s, self._candidates_done(), spent)
+        if reason is not None or (s.min_sigma is None and s.patience is None):
+            return reason
+        trials = self.ledger.trials()
+        slot, complete = self.sampler.next_slot(trials), self.sampler.complete_generations(trials)
+        if slot.index or not complete:
+            return None
+        found = [r for r in self.ledger.records() if r.role == "candidate" and r.state == "complete"]
+        generations = [[r for r in found if r.generation == g] for g in range(complete)]
+        return why_converged(s, generations, self.sampler.sigma(trials, complete))
 
     def _references(self) -> None:
         """The parents and the uniform weights, each once."""
@@ -108,6 +121,22 @@ class Search:
             if not self._has(role, weights):
                 after = [(r, w) for r, w in wanted[i + 1 :] if not self._has(r, w)]
                 self._trial(role, weights=weights, label=f"{role} {i + 1}/{len(wanted)}", after=after)
+
+    def _warm_start(self) -> None:
+        """Gradient steps on the references' likelihood, each recorded; their outcome is where the first generation is drawn."""
+        if self.study.search.warm_start is None:
+            return
+        done = [warm_start.Step.from_dict(step) for step in self.ledger.facts.get("warm_start", [])]
+
+        def record(step: warm_start.Step) -> None:
+            done.append(step)
+            self.ledger.remember("warm_start", [asdict(s) for s in done])
+            self._tick()
+
+        tasks, say = self.split.search, lambda line: self.console.status(f"warm start  {line}")
+        start = warm_start.warm_start(self.engine, self.genome, tasks, self.prompter, self.study, list(done), record, say)
+        cov = self.sampler.start.cov * np.outer(start.scales, start.scales)
+        self.sampler.start = Distribution(np.clip(start.mean, *self.sampler.bounds.T), self.sampler.first_sigma, cov)
 
     def _mean(self) -> None:
         generation, mean = self.sampler.mean(self.ledger.trials())
@@ -130,46 +159,58 @@ class Search:
         """
         fixed = None if weights is None else dict(zip(self.genome.names, weights, strict=True))
         trial = self.ledger.start(role, slot, fixed, generation)
-        vector = [trial.params[name] for name in self.genome.names]
+        recipe = self.genome.decode([trial.params[name] for name in self.genome.names])
         try:
-            mode = self._answer_generation(slot) if slot is not None else MERGED
-            examined = self.examine(self.genome.decode(vector), self.split.search, label, mode, self._upcoming(slot, after, mode))
+            if slot is None:
+                examined = self.examiner.examine(recipe, [self.split.search], label, upcoming=self._upcoming(None, after))
+            else:
+                examined = self._examine_candidate(slot, recipe, label)
         except EngineError as error:
             self.ledger.fail(trial, str(error))
             if role != "candidate":
                 raise
             self.console.say(f"{label}: failed: {error}")
             return
-        self.ledger.finish(trial, self._result(examined))
+        levels = task_levels(self.ledger.records(), self.study.metric) if slot is not None else {}
+        self.ledger.finish(trial, self.scorer.result(examined, levels))
+        self._tick()
         self._progress(label, sum(examined.seconds.values()))
 
-    def _answer_generation(self, slot: Slot) -> str:
-        """Let the whole generation answer in one pass, where that is wanted. The mode in which its answers are kept."""
+    def _examine_candidate(self, slot: Slot, recipe: Recipe, label: str) -> Examined:
+        """On the tasks that its generation is ranked on, and after what must be known of the whole generation."""
+        generation = slot.generation
         if self.lm_eval is not None:
-            return MERGED
-        if not self._one_pass():
-            return MERGED
-        prompts = [self.prompter.render(task.input) for task in self.split.search]
-        label = f"gen {slot.generation + 1}  in one pass"
-        self.one_pass.ahead(slot.generation, prompts, lambda line: self.console.status(f"{label}  {line}", detail=True))
-        return ONE_PASS
+            return self.examiner.examine(recipe, [self.split.search], label)
+        mode = ONE_PASS if self._one_pass() else MERGED
+        named = f"gen {generation + 1}"
+        if mode == ONE_PASS:
+            prompts = [self.prompter.render(task.input) for task in self.rounds.tasks(generation)]
+            self.one_pass.ahead(generation, prompts, lambda line: self.console.status(f"{named}  in one pass  {line}", detail=True))
+        if self.rounds.together:
+            self.rounds.prepare(generation, [self.genome.decode(v) for v in self.one_pass.vectors(generation)], mode, named)
+        blocks, grades = self.rounds.of(generation, recipe), self.rounds.grades(recipe)
+        return self.examiner.examine(recipe, blocks, label, mode, self._upcoming(slot), grades)
 
     def _one_pass(self) -> bool:
         if self._in_one_pass is None:
-            self._in_one_pass = self.one_pass.wanted(len(self.split.search))
+            size = len(self.rounds.tasks(0))
+            self._in_one_pass = self.study.search.ranking != "race" and self.one_pass.wanted(size)
         return self._in_one_pass
 
-    def _upcoming(self, slot: Slot | None, after: Sequence[tuple[str, tuple[float, ...]]] | None, mode: str) -> Iterator[Item]:
+    def _upcoming(self, slot: Slot | None, after: Sequence[tuple[str, tuple[float, ...]]] | None = None) -> Iterator[Item]:
         """What will be examined whatever the grades under way will be: the references that are left and then the first
         generation, or the rest of a candidate's generation, whose draws are independent; then, once the references are
         graded, those of them that stand in the verdict."""
         if not isinstance(self.judge, WaitingJudge) or self.lm_eval is not None:
             return
-        yield from ((self.genome.decode(weights), self.split.search, mode) for _, weights in after or ())
-        if slot is not None:
-            yield from ((recipe, self.split.search, mode) for recipe in self._draws(slot.generation, slot.index + 1))
-        elif after is not None and not self._one_pass():  # which answers in another mode
-            yield from ((recipe, self.split.search, mode) for recipe in self._draws(0, 0))
+        yield from ((self.genome.decode(weights), self.split.search, MERGED) for _, weights in after or ())
+        if slot is not None and not self.rounds.together:
+            mode = ONE_PASS if self._one_pass() else MERGED
+            tasks = self.rounds.tasks(slot.generation)
+            yield from ((recipe, tasks, mode) for recipe in self._draws(slot.generation, slot.index + 1))
+        elif after is not None and not self.rounds.together and self.study.search.warm_start is None and not self._one_pass():
+            tasks = self.rounds.tasks(0)
+            yield from ((recipe, tasks, MERGED) for recipe in self._draws(0, 0))
         if after is None:
             yield from ((self.genome.decode(r.weights), self.split.held_out, MERGED) for r in self._fixed(self.ledger.records()).values())
 
@@ -182,103 +223,70 @@ class Search:
                 drawn = self.sampler.draw(trials, self.sampler.slot(trials, generation, place))
                 yield self.genome.decode(tuple(float(x) for x in drawn))
 
-    def examine(
-        self, recipe: Recipe, tasks: Sequence[Task], label: str = "", mode: str = MERGED, upcoming: Iterable[Item] = ()
-    ) -> Examined:
-        """Merge, answer, judge. Merging is skipped when every answer is already paid for.
-
-        While a judge is waited for, what is `upcoming` is begun.
-        """
-        if self.lm_eval is not None:
-            return self._examine_lm_eval(self.lm_eval, recipe, tasks, label)
-        begun = self.ahead.take((recipe, tasks, mode), lambda item: self._begin(item, label))
-        self.ahead.while_waiting(begun, iter(upcoming), lambda item: self._begin(item, f"{label}, ahead"))
-        grades = begun.wait()
-        seconds = {phase: round(s, 4) for phase, s in begun.seconds.items()}
-        return Examined(begun.answers, grades, seconds, tokens_per_second=begun.tokens_per_second)
-
-    def _begin(self, item: Item, label: str) -> Begun:
-        """Merge and answer; each batch of answers goes to the judge when it is there."""
-        recipe, tasks, mode = item
-        begun = Begun(self.judge, tasks)
-
-        def apply() -> None:
-            began = time.perf_counter()
-            self.engine.apply(recipe)
-            begun.seconds["merge"] = time.perf_counter() - began
-
-        began = time.perf_counter()
-        prompts = [self.prompter.render(task.input) for task in tasks]
-        pace = Pace(len(tasks), lambda line: self.console.status(f"{label}  {line}", detail=True))
-        begun.answers = answer_all(self.engine, self.cache, recipe.digest(), prompts, apply, pace, self._remember_limits, mode, begun.got)
-        spent = time.perf_counter() - began - begun.seconds["merge"] - begun.seconds["judge"]
-        shared = self.one_pass.spent(recipe)
-        begun.seconds["answer"] = spent + shared
-        begun.tokens_per_second = pace.rate if not shared else sum(answer.tokens for answer in begun.answers) / shared
-        return begun
-
-    def _examine_lm_eval(self, lm_eval: LmEvalTasks, recipe: Recipe, tasks: Sequence[Task], label: str) -> Examined:
-        """Merge and let lm-eval ask and score."""
-        merging = 0.0
-
-        def apply() -> None:
-            nonlocal merging
-            began = time.perf_counter()
-            self.engine.apply(recipe)
-            merging = round(time.perf_counter() - began, 4)
-
-        def progress(n: int) -> None:
-            self.console.status(f"{label}  answered {n}/{len(tasks)}", detail=True)
-
-        began = time.perf_counter()
-        outcomes = lm_eval.examine(recipe.digest(), tasks, self.cache, apply, progress)
-        seconds = {"merge": merging, "answer": round(time.perf_counter() - began - merging, 4), "judge": 0.0}
-        parts = [Grade(score, None, str(o.values)) for score, o in zip(lm_eval.scores(tasks, outcomes), outcomes, strict=True)]
-        return Examined([o.answer for o in outcomes], parts, seconds, figure="score")
-
     def _remember_limits(self, limits: Mapping[str, int]) -> None:
         """Memory has forced smaller batches: the study uses them from here on, also when it is resumed."""
         self.ledger.remember("limits", dict(limits))
 
-    def _result(self, examined: Examined) -> Result:
-        grades = examined.by_task(self.split.search)
-        values = list(metric_values(grades, self.study.judge.metric).values())
-        if not values:
-            raise StudyFileError(
-                "no search task is closed, so none can be right or wrong", where="judge.metric", found="correct", remedy="Use grade."
-            )
-        score, error = mean_and_error(values)
-        cut = float(np.mean([answer.truncated for answer in examined.answers]))
-        tokens = sum(answer.tokens for answer in examined.answers)
-        return Result(score, error, len(values), cut, examined.seconds, grades, tokens, examined.tokens_per_second)
+    def _elapsed(self) -> float:
+        """Seconds that the study has taken in all its runs."""
+        return self._before + time.monotonic() - self._began
+
+    def _tick(self) -> None:
+        self.ledger.remember("elapsed", round(self._elapsed(), 3))
+
+    def _choose(self, records: Sequence[TrialRecord]) -> TrialRecord:
+        """The winner: by the validation tasks where the study keeps some aside, else by the search tasks."""
+        metric, tasks = self.study.metric, self.split.validation
+        if not tasks:
+            return choose_winner(records, metric)
+        scores = {r.number: r.score for r in records if r.role == "candidate" and r.state == "complete" and r.score is not None}
+        means = [r.number for r in records if r.role == "mean" and r.state == "complete"]
+        by_number = {r.number: r for r in records}
+        names = {str(number): by_number[number] for number in finalists(scores, self.study.search.finalists)}
+        names |= {"mean": by_number[means[-1]]} if means else {}
+        recipes = [self.genome.decode(r.weights) for r in names.values()]
+        grades = {}
+        for i, name in enumerate(names):
+            later: list[Item] = [(recipe, tasks, MERGED) for recipe in recipes[i + 1 :]]
+            examined = self.examiner.examine(recipes[i], [tasks], f"validation: trial {names[name].number}", upcoming=later)
+            grades[name] = metric_values(self.scorer.by_task(examined), metric)
+        chosen = names[choose(grades)]
+        figures = {str(names[name].number): float(np.mean(list(values.values()))) for name, values in grades.items()}
+        self.ledger.remember("validation", {"n": len(tasks), "means": figures, "winner": chosen.number})
+        return chosen
 
     def _verdict(self) -> dict[str, Any]:
-        """Examine the finalists on the held-out tasks; what was paid for before the run was cut comes from the cache."""
-        records = self.ledger.records()
-        metric = self.study.judge.metric
-        finalists = self._finalists(records)
-        before = self.ledger.facts
-        numbers = {name: record.number for name, record in finalists.items()}
-        if before.get("verdict") and before.get("finalists") == numbers:
-            verdict: dict[str, Any] = before["verdict"]
+        """Examine the finalists on the held-out tasks; what was paid for before the run was cut comes from the cache.
+
+        Each look at the held-out tasks is counted: a winner that is chosen after one look and shown in the next was not
+        chosen blindly any more.
+        """
+        records, metric, before = self.ledger.records(), self.study.metric, self.ledger.facts
+        known = before.get("verdict")
+        compared = {"winner": self._choose(records)} | self._fixed(records)
+        numbers = {name: record.number for name, record in compared.items()}
+        if known and before.get("finalists") == numbers:
+            verdict: dict[str, Any] = known
             return verdict
         tasks = self.split.held_out
-        recipes = [self.genome.decode(r.weights) for r in finalists.values()]
+        recipes = [self.genome.decode(r.weights) for r in compared.values()]
         examined = {
-            name: self.examine(recipes[i], tasks, f"verdict: {name}", upcoming=[(r, tasks, MERGED) for r in recipes[i + 1 :]])
-            for i, name in enumerate(finalists)
+            name: self.examiner.examine(recipes[i], [tasks], f"verdict: {name}", upcoming=[(r, tasks, MERGED) for r in recipes[i + 1 :]])
+            for i, name in enumerate(compared)
         }
-        held_out = {name: e.by_task(tasks) for name, e in examined.items()}
+        held_out = {name: self.scorer.by_task(e) for name, e in examined.items()}
         if not metric_values(held_out["winner"], metric):
             raise StudyFileError("no held-out task is closed", where="judge.metric", found=metric, remedy="Use grade.")
         verdict = make_verdict(held_out, metric, self.study.search.seed)
+        verdict["look"] = int(known.get("look", 1)) + 1 if known else 1
+        if self.lm_eval is None:
+            learned = getattr(self.judge, "cheap", self.judge)  # of a cascade; a judge that was fitted knows how far it agrees
+            held = getattr(getattr(learned, "facts", None), "held_out", None)
+            self.ledger.remember("judge_report", judge_facts(self.judge.name, self.judge.version, tasks, examined, held or None))
         self.ledger.remember("samples", samples(tasks, examined))
         self.ledger.remember("finalists", numbers)
         self.ledger.remember("verdict", verdict)
         return verdict
-
-    def _finalists(self, records: Sequence[TrialRecord]) -> dict[str, TrialRecord]:
-        return {"winner": choose_winner(records, self.study.judge.metric)} | self._fixed(records)
 
     def _fixed(self, records: Sequence[TrialRecord]) -> dict[str, TrialRecord]:
         """Whom the winner is compared with: known once the references are graded."""

@@ -48,7 +48,7 @@ class OnePass:
     def ahead(self, generation: int, prompts: Sequence[str], report: Callable[[str], None]) -> None:
         """Answer for every candidate of the generation, batch of prompts by batch, what is not kept yet. Raises EngineError."""
         assert isinstance(self.engine, PopulationEngine)
-        recipes = [self.genome.decode(vector) for vector in self._vectors(generation)]
+        recipes = [self.genome.decode(vector) for vector in self.vectors(generation)]
         pace = Pace(len(recipes) * len(prompts), report)
         for batch in self.engine.batches(prompts):
             texts = [prompts[i] for i in batch]
@@ -69,7 +69,7 @@ class OnePass:
         """Seconds of a pass that were this candidate's; once."""
         return self.seconds.pop(recipe.digest(), 0.0)
 
-    def _vectors(self, generation: int) -> list[tuple[float, ...]]:
+    def vectors(self, generation: int) -> list[tuple[float, ...]]:
         """The generation's candidates: those that are finished, and those that will be drawn, up to the last trial."""
         trials = self.ledger.trials()
         finished = {(r.generation, r.index): r.weights for r in self.ledger.records() if r.role == "candidate" and r.state == "complete"}

@@ -36,7 +36,7 @@ def open_search(study: Study, url: str, console: Console) -> Iterator[Search]:
     """A search ready to run or to go on. Everything the user can get wrong is raised here, before any work."""
     lm_eval = LmEvalTasks(study) if study.lm_eval else None
     tasks = study_tasks(study) if lm_eval is None else lm_eval.tasks
-    split = split_tasks(tasks, study.split.held_out, study.split.seed)
+    split = split_tasks(tasks, study.split.held_out, study.split.seed, study.split.validation)
     if lm_eval is not None:
         lm_eval.check_split(split)
     base, siblings = open_models(study)
@@ -47,9 +47,10 @@ def open_search(study: Study, url: str, console: Console) -> Iterator[Search]:
         ledger = open_ledger(url, study.study, sampler, create=True)
         facts = _facts(study, genome, tasks, split, [base, *siblings], ledger)
         check_unchanged(ledger, facts)
+        kept = f", {len(split.validation)} for the choice of the winner" if split.validation else ""
         console.say(
             f"study {study.study}: {_size(genome)}, {len(split.search)} tasks to search on, "
-            f"{len(split.held_out)} held out, {study.search.trials} candidates in generations of {sampler.population}"
+            f"{len(split.held_out)} held out{kept}, {study.search.trials} candidates in generations of {sampler.population}"
         )
         judge = None if lm_eval is not None else _open_judge(study, url, ledger)
         s = study.search
@@ -76,7 +77,7 @@ def open_search(study: Study, url: str, console: Console) -> Iterator[Search]:
 
 def _open_judge(study: Study, url: str, ledger: Ledger) -> Judge:
     """The study's judge; refuse one that is another than the one that graded so far."""
-    judge = make_judge(study.judge, grades_path(url, study.study), study.search.seed)
+    judge = make_judge(study.judge, grades_path(url, study.study), study.search.seed, engine=study.engine)
     who = f"{judge.name} {judge.version}"
     known = ledger.facts.get("judge", who)
     if known != who:
@@ -166,7 +167,7 @@ def load_finished(url: str, name: str) -> Finished:
         raise StudyError("the study has no finished candidate yet", where=name, remedy="Run `evomerge search` until it has one.")
     study = Study.from_dict(facts["study_file"])
     genome = make_genome(study, facts["n_layers"])
-    winner = winner_of(facts, records, study.judge.metric)
+    winner = winner_of(facts, records, study.metric)
     return Finished(ledger, study, genome, records, winner, facts.get("verdict"))
 
 
@@ -196,7 +197,7 @@ def _facts(
         "study_file": study.to_dict(),
         "models": {ref: combined(prints) for ref, prints in files.items()},
         "tasks": tasks_hash(tasks),
-        "split": {"search": [t.task_id for t in split.search], "held_out": [t.task_id for t in split.held_out]},
+        "split": {part: [t.task_id for t in getattr(split, part)] for part in ("search", "validation", "held_out")},
         "names": list(genome.names),
         "n_layers": genome.slices[-1][1],
         "files": files,

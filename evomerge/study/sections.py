@@ -91,7 +91,7 @@ class JudgeSection:
     error: float = 0.1  # with cascade: how often a generation's better half may be another than the llm judge's
     model: str | None = None  # llm: the server's name for it (None: $EVOMERGE_JUDGE_MODEL, or the only one there is); local: a model folder
     base_url: str | None = None  # with llm, any OpenAI-compatible server; None: $OPENAI_BASE_URL, or OpenAI. The key: $OPENAI_API_KEY
-    template: str | None = None  # with llm: a prompt of your own with {input}, {answer} and, if wanted, {output} and {eval_aspect}
+    template: str | None = None  # for llm, cascade and local: a prompt of your own, {input}, {answer}; {output} and {eval_aspect} if wanted
     votes: int = 1  # times an answer is graded; the grade is their median
     temperature: float = 0.0
     reply_tokens: int = 1024  # longest reply; a model that thinks first needs more
