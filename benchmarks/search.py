@@ -73,6 +73,7 @@ SMALL: dict[str, str | Options] = {name: name for name in PEERS} | {
     }.items()
 }
 SMALL_CANDIDATES, SMALL_TASKS = 72, 120
+SMALL_ANSWERS = SMALL_CANDIDATES * SMALL_TASKS  # of a peer
 PEER_POPULATIONS = {"optuna_cmaes": 1, "mergekit_evolve": 8}  # candidates between two steps of a peer, in 4 dimensions
 
 
@@ -106,11 +107,11 @@ def measure_small(job: tuple[str | Options, str, int]) -> tuple[float, float, fl
     last = SMALL_CANDIDATES // (PEER_POPULATIONS[who] if isinstance(who, str) else SMALL_POPULATION)
     cost, held, value = 0, float("nan"), 0.0
     for step, (spent, winner) in enumerate(start(who, world, seed), start=1):
-        if spent <= SMALL_CANDIDATES * SMALL_TASKS:
+        if spent <= SMALL_ANSWERS:
             value = world.true(winner)
         if step == last:
             cost, held = spent, world.true(winner)
-        if step >= last and spent > SMALL_CANDIDATES * SMALL_TASKS:
+        if step >= last and spent > SMALL_ANSWERS:
             break
     return cost, held, value
 
@@ -192,9 +193,8 @@ def main() -> None:
         for name, options in OPTIONS.items() if arguments.table else ():
             print(row(name, measure_all(pool, options)), flush=True)
         if arguments.table:
-            print(
-                f"\n| {SMALL_CANDIDATES} candidates, 4 numbers | answers | gain | at {SMALL_CANDIDATES * SMALL_TASKS:,} answers |\n|---|---|---|---|"
-            )
+            head = f"{SMALL_CANDIDATES} candidates, 4 numbers | answers | gain | at {SMALL_ANSWERS:,} answers"
+            print(f"\n| {head} |\n|---|---|---|---|")
             for name, small in SMALL.items():
                 jobs = [(small, landscape, seed) for landscape in LANDSCAPES for seed in SEEDS]
                 print(small_row(name, np.array(list(pool.map(measure_small, jobs, chunksize=5)))), flush=True)

@@ -120,12 +120,12 @@ def optuna_cmaes(world: World, seed: int) -> Iterator[Step]:
 
 def mergekit_evolve(world: World, seed: int) -> Iterator[Step]:
     """The `cma` package as mergekit-evolve calls it: weights from 1, sigma 1/6, its population, no bounds; `xbest` wins."""
-    import cma  # installed for this benchmark alone
-
     rng = np.random.default_rng([seed, 3])
     d, tasks = world.tilt.shape[1], np.arange(len(world.search))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        import cma  # installed for this benchmark alone; it warns where there is no matplotlib
+
         strategy = cma.CMAEvolutionStrategy(np.ones(d), 1 / 6, {"seed": seed + 1, "verbose": -9})
     spent = 0
     while True:
