@@ -36,6 +36,7 @@ from evomerge.search.one_pass import OnePass
 from evomerge.search.rounds import Rounds
 from evomerge.search.sampler import Distribution, ReplayedCmaEs, Slot
 from evomerge.search.scoring import Scorer, task_levels, task_shares
+from evomerge.search.starting import remember_start
 from evomerge.search.stopping import Spent, why_converged, why_stop
 from evomerge.search.verdict import best_uniform, choose_winner, make_verdict, metric_values
 from evomerge.study import Study
@@ -124,7 +125,7 @@ class Search:
 
     def _warm_start(self) -> None:
         """Gradient steps on the references' likelihood, each recorded; their outcome is where the first generation is drawn."""
-        if self.study.search.warm_start is None:
+        if self.study.search.warm_start is None or "start" in self.ledger.facts:
             return
         done = [warm_start.Step.from_dict(step) for step in self.ledger.facts.get("warm_start", [])]
 
@@ -136,7 +137,7 @@ class Search:
         tasks, say = self.split.search, lambda line: self.console.status(f"warm start  {line}")
         start = warm_start.warm_start(self.engine, self.genome, tasks, self.prompter, self.study, list(done), record, say)
         cov = self.sampler.start.cov * np.outer(start.scales, start.scales)
-        self.sampler.start = Distribution(np.clip(start.mean, *self.sampler.bounds.T), self.sampler.first_sigma, cov)
+        remember_start(self.sampler, Distribution(np.array(start.mean), self.sampler.first_sigma, cov), self.ledger)
 
     def _mean(self) -> None:
         generation, mean = self.sampler.mean(self.ledger.trials())

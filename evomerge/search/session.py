@@ -26,6 +26,7 @@ from evomerge.recipe import Recipe
 from evomerge.search.ledger import Ledger, TrialRecord, check_unchanged, only_worker, open_ledger, sqlite_path
 from evomerge.search.loop import Search, cache_scope
 from evomerge.search.sampler import ReplayedCmaEs
+from evomerge.search.starting import first_vectors, remember_start, restore_start, source_url
 from evomerge.search.verdict import choose_winner
 from evomerge.study import JudgeSection, Study
 from evomerge.tasks import Split, Task, load_dataset_tasks, load_tasks, split_tasks, tasks_hash
@@ -47,6 +48,8 @@ def open_search(study: Study, url: str, console: Console) -> Iterator[Search]:
         ledger = open_ledger(url, study.study, sampler, create=True)
         facts = _facts(study, genome, tasks, split, [base, *siblings], ledger)
         check_unchanged(ledger, facts)
+        restore_start(sampler, ledger.facts)
+        _start_from_source(study, url, genome, sampler, ledger)
         kept = f", {len(split.validation)} for the choice of the winner" if split.validation else ""
         console.say(
             f"study {study.study}: {_size(genome)}, {len(split.search)} tasks to search on, "
@@ -104,15 +107,30 @@ def _prepare(lm_eval: LmEvalTasks, engine: TransformersEngine, ledger: Ledger, c
 
 
 def make_sampler(study: Study, genome: Genome) -> ReplayedCmaEs:
-    """The study's sampler; the declared range also holds the parents and the uniform weights."""
-    vectors = [vector for _, vector in genome.references(study.search.uniform)]
+    """The study's sampler; the declared range also holds the parents, the uniform weights and known candidates."""
+    s, first = study.search, first_vectors(study, genome)
+    vectors = [*(vector for _, vector in genome.references(s.uniform)), *first]
     bounds = [(gene.low, gene.high) for gene in genome.genes]
     declared = [(min(low, *numbers), max(high, *numbers)) for (low, high), *numbers in zip(bounds, *vectors, strict=True)]
     starts, scales = [gene.start for gene in genome.genes], [gene.scale for gene in genome.genes]
     if study.random_init:
-        rng = random.Random(f"start/{study.search.seed}")
+        rng = random.Random(f"start/{s.seed}")
         starts = [rng.uniform(gene.low, gene.high) for gene in genome.genes]
-    return ReplayedCmaEs(genome.names, bounds, declared, starts, study.search.sigma, study.search.population, study.search.seed, scales)
+    return ReplayedCmaEs(genome.names, bounds, declared, starts, s.sigma, s.population, s.seed, scales, lr_adapt=s.lr_adapt, first=first)
+
+
+def _start_from_source(study: Study, url: str, genome: Genome, sampler: ReplayedCmaEs, ledger: Ledger) -> None:
+    """Begin with the distribution of `search.source_study` as it is now: it is remembered."""
+    if study.search.source_study is None or "start" in ledger.facts:
+        return
+    source = open_ledger(source_url(url, study), study.search.source_study)
+    facts = source.facts
+    if facts.get("names") != list(genome.names):
+        raise StudyError("the source study searches other numbers", where=source.name, remedy="Leave out search.source_study.")
+    theirs = Study.from_dict(facts["study_file"])
+    replayed = make_sampler(theirs, make_genome(theirs, facts["n_layers"]))
+    restore_start(replayed, facts)
+    remember_start(sampler, replayed.distribution(source.trials()), ledger)
 
 
 def check_filters(genome: Genome, base: ModelFolder) -> None:
