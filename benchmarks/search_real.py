@@ -22,6 +22,7 @@ import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,12 @@ import yaml
 
 from evomerge.console import Console
 from evomerge.search.loop import Search
+from evomerge.search.sampler import Distribution, make_cma
 from evomerge.search.session import open_search
-from evomerge.search.verdict import bootstrap_interval, metric_values
+from evomerge.search.verdict import bootstrap_interval
+from evomerge.search.warm_start import Step, warm_start
 from evomerge.study import Study, read_study
+from evomerge.tasks import Task
 
 GRADIENT = 3  # answers that a task's gradient costs: a forward pass and a backward pass of twice its price
 STOCK = 100  # candidates of the stock sampler
@@ -46,7 +50,7 @@ def gain(pair: Path, kept: Path, trials: int = 24, seeds: int = 3, steps: int = 
     for seed in range(seeds):
         for arm, found in scores.items():
             settings = _settings(pair / "parent", pair / "sibling", pair / "tasks.jsonl", layers=2, tokens=24, seed=seed)
-            settings["search"] |= {"trials": trials, "population": 8, "start": 0.8, "dtype": dtype}
+            settings["search"] |= {"trials": trials, "population": 8, "start": 0.8, "uniform": [0.8], "dtype": dtype}
             if arm == "likelihood":
                 settings["search"] |= {"warm_start": arm, "warm_start_steps": steps}
             with search_of(settings, kept / f"gain-{arm}-{seed}") as search:
@@ -71,23 +75,34 @@ def demo(folder: Path, kept: Path, seeds: int = 5, steps: int = 16) -> dict[str,
     rows = []
     for seed in range(seeds):
         settings = _settings(folder / "base", folder / "instruct", folder / "tasks.jsonl", layers=2, tokens=16, seed=seed)
-        settings["search"] |= {"trials": 8 * GENERATIONS, "population": 8, "sigma": 0.33}
+        settings["search"] |= {"population": 8, "sigma": 0.33}
         with search_of(settings, kept / f"demo-{seed}") as search:
+            tasks = len(search.split.search)
             goal = mean(unseen(search, stock(search, seed)))
-            search.run()
-            plain = reached(search, goal, 0)
-        settings["search"] |= {"warm_start": "likelihood", "warm_start_steps": steps}
-        with search_of(settings, kept / f"demo-warm-{seed}") as search:
-            search.run()
-            warm = reached(search, goal, GRADIENT * steps * min(16, len(search.split.search)))
-        rows.append({"seed": seed, "goal": round(goal, 4), "stock": STOCK * len(search.split.search), "plain": plain, "warm": warm})
+            plain = reached(search, search.sampler.start, goal)
+            warm, spent = warmed(search, steps, kept / f"demo-{seed}" / "warm_start.jsonl")
+            rows.append(
+                {"seed": seed, "goal": round(goal, 4), "stock": STOCK * tasks, "plain": plain, "warm": spent + reached(search, warm, goal)}
+            )
         say(json.dumps(rows[-1]))
     middle = {arm: statistics.median(row[arm] for row in rows) for arm in ("stock", "plain", "warm")}
-    return {
-        "demo_answers": middle,
-        "share_of_stock": {arm: round(middle[arm] / middle["stock"], 3) for arm in ("plain", "warm")},
-        "seeds": rows,
-    }
+    share = {arm: round(middle[arm] / middle["stock"], 3) for arm in ("plain", "warm")}
+    return {"demo_answers": middle, "share_of_stock": share, "seeds": rows}
+
+
+def warmed(search: Search, steps: int, file: Path) -> tuple[Distribution, int]:
+    """Where the warm start lets CMA-ES begin, and what it cost in answers; its steps are kept in a file."""
+    done = [Step.from_dict(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+
+    def record(step: Step) -> None:
+        with file.open("a", encoding="utf-8") as kept:
+            kept.write(json.dumps(asdict(step)) + "\n")
+
+    study = replace(search.study, search=replace(search.study.search, warm_start_steps=steps))
+    found = warm_start(search.engine, search.genome, search.split.search, search.prompter, study, done, record, say)
+    start = search.sampler.start
+    cov = start.cov * np.outer(found.scales, found.scales)
+    return Distribution(np.array(found.mean), start.sigma, cov), GRADIENT * sum(step.tasks for step in found.steps)
 
 
 def stock(search: Search, seed: int) -> tuple[float, ...]:
@@ -103,14 +118,19 @@ def stock(search: Search, seed: int) -> tuple[float, ...]:
     return tuple(study.best_params[gene.name] for gene in genes)
 
 
-def reached(search: Search, goal: float, spent: int) -> int:
-    """Answers, those `spent` before the first generation included, until the distribution's mean has the goal on unseen tasks."""
-    trials, size = search.ledger.trials(), search.sampler.population
-    for generation in range(search.sampler.complete_generations(trials) + 1):
-        vector = np.clip(search.sampler.replay(trials, generation).mean, *search.sampler.bounds.T)
-        if mean(unseen(search, vector.tolist())) >= goal:
-            break
-    return spent + generation * size * len(search.split.search)
+def reached(search: Search, start: Distribution, goal: float) -> int:
+    """Answers until the distribution's mean has the goal on unseen tasks, drawn and told as in a search."""
+    sampler, tasks = search.sampler, search.split.search
+    optimizer = make_cma(start, sampler.bounds, sampler.population, sampler.seed)
+    for generation in range(GENERATIONS):
+        at = np.clip(optimizer.mean, *sampler.bounds.T).tolist()
+        score = mean(unseen(search, at))
+        say(f"generation {generation}: the mean has {score:.3f} on unseen tasks, the goal is {goal:.3f}")
+        if score >= goal:
+            return generation * sampler.population * len(tasks)
+        drawn = [optimizer.ask() for _ in range(sampler.population)]
+        optimizer.tell([(x, -mean(_values(search, x.tolist(), tasks, f"generation {generation + 1}"))) for x in drawn])
+    return GENERATIONS * sampler.population * len(tasks)
 
 
 def winner(search: Search) -> tuple[float, ...]:
@@ -124,8 +144,9 @@ def unseen(search: Search, vector: Sequence[float]) -> dict[str, float]:
     return _values(search, vector, search.split.held_out, "unseen")
 
 
-def _values(search: Search, vector: Sequence[float], tasks: Any, label: str) -> dict[str, float]:
-    return metric_values(search.examine(search.genome.decode(vector), tasks, label).by_task(tasks), search.study.judge.metric)
+def _values(search: Search, vector: Sequence[float], tasks: Sequence[Task], label: str) -> dict[str, float]:
+    found = search.examiner.examine(search.genome.decode(vector), [tasks], label)
+    return {str(task.task_id): float(bool(grade.correct)) for task, grade in zip(found.tasks, found.grades, strict=True)}
 
 
 def mean(values: dict[str, float]) -> float:

@@ -30,7 +30,8 @@ BATCH = 16  # tasks of a step
 RATE = 0.25  # a number's first step, in units of the weight: in 16 steps it can come from anywhere to anywhere
 BETAS = (0.9, 0.98)  # memory of Adam's two moments (Kingma & Ba 2015, arXiv 1412.6980, algorithm 1)
 AVERAGED = 0.25  # share of the steps, the last ones, whose vectors are averaged (Polyak & Juditsky 1992)
-WIDEST = 3.0  # a scale lies in 1 / WIDEST to WIDEST
+WIDEST = 3.0  # a scale lies in 1 / WIDEST to WIDEST of their geometric mean
+NARROWED = 1 / 3  # that mean: at a good place the steps of a search from nowhere only lead away (docs/SEARCH.md)
 
 
 @runtime_checkable
@@ -63,7 +64,7 @@ class WarmStart:
     """Where CMA-ES begins: mean (d,) within the bounds, and the first step size's factor for each number, (d,)."""
 
     mean: tuple[float, ...]
-    scales: tuple[float, ...]  # geometric mean 1
+    scales: tuple[float, ...]  # geometric mean NARROWED
     steps: tuple[Step, ...]
     seconds: float  # of all steps, those of earlier runs included
 
@@ -138,7 +139,7 @@ def average(vectors: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def scales(gradients: Sequence[Sequence[float]]) -> np.ndarray:
-    """(d,) first step sizes: large where the likelihood is flat. Their geometric mean is 1.
+    """(d,) factors of the first step size: large where the likelihood is flat. Their geometric mean is NARROWED.
 
     A log-likelihood's curvature is the mean square of its gradient (Fisher's information), and the width of a bowl is
     the root of its inverse.
@@ -148,7 +149,7 @@ def scales(gradients: Sequence[Sequence[float]]) -> np.ndarray:
     width = -0.5 * np.log(np.maximum(square, max(square.max(), 1e-300) * 1e-12))
     for _ in range(20):  # what is cut off moves the mean of the rest
         width = np.clip(width - width.mean(), -np.log(WIDEST), np.log(WIDEST))
-    return np.exp(width - width.mean())
+    return np.exp(width - width.mean()) * NARROWED
 
 
 def drawn(seed: int, step: int, count: int, size: int) -> list[int]:
