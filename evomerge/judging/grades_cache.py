@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -56,11 +57,12 @@ class GradesCache:
                 f"the grades cache cannot be opened: {error}", where=path, remedy="Free some space, or move the file away."
             ) from error
 
-    def get(self, key: str, votes: int) -> dict[int, Reading]:
-        """The votes 0 to `votes` - 1 that are there."""
+    def get(self, keys: Sequence[str], votes: int) -> list[dict[int, Reading]]:
+        """For each key, the votes 0 to `votes` - 1 that are there. Waits for a write under way once, not for each key."""
+        query = "SELECT vote, grade, reason FROM votes WHERE key = ? AND vote < ?"
         with self.lock:
-            rows = self.db.execute("SELECT vote, grade, reason FROM votes WHERE key = ? AND vote < ?", (key, votes)).fetchall()
-        return {vote: Reading(grade, reason) for vote, grade, reason in rows}
+            found = [self.db.execute(query, (key, votes)).fetchall() for key in keys]
+        return [{vote: Reading(grade, reason) for vote, grade, reason in rows} for rows in found]
 
     def put(self, cost: Spent, key: str = "", vote: int = 0, reading: Reading | None = None) -> None:
         """Keep what a request has cost, and the vote that it gave if it gave one. Raises OutputError on a full disk."""

@@ -130,8 +130,7 @@ class LlmJudge:
         votes: list[dict[int, Future[Reading] | Reading]] = [{} for _ in keys]
         jobs: list[Job] = []
         with self._lock:
-            for i, key in enumerate(keys):
-                found = self.cache.get(key, self.section.votes)
+            for i, (key, found) in enumerate(zip(keys, self.cache.get(keys, self.section.votes), strict=True)):
                 for vote in range(self.section.votes):
                     if (future := self._wanted.get((key, vote))) is not None or (reading := found.get(vote)) is None:
                         if future is None:
