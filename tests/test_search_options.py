@@ -1,0 +1,231 @@
+"""What a search does with its answers: subsets, races, objectives, the choice of the winner, first candidates, and its end."""
+
+from io import StringIO
+
+import numpy as np
+import pytest
+from search_tools import BEST, LAYERS, QualityJudge, TaskEngine, make_search, make_study, trials
+
+from evomerge.console import Console
+from evomerge.errors import StudyFileError
+from evomerge.genome import make_genome
+from evomerge.recipe import Recipe
+from evomerge.search.racing import corrected
+from evomerge.search.scoring import task_levels
+from evomerge.search.session import make_sampler
+from evomerge.search.starting import encode
+from evomerge.study import ObjectiveSection, TaskSource
+
+
+def candidates(search):
+    return [r for r in search.ledger.records() if r.role == "candidate" and r.state == "complete"]
+
+
+@pytest.mark.parametrize("ranking", ["subset", "race"])
+def test_a_generation_is_ranked_on_tasks_of_its_own(tmp_path, ranking):
+    search, _, _ = make_search(tmp_path, make_study(ranking=ranking, subset=16))
+    search.run()
+    levels = task_levels(search.ledger.records(), "grade")
+    by_generation = {}
+    for r in candidates(search):
+        values = {task: g["grade"] for task, g in r.grades.items()}
+        above = [values[t] - levels[t] for t in values]
+        plain = np.mean(above) + np.mean(list(levels.values())) if len(values) < len(levels) else np.mean(list(values.values()))
+        assert r.score == pytest.approx(plain)
+        assert r.stderr == pytest.approx(corrected(values, levels)[1])
+        by_generation.setdefault(r.generation, []).append(tuple(values))
+    for seen in by_generation.values():
+        longest = max(seen, key=len)
+        assert all(tasks == longest[: len(tasks)] for tasks in seen), "all begin with the same tasks"
+        assert ranking == "race" or len(set(seen)) == 1
+    assert len({tasks[0][:8] for tasks in by_generation.values()}) == len(by_generation), "each generation draws anew"
+    assert search.ledger.facts["verdict"]["look"] == 1
+
+
+def test_a_race_answers_less_and_keeps_the_better_half(tmp_path):
+    full, race = make_study("full", ranking="all", trials=8, sigma=0.6), make_study("race", ranking="race", subset=32, trials=8, sigma=0.6)
+    a, all_answers, _ = make_search(tmp_path, full, TaskEngine(noise=0.2))
+    b, raced_answers, _ = make_search(tmp_path, race, TaskEngine(noise=0.2))
+    a.run(), b.run()
+    assert len(raced_answers.answered) < len(all_answers.answered)
+    scores = {r.index: r.score for r in candidates(a)}
+    better = set(sorted(scores, key=lambda i: -scores[i])[:4])
+    stopped = {r.index for r in candidates(b) if r.n < 32}
+    assert stopped, "someone must be far behind here"
+    assert not stopped & better
+
+
+@pytest.mark.parametrize("ranking", ["subset", "race"])
+def test_a_run_cut_anywhere_goes_on_as_if_it_had_not_been(tmp_path, ranking):
+    class Cut(Exception):
+        pass
+
+    class Cutting(TaskEngine):
+        left = 0
+
+        def answer(self, prompts):
+            if Cutting.left <= 0:
+                raise Cut
+            Cutting.left -= 1
+            return super().answer(prompts)
+
+    whole, _, _ = make_search(tmp_path, make_study("whole", ranking=ranking, subset=16))
+    whole.run()
+    rng, answered = np.random.default_rng(0), []
+    for _ in range(200):
+        Cutting.left = int(rng.integers(1, 12))
+        search, engine, _ = make_search(tmp_path, make_study("cut", ranking=ranking, subset=16), Cutting())
+        try:
+            search.run()
+            break
+        except Cut:
+            continue
+        finally:
+            answered += engine.answered
+    assert trials(search) == trials(whole)
+    assert search.ledger.facts["verdict"] == whole.ledger.facts["verdict"]
+    assert len(answered) == len(set(answered)) or ranking == "race", "nothing is answered twice"
+
+
+def test_a_failed_candidate_is_replaced_within_its_race(tmp_path):
+    study = make_study(ranking="race", subset=16, trials=8)
+    sampler = make_sampler(study, make_genome(study, LAYERS))
+    doomed = sampler.draw([], sampler.slot([], 0, 3))
+    search, _, _ = make_search(tmp_path, study, TaskEngine(fails=[doomed]))
+    search.run()
+    failed = [r for r in search.ledger.records() if r.state == "failed"]
+    assert [(r.index, "always fails" in r.reason) for r in failed] == [(3, True)]
+    assert sorted(r.index for r in candidates(search)) == list(range(8))
+
+
+def test_the_winner_is_chosen_on_tasks_that_the_search_did_not_see(tmp_path):
+    search, engine, _ = make_search(tmp_path, make_study(validation=0.3, finalists=2), tasks=(24, 16, 12))
+    search.run()
+    facts = search.ledger.facts
+    chosen = facts["validation"]
+    assert chosen["n"] == 12
+    assert len(chosen["means"]) == 3, "two trials and the mean"
+    assert facts["finalists"]["winner"] == chosen["winner"]
+    before = {p for r in search.ledger.records() for p in r.grades}
+    assert not before & {str(i) for i in range(40, 52)}
+    asked = {prompt for _, prompt in engine.answered}
+    assert {f"task {i}" for i in range(40, 52)} <= asked
+
+
+def test_a_second_look_at_the_held_out_tasks_is_counted(tmp_path):
+    make_search(tmp_path, make_study(trials=8))[0].run()
+    search, _, _ = make_search(tmp_path, make_study(trials=24))
+    assert search.run()["look"] == 2
+    again, engine, _ = make_search(tmp_path, make_study(trials=24))
+    assert again.run()["look"] == 2, "the same look is no new one"
+    assert not engine.answered
+
+
+def test_parts_of_an_objective_are_recorded_and_weighed(tmp_path):
+    objective = ObjectiveSection(grade=2.0, length=-1.0)
+    search, _, _ = make_search(tmp_path, make_study(trials=8, objective=objective))
+    verdict = search.run()
+    longest = search.study.generation.max_new_tokens
+    for r in candidates(search):
+        assert r.parts["length"] == pytest.approx(4 / longest)
+        assert r.score == pytest.approx(2 * r.parts["grade"] - r.parts["length"])
+        assert r.parts["grade"] == pytest.approx(np.mean([g["grade"] for g in r.grades.values()]))
+    assert verdict["metric"] == "objective"
+
+
+def test_groups_of_tasks_count_by_their_weights(tmp_path):
+    sources = (TaskSource(file="a", weight=3.0), TaskSource(file="b", weight=1.0))
+
+    class ById(QualityJudge):
+        def grade(self, task, answer):
+            return super().grade(type(task)(int(task.task_id.split("-")[1]), task.input), answer)
+
+    search, _, _ = make_search(tmp_path, make_study(trials=8, sources=sources), judge=ById(), tasks=(31, 17, 0))
+    search.run()
+    for r in candidates(search):
+        groups = [[g["grade"] for task, g in r.grades.items() if task.startswith(f"{i}-")] for i in range(2)]
+        assert r.score == pytest.approx((3 * np.mean(groups[0]) + np.mean(groups[1])) / 4)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("trials", 9, "all 9 candidates are done"),
+        ("time_limit", "0.0001s", "the time limit of 0.0001s is reached after 0 of 24"),
+        ("min_sigma", 10.0, "converged: the step size is"),
+        ("patience", 1, "converged: no gain beyond noise in 1 generations"),
+    ],
+)
+def test_a_search_says_why_it_ends(tmp_path, key, value, said):
+    settings = {key: value} | ({"sigma": 0.01} if key == "patience" else {})
+    study = make_study(trials=settings.pop("trials", 24), **settings)
+    if key == "time_limit":
+        make_search(tmp_path, make_study(trials=8))[0].run()  # the mean needs a generation
+    stream = StringIO()
+    search, _, _ = make_search(tmp_path, study, TaskEngine(noise=3.0 if key == "patience" else 0.3), console=Console(stream))
+    search.run()
+    said = said.replace("after 0 of", "after 8 of")
+    assert f"the search ends: {said}" in stream.getvalue()
+    assert search.ledger.facts["stopped"].startswith(said)
+
+
+def test_money_ends_a_search(tmp_path):
+    judge = QualityJudge()
+    type(judge).cost = property(lambda self: self.graded * 0.01)
+    try:
+        search, _, _ = make_search(tmp_path, make_study(trials=24, max_cost=3.0), judge=judge)
+        search.run()
+    finally:
+        del type(judge).cost
+    assert "of 3 are spent" in search.ledger.facts["stopped"]
+    assert 0 < len(candidates(search)) < 24
+
+
+def test_known_vectors_and_recipes_are_the_first_candidates(tmp_path):
+    genome = make_genome(make_study(), LAYERS)
+    path = tmp_path / "known.yaml"
+    path.write_text(genome.decode([0.5, 1.25, 0.75, 1.0]).to_yaml(), encoding="utf-8")
+    study = make_study(trials=8, recipes=(str(path),), vectors=((0.1, 0.2, 0.3, 0.4),))
+    search, _, _ = make_search(tmp_path, study)
+    search.run()
+    first = [r.weights for r in candidates(search)[:2]]
+    assert first == [(0.5, 1.25, 0.75, 1.0), (0.1, 0.2, 0.3, 0.4)]
+
+
+def test_a_recipe_that_is_no_merge_of_the_genome_is_refused(tmp_path):
+    study = make_study()
+    genome = make_genome(study, LAYERS)
+    uneven = genome.decode([0.5, 1.25, 0.75, 1.0]).to_dict()
+    half = make_genome(make_study(), LAYERS).decode([1.0] * 4).to_dict()
+    uniform = {
+        "merge_method": "task_arithmetic",
+        "base_model": "base",
+        "dtype": "float32",
+        "models": [{"model": "sibling", "parameters": {"weight": 0.7}}],
+    }
+    from evomerge.recipe import Recipe
+
+    assert encode(genome, Recipe.from_dict(uniform), "x") == (0.7,) * 4
+    assert encode(genome, Recipe.from_dict(uneven), "x") == (0.5, 1.25, 0.75, 1.0)
+    gradient = uniform | {"models": [{"model": "sibling", "parameters": {"weight": [0.0, 1.0]}}]}
+    other = uniform | {"models": [{"model": "stranger", "parameters": {"weight": 1.0}}]}
+    for wrong in (gradient, other, half | {"merge_method": "ties"}):
+        with pytest.raises(StudyFileError):
+            encode(genome, Recipe.from_dict(wrong), "x")
+
+
+def test_another_study_is_where_a_search_starts(tmp_path):
+    from evomerge.search.session import _start_from_source
+
+    source, _, _ = make_search(tmp_path, make_study("source", trials=24))
+    source.run()
+    trials_of = source.ledger.trials()
+    study = make_study("second", trials=8, source_study="source")
+    search, _, _ = make_search(tmp_path, study)
+    _start_from_source(study, f"sqlite:///{tmp_path}/second.db", search.genome, search.sampler, search.ledger)
+    wanted = source.sampler.distribution(trials_of)
+    assert np.allclose(search.sampler.start.mean, wanted.mean)
+    assert np.abs(search.sampler.start.mean - BEST).mean() < np.abs(1 - BEST).mean(), "it stands nearer to the best than 1 does"
+    search.run()
+    again, _, _ = make_search(tmp_path, study)
+    assert np.allclose(again.sampler.start.cov, wanted.cov), "it is remembered"
