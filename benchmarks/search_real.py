@@ -99,7 +99,9 @@ def warmed(search: Search, steps: int, file: Path) -> tuple[Distribution, int]:
             kept.write(json.dumps(asdict(step)) + "\n")
 
     study = replace(search.study, search=replace(search.study.search, warm_start_steps=steps))
-    found = warm_start(search.engine, search.genome, search.split.search, search.prompter, study, done, record, say)
+    found = warm_start(
+        search.engine, search.genome, search.split.search, search.prompter, study, done, record, lambda line: say(f"warm start {line}")
+    )
     start = search.sampler.start
     cov = start.cov * np.outer(found.scales, found.scales)
     return Distribution(np.array(found.mean), start.sigma, cov), GRADIENT * sum(step.tasks for step in found.steps)

@@ -106,7 +106,7 @@ def warm_start(
         down = tuple(-g for g in found.gradient)
         steps.append(Step(number, tuple(vector.tolist()), -found.mean, down, len(chosen), seconds))
         record(steps[-1])
-        report(f"warm start {number + 1}/{count}  loss {steps[-1].loss:.3f} nats a token  {seconds:.1f} s")
+        report(f"{number + 1}/{count}  loss {steps[-1].loss:.3f} nats a token  {seconds:.1f} s")
     gradients = [step.gradient for step in steps[:count]]
     return WarmStart(
         tuple(average(walked(genome, gradients, count)).tolist()),
