@@ -12,7 +12,7 @@ BIN      = $(VENV)/bin
 READY    = $(VENV)/.ready
 VLLM     = .venv-vllm
 DEMO     = demo/.ready
-BENCHES  = $(filter-out benchmarks/make_%,$(wildcard benchmarks/*.py))
+BENCHES  = $(filter-out benchmarks/make_% benchmarks/search_%,$(wildcard benchmarks/*.py))
 SEARCH   = $(BIN)/evomerge search $(SPACE) --study $(STUDY) $(if $(TRIALS),--trials $(TRIALS))
 
 .DEFAULT_GOAL := help

@@ -13,7 +13,7 @@ from typing import Any
 
 from evomerge.errors import EvomergeError, ModelError
 from evomerge.genome import Genome, make_genome
-from evomerge.study import JUDGE_MODEL, Study
+from evomerge.study import JUDGE_MODEL, SUBSET, Study
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -55,7 +55,7 @@ def check_study(study: Study, base_config: Path | None = None) -> list[Line]:
 def _judge(study: Study) -> Line:
     """Who grades; a server is not asked here."""
     j = study.judge
-    if j.kind != "llm":
+    if j.kind not in ("llm", "cascade"):
         return Line("ok", "judge", f"{j.kind}, offline, metric {j.metric}")
     limits = [f"{key} {value:g}" for key in ("max_requests", "max_tokens", "max_cost") if (value := getattr(j, key)) is not None]
     url = j.base_url or os.environ.get("OPENAI_BASE_URL") or "OpenAI"
@@ -170,18 +170,25 @@ def _live_bytes(study: Study, config: Mapping[str, Any], parameters: int) -> flo
 
 
 def _cost(study: Study, genome: Genome, n_tasks: tuple[int, int] | None) -> str:
-    population = study.search.population or 4 + math.floor(3 * math.log(genome.dimensions))
-    candidates = study.search.trials + len(genome.references(study.search.uniform)) + 1
-    text = f"{study.search.trials} candidates in generations of {population}, {candidates} with parents, uniform weights and the mean"
+    s = study.search
+    population = s.population or 4 + math.floor(3 * math.log(genome.dimensions))
+    fixed = len(genome.references(s.uniform)) + 1
+    text = f"{s.trials} candidates in generations of {population}, {s.trials + fixed} with parents, uniform weights and the mean"
     if n_tasks is None:
         return text + "; the number of tasks is not known"
-    answers = candidates * n_tasks[0] + (2 + len(study.genome.all_models)) * n_tasks[1]
+    kept = round(n_tasks[0] * study.split.validation)
+    searched = n_tasks[0] - kept
+    ranked = searched if s.ranking == "all" else min(searched, s.subset or SUBSET)
+    answers = s.trials * ranked + fixed * searched + (s.finalists + 1) * kept + (2 + len(study.genome.all_models)) * n_tasks[1]
     if study.lm_eval:
         return f"{text}; {answers:,} times a document is answered"
-    return f"{text}; {answers:,} answers of at most {study.generation.max_new_tokens} tokens; {_judging_cost(study, answers)}"
+    at_least = "" if s.ranking == "all" or s.lr_adapt else " or more, for a generation answers more tasks as the step size shrinks"
+    return f"{text}; {answers:,} answers{at_least} of at most {study.generation.max_new_tokens} tokens; {_judging_cost(study, answers)}"
 
 
 def _judging_cost(study: Study, answers: int) -> str:
+    if study.judge.kind == "cascade":
+        return f"at most {answers * study.judge.votes:,} requests to the judge, fewer where the learned one decides"
     if study.judge.kind != "llm":
         return "the judge costs nothing"
     return f"{answers * study.judge.votes:,} requests to the judge at most, before retries: equal answers are graded once"

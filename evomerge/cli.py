@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -531,6 +532,8 @@ def _inference_tasks(path: Path) -> tuple[Task, ...]:
 
 
 def _print_verdict(finished: Finished) -> None:
+    from evomerge.report import notes
+
     verdict, winner = finished.verdict, finished.winner
     if verdict is None:
         print(f"best so far: trial {winner.number} ({winner.role}), {winner.score:.3f} ± {winner.stderr:.3f} on its tasks; no verdict yet")
@@ -540,6 +543,8 @@ def _print_verdict(finished: Finished) -> None:
         paired = verdict["paired"].get(f"winner-{name}")
         beside = f"  winner ahead by {paired['diff']:+.3f} [{paired['low']:+.3f}, {paired['high']:+.3f}]" if paired else ""
         print(f"  {name:12} {c['mean']:.3f} ± {c['stderr']:.3f}  cut {c['truncated']:>4.0%}{beside}")
+    for sentence in notes(finished.ledger.facts):
+        print(textwrap.fill(sentence, 100))
 
 
 def _say_written(console: Console, paths: Sequence[Path]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import yaml
 from evomerge.atomic import replace_file
 from evomerge.card import model_card
 from evomerge.recipe import DARE
-from evomerge.report import write_report, write_trials_csv
+from evomerge.report import notes, write_report, write_trials_csv
 from evomerge.search.ledger import TrialRecord
 from evomerge.search.loop import sibling_names
 from evomerge.search.session import Finished
@@ -46,6 +46,7 @@ def write_results(finished: Finished, folder: Path) -> list[Path]:
             slices=slices,
             labels=reference_labels(finished),
             samples=facts.get("samples", []),
+            told=notes(facts),
             judge=None if "judge_report" not in facts else facts["judge_report"] | {"cascade": facts.get("cascade")},
             study_file=yaml.safe_dump(facts["study_file"], allow_unicode=True, sort_keys=False),
         ),
@@ -71,12 +72,12 @@ def recipe_text(finished: Finished) -> str:
 
 def card(finished: Finished) -> str:
     """The model card: as mergekit's, plus the verdict."""
-    verdict = verdict_markdown(finished.verdict, finished.winner)
+    verdict = verdict_markdown(finished.verdict, finished.winner, notes(finished.ledger.facts))
     return model_card(finished.recipe, finished.ledger.name, verdict, recipe_text(finished))
 
 
-def verdict_markdown(verdict: dict[str, Any] | None, winner: TrialRecord) -> str:
-    """The verdict as a Markdown section."""
+def verdict_markdown(verdict: dict[str, Any] | None, winner: TrialRecord, told: Sequence[str] = ()) -> str:
+    """The verdict as a Markdown section; `told` are sentences below its tables."""
     if verdict is None:
         return "## Verdict\n\nThe search is not finished, so nothing was compared on held-out tasks yet.\n"
     lines = [
@@ -92,6 +93,7 @@ def verdict_markdown(verdict: dict[str, Any] | None, winner: TrialRecord) -> str
     lines += ["", "| paired difference | mean | 95 % interval |", "|---|---|---|"]
     for name, p in verdict["paired"].items():
         lines.append(f"| {name.replace('-', ' − ', 1)} | {p['diff']:+.3f} | {p['low']:+.3f} to {p['high']:+.3f} |")
+    lines += ["", " ".join(told)] if told else []
     return "\n".join(lines) + "\n"
 
 
@@ -106,10 +108,11 @@ def reference_labels(finished: Finished) -> dict[int, str]:
 
 def as_json(finished: Finished) -> dict[str, Any]:
     """The stable form of `evomerge show --json`."""
-    keys = ("number", "generation", "index", "role", "state", "weights", "score", "stderr", "n", "truncated")
+    keys = ("number", "generation", "index", "role", "state", "weights", "score", "stderr", "n", "truncated", "parts")
     return {
         "study": finished.ledger.name,
         "best": finished.winner.number,
         "trials": [{key: getattr(r, key) for key in keys} for r in finished.records],
         "verdict": finished.verdict,
+        "stopped": finished.ledger.facts.get("stopped"),
     }

@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 Z95 = 1.96  # standard errors to each side of a mean in a 95 % interval
 PHASES = ("merge", "answer", "judge")
 COLUMNS = ("number", "generation", "index", "role", "state", "score", "stderr", "n", "truncated")
-METRICS = {"grade": "mean grade, 1 to 5", "correct": "share of answers that are right", "score": "weighted mean of lm-eval's metrics"}
+METRICS = {
+    "grade": "mean grade, 1 to 5",
+    "correct": "share of answers that are right",
+    "score": "weighted mean of lm-eval's metrics",
+    "objective": "weighted sum of the objective's parts",
+}
 MINUS = "−"
 PLOT = {"left": 46.0, "right": 610.0, "top": 14.0, "bottom": 236.0, "width": 760.0, "height": 274.0}
 LABEL_GAP = 14.0  # least distance between two labels beside the progress chart
@@ -40,13 +45,14 @@ def write_report(
     samples: Sequence[Mapping[str, Any]] = (),
     study_file: str = "",
     judge: Mapping[str, Any] | None = None,
+    told: Sequence[str] = (),
 ) -> Path:
     """Write the page of a study, finished or not, to `out`, and return `out`.
 
     `best` is the winner's trial number. `slices` holds a label per weight, such as "0–2". `labels` says what a parent
     or uniform trial is called, by its number: "base", "uniform 0.5". `samples` are held-out answers side by side:
-    {task_id, input, reference, answers: {"winner": {text, grade}, …}}. `judge` is what `judge_report.judge_facts` gave.
-    Raises OSError.
+    {task_id, input, reference, answers: {"winner": {text, grade}, …}}. `judge` is what `judge_report.judge_facts` gave,
+    `told` what `notes` says. Raises OSError.
     """
     import jinja2
 
@@ -61,6 +67,7 @@ def write_report(
         trials=trials,
         winner=winner,
         headline=headline(verdict, trials, winner),
+        told=told,
         remarks=remarks(verdict),
         verdict=verdict,
         rows=verdict_rows(verdict) if verdict else [],
@@ -116,6 +123,8 @@ def headline(verdict: Mapping[str, Any] | None, trials: Sequence[TrialRecord], w
         figure, n = f"{number(mean['mean'])}\u00a0±\u00a0{number(mean['stderr'])}", verdict["n"]
         if verdict["metric"] == "correct":
             return f"The winner is right on a share of {figure} of the {n} held-out tasks."
+        if verdict["metric"] == "objective":
+            return f"The winner reaches an objective of {figure} on the {n} held-out tasks."
         if verdict["metric"] == "score":
             return f"The winner has a score of {figure} on the {n} held-out documents."
         return f"The winner has a mean grade of {figure} on the {n} held-out tasks."
@@ -147,6 +156,29 @@ def remarks(verdict: Mapping[str, Any] | None) -> list[dict[str, Any]]:
             kind, text = "open", f"No difference from {name} is shown: {figures}, which includes zero."
         sentences.append({"kind": kind, "text": text})
     return sentences
+
+
+def notes(facts: Mapping[str, Any]) -> list[str]:
+    """What a reader of the verdict must know beside its figures, a sentence each; `facts` are a study's."""
+    told = []
+    if "stopped" in facts:
+        told.append(f"The search ended because {facts['stopped'].removeprefix('converged: ')}.")
+    chosen = facts.get("validation")
+    if chosen:
+        kept = f"{chosen['n']} tasks that no candidate was ranked on"
+        told.append(f"The winner was chosen among {len(chosen['means'])} finalists on {kept}; the held-out tasks had no part in it.")
+    look = (facts.get("verdict") or {}).get("look", 1)
+    if look > 1:
+        told.append(
+            f"This is look number {look} at the held-out tasks: the search went on after a verdict, so its intervals are too narrow."
+        )
+    saved = facts.get("cascade")
+    if saved and saved["graded"]:
+        told.append(
+            f"The cascade judge asked the language model about {saved['asked']:,} of {saved['graded']:,} answers of candidates"
+            f" ({saved['asked'] / saved['graded']:.0%})."
+        )
+    return told
 
 
 def verdict_rows(verdict: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from evomerge.search.racing import corrected
 from evomerge.search.scoring import task_levels
 from evomerge.search.session import make_sampler
 from evomerge.search.starting import encode
-from evomerge.study import ObjectiveSection, TaskSource
+from evomerge.study import SUBSET, ObjectiveSection, TaskSource
 
 
 def candidates(search):
@@ -203,7 +203,6 @@ def test_a_recipe_that_is_no_merge_of_the_genome_is_refused(tmp_path):
         "dtype": "float32",
         "models": [{"model": "sibling", "parameters": {"weight": 0.7}}],
     }
-    from evomerge.recipe import Recipe
 
     assert encode(genome, Recipe.from_dict(uniform), "x") == (0.7,) * 4
     assert encode(genome, Recipe.from_dict(uneven), "x") == (0.5, 1.25, 0.75, 1.0)
@@ -229,3 +228,14 @@ def test_another_study_is_where_a_search_starts(tmp_path):
     search.run()
     again, _, _ = make_search(tmp_path, study)
     assert np.allclose(again.sampler.start.cov, wanted.cov), "it is remembered"
+
+
+def test_what_ships_is_what_was_measured():
+    from benchmarks.search import SHIPPED
+    from evomerge.study import SearchSection, SplitSection
+
+    s = SearchSection()
+    assert (s.ranking, s.subset or SUBSET, s.sigma, s.lr_adapt, s.finalists) == (
+        SHIPPED.ranking, SHIPPED.subset, SHIPPED.sigma, SHIPPED.lr_adapt, SHIPPED.finalists,
+    )  # fmt: skip
+    assert SplitSection().validation == SHIPPED.validation

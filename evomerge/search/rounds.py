@@ -23,10 +23,8 @@ from evomerge.search.racing import BLOCK, blocks, hopeless, subset_size, task_or
 from evomerge.search.sampler import ReplayedCmaEs
 from evomerge.search.scoring import Scorer
 from evomerge.search.verdict import metric_values
-from evomerge.study import Study
+from evomerge.study import SUBSET, Study
 from evomerge.tasks import Task
-
-SUBSET = 16  # tasks of the first generation, where `search.subset` says nothing
 
 
 @dataclass

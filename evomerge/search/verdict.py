@@ -10,7 +10,7 @@ import numpy as np
 from evomerge.search.ledger import TrialRecord
 
 RESAMPLES = 10_000
-LEAD = 2.0  # standard errors by which a single trial must beat the mean
+LEAD = 3.0  # standard errors by which a single trial must beat the mean
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -30,7 +30,7 @@ def bootstrap_interval(differences: Sequence[float], seed: int = 0) -> tuple[flo
 
 
 def choose_winner(records: Sequence[TrialRecord], metric: str) -> TrialRecord:
-    """The distribution's mean, unless one candidate beats it by more than two standard errors on the search tasks.
+    """The distribution's mean, unless one candidate beats it by more than three standard errors on the search tasks.
 
     The best of many noisy trials is lucky as well as good, so its lead has to be larger than noise.
     """

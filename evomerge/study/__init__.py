@@ -7,6 +7,7 @@ from evomerge.study.sections import (
     DENSE,
     JUDGE_MODEL,
     MIXING,
+    SUBSET,
     EngineSection,
     GenerationSection,
     GenomeSection,
@@ -21,7 +22,7 @@ from evomerge.study.sections import (
 )
 
 __all__ = [
-    "DENSE", "JUDGE_MODEL", "MIXING", "STOPPING_KEYS", "EngineSection", "GenerationSection", "GenomeSection", "JudgeSection",
+    "DENSE", "JUDGE_MODEL", "MIXING", "STOPPING_KEYS", "SUBSET", "EngineSection", "GenerationSection", "GenomeSection", "JudgeSection",
     "ObjectiveSection", "PromptSection", "SearchSection", "SplitSection", "Study", "TaskSource", "VllmSection", "changed_keys",
     "check_judge", "read_judge", "read_setting", "read_study",
 ]  # fmt: skip

@@ -92,6 +92,9 @@ def read_mergekit_evolve(data: dict[str, Any], where: str) -> None:
             if key in data:
                 raise StudyFileError(f"`{key}` changes nothing: lm-eval tasks bring their own", where=where, remedy="Remove it.")
         data["judge"] = {"kind": "lm-eval", "metric": "score"}
+        for section, key, value in (("search", "ranking", "all"), ("split", "validation", 0.0)):  # metrics are over all documents
+            if isinstance(data.setdefault(section, {}), dict):
+                data[section].setdefault(key, value)
         return
     wrong = [key for key in LM_EVAL_KEYS if key in data]
     wrong += [f"tasks[{i}].metric" for i, entry in enumerate(sources) if "metric" in entry]

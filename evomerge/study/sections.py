@@ -11,9 +11,14 @@ from typing import Any, Literal
 from evomerge.study.convert import build, plain
 
 JUDGE_MODEL = "EVOMERGE_JUDGE_MODEL"  # the environment's name for `judge.model`
+SUBSET = 16  # tasks of a first generation where `search.subset` says nothing
 DENSE = ("ties", "dare_ties", "dare_linear")  # these keep a share of each difference: its density is searched too
 MIXING = ("linear", "slerp")  # these mix models as they are: the base, if there is one, is a model like the others
 LM_EVAL_KEYS = ("limit", "num_fewshot", "shuffle", "apply_chat_template", "fewshot_as_multiturn", "task_search_path")
+
+
+# What studies did before they named it.
+BEFORE: dict[str, dict[str, Any]] = {"split": {"validation": 0.0}, "search": {"ranking": "all", "lr_adapt": False}}
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class SplitSection:
     """Which tasks are kept for the verdict."""
 
     held_out: float = 0.5  # share of the tasks, in each kind
-    validation: float = 0.0  # share of the other tasks that only the choice of the winner sees, in each kind
+    validation: float = 0.2  # share of the other tasks that only the choice of the winner sees, in each kind
     seed: int = 0
 
 
@@ -112,9 +117,9 @@ class JudgeSection:
 class SearchSection:
     """CMA-ES (Hansen 2016) over the weights."""
 
-    trials: int = 96  # candidates; parents, uniform weights and the mean come on top
+    trials: int = 240  # candidates; parents, uniform weights and the mean come on top
     population: int | None = None  # candidates per generation; None: 4 + floor(3 ln d)
-    ranking: Literal["all", "subset", "race"] = "all"  # it answers every search task; its generation's; those until it is out
+    ranking: Literal["all", "subset", "race"] = "subset"  # it answers every search task; its generation's; those until it is out
     subset: int | None = None  # tasks of the first generation; more as the step size shrinks. None: 16
     race_error: float = 0.05  # with race: how often a generation may lose one that belongs to its better half
     finalists: int = 3  # trials that the validation tasks compare, beside the distribution's mean
@@ -123,13 +128,13 @@ class SearchSection:
     source_study: str | None = None  # a finished study of the same genome and storage: its distribution is the first one
     warm_start: Literal["likelihood"] | None = None  # gradient steps on the references' likelihood give the first distribution
     warm_start_steps: int = 16
-    lr_adapt: bool = False  # learning-rate adaptation for noise (Nomura et al. 2023)
+    lr_adapt: bool = True  # learning-rate adaptation for noise (Nomura et al. 2023)
     time_limit: str | None = None  # 90s, 55m, 8h, 2d: no further candidate after it; then the mean and the verdict
     max_cost: float | None = None  # likewise, in the currency of the judge's prices and of hourly_price
     hourly_price: float = 0.0  # of the machine
     min_sigma: float | None = None  # likewise, once the step size is smaller
     patience: int | None = None  # likewise, after as many generations whose mean gained nothing beyond noise
-    sigma: float = 0.25  # first step size, in units of the weight; other numbers take the same share of their range
+    sigma: float = 0.3  # first step size, in units of the weight; other numbers take the same share of their range
     start: float = 1.0  # first mean, the same for every weight; slerp takes the same share of its range: the middle
     bounds: tuple[float, float] | None = None  # of the weight. None: 0 to 2, or -2 to 2 with allow_negative_weights
     start_density: float | None = None  # first mean of every density; None: 0.8
@@ -235,5 +240,6 @@ class Study:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Study:
-        """The inverse of `to_dict`."""
-        return typing.cast(Study, build(cls, dict(data), "", "the stored study"))
+        """The inverse of `to_dict`. What a study of an older version does not name is as it was then."""
+        whole = {**data, **{section: {**values, **data.get(section, {})} for section, values in BEFORE.items()}}
+        return typing.cast(Study, build(cls, whole, "", "the stored study"))
