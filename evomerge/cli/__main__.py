@@ -1,0 +1,5 @@
+import sys
+
+from evomerge.cli.entry import main
+
+sys.exit(main())
