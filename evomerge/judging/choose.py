@@ -27,8 +27,10 @@ def make_judge(
             return LlmJudge(section, cache, seed, total)
         case "cascade":
             from evomerge.judging.cascade import CascadeJudge
+            from evomerge.judging.llm import LlmJudge
 
-            return CascadeJudge(section, cache, seed, total)
+            cheap = _lazily("learned", "LearnedJudge")(section.file)
+            return CascadeJudge(cheap, LlmJudge(section, cache, seed, total), section.error)
         case "learned":
             judge: Judge = _lazily("learned", "LearnedJudge")(section.file)
             return judge
