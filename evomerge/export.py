@@ -108,11 +108,10 @@ def reference_labels(finished: Finished) -> dict[int, str]:
 
 def as_json(finished: Finished) -> dict[str, Any]:
     """The stable form of `evomerge show --json`."""
-    keys = ("number", "generation", "index", "role", "state", "weights", "score", "stderr", "n", "truncated", "parts")
+    keys = ("number", "generation", "index", "role", "state", "weights", "score", "stderr", "n", "truncated")
     return {
         "study": finished.ledger.name,
         "best": finished.winner.number,
         "trials": [{key: getattr(r, key) for key in keys} for r in finished.records],
         "verdict": finished.verdict,
-        "stopped": finished.ledger.facts.get("stopped"),
     }

@@ -88,11 +88,14 @@ def write_trials_csv(out: Path, trials: Sequence[TrialRecord], slices: Sequence[
     """One row per trial: its figures, seconds by phase, the reason of a failure, and a column per weight."""
     with out.open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file)
-        table.writerow([*COLUMNS, *(f"seconds_{phase}" for phase in PHASES), "reason", *(f"weight {label}" for label in slices)])
+        parts = list(dict.fromkeys(part for t in trials for part in t.parts))
+        headings = [*COLUMNS, *(f"seconds_{phase}" for phase in PHASES), "reason", *(f"weight {label}" for label in slices)]
+        table.writerow([*headings, *(f"part {part}" for part in parts)])
         for t in trials:
             # A spreadsheet would run a reason that begins like a formula.
             reason = f"'{t.reason}" if t.reason and t.reason[0] in "=+-@" else t.reason
-            table.writerow([*(getattr(t, c) for c in COLUMNS), *(t.seconds.get(phase) for phase in PHASES), reason, *t.weights])
+            figures = [*(getattr(t, c) for c in COLUMNS), *(t.seconds.get(phase) for phase in PHASES)]
+            table.writerow([*figures, reason, *t.weights, *(t.parts.get(part) for part in parts)])
     return out
 
 
@@ -167,7 +170,7 @@ def notes(facts: Mapping[str, Any]) -> list[str]:
     if chosen:
         kept = f"{chosen['n']} tasks that no candidate was ranked on"
         told.append(f"The winner was chosen among {len(chosen['means'])} finalists on {kept}; the held-out tasks had no part in it.")
-    look = (facts.get("verdict") or {}).get("look", 1)
+    look = facts.get("look", 1)
     if look > 1:
         told.append(
             f"This is look number {look} at the held-out tasks: the search went on after a verdict, so its intervals are too narrow."

@@ -103,8 +103,10 @@ def test_in_place_values_are_those_of_a_merged_folder(folder, tmp_path, chat):
     with opened(folder, tmp_path, *settings) as search:
         recipe = search.genome.decode([0.7, 1.2])
         tasks = search.lm_eval.tasks
-        search.examine(search.genome.decode([0.1, 1.9]), tasks)  # what was live before must not matter
-        outcomes = search.lm_eval.examine(recipe.digest(), tasks, search.cache, lambda: search.engine.apply(recipe), lambda n: None)
+        search.examiner.examine(search.genome.decode([0.1, 1.9]), [tasks])  # what was live before must not matter
+        outcomes = search.lm_eval.examine(
+            recipe.digest(), tasks, search.examiner.cache, lambda: search.engine.apply(recipe), lambda n: None
+        )
         score = sum(search.lm_eval.scores(tasks, outcomes)) / len(tasks)
     build_model(recipe, tmp_path / "merged")
     metrics = ("acc_norm,none", "exact_match,strict-match")
@@ -122,7 +124,7 @@ def test_a_group_s_metric_and_the_same_task_twice(folder, tmp_path):
     with opened(folder, tmp_path, tasks, "limit=9", "num_fewshot=0") as search:
         recipe = search.genome.decode([0.7, 1.2])
         documents = search.lm_eval.tasks
-        examined = search.examine(recipe, documents)
+        examined = search.examiner.examine(recipe, [documents])
     assert sorted({t.task_id for t in documents}) == sorted([*(f"tiny_choice/{i}" for i in range(9)), *(f"tiny_few/{i}" for i in range(7))])
     build_model(recipe, tmp_path / "merged")
     results = reference(folder, tmp_path / "merged", ["tiny_group"], (), fewshot=0, limit=9)[1]
@@ -138,8 +140,10 @@ def test_a_group_without_weights_by_size(folder, tmp_path):
     with opened(folder, tmp_path, "tasks=[flat]", paths) as search:
         recipe = search.genome.decode([0.7, 1.2])
         documents = search.lm_eval.tasks
-        grades = search.examine(recipe, documents).grades
-        outcomes = search.lm_eval.examine(recipe.digest(), documents, search.cache, lambda: pytest.fail("paid twice"), lambda n: None)
+        grades = search.examiner.examine(recipe, [documents]).grades
+        outcomes = search.lm_eval.examine(
+            recipe.digest(), documents, search.examiner.cache, lambda: pytest.fail("paid twice"), lambda n: None
+        )
     means = []
     for name in ("tiny_choice", "tiny_few"):
         own = [o.values["acc,none"] for t, o in zip(documents, outcomes, strict=True) if t.kind == name]
@@ -207,7 +211,7 @@ def test_random_init_draws_the_start(folder):
     starts = []
     for seed in (0, 0, 1):
         study = read_study(folder / "study.yaml", ["random_init=true", f"search.seed={seed}"])
-        starts.append(make_sampler(study, make_genome(study, 4)).starts.tolist())
+        starts.append(make_sampler(study, make_genome(study, 4)).start.mean.tolist())
     assert starts[0] == starts[1] != starts[2]
     assert all(0 <= x <= 2 for x in starts[0])
 

@@ -136,8 +136,10 @@ class Search:
 
         tasks, say = self.split.search, lambda line: self.console.status(f"warm start  {line}")
         start = warm_start.warm_start(self.engine, self.genome, tasks, self.prompter, self.study, list(done), record, say)
-        cov = self.sampler.start.cov * np.outer(start.scales, start.scales)
-        remember_start(self.sampler, Distribution(np.array(start.mean), self.sampler.first_sigma, cov), self.ledger)
+        size = float(np.exp(np.log(start.scales).mean()))  # of the first steps; the rest of the scales is their form
+        cov = self.sampler.start.cov * np.outer(start.scales, start.scales) / size**2
+        begin = Distribution(np.array(start.mean), self.sampler.first_sigma * size, cov)
+        remember_start(self.sampler, begin, self.ledger, first=True)
 
     def _mean(self) -> None:
         generation, mean = self.sampler.mean(self.ledger.trials())
@@ -279,7 +281,7 @@ class Search:
         if not metric_values(held_out["winner"], metric):
             raise StudyFileError("no held-out task is closed", where="judge.metric", found=metric, remedy="Use grade.")
         verdict = make_verdict(held_out, metric, self.study.search.seed)
-        verdict["look"] = int(known.get("look", 1)) + 1 if known else 1
+        self.ledger.remember("look", int(before.get("look", 1)) + 1 if known else 1)
         if self.lm_eval is None:
             learned = getattr(self.judge, "cheap", self.judge)  # of a cascade; a judge that was fitted knows how far it agrees
             held = getattr(getattr(learned, "facts", None), "held_out", None)

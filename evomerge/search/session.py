@@ -28,6 +28,7 @@ from evomerge.search.loop import Search, cache_scope
 from evomerge.search.sampler import ReplayedCmaEs
 from evomerge.search.starting import first_vectors, remember_start, restore_start, source_url
 from evomerge.search.verdict import choose_winner
+from evomerge.search.warm_start import check_warm_start
 from evomerge.study import JudgeSection, Study
 from evomerge.tasks import Split, Task, load_dataset_tasks, load_tasks, split_tasks, tasks_hash
 
@@ -64,6 +65,8 @@ def open_search(study: Study, url: str, console: Console) -> Iterator[Search]:
                     "lm-eval asks a transformers model", where="engine.kind", found=study.engine.kind, remedy="Leave it out."
                 )
             _prepare(lm_eval, engine, ledger, console)
+        if study.search.warm_start is not None:
+            check_warm_start(genome, split.search, engine)
         prompter = make_prompter(engine.tokenizer, study.prompt) if lm_eval is None else Prompter(engine.tokenizer, study.prompt)
         cache = AnswerCache(cache_path(url, study.study), cache_scope(study, facts["models"]))
         drain = True

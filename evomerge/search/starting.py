@@ -82,9 +82,12 @@ def _place(ref: str) -> str:
     return str(Path(ref).resolve()) if Path(ref).exists() else ref
 
 
-def remember_start(sampler: ReplayedCmaEs, start: Distribution, ledger: Ledger) -> None:
-    """The distribution of the first generation, from elsewhere: used now, and whenever the study goes on."""
-    data = {"mean": start.mean.tolist(), "sigma": start.sigma, "cov": start.cov.tolist()}
+def remember_start(sampler: ReplayedCmaEs, start: Distribution, ledger: Ledger, first: bool = False) -> None:
+    """The distribution of the first generation, from elsewhere: used now, and whenever the study goes on.
+
+    With `first` its mean is the first candidate too, so that it can be chosen as the winner.
+    """
+    data = {"mean": start.mean.tolist(), "sigma": start.sigma, "cov": start.cov.tolist(), "first": first}
     ledger.remember("start", data)
     restore_start(sampler, {"start": data})
 
@@ -96,6 +99,7 @@ def restore_start(sampler: ReplayedCmaEs, facts: Mapping[str, Any]) -> None:
         mean = np.clip(np.array(start["mean"], dtype=float), *sampler.bounds.T)
         sampler.start = Distribution(mean, float(start["sigma"]), np.array(start["cov"], dtype=float))
         sampler.first_sigma = sampler.start.sigma
+        sampler.first = [mean, *sampler.first] if start.get("first") else sampler.first
 
 
 def source_url(url: str, study: Study) -> str:

@@ -98,6 +98,7 @@ def read_mergekit_evolve(data: dict[str, Any], where: str) -> None:
         return
     wrong = [key for key in LM_EVAL_KEYS if key in data]
     wrong += [f"tasks[{i}].metric" for i, entry in enumerate(sources) if "metric" in entry]
+    wrong += ["tasks[0].weight"] if len(sources) == 1 and "weight" in sources[0] else []  # of several, it says what each counts
     judge = data["judge"] if isinstance(data.get("judge"), dict) else {}
     wrong += [f"judge.{key}" for key, value in judge.items() if value in ("lm-eval", "score")]
     if wrong:
