@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 FEWEST = 4  # answers of a candidate that the llm judge grades before anything is decided
 
+EPSILON = 1e-9  # of a grade: where nothing is left of the residuals, equal candidates are decided
+
 Floats: TypeAlias = NDArray[np.float64]
 Ask: TypeAlias = Callable[[list[int], list[int]], Floats]  # (candidates, tasks) -> the llm judge's grades [candidates, tasks]
 
@@ -136,7 +138,7 @@ def undecided(cheap: Floats, dear: Floats, keep: int, error: float) -> set[int]:
     ordered = np.sort(means)[::-1]
     border = (ordered[keep - 1] + ordered[keep]) / 2
     z = NormalDist().inv_cdf(1 - error / count / 2)
-    return {i for i in unfinished if abs(means[i] - border) < z * errors[i]}
+    return {i for i in unfinished if abs(means[i] - border) < z * errors[i] - EPSILON}
 
 
 def composed(cheap: Sequence[Grade], dear: Sequence[Grade | None], values: Sequence[float] | None = None) -> list[Grade]:
