@@ -13,11 +13,14 @@ from dataclasses import astuple
 from hashlib import sha256
 from pathlib import Path
 
+from evomerge import sqlite_file
 from evomerge.answering.engine import Answer, Engine
 from evomerge.answering.pace import Pace
 from evomerge.errors import OutputError
 
 SCHEMA = "CREATE TABLE IF NOT EXISTS batches (key TEXT PRIMARY KEY, answers TEXT NOT NULL)"
+WHAT = "the answer cache"
+DAMAGED = "Finished trials are kept in the study: move the file away, and the same command answers anew what is left."
 MERGED = "merged"  # the mode in which the live model holds the merged weights
 
 
@@ -27,14 +30,7 @@ class AnswerCache:
     def __init__(self, path: Path, scope: str) -> None:
         """`scope` names all that the answers depend on beside recipe, prompts and mode: models, generation, engine."""
         self.path, self.scope = path, scope
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.db = sqlite3.connect(path, timeout=60, isolation_level=None)
-            self.db.execute(SCHEMA)
-        except (OSError, sqlite3.Error) as error:
-            raise OutputError(
-                f"the answer cache cannot be opened: {error}", where=path, remedy="Free some space, or delete the file."
-            ) from error
+        self.db = sqlite_file.connect(path, WHAT, DAMAGED, SCHEMA)
 
     def key(self, recipe: str, prompts: Sequence[str], mode: str = MERGED) -> str:
         """SHA-256 of scope, mode, recipe digest and the batch's prompts."""
@@ -48,16 +44,16 @@ class AnswerCache:
         except (ValueError, TypeError):
             return None  # they are answered anew
         except sqlite3.Error as error:
-            raise OutputError(f"the answer cache cannot be read: {error}", where=self.path, remedy="Delete the file.") from error
+            raise sqlite_file.explained(error, WHAT, self.path, DAMAGED) from error
         return None if found is None or count not in (None, len(found)) else found
 
     def put(self, key: str, answers: Sequence[Answer]) -> None:
-        """Raises OutputError on a full disk."""
+        """Raises OutputError, on a full disk for example."""
         try:
             text = json.dumps([astuple(answer) for answer in answers])
             self.db.execute("INSERT OR REPLACE INTO batches VALUES (?, ?)", (key, text))
         except sqlite3.Error as error:
-            raise OutputError(f"answers cannot be kept: {error}", remedy="Free some space and run the same command again.") from error
+            raise sqlite_file.explained(error, WHAT, self.path, DAMAGED) from error
 
     def close(self) -> None:
         self.db.close()

@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+from evomerge import sqlite_file
 from evomerge.answering.engine import Answer
-from evomerge.errors import OutputError
 from evomerge.judging.rubric import Reading
 from evomerge.tasks import Task
 
@@ -23,6 +24,9 @@ CREATE TABLE IF NOT EXISTS votes (key TEXT, vote INTEGER, grade INTEGER NOT NULL
 CREATE TABLE IF NOT EXISTS spent (id INTEGER PRIMARY KEY CHECK (id = 1), requests INTEGER, prompt_tokens INTEGER, reply_tokens INTEGER);
 INSERT OR IGNORE INTO spent VALUES (1, 0, 0, 0);
 """
+
+WHAT = "the grades cache"
+DAMAGED = "Finished trials are kept in the study: move the file away, and the same command asks anew for the grades that are left."
 
 
 @dataclass(frozen=True)
@@ -47,43 +51,39 @@ class GradesCache:
         """None keeps everything in memory. Raises OutputError."""
         self.lock = threading.Lock()
         self.path = path
-        try:
-            if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            self.db = sqlite3.connect(path or ":memory:", timeout=60, isolation_level=None, check_same_thread=False)
-            self.db.executescript(SCHEMA)
-        except (OSError, sqlite3.Error) as error:
-            raise OutputError(
-                f"the grades cache cannot be opened: {error}", where=path, remedy="Free some space, or move the file away."
-            ) from error
+        self.db = sqlite_file.connect(path or Path(":memory:"), WHAT, DAMAGED, SCHEMA, any_thread=True)
 
     def get(self, keys: Sequence[str], votes: int) -> list[dict[int, Reading]]:
         """For each key, the votes 0 to `votes` - 1 that are there. Waits for a write under way once, not for each key."""
         query = "SELECT vote, grade, reason FROM votes WHERE key = ? AND vote < ?"
-        with self.lock:
+        with self._open():
             found = [self.db.execute(query, (key, votes)).fetchall() for key in keys]
         return [{vote: Reading(grade, reason) for vote, grade, reason in rows} for rows in found]
 
     def put(self, cost: Spent, key: str = "", vote: int = 0, reading: Reading | None = None) -> None:
-        """Keep what a request has cost, and the vote that it gave if it gave one. Raises OutputError on a full disk."""
-        try:
-            with self.lock, self.db:
-                self.db.execute("BEGIN IMMEDIATE")
-                self.db.execute(
-                    "UPDATE spent SET requests = requests + ?, prompt_tokens = prompt_tokens + ?, reply_tokens = reply_tokens + ?",
-                    (cost.requests, cost.prompt_tokens, cost.reply_tokens),
-                )
-                if reading is not None:
-                    self.db.execute("INSERT OR IGNORE INTO votes VALUES (?, ?, ?, ?)", (key, vote, reading.grade, reading.reason))
-        except sqlite3.Error as error:
-            raise OutputError(
-                f"grades cannot be kept: {error}", where=self.path, remedy="Free some space, run the same command again."
-            ) from error
+        """Keep what a request has cost, and the vote that it gave if it gave one. Raises OutputError, on a full disk for example."""
+        with self._open(), self.db:
+            self.db.execute("BEGIN IMMEDIATE")
+            self.db.execute(
+                "UPDATE spent SET requests = requests + ?, prompt_tokens = prompt_tokens + ?, reply_tokens = reply_tokens + ?",
+                (cost.requests, cost.prompt_tokens, cost.reply_tokens),
+            )
+            if reading is not None:
+                self.db.execute("INSERT OR IGNORE INTO votes VALUES (?, ?, ?, ?)", (key, vote, reading.grade, reading.reason))
 
     @property
     def spent(self) -> Spent:
-        with self.lock:
+        with self._open():
             return Spent(*self.db.execute("SELECT requests, prompt_tokens, reply_tokens FROM spent").fetchone())
+
+    @contextmanager
+    def _open(self) -> Iterator[None]:
+        """One thread at a time; SQLite's errors in words of ours."""
+        try:
+            with self.lock:
+                yield
+        except sqlite3.Error as error:
+            raise sqlite_file.explained(error, WHAT, self.path, DAMAGED) from error
 
     def close(self) -> None:
         with self.lock:

@@ -1,25 +1,28 @@
 """The ledger: what a study remembers, in an Optuna storage.
 
-A trial's user attributes hold what it was (role, generation, index) before its work starts, and what came of it
-before it is told. Study attributes hold the resolved study file, the hashes of models and tasks, and the split.
+A trial begins in one write, with its numbers and the user attributes role, generation and index; what came of it is
+the attribute `result`, one write before it is told. In older studies each figure of the result is an attribute.
+Study attributes hold the resolved study file, the hashes of models and tasks, and the split.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.samplers import BaseSampler
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from evomerge.errors import OutputError, StudyError
-from evomerge.search.sampler import INTERRUPTED, Slot
+from evomerge import sqlite_file
+from evomerge.errors import StudyError
+from evomerge.search.sampler import INTERRUPTED, ReplayedCmaEs, Slot
 from evomerge.study import changed_keys
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -67,8 +70,8 @@ class Result:
 class Ledger:
     """One study in its storage. Trials are started, then finished or failed; nothing else writes to them."""
 
-    def __init__(self, study: optuna.Study) -> None:
-        self.study = study
+    def __init__(self, study: optuna.Study, url: str = "") -> None:
+        self.study, self.url = study, url
 
     @property
     def name(self) -> str:
@@ -77,14 +80,18 @@ class Ledger:
     @property
     def facts(self) -> dict[str, Any]:
         """The study's attributes: study_file, models, tasks, split, names, verdict."""
-        return dict(self.study.user_attrs)
+        with self._errors():
+            return dict(self.study.user_attrs)
+
+    def _errors(self) -> AbstractContextManager[None]:
+        return storage_errors(self.url, self.name)
 
     def remember(self, key: str, value: Any) -> None:
-        with storage_errors(self.name):
+        with self._errors():
             self.study.set_user_attr(key, value)
 
     def trials(self) -> list[FrozenTrial]:
-        with storage_errors(self.name):
+        with self._errors():
             return self.study.get_trials(deepcopy=False)
 
     def records(self) -> list[TrialRecord]:
@@ -95,52 +102,59 @@ class Ledger:
     def release_stale(self) -> int:
         """Mark trials of a process that ended as interrupted; how many there were."""
         stale = [t for t in self.trials() if t.state == TrialState.RUNNING]
-        with storage_errors(self.name):
+        with self._errors():
             for t in stale:
-                self.study._storage.set_trial_user_attr(t._trial_id, "reason", INTERRUPTED)
-                self.study.tell(t.number, state=TrialState.FAIL)
+                self._tell(t, "reason", INTERRUPTED)
         return len(stale)
 
     def start(
         self, role: str, slot: Slot | None = None, weights: Mapping[str, float] | None = None, generation: int | None = None
-    ) -> optuna.Trial:
-        """A running trial: the sampler's next candidate, or the given weights."""
-        with storage_errors(self.name):
-            if weights is not None:
-                self.study.enqueue_trial(dict(weights))
-            trial = self.study.ask(self.study.sampler.infer_relative_search_space(self.study, None))  # type: ignore[arg-type]
-            trial.set_user_attr("generation", slot.generation if slot else generation)
-            trial.set_user_attr("index", slot.index if slot else None)
-            trial.set_user_attr("role", role)
-            return trial
+    ) -> FrozenTrial:
+        """A running trial: the sampler's candidate for a slot, or the given weights. It is there whole, or not at all."""
+        sampler = self.study.sampler
+        assert isinstance(sampler, ReplayedCmaEs)
+        if weights is None:
+            assert slot is not None
+            weights = dict(zip(sampler.names, sampler.draw(self.trials(), slot).tolist(), strict=True))
+        place = {"generation": slot.generation if slot else generation, "index": slot.index if slot else None}
+        running = create_trial(
+            state=TrialState.RUNNING, params=dict(weights), distributions=sampler.space, user_attrs=place | {"role": role}
+        )
+        with self._errors():
+            storage = self.study._storage
+            return storage.get_trial(storage.create_new_trial(self.study._study_id, running))
 
-    def finish(self, trial: optuna.Trial, result: Result) -> None:
-        """Record, then tell."""
-        with storage_errors(self.name):
-            for key, value in vars(result).items():
-                trial.set_user_attr(key, value)
-            self.study.tell(trial, result.score)
+    def finish(self, trial: FrozenTrial, result: Result) -> None:
+        with self._errors():
+            self._tell(trial, "result", vars(result), result.score)
 
-    def fail(self, trial: optuna.Trial, reason: str) -> None:
-        with storage_errors(self.name):
-            trial.set_user_attr("reason", reason)
-            self.study.tell(trial, state=TrialState.FAIL)
+    def fail(self, trial: FrozenTrial, reason: str) -> None:
+        with self._errors():
+            self._tell(trial, "reason", reason)
+
+    def _tell(self, trial: FrozenTrial, key: str, value: Any, score: float | None = None) -> None:
+        """Record, then tell: a trial without a score has failed."""
+        self.study._storage.set_trial_user_attr(trial._trial_id, key, value)
+        self.study.tell(trial.number, score, state=TrialState.FAIL if score is None else None)
 
 
 def open_ledger(url: str, name: str, sampler: BaseSampler | None = None, create: bool = False) -> Ledger:
     """Open a study; `create` makes it when it is not there. Raises StudyError when it is unknown."""
     path = sqlite_path(url)
-    if path is not None and create:
-        path.parent.mkdir(parents=True, exist_ok=True)
     if path is not None and not path.exists() and not create:
         raise StudyError(f"there is no study {name!r}", where=path, remedy="Run `evomerge search` first, or name its --storage.")
-    with storage_errors(url):
-        storage = optuna.storages.RDBStorage(url) if "://" in url else url
+    with storage_errors(url, name):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            sqlite_file.check(path)
+        wait = {"connect_args": {"timeout": sqlite_file.WAIT}} if path is not None else None
+        storage = optuna.storages.RDBStorage(url, engine_kwargs=wait) if "://" in url else url
         known = [s.study_name for s in optuna.get_all_study_summaries(storage, include_best_trial=False)]
         if name not in known and not create:
             others = f"There are: {', '.join(sorted(known))}." if known else "The storage is empty."
-            raise StudyError(f"there is no study {name!r}", where=url, remedy=others)
-        return Ledger(optuna.create_study(storage=storage, study_name=name, sampler=sampler, direction="maximize", load_if_exists=True))
+            raise StudyError(f"there is no study {name!r}", where=_shown(url), remedy=others)
+        study = optuna.create_study(storage=storage, study_name=name, sampler=sampler, direction="maximize", load_if_exists=True)
+    return Ledger(study, url)
 
 
 def check_unchanged(ledger: Ledger, facts: Mapping[str, Any]) -> None:
@@ -168,8 +182,13 @@ def only_worker(url: str, name: str) -> Iterator[None]:
     if path is None:
         yield
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f"{path.stem}.{name}.lock"), "a+", encoding="utf-8") as lock:
+    file = path.with_name(f"{path.stem}.{name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(file, "a+", encoding="utf-8")  # noqa: SIM115 (closed below, where errors are the search's own)
+    except OSError as error:
+        raise sqlite_file.explained(error, "the study", path) from error
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -178,23 +197,37 @@ def only_worker(url: str, name: str) -> Iterator[None]:
                 "the study is being searched by another process", where=name, found=lock.read(), remedy="Wait for it, or stop it."
             ) from None
         lock.truncate(0)
-        lock.write(f"pid {os.getpid()}")
-        lock.flush()
+        with suppress(OSError):  # a full disk: what it says helps another process only
+            lock.write(f"pid {os.getpid()}")
+            lock.flush()
         yield
 
 
 @contextmanager
-def storage_errors(where: str) -> Iterator[None]:
+def storage_errors(url: str, name: str) -> Iterator[None]:
     """A storage's own errors as one line of ours."""
     import sqlalchemy.exc
 
     try:
         yield
-    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        cause = str(getattr(error, "orig", None) or error.__cause__ or error).splitlines()[0]
-        raise OutputError(
-            f"the storage failed: {cause}", where=where, remedy="Free space or repair it, then run the same command."
-        ) from error
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, sqlite3.Error, OSError) as error:
+        cause = getattr(error, "orig", None) or getattr(error.__cause__, "orig", None) or error.__cause__ or error
+        path = sqlite_path(url)
+        raise sqlite_file.explained(cause, f"the study {name}", path or _shown(url), _when_damaged(path, name)) from error
+
+
+def _when_damaged(path: Path | None, name: str) -> str:
+    if path is None:
+        return "Repair it, then run the same command."
+    kept = f"The answers already paid for are kept in another file, {name}.answers.sqlite"
+    return f"{kept}: move {path.name} away, and `evomerge search` starts anew with them."
+
+
+def _shown(url: str) -> str:
+    """A storage's URL without its password."""
+    import sqlalchemy.engine
+
+    return sqlalchemy.engine.make_url(url).render_as_string() if "://" in url else url
 
 
 def sqlite_path(url: str) -> Path | None:
@@ -203,7 +236,7 @@ def sqlite_path(url: str) -> Path | None:
 
 
 def _record(t: FrozenTrial, names: Sequence[str]) -> TrialRecord:
-    a = t.user_attrs
+    a = t.user_attrs | t.user_attrs.get("result", {})
     return TrialRecord(
         number=t.number,
         generation=a.get("generation"),

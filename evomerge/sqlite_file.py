@@ -1,0 +1,50 @@
+"""What can happen to an SQLite file, in words: locked, cut short, on a full disk, in a folder that is read-only."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+from evomerge.errors import OutputError
+
+WAIT = 30.0  # seconds that another process's transaction is waited for
+
+
+def connect(path: Path, what: str, damaged: str, schema: str, any_thread: bool = False) -> sqlite3.Connection:
+    """An open, sound database with the schema's tables. `what` and `damaged` as in `explained`. Raises OutputError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        check(path)
+        db = sqlite3.connect(path, timeout=WAIT, isolation_level=None, check_same_thread=not any_thread)
+        db.executescript(schema)
+    except (OSError, sqlite3.Error) as error:
+        raise explained(error, what, path, damaged) from error
+    return db
+
+
+def check(path: Path) -> None:
+    """Read the whole file, so that damage is found before work is lost on it. Raises sqlite3.Error."""
+    if not path.exists():
+        return
+    with closing(sqlite3.connect(path, timeout=WAIT)) as db:
+        found = db.execute("PRAGMA quick_check(1)").fetchone()
+    if found is not None and found[0] != "ok":
+        raise sqlite3.DatabaseError("database disk image is malformed")
+
+
+def explained(error: BaseException, what: str, path: Path | str | None, damaged: str = "") -> OutputError:
+    """One line for an error of a file. `what` names its content; `damaged` says what to do with it when it is damaged.
+
+    SQLite's own words are looked at: drivers and SQLAlchemy hand them on, but not always the error's number.
+    """
+    cause = (str(error).splitlines() or [type(error).__name__])[0]
+    again = "then run the same command"
+    if any(words in cause for words in ("malformed", "not a database", "unsupported file format")):
+        return OutputError(f"{what} is damaged or cut short: {cause}", where=path, remedy=damaged)
+    if "locked" in cause:
+        remedy = f"Wait for the process that holds it, or end it (`fuser {path}` names it), {again}."
+        return OutputError(f"{what} is in use by another process: {cause}", where=path, remedy=remedy)
+    if any(words in cause.lower() for words in ("readonly", "read-only", "permission", "unable to open")):
+        return OutputError(f"{what} cannot be written: {cause}", where=path, remedy=f"Change the permissions of file and folder, {again}.")
+    return OutputError(f"{what} cannot be written: {cause}", where=path, remedy=f"Free some space, {again}.")
