@@ -155,14 +155,25 @@ def test_a_fit_without_english_answers_treats_them_like_the_others():
         np.testing.assert_array_equal(values[0], values[1])
 
 
-def test_grams_count_every_n_gram():
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("ああああいう", []),
+        ("京都は2,000円か3.5円、東京タワー", ["京都", "2,000", "円", "3.5", "円", "東京", "タワー"]),
+        ("I don't know x ア", ["don't", "know"]),
+    ],
+)
+def test_grams_count_every_n_gram_and_word(text, words):
     from collections import Counter
 
-    text = "ああああいう"
-    counts = Counter(text[i : i + n] for n in (2, 3, 4) for i in range(len(text) - n + 1))
+    counts = [Counter(text[i : i + n] for n in lengths for i in range(len(text) - n + 1)) for lengths in ((3, 4), (1, 2))]
+    counts.append(Counter(words))
     buckets, weights = grams(text)
-    assert len(buckets) == len(counts)
-    assert sorted(weights) == pytest.approx(sorted(1 + np.log(list(counts.values()))))
+    assert (np.diff(buckets) > 0).all()
+    for kind, (low, high), weight in zip(counts, ((0, 32768), (32768, 49152), (49152, 65536)), (1, 2, 2), strict=True):
+        inside = (buckets >= low) & (buckets < high)
+        assert inside.sum() == len(kind)
+        assert sorted(weights[inside]) == pytest.approx(sorted(weight * (1 + np.log(np.array(list(kind.values()))))))
 
 
 @pytest.mark.parametrize("text", ["", "a", "\ud83d", "\x00", "𠮷" * 30_000, "a\n" * 9000, "⁰" * 10])

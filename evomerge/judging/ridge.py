@@ -1,4 +1,4 @@
-"""The learned judge's regression: for each task a ridge on n-grams and measures, after a small one on the measures of all tasks.
+"""The learned judge's regression: for each task a ridge on n-grams, words and measures, after a small one on the measures of all tasks.
 
 English answers to tasks that most answer in Japanese are a group of their own. Models that slip into English are mostly weak ones, so
 that English looks bad across models (half a grade); but within a model English answers are graded as its Japanese ones are. So both
@@ -21,8 +21,8 @@ from evomerge.judging.learned import CLIP, Weights
 RIDGE = 0.02  # the kernel's diagonal is about 1
 MEASURES_WEIGHT = 0.1  # of the measures' kernel beside the n-grams' in a task
 RULES_STRETCH = 2.0  # the rules' grade counts like four other measures
-SHARED, SHARED_RIDGE = 0.2, 100.0  # how much of the ridge over all tasks counts, and its penalty
-MODEL_SHARE = 1 / 3  # of a target is what the answer's model reaches elsewhere: one grade is noisy, a mean of 100 is not
+SHARED, SHARED_RIDGE = 0.15, 100.0  # how much of the ridge over all tasks counts, and its penalty
+MODEL_SHARE = 0.2  # of a target is what the answer's model reaches elsewhere: one grade is noisy, a mean of 100 is not
 MOST = 0.5  # a task with this share of English answers asks for English
 ENGLISH_GRAMS, ENGLISH_MEASURES, ENGLISH_GAP = 3.0, 4.0, 20.0  # answers that the common value counts like: mean n-grams, measures, gap
 
@@ -31,7 +31,7 @@ Rows = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Examples:
-    """Graded answers: n rows over T tasks. `x` are their n-grams (buckets, weights), `z` their measures [n, M].
+    """Graded answers: n rows over T tasks. `x` are their n-grams and words (buckets, weights), `z` their measures [n, M].
 
     `weight` is what a row counts: less in a large family, whose models say much the same.
     """
