@@ -38,9 +38,10 @@ def explained(error: BaseException, what: str, path: Path | str | None, damaged:
 
     SQLite's own words are looked at: drivers and SQLAlchemy hand them on, but not always the error's number.
     """
-    cause = (str(error).splitlines() or [type(error).__name__])[0]
+    cause = (str(error).splitlines() or [type(error).__name__])[0][:120]
     again = "then run the same command"
-    if any(words in cause for words in ("malformed", "not a database", "unsupported file format")):
+    unreadable = ("malformed", "not a database", "unsupported file format", "decode")  # the last: no text, or no JSON
+    if isinstance(error, ValueError) or any(words in cause for words in unreadable):
         return OutputError(f"{what} is damaged or cut short: {cause}", where=path, remedy=damaged)
     if "locked" in cause:
         remedy = f"Wait for the process that holds it, or end it (`fuser {path}` names it), {again}."

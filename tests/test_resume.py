@@ -1,4 +1,7 @@
-"""A study that is killed at random moments ends as one that is not."""
+"""A study that is killed at random moments ends as one that is not.
+
+Runs are forks of this process, so that they need not import anything; a kill ends them as it ends any process.
+"""
 
 import json
 import os
@@ -6,86 +9,129 @@ import random
 import resource
 import signal
 import sqlite3
-import subprocess
 import sys
 import time
+import traceback
 from contextlib import closing
 
 import pytest
 
-TRIALS = 24
+import evomerge.answering.hf  # noqa: F401 (before any fork)
+from evomerge.cli import main
+from evomerge.search.ledger import open_ledger
+from evomerge.search.session import load_finished
+
+TRIALS = 12
+RANKINGS = {
+    "all": ["search.ranking=all"],
+    "subset": ["search.ranking=subset", "search.subset=6", "split.validation=0.3"],
+    "race": ["search.ranking=race", "search.subset=16", "split.validation=0.2"],
+}
 
 
-def command(pair, folder):
-    storage, results = f"sqlite:///{folder}/s.db", str(folder / "results")
-    run = [sys.executable, "-m", "evomerge.cli", "search", str(pair / "study.yaml"), "--trials", str(TRIALS)]
-    return [*run, "--storage", storage, "--results", results]
+def arguments(pair, folder, ranking="all"):
+    where = ["--storage", f"sqlite:///{folder}/s.db", "--results", str(folder / "results"), "--trials", str(TRIALS)]
+    settings = ["generation.max_new_tokens=6", *RANKINGS[ranking]]
+    return ["search", str(pair / "study.yaml"), *where, *(x for s in settings for x in ("--set", s))]
 
 
-def environment():
-    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+def begin(command, log, limit=None, first=lambda: None):
+    """A process that runs the command; its output goes to `log`; no file may grow beyond `limit` bytes; `first` is called there."""
+    child = os.fork()
+    if child:
+        return child
+    code = 70
+    try:
+        out = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        if limit is not None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        first()
+        code = main(command)
+        sys.stdout.flush()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
 
 
-def complete(folder):
-    """(generation, index, role, weights, score) of every complete trial, without its number."""
-    out = subprocess.run(
-        [sys.executable, "-m", "evomerge.cli", "show", "tiny", "--json", "--storage", f"sqlite:///{folder}/s.db"],
-        capture_output=True, text=True, check=True, env=environment(),
-    )  # fmt: skip
-    shown = json.loads(out.stdout)
-    keys = ("generation", "index", "role", "weights", "score", "stderr", "n", "truncated")
-    trials = [[t[k] for k in keys] for t in shown["trials"] if t["state"] == "complete"]
-    return trials, shown["verdict"]
+def ended(child):
+    """Its exit code."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def outcome(folder):
+    """What every complete trial was and gave, without its number, and the verdict."""
+    finished = load_finished(f"sqlite:///{folder}/s.db", "tiny")
+    keys = ("generation", "index", "role", "weights", "score", "stderr", "n", "truncated", "tokens", "grades")
+    return [[getattr(r, k) for k in keys] for r in finished.records if r.state == "complete"], finished.verdict
 
 
 @pytest.fixture(scope="module")
 def whole(pair, tmp_path_factory):
-    """The trials and the verdict of an uninterrupted run."""
-    folder = tmp_path_factory.mktemp("whole")
-    subprocess.run(command(pair, folder), check=True, env=environment(), capture_output=True)
-    return complete(folder)
+    """ranking -> the trials and the verdict of an uninterrupted run, and how long it took."""
+    found = {}
+
+    def run(ranking):
+        if ranking not in found:
+            folder, began = tmp_path_factory.mktemp("whole"), time.monotonic()
+            assert ended(begin(arguments(pair, folder, ranking), folder / "log")) == 0, (folder / "log").read_text()
+            found[ranking] = outcome(folder), time.monotonic() - began
+        return found[ranking]
+
+    return run
 
 
-def finished(folder):
-    """How many trials are complete in the database so far."""
-    if not (folder / "s.db").exists():
-        return 0
-    with closing(sqlite3.connect(folder / "s.db", timeout=30)) as db:
-        try:
-            return db.execute("SELECT COUNT(*) FROM trials WHERE state = 'COMPLETE'").fetchone()[0]
-        except sqlite3.OperationalError:  # its tables are not made yet
-            return 0
-
-
-def test_five_kills_change_nothing(pair, whole, tmp_path):
-    rng = random.Random(0)
-    kills = 0
+@pytest.mark.parametrize("ranking", RANKINGS)
+def test_kills_change_nothing(pair, whole, tmp_path, ranking):
+    expected, seconds = whole(ranking)
+    rng, kills = random.Random(0), 0
+    command, log = arguments(pair, tmp_path, ranking), tmp_path / "log"
     for _ in range(5):
-        process = subprocess.Popen(command(pair, tmp_path), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        target = finished(tmp_path) + rng.randint(0, 3)
-        while finished(tmp_path) < target and process.poll() is None:
-            time.sleep(0.02)
-        time.sleep(rng.uniform(0, 0.3))  # anywhere in the next trial
-        kills += process.poll() is None
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert kills >= 3, "too many runs were over before they were to be killed"
-    last = subprocess.run(command(pair, tmp_path), check=True, env=environment(), capture_output=True, text=True)
-    assert complete(tmp_path) == whole
-    assert "verdict on 20 held-out tasks" in last.stdout
+        child = begin(command, log)
+        time.sleep(rng.uniform(0.05, 0.2 * seconds))
+        if os.waitpid(child, os.WNOHANG) == (0, 0):
+            os.kill(child, signal.SIGKILL)
+            kills += ended(child) == -signal.SIGKILL
+    assert kills >= 2, "too many runs were over before they were to be killed"
+    assert ended(begin(command, log)) == 0, log.read_text()
+    assert outcome(tmp_path) == expected
+    assert "verdict on 20 held-out tasks" in log.read_text()
 
 
 def test_a_full_disk_loses_nothing(pair, whole, tmp_path):
-    def no_space():  # the empty database has 115 kB, the finished one 197; without privileges a limit is all there is of a full disk
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (155_000, 155_000))
-
-    out = subprocess.run(command(pair, tmp_path), env=environment(), capture_output=True, text=True, preexec_fn=no_space, check=False)
-    assert out.returncode == 1
-    last = out.stderr.strip().splitlines()[-1]
+    # the empty database has 115 kB, the finished one more; without privileges a limit is all there is of a full disk
+    log = tmp_path / "log"
+    assert ended(begin(arguments(pair, tmp_path), log, limit=135_000)) == 1
+    last = log.read_text().strip().splitlines()[-1]
     assert last.startswith("evomerge: ")
-    assert "Free some space" in last or "Free space" in last
-    kept, _ = complete(tmp_path)
+    assert "Free some space, then run the same command." in last
+    assert "Traceback" not in log.read_text()
+    kept, _ = outcome(tmp_path)
     assert 3 < len(kept) < TRIALS
-    subprocess.run(command(pair, tmp_path), check=True, env=environment(), capture_output=True)
-    assert complete(tmp_path) == whole
+    assert ended(begin(arguments(pair, tmp_path), log)) == 0
+    assert outcome(tmp_path) == whole("all")[0]
+
+
+def test_an_older_study_goes_on(pair, whole, tmp_path):
+    """Each figure of a result was an attribute of its own before."""
+    log = tmp_path / "log"
+    assert ended(begin([*arguments(pair, tmp_path), "--trials", "6"], log)) == 0
+    new = open_ledger(f"sqlite:///{tmp_path}/s.db", "tiny").records()
+    with closing(sqlite3.connect(tmp_path / "s.db")) as db, db:
+        rows = db.execute("SELECT trial_id, value_json FROM trial_user_attributes WHERE key = 'result'").fetchall()
+        attributes = [(t, key, json.dumps(value)) for t, result in rows for key, value in json.loads(result).items()]
+        db.executemany("INSERT INTO trial_user_attributes (trial_id, key, value_json) VALUES (?, ?, ?)", attributes)
+        db.execute("DELETE FROM trial_user_attributes WHERE key = 'result'")
+    old = open_ledger(f"sqlite:///{tmp_path}/s.db", "tiny")
+    assert all("result" not in t.user_attrs and "grades" in t.user_attrs for t in old.trials())
+    assert old.records() == new
+    assert ended(begin(arguments(pair, tmp_path), log)) == 0, log.read_text()
+    found, verdict = outcome(tmp_path)
+    expected, expected_verdict = whole("all")[0]
+    assert [t for t in found if t[0] != 1 or t[2] != "mean"] == expected  # the mean after 6 trials is one more
+    assert {k: v for k, v in verdict.items() if k != "look"} == {k: v for k, v in expected_verdict.items() if k != "look"}

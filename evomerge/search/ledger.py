@@ -8,6 +8,7 @@ Study attributes hold the resolved study file, the hashes of models and tasks, a
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
@@ -210,7 +211,9 @@ def storage_errors(url: str, name: str) -> Iterator[None]:
 
     try:
         yield
-    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, sqlite3.Error, OSError) as error:
+    except (
+        sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, sqlite3.Error, OSError, UnicodeError, json.JSONDecodeError
+    ) as error:  # fmt: skip
         cause = getattr(error, "orig", None) or getattr(error.__cause__, "orig", None) or error.__cause__ or error
         path = sqlite_path(url)
         raise sqlite_file.explained(cause, f"the study {name}", path or _shown(url), _when_damaged(path, name)) from error
