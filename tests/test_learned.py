@@ -234,5 +234,5 @@ def test_real_grades_of_families_it_was_not_fitted_on(shared, tmp_path):
     assert (len(fitted.models), fitted.n_tasks) == (62, 100)
     found = validate_files(*real, "gpt-4-turbo", f"learned:{tmp_path / 'judge.npz'}", models="test", again=0)
     assert found.n_models == 37
-    assert found.agreements.within_task.value >= 0.55
-    assert found.agreements.model_level.value >= 0.85
+    assert found.agreements.within_task.value >= 0.57
+    assert found.agreements.model_level.value >= 0.89
