@@ -6,6 +6,7 @@ import sqlite3
 from contextlib import closing
 
 import pytest
+from test_llm_judge_study import Steady
 from test_resume import begin, ended
 
 from evomerge import sqlite_file
@@ -185,3 +186,28 @@ def test_a_damaged_or_locked_grades_cache(tmp_path, monkeypatch):
     file.write_bytes(data[: len(data) // 2])
     with pytest.raises(OutputError, match=r"the grades cache is damaged or cut short.*move the file away.*asks anew"):
         GradesCache(file)
+
+
+def test_a_damaged_or_locked_grades_cache_in_a_study(pair, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sqlite_file, "WAIT", 0.2)
+    calm, folder = tmp_path / "calm", tmp_path / "study"
+    with Steady().running() as url:
+
+        def command(where, *more):
+            settings = ["kind=llm", f"base_url={url}", "model=m", *more]
+            return [*arguments(pair, where, 4), *(x for s in settings for x in ("--set", f"judge.{s}"))]
+
+        assert main(command(calm)) == 0
+        assert main(command(folder, "max_requests=20")) == 3
+        file = folder / "tiny.grades.sqlite"
+        with closing(sqlite3.connect(file, isolation_level=None)) as other:
+            other.execute("BEGIN EXCLUSIVE")
+            line = complaint(capsys, command(folder))
+        assert line.startswith(f"evomerge: {file}: the grades cache is in use by another process")
+        data = file.read_bytes()
+        file.write_bytes(data[: len(data) // 2])
+        line = complaint(capsys, command(folder))
+        assert line.startswith(f"evomerge: {file}: the grades cache is damaged or cut short")
+        file.rename(folder / "away")
+        assert main(command(folder)) == 0
+    assert outcome(folder) == outcome(calm)
