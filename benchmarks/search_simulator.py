@@ -8,12 +8,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 import optuna
 from search_landscapes import BOUNDS, Array, World
 
-from evomerge.search.choosing import LEAD, choose
+from evomerge.search.choosing import choose
 from evomerge.search.racing import blocks, hopeless, subset_size, task_order
 from evomerge.search.sampler import Distribution, default_population, make_cma
 
@@ -33,7 +34,7 @@ class Options:
     lr_adapt: bool = False
     validation: float = 0.0  # share of the search tasks
     finalists: int = 0  # trials that validation compares with the mean
-    lead: float = LEAD  # standard errors by which one must beat it
+    lead: float = 3.0  # standard errors of many tasks by which one must beat it
     average: float = 0.0  # the winner is the mean over this share of the last generations' means
     references: bool = True  # they are graded first, on every search task
     start: str = "one"  # or "uniform": the best of the references
@@ -80,7 +81,7 @@ def ours(world: World, seed: int, o: Options) -> Iterator[Step]:
                 best = sorted([*best, (float(score), x, world.grades(x[None], validation, rng)[0])], key=lambda b: -b[0])[: o.finalists]
         stands = {"mean": world.grades(mean[None], validation, rng)[0]} | {str(i): b[2] for i, b in enumerate(best)}
         named = {name: dict(zip(map(str, validation), values.tolist(), strict=True)) for name, values in stands.items()}
-        winner = choose(named, k=o.lead)
+        winner = choose(named, chance=NormalDist().cdf(-o.lead))
         spent_on_choice = len(search) + len(stands) * kept  # the loop also grades the mean on every search task
         yield spent + spent_on_choice, mean if winner == "mean" else best[int(winner)][1]
 

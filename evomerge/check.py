@@ -114,22 +114,23 @@ def _check_chat(study: Study, has_template: bool) -> Line:
     return Line("ok", "tokenizer", f"lm-eval's prompts, {'with' if study.apply_chat_template else 'without'} the chat template")
 
 
-def _check_tasks(study: Study, lines: list[Line]) -> tuple[int, int] | None:
-    """Numbers of search and held-out tasks."""
+def _check_tasks(study: Study, lines: list[Line]) -> tuple[int, int, int] | None:
+    """Numbers of search, validation and held-out tasks."""
     from evomerge.search.session import study_tasks
     from evomerge.tasks import split_tasks
 
     try:
         tasks = study_tasks(study)
-        split = split_tasks(tasks, study.split.held_out, study.split.seed)
+        split = split_tasks(tasks, study.split.held_out, study.split.seed, study.split.validation)
     except EvomergeError as error:
         lines.append(Line("wrong" if any(s.file or s.name for s in study.tasks) else "unknown", "tasks", str(error)))
         return None
-    lines.append(Line("ok", "tasks", f"{len(split.search)} to search on, {len(split.held_out)} held out"))
-    return len(split.search), len(split.held_out)
+    kept = f", {len(split.validation)} for the choice of the winner" if split.validation else ""
+    lines.append(Line("ok", "tasks", f"{len(split.search)} to search on, {len(split.held_out)} held out{kept}"))
+    return len(split.search), len(split.validation), len(split.held_out)
 
 
-def _size_up(study: Study, config: Mapping[str, Any], n_tasks: tuple[int, int] | None, lines: list[Line]) -> None:
+def _size_up(study: Study, config: Mapping[str, Any], n_tasks: tuple[int, int, int] | None, lines: list[Line]) -> None:
     from evomerge.merging.size import count_parameters, kv_cache_bytes
 
     genome = make_genome(study, config["num_hidden_layers"])
@@ -169,20 +170,19 @@ def _live_bytes(study: Study, config: Mapping[str, Any], parameters: int) -> flo
     return rows * whole + (parameters - rows) * (0.5 + scales)
 
 
-def _cost(study: Study, genome: Genome, n_tasks: tuple[int, int] | None) -> str:
+def _cost(study: Study, genome: Genome, n_tasks: tuple[int, int, int] | None) -> str:
     s = study.search
     population = s.population or 4 + math.floor(3 * math.log(genome.dimensions))
-    fixed = len(genome.references(s.uniform)) + 1
+    fixed = len(genome.references(s.uniform)) + (s.trials >= population)  # without a complete generation there is no mean
     text = f"{s.trials} candidates in generations of {population}, {s.trials + fixed} with parents, uniform weights and the mean"
     if n_tasks is None:
         return text + "; the number of tasks is not known"
-    kept = round(n_tasks[0] * study.split.validation)
-    searched = n_tasks[0] - kept
+    searched, kept, held_out = n_tasks
     ranked = searched if s.ranking == "all" else min(searched, s.subset or SUBSET)
-    answers = s.trials * ranked + fixed * searched + (s.finalists + 1) * kept + (2 + len(study.genome.all_models)) * n_tasks[1]
+    answers = s.trials * ranked + fixed * searched + (s.finalists + 1) * kept + (2 + len(study.genome.all_models)) * held_out
     if study.lm_eval:
         return f"{text}; {answers:,} times a document is answered"
-    at_least = "" if s.ranking == "all" or s.lr_adapt else " or more, for a generation answers more tasks as the step size shrinks"
+    at_least = "" if s.ranking == "all" or ranked == searched else " or more, for a generation answers more tasks as the step size shrinks"
     return f"{text}; {answers:,} answers{at_least} of at most {study.generation.max_new_tokens} tokens; {_judging_cost(study, answers)}"
 
 

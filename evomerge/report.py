@@ -164,12 +164,13 @@ def remarks(verdict: Mapping[str, Any] | None) -> list[dict[str, Any]]:
 def notes(facts: Mapping[str, Any]) -> list[str]:
     """What a reader of the verdict must know beside its figures, a sentence each; `facts` are a study's."""
     told = []
-    if "stopped" in facts:
+    if facts.get("stopped"):
         told.append(f"The search ended because {facts['stopped'].removeprefix('converged: ')}.")
     chosen = facts.get("validation")
     if chosen:
         kept = f"{chosen['n']} tasks that no candidate was ranked on"
-        told.append(f"The winner was chosen among {len(chosen['means'])} finalists on {kept}; the held-out tasks had no part in it.")
+        blind = "; the held-out tasks had no part in it" if facts.get("look", 1) == 1 else ""
+        told.append(f"The winner was chosen among {len(chosen['means'])} finalists on {kept}{blind}.")
     look = facts.get("look", 1)
     if look > 1:
         told.append(

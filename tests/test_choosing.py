@@ -22,10 +22,10 @@ def test_a_lead_is_paired():
 
 
 def test_the_mean_stands_unless_a_trial_is_clearly_better():
-    mean = grades(3, 3, 3, 3, 3, 3)
-    lucky = grades(5, 3, 3, 3, 3, 3)
-    better = grades(4, 4, 4, 4, 3, 4)
-    best = grades(5, 5, 5, 5, 4, 5)
+    mean = grades(*[3, 3, 3, 3, 3, 3] * 5)
+    lucky = grades(*[5, 3, 3, 3, 3, 3] * 5)
+    better = grades(*[4, 4, 4, 4, 3, 4] * 5)
+    best = grades(*[5, 5, 5, 5, 4, 5] * 5)
     assert choose({"mean": mean, "#1": lucky}) == "mean"
     assert choose({"mean": mean, "#1": lucky, "#2": better}) == "#2"
     assert choose({"#2": better, "#3": best, "mean": mean}) == "#3"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1] / "evomerge"
 ORDER = [
-    ["errors", "console", "atomic"],
+    ["errors", "console", "atomic", "sqlite_file"],
     ["study", "recipe", "tasks"],
     ["genome", "card"],
     ["merging"],

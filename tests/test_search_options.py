@@ -1,6 +1,8 @@
 """What a search does with its answers: subsets, races, objectives, the choice of the winner, first candidates, and its end."""
 
+import importlib
 from io import StringIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from evomerge.search.racing import corrected
 from evomerge.search.scoring import task_levels
 from evomerge.search.session import make_sampler
 from evomerge.search.starting import encode
-from evomerge.study import SUBSET, ObjectiveSection, TaskSource
+from evomerge.study import SUBSET, ObjectiveSection, SearchSection, SplitSection, TaskSource
 
 
 def candidates(search):
@@ -232,12 +234,10 @@ def test_another_study_is_where_a_search_starts(tmp_path):
     assert np.allclose(again.sampler.start.cov, wanted.cov), "it is remembered"
 
 
-def test_what_ships_is_what_was_measured():
-    from benchmarks.search import SHIPPED
-    from evomerge.study import SearchSection, SplitSection
-
-    s = SearchSection()
+def test_what_ships_is_what_was_measured(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "benchmarks")
+    shipped = importlib.import_module("search").SHIPPED    s = SearchSection()
     assert (s.ranking, s.subset or SUBSET, s.sigma, s.lr_adapt, s.finalists) == (
-        SHIPPED.ranking, SHIPPED.subset, SHIPPED.sigma, SHIPPED.lr_adapt, SHIPPED.finalists,
+        shipped.ranking, shipped.subset, shipped.sigma, shipped.lr_adapt, shipped.finalists,
     )  # fmt: skip
-    assert SplitSection().validation == SHIPPED.validation
+    assert SplitSection().validation == shipped.validation

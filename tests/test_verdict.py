@@ -28,9 +28,9 @@ def test_the_bootstrap_interval_is_scipys():
 
 
 def test_a_lucky_trial_does_not_beat_the_mean_but_a_clearly_better_one_does():
-    mean = record(9, "mean", [3, 3, 3, 3, 3, 3])
-    lucky = record(1, "candidate", [5, 1, 3, 3, 4, 3])
-    clear = record(2, "candidate", [4, 5, 4, 4, 5, 4])
+    mean = record(9, "mean", [3, 3, 3, 3, 3, 3] * 4)
+    lucky = record(1, "candidate", [5, 1, 3, 3, 4, 3] * 4)
+    clear = record(2, "candidate", [4, 5, 4, 4, 5, 4] * 4)
     assert choose_winner([lucky, mean], "grade").number == 9
     assert choose_winner([clear, mean], "grade").number == 2
     assert choose_winner([lucky], "grade").number == 1

@@ -29,7 +29,7 @@ class Examined:
     seconds: dict[str, float]
     tokens_per_second: float | None = None  # None: every answer was paid for before
     figure: str = "grade"  # what a grade's value is called: a judge's grade, or a document's part of lm-eval's score
-    likelihoods: list[float] | None = None  # nats per token
+    likelihoods: list[float | None] | None = None  # nats per token; None for a task without a reference
 
 
 class Examiner:

@@ -82,7 +82,9 @@ class Ledger:
     def facts(self) -> dict[str, Any]:
         """The study's attributes: study_file, models, tasks, split, names, verdict."""
         with self._errors():
-            return dict(self.study.user_attrs)
+            found = dict(self.study.user_attrs)
+        verdict = found.get("verdict")
+        return found | verdict if isinstance(verdict, dict) and "verdict" in verdict else found  # older studies wrote them one by one
 
     def _errors(self) -> AbstractContextManager[None]:
         return storage_errors(self.url, self.name)

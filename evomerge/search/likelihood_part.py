@@ -19,13 +19,13 @@ MODE = "likelihood"  # of the cache's keys
 
 @dataclass(frozen=True)
 class LikelihoodPart:
-    """log P(reference | prompt) in nats per token; 0 for a task without a reference."""
+    """log P(reference | prompt) in nats per token; None for a task without a reference."""
 
     engine: TransformersEngine
     prompter: Prompter
     cache: AnswerCache
 
-    def of(self, recipe: Recipe, tasks: Sequence[Task]) -> list[float]:
+    def of(self, recipe: Recipe, tasks: Sequence[Task]) -> list[float | None]:
         """One number a task. Merges the recipe when one of them is not in the cache. Raises EngineError."""
         pairs = [(self.prompter.render(task.input), task.output) for task in tasks]
         keys = [self.cache.key(recipe.digest(), pair, MODE) for pair in pairs]
@@ -40,7 +40,7 @@ class LikelihoodPart:
             for i, total, length in zip(missing, sums, lengths, strict=True):
                 values[i] = total / max(1, length)
                 self.cache.put(keys[i], [Answer(repr(values[i]), False, 0)])
-        return values
+        return [value if task.output else None for task, value in zip(tasks, values, strict=True)]
 
 
 def make_likelihood_part(engine: Any, prompter: Prompter, cache: AnswerCache) -> LikelihoodPart:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -38,7 +39,7 @@ from evomerge.search.sampler import Distribution, ReplayedCmaEs, Slot
 from evomerge.search.scoring import Scorer, task_levels, task_shares
 from evomerge.search.starting import remember_start
 from evomerge.search.stopping import Spent, why_converged, why_stop
-from evomerge.search.verdict import best_uniform, choose_winner, make_verdict, metric_values
+from evomerge.search.verdict import best_uniform, choose_winner, make_verdict, mean_and_error, metric_values
 from evomerge.study import Study
 from evomerge.tasks import Split, Task
 
@@ -75,6 +76,7 @@ class Search:
         self.examiner = Examiner(engine, prompter, judge, cache, console, self._remember_limits, self.one_pass.spent, lm_eval, likelihood)
         self.scorer = Scorer(study, task_shares(study, split))
         self.rounds = Rounds(study, split.search, self.sampler, ledger, self.examiner, self.scorer)
+        self._failures: Counter[tuple[int, int]] = Counter()  # of this run: a mended cause lets a study go on
         self._began, self._before = time.monotonic(), float(ledger.facts.get("elapsed", 0.0))
 
     def run(self) -> dict[str, Any]:
@@ -86,8 +88,12 @@ class Search:
             self._one_pass()  # refused before any work where it cannot be
         self._references()
         self._warm_start()
+        if (reason := self._why_stop()) is None:
+            self.ledger.remember("stopped", None)
         while (reason := self._why_stop()) is None:
             self._next_candidate()
+        if not self._candidates_done():
+            raise StudyFileError(f"the search ended before its first candidate: {reason}", where="search", remedy="Raise the limit.")
         self.console.say(f"the search ends: {reason}")
         self.ledger.remember("stopped", reason)
         self._mean()
@@ -96,7 +102,7 @@ class Search:
     def _next_candidate(self) -> None:
         done = self._candidates_done()
         slot = self.sampler.next_slot(self.ledger.trials())
-        if slot.attempt >= MAX_ATTEMPTS:
+        if self._failures[slot.generation, slot.index] >= MAX_ATTEMPTS:
             reason = next(r.reason for r in reversed(self.ledger.records()) if r.state == "failed")
             raise EngineError(f"{MAX_ATTEMPTS} candidates in a row failed: {reason}", remedy="Mend the cause and run the same command.")
         self._trial("candidate", slot=slot, label=f"gen {slot.generation + 1}  trial {done + 1}/{self.study.search.trials}")
@@ -113,7 +119,8 @@ class Search:
             return None
         found = [r for r in self.ledger.records() if r.role == "candidate" and r.state == "complete"]
         generations = [[r for r in found if r.generation == g] for g in range(complete)]
-        return why_converged(s, generations, self.sampler.sigma(trials, complete))
+        levels = task_levels(self.ledger.records(), self.study.metric)
+        return why_converged(s, generations, self.sampler.sigma(trials, complete), levels, self.study.metric)
 
     def _references(self) -> None:
         """The parents and the uniform weights, each once."""
@@ -170,6 +177,8 @@ class Search:
                 examined = self._examine_candidate(slot, recipe, label)
         except EngineError as error:
             self.ledger.fail(trial, str(error))
+            if slot is not None:
+                self._failures[slot.generation, slot.index] += 1
             if role != "candidate":
                 raise
             self.console.say(f"{label}: failed: {error}")
@@ -253,9 +262,13 @@ class Search:
             later: list[Item] = [(recipe, tasks, MERGED) for recipe in recipes[i + 1 :]]
             examined = self.examiner.examine(recipes[i], [tasks], f"validation: trial {names[name].number}", upcoming=later)
             grades[name] = metric_values(self.scorer.by_task(examined), metric)
+        if not all(grades.values()):
+            self.console.say("no validation task is closed, so the winner is chosen on the search tasks")
+            return choose_winner(records, metric)
         chosen = names[choose(grades)]
-        figures = {str(names[name].number): float(np.mean(list(values.values()))) for name, values in grades.items()}
-        self.ledger.remember("validation", {"n": len(tasks), "means": figures, "winner": chosen.number})
+        figures = {str(names[name].number): list(mean_and_error(list(values.values()))) for name, values in grades.items()}
+        n = len(next(iter(grades.values())))
+        self.ledger.remember("validation", {"n": n, "means": figures, "winner": chosen.number})
         return chosen
 
     def _verdict(self) -> dict[str, Any]:
@@ -280,15 +293,14 @@ class Search:
         held_out = {name: self.scorer.by_task(e) for name, e in examined.items()}
         if not metric_values(held_out["winner"], metric):
             raise StudyFileError("no held-out task is closed", where="judge.metric", found=metric, remedy="Use grade.")
-        verdict = make_verdict(held_out, metric, self.study.search.seed)
-        self.ledger.remember("look", int(before.get("look", 1)) + 1 if known else 1)
+        verdict = make_verdict(held_out, metric, self.study.search.seed, self.scorer.group)
         if self.lm_eval is None:
             learned = getattr(self.judge, "cheap", self.judge)  # of a cascade; a judge that was fitted knows how far it agrees
             held = getattr(getattr(learned, "facts", None), "held_out", None)
             self.ledger.remember("judge_report", judge_facts(self.judge.name, self.judge.version, tasks, examined, held or None))
         self.ledger.remember("samples", samples(tasks, examined))
-        self.ledger.remember("finalists", numbers)
-        self.ledger.remember("verdict", verdict)
+        looks = int(before.get("look", 1)) + 1 if known else 1
+        self.ledger.remember("verdict", {"verdict": verdict, "finalists": numbers, "look": looks})  # one write: they belong together
         return verdict
 
     def _fixed(self, records: Sequence[TrialRecord]) -> dict[str, TrialRecord]:

@@ -84,8 +84,8 @@ def corrected(grades: Mapping[str, float], levels: Mapping[str, float]) -> tuple
     above = values - np.array([levels[task] for task in grades], dtype=float)
     n, total = len(values), len(levels)
     score = float(above.mean() + np.mean(list(levels.values())))
-    if n < 2:
-        return score, 0.0
+    if n < 2:  # one grade has no spread of its own: that of the levels stands for it
+        return score, float(np.std(list(levels.values()), ddof=1)) if total > 1 else 0.0
     return score, math.sqrt(above.var(ddof=1) * (1 / n - 1 / total) + values.var(ddof=1) / total)
 
 

@@ -21,7 +21,7 @@ from evomerge.search.examine import Examined, Examiner
 from evomerge.search.ledger import Ledger
 from evomerge.search.racing import BLOCK, blocks, hopeless, subset_size, task_order
 from evomerge.search.sampler import ReplayedCmaEs
-from evomerge.search.scoring import Scorer
+from evomerge.search.scoring import Scorer, task_levels
 from evomerge.search.verdict import metric_values
 from evomerge.study import SUBSET, Study
 from evomerge.tasks import Task
@@ -53,12 +53,15 @@ class Rounds:
 
     def tasks(self, generation: int) -> tuple[Task, ...]:
         """The search tasks that a generation is ranked on."""
-        s, n = self.study.search, len(self.search_tasks)
+        s = self.study.search
         if s.ranking == "all":
             return self.search_tasks
+        levels = task_levels(self.ledger.records(), self.study.metric)  # an open task is neither right nor wrong
+        eligible = [task for task in self.search_tasks if str(task.task_id) in levels] or self.search_tasks
+        n = len(eligible)
         ratio = self.sampler.sigma(self.ledger.trials(), generation) / self.sampler.first_sigma
         size = subset_size(n, min(n, s.subset or SUBSET), ratio)
-        return tuple(self.search_tasks[i] for i in task_order(s.seed, generation, n)[:size])
+        return tuple(eligible[i] for i in task_order(s.seed, generation, n)[:size])
 
     def blocks(self, generation: int) -> list[tuple[Task, ...]]:
         """The same in the blocks that are answered one after another: more than one only in a race."""
@@ -73,6 +76,7 @@ class Rounds:
         if self.decided is not None and self.decided.recipes == digests:
             return
         self.decided = Decided(digests)
+        self.examiner.ahead.begun.clear()  # of candidates that were replaced; their answers are kept
         if isinstance(judge, CascadeJudge):
             self._cascade(self.decided, judge, recipes, self.tasks(generation), mode, label)
         else:
@@ -100,8 +104,9 @@ class Rounds:
                 try:
                     begun[i] = self.examiner.begun(item, f"{label}, block {number}/{len(every)}, {len(items)} left")
                     self.examiner.ahead.keep(item, begun[i])
-                except EngineError:
-                    out.add(i)  # it fails again in its own turn, and is recorded then
+                except EngineError:  # its own turn, with the blocks up to this one, meets it again and records it
+                    out.add(i)
+                    decided.blocks[recipes[i].digest()] = number
             for i, b in begun.items():
                 part = self.examiner.likelihood
                 known = None if part is None else part.of(recipes[i], block)

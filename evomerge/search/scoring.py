@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from evomerge.errors import StudyFileError
 from evomerge.search.examine import Examined
 from evomerge.search.ledger import Result, TrialRecord
 from evomerge.search.racing import corrected
-from evomerge.search.verdict import mean_and_error, metric_values
+from evomerge.search.verdict import mean_and_error, metric_values, stratified_error
 from evomerge.study import Study
 from evomerge.tasks import Split
 
@@ -24,6 +24,11 @@ class Scorer:
 
     study: Study
     shares: Mapping[str, float]
+
+    @property
+    def group(self) -> Callable[[str], str] | None:
+        """The source of a task by its id, where sources have weights of their own."""
+        return (lambda task: task.partition("-")[0]) if self.shares else None
 
     def by_task(self, examined: Examined) -> dict[str, dict[str, Any]]:
         """task_id -> grade (or lm-eval's score), correct, truncated, and with an objective its parts and their weighted sum."""
@@ -43,7 +48,10 @@ class Scorer:
         graded = record[self.study.judge.metric]
         if graded is None:
             return None
-        total = o.grade * float(graded) + o.length * record["length"] + o.likelihood * record.get("likelihood", 0.0)
+        known = record.get("likelihood")
+        if o.likelihood and known is None:  # a task without a reference
+            return None
+        total = o.grade * float(graded) + o.length * record["length"] + o.likelihood * (known or 0.0)
         return float(self.shares.get(task_id, 1.0) * total)
 
     def result(self, examined: Examined, levels: Mapping[str, float]) -> Result:
@@ -56,6 +64,8 @@ class Scorer:
             )
         partial = len(values) < len(levels) and values.keys() <= levels.keys()
         score, error = corrected(values, levels) if partial else mean_and_error(list(values.values()))
+        if self.group is not None and not partial:
+            error = stratified_error(values, self.group)
         cut = float(np.mean([answer.truncated for answer in examined.answers]))
         tokens = sum(answer.tokens for answer in examined.answers)
         rate = examined.tokens_per_second

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -49,6 +50,7 @@ def open_search(study: Study, url: str, console: Console) -> Iterator[Search]:
         ledger = open_ledger(url, study.study, sampler, create=True)
         facts = _facts(study, genome, tasks, split, [base, *siblings], ledger)
         check_unchanged(ledger, facts)
+        _keep_first(sampler, ledger)
         restore_start(sampler, ledger.facts)
         _start_from_source(study, url, genome, sampler, ledger)
         kept = f", {len(split.validation)} for the choice of the winner" if split.validation else ""
@@ -109,9 +111,13 @@ def _prepare(lm_eval: LmEvalTasks, engine: TransformersEngine, ledger: Ledger, c
     ledger.remember("prompts", prompts)
 
 
-def make_sampler(study: Study, genome: Genome) -> ReplayedCmaEs:
-    """The study's sampler; the declared range also holds the parents, the uniform weights and known candidates."""
-    s, first = study.search, first_vectors(study, genome)
+def make_sampler(study: Study, genome: Genome, first: Sequence[Sequence[float]] | None = None) -> ReplayedCmaEs:
+    """The study's sampler; the declared range also holds the parents, the uniform weights and known candidates.
+
+    `first` are the known candidates as a study remembers them; None: as its file names them.
+    """
+    s = study.search
+    first = first_vectors(study, genome) if first is None else first
     vectors = [*(vector for _, vector in genome.references(s.uniform)), *first]
     bounds = [(gene.low, gene.high) for gene in genome.genes]
     declared = [(min(low, *numbers), max(high, *numbers)) for (low, high), *numbers in zip(bounds, *vectors, strict=True)]
@@ -122,18 +128,32 @@ def make_sampler(study: Study, genome: Genome) -> ReplayedCmaEs:
     return ReplayedCmaEs(genome.names, bounds, declared, starts, s.sigma, s.population, s.seed, scales, lr_adapt=s.lr_adapt, first=first)
 
 
+def _keep_first(sampler: ReplayedCmaEs, ledger: Ledger) -> None:
+    """Remember the known candidates: a study is replayed with those that it began with."""
+    ours = [[float(x) for x in vector] for vector in sampler.first]
+    if ledger.facts.get("first", ours) != ours:
+        raise StudyError("a file of search.recipes has changed", where=ledger.name, remedy="Undo it, or start anew with --study NEW_NAME.")
+    ledger.remember("first", ours)
+
+
 def _start_from_source(study: Study, url: str, genome: Genome, sampler: ReplayedCmaEs, ledger: Ledger) -> None:
     """Begin with the distribution of `search.source_study` as it is now: it is remembered."""
     if study.search.source_study is None or "start" in ledger.facts:
         return
-    source = open_ledger(source_url(url, study), study.search.source_study)
+    name = study.search.source_study
+    if name == study.study or not re.fullmatch(r"[\w.-]+", name):
+        raise StudyError("is no other study", where="search.source_study", found=name, remedy="Name a study of this storage.")
+    source = open_ledger(source_url(url, study), name)
     facts = source.facts
     if facts.get("names") != list(genome.names):
         raise StudyError("the source study searches other numbers", where=source.name, remedy="Leave out search.source_study.")
     theirs = Study.from_dict(facts["study_file"])
-    replayed = make_sampler(theirs, make_genome(theirs, facts["n_layers"]))
+    replayed = make_sampler(theirs, make_genome(theirs, facts["n_layers"]), facts.get("first", []))
     restore_start(replayed, facts)
-    remember_start(sampler, replayed.distribution(source.trials()), ledger)
+    trials = source.trials()
+    if not replayed.complete_generations(trials):
+        raise StudyError("the source study has no complete generation yet", where=source.name, remedy="Let it go on first.")
+    remember_start(sampler, replayed.distribution(trials), ledger)
 
 
 def check_filters(genome: Genome, base: ModelFolder) -> None:

@@ -55,9 +55,13 @@ def encode(genome: Genome, recipe: Recipe, where: str) -> tuple[float, ...]:
         for m in range(len(genome.models)):
             for by_model in found:
                 vector += by_model[m][: len(genome.parameters)]
+    if recipe.tokenizer is not None and genome.tokenizer_source is None:
+        raise StudyFileError("it has a tokenizer of its own, the genome has none", where=where, remedy="Remove it.")
+    if recipe.dtype not in (None, genome.dtype):
+        raise StudyFileError(f"its dtype is not the study's {genome.dtype}", where=where, found=recipe.dtype, remedy="Set search.dtype.")
     names = [f"model.layers.{layer}.{text}.weight" for layer in range(n_layers) for text in sets] + list(OUTSIDE)
     ours = Layout(genome.decode(vector), n_layers)
-    wrong = next((n for n in names if _settings(layout, n, genome.models) != _settings(ours, n, genome.models)), None)
+    wrong = next((n for n in names if _all_settings(layout, n, genome.models) != _all_settings(ours, n, genome.models)), None)
     if wrong is not None or {_place(ref) for ref in recipe.siblings} - {_place(ref) for ref in genome.models}:
         found_at = wrong or "its models"
         raise StudyFileError(
@@ -75,6 +79,12 @@ def _settings(layout: Layout, name: str, models: tuple[str, ...]) -> list[tuple[
         _place(ref): (float(w), float(d)) for (ref, _), w, d in zip(how.siblings, weights, densities, strict=True)
     }
     return [found.get(_place(ref), (0.0, 1.0)) for ref in models]
+
+
+def _all_settings(layout: Layout, name: str, models: tuple[str, ...]) -> tuple[object, ...]:
+    how = layout.how(name)
+    base = None if how.base is None else _place(how.base[0])
+    return (_settings(layout, name, models), base, how.normalize, how.scale, how.rescale)
 
 
 def _place(ref: str) -> str:

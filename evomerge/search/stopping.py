@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from evomerge.console import duration, seconds
 from evomerge.search.ledger import TrialRecord
+from evomerge.search.verdict import metric_values
 from evomerge.study import SearchSection
 
 NOISE = 2.0  # standard errors that a generation's mean must gain to count as better
@@ -35,27 +36,37 @@ def why_stop(s: SearchSection, candidates: int, spent: Spent) -> str | None:
     return None
 
 
-def why_converged(s: SearchSection, generations: Sequence[Sequence[TrialRecord]], sigma: float) -> str | None:
-    """The same between two generations, from the complete ones and the next step size."""
+def why_converged(
+    s: SearchSection, generations: Sequence[Sequence[TrialRecord]], sigma: float, levels: Mapping[str, float], metric: str
+) -> str | None:
+    """The same between two generations, from the complete ones and the next step size. `levels` are the tasks' by the references."""
     if s.min_sigma is not None and sigma < s.min_sigma:
         return f"converged: the step size is {sigma:.3g}, below {s.min_sigma:g}"
-    if s.patience is not None and len(generations) > s.patience and not _gained(generations, s.patience):
+    if s.patience is not None and len(generations) > s.patience and not _gained(generations, s.patience, levels, metric):
         return f"converged: no gain beyond noise in {s.patience} generations"
     return None
 
 
-def _gained(generations: Sequence[Sequence[TrialRecord]], patience: int) -> bool:
+def _gained(generations: Sequence[Sequence[TrialRecord]], patience: int, levels: Mapping[str, float], metric: str) -> bool:
     """Whether one of the last generations stands above the best before them by more than NOISE standard errors.
 
-    A generation's error is that of a mean of its candidates' scores, or of a single score where that is larger: all its
-    candidates may have answered the same tasks.
+    A generation's variance is that of its candidates' scores over their number, and where it answered n of the N tasks that
+    of the tasks it happened to get, s_d² (1/n - 1/N), s_d² the variance of grade - level: tasks that all answer are no noise.
     """
-    scores = [np.array([r.score for r in generation if r.score is not None], dtype=float) for generation in generations]
-    single = [float(np.mean([r.stderr or 0.0 for r in generation])) for generation in generations]
-    means = [float(values.mean()) for values in scores]
-    errors = [max(float(v.std(ddof=1) / np.sqrt(len(v))) if len(v) > 1 else 0.0, e) for v, e in zip(scores, single, strict=True)]
+    means = [float(np.mean([r.score for r in generation])) for generation in generations]
+    errors = [_error(generation, levels, metric) for generation in generations]
     before = int(np.argmax(means[:-patience]))
     return any(
         mean - means[before] > NOISE * float(np.hypot(error, errors[before]))
         for mean, error in zip(means[-patience:], errors[-patience:], strict=True)
     )
+
+
+def _error(generation: Sequence[TrialRecord], levels: Mapping[str, float], metric: str) -> float:
+    scores = np.array([r.score for r in generation], dtype=float)
+    scatter = float(scores.var(ddof=1)) / len(scores) if len(scores) > 1 else 0.0
+    drawn = []
+    for r in generation:
+        above = np.array([value - levels[task] for task, value in metric_values(r.grades, metric).items() if task in levels])
+        drawn.append(float(above.var(ddof=1)) * (1 / len(above) - 1 / len(levels)) if len(above) > 1 else 0.0)
+    return float(np.sqrt(scatter + np.mean(drawn)))

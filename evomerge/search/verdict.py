@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from evomerge.search.choosing import choose
 from evomerge.search.ledger import TrialRecord
 
 RESAMPLES = 10_000
-LEAD = 3.0  # standard errors by which a single trial must beat the mean
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -20,27 +20,32 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     return float(array.mean()), float(error)
 
 
-def bootstrap_interval(differences: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of the mean of paired differences (Efron and Tibshirani 1993, section 13.3)."""
+def bootstrap_interval(differences: Sequence[float], seed: int = 0, groups: Sequence[str] | None = None) -> tuple[float, float]:
+    """95 % percentile interval of the mean of paired differences (Efron and Tibshirani 1993, section 13.3).
+
+    With `groups`, one for each difference, every group is resampled on its own: their sizes are no chance.
+    """
     array = np.asarray(differences, dtype=float)
     rng = np.random.default_rng(seed)
-    means = array[rng.integers(0, len(array), (RESAMPLES, len(array)))].mean(axis=1)
+    parts = [array] if groups is None else [array[[g == name for g in groups]] for name in dict.fromkeys(groups)]
+    sums = [part[rng.integers(0, len(part), (RESAMPLES, len(part)))].sum(axis=1) for part in parts]
+    means = np.sum(sums, axis=0) / len(array)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 
 
 def choose_winner(records: Sequence[TrialRecord], metric: str) -> TrialRecord:
-    """The distribution's mean, unless one candidate beats it by more than three standard errors on the search tasks.
+    """The distribution's mean, unless the best candidate beats it by more than noise on the search tasks that both answered.
 
-    The best of many noisy trials is lucky as well as good, so its lead has to be larger than noise.
+    The best of many noisy trials is lucky as well as good: choosing.choose says what it takes.
     """
     best = _best([r for r in records if r.role == "candidate"])
     means = [r for r in records if r.role == "mean" and r.state == "complete"]
     if not means:
         return best
     mean = max(means, key=lambda r: r.number)
-    lead, error = mean_and_error(_paired(metric_values(best.grades, metric), metric_values(mean.grades, metric)))
-    return best if lead > LEAD * error else mean
+    grades = {"best": metric_values(best.grades, metric), "mean": metric_values(mean.grades, metric)}
+    return best if choose(grades) == "best" else mean
 
 
 def best_uniform(records: Sequence[TrialRecord], is_uniform: Callable[[Sequence[float]], bool]) -> TrialRecord:
@@ -53,19 +58,32 @@ def metric_values(grades: Mapping[str, Mapping[str, Any]], metric: str) -> dict[
     return {task: float(g[metric]) for task, g in grades.items() if g[metric] is not None}
 
 
-def make_verdict(held_out: Mapping[str, Mapping[str, Mapping[str, Any]]], metric: str, seed: int) -> dict[str, Any]:
-    """The verdict from the held-out grades of each candidate ("winner" among them)."""
+def stratified_error(values: Mapping[str, float], group: Callable[[str], str]) -> float:
+    """Standard error of the mean of values by task, when the tasks come from groups of fixed sizes: √Σ (n_g/N)² s_g² / n_g."""
+    parts: dict[str, list[float]] = {}
+    for task, value in values.items():
+        parts.setdefault(group(task), []).append(value)
+    return float(np.sqrt(sum((len(part) / len(values)) ** 2 * mean_and_error(part)[1] ** 2 for part in parts.values())))
+
+
+def make_verdict(
+    held_out: Mapping[str, Mapping[str, Mapping[str, Any]]], metric: str, seed: int, group: Callable[[str], str] | None = None
+) -> dict[str, Any]:
+    """The verdict from the held-out grades of each candidate ("winner" among them). `group` names a task's source, where
+    sources have weights."""
     values = {name: metric_values(grades, metric) for name, grades in held_out.items()}
     candidates = {}
     for name, by_task in values.items():
         mean, error = mean_and_error(list(by_task.values()))
+        error = error if group is None else stratified_error(by_task, group)
         cut = float(np.mean([bool(g["truncated"]) for g in held_out[name].values()]))
         candidates[name] = {"mean": mean, "stderr": error, "truncated": cut}
     paired = {}
     for name in values:
         if name != "winner":
             differences = _paired(values["winner"], values[name])
-            low, high = bootstrap_interval(differences, seed)
+            shared = [task for task in values["winner"] if task in values[name]]
+            low, high = bootstrap_interval(differences, seed, None if group is None else [group(task) for task in shared])
             paired[f"winner-{name}"] = {"diff": float(np.mean(differences)), "low": low, "high": high}
     return {"metric": metric, "n": len(values["winner"]), "candidates": candidates, "paired": paired}
 

@@ -77,7 +77,10 @@ def read_setting(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise InputError("--set wants KEY=VALUE", found=text, remedy="For example --set search.trials=24.")
-    return key, yaml.safe_load(value)
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise InputError("--set: the value is no YAML", found=text, remedy="Quote it, and close what is open.") from error
 
 
 def read_mergekit_evolve(data: dict[str, Any], where: str) -> None:
@@ -86,7 +89,8 @@ def read_mergekit_evolve(data: dict[str, Any], where: str) -> None:
         data["tasks"] = [{"name": entry} if isinstance(entry, str) else entry for entry in data["tasks"]]
     if isinstance(data.get("task_search_path"), str):
         data["task_search_path"] = [data["task_search_path"]]
-    sources = [entry for entry in data.get("tasks") or [] if isinstance(entry, dict)]
+    listed = data.get("tasks") if isinstance(data.get("tasks"), list) else []
+    sources = [entry for entry in listed or [] if isinstance(entry, dict)]
     if any("name" in entry for entry in sources):
         for key in ("judge", "prompt", "generation", "objective"):
             if key in data:

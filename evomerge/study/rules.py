@@ -85,6 +85,18 @@ def _search_rules(study: Study) -> list[tuple[bool, str, object, str]]:
         (s.warm_start_steps >= 1, "search.warm_start_steps", s.warm_start_steps, "At least 1."),
         (s.time_limit is None or seconds(s.time_limit) is not None, "search.time_limit", s.time_limit, "Write 90s, 55m, 8h or 2d."),
         (nothing is None, f"search.{nothing}", limits.get(nothing or ""), "Above 0; leave it out for no limit."),
+        (
+            s.max_cost is None or s.hourly_price + study.judge.input_price + study.judge.output_price > 0,
+            "search.max_cost",
+            s.max_cost,
+            "Set search.hourly_price, or the judge's prices.",
+        ),
+        (
+            s.source_study is None or (re.fullmatch(r"[\w.-]+", s.source_study) is not None and s.source_study != study.study),
+            "search.source_study",
+            s.source_study,
+            "Name another study.",
+        ),
         (s.hourly_price >= 0, "search.hourly_price", s.hourly_price, "At least 0."),
         (s.source_study is None or s.warm_start is None, "search.source_study", s.source_study, "It and `warm_start` both set the start."),
         (
