@@ -236,7 +236,8 @@ def test_another_study_is_where_a_search_starts(tmp_path):
 
 def test_what_ships_is_what_was_measured(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "benchmarks")
-    shipped = importlib.import_module("search").SHIPPED    s = SearchSection()
+    shipped = importlib.import_module("search").SHIPPED
+    s = SearchSection()
     assert (s.ranking, s.subset or SUBSET, s.sigma, s.lr_adapt, s.finalists) == (
         shipped.ranking, shipped.subset, shipped.sigma, shipped.lr_adapt, shipped.finalists,
     )  # fmt: skip
