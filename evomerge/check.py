@@ -61,6 +61,8 @@ def _judge(study: Study) -> Line:
     url = j.base_url or os.environ.get("OPENAI_BASE_URL") or "OpenAI"
     who = j.model or os.environ.get(JUDGE_MODEL) or "the only model"
     text = f"{who} at {url}, {j.votes} vote(s) for an answer, {j.concurrency} requests at once, budget: {', '.join(limits) or 'none'}"
+    if j.kind == "cascade":
+        text += f"; {j.file} first, wrong halves at most {j.error:g}"
     if url == "OpenAI" and not os.environ.get("OPENAI_API_KEY"):
         return Line("wrong", "judge", f"{text}; OPENAI_API_KEY is not set")
     return Line("ok", "judge", text)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from evomerge.errors import InputError
 from evomerge.judging.grade import Judge
 from evomerge.study import EngineSection, JudgeSection, read_judge, read_setting
+from evomerge.tasks import Task
 
 CACHE = Path("storage/judge.grades.sqlite")  # of the commands, which belong to no study
 
@@ -56,6 +57,8 @@ def judge_from_options(judge: str, settings: Sequence[str] = (), cache: Path | N
 def section_from_options(judge: str, settings: Sequence[str] = ()) -> JudgeSection:
     """The same as a section."""
     kind, colon, file = judge.partition(":")
+    if kind == "cascade":
+        raise InputError("the cascade judge ranks a study's candidates", where="--judge", found=judge, remedy="Write llm or learned:FILE.")
     if kind not in ("rules", "llm", "local", "learned") or (kind == "learned") != bool(colon and file):
         raise InputError("no such judge", where="--judge", found=judge, remedy="Write rules, llm, local or learned:FILE.")
     data: dict[str, Any] = {"kind": kind} | ({"file": file} if file else {})
@@ -63,6 +66,13 @@ def section_from_options(judge: str, settings: Sequence[str] = ()) -> JudgeSecti
         key, value = read_setting(setting)
         data[key.removeprefix("judge.")] = value
     return read_judge(data, "--set")
+
+
+def check_tasks(judge: Judge, tasks: Iterable[Task]) -> None:
+    """Let a judge that was fitted on certain tasks refuse others before anything is paid for. Raises TaskError."""
+    check = getattr(judge, "check", None)
+    if check is not None:
+        check(tasks)
 
 
 def _lazily(module: str, name: str) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from evomerge.judging.agreement import RESAMPLES, Agreement, Agreements, compare, spearman
-from evomerge.judging.choose import judge_from_options
+from evomerge.judging.choose import check_tasks, judge_from_options
 from evomerge.judging.families import family, is_tuning, split_models, wanted_models
 from evomerge.judging.files import AnswerLine, grade_lines, read_answers
 from evomerge.judging.grade import Grade, Judge
@@ -111,7 +111,7 @@ def validate_files(
     grades = {key: grade for key, grade in pick(graded, [reference], grades_path).items() if wanted(key[0])}
     joined = join([line for line in read_answers(answers_path, tasks) if wanted(line.model)], grades)
     chosen = judge_from_options(judge, settings)
-    _check(chosen, joined)
+    check_tasks(chosen, (line.task for line in joined.lines))
     cost, began = _cost(chosen), time.perf_counter()
     given = grade_lines(chosen, joined.lines)
     seconds, cost = time.perf_counter() - began, _cost(chosen) - cost
@@ -158,13 +158,6 @@ def _agree(first: Sequence[float], second: Sequence[float]) -> Again:
     a, b = np.array(first, float), np.array(second, float)
     rank = spearman(a, b)
     return Again(len(a), float(np.mean(np.abs(a - b) < 1e-9)), float(np.mean(np.abs(a - b))), None if np.isnan(rank) else rank)
-
-
-def _check(judge: Judge, joined: Joined) -> None:
-    """Let a judge that knows certain tasks only refuse before anything is graded."""
-    check = getattr(judge, "check", None)
-    if check is not None:
-        check(line.task for line in joined.lines)
 
 
 def _cost(judge: Judge) -> float:

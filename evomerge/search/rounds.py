@@ -13,7 +13,7 @@ import numpy as np
 
 from evomerge.answering.cache import MERGED
 from evomerge.errors import EngineError
-from evomerge.judging.cascade import CascadeJudge, composed, undecided
+from evomerge.judging.cascade import CascadeJudge, Floats, completed, composed, settle
 from evomerge.judging.grade import Grade
 from evomerge.recipe import Recipe
 from evomerge.search.ahead import Begun
@@ -78,7 +78,7 @@ class Rounds:
         self.decided = Decided(digests)
         self.examiner.ahead.begun.clear()  # of candidates that were replaced; their answers are kept
         if isinstance(judge, CascadeJudge):
-            self._cascade(self.decided, judge, recipes, self.tasks(generation), mode, label)
+            self._cascade(self.decided, judge, recipes, generation, mode, label)
         else:
             self._race(self.decided, recipes, self.blocks(generation), label)
 
@@ -120,40 +120,54 @@ class Rounds:
             stopped = hopeless(values[left], keep, self.study.search.race_error, max(1, len(every) - 1)) if number < len(every) else set()
             out |= {left[i] for i in stopped}
 
-    def _cascade(
-        self, decided: Decided, judge: CascadeJudge, recipes: Sequence[Recipe], tasks: Sequence[Task], mode: str, label: str
-    ) -> None:
+    def _cascade(self, decided: Decided, judge: CascadeJudge, recipes: Sequence[Recipe], generation: int, mode: str, label: str) -> None:
         """All answer, the learned judge grades all, the llm judge block by block those who are undecided."""
-        answered: dict[int, Begun] = {}
+        tasks = self.tasks(generation)
+        part, answered, likelihoods = self.examiner.likelihood, dict[int, Begun](), dict[int, list[float | None] | None]()
         for i, recipe in enumerate(recipes):
             item = (recipe, tasks, mode)
             try:
-                answered[i] = self.examiner.begun(item, label, graded=False)
-                self.examiner.ahead.keep(item, answered[i])
+                begun = self.examiner.begun(item, label, graded=False)
+                self.examiner.ahead.keep(item, begun)
+                likelihoods[i] = None if part is None else part.of(recipe, tasks)
+                answered[i] = begun
             except EngineError:
-                continue
+                continue  # it fails again in its own turn, and is recorded then
+        if not answered:
+            return
         rows = list(answered)
-        cheap = {i: [judge.cheap.grade(t, a) for t, a in zip(tasks, answered[i].answers, strict=True)] for i in rows}
-        dear: dict[int, list[Grade | None]] = {i: [None] * len(tasks) for i in rows}
-        learned = np.array([[grade.value for grade in cheap[i]] for i in rows])
-        keep = max(1, self.sampler.population // 2)
-        order = task_order(self.study.search.seed, 0, len(tasks))  # the same tasks for all: differences are paired
-        for places in blocks(len(tasks), BLOCK // 2):
-            known = np.array([[np.nan if grade is None else grade.value for grade in dear[i]] for i in rows])
-            asked = [rows[r] for r in sorted(undecided(learned, known, keep, judge.error))] if rows else []
-            chosen = [order[place] for place in places]
-            pending = {i: judge.submit([tasks[t] for t in chosen], [answered[i].answers[t] for t in chosen]) for i in asked}
-            for i, waited in pending.items():
-                for t, grade in zip(chosen, waited.result(), strict=True):
-                    dear[i][t] = grade
-        for i in rows:
-            grades = composed(cheap[i], dear[i])
-            decided.grades[recipes[i].digest()] = {str(t.task_id): g for t, g in zip(tasks, grades, strict=True)}
-        self._remember_savings(decided, len(rows) * len(tasks), sum(g is not None for i in rows for g in dear[i]))
+        cheap = [[judge.cheap.grade(t, a) for t, a in zip(tasks, answered[i].answers, strict=True)] for i in rows]
+        dear: list[list[Grade | None]] = [[None] * len(tasks) for _ in rows]
 
-    def _remember_savings(self, decided: Decided, graded: int, asked: int) -> None:
-        """By generation's candidates, so that working it out again counts once."""
-        known = self.ledger.facts.get("cascade_generations", {})
-        known[decided.recipes[0] if decided.recipes else ""] = [graded, asked]
+        def values(row: int) -> list[float]:
+            """What the generation is ranked by, of the grades that are known: with an objective more than grades."""
+            grades = [d or c for d, c in zip(dear[row], cheap[row], strict=True)]
+            examined = Examined(tasks, answered[rows[row]].answers, grades, {}, likelihoods=likelihoods[rows[row]])
+            found = metric_values(self.scorer.by_task(examined), self.study.metric)
+            return [found.get(str(task.task_id), 0.0) for task in tasks]  # a task that counts for nobody
+
+        def ask(asked: list[int], chosen: list[int]) -> Floats:
+            pending = {}
+            for row in asked:
+                answers = answered[rows[row]].answers
+                pending[row] = judge.submit([tasks[t] for t in chosen], [answers[t] for t in chosen])
+            for row, waited in pending.items():
+                for t, grade in zip(chosen, waited.result(), strict=True):
+                    dear[row][t] = grade
+            return np.array([values(row) for row in asked])[:, chosen]
+
+        order = task_order(self.study.search.seed, 0, len(tasks))  # the same tasks for all: differences are paired
+        looks = [[order[place] for place in places] for places in blocks(len(tasks), BLOCK // 2)]
+        settle(np.array([values(row) for row in range(len(rows))]), ask, max(1, self.sampler.population // 2), judge.error, looks)
+        known = np.array([[np.nan if grade is None else grade.value for grade in row] for row in dear])
+        moved = completed(np.array([[grade.value for grade in row] for row in cheap]), known)
+        for row, i in enumerate(rows):
+            grades = composed(cheap[row], dear[row], moved[row])
+            decided.grades[recipes[i].digest()] = {str(t.task_id): g for t, g in zip(tasks, grades, strict=True)}
+        self._remember_savings(generation, known.size, int((~np.isnan(known)).sum()))
+
+    def _remember_savings(self, generation: int, graded: int, asked: int) -> None:
+        """By generation, so that working it out again counts once."""
+        known = self.ledger.facts.get("cascade_generations", {}) | {str(generation): [graded, asked]}
         self.ledger.remember("cascade_generations", known)
         self.ledger.remember("cascade", {"graded": sum(g for g, _ in known.values()), "asked": sum(a for _, a in known.values())})

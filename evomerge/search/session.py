@@ -18,7 +18,7 @@ from evomerge.answering.prompts import Prompter, make_prompter
 from evomerge.console import Console
 from evomerge.errors import StudyError, StudyFileError
 from evomerge.genome import Genome, make_genome
-from evomerge.judging.choose import make_judge
+from evomerge.judging.choose import check_tasks, make_judge
 from evomerge.judging.grade import Judge, WaitingJudge
 from evomerge.merging.fingerprint import combined, fingerprint
 from evomerge.merging.folder import ModelFolder, check_fit, num_layers, open_model
@@ -58,7 +58,7 @@ def open_search(study: Study, url: str, console: Console) -> Iterator[Search]:
             f"study {study.study}: {_size(genome)}, {len(split.search)} tasks to search on, "
             f"{len(split.held_out)} held out{kept}, {study.search.trials} candidates in generations of {sampler.population}"
         )
-        judge = None if lm_eval is not None else _open_judge(study, url, ledger)
+        judge = None if lm_eval is not None else _open_judge(study, url, ledger, tasks)
         s = study.search
         engine = make_engine(base, siblings, study.engine, study.generation, s.dtype, s.seed, study.prompt.too_long)
         if lm_eval is not None:
@@ -83,9 +83,10 @@ def open_search(study: Study, url: str, console: Console) -> Iterator[Search]:
             cache.close()
 
 
-def _open_judge(study: Study, url: str, ledger: Ledger) -> Judge:
-    """The study's judge; refuse one that is another than the one that graded so far."""
+def _open_judge(study: Study, url: str, ledger: Ledger, tasks: Sequence[Task]) -> Judge:
+    """The study's judge; refuse one that does not know the tasks, or that is another than the one that graded so far."""
     judge = make_judge(study.judge, grades_path(url, study.study), study.search.seed, engine=study.engine)
+    check_tasks(judge, tasks)
     who = f"{judge.name} {judge.version}"
     known = ledger.facts.get("judge", who)
     if known != who:
