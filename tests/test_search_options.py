@@ -9,9 +9,10 @@ import pytest
 from search_tools import BEST, LAYERS, QualityJudge, TaskEngine, make_search, make_study, trials
 
 from evomerge.console import Console
-from evomerge.errors import StudyFileError
+from evomerge.errors import StudyError, StudyFileError
 from evomerge.genome import make_genome
 from evomerge.recipe import Recipe
+from evomerge.search.ledger import check_unchanged
 from evomerge.search.racing import corrected
 from evomerge.search.scoring import task_levels
 from evomerge.search.session import make_sampler
@@ -242,3 +243,16 @@ def test_what_ships_is_what_was_measured(monkeypatch):
         shipped.ranking, shipped.subset, shipped.sigma, shipped.lr_adapt, shipped.finalists,
     )  # fmt: skip
     assert SplitSection().validation == shipped.validation
+
+
+def test_a_study_from_before_a_default_is_told_how_it_goes_on(tmp_path):
+    search, _, _ = make_search(tmp_path, make_study(ranking="subset", lr_adapt=True))
+    stored = make_study(ranking="all", lr_adapt=False).to_dict()
+    for section, key in (("search", "ranking"), ("search", "lr_adapt"), ("split", "validation")):
+        del stored[section][key]
+    facts = {"models": {}, "tasks": "same"}
+    for key, value in (facts | {"study_file": stored}).items():
+        search.ledger.remember(key, value)
+    with pytest.raises(StudyError, match=r'--set search.lr_adapt=false --set search.ranking="all"'):
+        check_unchanged(search.ledger, facts | {"study_file": search.study.to_dict()})
+    check_unchanged(search.ledger, facts | {"study_file": make_study(ranking="all", lr_adapt=False).to_dict()})

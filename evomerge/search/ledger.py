@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from evomerge import sqlite_file
 from evomerge.errors import StudyError
 from evomerge.search.sampler import INTERRUPTED, ReplayedCmaEs, Slot
-from evomerge.study import changed_keys
+from evomerge.study import BEFORE, changed_keys
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -160,6 +160,16 @@ def open_ledger(url: str, name: str, sampler: BaseSampler | None = None, create:
     return Ledger(study, url)
 
 
+def _undo(stored: Mapping[str, Any], changed: Sequence[str]) -> str:
+    """What undoes a change; where a default is younger than the study, nobody has changed anything."""
+    younger = {f"{section}.{key}": value for section, values in BEFORE.items() for key, value in values.items()}
+    young = [key for key in changed if key in younger and key.split(".")[1] not in stored.get(key.split(".")[0], {})]
+    if not young:
+        return "Undo the change"
+    settings = " ".join(f"--set {key}={json.dumps(younger[key])}" for key in young)
+    return f"Go on as it began with {settings}" + (", and undo the rest" if len(young) < len(changed) else "")
+
+
 def check_unchanged(ledger: Ledger, facts: Mapping[str, Any]) -> None:
     """Remember the facts of a new study; refuse a known one whose file, models or tasks have changed."""
     old = ledger.facts
@@ -171,7 +181,7 @@ def check_unchanged(ledger: Ledger, facts: Mapping[str, Any]) -> None:
             raise StudyError(
                 f"the study has changed since it began: {', '.join(changed)}",
                 where=ledger.name,
-                remedy="Undo the change, or start anew with --study NEW_NAME.",
+                remedy=f"{_undo(old['study_file'], changed)}, or start anew with --study NEW_NAME.",
             )
     for key, value in facts.items():
         if old.get(key) != value:

@@ -4,6 +4,7 @@ value found and the remedy."""
 from evomerge.study.reading import STOPPING_KEYS, changed_keys, read_judge, read_setting, read_study
 from evomerge.study.rules import check_judge
 from evomerge.study.sections import (
+    BEFORE,
     DENSE,
     JUDGE_MODEL,
     MIXING,
@@ -22,7 +23,7 @@ from evomerge.study.sections import (
 )
 
 __all__ = [
-    "DENSE", "JUDGE_MODEL", "MIXING", "STOPPING_KEYS", "SUBSET", "EngineSection", "GenerationSection", "GenomeSection", "JudgeSection",
-    "ObjectiveSection", "PromptSection", "SearchSection", "SplitSection", "Study", "TaskSource", "VllmSection", "changed_keys",
-    "check_judge", "read_judge", "read_setting", "read_study",
+    "BEFORE", "DENSE", "JUDGE_MODEL", "MIXING", "STOPPING_KEYS", "SUBSET", "EngineSection", "GenerationSection", "GenomeSection",
+    "JudgeSection", "ObjectiveSection", "PromptSection", "SearchSection", "SplitSection", "Study", "TaskSource", "VllmSection",
+    "changed_keys", "check_judge", "read_judge", "read_setting", "read_study",
 ]  # fmt: skip
