@@ -55,7 +55,7 @@ def test_reads_both_sheets(knowledge):
 
 def test_numbers_empty_rows_and_column_order(tmp_path):
     examples = [("note", "output", " Input ", "Class"), ("x", 8, "3+5", "計算 "), (None, None, None, None), ("y", 2.5, 5.0, "計算")]
-    read = read_knowledge(write(tmp_path / "b.xlsx", examples=examples, titles=("Classes", "examples")))
+    read = read_knowledge(write(tmp_path / "b.xlsx", CLASSES[:2], examples, titles=("Classes", "examples")))
     assert read.examples == (Example(2, "計算", "3+5", "8"), Example(4, "計算", "5", "2.5"))
 
 
@@ -128,7 +128,7 @@ def test_an_example_never_answers_itself(knowledge, text):
 
 
 def test_the_only_example_of_a_class_may_be_the_task(tmp_path):
-    base = read_knowledge(write(tmp_path / "b.xlsx", examples=EXAMPLES[:2]))
+    base = read_knowledge(write(tmp_path / "b.xlsx", CLASSES[:2], EXAMPLES[:2]))
     choice = Retriever(base).choose("3+5はいくつですか")
     assert (choice.class_name, choice.similarity, choice.examples) == ("計算", 0.0, ())
     assert choice.text == "\n問:3+5はいくつですか"
