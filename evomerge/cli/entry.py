@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from evomerge import __version__
 from evomerge.cli.judges import judge_commands
+from evomerge.cli.knowledge import knowledge_commands
 from evomerge.cli.models import demo, merge, model_commands
 from evomerge.cli.studies import study_commands
 from evomerge.console import Console
@@ -47,4 +48,5 @@ def make_parser() -> argparse.ArgumentParser:
     study_commands(commands)
     model_commands(commands)
     judge_commands(commands)
+    knowledge_commands(commands)
     return parser

@@ -1,0 +1,60 @@
+"""Drafts a base from tasks that have references."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from evomerge.errors import KnowledgeError
+from evomerge.knowledge.csv_base import TEMPLATE
+from evomerge.knowledge.parts import Example, Knowledge, KnowledgeClass
+from evomerge.tasks import Task
+
+ONLY_CLASS = "一般"  # of tasks that have no kind
+
+DRAFTED = (
+    ("evomerge", "Knowledge base drafted from tasks with references / 課題から作った下書き"),
+    (
+        "What is left to do",
+        "Describe each class, write its system text and what its template asks for, remove examples that are no good models, and run "
+        "evomerge knowledge check FILE.\n種類ごとの説明、システム文、テンプレートを書き、よくない手本を消してください。",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """`skipped` tasks have no reference; `kept_out` are not of the study's search split."""
+
+    knowledge: Knowledge
+    skipped: int
+    kept_out: int
+
+
+def draft(tasks: Sequence[Task], where: str, study: tuple[Sequence[Task], Collection[int | str]] | None = None) -> Draft:
+    """A class for each `kind`, in the order of the file; an example for each task with a reference.
+
+    `study` holds all tasks of a study and the ids of its search split: a task becomes an example only where its input is
+    one of the split and of no other task of the study (Unicode NFKC, spaces apart). Raises KnowledgeError where no example
+    is left.
+    """
+    left = list(tasks)
+    if study is not None:
+        own, search = study
+        seen = {_plain(task.input) for task in own if task.task_id in search}
+        unseen = {_plain(task.input) for task in own if task.task_id not in search}
+        left = [task for task in tasks if _plain(task.input) in seen - unseen]
+    useful = [task for task in left if task.output.strip()]
+    if not useful:
+        raise KnowledgeError(
+            "no task has a reference to draft an example from", where=where, remedy="Give the tasks a field `output` with a good answer."
+        )
+    names = [task.kind.strip() or ONLY_CLASS for task in useful]
+    classes = tuple(KnowledgeClass(name, "", TEMPLATE) for name in dict.fromkeys(names))
+    examples = tuple(Example(i, name, t.input, t.output) for i, (name, t) in enumerate(zip(names, useful, strict=True), start=2))
+    return Draft(Knowledge(classes, examples), len(left) - len(useful), len(tasks) - len(left))
+
+
+def _plain(text: str) -> str:
+    return "".join(unicodedata.normalize("NFKC", text).split())

@@ -1,0 +1,58 @@
+"""The starter base of `evomerge knowledge new`: the competition's 8 classes with examples, and how to change them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from evomerge.knowledge.base import Knowledge, read_knowledge
+
+SHIPPED = Path(__file__).with_name("instructions-ja.xlsx")
+
+# class -> (description, max_new_tokens): the longest answers are those that weigh, plan or tell a story
+ABOUT = {
+    "分析": ("分析 (analysis): 比較、原因、矛盾、傾向などを根拠とともに調べる課題。", 512),
+    "創作": ("創作 (creative writing): 物語、詩、俳句、キャッチコピーなどを新しく作る課題。", 512),
+    "抽出": ("抽出 (extraction): 与えられた文章から語や数値や要点を取り出す課題。", 256),
+    "意見": ("意見 (opinion): 是非や好みについて、立場と理由を述べる課題。", 512),
+    "解決": ("解決 (solution): 困りごとや目標に、実行できる手順や案を示す課題。", 512),
+    "説明": ("説明 (explanation): 言葉、仕組み、出来事の意味を分かるように述べる課題。", 512),
+    "役割": ("役割 (role play): 指定された人物になりきって話す課題。", 384),
+    "計算": ("計算 (calculation): 式を立てて数や日時や確率を求める課題。", 384),
+}
+
+README = (
+    ("evomerge", "Knowledge base of `evomerge infer --knowledge` / 知識ベース"),
+    (
+        "What it does",
+        "Each task gets the class of the examples that are most like it, and is asked with that class's prompt, a few of its "
+        "examples and its settings.\n課題ごとに、似た手本から種類を決め、その種類のプロンプト、手本、設定で回答させます。",
+    ),
+    (
+        "classes",
+        "One row for each class: its name, what belongs to it, the system text, the prompt template and the settings of the answer. "
+        "A template must hold {input}; {examples} and {documents} may stand where you like. Other braces stay as they are.\n"
+        "1行に1種類。テンプレートには {input} が必須です。",
+    ),
+    (
+        "examples",
+        "One row for each task with a good answer. Three or more for each class; the more they differ, the better classes are told "
+        "apart. An example that equals the task itself is never shown.\n1行に1つの手本。種類ごとに3つ以上。",
+    ),
+    ("documents", "Optional: texts to quote where a template says {documents}.\n任意。テンプレートの {documents} に引用する文書。"),
+    (
+        "Rules",
+        "Columns may stand in any order, and columns with other names are not read. Do not merge cells, do not use formulas (a text "
+        "that begins with = is fine where the cell is formatted as text), do not hide sheets.\n"
+        "列の順序は自由です。セルの結合、数式、シートの非表示は使えません。",
+    ),
+    ("Check", "evomerge knowledge check FILE  names every mistake by sheet, row and column.\nすべての誤りを場所とともに表示します。"),
+    ("Look", "evomerge infer --tasks TASKS --knowledge FILE --explain  shows each task's class and examples without answering."),
+)
+
+
+def starter() -> Knowledge:
+    """The classes and examples of the base that ships, with descriptions and lengths."""
+    base = read_knowledge(SHIPPED)
+    classes = tuple(replace(c, description=ABOUT[c.name][0], max_new_tokens=ABOUT[c.name][1]) for c in base.classes)
+    return replace(base, classes=classes)
