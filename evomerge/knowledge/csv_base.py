@@ -66,11 +66,13 @@ def _read(path: Path, sheet: str, tables: Tables) -> None:
 
 def _decode(path: Path) -> str:
     data = path.read_bytes()
+    errors: list[UnicodeDecodeError] = []
     for encoding in ENCODINGS:
         try:
             return data.decode(encoding)
         except UnicodeDecodeError as error:
-            wrong = error
+            errors.append(error)
+    wrong = max(errors, key=lambda error: error.start)  # of the encoding that it most likely is
     line = data.count(b"\n", 0, wrong.start) + 1
     raise KnowledgeError(
         "is neither UTF-8 nor Windows-31J",

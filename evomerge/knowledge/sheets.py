@@ -80,8 +80,15 @@ def _read(found: Any, sheet: str, path: Path, tables: Tables) -> None:
             hidden.append(number)
         read.append(Row(number, texts, place, frozenset(wrong) | covered))
     tables.rows[sheet] = read
+    veiled = [column for column, i in at.items() if _is_hidden(found, i + 1)]
+    if veiled:
+        tables.notes.append(f"{where}: hidden columns are read too: {', '.join(veiled)}")
     if hidden:
         tables.notes.append(f"{where}: hidden rows are read too: {', '.join(map(str, hidden))}")
+
+
+def _is_hidden(found: Any, column: int) -> bool:
+    return any(group.hidden and (group.min or 0) <= column <= (group.max or 0) for group in found.column_dimensions.values())
 
 
 class _Place:
