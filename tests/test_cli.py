@@ -218,7 +218,7 @@ def test_a_study_in_use_is_refused(pair, capsys, tmp_path):
 def test_a_damaged_storage_is_one_line(pair, searched, capsys, tmp_path):
     data = (searched[0] / "studies.db").read_bytes()
     (tmp_path / "cut.db").write_bytes(data[: len(data) // 2])
-    fails(capsys, ["show", "tiny", "--storage", f"sqlite:///{tmp_path}/cut.db"], 1, "storage failed")
+    fails(capsys, ["show", "tiny", "--storage", f"sqlite:///{tmp_path}/cut.db"], 1, "is damaged or cut short")
 
 
 @pytest.mark.parametrize(

@@ -229,7 +229,7 @@ def test_two_runs_of_a_study_that_it_judges_are_equal(pair, judge_folder, tmp_pa
     assert outcomes[0] == outcomes[1]
     grades = [g["grade"] for _, _, found in outcomes[0][0] for g in found.values()]
     assert all(1 <= g <= 5 for g in grades)
-    assert len(set(grades)) > 20
+    assert len(set(grades)) > 15
 
 
 def test_the_version_knows_model_and_rubric(judge, judge_folder, tmp_path):

@@ -6,7 +6,7 @@ import csv
 import itertools
 import random
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,7 @@ class Trial:
     seconds: dict[str, float] = field(default_factory=lambda: {"merge": 0.25, "answer": 15.5, "judge": 0.125})
     reason: str | None = None
     grades: dict[str, dict[str, Any]] = field(default_factory=dict)
+    parts: dict[str, float] = field(default_factory=dict)
 
 
 def trials() -> list[Trial]:
@@ -199,3 +200,7 @@ def test_the_table_holds_every_trial(tmp_path: Path) -> None:
     assert [tuple(float(r[f"weight {label}"]) for label in SLICES) for r in rows] == [t.weights for t in given]
     assert [float(r["score"]) for r in rows if r["score"]] == [t.score for t in given if t.score is not None]
     assert rows[-1]["reason"] == "'=1+1"
+    given = [replace(t, parts={"grade": 3.5, "length": 0.25}) if t.role == "candidate" and t.score else t for t in given]
+    with write_trials_csv(tmp_path / "parts.csv", given, SLICES).open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["part grade"], r["part length"]) for r in rows] == [("3.5", "0.25") if t.parts else ("", "") for t in given]
