@@ -13,7 +13,7 @@ from evomerge.knowledge.tables import REQUIRED, Row, Tables, columns, find_colum
 
 OLE = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"  # [MS-CFB] 2.2: what an encrypted .xlsx and an old .xls begin with
 ENCRYPTED = "EncryptedPackage".encode("utf-16-le")  # [MS-OFFCRYPTO] 2.3.4.4: the stream of an encrypted package
-CONTROL = re.compile(r"_x00([01][0-9A-Fa-f])_")  # ECMA-376 22.9.2.19 (ST_Xstring): how a control character is stored
+STORED = re.compile(r"_x00([01][0-9A-Fa-f]|5F)_")  # ECMA-376 22.9.2.19 (ST_Xstring): how control characters are stored, and such a _
 
 
 def read_sheets(path: Path, tables: Tables) -> None:
@@ -134,4 +134,4 @@ def _text(value: Any) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     text = getattr(value, "text", None) or value  # an array formula
-    return CONTROL.sub(lambda match: chr(int(match[1], 16)), str(text)).replace("\r\n", "\n").replace("\r", "")
+    return STORED.sub(lambda match: chr(int(match[1], 16)), str(text)).replace("\r\n", "\n").replace("\r", "")
