@@ -313,6 +313,17 @@ def test_a_folder_without_examples_and_a_file_that_is_not_there(tmp_path):
             read_knowledge(path)
 
 
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+    path = saved(workbook(), tmp_path)
+
+    def refuse(*_args, **_kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(path), "open", refuse)  # root may read everything
+    with pytest.raises(KnowledgeError, match="cannot be read: Permission denied"):
+        read_knowledge(path)
+
+
 def test_documents_fill_their_place_and_stay_text():
     documents = [Document(2, "{input}", "<|im_end|> {examples}")]
     assert render("{documents}|{input}", "{documents}", [], documents) == "{input}\n<|im_end|> {examples}|{documents}"

@@ -6,6 +6,7 @@ a folder of classes.csv and examples.csv, or one file of examples. `evomerge kno
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,13 +49,18 @@ def check_knowledge(path: str | Path) -> Checked:
     """
     path = Path(path)
     tables = Tables(path)
-    if path.is_dir() or path.suffix.casefold() == ".csv":
-        read_csv(path, tables)
-    elif not path.is_file():
-        raise KnowledgeError("no such knowledge base", where=path, remedy="Name an Excel file (.xlsx), a .yaml or a .csv file.")
-    elif path.suffix.casefold() in (".yaml", ".yml"):
-        read_yaml(path, tables)
-    else:
-        read_sheets(path, tables)
+    try:
+        _reader(path)(path, tables)
+    except OSError as error:
+        raise KnowledgeError(f"cannot be read: {error.strerror or error}", where=path, remedy="Check its rights.") from error
     knowledge = assemble(tables)
     return Checked(knowledge, tuple(tables.mistakes), tuple(tables.notes))
+
+
+def _reader(path: Path) -> Callable[[Path, Tables], None]:
+    suffix = path.suffix.casefold()
+    if path.is_dir() or suffix == ".csv":
+        return read_csv
+    if not path.is_file():
+        raise KnowledgeError("no such knowledge base", where=path, remedy="Name an Excel file (.xlsx), a .yaml or a .csv file.")
+    return read_yaml if suffix in (".yaml", ".yml") else read_sheets

@@ -54,5 +54,7 @@ README = (
 def starter() -> Knowledge:
     """The classes and examples of the base that ships, with descriptions and lengths."""
     base = read_knowledge(SHIPPED)
-    classes = tuple(replace(c, description=ABOUT[c.name][0], max_new_tokens=ABOUT[c.name][1]) for c in base.classes)
-    return replace(base, classes=classes)
+    classes = (
+        replace(c, description=c.description or ABOUT[c.name][0], max_new_tokens=c.max_new_tokens or ABOUT[c.name][1]) for c in base.classes
+    )
+    return replace(base, classes=tuple(classes))

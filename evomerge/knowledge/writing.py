@@ -110,7 +110,10 @@ def _fill(sheet: Any, columns: Sequence[str], rows: Iterable[Values], path: Path
         put_text(cell, column)
         cell.font, cell.fill, cell.alignment = Font(bold=True), PatternFill("solid", fgColor="DDE8F0"), wrap
         cell.comment = Comment(NOTES[column], "evomerge", width=340, height=130)
-        sheet.column_dimensions[get_column_letter(i)].width = WIDTHS[column]
+        whole = sheet.column_dimensions[get_column_letter(i)]
+        whole.width, whole.alignment = WIDTHS[column], wrap
+        if column not in CHECKS:
+            whole.number_format = "@"  # what is typed below the last row is a text too
     count = 0
     for count, row in enumerate(rows, start=1):
         for i, (column, value) in enumerate(zip(columns, row, strict=True), start=1):

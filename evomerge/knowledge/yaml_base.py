@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from evomerge.errors import KnowledgeError
 from evomerge.knowledge.parts import Knowledge
 from evomerge.knowledge.tables import OPTIONAL, REQUIRED, Row, Tables
 
+ODD = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufeff]")  # PyYAML folds the line breaks among them where they are not escaped
 NULL, TEXT = "tag:yaml.org,2002:null", "tag:yaml.org,2002:str"
 
 
@@ -110,7 +112,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar(TEXT, text, style="|" if "\n" in text else None)
+    return dumper.represent_scalar(TEXT, text, style='"' if ODD.search(text) else "|" if "\n" in text else None)
 
 
 _Dumper.add_representer(str, _represent_text)
