@@ -100,11 +100,11 @@ def test_missing_file(tmp_path):
 
 
 def reference_cosine(inputs, i, text):
-    """Smoothed TF-IDF cosine from its definition: idf = ln((1 + n) / (1 + df)) + 1 (scikit-learn's user guide, 7.2.3.4)."""
+    """Smoothed TF-IDF cosine from its definition: tf = 1 + ln count, idf = ln((1 + n) / (1 + df)) + 1 (scikit-learn's guide, 7.2.3.4)."""
     grams = [Counter(t[a : a + n] for n in range(1, 5) for a in range(len(t) - n + 1)) for t in inputs]
     idf = {g: math.log((1 + len(inputs)) / (1 + sum(g in c for c in grams))) + 1 for c in grams for g in c}
     query = Counter(text[a : a + n] for n in range(1, 5) for a in range(len(text) - n + 1))
-    vectors = [{g: count * idf[g] for g, count in c.items() if g in idf} for c in (grams[i], query)]
+    vectors = [{g: (1 + math.log(count)) * idf[g] for g, count in c.items() if g in idf} for c in (grams[i], query)]
     lengths = [math.sqrt(sum(x * x for x in v.values())) for v in vectors]
     return sum(x * vectors[1].get(g, 0) for g, x in vectors[0].items()) / (lengths[0] * lengths[1])
 

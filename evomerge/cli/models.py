@@ -48,7 +48,8 @@ def model_commands(commands: Commands) -> None:
         "answer tasks with a model, with a study's winner, or through a server",
         "evomerge infer --model merged/ --tasks tasks.jsonl --out answers.jsonl\n"
         "  evomerge infer --study demo --tasks tasks.jsonl --out answers.jsonl --knowledge base.xlsx\n"
-        "  evomerge infer --server http://localhost:8000/v1 --model NAME --tasks tasks.jsonl --out answers.jsonl",
+        "  evomerge infer --server http://localhost:8000/v1 --model NAME --tasks tasks.jsonl --out answers.jsonl\n"
+        "  evomerge infer --explain --tasks tasks.jsonl --knowledge base.xlsx",
     )
     p.add_argument("--model", metavar="DIR", help="a model folder or hub name; with --server, the server's name for it")
     p.add_argument("--study", metavar="NAME", help="a study: its winner is merged in place")
@@ -58,12 +59,15 @@ def model_commands(commands: Commands) -> None:
         help="an OpenAI-compatible server; a key is taken from OPENAI_API_KEY. --model may be left out if it has but one",
     )
     p.add_argument("--tasks", type=Path, required=True, metavar="FILE", help="JSON lines: task_id, input")
-    p.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON lines: task_id, input, output")
+    p.add_argument("--out", type=Path, metavar="FILE", help="JSON lines: task_id, input, output")
     p.add_argument("--knowledge", type=Path, metavar="FILE", help="an Excel base: classes and examples")
     p.add_argument("--format", choices=["chat", "competition"], help="the prompt's format (default: the study's, or chat)")
     p.add_argument("--max-new-tokens", type=int, metavar="N", help="the longest answer (default: the study's, or 256)")
     p.add_argument("--batch-size", type=int, metavar="N", help="prompts answered at once (default: the study's, or 32)")
     p.add_argument("--concurrency", type=int, metavar="N", help="with --server: requests under way at once (default: 8)")
+    p.add_argument("--explain", action="store_true", help="show each task's class and examples, without a model")
+    p.add_argument("--json", action="store_true", help="with --explain: a JSON object a line")
+    p.add_argument("--retriever", metavar="NAME", help="with --explain: tfidf (default), bm25, embeddings:MODEL, or several joined by +")
     storage_option(p)
 
     p = add_command(commands, "demo", demo, "build the tiny pair and its tasks", "evomerge demo demo/")
@@ -94,6 +98,11 @@ def infer(args: argparse.Namespace) -> None:
     from evomerge.inference import run_inference
     from evomerge.knowledge.base import read_knowledge
 
+    if args.explain:  # other options may stand: one adds --explain to a command to see what it would do
+        from evomerge.cli.explaining import explain
+
+        explain(args)
+        return
     _check_infer(args)
     tasks = _inference_tasks(args.tasks)
     knowledge = read_knowledge(args.knowledge) if args.knowledge is not None else None
@@ -113,6 +122,11 @@ def demo(args: argparse.Namespace) -> None:
 
 def _check_infer(args: argparse.Namespace) -> None:
     """Raise InputError for options that do not go together."""
+    for option in ("json", "retriever"):
+        if getattr(args, option):
+            raise InputError("is for --explain", where=f"--{option}", remedy="Add --explain, or leave it out.")
+    if args.out is None:
+        raise InputError("where do the answers go?", where="evomerge infer", remedy="Name a file with --out.")
     if args.server is None and (args.model is None) == (args.study is None):
         raise InputError("who answers is not clear", where="evomerge infer", remedy="Give one of --model, --study and --server.")
     if args.server is not None and args.study is not None:

@@ -1,26 +1,33 @@
-"""Nearest examples of a knowledge base, and from them a task's class, by character n-grams.
-
-Character n-grams need no word boundaries, which Japanese does not write.
-"""
+"""What a task gets from a knowledge base: its class, the nearest examples of that class, and the filled template."""
 
 from __future__ import annotations
 
-import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from evomerge.knowledge.base import Example, Knowledge, render
+from evomerge.errors import InputError
+from evomerge.knowledge.bm25 import Bm25Retriever
+from evomerge.knowledge.classify import THRESHOLD, VOTERS, Classifier, Verdict, class_texts
+from evomerge.knowledge.embeddings import EmbeddingRetriever
+from evomerge.knowledge.fusion import FusedRetriever
+from evomerge.knowledge.nearest import Nearest
+from evomerge.knowledge.nearest import Retriever as NearestRetriever
+from evomerge.knowledge.parts import Example, Knowledge, render
+from evomerge.knowledge.tfidf import TfidfRetriever
 
-VOTERS = 5  # nearest examples that vote on the class
-SHOTS = 3  # examples of that class that its template shows
+SHOTS = 3  # examples of the class that its template shows, where the class does not say
+WIDE = 64  # neighbours among which they are looked for first
+FUSED_VOTERS = 5  # ranks fall off slowly: more voters would all but count heads
+
+RETRIEVERS = "tfidf, bm25, embeddings:MODEL, or several joined by +"
 
 
 @dataclass(frozen=True)
 class Choice:
     """What a task got from the base.
 
-    `similarity` is the cosine, 0 to 1, of the nearest example of the class; `examples` are in the order of the
-    prompt, the nearest last, where a model heeds it most.
+    `similarity` is that of the nearest example of the class, 0 to 1, and `confidence` that in the class; `examples` are in
+    the order of the prompt, the nearest last, where a model heeds it most.
     """
 
     class_name: str
@@ -28,67 +35,105 @@ class Choice:
     examples: tuple[Example, ...]
     system: str | None
     text: str
+    confidence: float = 0.0
 
 
-class Retriever:
-    """TF-IDF over character 1- to 4-grams of the examples' inputs, compared by cosine.
+class Chooser:
+    """Classes and examples for tasks, by any retriever; `retriever` is a name of RETRIEVERS.
 
-    Full-width and half-width forms count as the same (Unicode NFKC). Equal similarities keep the sheet's order, so
-    every answer is a function of the base and the text alone.
+    `threshold` and `default`: see Classifier. `say` gets the line that tells of a retriever that another stands in for.
     """
 
-    def __init__(self, knowledge: Knowledge) -> None:
-        from sklearn.feature_extraction.text import TfidfVectorizer
-
+    def __init__(
+        self,
+        knowledge: Knowledge,
+        retriever: str = "tfidf",
+        *,
+        descriptions: bool = False,
+        threshold: float = THRESHOLD,
+        default: str | None = None,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
         self.knowledge = knowledge
-        self.inputs = [_plain(example.input) for example in knowledge.examples]
-        self.vectorizer = TfidfVectorizer(analyzer="char", ngram_range=(1, 4), lowercase=False)
-        self.matrix = self.vectorizer.fit_transform(self.inputs)  # (examples, n-grams), rows of length 1
+        self.retriever = make_retriever(retriever, class_texts(knowledge, descriptions), say)
+        voters = FUSED_VOTERS if isinstance(self.retriever, FusedRetriever) else VOTERS
+        self.classifier = Classifier(
+            knowledge, self.retriever, descriptions=descriptions, voters=voters, threshold=threshold, default=default
+        )
 
     def nearest(self, text: str, k: int) -> list[tuple[Example, float]]:
-        """The k nearest examples, nearest first, each with its cosine in 0 to 1.
-
-        An example whose input is the text itself is left out: it would hand over the answer.
-        """
-        return self._ranked(text)[:k]
+        """The k nearest examples, nearest first, each with its similarity, 0 to 1; never one that equals the text."""
+        return self._ranked(self.retriever.nearest([text], k + len(self.knowledge.classes)))[0][:k]
 
     def classify(self, text: str) -> str:
-        """The class with the largest sum of similarities among the VOTERS nearest examples.
-
-        A tie goes to the class that stands first in the sheet; so does a text that shares nothing with any example.
-        """
-        return self._vote(self._ranked(text)[:VOTERS])
+        return self.classifier.classify([text])[0].class_name
 
     def choose(self, text: str) -> Choice:
         """Class, examples and filled template for one task."""
-        ranked = self._ranked(text)
-        found = self.knowledge[self._vote(ranked[:VOTERS])]
-        own = [(example, similarity) for example, similarity in ranked if example.class_name == found.name][:SHOTS]
+        return self.choose_all([text])[0]
+
+    def choose_all(self, texts: Sequence[str]) -> list[Choice]:
+        """As `choose`, for many tasks at once, which is far faster."""
+        near = self.retriever.nearest(texts, WIDE)
+        verdicts = self.classifier.classify_near(near)
+        owns = [self._own(v, ranked) for v, ranked in zip(verdicts, self._ranked(near), strict=True)]
+        thin = [i for i, (own, v) in enumerate(zip(owns, verdicts, strict=True)) if len(own) < self._shots(v.class_name)]
+        whole = len(self.knowledge.examples) + len(self.knowledge.classes)
+        everything = self._ranked(self.retriever.nearest([texts[i] for i in thin], whole))
+        for i, ranked in zip(thin, everything, strict=True):
+            owns[i] = self._own(verdicts[i], ranked)
+        return [self._choice(text, v, own) for text, v, own in zip(texts, verdicts, owns, strict=True)]
+
+    def _ranked(self, near: Nearest) -> list[list[tuple[Example, float]]]:
+        """The nearest examples of each text; descriptions, which come after the examples, are left out."""
+        examples = self.knowledge.examples
+        return [
+            [(examples[i], float(s)) for i, s in zip(indices, scores, strict=True) if 0 <= i < len(examples)]
+            for indices, scores in zip(near.indices, near.scores, strict=True)
+        ]
+
+    def _shots(self, class_name: str) -> int:
+        shots = self.knowledge[class_name].shots
+        return SHOTS if shots is None else shots
+
+    def _own(self, verdict: Verdict, ranked: Sequence[tuple[Example, float]]) -> list[tuple[Example, float]]:
+        return [pair for pair in ranked if pair[0].class_name == verdict.class_name][: self._shots(verdict.class_name)]
+
+    def _choice(self, text: str, verdict: Verdict, own: Sequence[tuple[Example, float]]) -> Choice:
+        found = self.knowledge[verdict.class_name]
         examples = tuple(example for example, _ in reversed(own))
         return Choice(
             class_name=found.name,
             similarity=own[0][1] if own else 0.0,
             examples=examples,
             system=found.system if found.system.strip() else None,
-            text=render(found.template, text, examples),
+            text=render(found.template, text, examples, self.knowledge.documents),
+            confidence=verdict.confidence,
         )
 
-    def _ranked(self, text: str) -> list[tuple[Example, float]]:
-        plain = _plain(text)
-        scores = (self.matrix @ self.vectorizer.transform([plain]).T).toarray()[:, 0]
-        pairs = [
-            (example, min(1.0, float(score)))
-            for example, own, score in zip(self.knowledge.examples, self.inputs, scores, strict=True)
-            if own != plain
-        ]
-        return sorted(pairs, key=lambda pair: -round(pair[1], 9))  # rounded: the last bits are no difference
 
-    def _vote(self, voters: Iterable[tuple[Example, float]]) -> str:
-        votes = dict.fromkeys((c.name for c in self.knowledge.classes), 0.0)
-        for example, similarity in voters:
-            votes[example.class_name] += similarity
-        return max(votes, key=lambda name: round(votes[name], 9))  # max keeps the first of equals
+Retriever = Chooser  # the name that inference.py imports
 
 
-def _plain(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", text).split())
+def make_retriever(name: str, inputs: Sequence[str], say: Callable[[str], None] | None = None) -> NearestRetriever:
+    """A retriever over `inputs`: tfidf, bm25, embeddings:MODEL, or several joined by + (reciprocal rank fusion).
+
+    Where fugashi is missing, TF-IDF stands in for BM25, and `say` gets a line about it. Raises InputError: an unknown name, or
+    embeddings without sentence-transformers; ModelError: an embedding model that cannot be loaded.
+    """
+    parts = [part.strip() for part in name.split("+")]
+    if len(parts) > 1:
+        return FusedRetriever([make_retriever(part, inputs, say) for part in parts], len(inputs))
+    kind, _, model = parts[0].partition(":")
+    if kind == "tfidf" and not model:
+        return TfidfRetriever(inputs)
+    if kind == "bm25" and not model:
+        try:
+            return Bm25Retriever(inputs)
+        except InputError as error:
+            if say is not None:
+                say(f"{error} TF-IDF stands in for it")
+            return TfidfRetriever(inputs)
+    if kind == "embeddings" and model:
+        return EmbeddingRetriever(inputs, model)
+    raise InputError("unknown retriever", where="--retriever", found=parts[0], remedy=f"Use {RETRIEVERS}.")

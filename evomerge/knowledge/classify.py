@@ -1,0 +1,95 @@
+"""A task's class, from the examples that are nearest to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evomerge.errors import KnowledgeError
+from evomerge.knowledge.nearest import Nearest, Retriever
+from evomerge.knowledge.parts import Knowledge
+
+# Chosen on the development half of tests/labelled_tasks.jsonl (benchmarks/classify.py).
+VOTERS = 20  # nearest examples that vote
+POWER = 2.0  # a voter's weight is its similarity to this power
+DESCRIPTION = 0.5  # weight of a class's description, which counts as an example that is never shown
+CLEAR = 0.1  # similarity of the nearest voter from which on the confidence is not lowered
+THRESHOLD = 0.35  # confidence below which a task gets the default class, where one is named
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`confidence`, 0 to 1: the class's share of the votes, times similarity / CLEAR where even the nearest voter is far."""
+
+    class_name: str
+    confidence: float
+    voters: tuple[int, ...]  # places among the base's texts, nearest first
+
+
+def class_texts(knowledge: Knowledge, descriptions: bool = False) -> list[str]:
+    """What a retriever must know for the vote: the inputs of all examples, then the descriptions of the classes that have one."""
+    described = [c.description for c in knowledge.classes if c.description.strip()] if descriptions else []
+    return [example.input for example in knowledge.examples] + described
+
+
+class Classifier:
+    """Weighted nearest neighbours: each of the `voters` nearest gives its class weight * similarity ** POWER.
+
+    `retriever` knows `class_texts(knowledge, descriptions)`. A task with a confidence below `threshold` gets the `default`
+    class; where none is named, its best guess stands. A task that shares nothing with any example gets the default, or the
+    base's first class. Raises KnowledgeError where the default is no class.
+    """
+
+    def __init__(
+        self,
+        knowledge: Knowledge,
+        retriever: Retriever,
+        *,
+        descriptions: bool = False,
+        voters: int = VOTERS,
+        threshold: float = THRESHOLD,
+        default: str | None = None,
+    ) -> None:
+        self.names = [c.name for c in knowledge.classes]
+        if default is not None and default not in self.names:
+            raise KnowledgeError("the default class is none of the base's", found=default, remedy=f"Classes are: {', '.join(self.names)}.")
+        self.retriever, self.voters = retriever, voters
+        self.threshold = 0.0 if default is None else threshold
+        self.default = self.names[0] if default is None else default
+        described = [c.name for c in knowledge.classes if c.description.strip()] if descriptions else []
+        owners = [example.class_name for example in knowledge.examples] + described
+        place = {name: i for i, name in enumerate(self.names)}
+        self.classes = np.array([place[name] for name in owners])
+        self.weights = np.array([example.weight for example in knowledge.examples] + [DESCRIPTION] * len(described))
+
+    def classify(self, texts: Sequence[str]) -> list[Verdict]:
+        """A verdict for each text; a tie goes to the class that stands first in the base."""
+        return self.classify_near(self.retriever.nearest(texts, self.voters))
+
+    def classify_near(self, near: Nearest) -> list[Verdict]:
+        """As `classify`, of neighbours that are already found, at least `voters` for each text."""
+        near = Nearest(near.indices[:, : self.voters], near.scores[:, : self.voters])
+        return [self._vote(indices, scores) for indices, scores in zip(near.indices, near.scores, strict=True)]
+
+    def _vote(self, indices: NDArray[np.int64], scores: NDArray[np.float64]) -> Verdict:
+        there = (indices >= 0) & (scores > 0)
+        indices, scores = indices[there], scores[there]
+        votes = np.bincount(self.classes[indices], self.weights[indices] * scores**POWER, len(self.names)).round(12)
+        voters = tuple(map(int, indices))
+        if not votes.any():
+            return Verdict(self.default, 0.0, voters)
+        best = int(votes.argmax())  # the first of equals
+        confidence = float(votes[best] / votes.sum() * min(1.0, scores[0] / CLEAR))
+        return Verdict(self.names[best] if confidence >= self.threshold else self.default, confidence, voters)
+
+
+def confusion(true: Sequence[str], found: Sequence[str], names: Sequence[str]) -> NDArray[np.int64]:
+    """How often each true class (row) got each class (column). Names that `true` alone holds come after `names`, sorted."""
+    rows = [*names, *sorted(set(true) - set(names))]
+    table = np.zeros((len(rows), len(names)), np.int64)
+    for a, b in zip(true, found, strict=True):
+        table[rows.index(a), list(names).index(b)] += 1
+    return table
