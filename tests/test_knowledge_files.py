@@ -237,6 +237,7 @@ def test_yaml(tmp_path):
     ("old", "new", "place"),
     [
         ("input: 春の詩", "input: ", "line 4, examples[1].input: input is empty"),
+        ("input: 春の詩", "input: ~", "line 4, examples[1].input: input is empty"),
         ("class: 創作\n  input", "class: 分析\n  input", "line 3, examples[1].class: an example of an unknown class"),
         ("max_new_tokens: 64", "max_new_tokens: 0", "line 12, classes[0].max_new_tokens: max_new_tokens is not a whole number"),
         ("max_new_tokens: 64", "max_tokens: 64", "line 12, classes[0].max_tokens: the key max_tokens is unknown"),

@@ -70,7 +70,7 @@ def _row(sheet: str, i: int, node: yaml.Node, path: Path, tables: Tables) -> Row
             tables.wrong(f"{name} is not a text", place(name), None, "Quote it, or write it as a block after a |.")
             said.add(name)
         elif value.tag != NULL:
-            cells[name] = value.value if value.tag == TEXT else str(value.value)
+            cells[name] = str(value.value)  # as it was written: yes stays yes
     return Row(i + 2, cells, place, frozenset(said))
 
 
