@@ -225,6 +225,26 @@ def test_a_model_that_cannot_be_loaded(tmp_path):
         make_retriever(f"embeddings:{tmp_path / 'none'}", TEXTS)
 
 
+def test_a_real_sentence_transformers_folder(tmp_path):
+    library = pytest.importorskip("sentence_transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *"abcdefgh"])}
+    backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(tmp_path / "bert")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "max_position_embeddings": 32}
+    BertModel(BertConfig(vocab_size=len(words), **sizes)).save_pretrained(tmp_path / "bert")
+    model = library.SentenceTransformer(str(tmp_path / "bert"), device="cpu")  # adds mean pooling
+    model.save(str(tmp_path / "st"))
+    found = make_retriever(f"embeddings:{tmp_path / 'st'}", TEXTS).nearest(["b c"], 4)
+    vectors = np.asarray(model.encode([*TEXTS, "b c"]), float)
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    wanted = np.clip(unit[:4] @ unit[4], 0, 1)
+    assert found.scores[0] == pytest.approx(sorted(wanted, reverse=True), abs=1e-5)
+
+
 def test_fugashi_finds_words():
     pytest.importorskip("fugashi")
     found = make_retriever("bm25", ["海の詩を書いてください", "山の高さを求めなさい"]).nearest(["川の詩を読みたい"], 2)
