@@ -18,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 from evomerge.answering.engine import Answer, Engine
 from evomerge.errors import InputError, OutputError, TaskError
 from evomerge.knowledge.base import Knowledge
-from evomerge.knowledge.retrieve import Choice, Retriever
+from evomerge.knowledge.retrieve import Choice, Chooser
 from evomerge.tasks import Task
 
 Progress = Callable[[int, int], None]
@@ -57,7 +57,7 @@ def run_inference(
     """
     out = Path(out)
     _check_texts(tasks)
-    choices = None if knowledge is None else list(map(Retriever(knowledge).choose, (task.input for task in tasks)))
+    choices = None if knowledge is None else Chooser(knowledge).choose_all([task.input for task in tasks])
     prompts = [prompter.render(task.input) for task in tasks] if choices is None else [prompter.render(c.text, c.system) for c in choices]
     batches = [[i] for i in range(len(prompts))] if isinstance(engine, AnswersEach) else engine.batches(prompts)
     header = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from evomerge.knowledge.base import Knowledge, read_knowledge
 
-SHIPPED = Path(__file__).with_name("instructions-ja.xlsx")
+SHIPPED = Path(__file__).with_name("examples_ja.yaml")
 
 # class -> (description, max_new_tokens): the longest answers are those that weigh, plan or tell a story
 ABOUT = {
@@ -25,12 +25,13 @@ README = (
     ("evomerge", "Knowledge base of `evomerge infer --knowledge` / 知識ベース"),
     (
         "What it does",
-        "Each task gets the class of the examples that are most like it, and is asked with that class's prompt, a few of its "
-        "examples and its settings.\n課題ごとに、似た手本から種類を決め、その種類のプロンプト、手本、設定で回答させます。",
+        "Each task gets the class of the examples that are most like it, and is asked with that class's prompt and a few of its "
+        "examples.\n課題ごとに、似た手本から種類を決め、その種類のプロンプトと手本で回答させます。",
     ),
     (
         "classes",
-        "One row for each class: its name, what belongs to it, the system text, the prompt template and the settings of the answer. "
+        "One row for each class: its name, what belongs to it, the system text, the prompt template and the settings of the answer, "
+        "which `evomerge infer` does not use yet. "
         "A template must hold {input}; {examples} and {documents} may stand where you like. Other braces stay as they are.\n"
         "1行に1種類。テンプレートには {input} が必須です。",
     ),
