@@ -60,9 +60,7 @@ def model_commands(commands: Commands) -> None:
     )
     p.add_argument("--tasks", type=Path, required=True, metavar="FILE", help="JSON lines: task_id, input")
     p.add_argument("--out", type=Path, metavar="FILE", help="JSON lines: task_id, input, output")
-    p.add_argument(
-        "--knowledge", type=Path, metavar="FILE", help="classes and examples: .xlsx, .yaml, .csv or a folder of CSVs"
-    )
+    p.add_argument("--knowledge", type=Path, metavar="FILE", help="classes and examples: .xlsx, .yaml, .csv or a folder of CSVs")
     p.add_argument("--format", choices=["chat", "competition"], help="the prompt's format (default: the study's, or chat)")
     p.add_argument("--max-new-tokens", type=int, metavar="N", help="the longest answer (default: the study's, or 256)")
     p.add_argument("--batch-size", type=int, metavar="N", help="prompts answered at once (default: the study's, or 32)")
