@@ -256,3 +256,11 @@ def test_a_study_from_before_a_default_is_told_how_it_goes_on(tmp_path):
     with pytest.raises(StudyError, match=r'--set search.lr_adapt=false --set search.ranking="all"'):
         check_unchanged(search.ledger, facts | {"study_file": search.study.to_dict()})
     check_unchanged(search.ledger, facts | {"study_file": make_study(ranking="all", lr_adapt=False).to_dict()})
+
+
+def test_without_a_complete_generation_it_is_said_that_there_is_no_mean(tmp_path):
+    stream = StringIO()
+    search, _, _ = make_search(tmp_path, make_study(trials=5), console=Console(stream))
+    search.run()
+    assert not [r for r in search.ledger.records() if r.role == "mean"]
+    assert "no generation of 8 is complete" in stream.getvalue()

@@ -151,6 +151,9 @@ class Search:
     def _mean(self) -> None:
         generation, mean = self.sampler.mean(self.ledger.trials())
         weights = tuple(float(w) for w in mean)
+        if not generation:
+            few = f"no generation of {self.sampler.population} is complete, so there is no distribution's mean"
+            self.console.say(f"{few}: the best trial wins, and the best of few noisy trials is mostly lucky")
         if generation and not self._has("mean", weights):
             self._trial("mean", weights=weights, generation=generation, label="the distribution's mean")
 

@@ -100,6 +100,12 @@ def _search_rules(study: Study) -> list[tuple[bool, str, object, str]]:
         (s.hourly_price >= 0, "search.hourly_price", s.hourly_price, "At least 0."),
         (s.source_study is None or s.warm_start is None, "search.source_study", s.source_study, "It and `warm_start` both set the start."),
         (
+            (s.warm_start is None and s.source_study is None) or not study.random_init,
+            "random_init",
+            True,
+            "The start comes from `search.warm_start` or `source_study`: remove it.",
+        ),
+        (
             first == 0 or s.population is None or first <= s.population,
             "search.population",
             s.population,
