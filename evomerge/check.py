@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -173,8 +172,10 @@ def _live_bytes(study: Study, config: Mapping[str, Any], parameters: int) -> flo
 
 
 def _cost(study: Study, genome: Genome, n_tasks: tuple[int, int, int] | None) -> str:
+    from evomerge.search.sampler import default_population
+
     s = study.search
-    population = s.population or 4 + math.floor(3 * math.log(genome.dimensions))
+    population = s.population or default_population(genome.dimensions)
     fixed = len(genome.references(s.uniform)) + (s.trials >= population)  # without a complete generation there is no mean
     text = f"{s.trials} candidates in generations of {population}, {s.trials + fixed} with parents, uniform weights and the mean"
     if n_tasks is None:

@@ -50,6 +50,22 @@ class TaskEngine:
         return [Answer(f"quality {4.5 - 2 * distance + self.noise * x:.6f}", False, 4) for x in luck]
 
 
+class Cut(Exception):
+    """The process ends here."""
+
+
+class Cutting(TaskEngine):
+    """Answers `left` more batches, over all engines, and is cut then."""
+
+    left = 0
+
+    def answer(self, prompts):
+        if Cutting.left <= 0:
+            raise Cut
+        Cutting.left -= 1
+        return super().answer(prompts)
+
+
 class QualityJudge:
     """Reads the quality and takes off what the task is hard; counts its grades."""
 

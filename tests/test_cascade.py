@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from search_tools import LAYERS, QualityJudge, TaskEngine, make_search, make_study, trials
+from search_tools import LAYERS, Cut, Cutting, QualityJudge, TaskEngine, make_search, make_study, trials
 from test_llm_judge_study import Steady
 
 from evomerge.cli import main
@@ -152,10 +152,6 @@ def test_composed_grades_have_the_estimate_as_their_mean():
 # A whole search
 
 
-class Cut(Exception):
-    pass
-
-
 def luck(text):
     return zlib.crc32(text.encode()) / 2**32 - 0.5
 
@@ -297,15 +293,6 @@ def test_a_run_that_ends_anywhere_goes_on_as_if_it_had_not(tmp_path, ranking, st
 
 
 def test_a_run_that_is_cut_while_it_answers_goes_on_too(tmp_path):
-    class Cutting(TaskEngine):
-        left = 0
-
-        def answer(self, prompts):
-            if Cutting.left <= 0:
-                raise Cut
-            Cutting.left -= 1
-            return super().answer(prompts)
-
     whole, _, dear = cascade_search(tmp_path, "whole", trials=12)
     whole.run()
     rng, kept, asked = random.Random(1), {}, Counter()

@@ -10,7 +10,7 @@ import pytest
 
 from evomerge.errors import KnowledgeError
 from evomerge.knowledge.base import Example, read_knowledge, render
-from evomerge.knowledge.retrieve import SHOTS, Retriever
+from evomerge.knowledge.retrieve import SHOTS, Chooser
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ROOT / "evomerge" / "knowledge"
@@ -112,7 +112,7 @@ def reference_cosine(inputs, i, text):
 def test_similarity_is_the_tf_idf_cosine(knowledge):
     text = "海の詩を書いてください"
     inputs = [e.input for e in knowledge.examples]
-    found = {e.input: s for e, s in Retriever(knowledge).nearest(text, 4)}
+    found = {e.input: s for e, s in Chooser(knowledge).nearest(text, 4)}
     for i, given in enumerate(inputs):
         assert found[given] == pytest.approx(reference_cosine(inputs, i, text), abs=1e-9)
     assert list(found.values()) == sorted(found.values(), reverse=True)
@@ -120,7 +120,7 @@ def test_similarity_is_the_tf_idf_cosine(knowledge):
 
 @pytest.mark.parametrize("text", ["春の詩を書いてください", " 春の詩を書いてください\n", "3+5はいくつですか"])
 def test_an_example_never_answers_itself(knowledge, text):
-    retriever = Retriever(knowledge)
+    retriever = Chooser(knowledge)
     near = retriever.nearest(text, 10)
     assert len(near) == 3
     assert all(example.input != text.strip() for example, _ in near)
@@ -129,13 +129,13 @@ def test_an_example_never_answers_itself(knowledge, text):
 
 def test_the_only_example_of_a_class_may_be_the_task(tmp_path):
     base = read_knowledge(write(tmp_path / "b.xlsx", CLASSES[:2], EXAMPLES[:2]))
-    choice = Retriever(base).choose("3+5はいくつですか")
+    choice = Chooser(base).choose("3+5はいくつですか")
     assert (choice.class_name, choice.similarity, choice.examples) == ("計算", 0.0, ())
     assert choice.text == "\n問:3+5はいくつですか"
 
 
 def test_classify_votes_and_falls_back_to_the_first_class(knowledge):
-    retriever = Retriever(knowledge)
+    retriever = Chooser(knowledge)
     assert retriever.classify("7×8はいくつですか") == "計算"
     assert retriever.classify("山の詩を書いてください") == "創作"
     assert retriever.classify("xyz") == "計算"
@@ -143,16 +143,16 @@ def test_classify_votes_and_falls_back_to_the_first_class(knowledge):
 
 def test_equal_similarities_keep_the_sheets_order(tmp_path):
     rows = [EXAMPLES[0], *[("創作", "同じ文", f"答え{i}") for i in range(4)], ("計算", "同じ文", "別")]
-    near = Retriever(read_knowledge(write(tmp_path / "b.xlsx", examples=rows))).nearest("同じ文だ", 5)
+    near = Chooser(read_knowledge(write(tmp_path / "b.xlsx", examples=rows))).nearest("同じ文だ", 5)
     assert [example.row for example, _ in near] == [2, 3, 4, 5, 6]
 
 
 def test_choice_shows_the_nearest_example_last(knowledge):
-    choice = Retriever(knowledge).choose("12×4はいくつですか")
+    choice = Chooser(knowledge).choose("12×4はいくつですか")
     assert [example.row for example in choice.examples] == [2, 3]
     assert choice.system == "先生"
     assert choice.text == "指示: 3+5はいくつですか\n回答: 8\n\n指示: 12×3はいくつですか\n回答: 36\n問:12×4はいくつですか"
-    assert Retriever(knowledge).choose("山の詩を書いてください").system is None
+    assert Chooser(knowledge).choose("山の詩を書いてください").system is None
 
 
 def test_braces_are_text():
@@ -172,7 +172,7 @@ def test_instructions_base():
     base = read_knowledge(SHIPPED / "instructions-ja.xlsx")
     assert [c.name for c in base.classes] == ["分析", "創作", "抽出", "意見", "解決", "説明", "役割", "計算"]
     assert set(Counter(e.class_name for e in base.examples).values()) == {3}
-    retriever = Retriever(base)
+    retriever = Chooser(base)
     assert all(len(retriever.choose(e.input).examples) in (SHOTS - 1, SHOTS) for e in base.examples)
     assert sum(retriever.classify(e.input) == e.class_name for e in base.examples) >= 20  # each left out in its turn
     assert retriever.classify("1本90円の鉛筆を6本買うと、代金はいくらですか。") == "計算"
@@ -182,7 +182,7 @@ def test_demo_base_knows_every_skill():
     from evomerge.demo import SKILLS, make_tasks
 
     base = read_knowledge(SHIPPED / "demo.xlsx")
-    retriever = Retriever(base)
+    retriever = Chooser(base)
     assert [c.name for c in base.classes] == list(SKILLS)
     assert all(e.output == SKILLS[e.class_name].do(e.input.partition(":")[2]) for e in base.examples)
     for task in make_tasks():

@@ -8,7 +8,7 @@ from io import StringIO
 
 import numpy as np
 import pytest
-from search_tools import LAYERS, QualityJudge, TaskEngine, make_search, make_study
+from search_tools import LAYERS, Cut, QualityJudge, TaskEngine, make_search, make_study
 
 from evomerge.check import check_study
 from evomerge.console import Console
@@ -21,10 +21,6 @@ from evomerge.search.choosing import choose
 from evomerge.search.session import _start_from_source, make_sampler, open_search
 from evomerge.search.starting import encode
 from evomerge.study import JudgeSection, TaskSource, read_study
-
-
-class Cut(Exception):
-    pass
 
 
 def candidates(search):

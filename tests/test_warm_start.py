@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from evomerge.answering import gradient as gradient_module
-from evomerge.answering.gradient import GradientModel, inner, likelihoods, likelihoods_of, make_pair
+from evomerge.answering.gradient import MICRO_TOKENS, GradientModel, batches, inner, likelihoods, make_pair
 from evomerge.answering.hf import TransformersEngine
 from evomerge.answering.prompts import Prompter
 from evomerge.errors import StudyFileError
@@ -37,6 +37,16 @@ GENOMES = {
     "smooth_filters": {"smooth": True, "filters": ("mlp",)},
     "tokenizer": {"tokenizer_source": "base"},
 }
+
+
+def likelihoods_of(model, pairs, micro_tokens=MICRO_TOKENS):
+    """`likelihoods` of many pairs in batches, without a gradient."""
+    values = [0.0] * len(pairs)
+    with torch.inference_mode():
+        for batch in batches(pairs, micro_tokens):
+            for i, value in zip(batch, likelihoods(model, [pairs[i] for i in batch]).tolist(), strict=True):
+                values[i] = value
+    return values
 
 
 def make_genome(family, siblings=("one", "two"), dtype="float32", **settings):

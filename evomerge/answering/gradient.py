@@ -210,13 +210,3 @@ def make_pair(encode: Encoder, prompt: str, reference: str, end: int | None) -> 
     alone = list(tokenizer(reference, add_special_tokens=False)["input_ids"])
     said = joint[len(head) :] if joint[: len(head)] == head else alone
     return head, [*said, *([] if end is None else [end])][: encode.max_new_tokens]
-
-
-def likelihoods_of(model: Any, pairs: Sequence[Pair], micro_tokens: int = MICRO_TOKENS) -> list[float]:
-    """`likelihoods` of many pairs in batches, without a gradient."""
-    values = [0.0] * len(pairs)
-    with torch.inference_mode():
-        for batch in batches(pairs, micro_tokens):
-            for i, value in zip(batch, likelihoods(model, [pairs[i] for i in batch]).tolist(), strict=True):
-                values[i] = value
-    return values

@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 from evomerge.answering.decode import Hooks, Output, Rules, decodable, decode
 from evomerge.answering.encode import Encoder, first_stop, prompt_seed
 from evomerge.answering.engine import Answer, Watch, pack
-from evomerge.answering.gradient import MICRO_TOKENS, GradientModel, Likelihood, Pair, likelihoods_of, make_pair
+from evomerge.answering.gradient import MICRO_TOKENS, GradientModel, Likelihood, Pair, make_pair
 from evomerge.errors import EngineError, ModelError
 from evomerge.genome import Genome
 from evomerge.merging.folder import ModelFolder
@@ -105,10 +105,6 @@ class TransformersEngine:
         if self._gradient is None or self._gradient.genome != genome:
             self._gradient = GradientModel(self.model, self.live, genome)
         return self._in_memory(partial(self._gradient, vector=vector), pairs)
-
-    def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
-        """Of (prompt, reference) pairs: the reference's mean log-likelihood per token, in nats, under the model as it is."""
-        return self._in_memory(partial(likelihoods_of, self.model), pairs)
 
     def _in_memory(self, compute: Callable[..., T], pairs: Sequence[tuple[str, str]]) -> T:
         """`compute(pairs, micro_tokens=…)`; out of memory, `limits` gets half of what failed and it is computed anew."""

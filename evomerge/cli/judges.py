@@ -29,11 +29,6 @@ def judge_commands(commands: Commands) -> None:
     p.add_argument("--answers", type=Path, required=True, metavar="A", help="JSON lines: task_id, output, and model if there are several")
     _judge(p)
     p.add_argument("--out", type=Path, metavar="G", help="JSON lines: task_id, grade, reason, judge, model (default: stdout)")
-    files = {
-        "--tasks": ("T", "the tasks, with references"),
-        "--answers": ("A", "JSON lines: model, task_id, output"),
-        "--grades": ("G", "JSON lines: model, task_id, judge, grade (1 to 5), and take for a judge's second run"),
-    }
     p = add_command(
         judging,
         "validate",
@@ -41,12 +36,10 @@ def judge_commands(commands: Commands) -> None:
         "tell how far a judge agrees with reference grades",
         "evomerge judge validate --tasks t.jsonl --answers a.jsonl --grades g.jsonl --reference gpt-4-turbo --judge rules",
     )
-    for option, (metavar, does) in files.items():
-        p.add_argument(option, type=Path, required=True, metavar=metavar, help=does)
+    _graded_files(p)
     p.add_argument("--reference", required=True, metavar="JUDGE_NAME", help="whose grades in the grades file to compare with")
     _judge(p)
     p.add_argument("--again", type=int, default=200, metavar="N", help="answers graded a second time, without a cache (default: 200)")
-    p.add_argument("--models", choices=["all", "tuning", "test"], default="all", help="of which families; see docs/JUDGES.md")
     p.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
     p = add_command(
@@ -56,13 +49,20 @@ def judge_commands(commands: Commands) -> None:
         "fit a learned judge on graded answers",
         "evomerge judge fit --tasks t.jsonl --answers a.jsonl --grades g.jsonl --reference athene-v2,tulu-405b --out judge.npz",
     )
-    for option, (metavar, does) in files.items():
-        p.add_argument(option, type=Path, required=True, metavar=metavar, help=does)
+    _graded_files(p)
     p.add_argument(
         "--reference", "--judge", required=True, nargs="+", metavar="JUDGE_NAME", help="whose grades to learn; of several, their mean"
     )
-    p.add_argument("--models", choices=["all", "tuning", "test"], default="all", help="of which families; see docs/JUDGES.md")
     p.add_argument("--out", type=Path, required=True, metavar="FILE", help="the judge, for --judge learned:FILE")
+
+
+def _graded_files(p: argparse.ArgumentParser) -> None:
+    """Tasks, answers and grades, and of which models."""
+    p.add_argument("--tasks", type=Path, required=True, metavar="T", help="the tasks, with references")
+    p.add_argument("--answers", type=Path, required=True, metavar="A", help="JSON lines: model, task_id, output")
+    grades = "JSON lines: model, task_id, judge, grade (1 to 5), and take for a judge's second run"
+    p.add_argument("--grades", type=Path, required=True, metavar="G", help=grades)
+    p.add_argument("--models", choices=["all", "tuning", "test"], default="all", help="of which families; see docs/JUDGES.md")
 
 
 def judge_grade(args: argparse.Namespace) -> None:

@@ -80,6 +80,7 @@ def check(args: argparse.Namespace) -> int:
 
 
 def from_tasks(args: argparse.Namespace) -> None:
+    """A base from tasks with references, and what was left out of it."""
     from evomerge.knowledge.drafting import DRAFTED, draft
     from evomerge.knowledge.writing import write_knowledge
     from evomerge.tasks import load_tasks

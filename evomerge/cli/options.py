@@ -85,6 +85,7 @@ def load(args: argparse.Namespace) -> Finished:
 
 
 def build(recipe: object, out: Path, shard_size: str, text: str, random_seed: int) -> None:
+    """Build the recipe's model folder with a progress bar; `text` is kept in it as the configuration. Raises as build_model."""
     from evomerge.merging.build import build_model
     from evomerge.recipe import Recipe
 

@@ -112,9 +112,6 @@ class Chooser:
         )
 
 
-Retriever = Chooser  # the name that inference.py imports
-
-
 def make_retriever(name: str, inputs: Sequence[str], say: Callable[[str], None] | None = None) -> NearestRetriever:
     """A retriever over `inputs`: tfidf, bm25, embeddings:MODEL, or several joined by + (reciprocal rank fusion).
 

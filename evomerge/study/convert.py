@@ -13,6 +13,7 @@ from evomerge.errors import StudyFileError
 
 
 def build(cls: type, data: Any, at: str, where: str) -> Any:
+    """The dataclass `cls` from a mapping; `at` is its dotted key in the file `where`. Raises StudyFileError for a key or a value."""
     if not isinstance(data, dict):
         raise StudyFileError(f"`{at}` is not a mapping", where=where, found=data, remedy="Write its keys on indented lines.")
     hints = typing.get_type_hints(cls)

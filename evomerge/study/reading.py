@@ -110,6 +110,8 @@ def read_mergekit_evolve(data: dict[str, Any], where: str) -> None:
 
 
 def resolve_paths(study: Study, folder: Path) -> Study:
+    """Paths become absolute, relative to the study file's folder; hub names stay as they are."""
+
     def place(ref: str) -> str:
         looks_local = ref.startswith((".", "/", "~")) or (folder / ref).exists()
         return str((folder / Path(ref).expanduser()).resolve()) if looks_local else ref
