@@ -48,6 +48,10 @@ def generator():
     return module
 
 
+def filled(choice, text):
+    return render(choice.kind.template, text, choice.examples, choice.documents)
+
+
 def test_reads_both_sheets(knowledge):
     assert [(c.name, c.system) for c in knowledge.classes] == [("計算", "先生"), ("創作", "")]
     assert knowledge.examples[1] == Example(3, "計算", "12×3はいくつですか", "36")
@@ -131,7 +135,7 @@ def test_the_only_example_of_a_class_may_be_the_task(tmp_path):
     base = read_knowledge(write(tmp_path / "b.xlsx", CLASSES[:2], EXAMPLES[:2]))
     choice = Chooser(base).choose("3+5はいくつですか")
     assert (choice.class_name, choice.similarity, choice.examples) == ("計算", 0.0, ())
-    assert choice.text == "\n問:3+5はいくつですか"
+    assert filled(choice, "3+5はいくつですか") == "\n問:3+5はいくつですか"
 
 
 def test_classify_votes_and_falls_back_to_the_first_class(knowledge):
@@ -150,9 +154,12 @@ def test_equal_similarities_keep_the_sheets_order(tmp_path):
 def test_choice_shows_the_nearest_example_last(knowledge):
     choice = Chooser(knowledge).choose("12×4はいくつですか")
     assert [example.row for example in choice.examples] == [2, 3]
-    assert choice.system == "先生"
-    assert choice.text == "指示: 3+5はいくつですか\n回答: 8\n\n指示: 12×3はいくつですか\n回答: 36\n問:12×4はいくつですか"
-    assert Chooser(knowledge).choose("山の詩を書いてください").system is None
+    assert choice.kind.system == "先生"
+    assert (
+        filled(choice, "12×4はいくつですか")
+        == "指示: 3+5はいくつですか\n回答: 8\n\n指示: 12×3はいくつですか\n回答: 36\n問:12×4はいくつですか"
+    )
+    assert Chooser(knowledge).choose("山の詩を書いてください").kind.system == ""
 
 
 def test_braces_are_text():
@@ -187,4 +194,5 @@ def test_demo_base_knows_every_skill():
     assert all(e.output == SKILLS[e.class_name].do(e.input.partition(":")[2]) for e in base.examples)
     for task in make_tasks():
         choice = retriever.choose(task["input"])
-        assert (choice.class_name, choice.text, choice.system) == (task["input"].partition(":")[0], task["input"], None)
+        assert (choice.class_name, choice.kind.system) == (task["input"].partition(":")[0], "")
+        assert filled(choice, task["input"]) == task["input"]

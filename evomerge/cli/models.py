@@ -23,7 +23,7 @@ from evomerge.errors import InputError
 
 if TYPE_CHECKING:
     from evomerge.answering.engine import Engine
-    from evomerge.inference import Renders
+    from evomerge.inference.run import Renders
     from evomerge.tasks import Task
 
 

@@ -1,4 +1,4 @@
-"""What a task gets from a knowledge base: its class, the nearest examples of that class, and the filled template."""
+"""What a task gets from a knowledge base: its class, the nearest examples of that class, and documents."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from evomerge.knowledge.embeddings import EmbeddingRetriever
 from evomerge.knowledge.fusion import FusedRetriever
 from evomerge.knowledge.nearest import Nearest
 from evomerge.knowledge.nearest import Retriever as NearestRetriever
-from evomerge.knowledge.parts import Example, Knowledge, render
+from evomerge.knowledge.parts import Document, Example, Knowledge, KnowledgeClass
 from evomerge.knowledge.tfidf import TfidfRetriever
 
 SHOTS = 3  # examples of the class that its template shows, where the class does not say
@@ -27,15 +27,19 @@ class Choice:
     """What a task got from the base.
 
     `similarity` is that of the nearest example of the class, 0 to 1, and `confidence` that in the class; `examples` are in
-    the order of the prompt, the nearest last, where a model heeds it most.
+    the order of the prompt, the nearest last, where a model heeds it most; `documents` have the nearest first.
     """
 
-    class_name: str
+    kind: KnowledgeClass
     similarity: float
     examples: tuple[Example, ...]
-    system: str | None
-    text: str
+    documents: tuple[Document, ...] = ()
     confidence: float = 0.0
+
+    @property
+    def class_name(self) -> str:
+        """The class's name."""
+        return self.kind.name
 
 
 class Chooser:
@@ -69,7 +73,7 @@ class Chooser:
         return self.classifier.classify([text])[0].class_name
 
     def choose(self, text: str) -> Choice:
-        """Class, examples and filled template for one task."""
+        """Class, examples and documents for one task."""
         return self.choose_all([text])[0]
 
     def choose_all(self, texts: Sequence[str]) -> list[Choice]:
@@ -82,7 +86,7 @@ class Chooser:
         everything = self._ranked(self.retriever.nearest([texts[i] for i in thin], whole))
         for i, ranked in zip(thin, everything, strict=True):
             owns[i] = self._own(verdicts[i], ranked)
-        return [self._choice(text, v, own) for text, v, own in zip(texts, verdicts, owns, strict=True)]
+        return [self._choice(v, own) for v, own in zip(verdicts, owns, strict=True)]
 
     def _ranked(self, near: Nearest) -> list[list[tuple[Example, float]]]:
         """The nearest examples of each text; descriptions, which come after the examples, are left out."""
@@ -99,15 +103,12 @@ class Chooser:
     def _own(self, verdict: Verdict, ranked: Sequence[tuple[Example, float]]) -> list[tuple[Example, float]]:
         return [pair for pair in ranked if pair[0].class_name == verdict.class_name][: self._shots(verdict.class_name)]
 
-    def _choice(self, text: str, verdict: Verdict, own: Sequence[tuple[Example, float]]) -> Choice:
-        found = self.knowledge[verdict.class_name]
-        examples = tuple(example for example, _ in reversed(own))
+    def _choice(self, verdict: Verdict, own: Sequence[tuple[Example, float]]) -> Choice:
         return Choice(
-            class_name=found.name,
+            kind=self.knowledge[verdict.class_name],
             similarity=own[0][1] if own else 0.0,
-            examples=examples,
-            system=found.system if found.system.strip() else None,
-            text=render(found.template, text, examples, self.knowledge.documents),
+            examples=tuple(example for example, _ in reversed(own)),
+            documents=self.knowledge.documents,
             confidence=verdict.confidence,
         )
 

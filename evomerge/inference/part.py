@@ -1,0 +1,137 @@
+"""OUT.part: answers that are there while a run is under way, and files that appear whole."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from evomerge.errors import InputError, OutputError
+
+
+class Part:
+    """OUT.part, open for appending; `outputs` holds what it keeps: index of the task -> output."""
+
+    def __init__(self, out: Path, header: Mapping[str, str], total: int) -> None:
+        self.path = out.with_name(out.name + ".part")
+        self.outputs: dict[int, str] = {}
+        self.total = total
+        try:
+            if out.exists() and not out.is_file():
+                raise OutputError("is no ordinary file", where=out, remedy="Name a file for the answers.")
+            out.parent.mkdir(parents=True, exist_ok=True)
+            self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise self.error(error) from error
+        try:
+            self._lock()
+            self._resume(header)
+        except BaseException:
+            os.close(self.fd)
+            raise
+
+    def __enter__(self) -> Part:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.fd)
+
+    def add(self, outputs: Mapping[int, str]) -> None:
+        """Append one batch; it is on the disk when this returns."""
+        self._append({"batch": list(outputs), "outputs": list(outputs.values())})
+        self.outputs.update(outputs)
+
+    def error(self, error: OSError) -> OutputError:
+        kept = f"{len(self.outputs)} of {self.total} answers are kept there. " if self.outputs else ""
+        return OutputError(
+            f"answers cannot be written: {error.strerror or error}",
+            where=self.path,
+            remedy=f"{kept}Free some space or change the folder's permissions, and run the same command again.",
+        )
+
+    def _lock(self) -> None:
+        """The system lets go of the lock when the process ends, however it ends."""
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(
+                "another run is writing these answers", where=self.path, remedy="Wait for it, or name another --out."
+            ) from error
+
+    def _resume(self, header: Mapping[str, str]) -> None:
+        with os.fdopen(os.dup(self.fd), "rb") as file:
+            whole, newline, _torn = file.read().rpartition(b"\n")
+        lines = [_parse(line, self.path, n) for n, line in enumerate(whole.split(b"\n"), start=1)] if newline else []
+        if not lines:
+            self._truncate(0)
+            self._append(header)
+            return
+        changed = [key for key, value in header.items() if lines[0].get(key) != value]
+        if changed:
+            raise InputError(
+                f"the unfinished answers there were made with other {' and '.join(changed)}",
+                where=self.path,
+                remedy="Repeat the command that began it, delete the file, or name another --out.",
+            )
+        for line in lines[1:]:
+            self.outputs.update(zip(line["batch"], line["outputs"], strict=True))
+        self._truncate(len(whole) + 1)
+
+    def _truncate(self, size: int) -> None:
+        try:
+            os.ftruncate(self.fd, size)
+            os.lseek(self.fd, size, os.SEEK_SET)
+        except OSError as error:
+            raise self.error(error) from error
+
+    def _append(self, record: Mapping[str, Any]) -> None:
+        try:
+            _write(self.fd, _line(record))
+        except OSError as error:
+            raise self.error(error) from error
+
+
+def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        value = error
+    wanted = {"prompts"} if number == 1 else {"batch", "outputs"}
+    if not isinstance(value, dict) or not wanted <= value.keys():
+        raise InputError(
+            "holds no unfinished answers that can be read", where=f"{path}, line {number}", remedy="Delete the file, or name another --out."
+        )
+    return value
+
+
+def replace(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write the rows beside `path` and rename, so that nobody ever sees half a file. Raises OSError."""
+    beside = path.with_name(path.name + ".tmp")
+    fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        _write(fd, b"".join(map(_line, rows)))
+    except OSError:
+        beside.unlink()
+        raise
+    finally:
+        os.close(fd)
+    os.replace(beside, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename is durable before OUT.part goes
+    finally:
+        os.close(folder)
+
+
+def _write(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+    os.fsync(fd)
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(record, ensure_ascii=False).encode() + b"\n"
