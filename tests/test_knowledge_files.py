@@ -14,7 +14,17 @@ from evomerge.errors import KnowledgeError
 from evomerge.knowledge.base import Document, Example, KnowledgeClass, check_knowledge, read_knowledge, render
 
 HEADERS = {
-    "classes": ["class", "system", "template", "max_new_tokens", "temperature", "repetition_penalty", "examples", "description"],
+    "classes": [
+        "class",
+        "system",
+        "template",
+        "max_new_tokens",
+        "temperature",
+        "repetition_penalty",
+        "examples",
+        "description",
+        "documents",
+    ],
     "examples": ["class", "input", "output", "weight"],
 }
 
@@ -23,7 +33,7 @@ def workbook(**more):
     book = openpyxl.Workbook()
     book.remove(book.active)
     sheets = {
-        "classes": [HEADERS["classes"], ["計算", "先生", "問:{input}", 64, 0.5, 1.1, 2, "数"], ["創作", None, "{input}"]],
+        "classes": [HEADERS["classes"], ["計算", "先生", "問:{input}", 64, 0.5, 1.1, 2, "数", 1], ["創作", None, "{input}"]],
         "examples": [HEADERS["examples"], ["計算", "3+5", "8", 2.5], ["創作", "春の詩", "花の雨"]],
     }
     for title, rows in (sheets | more).items():
@@ -46,8 +56,8 @@ def test_settings_weights_and_documents(tmp_path):
     path = saved(workbook(documents=[["text", "title"], ["本文", "題"], [None, None]]), tmp_path)
     base = read_knowledge(path)
     assert base.classes == (
-        KnowledgeClass("計算", "先生", "問:{input}", "数", 64, 0.5, 1.1, 2),
-        KnowledgeClass("創作", "", "{input}", "", None, None, None, None),
+        KnowledgeClass("計算", "先生", "問:{input}", "数", 64, 0.5, 1.1, 2, 1),
+        KnowledgeClass("創作", "", "{input}", "", None, None, None, None, None),
     )
     assert base.examples == (Example(2, "計算", "3+5", "8", 2.5), Example(3, "創作", "春の詩", "花の雨", 1.0))
     assert base.documents == (Document(2, "題", "本文"),)
@@ -56,24 +66,24 @@ def test_settings_weights_and_documents(tmp_path):
 
 def test_settings_as_texts_and_full_width(tmp_path):
     book = workbook()
-    for column, text in zip("DEFG", ["６４", " 0.5 ", "１．１", "2"], strict=True):
+    for column, text in zip("DEFGI", ["６４", " 0.5 ", "１．１", "2", "３"], strict=True):
         book["classes"][f"{column}2"] = text
-    assert read_knowledge(saved(book, tmp_path)).classes[0] == KnowledgeClass("計算", "先生", "問:{input}", "数", 64, 0.5, 1.1, 2)
+    assert read_knowledge(saved(book, tmp_path)).classes[0] == KnowledgeClass("計算", "先生", "問:{input}", "数", 64, 0.5, 1.1, 2, 3)
 
 
 def test_every_mistake_is_found_with_sheet_row_and_column(tmp_path):
     book = workbook()
     classes, examples = book["classes"], book["examples"]
-    classes.append(["計算", "", "{imput}", 0, -1, 0, 1.5])
-    classes.append([None, "", None, "many", "warm", "nan", -1])
+    classes.append(["計算", "", "{imput}", 0, -1, 0, 1.5, "", 0.5])
+    classes.append([None, "", None, "many", "warm", "nan", -1, "", -1])
     classes.append(["分析", "", "{input}"])
     examples.append(["説明", "", None, 0])
     examples.append(["計算", "a", "b", "heavy"])
     found = lines(saved(book, tmp_path))
     places = [line.split(":")[0] for line in found]
     assert sorted(places) == sorted(
-        [f"sheet classes, row 4, column {c}" for c in ("class", *HEADERS["classes"][2:7])]
-        + [f"sheet classes, row 5, column {c}" for c in ("class", *HEADERS["classes"][2:7])]
+        [f"sheet classes, row 4, column {c}" for c in ("class", *HEADERS["classes"][2:7], "documents")]
+        + [f"sheet classes, row 5, column {c}" for c in ("class", *HEADERS["classes"][2:7], "documents")]
         + ["sheet classes, row 6, column class"]
         + [f"sheet examples, row 4, column {c}" for c in ("class", "input", "output", "weight")]
         + ["sheet examples, row 5, column weight"]
@@ -91,7 +101,7 @@ def test_no_column_hides_the_mistakes_of_the_others(tmp_path):
 
 def test_a_nearly_right_column_is_told_and_others_are_noted(tmp_path):
     book = workbook()
-    book["classes"]["E1"], book["classes"]["I1"] = "temprature", "owner"
+    book["classes"]["E1"], book["classes"]["J1"] = "temprature", "owner"
     path = saved(book, tmp_path)
     assert [(line.split(":")[0], "Did you mean temperature?" in line) for line in lines(path)] == [("sheet classes, row 1", True)]
     book["classes"]["E1"] = "temperature"
@@ -178,6 +188,14 @@ def test_styled_empty_rows_are_empty(tmp_path):
     assert len(read_knowledge(saved(book, tmp_path)).examples) == 2
 
 
+def test_documents_that_nothing_quotes_are_told(tmp_path):
+    book = workbook(documents=[["title", "text"], ["題", "本文"]])
+    path = saved(book, tmp_path)
+    assert check_knowledge(path).notes == (f"{path}: no template says {{documents}}, so no document is quoted",)
+    book["classes"]["C3"] = "{documents}{input}"
+    assert check_knowledge(saved(book, tmp_path)).notes == ()
+
+
 def test_an_empty_class(tmp_path):
     book = workbook()
     book["classes"].append(["雑談", "", "{input}"])
@@ -213,6 +231,7 @@ classes:
   template: '問:{input}'
   max_new_tokens: 64
   examples: 1
+  documents: 0
 - class: 創作
   template: "{input}"
   description: yes
@@ -226,7 +245,7 @@ def test_yaml(tmp_path):
     path.write_bytes(b"\xef\xbb\xbf" + YAML.replace("\n", "\r\n").encode())
     base = read_knowledge(path)
     assert base.classes == (
-        KnowledgeClass("計算", "先生", "問:{input}", max_new_tokens=64, shots=1),
+        KnowledgeClass("計算", "先生", "問:{input}", max_new_tokens=64, shots=1, quotes=0),
         KnowledgeClass("創作", "", "{input}", "yes"),
     )
     assert base.examples == (Example(2, "計算", "3+5", "8", 2.5), Example(3, "創作", "春の詩", "花の雨\n{input} # これは文"))
@@ -243,11 +262,11 @@ def test_yaml(tmp_path):
         ("max_new_tokens: 64", "max_tokens: 64", "line 12, classes[0].max_tokens: the key max_tokens is unknown"),
         ("system: 先生", "system: [a]", "line 10, classes[0].system: system is not a text"),
         ("  system: 先生", "  class: 計算", "line 10, classes[0].class: the key class stands here twice"),
-        ("documents:", "docs:", "line 17: the key docs is unknown"),
-        ("documents:\n-", "documents:\n ", "line 17: documents is not a list"),
-        ("- {title: 題, text: 本文}", "- 題", "line 18, documents[0]: is not a mapping"),
-        ("documents:", "? [a, b]\n:", "the key [ScalarNode"),
-        ('template: "{input}"', 'template: "{input}\\ud800"', "line 15, classes[1].template: the text holds half of a surrogate pair"),
+        ("\ndocuments:", "\ndocs:", "line 18: the key docs is unknown"),
+        ("documents:\n-", "documents:\n ", "line 18: documents is not a list"),
+        ("- {title: 題, text: 本文}", "- 題", "line 19, documents[0]: is not a mapping"),
+        ("\ndocuments:", "\n? [a, b]\n:", "the key [ScalarNode"),
+        ('template: "{input}"', 'template: "{input}\\ud800"', "line 16, classes[1].template: the text holds half of a surrogate pair"),
     ],
 )
 def test_yaml_mistakes_have_line_and_key(tmp_path, old, new, place):
@@ -277,16 +296,16 @@ def test_csv_of_examples(tmp_path, encoding, delimiter):
     path.write_bytes(text.encode(encoding))
     base = read_knowledge(path)
     assert base.examples == (Example(2, "計算", "3+5", "8, か"), Example(3, "創作", "春の詩", "花の雨\n①"))
-    assert [(c.name, render(c.template, "問", base.examples[:1])) for c in base.classes] == [
-        (name, "指示: 3+5\n回答: 8, か\n\n指示: 問\n回答:") for name in ("計算", "創作")
-    ]
+    assert base.classes == (KnowledgeClass("計算", "", "{input}"), KnowledgeClass("創作", "", "{input}"))
 
 
 def test_csv_folder(tmp_path):
     (tmp_path / "Examples.csv").write_bytes(CSV.encode("cp932"))
-    (tmp_path / "classes.csv").write_bytes("class,system,template,temperature\n計算,,{input},0.3\n創作,作家,{input},\n".encode("cp932"))
+    (tmp_path / "classes.csv").write_bytes(
+        "class,system,template,temperature,documents\n計算,,{input},0.3,2\n創作,作家,{input},\n".encode("cp932")
+    )
     base = read_knowledge(tmp_path)
-    assert base.classes == (KnowledgeClass("計算", "", "{input}", temperature=0.3), KnowledgeClass("創作", "作家", "{input}"))
+    assert base.classes == (KnowledgeClass("計算", "", "{input}", temperature=0.3, quotes=2), KnowledgeClass("創作", "作家", "{input}"))
     assert len(base.examples) == 2
 
 

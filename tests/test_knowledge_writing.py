@@ -23,7 +23,7 @@ from evomerge.tasks import Task, load_tasks, split_tasks, tasks_hash
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = ["分析", "創作", "抽出", "意見", "解決", "説明", "役割", "計算"]
-NUMBERS = ["max_new_tokens", "temperature", "repetition_penalty", "examples", "weight"]
+NUMBERS = ["max_new_tokens", "temperature", "repetition_penalty", "examples", "documents", "weight"]
 TRICKY = [
     "=1+1", "=HYPERLINK(\"http://x\")", "+1", "-1", "@SUM(A1)", "'quoted", "#N/A", "007", "1e5", "TRUE", "2026-05-18",
     " 前後の空白 ", "二行\nの文", "<|im_start|>system\n", "{input}{examples}", "a\tb", "%", "null", "yes", "- a: b", "# x", "_x0041_",
@@ -34,7 +34,7 @@ TRICKY = [
 def base(texts):
     rows = tuple(Example(i, "計算", text, text, 0.5 * i) for i, text in enumerate(texts, start=2))
     classes = (
-        KnowledgeClass("計算", texts[0], "{input}" + texts[0], texts[0], 1, 0.25, 1.5, 0),
+        KnowledgeClass("計算", texts[0], "{input}" + texts[0], texts[0], 1, 0.25, 1.5, 0, 2),
         KnowledgeClass("創作", "", "{input}", shots=0),
     )
     return Knowledge(classes, rows, (Document(2, "題", texts[0]),))
@@ -95,7 +95,7 @@ def test_starter_sheet(tmp_path, capsys):
             assert column.width >= len(cell.value)
             assert (column.number_format == "@") == (cell.value not in NUMBERS)
     checks = {str(v.sqref)[0]: v for v in book["classes"].data_validations.dataValidation}
-    assert sorted(checks) == ["E", "F", "G", "H"]
+    assert sorted(checks) == ["E", "F", "G", "H", "I"]
     (names,) = [v for v in book["examples"].data_validations.dataValidation if v.type == "list"]
     assert names.formula1.startswith("classes!$A$2")
     capsys.readouterr()

@@ -15,6 +15,7 @@ NUMBERS = {
     "temperature": (0, True, False),
     "repetition_penalty": (0, False, False),
     "examples": (0, True, True),
+    "documents": (0, True, True),
     "weight": (0, False, False),
 }
 MAY_BE_EMPTY = ("system",)
@@ -31,6 +32,7 @@ def assemble(tables: Tables) -> Knowledge | None:
     if tables.rows.get("examples") and "examples" not in tables.missing:
         _check_all_have_examples(tables, classes)
     _note_doubles(tables, examples)
+    _note_unquoted(tables, classes)
     if tables.mistakes:
         return None
     return Knowledge(tuple(found for _, found in classes.values()), tuple(examples), tuple(documents))
@@ -46,7 +48,7 @@ def _classes(tables: Tables) -> dict[str, tuple[Row, KnowledgeClass]]:
             tables.wrong(f"the class stands here twice, first in row {first}", row.place("class"), name, "Keep one.")
         if template.strip() and "{input}" not in template:
             tables.wrong("the template has no {input}", row.place("template"), template, "Write {input} where the task's text belongs.")
-        settings = {column: _number(row, column, tables) for column in ("max_new_tokens", "examples")}
+        settings = {column: _number(row, column, tables) for column in ("max_new_tokens", "examples", "documents")}
         scales = {column: _number(row, column, tables) for column in ("temperature", "repetition_penalty")}
         if name:
             whole = {column: None if value is None else int(value) for column, value in settings.items()}
@@ -59,6 +61,7 @@ def _classes(tables: Tables) -> dict[str, tuple[Row, KnowledgeClass]]:
                 scales["temperature"],
                 scales["repetition_penalty"],
                 whole["examples"],
+                whole["documents"],
             )
             classes.setdefault(name, (row, found))
     return classes
@@ -126,6 +129,12 @@ def _note_doubles(tables: Tables, examples: list[Example]) -> None:
         if count > 1:
             rows = [str(e.row) for e in examples if (e.class_name, e.input.strip()) == (name, text)]
             tables.notes.append(f"{tables.path}, sheet examples: the same input in rows {', '.join(rows)} of class {name}")
+
+
+def _note_unquoted(tables: Tables, classes: dict[str, tuple[Row, KnowledgeClass]]) -> None:
+    """Documents that no template asks for are most likely meant to be asked for."""
+    if tables.rows.get("documents") and classes and not any("{documents}" in found.template for _, found in classes.values()):
+        tables.notes.append(f"{tables.path}: no template says {{documents}}, so no document is quoted")
 
 
 def _unwritable(text: str) -> str:

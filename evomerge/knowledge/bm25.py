@@ -23,10 +23,10 @@ class Bm25Retriever(Comparing):
     word that the base lacks has df = 0. Raises InputError where fugashi or its dictionary is missing.
     """
 
-    def __init__(self, inputs: Sequence[str], tokenize: Tokenizer | None = None) -> None:
+    def __init__(self, inputs: Sequence[str], tokenize: Tokenizer | None = None, itself: bool = False) -> None:
         from scipy.sparse import csr_matrix
 
-        super().__init__(inputs)
+        super().__init__(inputs, itself)
         self.tokenize = tokenize or fugashi_tokens()
         words = [self.tokenize(text) for text in self.inputs]
         self.vocabulary = {word: i for i, word in enumerate(dict.fromkeys(w for text in words for w in text))}
@@ -39,6 +39,9 @@ class Bm25Retriever(Comparing):
         tf = counts.data
         weights = self.idf[counts.indices] * tf * (K1 + 1) / (tf + np.repeat(norm, np.diff(counts.indptr)))
         self.matrix = csr_matrix((weights, counts.indices, counts.indptr), counts.shape).T.tocsr()  # (words, base)
+
+    def over(self, inputs: Sequence[str]) -> Bm25Retriever:
+        return Bm25Retriever(inputs, self.tokenize, itself=True)
 
     def raw(self, texts: Sequence[str]) -> Matrix:
         """The scores of the formula, (texts, base)."""

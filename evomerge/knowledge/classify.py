@@ -22,11 +22,15 @@ THRESHOLD = 0.35  # confidence below which a task gets the default class, where 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`confidence`, 0 to 1: the class's share of the votes, times similarity / CLEAR where even the nearest voter is far."""
+    """`confidence`, 0 to 1: the class's share of the votes, times similarity / CLEAR where even the nearest voter is far.
+
+    `shares`: those of all classes, in the base's order; they sum to 1, or are all 0 where no example shares anything.
+    """
 
     class_name: str
     confidence: float
     voters: tuple[int, ...]  # places among the base's texts, nearest first
+    shares: tuple[float, ...] = ()
 
 
 def class_texts(knowledge: Knowledge, descriptions: bool = False) -> list[str]:
@@ -80,10 +84,15 @@ class Classifier:
         votes = np.bincount(self.classes[indices], self.weights[indices] * scores**POWER, len(self.names)).round(12)
         voters = tuple(map(int, indices))
         if not votes.any():
-            return Verdict(self.default, 0.0, voters)
-        best = int(votes.argmax())  # the first of equals
-        confidence = float(votes[best] / votes.sum() * min(1.0, scores[0] / CLEAR))
-        return Verdict(self.names[best] if confidence >= self.threshold else self.default, confidence, voters)
+            return Verdict(self.default, 0.0, voters, (0.0,) * len(self.names))
+        return self.decide(votes / votes.sum(), voters, min(1.0, float(scores[0]) / CLEAR))
+
+    def decide(self, shares: NDArray[np.float64], voters: tuple[int, ...], nearness: float = 1.0) -> Verdict:
+        """The class of the largest share, (classes,), or the default where `nearness` times that share is too little."""
+        best = int(shares.argmax())  # the first of equals
+        confidence = float(shares[best]) * nearness
+        name = self.names[best] if confidence >= self.threshold else self.default
+        return Verdict(name, confidence, voters, tuple(map(float, shares)))
 
 
 def confusion(true: Sequence[str], found: Sequence[str], names: Sequence[str]) -> NDArray[np.int64]:

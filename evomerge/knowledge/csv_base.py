@@ -9,7 +9,7 @@ from pathlib import Path
 from evomerge.errors import KnowledgeError
 from evomerge.knowledge.tables import REQUIRED, Row, Tables, find_columns
 
-TEMPLATE = "{examples}\n\n指示: {input}\n回答:"  # of a class that is known by its examples alone
+TEMPLATE = "{input}"  # of a class that is known by its examples alone
 ENCODINGS = ("utf-8-sig", "cp932")  # Excel's "CSV UTF-8", and its plain "CSV" on a Japanese Windows
 LONGEST = 10_000_000  # characters of a field: csv's own limit is shorter than a document
 

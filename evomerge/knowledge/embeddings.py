@@ -18,10 +18,13 @@ class EmbeddingRetriever(Comparing):
     missing, ModelError where the model cannot be loaded.
     """
 
-    def __init__(self, inputs: Sequence[str], model: Any) -> None:
-        super().__init__(inputs)
+    def __init__(self, inputs: Sequence[str], model: Any, itself: bool = False) -> None:
+        super().__init__(inputs, itself)
         self.model = _load(model) if isinstance(model, str) else model
         self.matrix = self._embed(self.inputs)  # (base, dimensions), rows of length 1
+
+    def over(self, inputs: Sequence[str]) -> EmbeddingRetriever:
+        return EmbeddingRetriever(inputs, self.model, itself=True)
 
     def similar(self, texts: Sequence[str]) -> Matrix:
         return self._embed(texts) @ self.matrix.T

@@ -24,6 +24,9 @@ class FusedRetriever:
     def nearest(self, texts: Sequence[str], k: int) -> Nearest:
         return in_batches(self._batch, texts, min(k, self.size))
 
+    def over(self, inputs: Sequence[str]) -> FusedRetriever:
+        return FusedRetriever([retriever.over(inputs) for retriever in self.retrievers], len(inputs))
+
     def _batch(self, texts: Sequence[str], k: int) -> Nearest:
         found = [retriever.nearest(texts, max(k, DEPTH)) for retriever in self.retrievers]
         rankings = [np.where(f.scores > 0, f.indices, -1) for f in found]  # what shares nothing has a place by chance only

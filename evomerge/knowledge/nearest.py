@@ -35,14 +35,21 @@ class Retriever(Protocol):
 
     def nearest(self, texts: Sequence[str], k: int) -> Nearest: ...
 
+    def over(self, inputs: Sequence[str]) -> Retriever:
+        """One of the same kind for other texts, which finds also what equals the asked one: a document hands over no answer."""
+        ...
+
 
 class Comparing:
-    """The retrievers that compare by a product of vectors; a subclass gives the products."""
+    """The retrievers that compare by a product of vectors; a subclass gives the products.
 
-    def __init__(self, inputs: Sequence[str]) -> None:
+    `itself`: may a text be found that equals the asked one.
+    """
+
+    def __init__(self, inputs: Sequence[str], itself: bool = False) -> None:
         self.inputs = [plain(text) for text in inputs]
         self.places: dict[str, list[int]] = {}
-        for i, text in enumerate(self.inputs):
+        for i, text in enumerate(self.inputs if not itself else ()):
             self.places.setdefault(text, []).append(i)
 
     def similar(self, texts: Sequence[str]) -> Matrix:

@@ -14,7 +14,8 @@ PLACEHOLDER = re.compile(r"\{(input|examples|documents)\}")
 class KnowledgeClass:
     """A kind of task: `system` may be empty, `template` holds `{input}` and perhaps `{examples}` and `{documents}`.
 
-    The settings are None where the base says nothing: then those of the run hold. `shots` is the number of examples.
+    The settings are None where the base says nothing: then those of the run hold. `shots` is the number of examples, `quotes`
+    that of documents.
     """
 
     name: str
@@ -25,6 +26,7 @@ class KnowledgeClass:
     temperature: float | None = None
     repetition_penalty: float | None = None
     shots: int | None = None
+    quotes: int | None = None
 
 
 @dataclass(frozen=True)

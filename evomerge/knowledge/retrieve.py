@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from evomerge.errors import InputError
 from evomerge.knowledge.bm25 import Bm25Retriever
+from evomerge.knowledge.by_model import ModelClassifier, both
 from evomerge.knowledge.classify import THRESHOLD, VOTERS, Classifier, Verdict, class_texts
 from evomerge.knowledge.embeddings import EmbeddingRetriever
 from evomerge.knowledge.fusion import FusedRetriever
@@ -15,10 +19,12 @@ from evomerge.knowledge.nearest import Retriever as NearestRetriever
 from evomerge.knowledge.parts import Document, Example, Knowledge, KnowledgeClass
 from evomerge.knowledge.tfidf import TfidfRetriever
 
-SHOTS = 3  # examples of the class that its template shows, where the class does not say
+SHOTS = 3  # examples of the class that its prompt shows, where the class does not say
+QUOTES = 3  # documents that {documents} quotes, where the class does not say
 WIDE = 64  # neighbours among which they are looked for first
 FUSED_VOTERS = 5  # ranks fall off slowly: more voters would all but count heads
 
+WAYS = ("neighbours", "model", "both")  # of classification
 RETRIEVERS = "tfidf, bm25, embeddings:MODEL, or several joined by +"
 
 
@@ -27,7 +33,8 @@ class Choice:
     """What a task got from the base.
 
     `similarity` is that of the nearest example of the class, 0 to 1, and `confidence` that in the class; `examples` are in
-    the order of the prompt, the nearest last, where a model heeds it most; `documents` have the nearest first.
+    the order of the prompt, the nearest last, where a model heeds it most; `documents` have the nearest first, and are
+    empty where the class's template does not ask for them.
     """
 
     kind: KnowledgeClass
@@ -43,9 +50,11 @@ class Choice:
 
 
 class Chooser:
-    """Classes and examples for tasks, by any retriever; `retriever` is a name of RETRIEVERS.
+    """Classes, examples and documents for tasks, by any retriever; `retriever` is a name of RETRIEVERS.
 
+    `classify`, one of WAYS: by the nearest examples, by the model that `by_model` asks, or by the product of both.
     `threshold` and `default`: see Classifier. `say` gets the line that tells of a retriever that another stands in for.
+    Raises InputError: an unknown retriever or way, or a way that needs a model and has none.
     """
 
     def __init__(
@@ -53,24 +62,39 @@ class Chooser:
         knowledge: Knowledge,
         retriever: str = "tfidf",
         *,
-        descriptions: bool = False,
+        classify: str = "neighbours",
+        by_model: ModelClassifier | None = None,
         threshold: float = THRESHOLD,
         default: str | None = None,
         say: Callable[[str], None] | None = None,
+        descriptions: bool = False,
     ) -> None:
-        self.knowledge = knowledge
+        if classify not in WAYS:
+            raise InputError("unknown way to classify", where="--classify", found=classify, remedy=f"Use {', '.join(WAYS)}.")
+        if classify != "neighbours" and by_model is None:
+            raise InputError("this way to classify asks a model", where="--classify", found=classify, remedy="Name one, or use neighbours.")
+        self.knowledge, self.way, self.by_model = knowledge, classify, by_model
         self.retriever = make_retriever(retriever, class_texts(knowledge, descriptions), say)
         voters = FUSED_VOTERS if isinstance(self.retriever, FusedRetriever) else VOTERS
         self.classifier = Classifier(
             knowledge, self.retriever, descriptions=descriptions, voters=voters, threshold=threshold, default=default
         )
 
+        self.quoting = any("{documents}" in c.template and _many(c.quotes, QUOTES) for c in knowledge.classes)
+        documents = [f"{document.title}\n{document.text}" for document in knowledge.documents]
+        self.library = self.retriever.over(documents) if documents and self.quoting else None
+        self.own = Counter(example.class_name for example in knowledge.examples)
+
     def nearest(self, text: str, k: int) -> list[tuple[Example, float]]:
         """The k nearest examples, nearest first, each with its similarity, 0 to 1; never one that equals the text."""
         return self._ranked(self.retriever.nearest([text], k + len(self.knowledge.classes)))[0][:k]
 
     def classify(self, text: str) -> str:
-        return self.classifier.classify([text])[0].class_name
+        return self.verdicts([text])[0].class_name
+
+    def verdicts(self, texts: Sequence[str]) -> list[Verdict]:
+        """The classes of many tasks, without examples."""
+        return self._verdicts(texts, self.retriever.nearest(texts, self.classifier.voters))
 
     def choose(self, text: str) -> Choice:
         """Class, examples and documents for one task."""
@@ -79,14 +103,24 @@ class Chooser:
     def choose_all(self, texts: Sequence[str]) -> list[Choice]:
         """As `choose`, for many tasks at once, which is far faster."""
         near = self.retriever.nearest(texts, WIDE)
-        verdicts = self.classifier.classify_near(near)
-        owns = [self._own(v, ranked) for v, ranked in zip(verdicts, self._ranked(near), strict=True)]
-        thin = [i for i, (own, v) in enumerate(zip(owns, verdicts, strict=True)) if len(own) < self._shots(v.class_name)]
+        verdicts = self._verdicts(texts, near)
+        owns = [_of_class(v, ranked) for v, ranked in zip(verdicts, self._ranked(near), strict=True)]
+        thin = [i for i, (own, v) in enumerate(zip(owns, verdicts, strict=True)) if len(own) < self._wanted(v.class_name)]
         whole = len(self.knowledge.examples) + len(self.knowledge.classes)
         everything = self._ranked(self.retriever.nearest([texts[i] for i in thin], whole))
         for i, ranked in zip(thin, everything, strict=True):
-            owns[i] = self._own(verdicts[i], ranked)
-        return [self._choice(v, own) for v, own in zip(verdicts, owns, strict=True)]
+            owns[i] = _of_class(verdicts[i], ranked)
+        quoted = self._documents(texts, verdicts)
+        return [self._choice(v, own, documents) for v, own, documents in zip(verdicts, owns, quoted, strict=True)]
+
+    def _verdicts(self, texts: Sequence[str], near: Nearest) -> list[Verdict]:
+        verdicts = self.classifier.classify_near(near)
+        if self.way == "neighbours" or self.by_model is None or not texts:
+            return verdicts
+        shares = self.by_model.shares(texts)
+        if self.way == "both":
+            shares = both(np.array([v.shares for v in verdicts]), shares)
+        return [self.classifier.decide(row, v.voters) for row, v in zip(shares, verdicts, strict=True)]
 
     def _ranked(self, near: Nearest) -> list[list[tuple[Example, float]]]:
         """The nearest examples of each text; descriptions, which come after the examples, are left out."""
@@ -96,21 +130,43 @@ class Chooser:
             for indices, scores in zip(near.indices, near.scores, strict=True)
         ]
 
-    def _shots(self, class_name: str) -> int:
-        shots = self.knowledge[class_name].shots
-        return SHOTS if shots is None else shots
+    def _wanted(self, class_name: str) -> int:
+        """Examples of the class that must be found: those shown, and one for the similarity; or all that there are."""
+        return min(max(_many(self.knowledge[class_name].shots, SHOTS), 1), self.own[class_name])
 
-    def _own(self, verdict: Verdict, ranked: Sequence[tuple[Example, float]]) -> list[tuple[Example, float]]:
-        return [pair for pair in ranked if pair[0].class_name == verdict.class_name][: self._shots(verdict.class_name)]
+    def _documents(self, texts: Sequence[str], verdicts: Sequence[Verdict]) -> list[tuple[Document, ...]]:
+        """For each task the documents that its template quotes, nearest first; those that share nothing keep the base's order."""
+        kinds = [self.knowledge[v.class_name] for v in verdicts]
+        counts = [_many(kind.quotes, QUOTES) if "{documents}" in kind.template else 0 for kind in kinds]
+        found: list[tuple[Document, ...]] = [()] * len(texts)
+        asking = [i for i, count in enumerate(counts) if count]
+        if self.library is None or not asking:
+            return found
+        near = self.library.nearest([texts[i] for i in asking], max(counts))
+        every = range(len(self.knowledge.documents))
+        for i, indices in zip(asking, near.indices, strict=True):
+            order = dict.fromkeys([*(int(at) for at in indices if at >= 0), *every])
+            found[i] = tuple(self.knowledge.documents[at] for at in list(order)[: counts[i]])
+        return found
 
-    def _choice(self, verdict: Verdict, own: Sequence[tuple[Example, float]]) -> Choice:
+    def _choice(self, verdict: Verdict, own: Sequence[tuple[Example, float]], documents: tuple[Document, ...]) -> Choice:
+        kind = self.knowledge[verdict.class_name]
+        shown = own[: _many(kind.shots, SHOTS)]
         return Choice(
-            kind=self.knowledge[verdict.class_name],
+            kind=kind,
             similarity=own[0][1] if own else 0.0,
-            examples=tuple(example for example, _ in reversed(own)),
-            documents=self.knowledge.documents,
+            examples=tuple(example for example, _ in reversed(shown)),
+            documents=documents,
             confidence=verdict.confidence,
         )
+
+
+def _many(number: int | None, default: int) -> int:
+    return default if number is None else number
+
+
+def _of_class(verdict: Verdict, ranked: Sequence[tuple[Example, float]]) -> list[tuple[Example, float]]:
+    return [pair for pair in ranked if pair[0].class_name == verdict.class_name]
 
 
 def make_retriever(name: str, inputs: Sequence[str], say: Callable[[str], None] | None = None) -> NearestRetriever:

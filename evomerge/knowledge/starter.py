@@ -30,17 +30,27 @@ README = (
     ),
     (
         "classes",
-        "One row for each class: its name, what belongs to it, the system text, the prompt template and the settings of the answer, "
-        "which `evomerge infer` does not use yet. "
-        "A template must hold {input}; {examples} and {documents} may stand where you like. Other braces stay as they are.\n"
-        "1行に1種類。テンプレートには {input} が必須です。",
+        "One row for each class: its name, what belongs to it, the system text, the prompt template, and the settings of its answers; "
+        "an empty setting is that of the run. A template must hold {input}. Other braces than the three named here stay as they are.\n"
+        "1行に1種類。テンプレートには {input} が必須です。空の設定には実行時の値が使われます。",
+    ),
+    (
+        "Two ways to show examples",
+        "A template without {examples}, as here: each example is a turn of the chat before the task, the template filled with its input "
+        "and then its output as the answer; models that follow a chat do best with it. A template with {examples}: they stand there as "
+        "text, 指示: … 回答: …, in one turn with the task. The column examples says how many; 0 shows none.\n"
+        "テンプレートに {examples} がなければ、手本は課題の前の対話として示されます。あれば、その位置に文章として入ります。",
     ),
     (
         "examples",
         "One row for each task with a good answer. Three or more for each class; the more they differ, the better classes are told "
         "apart. An example that equals the task itself is never shown.\n1行に1つの手本。種類ごとに3つ以上。",
     ),
-    ("documents", "Optional: texts to quote where a template says {documents}.\n任意。テンプレートの {documents} に引用する文書。"),
+    (
+        "documents",
+        "Optional: texts to quote where a template says {documents}, those nearest to the task first; the column documents of the sheet "
+        "classes says how many.\n任意。テンプレートの {documents} に、課題に近い文書から順に引用されます。",
+    ),
     (
         "Rules",
         "Columns may stand in any order, and columns with other names are not read. Do not merge cells, do not use formulas (a text "

@@ -10,7 +10,7 @@ from pathlib import Path
 from evomerge.errors import KnowledgeError
 
 REQUIRED = {"classes": ("class", "system", "template"), "examples": ("class", "input", "output"), "documents": ("title", "text")}
-SETTINGS = ("max_new_tokens", "temperature", "repetition_penalty", "examples")
+SETTINGS = ("max_new_tokens", "temperature", "repetition_penalty", "examples", "documents")
 OPTIONAL = {"classes": ("description", *SETTINGS), "examples": ("weight",), "documents": ()}
 
 

@@ -16,12 +16,15 @@ class TfidfRetriever(Comparing):
     not drown the sentence that says what to do with it.
     """
 
-    def __init__(self, inputs: Sequence[str]) -> None:
+    def __init__(self, inputs: Sequence[str], itself: bool = False) -> None:
         from sklearn.feature_extraction.text import TfidfVectorizer
 
-        super().__init__(inputs)
+        super().__init__(inputs, itself)
         self.vectorizer = TfidfVectorizer(analyzer="char", ngram_range=LENGTHS, lowercase=False, sublinear_tf=True)
         self.matrix = self.vectorizer.fit_transform(self.inputs).T.tocsr()  # (n-grams, base), columns of length 1
+
+    def over(self, inputs: Sequence[str]) -> TfidfRetriever:
+        return TfidfRetriever(inputs, itself=True)
 
     def similar(self, texts: Sequence[str]) -> Matrix:
         products: Matrix = (self.vectorizer.transform(texts) @ self.matrix).toarray()

@@ -21,25 +21,37 @@ ROOM = 500  # rows below the last that drop-down lists and number checks reach
 Values = Sequence[str | float | None]
 
 ORDER = {
-    "classes": ("class", "description", "system", "template", "max_new_tokens", "temperature", "repetition_penalty", "examples"),
+    "classes": (
+        "class",
+        "description",
+        "system",
+        "template",
+        "max_new_tokens",
+        "temperature",
+        "repetition_penalty",
+        "examples",
+        "documents",
+    ),
     "examples": ("class", "input", "output", "weight"),
     "documents": ("title", "text"),
 }
 WIDTHS = {
     "class": 12, "description": 36, "system": 44, "template": 60, "max_new_tokens": 16, "temperature": 13,
-    "repetition_penalty": 18, "examples": 11, "input": 60, "output": 80, "weight": 9, "title": 24, "text": 100,
+    "repetition_penalty": 18, "examples": 11, "documents": 12, "input": 60, "output": 80, "weight": 9, "title": 24, "text": 100,
 }  # fmt: skip
 NOTES = {
     "class": "Name of the kind of task. Sheet examples names it again.\n課題の種類の名前。",
     "description": "What belongs to the class, in a sentence. May be empty.\nこの種類に入る課題の説明。空でもよい。",
     "system": "Text of the system turn. May be empty.\nシステム文。空でもよい。",
-    "template": "The prompt. {input}: the task (needed). {examples}: the nearest examples. {documents}: quoted documents.\n"
-    "プロンプト。{input} は必須。{examples} は手本、{documents} は引用文書に置き換わる。",
+    "template": "The prompt. {input}: the task (needed). {documents}: quoted documents. {examples}: the nearest examples as text; "
+    "without it they are turns of the chat before the task.\n"
+    "{input} は必須。{documents} は引用文書、{examples} は手本に置き換わる。{examples} がなければ、手本は課題の前の対話になる。",
     "max_new_tokens": "Longest answer in tokens, 1 or more. Empty: that of the run.\n回答の最大トークン数。空なら実行時の値。",
     "temperature": "0: always the likeliest word. Empty: that of the run.\n0 で毎回同じ回答。空なら実行時の値。",
     "repetition_penalty": "Above 0; 1 changes nothing. Empty: that of the run.\n1 で変化なし。空なら実行時の値。",
     "examples": "How many examples the prompt shows, 0 or more. Empty: 3. A class without examples must say 0.\n"
     "プロンプトに入れる手本の数。空なら 3。手本のない種類は 0。",
+    "documents": "How many documents {documents} quotes, nearest first. Empty: 3.\n{documents} に引用する文書の数。近い順。空なら 3。",
     "input": "A task of this class.\n課題文。",
     "output": "Its good answer.\n模範となる回答。",
     "weight": "How much the example counts when the class is chosen; above 0. Empty: 1.\n種類を決めるときの重み。空なら 1。",
@@ -51,6 +63,7 @@ CHECKS = {
     "temperature": ("decimal", "greaterThanOrEqual", "0", "a number of 0 or more"),
     "repetition_penalty": ("decimal", "greaterThan", "0", "a number above 0"),
     "examples": ("whole", "greaterThanOrEqual", "0", "a whole number of 0 or more"),
+    "documents": ("whole", "greaterThanOrEqual", "0", "a whole number of 0 or more"),
     "weight": ("decimal", "greaterThan", "0", "a number above 0"),
 }
 
@@ -85,7 +98,7 @@ def _book(knowledge: Knowledge, path: Path, readme: Sequence[tuple[str, str]]) -
         _fill_readme(book.create_sheet("README"), readme)
     rows: dict[str, list[Values]] = {
         "classes": [
-            (c.name, c.description, c.system, c.template, c.max_new_tokens, c.temperature, c.repetition_penalty, c.shots)
+            (c.name, c.description, c.system, c.template, c.max_new_tokens, c.temperature, c.repetition_penalty, c.shots, c.quotes)
             for c in knowledge.classes
         ],
         "examples": [(e.class_name, e.input, e.output, e.weight) for e in knowledge.examples],

@@ -97,6 +97,7 @@ def to_yaml(knowledge: Knowledge) -> str:
             "temperature": c.temperature,
             "repetition_penalty": c.repetition_penalty,
             "examples": c.shots,
+            "documents": c.quotes,
         }
         for c in knowledge.classes
     ]
