@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from test_retrieval import RETRIEVERS, Letters
 
-from evomerge.errors import InputError
 from evomerge.knowledge import retrieve
 from evomerge.knowledge.base import Document, Example, Knowledge, KnowledgeClass
 from evomerge.knowledge.embeddings import EmbeddingRetriever
@@ -78,10 +77,3 @@ def test_an_embedding_model_is_loaded_once(monkeypatch):
     near = [v @ vectors[-1] / max(np.linalg.norm(v), 1e-12) for v in vectors[:-1]]
     assert [d.row - 2 for d in found] == sorted(range(5), key=lambda i: -near[i])[:2]
     assert loaded == ["m"]
-
-
-def test_unknown_ways_to_classify_are_named():
-    with pytest.raises(InputError, match="unknown way to classify"):
-        Chooser(base(), classify="votes")
-    with pytest.raises(InputError, match="asks a model"):
-        Chooser(base(), classify="both")
