@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ LONGEST = 32767  # UTF-16 units of an Excel cell ("Excel specifications and limi
 STORED = re.compile(r"_(?=x[0-9A-Fa-f]{4}_)")  # ECMA-376 22.9.2.19: what looks like a stored character is escaped itself
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f]")
 ROOM = 500  # rows below the last that drop-down lists and number checks reach
+LINE, TALLEST = 17.0, 12  # points of a line, lines of the tallest row: not every program fits rows to their texts by itself
 
 Values = Sequence[str | float | None]
 
@@ -36,7 +38,7 @@ ORDER = {
     "documents": ("title", "text"),
 }
 WIDTHS = {
-    "class": 12, "description": 36, "system": 44, "template": 60, "max_new_tokens": 16, "temperature": 13,
+    "class": 12, "description": 32, "system": 36, "template": 56, "max_new_tokens": 16, "temperature": 13,
     "repetition_penalty": 18, "examples": 11, "documents": 12, "input": 60, "output": 80, "weight": 9, "title": 24, "text": 100,
 }  # fmt: skip
 NOTES = {
@@ -101,7 +103,7 @@ def _book(knowledge: Knowledge, path: Path, readme: Sequence[tuple[str, str]]) -
             (c.name, c.description, c.system, c.template, c.max_new_tokens, c.temperature, c.repetition_penalty, c.shots, c.quotes)
             for c in knowledge.classes
         ],
-        "examples": [(e.class_name, e.input, e.output, e.weight) for e in knowledge.examples],
+        "examples": [(e.class_name, e.input, e.output, None if e.weight == 1 else e.weight) for e in knowledge.examples],
         "documents": [(d.title, d.text) for d in knowledge.documents],
     }
     for sheet, columns in ORDER.items():
@@ -114,10 +116,10 @@ def _book(knowledge: Knowledge, path: Path, readme: Sequence[tuple[str, str]]) -
 
 def _fill(sheet: Any, columns: Sequence[str], rows: Iterable[Values], path: Path) -> None:
     from openpyxl.comments import Comment
-    from openpyxl.styles import Alignment, Font, PatternFill
+    from openpyxl.styles import Alignment, Border, Font, PatternFill, Side
     from openpyxl.utils import get_column_letter
 
-    wrap = Alignment(wrap_text=True, vertical="top")
+    wrap, line = Alignment(wrap_text=True, vertical="top"), Border(bottom=Side("hair", "AAAAAA"))
     for i, column in enumerate(columns, start=1):
         cell = sheet.cell(1, i)
         put_text(cell, column)
@@ -131,11 +133,12 @@ def _fill(sheet: Any, columns: Sequence[str], rows: Iterable[Values], path: Path
     for count, row in enumerate(rows, start=1):
         for i, (column, value) in enumerate(zip(columns, row, strict=True), start=1):
             cell = sheet.cell(count + 1, i)
-            cell.alignment = wrap
+            cell.alignment, cell.border = wrap, line
             if isinstance(value, str):
                 put_text(cell, value, f"{path}, sheet {sheet.title}, row {count + 1}, column {column}")
             elif value is not None:
                 cell.value = int(value) if value == int(value) else value
+        sheet.row_dimensions[count + 1].height = _height(row, [WIDTHS[column] for column in columns])
     for i, column in enumerate(columns, start=1):
         if column in CHECKS:
             kind, operator, least, wanted = CHECKS[column]
@@ -144,6 +147,16 @@ def _fill(sheet: Any, columns: Sequence[str], rows: Iterable[Values], path: Path
     sheet.page_setup.orientation, sheet.page_setup.fitToHeight = "landscape", 0
     sheet.sheet_properties.pageSetUpPr.fitToPage = True
     sheet.print_title_rows = "1:1"
+
+
+def _height(row: Values, widths: Sequence[float]) -> float:
+    """Points that the row's texts need when they are wrapped; a character of East Asian width takes two columns."""
+    most = 1
+    for text, width in zip(row, widths, strict=True):
+        lines = text.split("\n") if isinstance(text, str) else []
+        columns = [sum(2 if unicodedata.east_asian_width(c) in "WFA" else 1 for c in line) for line in lines]
+        most = max(most, sum(max(1, -(-int(n * 1.05) // int(width - 1))) for n in columns))  # words break early
+    return LINE * min(most, TALLEST)
 
 
 def put_text(cell: Any, text: str, place: str = "") -> None:
@@ -179,6 +192,7 @@ def _fill_readme(sheet: Any, readme: Sequence[tuple[str, str]]) -> None:
             put_text(cell, value)
             cell.alignment = Alignment(wrap_text=True, vertical="top")
             cell.font = Font(bold=i == 1 or number == 1, size=14 if number == 1 else 11)
-    sheet.column_dimensions["A"].width, sheet.column_dimensions["B"].width = 22, 100
+        sheet.row_dimensions[number].height = _height((title, text), (24, 100)) + LINE / 2
+    sheet.column_dimensions["A"].width, sheet.column_dimensions["B"].width = 24, 100
     sheet.page_setup.orientation, sheet.page_setup.fitToHeight = "landscape", 0
     sheet.sheet_properties.pageSetUpPr.fitToPage = True
