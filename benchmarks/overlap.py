@@ -20,11 +20,11 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import StringIO
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from evomerge.answering.cache import AnswerCache
 from evomerge.answering.engine import Answer
+from evomerge.answering.prompts import Prompter
 from evomerge.console import Console
 from evomerge.genome import make_genome
 from evomerge.judging.llm import LlmJudge
@@ -32,7 +32,7 @@ from evomerge.recipe import Recipe
 from evomerge.search.ledger import open_ledger
 from evomerge.search.loop import Search
 from evomerge.search.session import make_sampler
-from evomerge.study import GenomeSection, JudgeSection, SearchSection, Study, TaskSource
+from evomerge.study import GenomeSection, JudgeSection, PromptSection, SearchSection, Study, TaskSource
 from evomerge.tasks import Split, Task
 
 LATENCY, CONNECTIONS = 1.0, 16  # seconds of a grade; grades at once
@@ -53,10 +53,10 @@ class TimedEngine:
     def apply(self, recipe: Recipe) -> None:
         self.recipe = recipe.digest()
 
-    def batches(self, prompts: Sequence[str]) -> list[list[int]]:
+    def batches(self, prompts: Sequence[str], settings: object = None) -> list[list[int]]:
         return [list(range(i, min(i + BATCH, len(prompts)))) for i in range(0, len(prompts), BATCH)]
 
-    def answer(self, prompts: Sequence[str]) -> list[Answer]:
+    def answer(self, prompts: Sequence[str], settings: object = None, got: object = None, deadline: float | None = None) -> list[Answer]:
         began = time.perf_counter()
         time.sleep(self.seconds)
         self.busy += time.perf_counter() - began
@@ -115,7 +115,8 @@ def run_study(folder: Path, batch_seconds: float, latency: float = LATENCY, tria
     genome = make_genome(study, 4)
     tasks = tuple(Task(i, f"task {i}") for i in range(TASKS + TASKS // 2))
     split = Split(tasks[:TASKS], tasks[TASKS:])
-    engine, prompter = TimedEngine(batch_seconds), SimpleNamespace(render=lambda text: text)
+    engine = TimedEngine(batch_seconds)
+    prompter: Any = Prompter(engine.tokenizer, PromptSection(format="template", template="{input}"))
     ledger = open_ledger(f"sqlite:///{folder}/overlap.db", "overlap", make_sampler(study, genome), create=True)
     ledger.remember("names", list(genome.names))
     cache = AnswerCache(folder / "answers.sqlite", "overlap")

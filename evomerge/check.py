@@ -80,7 +80,7 @@ def _config_file(path: Path, lines: list[Line]) -> dict[str, Any] | None:
 
 def _check_models(study: Study, lines: list[Line]) -> dict[str, Any] | None:
     """The base's configuration, when it can be reached."""
-    from evomerge.answering.hf import load_tokenizer
+    from evomerge.answering.loading import load_tokenizer
     from evomerge.answering.prompts import make_prompter
     from evomerge.merging.folder import check_fit, open_model
 

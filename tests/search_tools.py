@@ -3,12 +3,12 @@
 import re
 import zlib
 from io import StringIO
-from types import SimpleNamespace
 
 import numpy as np
 
 from evomerge.answering.cache import AnswerCache
 from evomerge.answering.engine import Answer
+from evomerge.answering.prompts import Prompter
 from evomerge.console import Console
 from evomerge.errors import EngineError
 from evomerge.genome import make_genome
@@ -17,7 +17,7 @@ from evomerge.search.ledger import open_ledger
 from evomerge.search.loop import Search
 from evomerge.search.session import make_sampler
 from evomerge.search.starting import restore_start
-from evomerge.study import GenomeSection, JudgeSection, ObjectiveSection, SearchSection, SplitSection, Study, TaskSource
+from evomerge.study import GenomeSection, JudgeSection, ObjectiveSection, PromptSection, SearchSection, SplitSection, Study, TaskSource
 from evomerge.tasks import Split, Task
 
 BEST = np.array([0.4, 1.6, 0.9, 1.2])  # of four slices
@@ -40,10 +40,10 @@ class TaskEngine:
         if any(np.allclose(self.vector, v, atol=1e-3) for v in self.fails):
             raise EngineError("this one always fails")
 
-    def batches(self, prompts):
+    def batches(self, prompts, settings=None):
         return [list(range(i, min(i + 8, len(prompts)))) for i in range(0, len(prompts), 8)]
 
-    def answer(self, prompts):
+    def answer(self, prompts, settings=None, got=None, deadline=None):
         self.answered += [(self.name, prompt) for prompt in prompts]
         distance = float(np.abs(self.vector - BEST).mean())
         luck = [zlib.crc32(f"{self.name}/{prompt}".encode()) / 2**32 - 0.5 for prompt in prompts]
@@ -59,7 +59,7 @@ class Cutting(TaskEngine):
 
     left = 0
 
-    def answer(self, prompts):
+    def answer(self, prompts, settings=None, got=None, deadline=None):
         if Cutting.left <= 0:
             raise Cut
         Cutting.left -= 1
@@ -109,7 +109,7 @@ def make_search(folder, study, engine=None, judge=None, tasks=(32, 16, 0), conso
     ledger.remember("study_file", study.to_dict())
     restore_start(sampler, ledger.facts)
     cache = AnswerCache(folder / f"{study.study}.answers.sqlite", "scope")
-    prompter = SimpleNamespace(render=lambda text: text)
+    prompter = Prompter(None, PromptSection(format="template", template="{input}"))
     search = Search(study, genome, split, engine, prompter, judge, ledger, cache, console or Console(StringIO()))
     return search, engine, judge
 

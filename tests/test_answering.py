@@ -102,10 +102,10 @@ class Counting:
 
     def apply(self, recipe): ...
 
-    def batches(self, prompts):
+    def batches(self, prompts, settings=None):
         return [list(range(i, min(i + 2, len(prompts)))) for i in range(0, len(prompts), 2)]
 
-    def answer(self, prompts):
+    def answer(self, prompts, settings=None, got=None, deadline=None):
         self.answered += len(prompts)
         return [Answer(p.upper(), False, len(p)) for p in prompts]
 
@@ -129,7 +129,7 @@ def test_nothing_is_paid_for_twice_and_merging_only_when_needed(tmp_path):
 
 def test_limits_are_remembered_before_the_answers_under_them_are_kept(tmp_path):
     class Shrinking(Counting):
-        def answer(self, prompts):
+        def answer(self, prompts, settings=None, got=None, deadline=None):
             if self.answered == 2:
                 self.limits["batch_tokens"] = 7
             return super().answer(prompts)

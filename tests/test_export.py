@@ -6,7 +6,7 @@ import pytest
 from merging_tools import differing, load_all
 
 from evomerge.cli import main
-from evomerge.search.inferring import study_engine
+from evomerge.inference.opening import open_study
 from evomerge.search.session import load_finished
 
 METHODS = {"dare_ties": 5, "slerp": 0, "ties": 0, "linear": 0}
@@ -27,7 +27,7 @@ def test_the_exported_winner_is_the_one_that_answered(pair, tmp_path, capsys, me
     assert (tmp_path / "again.yaml").read_text() == best.read_text()
     merged = load_all(tmp_path / "merged")
     assert not differing(merged, load_all(tmp_path / "exported"))
-    engine, _, _ = study_engine(storage, "tiny", {})
+    engine = open_study(storage, "tiny", []).engine
     assert not differing(merged, {name: p.data for name, p in engine.model.named_parameters()})
     header = (results / "tiny/trials.csv").read_text().splitlines()[0]
     assert header.count("weight ") == load_finished(storage, "tiny").genome.dimensions

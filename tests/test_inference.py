@@ -13,9 +13,12 @@ import openpyxl
 import pytest
 
 from evomerge.answering.engine import Answer
+from evomerge.answering.prompts import Prompter
 from evomerge.errors import EngineError, InputError, OutputError, TaskError
 from evomerge.inference import run_inference
 from evomerge.knowledge.base import read_knowledge
+from evomerge.knowledge.retrieve import Chooser
+from evomerge.study import PromptSection
 from evomerge.tasks import Task, load_tasks
 
 HERE = Path(__file__).resolve()
@@ -27,15 +30,16 @@ class ReversingEngine:
 
     def __init__(self, log=None, seconds=0.0, fail_at=None):
         self.log, self.seconds, self.fail_at, self.prompts = log, seconds, fail_at, []
+        self.limits, self.context = {}, None
 
     def apply(self, recipe):
         raise AssertionError("inference merges nothing")
 
-    def batches(self, prompts):
+    def batches(self, prompts, settings=None):
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
         return [order[at : at + SIZE] for at in range(0, len(order), SIZE)]
 
-    def answer(self, prompts):
+    def answer(self, prompts, settings=None, got=None, deadline=None):
         if self.fail_at is not None and len(self.prompts) >= self.fail_at:
             raise EngineError("out of memory")
         self.prompts += prompts
@@ -46,14 +50,9 @@ class ReversingEngine:
         return [Answer(prompt[::-1], truncated=False, tokens=len(prompt)) for prompt in prompts]
 
 
-class Marked:
-    """Prompts with a system line and an end mark."""
-
-    def __init__(self, end="|"):
-        self.end = end
-
-    def render(self, text, system=None):
-        return f"{system or ''}|{text}{self.end}"
+def marked(end="|", chooser=None):
+    """Prompts between marks."""
+    return Prompter(None, PromptSection(format="template", template="|{input}" + end), chooser=chooser)
 
 
 def some_tasks(count=COUNT):
@@ -70,7 +69,7 @@ def rows(path):
 
 def child(out, log):
     """What the subprocesses below run."""
-    run_inference(ReversingEngine(log, seconds=0.15), Marked(), some_tasks(), out)
+    run_inference(ReversingEngine(log, seconds=0.15), marked(), some_tasks(), out)
 
 
 def start_child(out, log, **options):
@@ -92,7 +91,7 @@ def test_input_order_exact_texts_and_unescaped_utf8(tmp_path):
     (tmp_path / "tasks.jsonl").write_bytes(text.encode())
     tasks = load_tasks(tmp_path / "tasks.jsonl")
     done = []
-    run_inference(ReversingEngine(), Marked(), tasks, tmp_path / "new" / "a.jsonl", progress=lambda *at: done.append(at))
+    run_inference(ReversingEngine(), marked(), tasks, tmp_path / "new" / "a.jsonl", progress=lambda *at: done.append(at))
     assert tasks[0].input == '改行\nと\r\nと { } {input} \u2028 "引用" 🍎 '
     assert rows(tmp_path / "new" / "a.jsonl") == expected(tasks)
     data = (tmp_path / "new" / "a.jsonl").read_text(encoding="utf-8")
@@ -114,8 +113,8 @@ def test_knowledge_fills_prompts_and_writes_the_side_file(tmp_path):
     book.save(tmp_path / "base.xlsx")
     tasks = (Task(0, "{examples}と3+6はいくつ"), Task(1, "秋の詩を書いて"))
     engine = ReversingEngine()
-    run_inference(engine, Marked(), tasks, tmp_path / "a.jsonl", read_knowledge(tmp_path / "base.xlsx"))
-    prompts = ["先生|[指示: 3+5はいくつ\n回答: 8]{examples}と3+6はいくつ|", "|秋の詩を書いて|"]
+    run_inference(engine, marked(chooser=Chooser(read_knowledge(tmp_path / "base.xlsx"))), tasks, tmp_path / "a.jsonl")
+    prompts = ["先生\n\n|[指示: 3+5はいくつ\n回答: 8]{examples}と3+6はいくつ|", "|春の詩を書いて|花\n\n|秋の詩を書いて|"]
     assert sorted(engine.prompts) == sorted(prompts)
     assert [row["output"][::-1] for row in rows(tmp_path / "a.jsonl")] == prompts
     assert [row["input"] for row in rows(tmp_path / "a.jsonl")] == [t.input for t in tasks]
@@ -137,7 +136,7 @@ def test_a_killed_run_goes_on(tmp_path, batches_before):
     survived, before = kept(out), log.read_text().split("\n")[:-1] if log.exists() else []
     assert len(survived) >= SIZE * (batches_before - 1)
     engine = ReversingEngine()
-    run_inference(engine, Marked(), some_tasks(), out)
+    run_inference(engine, marked(), some_tasks(), out)
     assert rows(out) == expected(some_tasks())
     assert sorted(engine.prompts) == sorted(f"|{t.input}|" for i, t in enumerate(some_tasks()) if i not in survived)
     assert len(before) + len(engine.prompts) <= COUNT + SIZE  # at most the batch that was under way
@@ -147,13 +146,13 @@ def test_a_killed_run_goes_on(tmp_path, batches_before):
 def test_a_part_cut_at_any_byte_goes_on(tmp_path):
     tasks, out, part = some_tasks(10), tmp_path / "a.jsonl", tmp_path / "a.jsonl.part"
     with pytest.raises(EngineError):
-        run_inference(ReversingEngine(fail_at=8), Marked(), tasks, out)
+        run_inference(ReversingEngine(fail_at=8), marked(), tasks, out)
     whole = part.read_bytes()
     for size in [*range(0, len(whole), 11), len(whole) - 1, len(whole)]:
         part.write_bytes(whole[:size])
         survived = kept(out)
         engine = ReversingEngine()
-        run_inference(engine, Marked(), tasks, out)
+        run_inference(engine, marked(), tasks, out)
         assert rows(out) == expected(tasks)
         assert len(engine.prompts) == len(tasks) - len(survived)
     assert len(survived) == 8
@@ -167,21 +166,21 @@ def test_killed_after_the_last_batch(tmp_path):
     out = tmp_path / "a.jsonl"
     out.write_text("older answers\n")
     with pytest.raises(KeyboardInterrupt):
-        run_inference(ReversingEngine(), Marked(), some_tasks(), out, progress=stop)
+        run_inference(ReversingEngine(), marked(), some_tasks(), out, progress=stop)
     assert out.read_text() == "older answers\n"
-    run_inference(ReversingEngine(fail_at=0), Marked(), some_tasks(), out)
+    run_inference(ReversingEngine(fail_at=0), marked(), some_tasks(), out)
     assert rows(out) == expected(some_tasks())
 
 
 def test_a_part_of_something_else_is_refused(tmp_path):
     out = tmp_path / "a.jsonl"
     with pytest.raises(EngineError):
-        run_inference(ReversingEngine(fail_at=8), Marked(), some_tasks(), out, model="m1")
+        run_inference(ReversingEngine(fail_at=8), marked(), some_tasks(), out, model="m1")
     before = (tmp_path / "a.jsonl.part").read_bytes()
     others = {
-        "other model": (Marked(), some_tasks(), "m2"),
-        "other prompts": (Marked("!"), some_tasks(), "m1"),
-        "other tasks": (Marked(), some_tasks()[:-1], "m1"),
+        "other model": (marked(), some_tasks(), "m2"),
+        "other prompts": (marked("!"), some_tasks(), "m1"),
+        "other tasks": (marked(), some_tasks()[:-1], "m1"),
     }
     for what, (prompter, tasks, model) in others.items():
         with pytest.raises(InputError, match=what) as caught:
@@ -189,14 +188,14 @@ def test_a_part_of_something_else_is_refused(tmp_path):
         assert caught.value.exit_code == 2
     assert (tmp_path / "a.jsonl.part").read_bytes() == before
     assert not out.exists()
-    run_inference(ReversingEngine(), Marked(), some_tasks(), out, model="m1")
+    run_inference(ReversingEngine(), marked(), some_tasks(), out, model="m1")
 
 
 @pytest.mark.parametrize("content", [b"my own notes\n", b"[1]\n", b'{"task_id": 0}\n'])
 def test_a_strange_part_is_left_alone(tmp_path, content):
     (tmp_path / "a.jsonl.part").write_bytes(content)
     with pytest.raises(InputError, match="line 1: holds no unfinished answers"):
-        run_inference(ReversingEngine(), Marked(), some_tasks(), tmp_path / "a.jsonl")
+        run_inference(ReversingEngine(), marked(), some_tasks(), tmp_path / "a.jsonl")
     assert (tmp_path / "a.jsonl.part").read_bytes() == content
 
 
@@ -224,7 +223,7 @@ except OutputError as error: sys.exit(str(error))
     assert (f"{len(survived)} of {COUNT} answers are kept" in done.stderr) == bool(survived)
     assert bool(survived) == (limit > 20)
     engine = ReversingEngine(log)
-    run_inference(engine, Marked(), some_tasks(), out)
+    run_inference(engine, marked(), some_tasks(), out)
     assert rows(out) == expected(some_tasks())
     assert len(engine.prompts) == COUNT - len(survived)
 
@@ -233,20 +232,20 @@ def test_no_space_for_the_final_file_keeps_the_part(tmp_path):
     out = tmp_path / "a.jsonl"
     (tmp_path / "a.jsonl.tmp").mkdir()
     with pytest.raises(OutputError, match=f"{COUNT} of {COUNT} answers are kept"):
-        run_inference(ReversingEngine(), Marked(), some_tasks(), out)
+        run_inference(ReversingEngine(), marked(), some_tasks(), out)
     (tmp_path / "a.jsonl.tmp").rmdir()
-    run_inference(ReversingEngine(fail_at=0), Marked(), some_tasks(), out)
+    run_inference(ReversingEngine(fail_at=0), marked(), some_tasks(), out)
     assert rows(out) == expected(some_tasks())
 
 
 def test_two_runs_never_write_the_same_answers(tmp_path):
     class Nested(ReversingEngine):
-        def answer(self, prompts):
+        def answer(self, prompts, settings=None, got=None, deadline=None):
             with pytest.raises(OutputError, match="another run"):
-                run_inference(ReversingEngine(), Marked(), some_tasks(), tmp_path / "a.jsonl")
+                run_inference(ReversingEngine(), marked(), some_tasks(), tmp_path / "a.jsonl")
             return super().answer(prompts)
 
-    run_inference(Nested(), Marked(), some_tasks(), tmp_path / "a.jsonl")
+    run_inference(Nested(), marked(), some_tasks(), tmp_path / "a.jsonl")
     assert rows(tmp_path / "a.jsonl") == expected(some_tasks())
 
 
@@ -255,7 +254,7 @@ def test_wrong_places_and_texts_are_refused_before_any_answer(tmp_path):
     engine = ReversingEngine(fail_at=0)
     for out in (tmp_path, tmp_path / "file" / "a.jsonl"):
         with pytest.raises(OutputError) as caught:
-            run_inference(engine, Marked(), some_tasks(), out)
+            run_inference(engine, marked(), some_tasks(), out)
         assert str(tmp_path) in str(caught.value)
     with pytest.raises(TaskError, match=r"task 3: .*surrogate"):
-        run_inference(engine, Marked(), [Task(3, "半分\ud83d")], tmp_path / "a.jsonl")
+        run_inference(engine, marked(), [Task(3, "半分\ud83d")], tmp_path / "a.jsonl")

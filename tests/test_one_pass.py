@@ -24,9 +24,9 @@ def passes(monkeypatch):
     """How many candidates and prompts each pass had."""
     seen, answer_all = [], PopulationEngine.answer_all
 
-    def counted(self, recipes, prompts):
+    def counted(self, recipes, prompts, settings=None):
         seen.append((len(recipes), len(prompts)))
-        return answer_all(self, recipes, prompts)
+        return answer_all(self, recipes, prompts, settings)
 
     monkeypatch.setattr(PopulationEngine, "answer_all", counted)
     return seen
@@ -75,11 +75,11 @@ def test_a_killed_pass_loses_a_batch_and_a_full_memory_is_remembered(pair, tmp_p
     count, answer_all, attempt = [], PopulationEngine.answer_all, PopulationEngine._attempt_part
     wanted = len(passes)
 
-    def interrupted(self, recipes, prompts):
+    def interrupted(self, recipes, prompts, settings=None):
         count.append(len(prompts))
         if len(count) == wanted // 2 + 2:
             raise KeyboardInterrupt
-        return answer_all(self, recipes, prompts)
+        return answer_all(self, recipes, prompts, settings)
 
     def small(self, answer, part, *rest):
         return None if len(part) > 12 else attempt(self, answer, part, *rest)

@@ -12,7 +12,7 @@ from conftest import make_model, save
 from merging_tools import make_family, random_recipe, same_bits
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
-from evomerge.answering.hf import _load_model
+from evomerge.answering.loading import load_model
 from evomerge.errors import EngineError
 from evomerge.merging import quantized
 from evomerge.merging.build import build_model
@@ -43,7 +43,7 @@ def folders(tmp_path_factory):
 
 def load(folder, quantization, device="cpu", dtype=torch.bfloat16):
     """By the engine's own way."""
-    return _load_model(SimpleNamespace(path=folder), EngineSection(device=device, quantization=quantization), dtype)
+    return load_model(SimpleNamespace(path=folder), EngineSection(device=device, quantization=quantization), dtype)
 
 
 def load_fresh(folder, quantization, device="cpu", dtype=torch.bfloat16):

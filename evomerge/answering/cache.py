@@ -9,7 +9,7 @@ import json
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import astuple
+from dataclasses import asdict, astuple
 from hashlib import sha256
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from evomerge import sqlite_file
 from evomerge.answering.engine import Answer, Engine
 from evomerge.answering.pace import Pace
 from evomerge.errors import OutputError
+from evomerge.study import GenerationSection
 
 SCHEMA = "CREATE TABLE IF NOT EXISTS batches (key TEXT PRIMARY KEY, answers TEXT NOT NULL)"
 WHAT = "the answer cache"
@@ -32,9 +33,11 @@ class AnswerCache:
         self.path, self.scope = path, scope
         self.db = sqlite_file.connect(path, WHAT, DAMAGED, SCHEMA)
 
-    def key(self, recipe: str, prompts: Sequence[str], mode: str = MERGED) -> str:
-        """SHA-256 of scope, mode, recipe digest and the batch's prompts."""
-        return sha256(json.dumps([self.scope, mode, recipe, list(prompts)]).encode()).hexdigest()
+    def key(self, recipe: str, prompts: Sequence[str], mode: str = MERGED, settings: Sequence[GenerationSection] | None = None) -> str:
+        """SHA-256 of scope, mode, recipe digest, the batch's prompts, and their own settings where they have any."""
+        parts: list[object] = [self.scope, mode, recipe, list(prompts)]
+        parts += [] if settings is None else [[asdict(own) for own in settings]]
+        return sha256(json.dumps(parts).encode()).hexdigest()
 
     def get(self, key: str, count: int | None = None) -> list[Answer] | None:
         """The batch's answers, `count` of them; None where they are not there or damaged. Raises OutputError."""
@@ -99,17 +102,19 @@ def answer_all(
     remember: Callable[[Mapping[str, int]], None] = lambda limits: None,
     mode: str = MERGED,
     got: Callable[[Sequence[int], Sequence[Answer]], None] = lambda indices, answers: None,
+    settings: Sequence[GenerationSection] | None = None,
 ) -> list[Answer]:
     """Answers to all prompts, in order; `apply` merges, and runs only when some batch is not in the cache.
 
     `remember` gets the engine's limits when memory has changed them, before the answers under them are kept; `got` gets
-    the prompts' places and the answers of each batch when it is there.
+    the prompts' places and the answers of each batch when it is there. `settings` are the prompts' own, if they have any.
     """
     answers: list[Answer | None] = [None] * len(prompts)
     applied = False
-    for batch in engine.batches(prompts):
+    for batch in engine.batches(prompts, settings):
         texts = [prompts[i] for i in batch]
-        key = cache.key(recipe, texts, mode)
+        own = None if settings is None else [settings[i] for i in batch]
+        key = cache.key(recipe, texts, mode, own)
         found = cache.get(key, len(batch))
         if found is not None:
             pace.found(len(batch))
@@ -118,7 +123,7 @@ def answer_all(
                 apply()
                 applied = True
             with watched(engine, pace, remember):
-                found = engine.answer(texts)
+                found = engine.answer(texts, own)
             pace.end(len(batch), sum(answer.tokens for answer in found))
             cache.put(key, found)
         got(batch, found)

@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -70,42 +69,55 @@ class Hooks:
 
     `stopped` says of a prompt's number and its new tokens whether they end the answer. `watch` gets (answers ended, new
     tokens) of the batch after every step. `rows` gets the prompts' numbers in the order of the batch, before the first
-    forward pass and whenever rows have left.
+    forward pass and whenever rows have left. `done` gets a prompt's number and its output when it leaves. `over` says
+    whether all shall end as they are.
     """
 
     stopped: Callable[[int, list[int]], bool] | None = None
     watch: Callable[[int, int], None] | None = None
     rows: Callable[[list[int]], None] | None = None
+    done: Callable[[int, Output], None] | None = None
+    over: Callable[[], bool] | None = None
 
 
 @torch.inference_mode()
 def decode(
-    model: Any, prompts: Sequence[Sequence[int]], rules: Rules, seeds: Sequence[int] = (), hooks: Hooks | None = None, share: bool = True
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    rules: Rules | Sequence[Rules],
+    seeds: Sequence[int] = (),
+    hooks: Hooks | None = None,
+    share: bool = True,
 ) -> list[Output]:
-    """Answer token lists, none of them empty; one seed per prompt where `rules.do_sample`.
+    """Answer token lists, none of them empty, by one set of rules or each by its own; one seed per prompt where any samples.
 
     `share` must be False where rows of one batch have different weights. Needs `decodable(model)`.
     """
     hooks, outputs, alive = hooks or Hooks(), [Output() for _ in prompts], list(range(len(prompts)))
-    forward = Forward(model, prompts, rules.max_new_tokens)
+    own = [rules] * len(prompts) if isinstance(rules, Rules) else list(rules)
+    most = max(r.max_new_tokens for r in own)
+    forward = Forward(model, prompts, most)
     if hooks.rows:
         hooks.rows(alive)
-    choose = _Choice(rules, seeds, forward.device)
+    choose = _Choice(own, seeds, forward.device)
     logits = forward.start(SHARED if share else None)  # (rows, vocabulary)
-    for step in range(rules.max_new_tokens):
+    for step in range(most):
         chosen = choose(logits, forward.ids, step)  # (rows,)
         keep = []
         for row, token in enumerate(chosen.tolist()):
-            output = outputs[alive[row]]
-            output.ended = token in rules.ends
+            place = alive[row]
+            output = outputs[place]
+            output.ended = token in own[place].ends
             if not output.ended:
                 output.tokens.append(token)
-                output.ended = hooks.stopped is not None and hooks.stopped(alive[row], output.tokens)
-            if not output.ended:
+                output.ended = hooks.stopped is not None and hooks.stopped(place, output.tokens)
+            if not output.ended and step + 1 < own[place].max_new_tokens:
                 keep.append(row)
+            elif hooks.done:
+                hooks.done(place, output)
         if hooks.watch:
             hooks.watch(len(prompts) - len(keep), sum(len(output.tokens) for output in outputs))
-        if not keep or step + 1 == rules.max_new_tokens:
+        if not keep or (hooks.over and hooks.over()):
             break
         if len(keep) < len(alive):
             order = filled(keep)
@@ -265,24 +277,52 @@ class Rows(DynamicLayer):
 
 
 class _Choice:
-    """One token per row from its logits: the largest, or drawn by a seed of the row's own."""
+    """One token per row from its logits: the largest, or drawn by a seed of the row's own. Rows of one way choose together."""
 
-    def __init__(self, rules: Rules, seeds: Sequence[int], device: torch.device) -> None:
-        self.processors, self.do_sample = rules.processors(), rules.do_sample
-        if self.do_sample:
-            draw = partial(torch.rand, rules.max_new_tokens, dtype=torch.float64)
-            self.draws = torch.stack([draw(generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(device)  # (rows, steps)
+    def __init__(self, rules: Sequence[Rules], seeds: Sequence[int], device: torch.device) -> None:
+        self.device = device
+        self.ways = [replace(r, max_new_tokens=0, ends=frozenset()) for r in rules]  # of the rows
+        self.processors = {way: way.processors() for way in dict.fromkeys(self.ways)}
+        self.sampled = any(way.do_sample for way in self.ways)
+        if self.sampled:
+            most = max(r.max_new_tokens for r in rules)
+            draws = torch.zeros(len(rules), most, dtype=torch.float64)  # (rows, steps)
+            for row, rule, seed in zip(draws, rules, seeds, strict=True):
+                row[: rule.max_new_tokens] = torch.rand(
+                    rule.max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+                )
+            self.draws = draws.to(device)
+        self._group()
 
     def __call__(self, logits: Tensor, ids: Tensor, step: int) -> Tensor:
         """logits (rows, vocabulary), ids (rows, columns) -> (rows,)."""
-        if self.processors:
-            logits = self.processors(ids, logits.float())  # type: ignore[arg-type]  # subclasses of Tensor that do not exist at run time
-        if not self.do_sample:
-            return logits.argmax(-1)
-        below = logits.double().softmax(-1).cumsum(-1)  # the inverse of this distribution function, at the row's draw
-        drawn = torch.searchsorted(below, self.draws[:, step : step + 1] * below[:, -1:], right=True)
-        return drawn.clamp(max=logits.shape[-1] - 1)[:, 0]  # above it only where weights have made NaN
+        if len(self.groups) == 1:
+            return self._of(self.ways[0], logits, ids, self.draws[:, step : step + 1] if self.sampled else None)
+        chosen = torch.empty(len(logits), dtype=torch.long, device=logits.device)
+        for way, rows in self.groups.items():
+            chosen[rows] = self._of(way, logits[rows], ids[rows], self.draws[rows, step : step + 1] if self.sampled else None)
+        return chosen
 
     def keep(self, order: Iterable[int]) -> None:
-        if self.do_sample:
-            self.draws = self.draws[list(order)]
+        rows = list(order)
+        self.ways = [self.ways[row] for row in rows]
+        if self.sampled:
+            self.draws = self.draws[rows]
+        self._group()
+
+    def _group(self) -> None:
+        self.groups = {
+            way: torch.tensor([row for row, own in enumerate(self.ways) if own == way], device=self.device)
+            for way in dict.fromkeys(self.ways)
+        }
+
+    def _of(self, way: Rules, logits: Tensor, ids: Tensor, draws: Tensor | None) -> Tensor:
+        """The choice of rows of one way; draws (rows, 1)."""
+        if self.processors[way]:
+            logits = self.processors[way](ids, logits.float())  # type: ignore[arg-type]  # subclasses of Tensor that do not exist at run time
+        if not way.do_sample:
+            return logits.argmax(-1)
+        assert draws is not None
+        below = logits.double().softmax(-1).cumsum(-1)  # the inverse of this distribution function, at the row's draw
+        drawn = torch.searchsorted(below, draws * below[:, -1:], right=True)
+        return drawn.clamp(max=logits.shape[-1] - 1)[:, 0]  # above it only where weights have made NaN

@@ -18,7 +18,7 @@ KEPT = 100_000  # prompts whose tokens are remembered: every candidate asks the 
 
 
 class Encoder:
-    """Token lists of prompts, each with room for `max_new_tokens` in the context; special tokens stand in the text."""
+    """Token lists of prompts, each with room for its answer in the context; special tokens stand in the text."""
 
     def __init__(
         self,
@@ -31,29 +31,33 @@ class Encoder:
         self._known: dict[str, list[int]] = {}
         self._cut = 0
 
-    def __call__(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Raises EngineError: a prompt that leaves no room, unless `too_long` is truncate."""
+    def __call__(self, prompts: Sequence[str], new_tokens: Sequence[int] | None = None) -> list[list[int]]:
+        """`new_tokens`: the longest answer to each; None: `max_new_tokens` to all.
+
+        Raises EngineError: a prompt that leaves no room, unless `too_long` is truncate.
+        """
         if len(self._known) + len(prompts) > KEPT:
             self._known.clear()
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
         if new:
             texts = [whole(prompt) for prompt in new]
             rows = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-            self._known |= {prompt: self._fitted(list(row) or self._first(), prompt) for prompt, row in zip(new, rows, strict=True)}
-        return [self._known[prompt] for prompt in prompts]
+            self._known |= {prompt: list(row) or self._first() for prompt, row in zip(new, rows, strict=True)}
+        wanted = [self.max_new_tokens] * len(prompts) if new_tokens is None else new_tokens
+        return [self._fitted(self._known[prompt], prompt, most) for prompt, most in zip(prompts, wanted, strict=True)]
 
     def _first(self) -> list[int]:
         """What stands for an empty prompt, as in transformers' `generate`: the token that texts begin with, or else one that is there."""
         t = self.tokenizer
         return [next(token for token in (t.bos_token_id, t.eos_token_id, t.pad_token_id, 0) if token is not None)]
 
-    def _fitted(self, row: list[int], prompt: str) -> list[int]:
-        if self.context is None or len(row) + self.max_new_tokens <= self.context:
+    def _fitted(self, row: list[int], prompt: str, new_tokens: int) -> list[int]:
+        if self.context is None or len(row) + new_tokens <= self.context:
             return row
-        room = self.context - self.max_new_tokens
+        room = self.context - new_tokens
         if self.too_long == "refuse" or room < 1:
             raise EngineError(
-                f"a prompt of {len(row)} tokens and max_new_tokens {self.max_new_tokens} exceed the context of {self.context}",
+                f"a prompt of {len(row)} tokens and max_new_tokens {new_tokens} exceed the context of {self.context}",
                 found=prompt,
                 remedy="Lower generation.max_new_tokens, shorten the task" + (", or set prompt.too_long: truncate." if room > 0 else "."),
             )

@@ -12,13 +12,15 @@ if TYPE_CHECKING:
     from evomerge.study import EngineSection, GenerationSection
 
 Watch = Callable[[int, int], None]  # (answers that have ended, new tokens) of the batch under way
+Got = Callable[[int, "Answer"], None]  # a prompt's place in the batch, and its answer
 
 
 @dataclass(frozen=True)
 class Answer:
     """What the model said to one prompt.
 
-    `truncated` is True when `max_new_tokens` ended it rather than an end token or a stop string; `tokens` counts new tokens.
+    `truncated` is True when `max_new_tokens`, or a deadline, ended it rather than an end token or a stop string; `tokens`
+    counts new tokens.
     """
 
     text: str
@@ -29,24 +31,35 @@ class Answer:
 class Engine(Protocol):
     """One loaded model whose weights are replaced in place between candidates.
 
-    `tokenizer` is transformers' of the model. `limits` holds what memory has forced, such as a smaller `batch_tokens`: a
-    search remembers it and gives it back when it goes on. `watch`, where it is set, is called while a batch is answered.
+    `tokenizer` is transformers' of the model. `context`: tokens that it has positions for, None where that is not known.
+    `limits` holds what memory has forced, such as a smaller `batch_tokens`: a search remembers it and gives it back when it
+    goes on. `watch`, where it is set, is called while a batch is answered. `settings` are each prompt's own; None: the
+    engine's for all.
     """
 
     tokenizer: Any
+    context: int | None
     limits: dict[str, int]
     watch: Watch | None
 
     def apply(self, recipe: Recipe) -> None:
         """Give the live model the recipe's weights, computed from the untouched base."""
 
-    def batches(self, prompts: Sequence[str]) -> list[list[int]]:
+    def batches(self, prompts: Sequence[str], settings: Sequence[GenerationSection] | None = None) -> list[list[int]]:
         """Which prompts share a batch, by index: a function of the prompts and the settings alone. Raises EngineError."""
 
-    def answer(self, prompts: Sequence[str]) -> list[Answer]:
+    def answer(
+        self,
+        prompts: Sequence[str],
+        settings: Sequence[GenerationSection] | None = None,
+        got: Got | None = None,
+        deadline: float | None = None,
+    ) -> list[Answer]:
         """Answer the prompts of one batch, in their order; what `limits` forbid is answered in parts.
 
-        A prompt is the whole text the model sees, special tokens included as text. Raises EngineError.
+        A prompt is the whole text the model sees, special tokens included as text. `got` is called as soon as an answer has
+        ended by itself. At `deadline`, a time.monotonic(), answers under way end with what they have and `got` is not called
+        for them; one that was not begun is empty, and both are truncated. Raises EngineError.
         """
 
 
@@ -69,15 +82,20 @@ def make_engine(
     return PopulationEngine(base, siblings, engine, generation, dtype, seed, too_long)
 
 
-def pack(lengths: Sequence[int], new_tokens: int, rows: int, tokens: int | None = None) -> list[list[int]]:
+def pack(lengths: Sequence[int], new_tokens: int | Sequence[int], rows: int, tokens: int | None = None) -> list[list[int]]:
     """Indices of prompts of these lengths, longest first, in batches; ties keep their order.
 
-    A batch has at most `rows` prompts, and prompts x (longest + new_tokens) is at most `tokens`, unless it is a single one.
+    A batch has at most `rows` prompts, and prompts x (longest + most new_tokens) is at most `tokens`, unless it is a single one.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    batches = []
-    while order:
-        fit = rows if tokens is None else min(rows, tokens // (lengths[order[0]] + new_tokens))
-        batches.append(order[: max(1, fit)])
-        order = order[max(1, fit) :]
+    new = [new_tokens] * len(lengths) if isinstance(new_tokens, int) else new_tokens
+    batches: list[list[int]] = []
+    longest = most = 0  # of the last batch
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        size = len(batches[-1]) + 1 if batches else 1
+        if batches and size <= rows and (tokens is None or size * (longest + max(most, new[i])) <= tokens):
+            batches[-1].append(i)
+            most = max(most, new[i])
+        else:
+            batches.append([i])
+            longest, most = lengths[i], new[i]
     return batches

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import logging
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
     GenerationConfig,
-    PreTrainedTokenizerBase,
     StoppingCriteriaList,
     set_seed,
 )
-from transformers.utils import logging as transformers_logging
 
 from evomerge.answering.decode import Hooks, Output, Rules, decodable, decode
 from evomerge.answering.encode import Encoder, first_stop, prompt_seed
-from evomerge.answering.engine import Answer, Watch, pack
+from evomerge.answering.engine import Answer, Got, Watch, pack
 from evomerge.answering.gradient import MICRO_TOKENS, GradientModel, Likelihood, Pair, make_pair
-from evomerge.errors import EngineError, ModelError
+from evomerge.answering.loading import context_of, load_model, load_tokenizer
+from evomerge.errors import EngineError
 from evomerge.genome import Genome
 from evomerge.merging.folder import ModelFolder
 from evomerge.merging.live import LiveModel
@@ -36,6 +33,16 @@ from evomerge.study import EngineSection, GenerationSection
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 STOP_MARGIN = 8  # tokens more than a stop string can have: what is decoded to look for one
+Done = Callable[[int, Output], None]  # a row's place in its part, and its output
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One prompt with its tokens and settings."""
+
+    prompt: str
+    row: list[int]
+    settings: GenerationSection
 
 
 class TransformersEngine:
@@ -60,9 +67,10 @@ class TransformersEngine:
         if engine.threads is not None:
             torch.set_num_threads(engine.threads)
         self.tokenizer = load_tokenizer(base, engine.trust_remote_code)
-        self.model = _load_model(base, engine, getattr(torch, dtype))
+        self.model = load_model(base, engine, getattr(torch, dtype))
         self.live = LiveModel(self.model, base, siblings, seed, engine.residency) if siblings else None
-        self.encode = Encoder(self.tokenizer, _context(self.model.config), generation.max_new_tokens, too_long)
+        self.context = context_of(self.model.config)
+        self.encode = Encoder(self.tokenizer, self.context, generation.max_new_tokens, too_long)
         self.rules = self._rules()
         self._gradient: GradientModel | None = None
 
@@ -71,29 +79,45 @@ class TransformersEngine:
         assert self.live is not None, "an engine without siblings merges nothing"
         self.live.apply(recipe)
 
-    def batches(self, prompts: Sequence[str]) -> list[list[int]]:
+    def batches(self, prompts: Sequence[str], settings: Sequence[GenerationSection] | None = None) -> list[list[int]]:
         """Indices of the prompts, longest first, in batches of `batch_size` and `batch_tokens`; `limits` do not change them."""
-        lengths = [len(row) for row in self.encode(prompts)]
-        return pack(lengths, self.generation.max_new_tokens, self.settings.batch_size, self.settings.batch_tokens)
+        new = self._new_tokens(prompts, settings)
+        lengths = [len(row) for row in self.encode(prompts, new)]
+        return pack(lengths, new, self.settings.batch_size, self.settings.batch_tokens)
 
-    def answer(self, prompts: Sequence[str]) -> list[Answer]:
+    def answer(
+        self,
+        prompts: Sequence[str],
+        settings: Sequence[GenerationSection] | None = None,
+        got: Got | None = None,
+        deadline: float | None = None,
+    ) -> list[Answer]:
         """Answer one batch, in parts where memory has shown that it must be.
 
-        Out of memory, the limit becomes half of what failed and is remembered in `limits`; the prompts are tried again.
-        Raises EngineError: out of memory with one prompt, a prompt that leaves no room in the context.
+        Out of memory, the limit becomes half of what failed and is remembered in `limits`; the prompts are tried again, but
+        for those that `got` was told of. Raises EngineError: out of memory with one prompt, a prompt that leaves no room in
+        the context.
         """
-        rows = self.encode(prompts)
+        rows = self.encode(prompts, self._new_tokens(prompts, settings))
+        own = [self.generation] * len(prompts) if settings is None else settings
+        asks = [Ask(*ask) for ask in zip(prompts, rows, own, strict=True)]
         outputs: dict[int, Output] = {}
-        waiting = list(range(len(rows)))
-        while waiting:
-            part = [waiting[i] for i in self._packed([len(rows[i]) for i in waiting])]
-            found = self._attempt([rows[i] for i in part], [prompts[i] for i in part], outputs)
+        waiting, part = list(range(len(asks))), list[int]()
+
+        def done(place: int, output: Output) -> None:
+            if got is not None:
+                outputs[part[place]] = output
+                got(part[place], self._finish(output, asks[part[place]].settings))
+
+        while waiting and not _over(deadline):
+            part[:] = [waiting[i] for i in self._packed([asks[i] for i in waiting])]
+            found = self._attempt([asks[i] for i in part], list(outputs.values()), done, deadline)
             if found is None:
-                self._halve([len(rows[i]) for i in part])
-                continue
-            outputs |= dict(zip(part, found, strict=True))
+                self._halve([asks[i] for i in part])
+            else:
+                outputs |= dict(zip(part, found, strict=True))
             waiting = [i for i in waiting if i not in outputs]
-        return [self._finish(outputs[i]) for i in range(len(prompts))]
+        return [self._finish(outputs.get(i, Output()), ask.settings) for i, ask in enumerate(asks)]
 
     def gradient(self, genome: Genome, vector: Sequence[float], pairs: Sequence[tuple[str, str]]) -> Likelihood:
         """The references' log-likelihood at a vector and its gradient by the genome's numbers, of (prompt, reference) pairs.
@@ -133,51 +157,71 @@ class TransformersEngine:
         own, ends = self.tokenizer.eos_token_id, self.rules.ends
         return make_pair(self.encode, prompt, reference, own if own in ends or not ends else min(ends))
 
-    def _packed(self, lengths: Sequence[int]) -> list[int]:
+    def _new_tokens(self, prompts: Sequence[str], settings: Sequence[GenerationSection] | None) -> list[int]:
+        """The longest answer to each prompt."""
+        return [self.generation.max_new_tokens] * len(prompts) if settings is None else [g.max_new_tokens for g in settings]
+
+    def _packed(self, asks: Sequence[Ask]) -> list[int]:
         """The first batch of these, within settings and limits."""
         budgets = [b for b in (self.settings.batch_tokens, self.limits.get("batch_tokens")) if b is not None]
-        return pack(lengths, self.generation.max_new_tokens, self.settings.batch_size, min(budgets, default=None))[0]
+        new = [ask.settings.max_new_tokens for ask in asks]
+        return pack([len(ask.row) for ask in asks], new, self.settings.batch_size, min(budgets, default=None))[0]
 
-    def _attempt(self, rows: list[list[int]], prompts: list[str], before: dict[int, Output]) -> list[Output] | None:
-        """The outputs of one part, or None when memory did not suffice."""
-        ended, tokens = len(before), sum(len(output.tokens) for output in before.values())
+    def _attempt(self, asks: list[Ask], before: list[Output], done: Done, deadline: float | None) -> list[Output] | None:
+        """The outputs of one part, or None when memory did not suffice; `before` are those of other parts."""
+        ended, tokens = len(before), sum(len(output.tokens) for output in before)
         watch = self.watch
         shifted = None if watch is None else lambda e, t: watch(ended + e, tokens + t)
         try:
             if not decodable(self.model):
-                return self._generate(rows, prompts)
-            stopped = (lambda _, tokens: self._stopped(tokens)) if self.generation.stop else None
-            seeds = [prompt_seed(self.seed, prompt) for prompt in prompts] if self.rules.do_sample else []
-            return decode(self.model, rows, self.rules, seeds, Hooks(stopped, shifted))
+                return self._generate_all(asks, done, deadline)
+            rules = [self.rules_of(ask.settings) for ask in asks]
+            seeds = [self.seed_of(ask) for ask in asks] if any(r.do_sample for r in rules) else []
+            over = None if deadline is None else lambda: _over(deadline)
+            return decode(self.model, [ask.row for ask in asks], rules, seeds, Hooks(self._stops(asks), shifted, done=done, over=over))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
         return None  # only here have the error and all that its frames held been let go
 
-    def _halve(self, lengths: Sequence[int]) -> None:
+    def _halve(self, asks: Sequence[Ask]) -> None:
         """Let batches have at most half of the tokens that were too many. Raises EngineError at one prompt."""
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        width, new = max(lengths), self.generation.max_new_tokens
-        if len(lengths) == 1:
+        width, new = max(len(ask.row) for ask in asks), max(ask.settings.max_new_tokens for ask in asks)
+        if len(asks) == 1:
             raise EngineError(
                 f"out of memory with a single prompt of {width} tokens and max_new_tokens {new}",
                 remedy="Lower generation.max_new_tokens, shorten the task, or use a device with more memory.",
             )
-        self.limits["batch_tokens"] = len(lengths) * (width + new) // 2
-        log.warning("out of memory with %d prompts: batches of at most %d tokens from here on", len(lengths), self.limits["batch_tokens"])
+        self.limits["batch_tokens"] = len(asks) * (width + new) // 2
+        log.warning("out of memory with %d prompts: batches of at most %d tokens from here on", len(asks), self.limits["batch_tokens"])
 
-    def _stopped(self, tokens: list[int]) -> bool:
+    def _stops(self, asks: Sequence[Ask]) -> Callable[[int, list[int]], bool] | None:
+        """What `decode` asks of each row's new tokens, where any prompt has stop strings."""
+        if not any(ask.settings.stop for ask in asks):
+            return None
+        return lambda place, tokens: bool(asks[place].settings.stop) and self._stopped(tokens, asks[place].settings.stop)
+
+    def _stopped(self, tokens: list[int], stops: Sequence[str]) -> bool:
         """Whether the latest tokens complete a stop string; a character has up to four of them."""
-        most = 4 * max(map(len, self.generation.stop)) + STOP_MARGIN
+        most = 4 * max(map(len, stops)) + STOP_MARGIN
         text = str(self.tokenizer.decode(tokens[-most:], skip_special_tokens=True))
-        return first_stop(text, self.generation.stop) is not None
+        return first_stop(text, stops) is not None
 
-    def _finish(self, output: Output) -> Answer:
+    def _finish(self, output: Output, settings: GenerationSection) -> Answer:
         text = str(self.tokenizer.decode(output.tokens, skip_special_tokens=True))
-        stop = first_stop(text, self.generation.stop)
+        stop = first_stop(text, settings.stop)
         return Answer(text[:stop], truncated=not output.ended and stop is None, tokens=len(output.tokens))
+
+    def seed_of(self, ask: Ask) -> int:
+        """Of the draws of one answer."""
+        return prompt_seed(self.seed if ask.settings.seed is None else ask.settings.seed, ask.prompt)
+
+    def rules_of(self, g: GenerationSection) -> Rules:
+        """The prompt's own settings; what ends an answer is the model's."""
+        return Rules(g.max_new_tokens, self.rules.ends, g.do_sample, g.temperature, g.top_p, g.repetition_penalty)
 
     def _rules(self) -> Rules:
         """The model's own end tokens, our settings, and nothing else from its generation_config.json."""
@@ -186,10 +230,24 @@ class TransformersEngine:
         several = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
         return Rules(g.max_new_tokens, several, g.do_sample, g.temperature, g.top_p, g.repetition_penalty)
 
+    def _generate_all(self, asks: Sequence[Ask], done: Done, deadline: float | None) -> list[Output]:
+        """`_generate` for each group of prompts with the same settings."""
+        outputs = [Output() for _ in asks]
+        for settings in dict.fromkeys(ask.settings for ask in asks):
+            places = [i for i, ask in enumerate(asks) if ask.settings == settings]
+            if _over(deadline):
+                break
+            for i, output in zip(places, self._generate([asks[i] for i in places], settings, deadline), strict=True):
+                outputs[i] = output
+                if output.ended or len(output.tokens) == settings.max_new_tokens:
+                    done(i, output)
+        return outputs
+
     @torch.inference_mode()
-    def _generate(self, rows: list[list[int]], prompts: list[str]) -> list[Output]:
+    def _generate(self, asks: Sequence[Ask], settings: GenerationSection, deadline: float | None) -> list[Output]:
         """transformers' `generate`, all rows to the end of the longest answer: for caches that hold more than keys and values."""
-        r, width, pad = self.rules, max(map(len, rows)), self.tokenizer.pad_token_id
+        r, rows = self.rules_of(settings), [ask.row for ask in asks]
+        width, pad = max(map(len, rows)), self.tokenizer.pad_token_id
         config = GenerationConfig(
             max_new_tokens=r.max_new_tokens,
             do_sample=r.do_sample,
@@ -201,91 +259,27 @@ class TransformersEngine:
         device = self.model.get_input_embeddings().weight.device
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-        # transformers' own `stop_strings` fail with tokenizers that have no rule for joining tokens.
-        stop = StoppingCriteriaList([lambda ids, scores: ids.new_tensor([self._stopped(row) for row in ids[:, width:].tolist()]).bool()])
+
+        def stop(ids: torch.Tensor, scores: object) -> torch.Tensor:
+            # transformers' own `stop_strings` fail with tokenizers that have no rule for joining tokens
+            ended = [bool(settings.stop) and self._stopped(row, settings.stop) for row in ids[:, width:].tolist()]
+            return ids.new_tensor([_over(deadline) or e for e in ended]).bool()
+
+        stopping = StoppingCriteriaList([stop] if settings.stop or deadline is not None else [])
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             if r.do_sample:
-                set_seed(prompt_seed(self.seed, "\0".join(prompts)))
-            output = self.model.generate(
-                input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=stop if self.generation.stop else None
-            )
-        return [self._until_end(row) for row in output[:, width:].tolist()]
+                seed = self.seed if settings.seed is None else settings.seed
+                set_seed(prompt_seed(seed, "\0".join(ask.prompt for ask in asks)))
+            output = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=stopping)
+        return [self._until_end(row, settings.stop) for row in output[:, width:].tolist()]
 
-    def _until_end(self, tokens: list[int]) -> Output:
+    def _until_end(self, tokens: list[int], stops: Sequence[str]) -> Output:
         """What `decode` would have made of a row: `generate` fills it up after its end."""
         end = next((i for i, token in enumerate(tokens) if token in self.rules.ends), None)
         kept = tokens[:end]
-        stop = next((i for i in range(1, len(kept) + 1) if self._stopped(kept[:i])), None) if self.generation.stop else None
+        stop = next((i for i in range(1, len(kept) + 1) if self._stopped(kept[:i], stops)), None) if stops else None
         return Output(kept[:stop], end is not None or stop is not None)
 
 
-def _context(config: Any) -> int | None:
-    """How many tokens the model has positions for."""
-    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-
-
-def load_tokenizer(folder: ModelFolder, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer, padding on the left; a missing pad token is the end token. Raises ModelError."""
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder.path), trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError, … for a bad tokenizer
-        raise ModelError(f"the tokenizer cannot be loaded: {error}", where=folder.path, remedy="Add the tokenizer's files.") from error
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise ModelError(
-                "the tokenizer has neither a pad nor an end token", where=folder.path, remedy="Set one in tokenizer_config.json."
-            )
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def _load_model(
-    folder: ModelFolder, engine: EngineSection, dtype: torch.dtype
-) -> Any:  # a PreTrainedModel, whose own annotations hide `generate`
-    transformers_logging.disable_progress_bar()  # our own progress says what takes time
-    device = engine.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device_map: Any = engine.device_map
-    quantization = _quantization(engine)
-    if quantization is not None and device_map is None:
-        device_map = {"": device}  # tensor by tensor: the unquantised model is never there as a whole
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(folder.path),
-            dtype=dtype,
-            device_map=device_map,
-            trust_remote_code=engine.trust_remote_code,
-            use_safetensors=True,
-            quantization_config=quantization,
-        )
-        if device_map is None:
-            model.to(torch.device(device))  # type: ignore[arg-type]
-    except torch.OutOfMemoryError as error:
-        raise EngineError(
-            "the model does not fit the device", where=folder.path, found=device, remedy="Use engine.device_map: auto."
-        ) from error
-    except Exception as error:  # as above: many kinds, none of them ours
-        raise ModelError(f"transformers cannot load the model: {error}", where=folder.path, remedy="Check config.json.") from error
-    model.eval()
-    return model
-
-
-def _quantization(engine: EngineSection) -> BitsAndBytesConfig | None:
-    """How the live model is quantised: NF4, computed in bfloat16. Raises EngineError without bitsandbytes."""
-    if engine.quantization is None:
-        return None
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise EngineError(
-            "a live model in 4 bits needs bitsandbytes",
-            where="engine.quantization",
-            found=engine.quantization,
-            remedy="Run pip install 'evomerge[4bit]'.",
-        )
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=torch.bfloat16,
-        bnb_4bit_use_double_quant=engine.quantization == "4bit-double",
-    )
+def _over(deadline: float | None) -> bool:
+    return deadline is not None and time.monotonic() >= deadline

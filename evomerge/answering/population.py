@@ -24,15 +24,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evomerge.answering.decode import Hooks, Output, Rules, decodable, decode
-from evomerge.answering.encode import prompt_seed
 from evomerge.answering.engine import Answer, pack
-from evomerge.answering.hf import TransformersEngine
+from evomerge.answering.hf import Ask, TransformersEngine
 from evomerge.errors import RecipeError
 from evomerge.merging import methods, quantized
 from evomerge.merging.live import LiveModel
 from evomerge.merging.resident import Inputs, is_out_of_memory
 from evomerge.merging.stream import MergePlan
 from evomerge.recipe import Recipe, scalar
+from evomerge.study import GenerationSection
 
 PLAIN = {"normalize": False, "lambda": 1.0}  # what a recipe must set, if it sets them
 GROUPED = 256  # tokens of one candidate from which merging its weights once more is cheaper than more products
@@ -65,42 +65,46 @@ class PopulationEngine(TransformersEngine):
         """Whether `answer_all` takes these recipes."""
         return self.live is not None and PopulationModel(self.model, self.live).suits(recipes)
 
-    def answer_all(self, recipes: Sequence[Recipe], prompts: Sequence[str]) -> list[list[Answer]]:
+    def answer_all(
+        self, recipes: Sequence[Recipe], prompts: Sequence[str], settings: Sequence[GenerationSection] | None = None
+    ) -> list[list[Answer]]:
         """Every candidate's answers to every prompt, [candidate][prompt]. The live model keeps the weights it has.
 
         A batch has `batch_size` prompts of every candidate, within `batch_tokens`; out of memory it is halved as in `answer`.
         Raises RecipeError where a recipe does not suit, EngineError as `answer` does.
         """
         assert self.live is not None, "an engine without siblings merges nothing"
-        tokens = self.encode(prompts)
+        rows = self.encode(prompts, self._new_tokens(prompts, settings))
+        own = [self.generation] * len(prompts) if settings is None else settings
+        asks = [Ask(*ask) for ask in zip(prompts, rows, own, strict=True)]
         outputs: dict[tuple[int, int], Output] = {}
         waiting = [(candidate, prompt) for prompt in range(len(prompts)) for candidate in range(len(recipes))]
-        budget, new = self.settings.batch_tokens, self.generation.max_new_tokens
+        budget = self.settings.batch_tokens
         with PopulationModel(self.model, self.live).of(recipes) as answer:
             while waiting:
                 most = min((b for b in (budget, self.limits.get("batch_tokens")) if b is not None), default=None)
-                lengths = [len(tokens[prompt]) for _, prompt in waiting]
+                lengths = [len(asks[prompt].row) for _, prompt in waiting]
+                new = [asks[prompt].settings.max_new_tokens for _, prompt in waiting]
                 part = [waiting[i] for i in pack(lengths, new, self.settings.batch_size * len(recipes), most)[0]]
-                found = self._attempt_part(answer, part, tokens, prompts, outputs.values())
+                found = self._attempt_part(answer, [c for c, _ in part], [asks[prompt] for _, prompt in part], outputs.values())
                 if found is None:
-                    self._halve([len(tokens[prompt]) for _, prompt in part])
+                    self._halve([asks[prompt] for _, prompt in part])
                     continue
                 outputs |= dict(zip(part, found, strict=True))
                 waiting = [pair for pair in waiting if pair not in outputs]
-        return [[self._finish(outputs[candidate, prompt]) for prompt in range(len(prompts))] for candidate in range(len(recipes))]
+        return [[self._finish(outputs[c, prompt], ask.settings) for prompt, ask in enumerate(asks)] for c in range(len(recipes))]
 
     def _attempt_part(
-        self, answer: AnswerRows, part: list[tuple[int, int]], tokens: Sequence[list[int]], prompts: Sequence[str], done: Collection[Output]
+        self, answer: AnswerRows, candidates: Sequence[int], asks: Sequence[Ask], done: Collection[Output]
     ) -> list[Output] | None:
-        """The outputs of some rows, or None when memory did not suffice; `done` are those of the parts before."""
+        """The outputs of some rows, one of each candidate and prompt, or None when memory did not suffice; `done` are earlier ones."""
         ended, made = len(done), sum(len(output.tokens) for output in done)
         heard = self.watch
         watch = None if heard is None else (lambda more, new: heard(ended + more, made + new))
-        seeds = [prompt_seed(self.seed, prompts[prompt]) for _, prompt in part] if self.rules.do_sample else []
-        stopped = (lambda _, new: self._stopped(new)) if self.generation.stop else None
+        rules = [self.rules_of(ask.settings) for ask in asks]
+        seeds = [self.seed_of(ask) for ask in asks] if any(r.do_sample for r in rules) else []
         try:
-            rows = [tokens[prompt] for _, prompt in part]
-            return answer([candidate for candidate, _ in part], rows, self.rules, seeds, Hooks(stopped, watch))
+            return answer(candidates, [ask.row for ask in asks], rules, seeds, Hooks(self._stops(asks), watch))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -132,7 +136,11 @@ class PopulationModel:
         weights = Weights(plans, self.live)
 
         def answer(
-            candidates: Sequence[int], prompts: Sequence[Sequence[int]], rules: Rules, seeds: Sequence[int] = (), hooks: Hooks | None = None
+            candidates: Sequence[int],
+            prompts: Sequence[Sequence[int]],
+            rules: Rules | Sequence[Rules],
+            seeds: Sequence[int] = (),
+            hooks: Hooks | None = None,
         ) -> list[Output]:
             given = hooks or Hooks()
             selecting = Hooks(given.stopped, given.watch, lambda order: weights.select([candidates[row] for row in order]))

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from evomerge import __version__
+from evomerge.cli.infer import infer_command
 from evomerge.cli.judges import judge_commands
 from evomerge.cli.knowledge import knowledge_commands
 from evomerge.cli.models import demo, merge, model_commands
@@ -47,6 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     study_commands(commands)
     model_commands(commands)
+    infer_command(commands)
     judge_commands(commands)
     knowledge_commands(commands)
     return parser

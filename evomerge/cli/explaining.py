@@ -22,6 +22,7 @@ WIDTHS = (10, 14, 5, 14)  # task_id, class, confidence, examples; the input gets
 def explain(args: argparse.Namespace) -> None:
     """Print class, confidence and examples of each task, and a confusion table where `kind` holds true classes."""
     from evomerge.knowledge.base import read_knowledge
+    from evomerge.knowledge.classify import THRESHOLD
     from evomerge.knowledge.retrieve import Chooser
 
     if args.knowledge is None:
@@ -29,7 +30,9 @@ def explain(args: argparse.Namespace) -> None:
     tasks = load_tasks(args.tasks)
     console = Console()
     knowledge = read_knowledge(args.knowledge)
-    choices = Chooser(knowledge, args.retriever or "tfidf", say=console.say).choose_all([task.input for task in tasks])
+    threshold = THRESHOLD if args.threshold is None else args.threshold
+    chooser = Chooser(knowledge, args.retriever or "tfidf", threshold=threshold, default=args.default_class, say=console.say)
+    choices = chooser.choose_all([task.input for task in tasks])
     for line in json_lines(tasks, choices) if args.json else table(tasks, choices):
         print(line)
     compared = list(confusion_table(tasks, choices, [c.name for c in knowledge.classes]))

@@ -33,7 +33,7 @@ def study_option(p: argparse.ArgumentParser) -> None:
     storage_option(p)
 
 
-def storage_option(p: argparse.ArgumentParser) -> None:
+def storage_option(p: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     p.add_argument(
         "--storage",
         metavar="URL",

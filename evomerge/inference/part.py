@@ -1,4 +1,8 @@
-"""OUT.part: answers that are there while a run is under way, and files that appear whole."""
+"""OUT.part: answers that are there while a run is under way, and files that appear whole.
+
+Its first line says what the answers are made from. Then comes a line for each answer, or for several that came
+together, and one whenever memory has forced smaller batches. A line that a kill has torn is cut off.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +13,24 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from evomerge.answering.engine import Answer
 from evomerge.errors import InputError, OutputError
+
+FIRST = ""  # the round of each task's first answer
 
 
 class Part:
-    """OUT.part, open for appending; `outputs` holds what it keeps: index of the task -> output."""
+    """OUT.part, open for appending.
+
+    `rounds` holds what it keeps: round -> index of the task -> answer, without the count of its tokens; `limits` what memory
+    has forced on the engine.
+    """
 
     def __init__(self, out: Path, header: Mapping[str, str], total: int) -> None:
+        """Raises InputError: a file of other answers. OutputError: it cannot be written, or another run writes it."""
         self.path = out.with_name(out.name + ".part")
-        self.outputs: dict[int, str] = {}
+        self.rounds: dict[str, dict[int, Answer]] = {FIRST: {}}
+        self.limits: dict[str, int] = {}
         self.total = total
         try:
             if out.exists() and not out.is_file():
@@ -39,13 +52,33 @@ class Part:
     def __exit__(self, *_: object) -> None:
         os.close(self.fd)
 
-    def add(self, outputs: Mapping[int, str]) -> None:
-        """Append one batch; it is on the disk when this returns."""
-        self._append({"batch": list(outputs), "outputs": list(outputs.values())})
-        self.outputs.update(outputs)
+    @property
+    def answers(self) -> dict[int, Answer]:
+        """The first answers."""
+        return self.rounds[FIRST]
+
+    def of(self, name: str) -> dict[int, Answer]:
+        """The answers of a round, none where it has not begun."""
+        return self.rounds.setdefault(name, {})
+
+    def add(self, answers: Mapping[int, Answer], name: str = FIRST) -> None:
+        """Append answers of a round; they are on the disk when this returns."""
+        if not answers:
+            return
+        record: dict[str, Any] = {"batch": list(answers), "outputs": [answer.text for answer in answers.values()]}
+        record |= {"cut": cut} if (cut := [i for i, answer in answers.items() if answer.truncated]) else {}
+        self._append(record | ({"round": name} if name else {}))
+        self.of(name).update(answers)
+
+    def limit(self, limits: Mapping[str, int]) -> None:
+        """Keep what memory has forced, where it is new."""
+        if dict(limits) != self.limits:
+            self.limits = dict(limits)
+            self._append({"limits": self.limits})
 
     def error(self, error: OSError) -> OutputError:
-        kept = f"{len(self.outputs)} of {self.total} answers are kept there. " if self.outputs else ""
+        """What to do when the disk is full or nothing may be written."""
+        kept = f"{len(self.answers)} of {self.total} answers are kept there. " if self.answers else ""
         return OutputError(
             f"answers cannot be written: {error.strerror or error}",
             where=self.path,
@@ -77,7 +110,12 @@ class Part:
                 remedy="Repeat the command that began it, delete the file, or name another --out.",
             )
         for line in lines[1:]:
-            self.outputs.update(zip(line["batch"], line["outputs"], strict=True))
+            if "limits" in line:
+                self.limits = line["limits"]
+                continue
+            cut = line.get("cut", [])
+            found = {i: Answer(text, i in cut, 0) for i, text in zip(line["batch"], line["outputs"], strict=True)}
+            self.of(line.get("round", FIRST)).update(found)
         self._truncate(len(whole) + 1)
 
     def _truncate(self, size: int) -> None:
@@ -100,7 +138,7 @@ def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
     except ValueError as error:
         value = error
     wanted = {"prompts"} if number == 1 else {"batch", "outputs"}
-    if not isinstance(value, dict) or not wanted <= value.keys():
+    if not isinstance(value, dict) or not (wanted <= value.keys() or (number > 1 and "limits" in value)):
         raise InputError(
             "holds no unfinished answers that can be read", where=f"{path}, line {number}", remedy="Delete the file, or name another --out."
         )

@@ -93,9 +93,10 @@ class Examiner:
             begun.seconds["merge"] = time.perf_counter() - began
 
         began = time.perf_counter()
-        prompts = [self.prompter.render(task.input) for task in tasks]
+        prompts = self.prompter.prepare([task.input for task in tasks])
         pace = Pace(len(tasks), lambda line: self.console.status(f"{label}  {line}", detail=True))
-        begun.answers = answer_all(self.engine, self.cache, recipe.digest(), prompts, apply, pace, self.remember, mode, begun.got)
+        texts, own = [prompt.text for prompt in prompts], self.prompter.settings(prompts)
+        begun.answers = answer_all(self.engine, self.cache, recipe.digest(), texts, apply, pace, self.remember, mode, begun.got, own)
         spent = time.perf_counter() - began - begun.seconds["merge"] - begun.seconds["judge"]
         shared = self.shared(recipe)
         begun.seconds["answer"] = spent + shared

@@ -177,6 +177,7 @@ def check_unchanged(ledger: Ledger, facts: Mapping[str, Any]) -> None:
         changed = changed_keys(old["study_file"], facts["study_file"])
         changed += [f"the model {ref}" for ref, digest in facts["models"].items() if old["models"].get(ref, digest) != digest]
         changed += ["the tasks"] if old["tasks"] != facts["tasks"] else []
+        changed += ["the knowledge base"] if old.get("knowledge") != facts.get("knowledge") else []
         if changed:
             raise StudyError(
                 f"the study has changed since it began: {', '.join(changed)}",

@@ -199,8 +199,9 @@ class Search:
         mode = ONE_PASS if self._one_pass() else MERGED
         named = f"gen {generation + 1}"
         if mode == ONE_PASS:
-            prompts = [self.prompter.render(task.input) for task in self.rounds.tasks(generation)]
-            self.one_pass.ahead(generation, prompts, lambda line: self.console.status(f"{named}  in one pass  {line}", detail=True))
+            prompts = self.prompter.prepare([task.input for task in self.rounds.tasks(generation)])
+            texts, own = [prompt.text for prompt in prompts], self.prompter.settings(prompts)
+            self.one_pass.ahead(generation, texts, lambda line: self.console.status(f"{named}  in one pass  {line}", detail=True), own)
         if self.rounds.together:
             self.rounds.prepare(generation, [self.genome.decode(v) for v in self.one_pass.vectors(generation)], mode, named)
         blocks, grades = self.rounds.of(generation, recipe), self.rounds.grades(recipe)

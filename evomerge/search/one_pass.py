@@ -15,7 +15,7 @@ from evomerge.genome import Genome
 from evomerge.recipe import Recipe
 from evomerge.search.ledger import Ledger
 from evomerge.search.sampler import ReplayedCmaEs
-from evomerge.study import Study
+from evomerge.study import GenerationSection, Study
 
 WHEN = "It is for plain task_arithmetic with the models on one device, not in 4 bits; remove it."
 MODE = "population"  # of the cache's keys: a weight that is not merged is not rounded
@@ -45,20 +45,27 @@ class OnePass:
             raise StudyFileError("these candidates cannot share a pass", where="engine.population", found=True, remedy=WHEN)
         return suits
 
-    def ahead(self, generation: int, prompts: Sequence[str], report: Callable[[str], None]) -> None:
+    def ahead(
+        self,
+        generation: int,
+        prompts: Sequence[str],
+        report: Callable[[str], None],
+        settings: Sequence[GenerationSection] | None = None,
+    ) -> None:
         """Answer for every candidate of the generation, batch of prompts by batch, what is not kept yet. Raises EngineError."""
         assert isinstance(self.engine, PopulationEngine)
         recipes = [self.genome.decode(vector) for vector in self.vectors(generation)]
         pace = Pace(len(recipes) * len(prompts), report)
-        for batch in self.engine.batches(prompts):
+        for batch in self.engine.batches(prompts, settings):
             texts = [prompts[i] for i in batch]
-            keys = [self.cache.key(recipe.digest(), texts, MODE) for recipe in recipes]
+            own = None if settings is None else [settings[i] for i in batch]
+            keys = [self.cache.key(recipe.digest(), texts, MODE, own) for recipe in recipes]
             if all(self.cache.get(key, len(batch)) is not None for key in keys):
                 pace.found(len(recipes) * len(batch))
                 continue
             began = time.perf_counter()
             with watched(self.engine, pace, lambda limits: self.ledger.remember("limits", dict(limits))):
-                answers = self.engine.answer_all(recipes, texts)
+                answers = self.engine.answer_all(recipes, texts, own)
             share = (time.perf_counter() - began) / len(recipes)
             pace.end(len(recipes) * len(batch), sum(answer.tokens for found in answers for answer in found))
             for recipe, key, found in zip(recipes, keys, answers, strict=True):

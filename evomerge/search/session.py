@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +20,8 @@ from evomerge.errors import StudyError, StudyFileError
 from evomerge.genome import Genome, make_genome
 from evomerge.judging.choose import check_tasks, make_judge
 from evomerge.judging.grade import Judge, WaitingJudge
+from evomerge.knowledge.base import read_knowledge
+from evomerge.knowledge.retrieve import Chooser
 from evomerge.merging.fingerprint import combined, fingerprint
 from evomerge.merging.folder import ModelFolder, check_fit, num_layers, open_model
 from evomerge.merging.lora import AdaptedModel
@@ -30,7 +32,7 @@ from evomerge.search.sampler import ReplayedCmaEs
 from evomerge.search.starting import first_vectors, remember_start, restore_start, source_url
 from evomerge.search.verdict import choose_winner
 from evomerge.search.warm_start import check_warm_start
-from evomerge.study import JudgeSection, Study
+from evomerge.study import JudgeSection, PromptSection, Study
 from evomerge.tasks import Split, Task, load_dataset_tasks, load_tasks, split_tasks, tasks_hash
 
 
@@ -45,10 +47,12 @@ def open_search(study: Study, url: str, console: Console) -> Iterator[Search]:
     base, siblings = open_models(study)
     genome = make_genome(study, num_layers(base.config))
     check_filters(genome, base)
+    chooser = open_knowledge(study.prompt, console.say)
     sampler = make_sampler(study, genome)
     with only_worker(url, study.study):
         ledger = open_ledger(url, study.study, sampler, create=True)
         facts = _facts(study, genome, tasks, split, [base, *siblings], ledger)
+        facts["knowledge"] = None if chooser is None else chooser.knowledge.digest()
         check_unchanged(ledger, facts)
         _keep_first(sampler, ledger)
         restore_start(sampler, ledger.facts)
@@ -69,7 +73,8 @@ def open_search(study: Study, url: str, console: Console) -> Iterator[Search]:
             _prepare(lm_eval, engine, ledger, console)
         if study.search.warm_start is not None:
             check_warm_start(genome, split.search, engine)
-        prompter = make_prompter(engine.tokenizer, study.prompt) if lm_eval is None else Prompter(engine.tokenizer, study.prompt)
+        make = make_prompter if lm_eval is None else Prompter
+        prompter = make(engine.tokenizer, study.prompt, study.generation, chooser, engine.context)
         cache = AnswerCache(cache_path(url, study.study), cache_scope(study, facts["models"]))
         drain = True
         try:
@@ -81,6 +86,14 @@ def open_search(study: Study, url: str, console: Console) -> Iterator[Search]:
             if isinstance(judge, WaitingJudge):
                 judge.close(drain)
             cache.close()
+
+
+def open_knowledge(prompt: PromptSection, say: Callable[[str], None]) -> Chooser | None:
+    """What chooses classes and examples from the base that the prompts are made with, if there is one. Raises KnowledgeError."""
+    if prompt.knowledge is None:
+        return None
+    knowledge = read_knowledge(prompt.knowledge)
+    return Chooser(knowledge, prompt.retriever, threshold=prompt.threshold, default=prompt.default_class, say=say)
 
 
 def _open_judge(study: Study, url: str, ledger: Ledger, tasks: Sequence[Task]) -> Judge:

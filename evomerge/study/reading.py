@@ -57,6 +57,24 @@ def read_study(path: str | Path, overrides: Sequence[str] = (), environ: Mapping
     return study
 
 
+def overridden(study: Study, overrides: Sequence[str], allowed: Sequence[str]) -> Study:
+    """A study with "a.b=value" texts on top, checked as a file is; keys that begin with none of `allowed` are refused.
+
+    Paths are relative to the working directory. Raises InputError, StudyFileError.
+    """
+    data = study.to_dict()
+    for override in overrides:
+        key = override.partition("=")[0]
+        if not any(key == known or key.startswith(f"{known}.") for known in allowed):
+            raise InputError("--set: the key changes nothing here", found=override, remedy=f"Keys are those of {', '.join(allowed)}.")
+        _override(data, override)
+    changed = typing.cast(Study, build(Study, data, "", "--set"))
+    if overrides:
+        changed = dataclasses.replace(changed, prompt=resolve_paths(changed, Path.cwd()).prompt)
+        check_study_file(changed, "--set")
+    return changed
+
+
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Dotted keys whose values differ between two `to_dict`s, stopping keys left out."""
     with contextlib.suppress(StudyFileError):  # it may hold what this version does not know
@@ -137,9 +155,11 @@ def resolve_paths(study: Study, folder: Path) -> Study:
         file=None if j.file is None else str((folder / Path(j.file).expanduser()).resolve()),
         model=place(j.model) if j.kind == "local" and j.model is not None else j.model,
     )
+    p = study.prompt
+    prompt = dataclasses.replace(p, knowledge=None if p.knowledge is None else str((folder / Path(p.knowledge).expanduser()).resolve()))
     recipes = tuple(str((folder / Path(path).expanduser()).resolve()) for path in study.search.recipes)
     search = dataclasses.replace(study.search, recipes=recipes)
-    return dataclasses.replace(study, genome=genome, tasks=tasks, task_search_path=folders, judge=judge, search=search)
+    return dataclasses.replace(study, genome=genome, tasks=tasks, task_search_path=folders, judge=judge, search=search, prompt=prompt)
 
 
 def _override(data: dict[str, Any], override: str) -> None:

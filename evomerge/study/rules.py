@@ -60,6 +60,13 @@ def check_study_file(study: Study, where: str) -> None:
             study.prompt.template,
             "It must hold {input}.",
         ),
+        (0 <= study.prompt.threshold <= 1, "prompt.threshold", study.prompt.threshold, "A share from 0 to 1, such as 0.35."),
+        (
+            study.prompt.default_class is None or study.prompt.knowledge is not None,
+            "prompt.default_class",
+            study.prompt.default_class,
+            "It is a class of prompt.knowledge: name that too.",
+        ),
     ]
     rules += _search_rules(study)
     for i, source in enumerate(study.tasks):

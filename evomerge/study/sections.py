@@ -70,6 +70,10 @@ class PromptSection:
     template: str | None = None  # with format template: a text that holds {input}
     system: str | None = None  # with format chat: the system turn
     too_long: Literal["refuse", "truncate"] = "refuse"  # what leaves no room for an answer; truncate: cut from the left, with a warning
+    knowledge: str | None = None  # a knowledge base: a task's class gives system text, template, examples and generation settings
+    retriever: str = "tfidf"  # what finds examples: tfidf, bm25, embeddings:MODEL, or several joined by +
+    default_class: str | None = None  # of tasks whose class is less sure than `threshold`; None: the best guess stands
+    threshold: float = 0.35
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ class GenerationSection:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()  # texts that end an answer; they are no part of it
+    seed: int | None = None  # of the draws; None: search.seed
 
 
 @dataclass(frozen=True)

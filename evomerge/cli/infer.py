@@ -1,0 +1,205 @@
+"""infer: answers to a task file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from evomerge.cli.options import Commands, add_command, say_written, seed, storage_option, storage_url
+from evomerge.console import Console, duration, seconds
+from evomerge.errors import InputError
+
+if TYPE_CHECKING:
+    from evomerge.inference.opening import Opened
+    from evomerge.inference.run import Done
+    from evomerge.knowledge.retrieve import Chooser
+    from evomerge.tasks import Task
+
+EXAMPLES = """evomerge infer --study demo --tasks tasks.jsonl --out answers.jsonl --knowledge base.xlsx
+  evomerge infer --model merged/ --tasks tasks.jsonl --out answers.jsonl --time-limit 55m
+  evomerge infer --recipe best.yaml --tasks tasks.jsonl --out answers.jsonl --quantization 4bit
+  evomerge infer --server http://localhost:8000/v1 --model NAME --tasks tasks.jsonl --out answers.jsonl
+  evomerge infer --explain --tasks tasks.jsonl --knowledge base.xlsx"""
+# option -> the key of a study file that it sets
+KEYS = {
+    "format": "prompt.format",
+    "knowledge": "prompt.knowledge",
+    "retriever": "prompt.retriever",
+    "default_class": "prompt.default_class",
+    "threshold": "prompt.threshold",
+    "max_new_tokens": "generation.max_new_tokens",
+    "batch_size": "engine.batch_size",
+    "engine": "engine.kind",
+    "quantization": "engine.quantization",
+    "device_map": "engine.device_map",
+    "seed": "search.seed",
+}
+
+
+def infer_command(commands: Commands) -> None:
+    """infer."""
+    p = add_command(commands, "infer", infer, "answer tasks with a model, a recipe, a study's winner, or through a server", EXAMPLES)
+    who = p.add_argument_group("who answers")
+    who.add_argument("--model", metavar="DIR", help="a model folder or hub name; with --server, the server's name for it")
+    who.add_argument("--recipe", type=Path, metavar="YAML", help="a mergekit configuration, merged in place")
+    who.add_argument("--study", metavar="NAME", help="a study: its winner is merged in place, and asked as in the search")
+    who.add_argument("--server", metavar="URL", help="an OpenAI-compatible server; a key is taken from OPENAI_API_KEY")
+    storage_option(who)
+    files = p.add_argument_group("files")
+    files.add_argument("--tasks", type=Path, required=True, metavar="FILE", help="JSON lines: task_id, input")
+    files.add_argument("--out", type=Path, metavar="FILE", help="JSON lines: task_id, input, output")
+    _knowledge_options(p)
+    how = p.add_argument_group("how (default: as the study says)")
+    how.add_argument("--format", choices=["chat", "competition"], help="the prompt's format (default: chat)")
+    how.add_argument("--max-new-tokens", type=int, metavar="N", help="the longest answer of all, whatever a class says (default: 256)")
+    how.add_argument("--engine", choices=["transformers", "vllm"], help="what runs the model (default: transformers)")
+    how.add_argument("--quantization", choices=["4bit", "4bit-double"], help="the model in 4 bits (bitsandbytes)")
+    how.add_argument("--device-map", metavar="MAP", help="auto: one model over several GPUs")
+    how.add_argument("--batch-size", type=int, metavar="N", help="prompts answered at once (default: 32)")
+    how.add_argument("--concurrency", type=int, metavar="N", help="with --server: requests under way at once (default: 8)")
+    how.add_argument("--seed", type=seed, metavar="N", help="of draws, where answers are sampled")
+    how.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="any key of prompt, generation or engine, as in a study file"
+    )
+    how.add_argument(
+        "--time-limit",
+        metavar="TIME",
+        help="90s, 55m, 2h: then the file is written, what is unfinished is marked; cheap tasks go first",
+    )
+
+
+def _knowledge_options(p: argparse.ArgumentParser) -> None:
+    base = p.add_argument_group("knowledge base")
+    base.add_argument("--knowledge", metavar="FILE", help="classes and examples: .xlsx, .yaml, .csv or a folder of CSVs")
+    base.add_argument("--retriever", metavar="NAME", help="tfidf (default), bm25, embeddings:MODEL, or several joined by +")
+    base.add_argument("--default-class", metavar="NAME", help="of tasks whose class is less sure than --threshold")
+    base.add_argument("--threshold", type=float, metavar="SHARE", help="confidence from 0 to 1 (default: 0.35)")
+    base.add_argument(
+        "--classify",
+        choices=["neighbours", "model", "both"],
+        default="neighbours",
+        help="by nearest examples (default), the model, or both",
+    )
+    base.add_argument("--explain", action="store_true", help="show each task's class and examples, without a model")
+    base.add_argument("--json", action="store_true", help="with --explain: a JSON object a line")
+
+
+def infer(args: argparse.Namespace) -> None:
+    """Answer a task file."""
+    if args.explain:  # other options may stand: one adds --explain to a command to see what it would do
+        from evomerge.cli.explaining import explain
+
+        explain(args)
+        return
+    limit = _check(args)
+    began = time.monotonic()
+    from evomerge.answering.prompts import make_prompter
+    from evomerge.inference import run_inference
+
+    console = Console()
+    tasks = _tasks(args.tasks)
+    opened = _open(args, console)
+    chooser = _chooser(args, opened, console)
+    prompter = make_prompter(
+        opened.engine.tokenizer, opened.prompt, opened.study.generation, chooser, opened.engine.context, args.max_new_tokens
+    )
+    done = run_inference(
+        opened.engine,
+        prompter,
+        tasks,
+        args.out,
+        _answered(console),
+        model=opened.identity,
+        deadline=None if limit is None else began + limit,
+    )
+    _report(console, args, done)
+
+
+def _check(args: argparse.Namespace) -> float | None:
+    """The time limit in seconds. Raises InputError for options that do not go together."""
+    if args.json:
+        raise InputError("is for --explain", where="--json", remedy="Add --explain, or leave it out.")
+    if args.out is None:
+        raise InputError("where do the answers go?", where="evomerge infer", remedy="Name a file with --out.")
+    given = [option for option in ("model", "recipe", "study", "server") if getattr(args, option) is not None]
+    if len(given) != 1 and sorted(given) != ["model", "server"]:
+        raise InputError("who answers is not clear", where="evomerge infer", remedy="Give one of --model, --recipe, --study and --server.")
+    if args.server is None and args.concurrency is not None:
+        raise InputError("is for a server", where="--concurrency", remedy="Use --batch-size.")
+    for option in ("batch_size", "engine", "quantization", "device_map", "seed") if args.server is not None else ():
+        if getattr(args, option) is not None:
+            raise InputError("is the server's own business", where=f"--{option.replace('_', '-')}", remedy="Leave it out.")
+    if args.classify != "neighbours" and (args.server is not None or args.engine == "vllm"):
+        raise InputError("asks a transformers model", where="--classify", found=args.classify, remedy="Use --classify neighbours.")
+    for option in ("concurrency", "max_new_tokens", "batch_size"):
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            raise InputError("must be 1 or more", where=f"--{option.replace('_', '-')}", found=value)
+    limit = None if args.time_limit is None else seconds(args.time_limit)
+    if args.time_limit is not None and limit is None:
+        raise InputError("is no duration", where="--time-limit", found=args.time_limit, remedy="Write 90s, 55m or 2h.")
+    return limit
+
+
+def _tasks(path: Path) -> tuple[Task, ...]:
+    from evomerge.tasks import load_tasks
+
+    if not path.is_file():
+        raise InputError("no such task file", where=path, remedy="Name a file of JSON lines: task_id, input.")
+    return load_tasks(path)
+
+
+def _open(args: argparse.Namespace, console: Console) -> Opened:
+    """The engine, by the options given; they stand above the study's keys, and --set above both."""
+    from evomerge.inference import opening
+
+    overrides = [f"{key}={json.dumps(value)}" for option, key in KEYS.items() if (value := getattr(args, option)) is not None]
+    overrides += ["prompt.template=null"] if args.format is not None else []
+    overrides += args.set
+    if args.server is not None:
+        return opening.open_server_at(args.server, args.model, overrides, args.concurrency)
+    if args.study is not None:
+        return opening.open_study(storage_url(args.storage, args.study), args.study, overrides, console.say)
+    return opening.open_folder(args.model, overrides) if args.recipe is None else opening.open_yaml(args.recipe, overrides)
+
+
+def _chooser(args: argparse.Namespace, opened: Opened, console: Console) -> Chooser | None:
+    """What chooses classes and examples, where there is a base."""
+    from evomerge.search.session import open_knowledge
+
+    if opened.prompt.knowledge is None:
+        for option in ("retriever", "default_class", "threshold"):
+            if getattr(args, option) is not None:
+                raise InputError("there is no knowledge base", where=f"--{option.replace('_', '-')}", remedy="Name one with --knowledge.")
+    return open_knowledge(opened.prompt, console.say)
+
+
+def _answered(console: Console) -> Callable[[int, int], None]:
+    began = time.monotonic()
+    first: list[int] = []
+
+    def progress(done: int, total: int) -> None:
+        if not first:
+            first.append(done)  # what an earlier run had answered says nothing about the pace
+        fresh = done - first[0]
+        eta = f"  ETA {duration((time.monotonic() - began) / fresh * (total - done))}" if fresh and done < total else ""
+        console.status(f"answered {done}/{total}{eta}")
+
+    return progress
+
+
+def _report(console: Console, args: argparse.Namespace, done: Done) -> None:
+    """What there is, and what is not."""
+    for line in done.told:
+        console.say(line)
+    if done.unfinished:
+        begun = f", {done.partial} of them begun" if done.partial else ""
+        console.say(
+            f"the time limit of {args.time_limit} left {done.unfinished} of {done.answered + done.unfinished} tasks unfinished{begun}: "
+            "marked in the file; the same command goes on with them"
+        )
+    say_written(console, [args.out])

@@ -1,0 +1,105 @@
+"""Who answers: a model as it lies on disk, a recipe or a study's winner merged in place, or a server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from evomerge.answering.engine import Engine, make_engine
+from evomerge.answering.server import CONCURRENCY, ServerEngine
+from evomerge.errors import InputError, StudyError
+from evomerge.merging.fingerprint import combined, fingerprint
+from evomerge.merging.folder import ModelFolder, open_model
+from evomerge.merging.stream import open_recipe
+from evomerge.recipe import Recipe, read_recipe
+from evomerge.search.session import load_finished, open_models
+from evomerge.study import GenomeSection, PromptSection, Study, TaskSource, overridden
+
+USED = ("prompt", "generation", "engine", "search.dtype", "search.seed")  # what of a study file inference heeds
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An engine ready to answer, the settings that it answers by, and all that its answers depend on beside the prompts."""
+
+    engine: Engine
+    prompt: PromptSection
+    study: Study
+    identity: str
+
+
+def open_study(url: str, name: str, overrides: Sequence[str], say: Callable[[str], None] = lambda line: None) -> Opened:
+    """The study's own engine and prompts with the winner's weights; no merged folder is needed. Raises StudyError."""
+    finished = load_finished(url, name)
+    study = overridden(finished.study, overrides, USED)
+    facts = finished.ledger.facts
+    if study.prompt.knowledge is not None and study.prompt.knowledge == finished.study.prompt.knowledge:
+        _check_base(study.prompt.knowledge, facts.get("knowledge"), name)
+    base, siblings = open_models(finished.study)
+    engine = _engine(base, siblings, study)
+    if study.engine == finished.study.engine:
+        engine.limits.update(facts.get("limits", {}))
+    if finished.verdict is None:
+        say(f"study {name} is not finished: its best trial so far answers")
+    engine.apply(finished.recipe)
+    return Opened(engine, study.prompt, study, _identity(finished.recipe.digest(), facts["models"], study))
+
+
+def open_folder(ref: str, overrides: Sequence[str]) -> Opened:
+    """A model folder or hub name in the precision it has on disk, unless search.dtype says another. Raises ModelError."""
+    folder = open_model(ref)
+    dtype = str(folder.config.get("dtype") or folder.config.get("torch_dtype") or "bfloat16")
+    study = overridden(_study((ref,), dtype), overrides, USED)
+    return Opened(_engine(folder, [], study), study.prompt, study, _identity("", combined(fingerprint(folder.path)), study))
+
+
+def open_yaml(path: Path, overrides: Sequence[str]) -> Opened:
+    """A mergekit configuration, merged in place; its models' paths resolve as in `evomerge merge`. Raises RecipeError, ModelError."""
+    if not path.is_file():
+        raise InputError("no such recipe", where=path, remedy="Name a mergekit YAML.")
+    recipe = read_recipe(path)
+    models = open_recipe(recipe)
+    study = overridden(_study(recipe.models, _dtype(recipe)), overrides, USED)
+    base, *siblings = models.values()
+    engine = _engine(base, siblings, study)
+    engine.apply(recipe)
+    prints = {ref: combined(fingerprint(model.path)) for ref, model in models.items()}
+    return Opened(engine, study.prompt, study, _identity(recipe.digest(), prints, study))
+
+
+def open_server_at(url: str, model: str | None, overrides: Sequence[str], concurrency: int | None) -> Opened:
+    """An OpenAI-compatible server. Raises InputError, ModelError, EngineError."""
+    study = overridden(_study((model or "served",), "bfloat16"), overrides, ("prompt", "generation"))
+    engine = ServerEngine(url, model, study.generation, study.prompt.format == "chat", concurrency or CONCURRENCY)
+    return Opened(engine, study.prompt, study, engine.identity)
+
+
+def _study(models: tuple[str, ...], dtype: str) -> Study:
+    """Settings alone: the defaults of a study file around models that nobody searches."""
+    study = Study(GenomeSection(models), (TaskSource(file="-"),), "inference")
+    return replace(study, search=replace(study.search, dtype=dtype))  # type: ignore[arg-type]  # torch's names; others are refused there
+
+
+def _engine(base: ModelFolder, siblings: Sequence[ModelFolder], study: Study) -> Engine:
+    return make_engine(base, siblings, study.engine, study.generation, study.search.dtype, study.search.seed, study.prompt.too_long)
+
+
+def _dtype(recipe: Recipe) -> str:
+    return str(recipe.out_dtype or recipe.dtype or "bfloat16")
+
+
+def _identity(recipe: str, models: Mapping[str, Any] | str, study: Study) -> str:
+    s = study.search
+    return repr((recipe, models, study.generation, study.prompt.too_long, study.engine, s.dtype, s.seed))
+
+
+def _check_base(path: str, digest: str | None, name: str) -> None:
+    """What was optimised is what answers."""
+    from evomerge.knowledge.base import read_knowledge
+
+    if read_knowledge(path).digest() != digest:
+        raise StudyError(
+            "the knowledge base has changed since the search", where=name, found=path, remedy="Put it back, or name it with --knowledge."
+        )
