@@ -11,6 +11,7 @@ it answers as it lies on disk. `exact_batches` and `exact_reload` say what an en
 """
 
 import gc
+import time
 
 import pytest
 from conftest import make_model, make_tokenizer, save
@@ -21,6 +22,7 @@ from evomerge.answering.engine import Answer, Engine
 from evomerge.errors import EngineError
 from evomerge.merging.build import build_model
 from evomerge.recipe import Recipe
+from evomerge.study import GenerationSection
 
 NEW = 10
 PROMPTS = [
@@ -55,11 +57,20 @@ RECIPES = {
 }
 
 
-def answers_of(engine, prompts):
+SETTINGS = [
+    {"max_new_tokens": 3},
+    {"max_new_tokens": NEW, "repetition_penalty": 1.6},
+    {"max_new_tokens": 7, "do_sample": True, "temperature": 1.5, "top_p": 0.9, "seed": 5},
+    {"max_new_tokens": NEW, "stop": ("い", "お", "9")},
+]
+
+
+def answers_of(engine, prompts, settings=None):
     """All answers, in order, batch by batch as the engine wants them."""
     answers = {}
-    for batch in engine.batches(prompts):
-        answers |= dict(zip(batch, engine.answer([prompts[i] for i in batch]), strict=True))
+    for batch in engine.batches(prompts, settings):
+        own = None if settings is None else [settings[i] for i in batch]
+        answers |= dict(zip(batch, engine.answer([prompts[i] for i in batch], own), strict=True))
     assert sorted(answers) == list(range(len(prompts)))
     return [answers[i] for i in range(len(prompts))]
 
@@ -211,3 +222,74 @@ class Contract:
     def test_what_memory_allows_is_told(self, live):
         assert isinstance(live.limits, dict)
         assert live.tokenizer.pad_token_id == make_tokenizer().pad_token_id
+
+    def test_each_prompt_has_its_own_settings(self, family):
+        """Against engines that have them for all."""
+        several = [SETTINGS[i % len(SETTINGS)] for i in range(len(PROMPTS))]
+        engine = self.make(family, (), model="one", max_new_tokens=NEW)
+        sections = [GenerationSection(**settings) for settings in several]
+        ours = answers_of(engine, PROMPTS, sections)
+        assert engine.batches(PROMPTS, sections) == engine.batches(PROMPTS, sections)
+        assert answers_of(engine, PROMPTS, [GenerationSection(max_new_tokens=NEW)] * len(PROMPTS)) == answers_of(engine, PROMPTS)
+        del engine
+        for settings in SETTINGS:
+            gc.collect()
+            alone = self.make(family, (), model="one", **{key: value for key, value in settings.items() if key != "seed"}, seed=5)
+            mine = [i for i, other in enumerate(several) if other is settings]
+            theirs = answers_of(alone, PROMPTS)
+            assert not self.exact_batches or [ours[i] for i in mine] == [theirs[i] for i in mine], settings
+            del alone
+
+    def test_room_in_the_context_is_each_prompts_own(self, family):
+        engine = self.make(family, (), model="one", max_new_tokens=NEW)
+        assert engine.context == CONTEXT
+        short, long = "あ\n", "い" * (CONTEXT - 3)
+        sections = [GenerationSection(max_new_tokens=CONTEXT - 2), GenerationSection(max_new_tokens=3)]
+        answers = answers_of(engine, [short, long], sections)
+        assert (answers[0].tokens <= CONTEXT - 2, answers[1].tokens <= 3) == (True, True)
+        with pytest.raises(EngineError, match=f"max_new_tokens 4 exceed the context of {CONTEXT}"):
+            answers_of(engine, [short, long], [sections[0], GenerationSection(max_new_tokens=4)])
+
+    def test_an_answer_is_given_as_soon_as_it_has_ended(self, family):
+        engine = self.make(family, (), model="endless", max_new_tokens=NEW)
+        sections = [GenerationSection(max_new_tokens=n) for n in (6, 2, 4, 1)]
+        prompts, seen = ["あ\n", "いう\n", "え\n", "お\n"], []
+        answers = engine.answer(prompts, sections, got=lambda place, answer: seen.append((place, answer)))
+        assert answers == [Answer("い" * n, True, n) for n in (6, 2, 4, 1)]
+        assert seen == [(place, answers[place]) for place in (3, 1, 2, 0)]
+
+        class Enough(Exception):
+            pass
+
+        def first(place, answer):
+            raise Enough
+
+        with pytest.raises(Enough):
+            engine.answer(prompts, sections, got=first)
+        assert engine.answer(prompts, sections) == answers, "what was under way is still there"
+
+    def test_at_the_deadline_answers_end_with_what_they_have(self, family, monkeypatch):
+        """The clock jumps when six tokens are there."""
+        engine = self.make(family, (), model="endless", max_new_tokens=40)
+        real, ahead, seen = time.monotonic, [0.0], []
+        monkeypatch.setattr(time, "monotonic", lambda: real() + ahead[0])
+
+        def watch(ended, tokens):
+            ahead[0] = 1e5 if tokens >= 6 else 0.0
+
+        prompts, sections = ["あ\n", "いう\n", "え\n"], [GenerationSection(max_new_tokens=n) for n in (40, 1, 40)]
+        engine.watch = watch
+        answers = engine.answer(prompts, sections, lambda place, answer: seen.append(place), time.monotonic() + 1e4)
+        engine.watch = None
+        assert seen == [1]
+        assert answers[1] == Answer("い", True, 1)
+        for answer in (answers[0], answers[2]):
+            assert answer == Answer("い" * answer.tokens, True, answer.tokens)
+            assert 2 <= answer.tokens <= 4
+        assert engine.answer(prompts, sections) == [Answer("い" * n, True, n) for n in (40, 1, 40)], "something is left under way"
+
+    def test_after_the_deadline_nothing_is_begun(self, live):
+        seen = []
+        assert live.answer(PROMPTS, got=lambda *of: seen.append(of), deadline=time.monotonic()) == [Answer("", True, 0)] * len(PROMPTS)
+        assert not seen
+        assert live.answer(PROMPTS[:2], deadline=time.monotonic() + 1e4) == live.answer(PROMPTS[:2])

@@ -169,7 +169,7 @@ class Shortage:
         self.most, self.error, self.rows = most, error, []
 
     def __call__(self, model, rows, rules, *others):
-        if len(rows) * (max(map(len, rows)) + rules.max_new_tokens) > self.most:
+        if len(rows) * (max(map(len, rows)) + rules[0].max_new_tokens) > self.most:
             raise self.error("DefaultCPUAllocator: can't allocate memory: you tried to allocate 7 bytes.")
         self.rows.append(len(rows))
         return decode(model, rows, rules, *others)
@@ -228,4 +228,4 @@ def test_what_is_under_way_is_watched(family):  # noqa: F811
     seen = []
     engine.watch = lambda *at: seen.append(at)
     engine.answer(["あ", "い", "う"])
-    assert seen == [(0, 3), (0, 6), (0, 9), (0, 12), (0, 15)]
+    assert seen == [(0, 3), (0, 6), (0, 9), (0, 12), (3, 15)]

@@ -1,11 +1,14 @@
 """The vLLM engine against a fresh load of the merged folder. It needs an environment of its own: `make test-vllm`."""
 
+import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ import torch
 from conftest import CHARACTERS, make_model, save
 from engine_contract import Contract, contract_family
 
-from evomerge.answering.engine import make_engine
+from evomerge.answering.engine import Answer, make_engine
 from evomerge.errors import EngineError, RecipeError
 from evomerge.merging.build import build_model
 from evomerge.merging.folder import open_model
@@ -166,6 +169,84 @@ def test_a_sampled_answer_is_the_prompts_own(family):
     assert engine.answer(prompts) == first
     assert engine.answer(prompts[::-1])[::-1] == first
     assert len({a.text for a in engine.answer([f"{i}:\n" for i in range(8)])}) > 4
+
+
+def generated(engine, prompts, sections):
+    """(text, ended) by vLLM's own `LLM.generate`, with settings written out anew; the engine's seed is 7."""
+    from vllm import SamplingParams
+
+    digests = [hashlib.sha256(f"{7 if g.seed is None else g.seed}\0{p}".encode()).digest() for p, g in zip(prompts, sections, strict=True)]
+    settings = [
+        SamplingParams(
+            max_tokens=g.max_new_tokens,
+            temperature=g.temperature if g.do_sample else 0.0,
+            top_p=g.top_p if g.do_sample else 1.0,
+            repetition_penalty=g.repetition_penalty,
+            seed=int.from_bytes(digest[:4], "big"),
+            stop=list(g.stop),
+        )
+        for g, digest in zip(sections, digests, strict=True)
+    ]
+    rows = [engine.tokenizer(p, add_special_tokens=False)["input_ids"] or [1] for p in prompts]
+    outputs = engine.llm.generate([{"prompt_token_ids": row} for row in rows], settings, use_tqdm=False)
+    decode = engine.tokenizer.decode
+    cut = [
+        re.split("|".join(g.stop) or "(?!)", decode(o.outputs[0].token_ids, skip_special_tokens=True))
+        for o, g in zip(outputs, sections, strict=True)
+    ]
+    return [(text[0], o.outputs[0].finish_reason == "stop") for text, o in zip(cut, outputs, strict=True)]
+
+
+@needs_vllm
+def test_the_answers_are_those_of_vllms_own_generate(family, engine):
+    """Greedy and drawn, more prompts than run at once, settings mixed; given out one by one all the same."""
+    engine.apply(recipe_of(family, [0.5] * 4, [0.3] * 4))
+    kinds = [
+        GenerationSection(max_new_tokens=20),
+        GenerationSection(max_new_tokens=5, repetition_penalty=1.3),
+        GenerationSection(max_new_tokens=20, do_sample=True, temperature=1.3, top_p=0.9),
+        GenerationSection(max_new_tokens=20, do_sample=True, temperature=0.8, seed=11),
+        GenerationSection(max_new_tokens=20, stop=("う", "く")),
+    ]
+    prompts = [*PROMPTS, *(f"{i}:あ\n" for i in range(300))]
+    sections = [kinds[i % len(kinds)] for i in range(len(prompts))]
+    seen, watched = [], []
+    engine.watch = lambda *at: watched.append(at)
+    answers = engine.answer(prompts, sections, got=lambda *of: seen.append(of))
+    engine.watch = None
+    assert [(a.text, not a.truncated) for a in answers] == generated(engine, prompts, sections)
+    assert sorted(seen) == list(enumerate(answers))
+    assert [place for place, _ in seen] != list(range(len(prompts))), "the order in which they end is another"
+    assert watched == sorted(watched)
+    assert 0 < watched[0][1] <= len(prompts)
+    assert watched[-1][1] >= sum(a.tokens for a in answers)  # end tokens count here
+    assert len({a.text for a in answers}) > 20
+
+
+@needs_vllm
+def test_a_deadline_in_the_middle_leaves_vllm_as_it_was(family, engine, monkeypatch):
+    """Some answers have ended, some are under way, some wait: more prompts than run at once."""
+    engine.apply(recipe_of(family, [0.5] * 4, [0.3] * 4))
+    prompts = [f"{i}:あ\n" for i in range(400)]
+    sections = [GenerationSection(max_new_tokens=2 if i < 9 else 60) for i in range(400)]
+    whole = engine.answer(prompts, sections)
+    real, ahead, seen = time.monotonic, [0.0], {}
+    monkeypatch.setattr(time, "monotonic", lambda: real() + ahead[0])
+
+    def watch(ended, tokens):
+        ahead[0] = 1e6 if tokens > 1000 else 0.0
+
+    engine.watch = watch
+    answers = engine.answer(prompts, sections, seen.__setitem__, time.monotonic() + 1e5)
+    engine.watch, ahead[0] = None, 0.0
+    assert 9 <= len(seen) < 256
+    assert all(answers[i] == answer == whole[i] for i, answer in seen.items())
+    under_way = [i for i in range(400) if i not in seen and answers[i].tokens]
+    assert len(under_way) > 100
+    assert all(answers[i].truncated and 1 <= answers[i].tokens < whole[i].tokens + 1 for i in under_way)
+    assert all(whole[i].text.startswith(answers[i].text.rstrip("\ufffd")) for i in under_way)
+    assert sum(i not in seen and answers[i] == Answer("", True, 0) for i in range(400)) > 50
+    assert engine.answer(prompts, sections) == whole
 
 
 @needs_vllm

@@ -7,43 +7,26 @@ files would hold it (`HostWeights`), is merged there, and every worker takes its
 
 from __future__ import annotations
 
-import functools
 import importlib.util
-import io
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+import time
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from typing import Any, Literal
 
 import torch
-from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from evomerge.answering.encode import Encoder, first_stop, prompt_seed
-from evomerge.answering.engine import Answer, Watch
-from evomerge.answering.hf import load_tokenizer
+from evomerge.answering.engine import Answer, Got, Watch
 from evomerge.answering.host_weights import host_weights_of
-from evomerge.errors import EngineError, ModelError
+from evomerge.answering.loading import load_tokenizer
+from evomerge.answering.vllm_loading import BATCH, end_tokens, first_line, load_llm, refuse_others
+from evomerge.errors import EngineError
 from evomerge.merging.folder import ModelFolder
 from evomerge.merging.live import LiveModel
-from evomerge.merging.resident import free_bytes
-from evomerge.merging.size import kv_cache_bytes
 from evomerge.recipe import Recipe
 from evomerge.study import EngineSection, GenerationSection
 
-# Prompts given to vLLM at once, and the most that it runs at once. Answers are kept by whole batches, so an interrupted
-# candidate loses at most one. vLLM fills a finished answer's place only from what it was given: at the end of a batch
-# the device idles, which with 256 costs little. Fixed, as what shares a batch must not depend on the machine.
-BATCH = 256
-CPU_SHARE = 0.4  # of the free host memory, that keys and values may take on a CPU
-BLOCK = 128  # positions of a block of keys and values on a CPU: the least that a prompt takes
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the scheduler in this process: the same prompts are scheduled the same way
-    "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # stdout is for data
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-}
+Outputs = Generator[tuple[int, list[int], bool], None, None]  # a prompt's place, its tokens, whether it has ended
 
 
 class VllmEngine:
@@ -60,7 +43,7 @@ class VllmEngine:
         too_long: Literal["refuse", "truncate"] = "refuse",
     ) -> None:
         """Raises EngineError when vLLM is absent or refuses its arguments, ModelError for a bad tokenizer or tensor."""
-        _refuse_others(engine)
+        refuse_others(engine)
         if importlib.util.find_spec("vllm") is None:
             raise EngineError("vLLM is not installed", where="engine.kind", found="vllm", remedy="Run pip install 'evomerge[vllm]'.")
         self.settings, self.generation, self.seed = engine, generation, seed
@@ -69,13 +52,14 @@ class VllmEngine:
         if engine.threads is not None:
             torch.set_num_threads(engine.threads)
         self.tokenizer = load_tokenizer(base, engine.trust_remote_code)
-        self.ends = _end_tokens(base, self.tokenizer)
+        self.ends = end_tokens(base, self.tokenizer)
         self.live: LiveModel | None = None
         if siblings:
             self.weights = host_weights_of(base, getattr(torch, dtype))
             self.live = LiveModel(self.weights.module, base, siblings, seed, engine.residency)
-        self.llm = _load(base, engine, dtype, seed)
-        self.encode = Encoder(self.tokenizer, self.llm.llm_engine.model_config.max_model_len, generation.max_new_tokens, too_long)
+        self.llm = load_llm(base, engine, dtype, seed)
+        self.context: int | None = self.llm.llm_engine.model_config.max_model_len
+        self.encode = Encoder(self.tokenizer, self.context, generation.max_new_tokens, too_long)
         self._applied = ""  # digest of the recipe whose weights vLLM holds
         self._broken: str | None = None  # why it can answer no more
 
@@ -91,47 +75,66 @@ class VllmEngine:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(self.weights.folder)})
         self._applied = recipe.digest()
 
-    def batches(self, prompts: Sequence[str]) -> list[list[int]]:
+    def batches(self, prompts: Sequence[str], settings: Sequence[GenerationSection] | None = None) -> list[list[int]]:
         """Indices of the prompts, in their order, in groups of BATCH: vLLM needs no sorting, as it pads nothing."""
         return [list(range(at, min(at + BATCH, len(prompts)))) for at in range(0, len(prompts), BATCH)]
 
-    def answer(self, prompts: Sequence[str]) -> list[Answer]:
-        """Answer one batch. Raises EngineError: out of memory, a prompt that leaves no room in the context."""
+    def answer(
+        self,
+        prompts: Sequence[str],
+        settings: Sequence[GenerationSection] | None = None,
+        got: Got | None = None,
+        deadline: float | None = None,
+    ) -> list[Answer]:
+        """Answer one batch; see `Engine.answer`. Raises EngineError: out of memory, a prompt that leaves no room in the context.
+
+        At the deadline the step under way is still finished. What `got` raises goes through, and the engine answers on.
+        """
         self._check()
-        inputs = [{"prompt_token_ids": row} for row in self.encode(prompts)]  # all are checked before vLLM has any
-        settings = [self._sampling(prompt) for prompt in prompts]
+        own = [self.generation] * len(prompts) if settings is None else settings
+        rows = self.encode(prompts, [g.max_new_tokens for g in own])  # all are checked before vLLM has any
+        parameters = [self._sampling(prompt, g) for prompt, g in zip(prompts, own, strict=True)]
+        answers = [Answer("", True, 0)] * len(prompts)
+        with closing(self._outputs(rows, parameters, deadline)) as outputs:
+            for place, tokens, ended in outputs:
+                answers[place] = self._finish(tokens, own[place])
+                if ended and got is not None:
+                    got(place, answers[place])
+        return answers
+
+    def _outputs(self, rows: Sequence[list[int]], parameters: Sequence[Any], deadline: float | None) -> Outputs:
+        """Each answer when it ends; at the deadline the others with their tokens so far."""
         with self._breaking("vLLM could not answer"):
             # Keys and values of other weights must go; and those of an earlier batch, which a resumed run does not answer.
             if not self.llm.reset_prefix_cache():
                 raise RuntimeError("its prefix cache is in use")
-            outputs = self.llm.generate(inputs, settings, use_tqdm=_bar(self.watch) if self.watch else False)
-        return [self._finish(output.outputs[0]) for output in outputs]
+            yield from run_steps(self.llm.llm_engine, rows, parameters, self.watch, deadline)
 
-    def _sampling(self, prompt: str) -> Any:
+    def _sampling(self, prompt: str, g: GenerationSection) -> Any:
         """vLLM's settings for one prompt, with a seed of its own, so that its answer does not depend on what shares the batch."""
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
-        g = self.generation
         return SamplingParams(
             max_tokens=g.max_new_tokens,
             temperature=g.temperature if g.do_sample else 0.0,
             top_p=g.top_p if g.do_sample else 1.0,
             top_k=0,
             repetition_penalty=g.repetition_penalty,
-            seed=prompt_seed(self.seed, prompt) if g.do_sample else None,
+            seed=prompt_seed(self.seed if g.seed is None else g.seed, prompt) if g.do_sample else None,
             stop=list(g.stop) or None,
             stop_token_ids=self.ends,
             ignore_eos=True,  # `ends` says all: vLLM's own end token is the tokenizer's, which may be another
             detokenize=bool(g.stop),
+            output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-    def _finish(self, output: Any) -> Answer:
+    def _finish(self, tokens: Sequence[int], g: GenerationSection) -> Answer:
         """The text up to an end token or a stop text."""
-        ids = list(output.token_ids)
-        ended = bool(ids) and ids[-1] in self.ends
-        kept = ids[:-1] if ended else ids
+        ended = bool(tokens) and tokens[-1] in self.ends
+        kept = list(tokens[:-1] if ended else tokens)
         text = str(self.tokenizer.decode(kept, skip_special_tokens=True))
-        stop = first_stop(text, self.generation.stop)
+        stop = first_stop(text, g.stop)
         return Answer(text[:stop], truncated=not ended and stop is None, tokens=len(kept))
 
     def _check(self) -> None:
@@ -144,113 +147,50 @@ class VllmEngine:
         try:
             yield
         except Exception as error:  # vLLM lets through torch's, its own and its kernels' errors
-            self._broken = f"{what}: {_line(error)}"
+            self._broken = f"{what}: {first_line(error)}"
             self._applied = ""
             if isinstance(error, torch.OutOfMemoryError):
                 raise EngineError(what + ": out of memory", remedy="Lower engine.vllm.gpu_memory_utilization or max_model_len.") from error
             raise EngineError(self._broken, remedy="Run the same command again: it goes on where it stopped.") from error
 
 
-def _refuse_others(engine: EngineSection) -> None:
-    """Keys that only the transformers engine honours are refused, never ignored; `batch_size` has a default, and see BATCH."""
-    keys: list[tuple[str, object, str]] = [
-        ("device", engine.device if engine.device != "auto" else None, "Leave it out: vLLM's build decides."),
-        ("device_map", engine.device_map, "Use engine.vllm.tensor_parallel_size."),
-        ("quantization", engine.quantization, "Use engine.vllm.quantization."),
-        ("batch_tokens", engine.batch_tokens, "Leave it out: vLLM fits what it runs into memory itself."),
-        ("population", engine.population or None, "Leave it out."),
-    ]
-    for key, found, remedy in keys:
-        if found is not None:
-            raise EngineError("the vLLM engine does not take this key", where=f"engine.{key}", found=found, remedy=remedy)
+def run_steps(
+    engine: Any, rows: Sequence[list[int]], parameters: Sequence[Any], watch: Watch | None = None, deadline: float | None = None
+) -> Outputs:
+    """What vLLM's `LLM.generate` does with token lists, an answer given out in the step that ends it; see `_outputs`.
 
-
-def _load(base: ModelFolder, engine: EngineSection, dtype: str, seed: int) -> Any:
-    """vLLM's `LLM` on the base. Raises EngineError with vLLM's reason."""
-    arguments = {key: value for key, value in asdict(engine.vllm).items() if value is not None}
-    with _environment(ENVIRONMENT):
-        try:
-            from vllm import LLM, SamplingParams
-            from vllm.platforms import current_platform
-
-            if current_platform.is_cpu() and engine.vllm.gpu_memory_utilization is None and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
-                arguments["kv_cache_memory_bytes"] = _cpu_cache(base.config, engine.vllm.max_model_len, dtype)
-            llm = LLM(
-                model=str(base.path),
-                dtype=dtype,
-                seed=seed,
-                max_num_seqs=BATCH,
-                trust_remote_code=engine.trust_remote_code,
-                generation_config="vllm",
-                use_tqdm_on_load=False,
-                disable_log_stats=True,
-                **arguments,
-            )
-            # A shape that vLLM has no kernel for, such as heads of 24 numbers on a CPU, shows only now: better than in every trial.
-            llm.generate([{"prompt_token_ids": [0]}], SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False)
-            return llm
-        except torch.OutOfMemoryError as error:
-            raise EngineError(
-                "the model does not fit the device", where=base.path, remedy="Raise engine.vllm.tensor_parallel_size, or quantise."
-            ) from error
-        except Exception as error:  # many kinds, by what vLLM cannot do
-            raise EngineError(
-                f"vLLM cannot load the model: {_line(error)}", where=base.path, remedy="Change the keys of engine.vllm, or engine.kind."
-            ) from error
-
-
-def _cpu_cache(config: Mapping[str, Any], max_model_len: int | None, dtype: str) -> int:
-    """Bytes of keys and values on a CPU: of a whole batch at its longest, if CPU_SHARE of the free memory holds that.
-
-    vLLM's own default, nine tenths of the machine's memory, is refused on any machine that does something else too.
+    Whoever closes this early leaves nothing under way in vLLM. Unfinished tokens are read from where vLLM keeps them:
+    having it hand them out with every step costs 1 ms a step of 256 prompts, a tenth of a small model's speed.
     """
-    longest = max_model_len or config.get("max_position_embeddings") or 4096
-    blocks = -(-longest // BLOCK) + 1
-    one = kv_cache_bytes(config, blocks * BLOCK, getattr(torch, dtype).itemsize)
-    return max(one, min(BATCH * one, int(CPU_SHARE * free_bytes(torch.device("cpu")))))
+    from vllm.inputs import tokens_input
 
-
-def _end_tokens(base: ModelFolder, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What ends an answer, by the same rule as transformers: generation_config.json, else config.json, else the tokenizer."""
-    ends: Any = base.config.get("eos_token_id")
-    if (base.path / "generation_config.json").is_file():
-        try:
-            ends = GenerationConfig.from_pretrained(str(base.path)).eos_token_id
-        except (OSError, ValueError, TypeError) as error:
-            raise ModelError(f"generation_config.json cannot be read: {error}", where=base.path, remedy="Mend it, or remove it.") from error
-    if ends is None:
-        ends = tokenizer.eos_token_id
-    return [] if ends is None else list(ends) if isinstance(ends, list) else [ends]
-
-
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """These variables where the user set none, for what only the environment can tell vLLM; afterwards it is as before."""
-    added = {name: value for name, value in values.items() if name not in os.environ}
-    os.environ.update(added)
+    under_way: set[int] = set()
+    done = 0  # tokens of ended answers
     try:
-        yield
+        for place, (row, own) in enumerate(zip(rows, parameters, strict=True)):
+            if _over(deadline):
+                return
+            engine.add_request(str(place), tokens_input(list(row)), own)
+            under_way.add(place)
+        while engine.has_unfinished_requests() and not _over(deadline):
+            for output in engine.step():
+                place, tokens = int(output.request_id), list(output.outputs[0].token_ids)
+                under_way.remove(place)
+                done += len(tokens)
+                yield place, tokens, True
+            if watch is not None:
+                watch(len(rows) - len(under_way), done + sum(s.detokenizer.num_output_tokens() for s in _unfinished(engine)))
+        for state in _unfinished(engine):
+            yield int(state.external_req_id), list(state.detokenizer.output_token_ids), False
     finally:
-        for name in added:
-            os.environ.pop(name, None)
+        if under_way:
+            engine.abort_request([str(place) for place in under_way])
 
 
-def _line(error: Exception) -> str:
-    """The error's first line, as one."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def _unfinished(engine: Any) -> list[Any]:
+    """The states of all requests that have not ended: no stable interface, but the version is pinned and tests hold it."""
+    return list(engine.output_processor.request_states.values())
 
 
-def _bar(watch: Watch) -> Callable[..., tqdm[Any]]:
-    """What vLLM takes for its progress bar: it draws nothing and tells `watch` how many answers have ended.
-
-    The number of new tokens is not told: vLLM hands out no unfinished answers here.
-    """
-
-    class Bar(tqdm):
-        def update(self, n: float | None = 1) -> bool | None:
-            shown = super().update(n)
-            if self.desc and "Processed" in self.desc:  # another bar counts the prompts that are handed over
-                watch(int(self.n), 0)
-            return shown
-
-    return functools.partial(Bar, file=io.StringIO())
+def _over(deadline: float | None) -> bool:
+    return deadline is not None and time.monotonic() >= deadline
