@@ -15,8 +15,9 @@ from chat_server import Server, raw, status, torn, usual
 pytest.importorskip("openai", reason="the extra `server` is not installed")
 
 from evomerge.answering import server as module
-from evomerge.answering.prompts import COMPETITION
-from evomerge.answering.server import ServerEngine, open_server
+from evomerge.answering.engine import Answer
+from evomerge.answering.prompts import COMPETITION, make_prompter
+from evomerge.answering.server import ServerEngine
 from evomerge.answering.wire import server_url, whole
 from evomerge.cli import main
 from evomerge.errors import EngineError, InputError, ModelError
@@ -65,7 +66,12 @@ def fails(capsys, code, got, *words):
 
 def engine(url, plan_format="chat", concurrency=3, model=None, **generation):
     section = PromptSection(format=plan_format, template="<{input}>" if plan_format == "template" else None, system=None)
-    return open_server(url, model, GenerationSection(**generation), section, concurrency)
+    asks = ServerEngine(url, model, GenerationSection(**generation), plan_format == "chat", concurrency)
+    return asks, make_prompter(asks.tokenizer, section), asks.identity
+
+
+def turns(*pairs):
+    return [{"role": role, "content": text} for role, text in pairs]
 
 
 # what is asked
@@ -87,13 +93,34 @@ def test_chat_sends_turns_and_a_knowledge_base_goes_through(tmp_path, monkeypatc
         assert infer(tmp_path, url, "--knowledge", str(tmp_path / "base.xlsx"), "--max-new-tokens", "9") == 0
     asked = sorted((body for path, body, _ in server.asked if path == "/v1/chat/completions"), key=lambda body: -len(body["messages"]))
     assert [body["messages"] for body in asked] == [
-        [{"role": "system", "content": "先生"}, {"role": "user", "content": "[指示: 3+5はいくつ\n回答: 8]{examples}と3+6はいくつ"}],
-        [{"role": "user", "content": "秋の詩を書いて🍎\u2028\n"}],
+        turns(("user", "春の詩を書いて"), ("assistant", "花"), ("user", "秋の詩を書いて🍎\u2028\n")),
+        turns(("system", "先生"), ("user", "[指示: 3+5はいくつ\n回答: 8]{examples}と3+6はいくつ")),
     ]
     assert all((body["model"], body["max_tokens"], body["temperature"]) == ("m", 9, 0) for body in asked)
     assert all(headers["authorization"] == f"Bearer {SECRET}" for _, _, headers in server.asked)
-    assert outputs(tmp_path)[1] == usual("user: 秋の詩を書いて🍎\u2028\n")
+    assert outputs(tmp_path)[1] == usual("user: 春の詩を書いて\nassistant: 花\nuser: 秋の詩を書いて🍎\u2028\n")
     assert (tmp_path / "a.classes.jsonl").exists()
+
+
+def test_each_prompt_goes_with_its_own_settings():
+    server = Server()
+    sections = [
+        GenerationSection(max_new_tokens=3, do_sample=True, temperature=0.5, top_p=0.9, seed=7),
+        GenerationSection(max_new_tokens=9, repetition_penalty=1.2, stop=("終",)),
+        GenerationSection(max_new_tokens=4, do_sample=True),
+    ]
+    with server.running() as url:
+        asks, prompter, _ = engine(url, max_new_tokens=77)
+        texts = [prompter.render(text) for text in "abc"]
+        asks.answer(texts, sections)
+        sent = {body["messages"][0]["content"]: body for _, body, _ in server.asked[1:]}
+        asks.answer(texts[:1])
+    assert [{k: v for k, v in sent[text].items() if k not in ("messages", "model")} for text in "abc"] == [
+        {"max_tokens": 3, "temperature": 0.5, "top_p": 0.9, "seed": 7},
+        {"max_tokens": 9, "temperature": 0.0, "repetition_penalty": 1.2, "stop": ["終"]},
+        {"max_tokens": 4, "temperature": 1.0, "top_p": 1.0, "seed": 0},
+    ]
+    assert (server.asked[-1][1]["max_tokens"], server.asked[-1][1]["temperature"]) == (77, 0)
 
 
 @pytest.mark.parametrize(("plan_format", "template"), [("competition", COMPETITION), ("template", "<{input}>")])
@@ -102,7 +129,7 @@ def test_whole_texts_go_to_the_completions_endpoint(plan_format, template):
     with server.running() as url:
         asks, prompter, _ = engine(url, plan_format)
         text = template.replace("{input}", "詩を{input}")
-        assert [a.text for a in asks.answer([prompter.render("詩を{input}", system="先生")])] == [usual(text)]
+        assert [a.text for a in asks.answer([prompter.render("詩を{input}")])] == [usual(text)]
     assert [(path, body["prompt"]) for path, body, _ in server.asked[1:]] == [("/v1/completions", text)]
 
 
@@ -110,7 +137,7 @@ def test_generation_settings():
     server = Server()
     with server.running() as url:
         asks, prompter, _ = engine(url, do_sample=True, temperature=0.5, top_p=0.9, repetition_penalty=1.1, stop=("終",))
-        (answer,) = asks.answer([prompter.render("a", "s")])
+        (answer,) = asks.answer([prompter.render("a")])
     body = server.asked[-1][1]
     assert {k: body[k] for k in ("temperature", "top_p", "repetition_penalty", "stop", "max_tokens")} == {
         "temperature": 0.5,
@@ -181,6 +208,134 @@ def test_a_prompt_with_half_a_pair_is_sent_whole():
     with Server().running() as url:
         asks, _, _ = engine(url, "competition")
         assert [a.text for a in asks.answer(["a\ud83d"])] == ["\ufffda"]
+
+
+def test_an_answer_is_given_when_it_comes():
+    """Prompt a takes longer than all others together; what `got` raises ends the asking."""
+    server = Server(plan=lambda number, prompt: time.sleep(0.5) if prompt.endswith("a") else None)
+    with server.running() as url:
+        asks, prompter, _ = engine(url, concurrency=2)
+        texts, seen = [prompter.render(text) for text in "abcd"], []
+        answers = asks.answer(texts, got=lambda *of: seen.append(of))
+        assert [place for place, _ in seen] == [1, 2, 3, 0]
+        assert sorted(seen) == list(enumerate(answers))
+
+        def full(place, answer):
+            raise OSError("no space")
+
+        with pytest.raises(OSError, match="no space"):
+            asks.answer([prompter.render(f"{i}") for i in range(90)], got=full)
+        assert len(server.prompts()) < 20
+        assert asks.answer(texts) == answers
+
+
+@pytest.mark.parametrize("slow", ["sleeps", "fails"])
+def test_the_deadline_waits_for_no_server(monkeypatch, slow):
+    """Prompts of more than two figures have no answer: the server sleeps, or says again and again that it is overloaded."""
+    monkeypatch.setattr(module, "RETRIES", 5)
+    refusal = status(503, "overloaded", Retry_After="20")
+
+    def plan(number, prompt):
+        if len(prompt) > len("user: 99"):
+            return time.sleep(30) if slow == "sleeps" else refusal
+        return None
+
+    server = Server(plan=plan)
+    with server.running() as url:
+        asks, prompter, _ = engine(url, concurrency=4)
+        texts, seen = [prompter.render(f"{i}") for i in (1, 2, 300, 4, 500, 600, 700, 800)], []
+        began = time.monotonic()
+        answers = asks.answer(texts, got=lambda *of: seen.append(of), deadline=began + 1.5)
+        assert 1.4 < time.monotonic() - began < 2.5
+        assert sorted(seen) == [(i, answers[i]) for i in (0, 1, 3)]
+        assert [answers[i] for i in (2, 4, 5, 6, 7)] == [Answer("", True, 0)] * 5
+        assert len(server.prompts()) == 3 + 4  # the last one was never asked
+        assert [a.text for a in asks.answer(texts[:2])] == [usual("user: 1"), usual("user: 2")]
+        assert asks.answer(texts[:2], deadline=time.monotonic() - 1) == [Answer("", True, 0)] * 2
+
+
+def test_what_the_server_cuts_is_truncated_before_any_deadline():
+    server = Server(plan=lambda number, prompt: {"text": "途中", "finish_reason": "length"})
+    with server.running() as url:
+        asks, prompter, _ = engine(url)
+        assert asks.answer([prompter.render("a")], deadline=time.monotonic() + 60) == [Answer("途中", True, 5)]
+
+
+# prompts that are too long: what servers say, by their sources or as their users quote it
+
+LONG = {
+    "openai": (400, {"message": "This model's maximum context length is 8 tokens. However, …", "code": "context_length_exceeded"}),
+    "openai, code alone": (400, {"message": "Bad.", "type": "invalid_request_error", "code": "context_length_exceeded"}),
+    "openai, responses": (400, {"message": "Your input exceeds the context window of this model."}),
+    "vllm": (
+        400,
+        {"message": "This model's maximum context length is 8 tokens. However, your prompt contains 9 input tokens, …", "code": 400},
+    ),
+    "vllm, prompt": (400, {"message": "Input length (9) exceeds model's maximum context length (8).", "type": "BadRequestError"}),
+    "llama.cpp": (400, {"code": 400, "message": "request (9 tokens) exceeds …", "type": "exceed_context_size_error", "n_ctx": 8}),
+    "llama.cpp, older": (500, {"code": 500, "message": "Context size has been exceeded.", "type": "server_error"}),
+    "llama-cpp-python": (400, {"message": "Requested tokens (9) exceed context window of 8", "type": "invalid_request_error"}),
+    "sglang": (400, {"message": "The input (9 tokens) is longer than the model's context length (8 tokens)."}),
+    "sglang, memory": (400, {"message": "Input length (9 tokens) exceeds the maximum allowed length (8 tokens)."}),
+    "tgi": (422, {"message": "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 8. Given: 7 and 3"}),
+    "lm studio": (400, "tokens to keep from the initial prompt is greater than the context length"),
+    "gateways": (413, {"message": "prompt is too long: 9 tokens > 8 maximum"}),
+}
+
+
+def refused(server):
+    code, error = LONG[server]
+    return status(code, body={"error": error})
+
+
+@pytest.mark.parametrize("server", LONG)
+def test_a_shorter_prompt_is_asked_until_it_fits(server):
+    """The server takes at most three examples; prompt 1 has none to drop and fits."""
+    serving = Server(plan=lambda number, prompt: refused(server) if prompt.count("例") > 3 else None)
+    with serving.running() as url:
+        asks, _, _ = engine(url, "competition", concurrency=2)
+        prompts = ["例" * 6 + "問0", "問1", "例" * 4 + "問2"]
+        now, active, most = list(prompts), 0, 0
+
+        def shorter(index):
+            nonlocal active, most
+            active += 1
+            most = max(most, active)
+            time.sleep(0.01)
+            now[index] = now[index][1:]
+            active -= 1
+            return now[index]
+
+        found = dict(asks.answer_each(prompts, shorter=shorter))
+    assert [found[i].text for i in range(3)] == [usual("例例例問0"), usual("問1"), usual("例例例問2")]
+    assert now == ["例例例問0", "問1", "例例例問2"]
+    assert most == 1, "called by several threads at once"
+
+
+def test_where_nothing_can_be_dropped_it_is_the_servers_error():
+    calls = []
+    with Server(plan=lambda number, prompt: refused("vllm")).running() as url:
+        asks, _, _ = engine(url, "competition")
+        with pytest.raises(EngineError, match=r"status 400: This model's maximum context length is 8.*Shorten the task"):
+            list(asks.answer_each(["例問"], shorter=lambda index: calls.append(index) or (None if len(calls) > 1 else "問")))
+        assert calls == [0, 0]
+        with pytest.raises(EngineError, match="maximum context length"):
+            asks.answer(["問"])
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        status(400, "unknown field temperature"),
+        status(401, "context length: set a key"),
+        status(429, "too many tokens per minute", Retry_After="0.01"),
+        status(404, "no such page"),
+        status(400, "max_tokens is too large: 99. This model supports at most 9 completion tokens"),
+    ],
+)
+def test_other_refusals_shorten_nothing(refusal):
+    with Server(plan=lambda number, prompt: refusal).running() as url, pytest.raises(EngineError):
+        list(engine(url, "competition")[0].answer_each(["例問"], shorter=lambda index: pytest.fail("asked for a shorter prompt")))
 
 
 # failures that pass
@@ -302,7 +457,7 @@ def test_stopped_by_hand(tmp_path, stop):
         if stop == signal.SIGINT:
             assert process.returncode == 130
             assert "interrupted" in err
-            assert len(err.strip().splitlines()) == 1
+            assert len(err.strip().splitlines()) == 2  # how many were answered already, and this
         before = server.answered.copy()
         assert sum(before.values()) == len(kept(tmp_path)) == 5
         server.plan = lambda number, prompt: None
@@ -392,10 +547,10 @@ def test_wrong_addresses(tmp_path, capsys, url):
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        ([], "--model, --study and --server"),
-        (["--model", "a", "--study", "b"], "--model, --study and --server"),
+        ([], "--model, --recipe, --study and --server"),
+        (["--model", "a", "--study", "b"], "--model, --recipe, --study and --server"),
         (["--server", "http://h", "--study", "b"], "--study"),
-        (["--server", "http://h", "--batch-size", "2"], "--concurrency"),
+        (["--server", "http://h", "--batch-size", "2"], "--batch-size"),
         (["--model", "a", "--concurrency", "2"], "--batch-size"),
         (["--server", "http://h", "--concurrency", "0"], "--concurrency"),
         (["--server", "http://h", "--max-new-tokens", "0"], "--max-new-tokens"),

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import json
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from queue import SimpleQueue
 from typing import Any
 
-from evomerge.answering.engine import Answer
-from evomerge.answering.prompts import Prompter, make_prompter
-from evomerge.answering.wire import KEY, api_key, message_of, read_reply, server_url, whole
+from evomerge.answering.asking import Asking
+from evomerge.answering.engine import Answer, Got, Watch
+from evomerge.answering.wire import KEY, api_key, is_too_long, message_of, read_reply, server_url, whole
 from evomerge.errors import EngineError, EvomergeError, ModelError
 from evomerge.recipe import Recipe
-from evomerge.study import GenerationSection, PromptSection
+from evomerge.study import GenerationSection
+
+Shorter = Callable[[int], str | None]  # a prompt's index -> the same with less in it, None where nothing can go
 
 CONCURRENCY = 8  # requests under way at once
 RETRIES = 5  # of a request, after 0.5 to 8 s or what Retry-After says: no connection, 408, 409, 429, 5xx
@@ -27,6 +27,7 @@ UNREADABLE_RETRIES = 2  # of a reply with status 200 that holds no answer, which
 FIRST_RETRIES = 1  # of the very first request: a server that is down shall not keep a user waiting
 CONNECT, READ = 10.0, 600.0  # seconds
 LISTED = 20  # models that an error names
+SHORTEN = "Shorten the task, or lower generation.max_new_tokens. What was answered is kept."
 GOES_ON = "What was answered is kept: the same command goes on."
 
 
@@ -41,7 +42,8 @@ class ServerEngine:
         self.url, self.generation, self.chat, self.concurrency = server_url(url), generation, chat, concurrency
         self.tokenizer: Any = TurnsAsJson()
         self.limits: dict[str, int] = {}  # no memory of ours is short
-        self.watch: Callable[[int, int], None] | None = None  # a server tells nothing before its answers
+        self.context: int | None = None  # not known: a prompt that is too long is refused
+        self.watch: Watch | None = None  # a server tells nothing before its answers
         self.key = api_key()
         self.client, self.errors = _connect(self.url, self.key)
         listed = self._list(needed=model is None)
@@ -55,82 +57,97 @@ class ServerEngine:
     def apply(self, recipe: Recipe) -> None:
         raise EngineError("a server's weights are its own: it cannot search", where=self.url, remedy="Use another engine.")
 
-    def batches(self, prompts: Sequence[str]) -> list[list[int]]:
+    def batches(self, prompts: Sequence[str], settings: Sequence[GenerationSection] | None = None) -> list[list[int]]:
         """`concurrency` prompts each, in their order."""
         indices = list(range(len(prompts)))
         return [indices[at : at + self.concurrency] for at in range(0, len(indices), self.concurrency)]
 
-    def answer(self, prompts: Sequence[str]) -> list[Answer]:
-        """Answer all prompts, in their order. Raises EngineError; ModelError: the server does not know the model."""
-        answers = dict(self.answer_each(prompts))
-        return [answers[i] for i in range(len(prompts))]
+    def answer(
+        self,
+        prompts: Sequence[str],
+        settings: Sequence[GenerationSection] | None = None,
+        got: Got | None = None,
+        deadline: float | None = None,
+    ) -> list[Answer]:
+        """Answer all prompts, in their order; see `Engine.answer`. Of what the deadline ends there is nothing.
 
-    def answer_each(self, prompts: Sequence[str]) -> Iterator[tuple[int, Answer]]:
+        Raises EngineError; ModelError: the server does not know the model.
+        """
+        answers = [Answer("", True, 0)] * len(prompts)
+        for index, answer in self.answer_each(prompts, settings, deadline):
+            answers[index] = answer
+            if got is not None:
+                got(index, answer)
+        return answers
+
+    def answer_each(
+        self,
+        prompts: Sequence[str],
+        settings: Sequence[GenerationSection] | None = None,
+        deadline: float | None = None,
+        shorter: Shorter | None = None,
+    ) -> Iterator[tuple[int, Answer]]:
         """(index of the prompt, answer) as they come. After a failure nothing new is asked, what is under way is still
-        given, and the first failure is raised at the end."""
-        waiting, done = deque(range(len(prompts))), SimpleQueue[tuple[int, Answer | EvomergeError] | None]()
+        given, and the first failure is raised at the end.
 
-        def work() -> None:
-            try:
-                while waiting:
-                    index = waiting.popleft()
-                    try:
-                        done.put((index, self._ask(prompts[index])))
-                    except EvomergeError as error:
-                        waiting.clear()
-                        done.put((index, error))
-            except IndexError:  # another worker took the last one, between the question and the taking
-                pass
-            finally:
-                done.put(None)
+        At `deadline`, a time.monotonic(), what is under way is left. `shorter`, never called twice at once, is asked for
+        another prompt where the server says that one is too long, as often as it does.
+        """
+        own, client, one = [self.generation] * len(prompts) if settings is None else settings, self.client, threading.Lock()
 
-        workers = [threading.Thread(target=work, daemon=True) for _ in range(min(self.concurrency, len(prompts)))]
-        for worker in workers:  # daemons: Ctrl-C waits for no server
-            worker.start()
-        failure: EvomergeError | None = None
-        running = len(workers)
+        def less(index: int) -> str | None:
+            with one:
+                return None if shorter is None else shorter(index)
+
+        def ask(index: int) -> Answer:
+            return self._ask(client, whole(prompts[index]), own[index], lambda: less(index))
+
+        asking, failure = Asking(ask, len(prompts), self.concurrency), None
         try:
-            while running:
-                match done.get():
-                    case None:
-                        running -= 1
-                    case (index, Answer() as answer):
-                        yield index, answer
-                    case (_, EvomergeError() as error):
-                        failure = failure or error
+            for index, found in asking.results(deadline):
+                if isinstance(found, Answer):
+                    yield index, found
+                else:
+                    failure = failure or found
         finally:
-            waiting.clear()
+            if asking.leave():  # its threads end when their connections do
+                client.close()
+                self.client, self.errors = _connect(self.url, self.key)
         if failure is not None:
             raise failure
 
-    def _ask(self, prompt: str) -> Answer:
-        for left in reversed(range(UNREADABLE_RETRIES + 1)):
+    def _ask(self, client: Any, prompt: str, g: GenerationSection, shorter: Callable[[], str | None]) -> Answer:
+        """One answer. Raises EngineError, ModelError."""
+        left = UNREADABLE_RETRIES
+        while True:
             try:
-                return read_reply(self._request(whole(prompt)))
+                return read_reply(self._request(client, prompt, g))
             except self.errors.OpenAIError as error:
-                raise self._failure(error) from error
+                less = shorter() if is_too_long(error) else None
+                if less is None:
+                    raise self._failure(error) from error
+                prompt = whole(less)
             except ValueError as error:  # no JSON, or JSON of another shape
                 if not left:
                     what = f"the server's reply holds no answer: {self._hidden(str(error))}"
                     raise EngineError(what, where=self.url, remedy=GOES_ON) from error
+                left -= 1
             except Exception as error:  # a worker must not end without a word
                 raise EngineError(f"{type(error).__name__}: {self._hidden(str(error))}", where=self.url, remedy=GOES_ON) from error
-        raise AssertionError("the loop returns or raises")
 
-    def _request(self, prompt: str) -> Any:
+    def _request(self, client: Any, prompt: str, g: GenerationSection) -> Any:
         """One request. Raises openai.OpenAIError, ValueError."""
-        g = self.generation
         temperature = g.temperature if g.do_sample else 0.0
         settings: dict[str, Any] = {"model": self.model, "max_tokens": g.max_new_tokens, "temperature": temperature}
         if g.stop:
             settings["stop"] = list(g.stop)
         if g.do_sample:
-            settings |= {"top_p": g.top_p, "seed": 0}
+            settings |= {"top_p": g.top_p, "seed": g.seed or 0}
         if g.repetition_penalty != 1.0:  # no field of OpenAI's; vLLM, SGLang and others know it
             settings["extra_body"] = {"repetition_penalty": g.repetition_penalty}
         if self.chat:
-            return self.client.chat.completions.create(messages=json.loads(prompt), **settings)
-        return self.client.completions.create(prompt=prompt, **settings)
+            return client.chat.completions.create(messages=json.loads(prompt), **settings)
+        return client.completions.create(prompt=prompt, **settings)
 
     def _list(self, needed: bool = False) -> list[str]:
         """The models that the server lists; none where it lists none. Raises EngineError: it is down, or `needed` and refused."""
@@ -165,7 +182,7 @@ class ServerEngine:
         if status == 404:
             remedy = "Check --server" + ("." if self.chat else ", or use --format chat: not every server has the completions endpoint.")
             return EngineError(f"the server answered with status 404: {said}", where=error.request.url, remedy=remedy)
-        remedy = f"Lower --concurrency. {GOES_ON}" if status == 429 else GOES_ON
+        remedy = f"Lower --concurrency. {GOES_ON}" if status == 429 else SHORTEN if is_too_long(error) else GOES_ON
         return EngineError(f"the server answered with status {status}: {said}", where=self.url, remedy=remedy)
 
     def _unknown_model(self, status: int, said: str) -> ModelError | None:
@@ -194,14 +211,6 @@ class TurnsAsJson:
 
     def apply_chat_template(self, turns: list[dict[str, str]], tokenize: bool, add_generation_prompt: bool) -> str:
         return json.dumps(turns, ensure_ascii=False)
-
-
-def open_server(
-    url: str, model: str | None, generation: GenerationSection, prompt: PromptSection, concurrency: int = CONCURRENCY
-) -> tuple[ServerEngine, Prompter, str]:
-    """The engine, its prompts, and what its answers depend on. Raises as ServerEngine does."""
-    engine = ServerEngine(url, model, generation, prompt.format == "chat", concurrency)
-    return engine, make_prompter(engine.tokenizer, prompt), engine.identity
 
 
 def _connect(url: str, key: str) -> tuple[Any, Any]:

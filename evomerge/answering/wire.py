@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
@@ -11,6 +12,15 @@ from evomerge.answering.engine import Answer
 from evomerge.errors import InputError
 
 KEY = "OPENAI_API_KEY"
+# How servers say that a prompt is too long: OpenAI, vLLM, llama.cpp, SGLang, TGI, LM Studio, Mistral, xAI, Anthropic's and
+# Google's gateways. (transformers' own server refuses no length.)
+TOO_LONG_CODES = ("context_length_exceeded", "exceed_context_size_error")
+TOO_LONG = re.compile(
+    r"context[ _-]?(length|window|size|limit)|maximum (prompt|model|input|sequence) length|max_model_len"
+    r"|maximum allowed (input )?length|(prompt|input|request) is too (long|large)|too many (input )?tokens"
+    r"|`?inputs`? (tokens|must have less than)|input token count",
+    re.IGNORECASE,
+)
 
 
 def server_url(url: str, where: str = "--server") -> str:
@@ -64,6 +74,15 @@ def message_of(error: Any) -> str:
     for key in ("error", "message", "detail"):
         body = body.get(key, body) if isinstance(body, dict) else body
     return body if isinstance(body, str) else json.dumps(body, ensure_ascii=False, default=str) if body else "no reason given"
+
+
+def is_too_long(error: Any) -> bool:
+    """Whether a client's error is a refusal because prompt and answer do not fit the context."""
+    status = getattr(error, "status_code", None)
+    if status not in (400, 413, 422, 500):  # 500: older llama.cpp
+        return False
+    codes = {getattr(error, "code", None), getattr(error, "type", None)}
+    return bool(codes & set(TOO_LONG_CODES)) or TOO_LONG.search(message_of(error)) is not None
 
 
 def _no_answer(reply: Any) -> NoReturn:
