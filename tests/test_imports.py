@@ -18,6 +18,7 @@ ORDER = [
     ["inference"],
     ["report"],
     ["export", "check", "demo"],
+    ["runner"],
     ["cli"],
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
