@@ -1,6 +1,8 @@
 """The transformers engine keeps the contract, and what only it promises: its loop, its batches, its memory."""
 
 import random
+import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Ll
 import evomerge.answering.hf
 from evomerge.answering.decode import Hooks, Rules, decode, filled, shared_prefix
 from evomerge.answering.encode import Encoder
-from evomerge.answering.engine import pack
+from evomerge.answering.engine import Answer, pack
 from evomerge.answering.hf import TransformersEngine
 from evomerge.errors import EngineError
 from evomerge.merging.folder import open_model
@@ -221,6 +223,70 @@ def test_caches_that_are_not_ours_fall_back_to_generate(family, monkeypatch):  #
     monkeypatch.setattr(evomerge.answering.hf, "decodable", lambda model: False)
     monkeypatch.setattr(evomerge.answering.hf, "decode", None)
     assert answers_of(engine, PROMPTS) == wanted
+
+
+class TestByGenerate:
+    """What the contract says of settings and deadlines where `generate` answers: the rows of one kind of settings at once."""
+
+    exact_batches = False  # a penalty counts the padding in
+    test_settings = Contract.test_each_prompt_has_its_own_settings
+    test_room = Contract.test_room_in_the_context_is_each_prompts_own
+
+    @pytest.fixture(autouse=True)
+    def forced(self, monkeypatch):
+        monkeypatch.setattr(evomerge.answering.hf, "decodable", lambda model: False)
+        monkeypatch.setattr(evomerge.answering.hf, "decode", None)
+
+    def make(self, family, siblings=("one", "two"), **settings):  # noqa: F811
+        return make_engine(family, siblings, **settings)
+
+    def test_deadline(self, family, monkeypatch):  # noqa: F811
+        """The clock goes on by one whenever it is read."""
+        engine, clock, seen = make_engine(family, model="endless", max_new_tokens=40), iter(range(10**6)), []
+        monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
+        sections = [GenerationSection(max_new_tokens=n) for n in (2, 40, 2, 39)]
+        answers = engine.answer(["あ", "い", "う", "え"], sections, lambda *of: seen.append(of), 30.0)
+        assert seen == [(0, answers[0]), (2, answers[2])]
+        assert answers[0] == answers[2] == Answer("いい", True, 2)
+        assert answers[1] == Answer("い" * answers[1].tokens, True, answers[1].tokens)
+        assert 2 < answers[1].tokens < 30
+        assert answers[3] == Answer("", True, 0)
+
+
+def test_what_was_told_before_memory_ran_out_is_not_answered_again(family, monkeypatch):  # noqa: F811
+    """Rows that ended are told at once; then the batch fails, and only the others are tried again."""
+    engine = make_engine(family, model="endless", max_new_tokens=9, engine={"batch_size": 8})
+    prompts = ["あ", "い", "う", "え"]
+    sections = [GenerationSection(max_new_tokens=n) for n in (9, 2, 9, 3)]
+    wanted, asked, seen = engine.answer(prompts, sections), [], []
+
+    def failing(model, rows, rules, seeds, hooks):
+        asked.append([r.max_new_tokens for r in rules])
+        if len(asked) == 1:
+            with pytest.raises(Full):
+                decode(model, rows, rules, seeds, replace(hooks, over=full_after(3)))
+            raise torch.OutOfMemoryError
+        return decode(model, rows, rules, seeds, hooks)
+
+    class Full(Exception):
+        pass
+
+    def full_after(steps):
+        left = [steps]
+
+        def over():
+            left[0] -= 1
+            if not left[0]:
+                raise Full
+            return False
+
+        return over
+
+    monkeypatch.setattr(evomerge.answering.hf, "decode", failing)
+    assert engine.answer(prompts, sections, got=lambda *of: seen.append(of)) == wanted
+    assert [sorted(part) for part in asked] == [[2, 3, 9, 9], [9, 9]]
+    assert sorted(seen) == list(enumerate(wanted))
+    assert engine.limits == {"batch_tokens": 20}  # 4 x 10, halved
 
 
 def test_what_is_under_way_is_watched(family):  # noqa: F811
