@@ -1,0 +1,98 @@
+"""Final inference on the CPU, as ratios within one run. The last line is one JSON object.
+
+tasks_vs_template: tasks a second of the whole runner (prompts, batches, answers on the disk as they come, the final file) over
+those of the competition template's loop, a prompt at a time through plain `generate`; 100 Japanese inputs of 20 to 200 tokens,
+64 new tokens each, on the model of about 20 M parameters of answering.py. `--model DIR` measures tasks_vs_template_model on that
+model as well, in `--model-dtype` (bfloat16). classify_accuracy, classify_per_s: see classify.py.
+
+With one thread seconds are the process's CPU seconds, so that a busy machine does not count; else they are the clock's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import answering
+import classify
+import torch
+from transformers.utils import logging as transformers_logging
+
+from evomerge.answering.hf import TransformersEngine
+from evomerge.answering.prompts import Prompter
+from evomerge.inference import run_inference
+from evomerge.knowledge.base import read_knowledge
+from evomerge.merging.folder import open_model
+from evomerge.study import EngineSection, GenerationSection, PromptSection
+from evomerge.tasks import Task
+
+TASKS, SHORTEST, LONGEST, NEW_TOKENS = 100, 20, 200, 64
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a model folder to measure too")
+    parser.add_argument("--model-dtype", default="bfloat16", help="of that model")
+    parser.add_argument("--batch-size", type=int, default=EngineSection.batch_size)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    transformers_logging.disable_progress_bar()
+    figures: dict[str, float] = {}
+    with tempfile.TemporaryDirectory(prefix="evomerge-bench-") as name:
+        folder = answering.make_pair(Path(name)) / "base"
+        figures["tasks_vs_template"] = tasks_vs_template(folder, "float32", args.threads, args.batch_size)
+    if args.model is not None:
+        figures["tasks_vs_template_model"] = tasks_vs_template(args.model, args.model_dtype, args.threads, args.batch_size)
+    base, rows = read_knowledge(classify.BASE), classify.labelled()
+    figures["classify_accuracy"] = classify.accuracy(base, "tfidf", rows)["all"]
+    texts = [f"{i}. {rows[i % len(rows)]['input']}" for i in range(2000)]
+    figures["classify_per_s"] = round(classify.per_second(classify.large(base), "tfidf", texts, whole=False))
+    print(json.dumps(figures))
+
+
+def tasks_vs_template(folder: Path, dtype: str, threads: int, batch_size: int) -> float:
+    """The ratio of tasks per second, from medians of a few rounds by turns."""
+    clock = time.process_time if threads == 1 else time.perf_counter
+    section = EngineSection(device="cpu", batch_size=batch_size)
+    engine = TransformersEngine(open_model(str(folder)), [], section, GenerationSection(max_new_tokens=NEW_TOKENS), dtype)
+    engine.rules = replace(engine.rules, ends=frozenset())  # all answers have 64 tokens: the same work for both
+    tasks = [Task(i, text) for i, text in enumerate(inputs(engine))]
+    prompter = Prompter(engine.tokenizer, PromptSection(format="competition"), engine.generation)
+
+    def ours() -> None:
+        with tempfile.TemporaryDirectory() as place:
+            assert run_inference(engine, prompter, tasks, Path(place) / "answers.jsonl").answered == TASKS
+
+    def template() -> None:
+        for task in tasks:
+            tokens = answering.generate(engine, [prompter.render(task.input)], NEW_TOKENS, ())
+            engine.tokenizer.decode(tokens[0], skip_special_tokens=True)
+
+    fast, slow = answering.medians(clock, [ours, template])
+    print(f"{folder.name}, {dtype}: {TASKS / fast:.1f} tasks/s, the template's loop {TASKS / slow:.2f}", flush=True)
+    return round(slow / fast, 2)
+
+
+def inputs(engine: TransformersEngine) -> list[str]:
+    """Japanese texts of SHORTEST to LONGEST tokens, cut from the labelled tasks one behind the other."""
+    rng = random.Random(0)
+    whole = "".join(row["input"] for row in classify.labelled()) * 4
+    found, at = [], 0
+    for _ in range(TASKS):
+        wanted = rng.randint(SHORTEST, LONGEST)
+        text = whole[at : at + wanted]
+        while len(engine.tokenizer(text, add_special_tokens=False)["input_ids"]) > wanted:
+            text = text[: -max(1, len(text) // 20)]
+        found.append(text)
+        at += len(text)
+    return found
+
+
+if __name__ == "__main__":
+    main()
