@@ -113,7 +113,16 @@ def handler(server):
             choice |= {"text": found["text"]} if "prompt" in body else {"message": {"role": "assistant", "content": found["text"]}}
             with server.lock:
                 server.answered[prompt] += 1
-            return self.json({"id": "x", "object": "o", "created": 0, "model": body["model"], "choices": [choice], "usage": USAGE})
+            return self.json(
+                {
+                    "id": "x",
+                    "object": "o",
+                    "created": 0,
+                    "model": body["model"],
+                    "choices": [choice],
+                    "usage": USAGE | found.get("usage", {}),
+                }
+            )
 
         def lower(self):
             return {name.lower(): value for name, value in self.headers.items()}

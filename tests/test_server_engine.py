@@ -272,6 +272,7 @@ LONG = {
         {"message": "This model's maximum context length is 8 tokens. However, your prompt contains 9 input tokens, …", "code": 400},
     ),
     "vllm, prompt": (400, {"message": "Input length (9) exceeds model's maximum context length (8).", "type": "BadRequestError"}),
+    "vllm, full": (400, {"message": "max_tokens must be at least 1, got 0. (parameter=max_tokens, value=0)", "code": 400}),
     "llama.cpp": (400, {"code": 400, "message": "request (9 tokens) exceeds …", "type": "exceed_context_size_error", "n_ctx": 8}),
     "llama.cpp, older": (500, {"code": 500, "message": "Context size has been exceeded.", "type": "server_error"}),
     "llama-cpp-python": (400, {"message": "Requested tokens (9) exceed context window of 8", "type": "invalid_request_error"}),
@@ -310,6 +311,29 @@ def test_a_shorter_prompt_is_asked_until_it_fits(server):
     assert [found[i].text for i in range(3)] == [usual("例例例問0"), usual("問1"), usual("例例例問2")]
     assert now == ["例例例問0", "問1", "例例例問2"]
     assert most == 1, "called by several threads at once"
+
+
+@pytest.mark.parametrize(("room", "examples", "tokens"), [("context", 2, 9), ("context, none suffices", 0, 6), ("limit", 5, 4)])
+def test_an_answer_that_the_context_cuts_is_asked_again_with_less(room, examples, tokens):
+    """The server answers with as many tokens as there is room for beside the examples, or never with more than four."""
+
+    def plan(number, prompt):
+        wanted = {"context": 11, "context, none suffices": 6, "limit": 4}[room] - (0 if room == "limit" else prompt.count("例"))
+        given = min(wanted, 9)
+        return {"text": prompt, "finish_reason": "length", "usage": {"completion_tokens": given}}
+
+    serving, now = Server(plan=plan), ["例" * 5 + "問"]
+    with serving.running() as url:
+        asks, _, _ = engine(url, "competition", max_new_tokens=9)
+
+        def shorter(index):
+            if "例" not in now[0]:
+                return None
+            now[0] = now[0][1:]
+            return now[0]
+
+        assert list(asks.answer_each(now, shorter=shorter)) == [(0, Answer("例" * examples + "問", True, tokens))]
+    assert len(serving.prompts()) == {"context": 4, "context, none suffices": 6, "limit": 2}[room]
 
 
 def test_where_nothing_can_be_dropped_it_is_the_servers_error():

@@ -14,7 +14,7 @@ from typing import Any
 
 from evomerge.answering.asking import Asking
 from evomerge.answering.engine import Answer, Got, Watch
-from evomerge.answering.wire import KEY, api_key, is_too_long, message_of, read_reply, server_url, whole
+from evomerge.answering.wire import KEY, TurnsAsJson, api_key, is_too_long, message_of, read_reply, server_url, whole
 from evomerge.errors import EngineError, EvomergeError, ModelError
 from evomerge.recipe import Recipe
 from evomerge.study import GenerationSection
@@ -117,23 +117,42 @@ class ServerEngine:
             raise failure
 
     def _ask(self, client: Any, prompt: str, g: GenerationSection, shorter: Callable[[], str | None]) -> Answer:
-        """One answer. Raises EngineError, ModelError."""
-        left = UNREADABLE_RETRIES
+        """One answer. Raises EngineError, ModelError.
+
+        vLLM and llama.cpp refuse no prompt that leaves little room: they cut the answer short. One that has fewer tokens than
+        we allow is asked again with a shorter prompt, as long as that makes it longer; where it does not, the server has a
+        limit of its own.
+        """
+        cut = Answer("", True, 0)  # the best of those
         while True:
             try:
-                return read_reply(self._request(client, prompt, g))
+                answer = self._reply(client, prompt, g)
             except self.errors.OpenAIError as error:
                 less = shorter() if is_too_long(error) else None
                 if less is None:
                     raise self._failure(error) from error
-                prompt = whole(less)
+            else:
+                if not answer.truncated or not 0 < answer.tokens < g.max_new_tokens:
+                    return answer
+                if answer.tokens <= cut.tokens or (less := shorter()) is None:
+                    return cut if answer.tokens <= cut.tokens else answer
+                cut = answer
+            prompt = whole(less)
+
+    def _reply(self, client: Any, prompt: str, g: GenerationSection) -> Answer:
+        """What the server says to one prompt. Raises openai.OpenAIError, EngineError."""
+        for left in reversed(range(UNREADABLE_RETRIES + 1)):
+            try:
+                return read_reply(self._request(client, prompt, g))
+            except self.errors.OpenAIError:
+                raise
             except ValueError as error:  # no JSON, or JSON of another shape
                 if not left:
                     what = f"the server's reply holds no answer: {self._hidden(str(error))}"
                     raise EngineError(what, where=self.url, remedy=GOES_ON) from error
-                left -= 1
             except Exception as error:  # a worker must not end without a word
                 raise EngineError(f"{type(error).__name__}: {self._hidden(str(error))}", where=self.url, remedy=GOES_ON) from error
+        raise AssertionError("the loop returns or raises")
 
     def _request(self, client: Any, prompt: str, g: GenerationSection) -> Any:
         """One request. Raises openai.OpenAIError, ValueError."""
@@ -202,15 +221,6 @@ class ServerEngine:
         """The text without the key, and not longer than a line may be."""
         text = " ".join((text.replace(self.key, "***") if self.key else text).split())
         return text if len(text) <= 300 else text[:299] + "…"
-
-
-class TurnsAsJson:
-    """Stands where a tokenizer stands in a Prompter: the turns stay turns."""
-
-    chat_template = "the server's"
-
-    def apply_chat_template(self, turns: list[dict[str, str]], tokenize: bool, add_generation_prompt: bool) -> str:
-        return json.dumps(turns, ensure_ascii=False)
 
 
 def _connect(url: str, key: str) -> tuple[Any, Any]:

@@ -18,9 +18,19 @@ TOO_LONG_CODES = ("context_length_exceeded", "exceed_context_size_error")
 TOO_LONG = re.compile(
     r"context[ _-]?(length|window|size|limit)|maximum (prompt|model|input|sequence) length|max_model_len"
     r"|maximum allowed (input )?length|(prompt|input|request) is too (long|large)|too many (input )?tokens"
-    r"|`?inputs`? (tokens|must have less than)|input token count",
+    r"|`?inputs`? (tokens|must have less than)|input token count"
+    r"|max_tokens must be at least 1, got",  # vLLM, of a prompt that fills the context to the last token
     re.IGNORECASE,
 )
+
+
+class TurnsAsJson:
+    """Stands where a tokenizer stands in a Prompter: the turns stay turns."""
+
+    chat_template = "the server's"
+
+    def apply_chat_template(self, turns: list[dict[str, str]], tokenize: bool, add_generation_prompt: bool) -> str:
+        return json.dumps(turns, ensure_ascii=False)
 
 
 def server_url(url: str, where: str = "--server") -> str:
