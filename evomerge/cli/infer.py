@@ -15,8 +15,8 @@ from evomerge.errors import InputError
 
 if TYPE_CHECKING:
     from evomerge.inference.opening import Opened
-    from evomerge.inference.run import Done
-    from evomerge.knowledge.retrieve import Chooser
+    from evomerge.inference.run import Done, Refining
+    from evomerge.judging.grade import Judge
     from evomerge.tasks import Task
 
 EXAMPLES = """evomerge infer --study demo --tasks tasks.jsonl --out answers.jsonl --knowledge base.xlsx
@@ -61,6 +61,15 @@ def infer_command(commands: Commands) -> None:
     how.add_argument("--device-map", metavar="MAP", help="auto: one model over several GPUs")
     how.add_argument("--batch-size", type=int, metavar="N", help="prompts answered at once (default: 32)")
     how.add_argument("--concurrency", type=int, metavar="N", help="with --server: requests under way at once (default: 8)")
+    how.add_argument(
+        "--self-check",
+        nargs="?",
+        const="all",
+        metavar="FAULTS",
+        help="answer again what is faulty: all, or some of empty,repetitive,language,cut",
+    )
+    how.add_argument("--best-of", type=int, metavar="N", help="answer N times and keep the best")
+    how.add_argument("--judge", metavar="JUDGE", help="with --best-of: agreement (default), rules, learned:FILE, llm, or local:DIR")
     how.add_argument("--seed", type=seed, metavar="N", help="of draws, where answers are sampled")
     how.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any key of prompt, generation or engine, as in a study file"
@@ -97,13 +106,16 @@ def infer(args: argparse.Namespace) -> None:
         return
     limit = _check(args)
     began = time.monotonic()
+    steps = _refine(args)
     from evomerge.answering.prompts import make_prompter
     from evomerge.inference import run_inference
+    from evomerge.inference.opening import open_chooser
 
     console = Console()
     tasks = _tasks(args.tasks)
     opened = _open(args, console)
-    chooser = _chooser(args, opened, console)
+    _check_base(args, opened)
+    chooser = open_chooser(opened, args.classify, console.say)
     prompter = make_prompter(
         opened.engine.tokenizer, opened.prompt, opened.study.generation, chooser, opened.engine.context, args.max_new_tokens
     )
@@ -115,6 +127,7 @@ def infer(args: argparse.Namespace) -> None:
         _answered(console),
         model=opened.identity,
         deadline=None if limit is None else began + limit,
+        refine=steps,
     )
     _report(console, args, done)
 
@@ -135,10 +148,10 @@ def _check(args: argparse.Namespace) -> float | None:
             raise InputError("is the server's own business", where=f"--{option.replace('_', '-')}", remedy="Leave it out.")
     if args.classify != "neighbours" and (args.server is not None or args.engine == "vllm"):
         raise InputError("asks a transformers model", where="--classify", found=args.classify, remedy="Use --classify neighbours.")
-    for option in ("concurrency", "max_new_tokens", "batch_size"):
+    for option, least in (("concurrency", 1), ("max_new_tokens", 1), ("batch_size", 1), ("best_of", 2)):
         value = getattr(args, option)
-        if value is not None and value < 1:
-            raise InputError("must be 1 or more", where=f"--{option.replace('_', '-')}", found=value)
+        if value is not None and value < least:
+            raise InputError(f"must be {least} or more", where=f"--{option.replace('_', '-')}", found=value)
     limit = None if args.time_limit is None else seconds(args.time_limit)
     if args.time_limit is not None and limit is None:
         raise InputError("is no duration", where="--time-limit", found=args.time_limit, remedy="Write 90s, 55m or 2h.")
@@ -167,15 +180,44 @@ def _open(args: argparse.Namespace, console: Console) -> Opened:
     return opening.open_folder(args.model, overrides) if args.recipe is None else opening.open_yaml(args.recipe, overrides)
 
 
-def _chooser(args: argparse.Namespace, opened: Opened, console: Console) -> Chooser | None:
-    """What chooses classes and examples, where there is a base."""
-    from evomerge.search.session import open_knowledge
+def _check_base(args: argparse.Namespace, opened: Opened) -> None:
+    """Raise InputError for options of a base that is not there."""
+    if opened.prompt.knowledge is not None:
+        return
+    for option in ("retriever", "default_class", "threshold"):
+        if getattr(args, option) is not None:
+            raise InputError("there is no knowledge base", where=f"--{option.replace('_', '-')}", remedy="Name one with --knowledge.")
+    if args.classify != "neighbours":
+        raise InputError("there is no knowledge base", where="--classify", remedy="Name one with --knowledge.")
 
-    if opened.prompt.knowledge is None:
-        for option in ("retriever", "default_class", "threshold"):
-            if getattr(args, option) is not None:
-                raise InputError("there is no knowledge base", where=f"--{option.replace('_', '-')}", remedy="Name one with --knowledge.")
-    return open_knowledge(opened.prompt, console.say)
+
+def _refine(args: argparse.Namespace) -> list[Refining]:
+    """What answers tasks again: best of n first, so that the self-check looks at what was chosen."""
+    from evomerge.inference.best_of import BestOf
+    from evomerge.inference.selfcheck import SERIOUS, SelfCheck
+
+    steps: list[Refining] = []
+    if args.best_of is not None:
+        steps.append(BestOf(args.best_of, _judge(args.judge)))
+    elif args.judge is not None:
+        raise InputError("chooses among several answers", where="--judge", remedy="Add --best-of N.")
+    if args.self_check is not None:
+        kinds = list(SERIOUS) if args.self_check == "all" else args.self_check.split(",")
+        wrong = [kind for kind in kinds if kind not in SERIOUS]
+        if wrong:
+            raise InputError("no fault of an answer", where="--self-check", found=wrong[0], remedy=f"Use {', '.join(SERIOUS)}, or all.")
+        steps.append(SelfCheck(frozenset(kinds)))
+    return steps
+
+
+def _judge(text: str | None) -> Judge | None:
+    """The judge of --judge; None: agreement of the answers. Raises InputError, JudgeError, ModelError."""
+    from evomerge.judging.choose import judge_from_options
+
+    if text in (None, "agreement"):
+        return None
+    kind, _, place = text.partition(":")
+    return judge_from_options(kind, [f"model={json.dumps(place)}"]) if kind == "local" else judge_from_options(text)
 
 
 def _answered(console: Console) -> Callable[[int, int], None]:

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from evomerge.answering.engine import Engine, make_engine
+from evomerge.answering.hf import TransformersEngine
+from evomerge.answering.likelihood import loglikelihood
+from evomerge.answering.prompts import make_prompter
 from evomerge.answering.server import CONCURRENCY, ServerEngine
 from evomerge.errors import InputError, StudyError
+from evomerge.knowledge.base import read_knowledge
+from evomerge.knowledge.by_model import ModelClassifier
+from evomerge.knowledge.retrieve import Chooser
 from evomerge.merging.fingerprint import combined, fingerprint
 from evomerge.merging.folder import ModelFolder, open_model
 from evomerge.merging.stream import open_recipe
 from evomerge.recipe import Recipe, read_recipe
-from evomerge.search.session import load_finished, open_models
+from evomerge.search.session import load_finished, open_knowledge, open_models
 from evomerge.study import GenomeSection, PromptSection, Study, TaskSource, overridden
 
 USED = ("prompt", "generation", "engine", "search.dtype", "search.seed")  # what of a study file inference heeds
@@ -76,6 +83,21 @@ def open_server_at(url: str, model: str | None, overrides: Sequence[str], concur
     return Opened(engine, study.prompt, study, engine.identity)
 
 
+def open_chooser(opened: Opened, classify: str, say: Callable[[str], None]) -> Chooser | None:
+    """What chooses classes and examples, where there is a base: by `neighbours`, by the `model` that answers, or by `both`.
+
+    Raises KnowledgeError, InputError.
+    """
+    if classify == "neighbours":
+        return open_knowledge(opened.prompt, say)
+    engine = opened.engine
+    if not isinstance(engine, TransformersEngine):
+        raise InputError("asks a transformers model", where="--classify", found=classify, remedy="Use --classify neighbours.")
+    likelihood = partial(loglikelihood, engine.model, engine.tokenizer)
+    render = make_prompter(engine.tokenizer, opened.prompt).render
+    return open_knowledge(opened.prompt, say, classify, lambda knowledge: ModelClassifier(knowledge, likelihood, render))
+
+
 def _study(models: tuple[str, ...], dtype: str) -> Study:
     """Settings alone: the defaults of a study file around models that nobody searches."""
     study = Study(GenomeSection(models), (TaskSource(file="-"),), "inference")
@@ -97,8 +119,6 @@ def _identity(recipe: str, models: Mapping[str, Any] | str, study: Study) -> str
 
 def _check_base(path: str, digest: str | None, name: str) -> None:
     """What was optimised is what answers."""
-    from evomerge.knowledge.base import read_knowledge
-
     if read_knowledge(path).digest() != digest:
         raise StudyError(
             "the knowledge base has changed since the search", where=name, found=path, remedy="Put it back, or name it with --knowledge."

@@ -20,7 +20,8 @@ from evomerge.errors import StudyError, StudyFileError
 from evomerge.genome import Genome, make_genome
 from evomerge.judging.choose import check_tasks, make_judge
 from evomerge.judging.grade import Judge, WaitingJudge
-from evomerge.knowledge.base import read_knowledge
+from evomerge.knowledge.base import Knowledge, read_knowledge
+from evomerge.knowledge.by_model import ModelClassifier
 from evomerge.knowledge.retrieve import Chooser
 from evomerge.merging.fingerprint import combined, fingerprint
 from evomerge.merging.folder import ModelFolder, check_fit, num_layers, open_model
@@ -88,12 +89,22 @@ def open_search(study: Study, url: str, console: Console) -> Iterator[Search]:
             cache.close()
 
 
-def open_knowledge(prompt: PromptSection, say: Callable[[str], None]) -> Chooser | None:
-    """What chooses classes and examples from the base that the prompts are made with, if there is one. Raises KnowledgeError."""
+def open_knowledge(
+    prompt: PromptSection,
+    say: Callable[[str], None],
+    classify: str = "neighbours",
+    by_model: Callable[[Knowledge], ModelClassifier] | None = None,
+) -> Chooser | None:
+    """What chooses classes and examples from the base that the prompts are made with, if there is one.
+
+    `by_model` makes what classifies by a model. Raises KnowledgeError, and InputError for a retriever that is not there.
+    """
     if prompt.knowledge is None:
         return None
     knowledge = read_knowledge(prompt.knowledge)
-    return Chooser(knowledge, prompt.retriever, threshold=prompt.threshold, default=prompt.default_class, say=say)
+    model = None if by_model is None else by_model(knowledge)
+    how: dict[str, Any] = {"threshold": prompt.threshold, "default": prompt.default_class, "say": say}
+    return Chooser(knowledge, prompt.retriever, classify=classify, by_model=model, **how)
 
 
 def _open_judge(study: Study, url: str, ledger: Ledger, tasks: Sequence[Task]) -> Judge:
