@@ -396,6 +396,7 @@ def test_too_many_requests_waits_as_told(tmp_path):
         (status(500, "CUDA out of memory"), ["status 500", "CUDA out of memory", "the same command goes on"]),
         (status(429, "slow down", Retry_After="0.01"), ["status 429", "slow down", "--concurrency"]),
         (status(400, "maximum context length is 8 tokens"), ["status 400", "maximum context length"]),
+        (status(422, body={"detail": "Unexpected fields: {'repetition_penalty'}"}), ["status 422", "Set repetition_penalty to 1"]),
         (status(422, body={"detail": [{"msg": "bad\nfield"}]}), ["status 422", "bad"]),
         (status(500, body=[1, 2]), ["status 500"]),
         (torn(), ["cannot be reached"]),

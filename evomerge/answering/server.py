@@ -202,6 +202,8 @@ class ServerEngine:
             remedy = "Check --server" + ("." if self.chat else ", or use --format chat: not every server has the completions endpoint.")
             return EngineError(f"the server answered with status 404: {said}", where=error.request.url, remedy=remedy)
         remedy = f"Lower --concurrency. {GOES_ON}" if status == 429 else SHORTEN if is_too_long(error) else GOES_ON
+        if "repetition_penalty" in said:  # OpenAI's own, transformers'
+            remedy = "Set repetition_penalty to 1: this server does not take it."
         return EngineError(f"the server answered with status {status}: {said}", where=self.url, remedy=remedy)
 
     def _unknown_model(self, status: int, said: str) -> ModelError | None:
