@@ -24,6 +24,7 @@ from evomerge.cli.options import (
     study_option,
 )
 from evomerge.console import Console, size
+from evomerge.errors import InputError
 
 if TYPE_CHECKING:
     from evomerge.search.session import Finished
@@ -63,12 +64,15 @@ def study_commands(commands: Commands) -> None:
         commands,
         "export",
         export,
-        "write the winner as mergekit YAML, or as a model folder",
-        "evomerge export demo -o best.yaml\n  evomerge export demo --model merged/",
+        "write the winner as mergekit YAML, as a model folder, or as a runner to take along",
+        "evomerge export demo -o best.yaml\n  evomerge export demo --model merged/\n"
+        "  evomerge export demo --runner runner/ --knowledge base.xlsx",
     )
     study_option(p)
     p.add_argument("-o", "--output", type=Path, metavar="FILE", help="where the YAML goes (default: stdout)")
     p.add_argument("--model", type=Path, metavar="DIR", help="build the merged model in DIR")
+    p.add_argument("--runner", type=Path, metavar="DIR", help="a folder that answers tasks where evomerge is not installed")
+    p.add_argument("--knowledge", type=Path, metavar="FILE", help="with --runner: the base (default: the study's, if it has one)")
     shard_option(p)
 
     p = add_command(
@@ -136,20 +140,34 @@ def show(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    """The winner's YAML, or its model folder."""
+    """The winner's YAML, its model folder, or a runner."""
     from evomerge.atomic import replace_file
     from evomerge.export import card, recipe_text, use_threads
 
+    if args.knowledge is not None and args.runner is None:
+        raise InputError("goes into a runner", where="--knowledge", remedy="Add --runner DIR, or leave it out.")
     finished = load(args)
     text = recipe_text(finished)
+    if args.runner is not None:
+        _export_runner(args, finished)
     if args.model is not None:
         use_threads(finished.study)
         build(finished.recipe, args.model, args.out_shard_size, text, finished.study.search.seed)
         replace_file(args.model / "README.md", lambda p: p.write_text(card(finished), encoding="utf-8"))
     if args.output is not None:
         say_written(Console(), [replace_file(args.output, lambda p: p.write_text(text, encoding="utf-8"))])
-    elif args.model is None:
+    elif args.model is None and args.runner is None:
         sys.stdout.write(text)
+
+
+def _export_runner(args: argparse.Namespace, finished: Finished) -> None:
+    """A folder with all that answering needs, but for the models."""
+    from evomerge.knowledge.base import read_knowledge
+    from evomerge.runner import write_runner
+
+    base = args.knowledge or finished.study.prompt.knowledge
+    write_runner(finished, args.runner, None if base is None else read_knowledge(base))
+    say_written(Console(), [args.runner])
 
 
 def report(args: argparse.Namespace) -> None:
