@@ -29,7 +29,7 @@ from evomerge.answering.engine import Answer
 from evomerge.answering.hf import TransformersEngine
 from evomerge.answering.prompts import Prompt, Prompter, make_prompter
 from evomerge.inference.best_of import choose, grade, samples
-from evomerge.inference.selfcheck import SERIOUS, better, faults, retry_settings, seriousness
+from evomerge.inference.selfcheck import SERIOUS, asked_for, better, faults, retry_settings, seriousness
 from evomerge.judging.families import is_tuning, wanted_models
 from evomerge.judging.files import AnswerLine, read_answers
 from evomerge.judging.fit import fit_file
@@ -52,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--graded", type=Path)
     parser.add_argument("--pair", type=Path)
-    parser.add_argument("--tasks", type=int, default=100, help="of the pair")
+    parser.add_argument("--tasks", type=int, default=140, help="of the pair")
     parser.add_argument("--new-tokens", type=int, default=48, help="of the pair's answers")
     args = parser.parse_args()
     found: dict[str, Any] = {}
@@ -163,8 +163,8 @@ def _again(
     kind: str, engine: TransformersEngine, prompter: Prompter, tasks: Sequence[Task], prompts: Sequence[Prompt], first: Sequence[Answer]
 ) -> dict[str, Any]:
     """One more attempt for the answers that have this fault; a fault of language would need a model that can do two."""
-    found = [faults(answer, task.input) for answer, task in zip(first, tasks, strict=True)]
-    flagged = [i for i, fault in enumerate(found) if kind in fault]
+    found = [asked_for(faults(answer, task.input), frozenset({kind})) for answer, task in zip(first, tasks, strict=True)]
+    flagged = [i for i, fault in enumerate(found) if fault]
     if not flagged:
         print(f"  {kind:10}   0 flagged")
         return {"flagged": 0}

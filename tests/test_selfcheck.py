@@ -10,7 +10,7 @@ from evomerge.answering.prompts import Prompter
 from evomerge.errors import TaskError
 from evomerge.inference import run_inference
 from evomerge.inference.best_of import BestOf, agreement, choose, samples
-from evomerge.inference.selfcheck import SelfCheck, better, faults, retry_settings, retry_system
+from evomerge.inference.selfcheck import SelfCheck, asked_for, better, faults, retry_settings, retry_system
 from evomerge.judging.grade import Grade
 from evomerge.judging.rules import RulesJudge
 from evomerge.study import GenerationSection, PromptSection
@@ -150,6 +150,14 @@ def test_settings_of_the_next_attempt():
     assert len({5, *(s.seed for s in again)}) == 3
 
 
+def test_only_for_the_kinds_of_faults_that_are_asked_for():
+    assert asked_for(("cut", "language"), frozenset({"language", "empty"})) == ("language",)
+    assert asked_for(("cut",), frozenset({"cut"})) == ("cut",)
+    assert asked_for(("cut", "repetitive"), frozenset({"cut"})) == ()
+    assert asked_for(("cut", "repetitive"), frozenset({"cut", "repetitive"})) == ("cut", "repetitive")
+    assert asked_for(("cut",), frozenset({"repetitive"})) == asked_for((), frozenset({"cut"})) == ()
+
+
 def test_the_sentence_on_the_language():
     assert retry_system(("cut", "language"), JA) == "必ず日本語で回答してください。"
     assert retry_system(("language",), EN) == "Answer in English."
@@ -238,16 +246,22 @@ class Scripted:
         return [self.table(prompt, each) for prompt, each in zip(prompts, own, strict=True)]
 
 
-def prompter(context=None):
-    return Prompter(None, PromptSection(format="template", template="{input}"), PLAIN, context=context)
+class PlainPrompter(Prompter):
+    """Without a tokenizer whose control tokens would be broken up."""
+
+    def _plain(self, text):
+        return text
+
+
+def plain_prompter(context=None):
+    return PlainPrompter(None, PromptSection(format="template", template="{input}"), PLAIN, context=context)
 
 
 def outputs(path):
     return [json.loads(line)["output"] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_a_run_asks_again_for_what_has_a_fault(tmp_path, monkeypatch):
-    monkeypatch.setattr(Prompter, "_plain", lambda self, text: text)  # there is no tokenizer
+def test_a_run_asks_again_for_what_has_a_fault(tmp_path):
     tasks = (Task(0, JA), Task(1, "何か言ってください。"), Task(2, "名前は？"))
 
     def table(prompt, settings):
@@ -258,28 +272,39 @@ def test_a_run_asks_again_for_what_has_a_fault(tmp_path, monkeypatch):
         return said("太郎です。")
 
     engine = Scripted(table)
-    done = run_inference(engine, prompter(), tasks, tmp_path / "out.jsonl", refine=[SelfCheck(frozenset({"empty", "language"}))])
+    done = run_inference(engine, plain_prompter(), tasks, tmp_path / "out.jsonl", refine=[SelfCheck(frozenset({"empty", "language"}))])
     assert outputs(tmp_path / "out.jsonl") == [JAPANESE, "はい。", "太郎です。"]
     assert len(engine.asked) == 5
     assert done.told == ("self-check (empty, language): 2 of 3 answers had a fault, 0 still have",)
 
     engine = Scripted(table)
-    done = run_inference(engine, prompter(), tasks, tmp_path / "out2.jsonl", refine=[SelfCheck(frozenset({"empty"}))])
+    done = run_inference(engine, plain_prompter(), tasks, tmp_path / "out2.jsonl", refine=[SelfCheck(frozenset({"empty"}))])
     assert outputs(tmp_path / "out2.jsonl") == [ENGLISH, "はい。", "太郎です。"]
 
 
 @pytest.mark.parametrize(("context", "room"), [(None, 128), (1000, 128), (100, 90), (70, None)])
-def test_a_longer_answer_stays_in_the_context(tmp_path, monkeypatch, context, room):
-    monkeypatch.setattr(Prompter, "_plain", lambda self, text: text)
+def test_a_longer_answer_stays_in_the_context(tmp_path, context, room):
     engine = Scripted(lambda prompt, settings: said("長い答え" * 2, cut=settings.max_new_tokens < 90), context)
-    run_inference(engine, prompter(), [Task(0, "あ" * 10)], tmp_path / "out.jsonl", refine=[SelfCheck(frozenset({"cut"}))])
+    run_inference(engine, plain_prompter(), [Task(0, "あ" * 10)], tmp_path / "out.jsonl", refine=[SelfCheck(frozenset({"cut"}))])
     assert [settings.max_new_tokens for _, settings in engine.asked[1:]] == ([room] if room else [])
 
 
-def test_a_run_keeps_the_best_of_three(tmp_path, monkeypatch):
-    monkeypatch.setattr(Prompter, "_plain", lambda self, text: text)
+def test_a_run_keeps_the_best_of_three(tmp_path):
     engine = Scripted(lambda prompt, settings: said("Lima" if settings.seed is None else "Cairo"))
-    done = run_inference(engine, prompter(), [Task(0, "Capital of Egypt?")], tmp_path / "out.jsonl", refine=[BestOf(3)])
+    done = run_inference(engine, plain_prompter(), [Task(0, "Capital of Egypt?")], tmp_path / "out.jsonl", refine=[BestOf(3)])
     assert outputs(tmp_path / "out.jsonl") == ["Cairo"]
     assert len({settings.seed for _, settings in engine.asked}) == 3
     assert done.told == ("best of 3 by agreement: another than the first answer to 1 of 1 tasks",)
+
+
+def test_a_judge_that_does_not_know_a_task_refuses_before_more_is_paid_for(tmp_path):
+    class Knows:
+        name, version = "knows", "1"
+
+        def check(self, tasks):
+            raise TaskError("was not fitted on this task")
+
+    engine = Scripted(lambda prompt, settings: said("Cairo"))
+    with pytest.raises(TaskError):
+        run_inference(engine, plain_prompter(), [Task(0, "Capital of Egypt?")], tmp_path / "out.jsonl", refine=[BestOf(3, Knows())])
+    assert len(engine.asked) == 1

@@ -13,6 +13,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from evomerge.inference.selfcheck import faults, seriousness
+from evomerge.judging.choose import check_tasks
 from evomerge.judging.grade import BatchJudge
 from evomerge.judging.rules import RulesJudge
 
@@ -78,7 +79,12 @@ class BestOf:
     judge: Judge | None = None
 
     def __call__(self, run: Run, chosen: dict[int, Answer]) -> str:
-        """As inference/run.py's Refining. Where the time was too short, the best of those that are there."""
+        """As inference/run.py's Refining. Where the time was too short, the best of those that are there.
+
+        Raises as `choose`; TaskError before anything is asked.
+        """
+        if self.judge is not None:
+            check_tasks(self.judge, run.tasks)
         found = {i: [answer] for i, answer in chosen.items()}
         for place in range(1, self.n):
             asked = {i: replace(prompt, settings=samples(self.n, prompt.settings)[place]) for i, prompt in enumerate(run.prompts)}

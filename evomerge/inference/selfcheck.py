@@ -87,6 +87,12 @@ def seriousness(fault: Faults) -> int:
     return sum(SERIOUS[name] for name in fault)
 
 
+def asked_for(fault: Faults, kinds: frozenset[str]) -> Faults:
+    """Those of an answer's faults for which it is asked again. A loop that is cut needs no more room."""
+    wanted = tuple(name for name in fault if name in kinds)
+    return () if wanted == ("cut",) and "repetitive" in fault else wanted
+
+
 def better(first: Answer, second: Answer, task: str) -> Answer:
     """The answer with the less serious faults, the first of equals."""
     return second if seriousness(faults(second, task)) < seriousness(faults(first, task)) else first
@@ -111,8 +117,8 @@ class SelfCheck:
         return f"self-check ({', '.join(sorted(self.kinds))}): {flagged} of {len(chosen)} answers had a fault, {left} still have"
 
     def _flagged(self, run: Run, chosen: dict[int, Answer]) -> dict[int, Faults]:
-        found = {i: faults(answer, run.tasks[i].input) for i, answer in chosen.items()}
-        return {i: fault for i, fault in found.items() if self.kinds & set(fault)}
+        found = {i: asked_for(faults(answer, run.tasks[i].input), self.kinds) for i, answer in chosen.items()}
+        return {i: fault for i, fault in found.items() if fault}
 
 
 def _again(run: Run, prompt: Prompt, fault: Faults, attempt: int) -> Prompt | None:
