@@ -20,6 +20,7 @@ ORDER = [
     ["export", "check", "demo"],
     ["runner"],
     ["cli"],
+    ["__main__"],
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 MAY_IMPORT = {

@@ -481,8 +481,9 @@ def test_stopped_by_hand(tmp_path, stop):
         _, err = process.communicate(timeout=30)
         if stop == signal.SIGINT:
             assert process.returncode == 130
-            assert "interrupted" in err
-            assert len(err.strip().splitlines()) == 2  # how many were answered already, and this
+            *progress, last = err.strip().splitlines()
+            assert last.startswith("evomerge: interrupted")
+            assert all(line.startswith("answered ") for line in progress)  # on a slow machine
         before = server.answered.copy()
         assert sum(before.values()) == len(kept(tmp_path)) == 5
         server.plan = lambda number, prompt: None

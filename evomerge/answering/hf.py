@@ -68,6 +68,13 @@ class TransformersEngine:
             torch.set_num_threads(engine.threads)
         self.tokenizer = load_tokenizer(base, engine.trust_remote_code)
         self.model = load_model(base, engine, getattr(torch, dtype))
+        if siblings and any(p.device.type == "meta" for p in self.model.parameters()):
+            raise EngineError(
+                "the model does not fit the devices: parts of it wait on the CPU or the disk, where no merge reaches them",
+                where="engine.device_map",
+                found=engine.device_map,
+                remedy="Use engine.quantization: 4bit, or more GPUs.",
+            )
         self.live = LiveModel(self.model, base, siblings, seed, engine.residency) if siblings else None
         self.context = context_of(self.model.config)
         self.encode = Encoder(self.tokenizer, self.context, generation.max_new_tokens, too_long)

@@ -6,23 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from evomerge.answering.engine import Engine, make_engine
-from evomerge.answering.hf import TransformersEngine
-from evomerge.answering.likelihood import loglikelihood
-from evomerge.answering.prompts import make_prompter
-from evomerge.answering.server import CONCURRENCY, ServerEngine
 from evomerge.errors import InputError, StudyError
 from evomerge.knowledge.base import read_knowledge
 from evomerge.knowledge.by_model import ModelClassifier
-from evomerge.knowledge.retrieve import Chooser
-from evomerge.merging.fingerprint import combined, fingerprint
-from evomerge.merging.folder import ModelFolder, open_model
-from evomerge.merging.stream import open_recipe
-from evomerge.recipe import Recipe, read_recipe
-from evomerge.search.session import load_finished, open_knowledge, open_models
+from evomerge.knowledge.open import open_knowledge
 from evomerge.study import GenomeSection, PromptSection, Study, TaskSource, overridden
+
+if TYPE_CHECKING:  # a server is asked without torch
+    from evomerge.answering.engine import Engine
+    from evomerge.knowledge.retrieve import Chooser
+    from evomerge.merging.folder import ModelFolder
+    from evomerge.recipe import Recipe
 
 USED = ("prompt", "generation", "engine", "search.dtype", "search.seed")  # what of a study file inference heeds
 
@@ -39,6 +35,8 @@ class Opened:
 
 def open_study(url: str, name: str, overrides: Sequence[str], say: Callable[[str], None] = lambda line: None) -> Opened:
     """The study's own engine and prompts with the winner's weights; no merged folder is needed. Raises StudyError."""
+    from evomerge.search.session import load_finished, open_models
+
     finished = load_finished(url, name)
     study = overridden(finished.study, overrides, USED)
     facts = finished.ledger.facts
@@ -56,6 +54,9 @@ def open_study(url: str, name: str, overrides: Sequence[str], say: Callable[[str
 
 def open_folder(ref: str, overrides: Sequence[str]) -> Opened:
     """A model folder or hub name in the precision it has on disk, unless search.dtype says another. Raises ModelError."""
+    from evomerge.merging.fingerprint import combined, fingerprint
+    from evomerge.merging.folder import open_model
+
     folder = open_model(ref)
     dtype = str(folder.config.get("dtype") or folder.config.get("torch_dtype") or "bfloat16")
     study = overridden(_study((ref,), dtype), overrides, USED)
@@ -64,6 +65,10 @@ def open_folder(ref: str, overrides: Sequence[str]) -> Opened:
 
 def open_yaml(path: Path, overrides: Sequence[str]) -> Opened:
     """A mergekit configuration, merged in place; its models' paths resolve as in `evomerge merge`. Raises RecipeError, ModelError."""
+    from evomerge.merging.fingerprint import combined, fingerprint
+    from evomerge.merging.stream import open_recipe
+    from evomerge.recipe import read_recipe
+
     if not path.is_file():
         raise InputError("no such recipe", where=path, remedy="Name a mergekit YAML.")
     recipe = read_recipe(path)
@@ -78,6 +83,8 @@ def open_yaml(path: Path, overrides: Sequence[str]) -> Opened:
 
 def open_server_at(url: str, model: str | None, overrides: Sequence[str], concurrency: int | None) -> Opened:
     """An OpenAI-compatible server. Raises InputError, ModelError, EngineError."""
+    from evomerge.answering.server import CONCURRENCY, ServerEngine
+
     study = overridden(_study((model or "served",), "bfloat16"), overrides, ("prompt", "generation"))
     engine = ServerEngine(url, model, study.generation, study.prompt.format == "chat", concurrency or CONCURRENCY)
     return Opened(engine, study.prompt, study, engine.identity)
@@ -90,6 +97,10 @@ def open_chooser(opened: Opened, classify: str, say: Callable[[str], None]) -> C
     """
     if classify == "neighbours":
         return open_knowledge(opened.prompt, say)
+    from evomerge.answering.hf import TransformersEngine
+    from evomerge.answering.likelihood import loglikelihood
+    from evomerge.answering.prompts import make_prompter
+
     engine = opened.engine
     if not isinstance(engine, TransformersEngine):
         raise InputError("asks a transformers model", where="--classify", found=classify, remedy="Use --classify neighbours.")
@@ -105,6 +116,8 @@ def _study(models: tuple[str, ...], dtype: str) -> Study:
 
 
 def _engine(base: ModelFolder, siblings: Sequence[ModelFolder], study: Study) -> Engine:
+    from evomerge.answering.engine import make_engine
+
     return make_engine(base, siblings, study.engine, study.generation, study.search.dtype, study.search.seed, study.prompt.too_long)
 
 

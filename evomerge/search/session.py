@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,9 +20,7 @@ from evomerge.errors import StudyError, StudyFileError
 from evomerge.genome import Genome, make_genome
 from evomerge.judging.choose import check_tasks, make_judge
 from evomerge.judging.grade import Judge, WaitingJudge
-from evomerge.knowledge.base import Knowledge, read_knowledge
-from evomerge.knowledge.by_model import ModelClassifier
-from evomerge.knowledge.retrieve import Chooser
+from evomerge.knowledge.open import open_knowledge
 from evomerge.merging.fingerprint import combined, fingerprint
 from evomerge.merging.folder import ModelFolder, check_fit, num_layers, open_model
 from evomerge.merging.lora import AdaptedModel
@@ -33,7 +31,7 @@ from evomerge.search.sampler import ReplayedCmaEs
 from evomerge.search.starting import first_vectors, remember_start, restore_start, source_url
 from evomerge.search.verdict import choose_winner
 from evomerge.search.warm_start import check_warm_start
-from evomerge.study import JudgeSection, PromptSection, Study
+from evomerge.study import JudgeSection, Study
 from evomerge.tasks import Split, Task, load_dataset_tasks, load_tasks, split_tasks, tasks_hash
 
 
@@ -87,24 +85,6 @@ def open_search(study: Study, url: str, console: Console) -> Iterator[Search]:
             if isinstance(judge, WaitingJudge):
                 judge.close(drain)
             cache.close()
-
-
-def open_knowledge(
-    prompt: PromptSection,
-    say: Callable[[str], None],
-    classify: str = "neighbours",
-    by_model: Callable[[Knowledge], ModelClassifier] | None = None,
-) -> Chooser | None:
-    """What chooses classes and examples from the base that the prompts are made with, if there is one.
-
-    `by_model` makes what classifies by a model. Raises KnowledgeError, and InputError for a retriever that is not there.
-    """
-    if prompt.knowledge is None:
-        return None
-    knowledge = read_knowledge(prompt.knowledge)
-    model = None if by_model is None else by_model(knowledge)
-    how: dict[str, Any] = {"threshold": prompt.threshold, "default": prompt.default_class, "say": say}
-    return Chooser(knowledge, prompt.retriever, classify=classify, by_model=model, **how)
 
 
 def _open_judge(study: Study, url: str, ledger: Ledger, tasks: Sequence[Task]) -> Judge:
