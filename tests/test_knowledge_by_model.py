@@ -115,16 +115,16 @@ def test_a_real_model_by_its_logits():
 def test_both_is_the_product_of_the_shares():
     table = Table(letters={("あい", "かさ"): 1.0, ("あい", "け"): 2.0})
     model = ModelClassifier(base(), table, render)
-    votes = Chooser(base()).verdicts(["あい"])[0].shares
+    votes = Chooser(base(), linear=False).verdicts(["あい"])[0].shares
     assert votes[2] == 0
     assert votes[0] == pytest.approx(votes[1])
     shares = model.shares(["あい"])[0]
     product = [max(v, LEAST) * s for v, s in zip(votes, shares, strict=True)]
-    found = Chooser(base(), classify="both", by_model=model).choose("あい")
+    found = Chooser(base(), classify="both", by_model=model, linear=False).choose("あい")
     assert (found.class_name, found.confidence) == ("かさ", pytest.approx(product[0] / sum(product)))
     assert [e.row for e in found.examples] == [2]
     assert Chooser(base(), classify="model", by_model=model).classify("あい") == "け"
-    assert Chooser(base(), classify="neighbours", by_model=model).classify("あい") == "かさ"
+    assert Chooser(base(), classify="neighbours", by_model=model, linear=False).classify("あい") == "かさ"
 
 
 def test_without_neighbours_the_model_decides_and_too_little_gives_the_default():

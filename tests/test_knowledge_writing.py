@@ -100,7 +100,7 @@ def test_starter_sheet(tmp_path, capsys):
     assert names.formula1.startswith("classes!$A$2")
     capsys.readouterr()
     assert main(["knowledge", "check", str(path)]) == 0
-    assert capsys.readouterr().err == f"{path}: ok, 8 classes, 423 examples\n"
+    assert capsys.readouterr().err == f"{path}: ok, 8 classes, 711 examples\n"
     assert main(["knowledge", "new", str(path)]) == 2  # what somebody filled in is not written over
     assert main(["knowledge", "new", str(tmp_path / "base.ods")]) == 2
 

@@ -62,7 +62,6 @@ def test_no_confusion_table_without_true_classes(capsys, tmp_path):
         (["--explain"], "nothing to explain without a base"),
         (["--explain", "--knowledge", BASE, "--retriever", "x"], "unknown retriever (found: 'x')"),
         (["--json", "--model", "m", "--out", "o"], "--json: is for --explain"),
-        (["--retriever", "bm25", "--model", "m", "--out", "o"], "--retriever: is for --explain"),
         (["--model", "m"], "--out"),
     ],
 )

@@ -52,7 +52,8 @@ class Choice:
 class Chooser:
     """Classes, examples and documents for tasks, by any retriever; `retriever` is a name of RETRIEVERS.
 
-    `classify`, one of WAYS: by the nearest examples, by the model that `by_model` asks, or by the product of both.
+    `classify`, one of WAYS: by the examples, by the model that `by_model` asks, or by the product of both. `descriptions`:
+    those of the classes count as weak examples; `linear`: see Classifier.
     `threshold` and `default`: see Classifier. `say` gets the line that tells of a retriever that another stands in for.
     Raises InputError: an unknown retriever or way, or a way that needs a model and has none.
     """
@@ -68,6 +69,7 @@ class Chooser:
         default: str | None = None,
         say: Callable[[str], None] | None = None,
         descriptions: bool = False,
+        linear: bool = True,
     ) -> None:
         if classify not in WAYS:
             raise InputError("unknown way to classify", where="--classify", found=classify, remedy=f"Use {', '.join(WAYS)}.")
@@ -77,7 +79,7 @@ class Chooser:
         self.retriever = make_retriever(retriever, class_texts(knowledge, descriptions), say)
         voters = FUSED_VOTERS if isinstance(self.retriever, FusedRetriever) else VOTERS
         self.classifier = Classifier(
-            knowledge, self.retriever, descriptions=descriptions, voters=voters, threshold=threshold, default=default
+            knowledge, self.retriever, descriptions=descriptions, voters=voters, threshold=threshold, default=default, linear=linear
         )
 
         self.quoting = any("{documents}" in c.template and _many(c.quotes, QUOTES) for c in knowledge.classes)
@@ -114,7 +116,7 @@ class Chooser:
         return [self._choice(v, own, documents) for v, own, documents in zip(verdicts, owns, quoted, strict=True)]
 
     def _verdicts(self, texts: Sequence[str], near: Nearest) -> list[Verdict]:
-        verdicts = self.classifier.classify_near(near)
+        verdicts = self.classifier.classify_near(texts, near)
         if self.way == "neighbours" or self.by_model is None or not texts:
             return verdicts
         shares = self.by_model.shares(texts)
