@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -159,7 +160,8 @@ def engine_of(finished):
 def own_prompter(finished, engine, knowledge):
     study = finished.study
     p = study.prompt
-    chooser = knowledge and Chooser(knowledge, threshold=p.threshold, default=p.default_class)
+    votes_alone = {"linear": False} if "linear" in inspect.signature(Chooser).parameters else {}
+    chooser = knowledge and Chooser(knowledge, threshold=p.threshold, default=p.default_class, **votes_alone)
     return make_prompter(engine.tokenizer, p, study.generation, chooser, engine.context)
 
 
