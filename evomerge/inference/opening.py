@@ -75,7 +75,7 @@ def open_yaml(path: Path, overrides: Sequence[str]) -> Opened:
     models = open_recipe(recipe)
     study = overridden(_study(recipe.models, _dtype(recipe)), overrides, USED)
     base, *siblings = models.values()
-    engine = _engine(base, siblings, study)
+    engine = _engine(base, siblings or [base], study)  # one model too is merged: scaled, or its layers moved
     engine.apply(recipe)
     prints = {ref: combined(fingerprint(model.path)) for ref, model in models.items()}
     return Opened(engine, study.prompt, study, _identity(recipe.digest(), prints, study))

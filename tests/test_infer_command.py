@@ -1,0 +1,177 @@
+"""`evomerge infer` as a user calls it: who answers, knowledge in a study, settings, and what does not go together."""
+
+import json
+
+import pytest
+import yaml
+
+from evomerge.cli import main
+from evomerge.knowledge.parts import Example, Knowledge, KnowledgeClass
+from evomerge.knowledge.writing import write_knowledge
+
+KINDS = (KnowledgeClass("かな", "", "あ{input}", max_new_tokens=5), KnowledgeClass("数", "か", "{input}", shots=0))
+BASE = Knowledge(KINDS, (Example(2, "かな", "あい", "う"), Example(3, "かな", "いう", "え"), Example(4, "数", "12", "3")))
+
+
+@pytest.fixture
+def place(pair, tmp_path):
+    """A folder with tasks and a base, and the start of a command in fp32, where batches change no words."""
+    lines = [{"task_id": i, "input": text} for i, text in enumerate(["あいか", "いうき", "123", "あいうえ", "4512"])]
+    (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_knowledge(BASE, tmp_path / "base.yaml")
+    return tmp_path
+
+
+def infer(place, out, *options, code=0):
+    assert main(["infer", "--tasks", str(place / "tasks.jsonl"), "--out", str(place / out), *map(str, options)]) == code
+    return [json.loads(line) for line in (place / out).read_text(encoding="utf-8").splitlines()] if code == 0 else []
+
+
+def search(pair, place, *settings):
+    where = ["--storage", f"sqlite:///{place}/s.db", "--results", str(place / "results"), "--trials", "4"]
+    return main(["search", str(pair / "study.yaml"), *where, "--set", "search.dtype=float32", *(x for s in settings for x in ("--set", s))])
+
+
+def test_a_recipe_a_study_and_a_merged_folder_answer_alike(pair, place):
+    assert search(pair, place) == 0
+    best = place / "results/tiny/best.yaml"
+    assert main(["merge", str(best), str(place / "merged")]) == 0
+    by_recipe = infer(place, "a.jsonl", "--recipe", best, "--max-new-tokens", 12)
+    by_folder = infer(place, "b.jsonl", "--model", place / "merged", "--max-new-tokens", 12)
+    by_study = infer(place, "c.jsonl", "--study", "tiny", "--storage", f"sqlite:///{place}/s.db")
+    assert by_recipe == by_folder == by_study
+    assert any(row["output"] for row in by_recipe)
+
+
+def test_what_is_optimised_is_what_is_shipped(pair, place, capsys):
+    """A search whose prompts come from a base; infer asks as it did, without being told."""
+    knowledge = f"prompt.knowledge={place}/base.yaml"
+    assert search(pair, place, knowledge) == 0
+    storage = ["--study", "tiny", "--storage", f"sqlite:///{place}/s.db"]
+    rows = infer(place, "a.jsonl", *storage)
+    classes = [json.loads(line) for line in (place / "a.classes.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["class"] for row in classes] == ["かな", "かな", "数", "かな", "数"]
+    assert [row["examples"] for row in classes] == [[3, 2], [2, 3], [], [3, 2], []]
+    lengths = [len(row["output"].replace(" ", "")) for row in rows]
+    assert max(lengths[i] for i in (0, 1, 3)) <= 5 < max(lengths[i] for i in (2, 4)) <= 12  # the classes' own, or the study's 12
+    assert infer(place, "b.jsonl", *storage, "--knowledge", place / "base.yaml") == rows
+    without = infer(place, "c.jsonl", *storage, "--set", "prompt.knowledge=null")
+    assert not (place / "c.classes.jsonl").exists()
+    assert without != rows
+    capsys.readouterr()
+    write_knowledge(Knowledge(KINDS, (*BASE.examples, Example(5, "数", "77", "7"))), place / "base.yaml")
+    infer(place, "d.jsonl", *storage, code=2)
+    assert "the knowledge base has changed since the search" in capsys.readouterr().err
+    assert search(pair, place, knowledge) == 2
+    assert "the study has changed since it began: the knowledge base" in capsys.readouterr().err
+
+
+def test_the_answers_kept_for_prompts_are_of_their_settings(pair, place):
+    """The same prompts with other settings of a class are answered anew, in the same study's cache."""
+    longer = Knowledge((KnowledgeClass("かな", "", "あ{input}", max_new_tokens=9), KINDS[1]), BASE.examples)
+    write_knowledge(longer, place / "longer.yaml")
+    figures = []
+    for name in ("base", "longer"):
+        assert search(pair, place, f"prompt.knowledge={place}/{name}.yaml", f"study={name}") == 0
+        figures.append((place / f"results/{name}/trials.csv").read_text())
+    assert figures[0] != figures[1]
+
+
+def test_settings_of_the_run_and_sampling(pair, place):
+    model = ("--model", pair / "base", "--set", "search.dtype=float32", "--max-new-tokens", 8)
+    plain = infer(place, "a.jsonl", *model)
+    assert infer(place, "b.jsonl", *model, "--batch-size", 1) == plain
+    sampled = [*model, "--set", "generation.do_sample=true", "--set", "generation.temperature=1.5"]
+    first = infer(place, "c.jsonl", *sampled)
+    assert first != plain
+    assert infer(place, "d.jsonl", *sampled, "--batch-size", 2) == first
+    assert infer(place, "e.jsonl", *sampled, "--seed", 5) != first
+
+
+def test_best_of_and_self_check_keep_the_format(pair, place, capsys):
+    model = ("--model", pair / "base", "--set", "search.dtype=float32", "--max-new-tokens", 6)
+    rows = infer(place, "a.jsonl", *model, "--best-of", 3, "--self-check", "empty,repetitive")
+    assert [list(row) for row in rows] == [["task_id", "input", "output"]] * 5
+    said = capsys.readouterr().err
+    assert "best of 3 by agreement" in said
+    assert "self-check (empty, repetitive)" in said
+    assert not (place / "a.jsonl.part").exists()
+
+
+@pytest.mark.parametrize("way", ["model", "both"])
+def test_classes_by_the_model_that_answers(pair, place, way):
+    infer(
+        place,
+        "a.jsonl",
+        "--model",
+        pair / "base",
+        "--knowledge",
+        place / "base.yaml",
+        "--classify",
+        way,
+        "--max-new-tokens",
+        4,
+        "--set",
+        "prompt.too_long=truncate",
+    )
+    rows = [json.loads(line) for line in (place / "a.classes.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["task_id"] for row in rows] == list(range(5))
+    assert {row["class"] for row in rows} <= {"かな", "数"}
+
+
+def test_the_time_limit_of_a_real_model(pair, place, capsys):
+    model = ("--model", pair / "base", "--set", "search.dtype=float32", "--max-new-tokens", 40)
+    whole = infer(place, "whole.jsonl", *model)
+    cut = infer(place, "a.jsonl", *model, "--time-limit", "0.001s")
+    assert [row["unfinished"] for row in cut] == ["time limit"] * 5
+    assert "left 5 of 5 tasks unfinished" in capsys.readouterr().err
+    assert infer(place, "a.jsonl", *model) == whole
+
+
+WRONG = {
+    "nobody answers": ([], "who answers is not clear"),
+    "two answer": (["--model", "m", "--study", "s"], "who answers is not clear"),
+    "no such recipe": (["--recipe", "missing.yaml"], "missing.yaml: no such recipe"),
+    "an unknown key": (["--model", "BASE", "--set", "generation.max_tokens=3"], "Did you mean `generation.max_new_tokens`?"),
+    "another section": (["--model", "BASE", "--set", "judge.kind=rules"], "changes nothing here"),
+    "a value out of range": (["--model", "BASE", "--set", "generation.top_p=2"], "`generation.top_p` is out of range"),
+    "no duration": (["--model", "BASE", "--time-limit", "soon"], "--time-limit: is no duration"),
+    "one answer is no choice": (["--model", "BASE", "--best-of", "1"], "--best-of: must be 2 or more"),
+    "a judge of nothing": (["--model", "BASE", "--judge", "rules"], "--judge: chooses among several answers"),
+    "no such judge": (["--model", "BASE", "--best-of", "2", "--judge", "mine"], "no such judge"),
+    "no such fault": (["--model", "BASE", "--self-check", "boring"], "--self-check: no fault of an answer"),
+    "a retriever of nothing": (["--model", "BASE", "--retriever", "bm25"], "--retriever: there is no knowledge base"),
+    "a class of nothing": (["--model", "BASE", "--classify", "model"], "--classify: there is no knowledge base"),
+    "no such class": (["--model", "BASE", "--knowledge", "KNOWLEDGE", "--default-class", "詩"], "the default class is none of the base's"),
+    "no such base": (["--model", "BASE", "--knowledge", "none.xlsx"], "no such knowledge base"),
+    "a threshold above 1": (["--model", "BASE", "--knowledge", "KNOWLEDGE", "--threshold", "3"], "`prompt.threshold` is out of range"),
+    "a server's batches": (["--server", "http://localhost:1/v1", "--batch-size", "2"], "--batch-size: is the server's own business"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_does_not_go_together(pair, place, capsys, name):
+    options, message = WRONG[name]
+    options = [{"BASE": str(pair / "base"), "KNOWLEDGE": str(place / "base.yaml")}.get(o, o) for o in options]
+    infer(place, "a.jsonl", *options, code=2)
+    said = capsys.readouterr().err.strip().splitlines()
+    assert message in said[-1]
+    assert len(said) == 1
+    assert not (place / "a.jsonl").exists()
+
+
+def test_a_recipe_that_only_a_folder_can_hold_says_so(pair, place, capsys):
+    layers = [{"sources": [{"model": str(pair / "base"), "layer_range": r, "parameters": {"weight": 1.0}}]} for r in ([2, 4], [0, 2])]
+    moved = {"merge_method": "linear", "dtype": "bfloat16", "slices": layers}
+    (place / "moved.yaml").write_text(yaml.safe_dump(moved))
+    infer(place, "a.jsonl", "--recipe", place / "moved.yaml", code=2)
+    assert "Build the model with `evomerge merge`" in capsys.readouterr().err
+
+
+def test_a_runner_goes_out_with_the_studys_own_base(pair, place, capsys):
+    assert search(pair, place, f"prompt.knowledge={place}/base.yaml") == 0
+    storage = ["--storage", f"sqlite:///{place}/s.db"]
+    assert main(["export", "tiny", *storage, "--runner", str(place / "runner")]) == 0
+    assert {"answer.py", "recipe.yaml", "settings.yaml", "knowledge.yaml", "README.md"} <= {p.name for p in (place / "runner").iterdir()}
+    assert main(["export", "tiny", *storage, "--knowledge", str(place / "base.yaml")]) == 2
+    assert "--knowledge: goes into a runner" in capsys.readouterr().err
