@@ -28,6 +28,7 @@ from evomerge.answering.hf import TransformersEngine
 from evomerge.answering.prompts import Prompter
 from evomerge.inference import run_inference
 from evomerge.knowledge.base import read_knowledge
+from evomerge.knowledge.retrieve import Chooser
 from evomerge.merging.folder import open_model
 from evomerge.study import EngineSection, GenerationSection, PromptSection
 from evomerge.tasks import Task
@@ -51,9 +52,9 @@ def main() -> None:
     if args.model is not None:
         figures["tasks_vs_template_model"] = tasks_vs_template(args.model, args.model_dtype, args.threads, args.batch_size)
     base, rows = read_knowledge(classify.BASE), classify.labelled()
-    figures["classify_accuracy"] = classify.accuracy(base, "tfidf", rows)["all"]
+    figures["classify_accuracy"] = classify.accuracy(Chooser(base), rows)["second"]
     texts = [f"{i}. {rows[i % len(rows)]['input']}" for i in range(2000)]
-    figures["classify_per_s"] = round(classify.per_second(classify.large(base), "tfidf", texts, whole=False))
+    figures["classify_per_s"] = round(classify.per_second(Chooser(classify.large(base)), texts))
     print(json.dumps(figures))
 
 
