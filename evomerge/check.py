@@ -104,9 +104,20 @@ def _check_models(study: Study, lines: list[Line]) -> dict[str, Any] | None:
         else:
             make_prompter(tokenizer, study.prompt)
             lines.append(Line("ok", "tokenizer", f"prompts in format {study.prompt.format}"))
+            _check_knowledge(study, lines)
     except EvomergeError as error:
         lines.append(Line("wrong", "fit", str(error)))
     return dict(opened[0].config)
+
+
+def _check_knowledge(study: Study, lines: list[Line]) -> None:
+    """The base that the prompts come from. Raises KnowledgeError, InputError."""
+    from evomerge.knowledge.open import open_knowledge
+
+    chooser = open_knowledge(study.prompt, lambda note: lines.append(Line("unknown", "knowledge", note)))
+    if chooser is not None:
+        base = chooser.knowledge
+        lines.append(Line("ok", "knowledge", f"{len(base.classes)} classes, {len(base.examples)} examples"))
 
 
 def _check_chat(study: Study, has_template: bool) -> Line:

@@ -8,6 +8,7 @@ import yaml
 from evomerge.cli import main
 from evomerge.knowledge.parts import Example, Knowledge, KnowledgeClass
 from evomerge.knowledge.writing import write_knowledge
+from evomerge.search.session import load_finished
 
 KINDS = (KnowledgeClass("かな", "", "あ{input}", max_new_tokens=5), KnowledgeClass("数", "か", "{input}", shots=0))
 BASE = Knowledge(KINDS, (Example(2, "かな", "あい", "う"), Example(3, "かな", "いう", "え"), Example(4, "数", "12", "3")))
@@ -64,6 +65,20 @@ def test_what_is_optimised_is_what_is_shipped(pair, place, capsys):
     assert "the knowledge base has changed since the search" in capsys.readouterr().err
     assert search(pair, place, knowledge) == 2
     assert "the study has changed since it began: the knowledge base" in capsys.readouterr().err
+
+
+def test_a_base_that_holds_held_out_tasks_is_told_and_check_reads_it(pair, place, capsys):
+    tasks = [json.loads(line) for line in (pair / "tasks.jsonl").read_text(encoding="utf-8").splitlines()]
+    examples = tuple(Example(2 + i, "数", task["input"], "1") for i, task in enumerate(tasks))
+    write_knowledge(Knowledge(KINDS, (*examples, Example(99, "かな", "あい", "う"))), place / "all.yaml")
+    assert search(pair, place, f"prompt.knowledge={place}/all.yaml") == 0
+    searched = load_finished(f"sqlite:///{place}/s.db", "tiny").ledger.facts["split"]["search"]
+    unseen = {task["input"] for task in tasks if task["task_id"] not in searched}  # inputs are there several times
+    count = sum(task["input"] in unseen for task in tasks)
+    assert f"note: {count} example(s) of the knowledge base are held-out tasks" in capsys.readouterr().err
+    assert main(["check", str(pair / "study.yaml"), "--set", f"prompt.knowledge={place}/all.yaml"]) == 0
+    assert "2 classes, 41 examples" in capsys.readouterr().out
+    assert main(["check", str(pair / "study.yaml"), "--set", f"prompt.knowledge={place}/none.yaml"]) == 2
 
 
 def test_the_answers_kept_for_prompts_are_of_their_settings(pair, place):

@@ -20,7 +20,9 @@ from evomerge.errors import StudyError, StudyFileError
 from evomerge.genome import Genome, make_genome
 from evomerge.judging.choose import check_tasks, make_judge
 from evomerge.judging.grade import Judge, WaitingJudge
+from evomerge.knowledge.nearest import plain
 from evomerge.knowledge.open import open_knowledge
+from evomerge.knowledge.parts import Knowledge
 from evomerge.merging.fingerprint import combined, fingerprint
 from evomerge.merging.folder import ModelFolder, check_fit, num_layers, open_model
 from evomerge.merging.lora import AdaptedModel
@@ -61,6 +63,8 @@ def open_search(study: Study, url: str, console: Console) -> Iterator[Search]:
             f"study {study.study}: {_size(genome)}, {len(split.search)} tasks to search on, "
             f"{len(split.held_out)} held out{kept}, {study.search.trials} candidates in generations of {sampler.population}"
         )
+        if chooser is not None and (known := held_out_examples(chooser.knowledge, split)):
+            console.say(f"note: {known} example(s) of the knowledge base are held-out tasks, which it shows to other tasks")
         judge = None if lm_eval is not None else _open_judge(study, url, ledger, tasks)
         s = study.search
         engine = make_engine(base, siblings, study.engine, study.generation, s.dtype, s.seed, study.prompt.too_long)
@@ -85,6 +89,12 @@ def open_search(study: Study, url: str, console: Console) -> Iterator[Search]:
             if isinstance(judge, WaitingJudge):
                 judge.close(drain)
             cache.close()
+
+
+def held_out_examples(knowledge: Knowledge, split: Split) -> int:
+    """How many of the base's examples are tasks that the search must not see."""
+    unseen = {plain(task.input) for task in (*split.held_out, *split.validation)}
+    return sum(plain(example.input) in unseen for example in knowledge.examples)
 
 
 def _open_judge(study: Study, url: str, ledger: Ledger, tasks: Sequence[Task]) -> Judge:
