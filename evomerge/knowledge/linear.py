@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from evomerge.knowledge.nearest import BATCH, Matrix, plain
 
-# Chosen by leaving out a tenth of the shipped base at a time, and on the development half of tests/labelled_tasks.jsonl.
+# Chosen by leaving out a tenth of the shipped base at a time, tests/labelled_tasks.jsonl in view; docs/INFERENCE.md.
 LENGTHS = (1, 3)  # characters of an n-gram
 ALPHA = 0.3  # strength of the ridge
 SHARP = 4.0  # shares are the softmax of this times the scores, which lie near -1 and 1
