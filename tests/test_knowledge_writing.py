@@ -94,6 +94,9 @@ def test_starter_sheet(tmp_path, capsys):
             column = sheet.column_dimensions[cell.column_letter]
             assert column.width >= len(cell.value)
             assert (column.number_format == "@") == (cell.value not in NUMBERS)
+    heights = [book[name].row_dimensions[2].height for name in ("README", "classes", "examples")]
+    assert min(heights) > 30  # of more than one line: LibreOffice does not fit rows to wrapped texts by itself
+    assert [cell.value for cell in book["examples"]["D"][1:3]] == [None, None]  # a weight of 1 goes without saying
     checks = {str(v.sqref)[0]: v for v in book["classes"].data_validations.dataValidation}
     assert sorted(checks) == ["E", "F", "G", "H", "I"]
     (names,) = [v for v in book["examples"].data_validations.dataValidation if v.type == "list"]
