@@ -30,6 +30,7 @@ from transformers.generation.logits_process import (
 )
 
 SHARED = 8  # tokens that all prompts must begin with before one more forward pass for them pays
+PASS = 256  # tokens of padding that cost as much as one more forward pass
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,22 @@ def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
     return next((i for i in range(most) if first[i] != last[i]), most)
 
 
+def alike(gaps: Sequence[int]) -> list[slice]:
+    """Rows next to each other whose prompts are read together: a group's padding, in tokens, costs less than one more pass."""
+    groups: list[slice] = []
+    padding = 0
+    for row, gap in enumerate(gaps):
+        group = groups[-1] if groups else None
+        if group is not None:
+            least = min(gaps[group])
+            padding = sum(gaps[group]) + gap - min(least, gap) * (row + 1 - group.start)
+        if group is None or padding > PASS:
+            groups.append(slice(row, row + 1))
+        else:
+            groups[-1] = slice(group.start, row + 1)
+    return groups
+
+
 class Forward:
     """The forward passes of one batch, on a cache that rows leave.
 
@@ -194,7 +211,22 @@ class Forward:
             for layer in self._cache.layers:
                 assert isinstance(layer, Rows), "a prefix is shared among plain layers only"
                 layer.spread(rows)
-        return self._run(self._ids[:, prefix:width], self._mask[:, :width], positions[:, prefix:])
+        if share is None or not self.positioned or not self.plain:
+            return self._run(self._ids[:, prefix:width], self._mask[:, :width], positions[:, prefix:])
+        return torch.cat([self._start_group(group, prefix, width, positions, gaps) for group in alike(gaps.tolist())])
+
+    def _start_group(self, group: slice, prefix: int, width: int, positions: Tensor, gaps: Tensor) -> Tensor:
+        """The rest of some rows' prompts, without the columns that are padding in all of them; returns their logits."""
+        gap = int(gaps[group].min())
+        at = 0 if prefix else gap
+        for layer in self._cache.layers:
+            assert isinstance(layer, Rows)
+            layer.window(group.start, at, prefix + gap)
+        logits = self._run(self._ids[group, prefix + gap : width], self._mask[group, at:width], positions[group, prefix + gap :])
+        for layer in self._cache.layers:
+            assert isinstance(layer, Rows)
+            layer.window(0, 0, width)
+        return logits
 
     def step(self, tokens: Tensor) -> Tensor:
         """One more token (rows,) for every row; returns logits (rows, vocabulary)."""
@@ -237,7 +269,8 @@ class Rows(DynamicLayer):
 
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()
-        self.rows, self.columns, self.at, self.end = rows, columns, 0, 0
+        self.rows, self.columns = rows, columns
+        self.first, self.at, self.end = 0, 0, 0  # the row and the columns that count; see `window`
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
         """Append columns; returns views of all that count."""
@@ -245,12 +278,16 @@ class Rows(DynamicLayer):
         if not self.is_initialized:
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
             self.all_keys, self.all_values = (
-                x.new_empty(self.rows, x.shape[1], self.columns, x.shape[3]) for x in (key_states, value_states)
+                x.new_zeros(self.rows, x.shape[1], self.columns, x.shape[3]) for x in (key_states, value_states)
             )
-        span = slice(self.end, self.end + more)
-        self.all_keys[:rows, :, span], self.all_values[:rows, :, span] = key_states, value_states
+        some, span = slice(self.first, self.first + rows), slice(self.end, self.end + more)
+        self.all_keys[some, :, span], self.all_values[some, :, span] = key_states, value_states
         self.end += more
         return self._view(rows)
+
+    def window(self, first: int, at: int, end: int) -> None:
+        """What comes belongs to the rows from `first` on; columns from `at` to `end` are there. Columns never written are 0."""
+        self.first, self.at, self.end = first, at, end
 
     def spread(self, rows: int) -> None:
         """Copy the first row to all."""
@@ -272,7 +309,8 @@ class Rows(DynamicLayer):
         return self.end - self.at
 
     def _view(self, rows: int) -> tuple[Tensor, Tensor]:
-        self.keys, self.values = self.all_keys[:rows, :, self.at : self.end], self.all_values[:rows, :, self.at : self.end]
+        some, span = slice(self.first, self.first + rows), slice(self.at, self.end)
+        self.keys, self.values = self.all_keys[some, :, span], self.all_values[some, :, span]
         return self.keys, self.values
 
 

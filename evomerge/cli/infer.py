@@ -59,7 +59,7 @@ def infer_command(commands: Commands) -> None:
     how.add_argument("--engine", choices=["transformers", "vllm"], help="what runs the model (default: transformers)")
     how.add_argument("--quantization", choices=["4bit", "4bit-double"], help="the model in 4 bits (bitsandbytes)")
     how.add_argument("--device-map", metavar="MAP", help="auto: one model over several GPUs")
-    how.add_argument("--batch-size", type=int, metavar="N", help="prompts answered at once (default: 32)")
+    how.add_argument("--batch-size", type=int, metavar="N", help="prompts answered at once (default: 64)")
     how.add_argument("--concurrency", type=int, metavar="N", help="with --server: requests under way at once (default: 8)")
     how.add_argument(
         "--self-check",
@@ -109,7 +109,9 @@ def infer(args: argparse.Namespace) -> None:
     steps = _refine(args)
     from evomerge.answering.prompts import make_prompter
     from evomerge.inference import run_inference
+    from evomerge.inference.best_of import BestOf
     from evomerge.inference.opening import open_chooser
+    from evomerge.judging.choose import check_tasks
 
     console = Console()
     tasks = _tasks(args.tasks)
@@ -119,6 +121,11 @@ def infer(args: argparse.Namespace) -> None:
     prompter = make_prompter(
         opened.engine.tokenizer, opened.prompt, opened.study.generation, chooser, opened.engine.context, args.max_new_tokens
     )
+    for step in steps:
+        if isinstance(step, BestOf) and step.judge is not None:
+            check_tasks(step.judge, tasks)
+            if step.judge.name == "rules" and any(task.output for task in tasks):
+                console.say("note: the rules choose by the tasks' own references: do not grade these answers by them")
     done = run_inference(
         opened.engine,
         prompter,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # a server is asked without torch
     from evomerge.merging.folder import ModelFolder
     from evomerge.recipe import Recipe
 
+BATCH_SIZE = 64  # prompts answered at once, where no study says; out of memory it is halved
 USED = ("prompt", "generation", "engine", "search.dtype", "search.seed")  # what of a study file inference heeds
 
 
@@ -112,7 +113,8 @@ def open_chooser(opened: Opened, classify: str, say: Callable[[str], None]) -> C
 def _study(models: tuple[str, ...], dtype: str) -> Study:
     """Settings alone: the defaults of a study file around models that nobody searches."""
     study = Study(GenomeSection(models), (TaskSource(file="-"),), "inference")
-    return replace(study, search=replace(study.search, dtype=dtype))  # type: ignore[arg-type]  # torch's names; others are refused there
+    engine = replace(study.engine, batch_size=BATCH_SIZE)
+    return replace(study, engine=engine, search=replace(study.search, dtype=dtype))  # type: ignore[arg-type]  # torch's names; others are refused there
 
 
 def _engine(base: ModelFolder, siblings: Sequence[ModelFolder], study: Study) -> Engine:
