@@ -12,8 +12,9 @@ import yaml
 from evomerge.answering.prompts import COMPETITION
 from evomerge.errors import KnowledgeError
 from evomerge.export import recipe_text, verdict_markdown
-from evomerge.knowledge.classify import CLEAR, POWER, VOTERS
-from evomerge.knowledge.parts import Knowledge, KnowledgeClass
+from evomerge.knowledge import linear, tfidf
+from evomerge.knowledge.classify import CLEAR, LEAST, POWER, ROOT, VOTERS
+from evomerge.knowledge.parts import PLACEHOLDER, Knowledge, KnowledgeClass
 from evomerge.knowledge.retrieve import QUOTES, SHOTS
 from evomerge.knowledge.yaml_base import to_yaml
 from evomerge.merging.layout import KNOWN
@@ -60,15 +61,18 @@ def write_runner(finished: Finished, folder: Path, knowledge: Knowledge | None) 
 
 
 def mergeable(recipe: Recipe) -> bool:
-    """Whether answer.py merges it: task arithmetic or linear, one number for each slice and model, the tokens as they are."""
+    """Whether answer.py merges it: task arithmetic or linear, one number for each slice and model, layers and tokens as they are."""
     sources = [source for piece in recipe.slices for source in piece.sources]
+    ranges = [{source.layers or (-1, -1) for source in piece.sources} for piece in recipe.slices]
+    starts, ends = [min(r)[0] for r in ranges], [max(r)[1] for r in ranges]
     weights = [
         source.parameters.get("weight") for source in sources if source.model != recipe.base_model or recipe.merge_method == "linear"
     ]
     return (
         recipe.merge_method in ("task_arithmetic", "linear")
         and recipe.tokenizer is None
-        and all(source.layers is not None for source in sources)
+        and all(len(r) == 1 for r in ranges)
+        and starts == [0, *ends[:-1]]
         and all(isinstance(weight, int | float) for weight in weights)
         and not any("+" in model for model in recipe.models)
         and set(recipe.parameters) <= {"normalize", "int8_mask"}
@@ -89,16 +93,12 @@ def settings(study: Study, recipe: Recipe, knowledge: Knowledge | None) -> dict[
         "stop": list(study.generation.stop),
         "too_long": study.prompt.too_long,
         "chat_template": chat_template(study.prompt),
-        "classes": {kind.name: _numbers_of(kind, study.generation) for kind in kinds},
-        "voting": {
-            "voters": VOTERS,
-            "power": POWER,
-            "clear": CLEAR,
-            "threshold": study.prompt.threshold if named else 0.0,
-            "default": default if named else names[0],
-        },
-        "plain": _as_row(_texts_of(_plain(), study.prompt)) if knowledge is None else None,
+        "classes": {} if knowledge is None else {kind.name: _numbers_of(kind, study.generation) for kind in kinds},
+        "voting": _voting() | {"threshold": study.prompt.threshold if named else 0.0, "default": default if named else names[0]},
+        "placeholder": PLACEHOLDER.pattern,
+        "plain": _whole(_texts_of(_plain(), study.prompt), study.generation) if knowledge is None else None,
         "donor": recipe.donor if mergeable(recipe) else None,
+        "models": list(recipe.models),
         "norm_and_head_last": sorted(KNOWN),
         "files": list(FETCHED),
     }
@@ -129,9 +129,25 @@ def _texts_of(kind: KnowledgeClass, prompt: PromptSection) -> KnowledgeClass:
     return KnowledgeClass(kind.name, system, kind.template, kind.description)
 
 
-def _as_row(kind: KnowledgeClass) -> dict[str, str]:
-    """As in knowledge.yaml."""
-    return {"class": kind.name, "system": kind.system, "template": kind.template}
+def _voting() -> dict[str, Any]:
+    """The constants of Classifier and LinearClassifier."""
+    return {
+        "ngrams": tfidf.LENGTHS[1],
+        "voters": VOTERS,
+        "power": POWER,
+        "clear": CLEAR,
+        "ridge_ngrams": linear.LENGTHS[1],
+        "alpha": linear.ALPHA,
+        "sharp": linear.SHARP,
+        "quoted": linear.QUOTED.pattern,
+        "least": LEAST,
+        "root": ROOT,
+    }
+
+
+def _whole(kind: KnowledgeClass, run: GenerationSection) -> dict[str, Any]:
+    """A class's row of knowledge.yaml with its numbers."""
+    return {"class": kind.name, "system": kind.system, "template": kind.template} | _numbers_of(kind, run)
 
 
 def _numbers_of(kind: KnowledgeClass, run: GenerationSection) -> dict[str, Any]:

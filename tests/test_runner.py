@@ -2,7 +2,6 @@
 
 import ast
 import importlib.util
-import inspect
 import json
 import os
 import re
@@ -139,6 +138,13 @@ def loaded(folder):
     return module
 
 
+def merged(folder, donor, dtype, places):
+    """The model that answer.py makes."""
+    model = AutoModelForCausalLM.from_pretrained(donor, dtype=dtype).requires_grad_(False)
+    loaded(folder).merge(model, str(donor), places)
+    return dict(model.named_parameters())
+
+
 def run(folder, monkeypatch, *arguments):
     """answer.py in this process."""
     monkeypatch.setattr(sys, "argv", ["answer.py", *map(str, arguments)])
@@ -160,8 +166,7 @@ def engine_of(finished):
 def own_prompter(finished, engine, knowledge):
     study = finished.study
     p = study.prompt
-    votes_alone = {"linear": False} if "linear" in inspect.signature(Chooser).parameters else {}
-    chooser = knowledge and Chooser(knowledge, threshold=p.threshold, default=p.default_class, **votes_alone)
+    chooser = knowledge and Chooser(knowledge, threshold=p.threshold, default=p.default_class)
     return make_prompter(engine.tokenizer, p, study.generation, chooser, engine.context)
 
 
@@ -235,10 +240,7 @@ def test_the_merge_has_evomerges_bits(family, tmp_path, dtype, normalize, siblin
     finished = finish(family, recipe, dtype)
     write_runner(finished, tmp_path / "r", None)
     ours = engine_of(finished).model.state_dict()
-    model = AutoModelForCausalLM.from_pretrained(family / "base", dtype=getattr(torch, dtype))
-    places = {ref: ref for ref in recipe.models}
-    loaded(tmp_path / "r").merge(model, recipe.donor, places)
-    theirs = dict(model.named_parameters())
+    theirs = merged(tmp_path / "r", recipe.donor, getattr(torch, dtype), {ref: ref for ref in recipe.models})
     assert len(theirs) > 30
     assert [name for name, tensor in theirs.items() if not same_bits(tensor, ours[name])] == []
 
@@ -248,10 +250,9 @@ def test_linear_merges_too(family, tmp_path, base):
     recipe = linear_recipe(family, base=base)
     finished = finish(family, recipe)
     write_runner(finished, tmp_path / "r", None)
-    model = AutoModelForCausalLM.from_pretrained(recipe.donor, dtype=torch.float32)
-    loaded(tmp_path / "r").merge(model, recipe.donor, {ref: ref for ref in recipe.models})
+    theirs = merged(tmp_path / "r", recipe.donor, torch.float32, {ref: ref for ref in recipe.models})
     files = {ref: AutoModelForCausalLM.from_pretrained(ref, dtype=torch.float64).state_dict() for ref in recipe.models}
-    for name, tensor in model.named_parameters():  # a plain formula in float64
+    for name, tensor in theirs.items():  # a plain formula in float64
         at = (
             0
             if "embed" in name
@@ -269,18 +270,19 @@ def test_linear_merges_too(family, tmp_path, base):
         torch.testing.assert_close(tensor.double(), wanted, rtol=1e-5, atol=1e-7)
 
 
-def test_what_it_cannot_merge(family, tmp_path, monkeypatch):
+def test_what_it_cannot_merge(family, tmp_path, monkeypatch, capsys):
     data = random_recipe(family, ("one",), torch.Generator(), dtype="float32").to_dict()
     odd = [data | {"merge_method": "ties"}, data | {"tokenizer_source": "union"}]
+    odd.append(data | {"slices": data["slices"][::-1]})
     data["slices"][0]["sources"][0]["parameters"]["weight"] = [{"filter": "mlp", "value": 1.0}, {"value": 0.5}]
-    assert [mergeable(Recipe.from_dict(d)) for d in (*odd, data)] == [False] * 3
+    assert [mergeable(Recipe.from_dict(d)) for d in (*odd, data)] == [False] * 4
     finished = finish(family, Recipe.from_dict(odd[0]))
     write_runner(finished, tmp_path / "r", None)
     assert "--model merged/" in (tmp_path / "r" / "README.md").read_text(encoding="utf-8")
     tasks, out = task_file(tmp_path, 3), tmp_path / "out.jsonl"
-    with pytest.raises(SystemExit, match=r"export STUDY --model DIR") as error:
+    with pytest.raises(SystemExit):
         run(tmp_path / "r", monkeypatch, "--tasks", tasks, "--out", out)
-    assert "\n" not in str(error.value)
+    assert "export STUDY --model DIR" in capsys.readouterr().err.splitlines()[-1]
     run(tmp_path / "r", monkeypatch, "--tasks", tasks, "--out", out, "--model", family / "base")
     assert [row["task_id"] for row in rows(out)] == ["t0", "t1", "t2"]
 
@@ -303,14 +305,20 @@ def test_classes_examples_and_prompts_are_evomerges(family, tmp_path, prompt, ba
     compare(finished, tmp_path / "r", knowledge, texts)
 
 
-def test_the_starter_base_and_a_default_class(family, tmp_path):
+@pytest.mark.parametrize("labelled", sorted(path.name for path in (ROOT / "tests").glob("labelled_tasks*.jsonl")))
+@pytest.mark.parametrize("default", [True, False])
+def test_the_starter_base_and_a_default_class(family, tmp_path, labelled, default):
+    """Every labelled task gets the same; among them stand two that the base holds, which the votes alone decide."""
     knowledge = starter()
-    section = PromptSection(knowledge="x", default_class=knowledge.classes[3].name, threshold=0.5)
+    section = PromptSection(knowledge="x", default_class=knowledge.classes[3].name, threshold=0.5) if default else PromptSection()
     finished = finish(family, prompt=section, do_sample=True, temperature=0.7)
     write_runner(finished, tmp_path / "r", knowledge)
-    texts = [task["input"][:120] for task in rows(ROOT / "tests" / "labelled_tasks.jsonl")[::4]]
-    chosen = compare(finished, tmp_path / "r", knowledge, texts, context=3000)
+    texts = [task["input"] for task in rows(ROOT / "tests" / labelled)]
+    texts += [knowledge.examples[0].input, f" {knowledge.examples[-1].input}\n", "q"]
+    chosen = compare(finished, tmp_path / "r", knowledge, texts, context=6000)
     assert len({choice.class_name for choice in chosen}) > 4
+    votes = Chooser(knowledge, threshold=section.threshold, default=section.default_class, linear=False).choose_all(texts)
+    assert [choice.class_name for choice in chosen] != [choice.class_name for choice in votes]
 
 
 def compare(finished, folder, knowledge, texts, context=400):
@@ -319,9 +327,9 @@ def compare(finished, folder, knowledge, texts, context=400):
     engine.context = context
     prepared = own_prompter(finished, engine, knowledge).prepare(texts)
     answer = loaded(folder)
-    choices = answer.choose(texts) if knowledge else [(answer.SETTINGS["plain"], [], [])] * len(texts)
+    choices = list(answer.choose(texts)) if knowledge else [(answer.SETTINGS["plain"], [], [])] * len(texts)
     for wanted, (kind, examples, documents) in zip(prepared, choices, strict=True):
-        settings = answer.SETTINGS["classes"][kind["class"]]["generation"]
+        settings = kind["generation"]
         if knowledge:
             assert kind["class"] == wanted.choice.class_name
             assert [e["input"] for e in examples] == [e.input for e in wanted.choice.examples]
@@ -344,7 +352,7 @@ def test_control_tokens_and_braces_stay_text(family, tmp_path):
     answer = loaded(tmp_path / "r")
     engine = engine_of(finish(family))
     text = "猫 {input} {examples} <|assistant|>はい</s>"
-    (choice,) = answer.choose([text])
+    (choice,) = list(answer.choose([text]))
     whole, ids = answer.prompt(engine.tokenizer, 300, text, *choice)
     assert "猫 {input} {examples} < |assistant|>はい< /s>" in whole
     marks = engine.tokenizer.convert_tokens_to_ids(["<|assistant|>", "<|user|>", "<|system|>"])
@@ -361,7 +369,7 @@ def test_a_task_too_long_is_cut_where_the_study_says_so(family, tmp_path):
     assert ids == tokenizer(whole, add_special_tokens=False)["input_ids"][-10:]
 
 
-def test_every_form_of_task_file(family, tmp_path, monkeypatch):
+def test_every_form_of_task_file(family, tmp_path, monkeypatch, capsys):
     write_runner(finish(family, stop=("い",)), tmp_path / "r", None)
     path, out = tmp_path / "t.jsonl", tmp_path / "o.jsonl"
     path.write_bytes(
@@ -377,20 +385,22 @@ def test_every_form_of_task_file(family, tmp_path, monkeypatch):
     assert "い" not in "".join(json.loads(line)["output"] for line in out.read_text("utf-8").split("\n")[:-1])
     for wrong in ('{"task_id": 1, "input": "a"}{"task_id": "1", "input": "b"}', '{"task_id": 1}', '{"input": " "}'):
         path.write_text(wrong, encoding="utf-8")
-        with pytest.raises(SystemExit, match="record"):
+        with pytest.raises(SystemExit):
             run(tmp_path / "r", monkeypatch, "--tasks", path, "--out", out)
+        assert "record" in capsys.readouterr().err.splitlines()[-1]
     path.write_text('{"input": "\\ud800"}', encoding="utf-8")
     with pytest.raises(ValueError, match="surrogates"):
         run(tmp_path / "r", monkeypatch, "--tasks", path, "--out", out)
 
 
-def test_a_model_that_is_elsewhere(family, tmp_path, monkeypatch):
+def test_a_model_that_is_elsewhere(family, tmp_path, monkeypatch, capsys):
     data = yaml.safe_load(finish(family).recipe.to_yaml().replace(str(family), "/no/such"))
     finished = finish(family, Recipe.from_dict(data))
     write_runner(finished, tmp_path / "r", None)
     arguments = ["--tasks", task_file(tmp_path, 5), "--out", tmp_path / "a.jsonl"]
-    with pytest.raises(SystemExit, match=r"no folder .*--path /no/such/\w+=FOLDER"):
+    with pytest.raises(SystemExit):
         run(tmp_path / "r", monkeypatch, *arguments)
+    assert re.search(r"no folder .*--path /no/such/\w+=FOLDER", capsys.readouterr().err.splitlines()[-1])
     paths = [f"/no/such/{name}={family / name}" for name in ("base", "one", "two")]
     run(tmp_path / "r", monkeypatch, *arguments, "--path", *paths)
     write_runner(finish(family), tmp_path / "here", None)
@@ -431,18 +441,18 @@ def test_without_evomerge_killed_and_resumed(family, tmp_path):
     command = [sys.executable, "-c", FORBID, str(tmp_path / "r" / "answer.py"), "--tasks", str(tasks), "--out", str(out)]
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not (part.exists() and part.read_bytes().count(b"\n") >= 2):
+    while not (part.exists() and len(json.loads(part.read_text("utf-8"))) >= 8):  # whole at any time
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not out.exists()
-    kept = part.read_bytes()[: part.read_bytes().rindex(b"\n") + 1]
-    marked = [{key: f"marked {text}" for key, text in json.loads(line).items()} for line in kept.splitlines()]
-    part.write_bytes("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in marked).encode() + b'{"torn')
+    kept = json.loads(part.read_text("utf-8"))
+    marked = {key: {"output": f"marked {answer['output']}"} for key, answer in kept.items()}
+    part.write_text(json.dumps(marked), encoding="utf-8")
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200, check=True)
-    marks = sum(map(len, marked))
+    marks = len(marked)
     assert re.match(r"(\d+) of 40 tasks", done.stdout)
     assert marks < int(done.stdout.split()[0]) <= marks + 4
     found = rows(out)

@@ -3,74 +3,88 @@
 import argparse
 import hashlib
 import json
-import os
 import re
 import time
 import unicodedata
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import Ridge
+from sklearn.pipeline import make_union
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 FILES = [Path(__file__).resolve().with_name(f"{name}.yaml") for name in ("recipe", "settings", "knowledge")]
 RECIPE, SETTINGS, BASE = (yaml.safe_load(file.read_text("utf-8")) if file.exists() else None for file in FILES)
 
 
-@torch.no_grad()
 def merge(model, donor: str, folders: dict[str, str]) -> None:
     """Put the recipe's weights in the place of the donor's (the base's), tensor by tensor, with mergekit's roundings."""
     slices, linear = [piece["sources"] for piece in RECIPE["slices"]], RECIPE["merge_method"] == "linear"
+    of_layer = [sources for sources in slices for _ in range(*sources[0]["layer_range"])]
     files = [(sibling, safe_open(path, "pt")) for sibling, folder in folders.items() for path in Path(folder).glob("model*.safetensors")]
     stored = {(sibling, name): file for sibling, file in files for name in file.keys()}  # noqa: SIM118  # nothing is read yet
     for name, live in model.named_parameters():
         layer, end = re.search(r"\blayers\.(\d+)\.", name), name.startswith(("model.norm.", "lm_head."))
-        outside = slices[-1 if end and model.config.architectures[0] in SETTINGS["norm_and_head_last"] else 0]  # as in mergekit
-        inside = (sources for sources in slices if layer and int(layer[1]) in range(*sources[0]["layer_range"]))
-        sources = [s for s in next(inside, outside) if linear or s["model"] != donor]
+        place = int(layer[1]) if layer else -1 if end and model.config.architectures[0] in SETTINGS["norm_and_head_last"] else 0
+        sources = [s for s in of_layer[place] if linear or s["model"] != donor]
         weights = torch.tensor([s["parameters"]["weight"] for s in sources], dtype=torch.float32 if linear else live.dtype).to(live.device)
         inputs = [live if s["model"] == donor else stored[s["model"], name].get_tensor(name).to(live) for s in sources]
         start = torch.zeros_like(live, dtype=weights.dtype) if linear else live  # linear: all in fp32, rounded once
-        total = torch.stack([(tensor - start) * weight for tensor, weight in zip(inputs, weights, strict=True)]).sum(dim=0)
         norm = weights.sum() if RECIPE["parameters"]["normalize"] and weights.sum().float().abs() >= 1e-8 else 1
-        live.copy_(start + total / norm)
+        live.copy_(start + torch.stack([(t - start) * w for t, w in zip(inputs, weights, strict=True)]).sum(dim=0) / norm)
 
 
-def rank(known: list[str], texts: list[str], itself: bool) -> list[list[tuple[int, float]]]:
-    """For each text the places of the known ones, the most similar first, with the cosines of TF-IDF vectors of n-grams."""
-    known, texts = ([" ".join(unicodedata.normalize("NFKC", text).split()) for text in group] for group in (known, texts))
-    vectors = TfidfVectorizer(analyzer="char", ngram_range=(1, 4), lowercase=False, sublinear_tf=True)
-    matrix = vectors.fit_transform(known).T.tocsr()
-    rows = zip(texts, (vectors.transform(texts) @ matrix).toarray().clip(0, 1).round(9), strict=True)
-    return [sorted(((i, s) for i, s in enumerate(row) if itself or known[i] != text), key=lambda pair: -pair[1]) for text, row in rows]
+def plain(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).split())
 
 
-def choose(tasks: list[str]) -> list[tuple[dict, list, list]]:
-    """Each task's class, by the votes of similar examples, with its nearest examples (the nearest last) and documents."""
-    classes, examples, documents = {c["class"]: c for c in BASE["classes"]}, BASE["examples"], BASE.get("documents", [])
-    rules, chosen, quotable = SETTINGS["voting"], [], [f"{d['title']}\n{d['text']}" for d in documents]
-    ranked = rank([e["input"] for e in examples], tasks, False), rank(quotable, tasks, True) if quotable else [[]] * len(tasks)
-    for near, quoted in zip(*ranked, strict=True):
-        voters = [(examples[i]["class"], examples[i].get("weight", 1.0) * s ** rules["power"]) for i, s in near[: rules["voters"]]]
-        votes = {name: sum(vote for of, vote in voters if of == name) for name in classes}
-        name = max(votes, key=lambda name: round(votes[name], 12))
-        sure = votes[name] / (sum(votes.values()) or 1) * min(1.0, max([s for _, s in near[:1]] or [0]) / rules["clear"])
-        name = name if sure > 0 and sure >= rules["threshold"] else rules["default"]
-        own = [examples[i] for i, _ in near if examples[i]["class"] == name][: SETTINGS["classes"][name]["examples"]]
-        chosen.append((classes[name], own[::-1], [documents[i] for i, _ in quoted[: SETTINGS["classes"][name]["documents"]]]))
-    return chosen
+def request(text: str) -> str:
+    """What a task asks for: its first and its last paragraph, with long quotations emptied."""
+    text = re.sub(SETTINGS["voting"]["quoted"], lambda match: match[0][0] + match[0][-1], unicodedata.normalize("NFKC", text))
+    lines = [line for line in text.split("\n") if line.strip()]
+    return plain("\n".join(dict.fromkeys([*lines[:1], *lines[-1:]])))
+
+
+def vectors(known: list[str], texts: list[str], longest: int, *views) -> tuple:
+    """TF-IDF vectors of both, over n-grams of 1 to `longest` characters of each view of a text."""
+    both = make_union(*(TfidfVectorizer(analyzer="char", ngram_range=(1, longest), preprocessor=v, sublinear_tf=True) for v in views))
+    return both.fit_transform(known), both.transform(texts)
+
+
+def choose(tasks: list[str]):
+    """Each task's class, by its nearest examples and by a ridge regression on all, with examples (nearest last) and documents."""
+    rules, classes = SETTINGS["voting"], {c["class"]: c | SETTINGS["classes"][c["class"]] for c in BASE["classes"]}
+    names, examples, documents = list(classes), BASE["examples"], BASE.get("documents", [])
+    owners, weights = np.array([names.index(e["class"]) for e in examples]), np.array([e.get("weight", 1.0) for e in examples])
+    groups = [plain(e["input"]) for e in examples], [f"{d['title']}\n{d['text']}" for d in documents] or ["-"]
+    similar = [(new @ known.T).toarray().clip(0, 1).round(9) for known, new in (vectors(g, tasks, rules["ngrams"], plain) for g in groups)]
+    known, new = vectors([e["input"] for e in examples], tasks, rules["ridge_ngrams"], plain, request)
+    ridge = Ridge(alpha=rules["alpha"], solver="sparse_cg").fit(known, 2.0 * np.eye(len(names))[owners] - 1, sample_weight=weights)
+    learned = np.exp(rules["sharp"] * ridge.predict(new).reshape(len(tasks), -1))
+    for task, likely, row, quoted in zip(map(plain, tasks), learned, *similar, strict=True):
+        near = [i for i in np.argsort(-row, kind="stable") if groups[0][i] != task]  # an equal one would hand over its answer
+        voters = near[: rules["voters"]]
+        votes = np.bincount(owners[voters], weights[voters] * row[voters] ** rules["power"], len(names)).round(12)
+        shares = votes / (votes.sum() or 1)
+        if len(near) == len(examples):  # where one equals the task, the votes decide alone
+            shares = np.maximum(shares, rules["least"]) ** rules["root"] * likely
+        sure = votes.any() and shares.max() / shares.sum() * min(1.0, row[near[0]] / rules["clear"])
+        kind = classes[names[shares.argmax()] if sure and sure >= rules["threshold"] else rules["default"]]
+        shown = [examples[i] for i in near if examples[i]["class"] == kind["class"]][: kind["examples"]]
+        yield kind, shown[::-1], [documents[i] for i in np.argsort(-quoted, kind="stable") if documents][: kind["documents"]]
 
 
 def prompt(tokenizer, room: int, text: str, kind: dict, examples: list, documents: list) -> tuple[str, list[int]]:
     """The whole text that the model sees, and its tokens, at most `room` of them."""
     shots = [] if "{examples}" in kind["template"] else examples
-    last = {"input": text, "examples": "\n\n".join(f"指示: {e['input']}\n回答: {e['output']}" for e in examples)}
-    last["documents"] = "\n\n".join(f"{d['title']}\n{d['text']}" for d in documents)
-    fields = re.compile(r"\{(input|examples|documents)\}")  # filled in one pass: braces in a task stay text
-    asked = [fields.sub(lambda match, values=values: values.get(match[1], ""), kind["template"]) for values in (*shots, last)]
+    shown, quoted = map("指示: {input}\n回答: {output}".format_map, examples), map("{title}\n{text}".format_map, documents)
+    last = {"input": text, "examples": "\n\n".join(shown), "documents": "\n\n".join(quoted)}  # in one pass: braces in a task stay text
+    asked = [re.sub(SETTINGS["placeholder"], lambda match, v=values: v.get(match[1], ""), kind["template"]) for values in (*shots, last)]
     turns = [turn for q, e in zip(asked, shots, strict=False) for turn in (("user", q), ("assistant", e["output"]))]
     added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special or re.fullmatch(r"[<\[].+[>\]]", t.content)]
     control = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or "(?!)")  # a space breaks these
@@ -97,53 +111,39 @@ if __name__ == "__main__":
         number = record.get("task_id") if record.get("task_id") not in (None, "") else len(tasks)
         task = {"task_id": number, "input": record.get("input", "").encode().decode()}  # half of a surrogate pair ends here
         if not task["input"].strip() or tasks.setdefault(str(number), task) is not task:
-            raise SystemExit(f"record {len(tasks) + 1} of the tasks has no text under `input`, or an earlier one's task_id: {record}")
-    donor = args.model or SETTINGS["donor"]  # whose configuration and tokenizer the merged model has
-    if donor is None:
-        raise SystemExit("evomerge alone merges such a recipe: evomerge export STUDY --model DIR, and then python answer.py --model DIR")
-    places = dict(pair.rsplit("=", 1) for pair in args.path)
-    names = {args.model} if args.model else {source["model"] for piece in RECIPE["slices"] for source in piece["sources"]}
-    if missing := [m for m in names if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", places.get(m, m)) and not os.path.isdir(places.get(m, m))]:
-        raise SystemExit(f"there is no folder {missing[0]}: say where that model lies, with --path {missing[0]}=FOLDER")
-    folders = {m: p if os.path.isdir(p := places.get(m, m)) else snapshot_download(p, allow_patterns=SETTINGS["files"]) for m in names}
+            parser.error(f"record {len(tasks) + 1} of the tasks has no text under `input`, or an earlier one's task_id: {record}")
+    donor = args.model or SETTINGS["donor"] or parser.error("evomerge alone merges this: evomerge export STUDY --model DIR, --model DIR")
+    places = {name: name for name in ([args.model] if args.model else SETTINGS["models"])} | dict(p.rsplit("=", 1) for p in args.path)
+    if missing := [name for name, at in places.items() if not (Path(at).is_dir() or re.fullmatch(r"\w[\w.-]*/[\w.-]+", at))]:
+        parser.error(f"there is no folder {places[missing[0]]}: say where that model lies, with --path {missing[0]}=FOLDER")
+    folders = {name: at if Path(at).is_dir() else snapshot_download(at, allow_patterns=SETTINGS["files"]) for name, at in places.items()}
     tokenizer = AutoTokenizer.from_pretrained(folders[donor])
     model = AutoModelForCausalLM.from_pretrained(folders[donor], dtype=RECIPE["dtype"], use_safetensors=True)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False)
     if not args.model:
         merge(model, donor, folders)
-    choices = choose([t["input"] for t in tasks.values()]) if BASE else [(SETTINGS["plain"], [], [])] * len(tasks)
-    own = [SETTINGS["classes"][kind["class"]]["generation"] for kind, _, _ in choices]
+    choices = list(choose([t["input"] for t in tasks.values()])) if BASE else [(SETTINGS["plain"], [], [])] * len(tasks)
+    own = [kind["generation"] for kind, _, _ in choices]
     rooms = [getattr(model.config, "max_position_embeddings", 10**9) - settings["max_new_tokens"] for settings in own]
     asked = [prompt(tokenizer, room, t["input"], *choice)[1] for room, t, choice in zip(rooms, tasks.values(), choices, strict=True)]
     keys = [hashlib.sha256(repr((args.model, RECIPE, *x)).encode()).hexdigest() for x in zip(tasks, own, asked, strict=True)]
     ends, stop = model.generation_config.eos_token_id or tokenizer.eos_token_id, "|".join(map(re.escape, SETTINGS["stop"])) or "(?!)"
-    with open(f"{args.out}.part", "ab+", buffering=0) as part:  # what is answered, so that the same command goes on after a kill
-        part.seek(0)
-        lines = [line for line in part.readlines() if line.endswith(b"\n")]  # the last one may be torn
-        part.truncate(sum(map(len, lines)))
-        done = {key: output for line in lines for key, output in json.loads(line).items()}
-        waiting = sorted((i for i, key in enumerate(keys) if key not in done), key=lambda i: len(asked[i]))
-        alike = [[i for i in waiting if repr(own[i]) == settings] for settings in dict.fromkeys(map(repr, own))]  # settings are a batch's
-        size = SETTINGS["batch_size"]
-        batches = [group[first : first + size] for group in alike for first in range(0, len(group), size)]
-        for batch in sorted(batches, key=lambda batch: len(asked[batch[-1]]) + own[batch[0]]["max_new_tokens"]):  # the cheapest first
-            if time.monotonic() - start > 60 * float(args.time_limit or "inf"):
-                break
-            padding = [max(len(asked[i]) for i in batch) - len(asked[i]) for i in batch]
-            ids = [asked[i][:1] * n + asked[i] for i, n in zip(batch, padding, strict=True)]  # a penalty meets no other token
-            mask = [[0] * n + [1] * len(asked[i]) for i, n in zip(batch, padding, strict=True)]
-            model.generation_config = GenerationConfig(**own[batch[0]], eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
-            torch.manual_seed(SETTINGS["seed"] + batch[0])
-            new = model.generate(torch.tensor(ids).to(model.device), attention_mask=torch.tensor(mask).to(model.device))[:, len(ids[0]) :]
-            outputs = [re.split(stop, text)[0] for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
-            part.write(json.dumps(dict(zip([keys[i] for i in batch], outputs, strict=True)), ensure_ascii=False).encode() + b"\n")
-            os.fsync(part.fileno())
-            done |= zip([keys[i] for i in batch], outputs, strict=True)
-            minutes = (time.monotonic() - start) / 60 * (len(keys) - len(done)) / (len(waiting) - len(keys) + len(done))
-            print(f"{len(done)} of {len(keys)} tasks, about {minutes:.0f} minutes to go", flush=True)
-    for task, key in zip(tasks.values(), keys, strict=True):
-        task |= {"output": done[key]} if key in done else {"output": "", "unfinished": "time limit"}
-    Path(f"{args.out}.tmp").write_text("".join(json.dumps(t, ensure_ascii=False) + "\n" for t in tasks.values()), "utf-8", newline="\n")
-    os.replace(f"{args.out}.tmp", args.out)
+    part = Path(f"{args.out}.part")  # what is answered, so that the same command goes on after a kill
+    done = json.loads(part.read_text("utf-8")) if part.exists() else {}
+    waiting = sorted((i for i, key in enumerate(keys) if key not in done), key=lambda i: len(asked[i]) + own[i]["max_new_tokens"])
+    while waiting and time.monotonic() - start < 60 * float(args.time_limit or "inf"):
+        batch = [i for i in waiting if own[i] == own[waiting[0]]][: SETTINGS["batch_size"]]  # the cheapest first; settings are a batch's
+        waiting = [i for i in waiting if i not in batch]
+        ids = torch.tensor([[-1] * (len(asked[batch[-1]]) - len(asked[i])) + asked[i] for i in batch]).to(model.device)  # -1: padding
+        model.generation_config = GenerationConfig(**own[batch[0]], eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
+        torch.manual_seed(SETTINGS["seed"] + batch[0])
+        new = model.generate(ids.where(ids >= 0, ids[:, -1:]), attention_mask=(ids >= 0).long())[:, ids.shape[1] :]
+        outputs = [re.split(stop, text)[0] for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+        done |= {keys[i]: {"output": output} for i, output in zip(batch, outputs, strict=True)}
+        part.with_suffix(".tmp").write_text(json.dumps(done, ensure_ascii=False), "utf-8")
+        part.with_suffix(".tmp").replace(part)  # whole or not at all
+        print(f"{len(done)} of {len(keys)} tasks after {(time.monotonic() - start) / 60:.0f} minutes", flush=True)
+    rows = [task | done.get(key, {"output": "", "unfinished": "time limit"}) for task, key in zip(tasks.values(), keys, strict=True)]
+    Path(args.out).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8", newline="\n")
     if done.keys() >= set(keys):
-        os.remove(f"{args.out}.part")
+        part.unlink(missing_ok=True)
