@@ -134,6 +134,23 @@ def test_classes_by_the_model_that_answers(pair, place, way):
     assert {row["class"] for row in rows} <= {"かな", "数"}
 
 
+def test_explaining_asks_the_study_for_its_base_and_the_model_for_classes(pair, place, capsys):
+    assert search(pair, place, f"prompt.knowledge={place}/base.yaml") == 0
+    capsys.readouterr()
+    explain = ["infer", "--explain", "--json", "--tasks", str(place / "tasks.jsonl")]
+    study = ["--study", "tiny", "--storage", f"sqlite:///{place}/s.db"]
+    assert main([*explain, *study]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["class"] for row in rows] == ["かな", "かな", "数", "かな", "数"]
+    assert main([*explain, *study, "--classify", "model"]) == 0
+    asked = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["confidence"] for row in asked] != [row["confidence"] for row in rows]
+    assert main([*explain, "--knowledge", str(place / "base.yaml"), "--classify", "model"]) == 2
+    assert "who answers is not clear" in capsys.readouterr().err
+    assert main(explain) == 2
+    assert "nothing to explain without a base" in capsys.readouterr().err
+
+
 def test_the_time_limit_of_a_real_model(pair, place, capsys):
     model = ("--model", pair / "base", "--set", "search.dtype=float32", "--max-new-tokens", 40)
     whole = infer(place, "whole.jsonl", *model)

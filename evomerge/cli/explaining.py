@@ -9,33 +9,22 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from evomerge.console import Console
-from evomerge.errors import InputError
 from evomerge.tasks import Task, load_tasks
 
 if TYPE_CHECKING:
-    from evomerge.knowledge.retrieve import Choice
+    from evomerge.knowledge.retrieve import Choice, Chooser
 
 WIDTH = 80  # columns of a terminal
 WIDTHS = (10, 14, 5, 14)  # task_id, class, confidence, examples; the input gets the rest
 
 
-def explain(args: argparse.Namespace) -> None:
+def explain(args: argparse.Namespace, chooser: Chooser, console: Console) -> None:
     """Print class, confidence and examples of each task, and a confusion table where `kind` holds true classes."""
-    from evomerge.knowledge.base import read_knowledge
-    from evomerge.knowledge.classify import THRESHOLD
-    from evomerge.knowledge.retrieve import Chooser
-
-    if args.knowledge is None:
-        raise InputError("there is nothing to explain without a base", where="--explain", remedy="Name one with --knowledge.")
     tasks = load_tasks(args.tasks)
-    console = Console()
-    knowledge = read_knowledge(args.knowledge)
-    threshold = THRESHOLD if args.threshold is None else args.threshold
-    chooser = Chooser(knowledge, args.retriever or "tfidf", threshold=threshold, default=args.default_class, say=console.say)
     choices = chooser.choose_all([task.input for task in tasks])
     for line in json_lines(tasks, choices) if args.json else table(tasks, choices):
         print(line)
-    compared = list(confusion_table(tasks, choices, [c.name for c in knowledge.classes]))
+    compared = list(confusion_table(tasks, choices, [c.name for c in chooser.knowledge.classes]))
     if args.json and compared:
         console.say("\n".join(compared))  # stdout is lines of JSON
     elif compared:

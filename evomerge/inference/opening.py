@@ -110,6 +110,15 @@ def open_chooser(opened: Opened, classify: str, say: Callable[[str], None]) -> C
     return open_knowledge(opened.prompt, say, classify, lambda knowledge: ModelClassifier(knowledge, likelihood, render))
 
 
+def open_prompt(overrides: Sequence[str], url: str | None = None, name: str | None = None) -> PromptSection:
+    """The prompts alone, of a study or of none, without any model. Raises StudyError, InputError."""
+    if url is None or name is None:
+        return overridden(_study(("-",), "bfloat16"), overrides, USED).prompt
+    from evomerge.search.session import load_finished
+
+    return overridden(load_finished(url, name).study, overrides, USED).prompt
+
+
 def _study(models: tuple[str, ...], dtype: str) -> Study:
     """Settings alone: the defaults of a study file around models that nobody searches."""
     study = Study(GenomeSection(models), (TaskSource(file="-"),), "inference")
