@@ -24,7 +24,7 @@ RECIPE, SETTINGS, BASE = (yaml.safe_load(file.read_text("utf-8")) if file.exists
 
 def merge(model, donor: str, folders: dict[str, str]) -> None:
     """Put the recipe's weights in the place of the donor's (the base's), tensor by tensor, with mergekit's roundings."""
-    slices, linear = [piece["sources"] for piece in RECIPE["slices"]], RECIPE["merge_method"] == "linear"
+    linear, slices = RECIPE["merge_method"] == "linear", [piece["sources"] for piece in RECIPE["slices"]]
     of_layer = [sources for sources in slices for _ in range(*sources[0]["layer_range"])]
     files = [(sibling, safe_open(path, "pt")) for sibling, folder in folders.items() for path in Path(folder).glob("model*.safetensors")]
     stored = {(sibling, name): file for sibling, file in files for name in file.keys()}  # noqa: SIM118  # nothing is read yet
@@ -66,8 +66,8 @@ def choose(tasks: list[str]):
     known, new = vectors([e["input"] for e in examples], tasks, rules["ridge_ngrams"], plain, request)
     ridge = Ridge(alpha=rules["alpha"], solver="sparse_cg").fit(known, 2.0 * np.eye(len(names))[owners] - 1, sample_weight=weights)
     learned = np.exp(rules["sharp"] * ridge.predict(new).reshape(len(tasks), -1))
-    for task, likely, row, quoted in zip(map(plain, tasks), learned, *similar, strict=True):
-        near = [i for i in np.argsort(-row, kind="stable") if groups[0][i] != task]  # an equal one would hand over its answer
+    for text, likely, row, quoted in zip(tasks, learned, *similar, strict=True):
+        near = [i for i in np.argsort(-row, kind="stable") if groups[0][i] != plain(text)]  # an equal one would hand over its answer
         voters = near[: rules["voters"]]
         votes = np.bincount(owners[voters], weights[voters] * row[voters] ** rules["power"], len(names)).round(12)
         shares = votes / (votes.sum() or 1)
@@ -76,20 +76,19 @@ def choose(tasks: list[str]):
         sure = votes.any() and shares.max() / shares.sum() * min(1.0, row[near[0]] / rules["clear"])
         kind = classes[names[shares.argmax()] if sure and sure >= rules["threshold"] else rules["default"]]
         shown = [examples[i] for i in near if examples[i]["class"] == kind["class"]][: kind["examples"]]
-        yield kind, shown[::-1], [documents[i] for i in np.argsort(-quoted, kind="stable") if documents][: kind["documents"]]
+        yield text, kind, shown[::-1], [documents[i] for i in np.argsort(-quoted, kind="stable") if documents][: kind["documents"]]
 
 
 def prompt(tokenizer, room: int, text: str, kind: dict, examples: list, documents: list) -> tuple[str, list[int]]:
     """The whole text that the model sees, and its tokens, at most `room` of them."""
     shots = [] if "{examples}" in kind["template"] else examples
     shown, quoted = map("指示: {input}\n回答: {output}".format_map, examples), map("{title}\n{text}".format_map, documents)
-    last = {"input": text, "examples": "\n\n".join(shown), "documents": "\n\n".join(quoted)}  # in one pass: braces in a task stay text
-    asked = [re.sub(SETTINGS["placeholder"], lambda match, v=values: v.get(match[1], ""), kind["template"]) for values in (*shots, last)]
-    turns = [turn for q, e in zip(asked, shots, strict=False) for turn in (("user", q), ("assistant", e["output"]))]
+    given = [*shots, {"input": text, "output": "", "examples": "\n\n".join(shown), "documents": "\n\n".join(quoted)}]
+    asked = [re.sub(SETTINGS["placeholder"], lambda match, v=values: v.get(match[1], ""), kind["template"]) for values in given]
+    said = [("system", kind["system"]), *(t for q, v in zip(asked, given, strict=True) for t in (("user", q), ("assistant", v["output"])))]
     added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special or re.fullmatch(r"[<\[].+[>\]]", t.content)]
     control = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or "(?!)")  # a space breaks these
-    turns = [("system", kind["system"]), *turns, ("user", asked[-1])]
-    chat = [{"role": role, "content": control.sub(lambda m: f"{m[0][0]} {m[0][1:]}", said)} for role, said in turns if said]
+    chat = [{"role": role, "content": control.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text)} for role, text in said if text]
     whole = tokenizer.apply_chat_template(chat, chat_template=SETTINGS["chat_template"], tokenize=False, add_generation_prompt=True)
     ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
     if len(ids) > room and (examples or documents):  # the least similar one goes
@@ -114,24 +113,24 @@ if __name__ == "__main__":
             parser.error(f"record {len(tasks) + 1} of the tasks has no text under `input`, or an earlier one's task_id: {record}")
     donor = args.model or SETTINGS["donor"] or parser.error("evomerge alone merges this: evomerge export STUDY --model DIR, --model DIR")
     places = {name: name for name in ([args.model] if args.model else SETTINGS["models"])} | dict(p.rsplit("=", 1) for p in args.path)
-    if missing := [name for name, at in places.items() if not (Path(at).is_dir() or re.fullmatch(r"\w[\w.-]*/[\w.-]+", at))]:
-        parser.error(f"there is no folder {places[missing[0]]}: say where that model lies, with --path {missing[0]}=FOLDER")
+    for name in (name for name, at in places.items() if not (Path(at).is_dir() or re.fullmatch(r"\w[\w.-]*/[\w.-]+", at))):
+        parser.error(f"there is no folder {places[name]}: say where that model lies, with --path {name}=FOLDER")
     folders = {name: at if Path(at).is_dir() else snapshot_download(at, allow_patterns=SETTINGS["files"]) for name, at in places.items()}
     tokenizer = AutoTokenizer.from_pretrained(folders[donor])
     model = AutoModelForCausalLM.from_pretrained(folders[donor], dtype=RECIPE["dtype"], use_safetensors=True)
     model.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False)
     if not args.model:
         merge(model, donor, folders)
-    choices = list(choose([t["input"] for t in tasks.values()])) if BASE else [(SETTINGS["plain"], [], [])] * len(tasks)
-    own = [kind["generation"] for kind, _, _ in choices]
-    rooms = [getattr(model.config, "max_position_embeddings", 10**9) - settings["max_new_tokens"] for settings in own]
-    asked = [prompt(tokenizer, room, t["input"], *choice)[1] for room, t, choice in zip(rooms, tasks.values(), choices, strict=True)]
+    inputs = [task["input"] for task in tasks.values()]
+    choices = list(choose(inputs)) if BASE else [(text, SETTINGS["plain"], [], []) for text in inputs]
+    context, own = getattr(model.config, "max_position_embeddings", 10**9), [choice[1]["generation"] for choice in choices]
+    asked = [prompt(tokenizer, context - choice[1]["generation"]["max_new_tokens"], *choice)[1] for choice in choices]
     keys = [hashlib.sha256(repr((args.model, RECIPE, *x)).encode()).hexdigest() for x in zip(tasks, own, asked, strict=True)]
     ends, stop = model.generation_config.eos_token_id or tokenizer.eos_token_id, "|".join(map(re.escape, SETTINGS["stop"])) or "(?!)"
-    part = Path(f"{args.out}.part")  # what is answered, so that the same command goes on after a kill
-    done = json.loads(part.read_text("utf-8")) if part.exists() else {}
+    part, spare = Path(f"{args.out}.part"), Path(f"{args.out}.tmp")
+    done = json.loads(part.read_text("utf-8")) if part.exists() else {}  # what an earlier run has answered
     waiting = sorted((i for i, key in enumerate(keys) if key not in done), key=lambda i: len(asked[i]) + own[i]["max_new_tokens"])
-    while waiting and time.monotonic() - start < 60 * float(args.time_limit or "inf"):
+    while waiting and (then := time.monotonic()) - start < 60 * float(args.time_limit or "inf"):
         batch = [i for i in waiting if own[i] == own[waiting[0]]][: SETTINGS["batch_size"]]  # the cheapest first; settings are a batch's
         waiting = [i for i in waiting if i not in batch]
         ids = torch.tensor([[-1] * (len(asked[batch[-1]]) - len(asked[i])) + asked[i] for i in batch]).to(model.device)  # -1: padding
@@ -140,10 +139,11 @@ if __name__ == "__main__":
         new = model.generate(ids.where(ids >= 0, ids[:, -1:]), attention_mask=(ids >= 0).long())[:, ids.shape[1] :]
         outputs = [re.split(stop, text)[0] for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
         done |= {keys[i]: {"output": output} for i, output in zip(batch, outputs, strict=True)}
-        part.with_suffix(".tmp").write_text(json.dumps(done, ensure_ascii=False), "utf-8")
-        part.with_suffix(".tmp").replace(part)  # whole or not at all
-        print(f"{len(done)} of {len(keys)} tasks after {(time.monotonic() - start) / 60:.0f} minutes", flush=True)
+        spare.write_text(json.dumps(done, ensure_ascii=False), "utf-8")
+        spare.replace(part)  # whole or not at all
+        print(f"{len(done)} of {len(keys)} tasks, about {(time.monotonic() - then) * len(waiting) / len(batch):.0f} s to go", flush=True)
     rows = [task | done.get(key, {"output": "", "unfinished": "time limit"}) for task, key in zip(tasks.values(), keys, strict=True)]
-    Path(args.out).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8", newline="\n")
+    spare.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8", newline="\n")
+    spare.replace(args.out)
     if done.keys() >= set(keys):
         part.unlink(missing_ok=True)
