@@ -167,6 +167,10 @@ def read_json_records(path: Path) -> list[tuple[str, dict[str, Any]]]:
                 found=text[at : at + 40],
                 remedy="Write one JSON object per line.",
             ) from error
+        except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
+            raise TaskError(
+                f"cannot be read: {error}", where=f"{path}, line {line}", remedy="Write one plain JSON object per line."
+            ) from error
         if not isinstance(value, dict):
             raise TaskError(
                 "a record is not an object", where=f"{path}, line {line}", found=value, remedy='Write {"task_id": 0, "input": "…"}.'
@@ -179,6 +183,7 @@ def _json_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _csv_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    csv.field_size_limit(2**31 - 1)  # a passage may be long
     rows = csv.DictReader(io.StringIO(_read_text(path), newline=""))
     return [(f"row {i + 2}", {str(k): _number(k, v) for k, v in row.items()}) for i, row in enumerate(rows)]
 

@@ -82,8 +82,8 @@ def test_the_time_limit_leaves_a_whole_file_and_the_same_command_goes_on(tmp_pat
     assert {r["unfinished"] for r in left} == {"time limit"}
     assert [r for r in found if r not in left] == [e for e, r in zip(expected(tasks), found, strict=True) if r not in left]
     begun = [r for r in left if r["output"]]
-    assert len(begun) == done.partial == 1
-    assert begun[0]["output"] == f"|{begun[0]['input']}|"[::-1][:2]
+    assert len(begun) == done.partial <= 1  # none, where the time was up between two
+    assert all(row["output"] == f"|{row['input']}|"[::-1][:2] for row in begun)
     engine = Streaming()
     again = run_inference(engine, marked(), tasks, out)
     assert (again.answered, again.unfinished) == (COUNT, 0)

@@ -112,11 +112,11 @@ def test_a_lock_in_mid_run_loses_nothing(pair, whole, tmp_path, capsys, monkeypa
     answer, calls = TransformersEngine.answer, []
     with closing(sqlite3.connect(tmp_path / "s.db", isolation_level=None)) as other, pytest.MonkeyPatch.context() as patch:
 
-        def locking(self, prompts):
+        def locking(self, prompts, *rest):
             calls.append(prompts)
             if len(calls) == 20:
                 other.execute("BEGIN EXCLUSIVE")
-            return answer(self, prompts)
+            return answer(self, prompts, *rest)
 
         patch.setattr(TransformersEngine, "answer", locking)
         line = complaint(capsys, arguments(pair, tmp_path))

@@ -26,6 +26,7 @@ def load_tokenizer(folder: ModelFolder, trust_remote_code: bool = False) -> PreT
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, … for a bad tokenizer
         raise ModelError(f"the tokenizer cannot be loaded: {error}", where=folder.path, remedy="Add the tokenizer's files.") from error
     tokenizer.padding_side = "left"
+    tokenizer.model_max_length = 10**9  # what is too long has our own words
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ModelError(

@@ -116,11 +116,23 @@ class Prompter:
             for question, answer in shots:
                 turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             turns.append({"role": "user", "content": asked})
-            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+            return self._chat(turns)
         template = self.section.template or COMPETITION
         blocks = [f"{system}\n\n"] if system else []
         blocks += [f"{template.replace('{input}', question)}{answer}\n\n" for question, answer in shots]
         return "".join(blocks) + template.replace("{input}", asked)
+
+    def _chat(self, turns: list[dict[str, str]]) -> str:
+        """By the model's template; one that knows no system turn gets the text above the first user turn."""
+        from jinja2 import TemplateError
+
+        try:
+            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        except TemplateError:
+            if turns[0]["role"] != "system":
+                raise
+            first = {"role": "user", "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}
+            return str(self.tokenizer.apply_chat_template([first, *turns[2:]], tokenize=False, add_generation_prompt=True))
 
     def _system(self, kind: KnowledgeClass | None) -> str:
         """The class's system text, or else the section's, which stands for chat alone."""
@@ -132,7 +144,8 @@ class Prompter:
         """The run's settings with the class's own."""
         own = self.generation
         if kind.max_new_tokens is not None:
-            own = replace(own, max_new_tokens=min(kind.max_new_tokens, self.longest or kind.max_new_tokens))
+            most = [kind.max_new_tokens, self.longest, None if self.context is None else max(1, self.context // 2)]
+            own = replace(own, max_new_tokens=min(n for n in most if n is not None))  # half of a small context is for the prompt
         if kind.repetition_penalty is not None:
             own = replace(own, repetition_penalty=kind.repetition_penalty)
         if kind.temperature is not None:

@@ -171,7 +171,7 @@ class ServerEngine:
     def _list(self, needed: bool = False) -> list[str]:
         """The models that the server lists; none where it lists none. Raises EngineError: it is down, or `needed` and refused."""
         try:
-            page = self.client.with_options(max_retries=FIRST_RETRIES).models.list()
+            page = self.client.with_options(max_retries=FIRST_RETRIES, timeout=2 * CONNECT).models.list()
             return [m.id for m in getattr(page, "data", None) or [] if isinstance(getattr(m, "id", None), str)]
         except self.errors.APIStatusError as error:
             if needed or error.status_code == 401:

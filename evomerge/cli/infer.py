@@ -131,7 +131,7 @@ def _judge(text: str | None) -> Judge | None:
     if text in (None, "agreement"):
         return None
     kind, _, place = text.partition(":")
-    return judge_from_options(kind, [f"model={json.dumps(place)}"]) if kind == "local" else judge_from_options(text)
+    return judge_from_options(kind, [f"model={json.dumps(place, ensure_ascii=False)}"]) if kind == "local" else judge_from_options(text)
 
 
 def _answered(console: Console) -> Callable[[int, int], None]:

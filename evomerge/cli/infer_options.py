@@ -93,8 +93,13 @@ def _knowledge_options(p: argparse.ArgumentParser) -> None:
 
 def overrides_of(args: argparse.Namespace) -> list[str]:
     """The options as keys of a study file; they stand above the study's, and --set above both."""
-    overrides = [f"{key}={json.dumps(value)}" for option, key in KEYS.items() if (value := getattr(args, option)) is not None]
-    return [*overrides, *(["prompt.template=null"] if args.format is not None else []), *args.set]
+    overrides = [
+        f"{key}={json.dumps(value, ensure_ascii=False)}" for option, key in KEYS.items() if (value := getattr(args, option)) is not None
+    ]
+    overrides += ["prompt.template=null"] if args.format is not None else []
+    if args.knowledge is not None and args.default_class is None:
+        overrides.append("prompt.default_class=null")  # a study's is a class of its own base
+    return [*overrides, *args.set]
 
 
 def check_who(args: argparse.Namespace) -> None:
@@ -113,6 +118,7 @@ def check(args: argparse.Namespace) -> float | None:
     if args.out is None:
         raise InputError("where do the answers go?", where="evomerge infer", remedy="Name a file with --out.")
     check_who(args)
+    _check_out(args)
     if args.server is None and args.concurrency is not None:
         raise InputError("is for a server", where="--concurrency", remedy="Use --batch-size.")
     for option in ("batch_size", "engine", "quantization", "device_map", "seed") if args.server is not None else ():
@@ -126,6 +132,19 @@ def check(args: argparse.Namespace) -> float | None:
     if args.time_limit is not None and limit is None:
         raise InputError("is no duration", where="--time-limit", found=args.time_limit, remedy="Write 90s, 55m or 2h.")
     return limit
+
+
+def _check_out(args: argparse.Namespace) -> None:
+    """Raise InputError where the answers would take the place of what they are made from."""
+    out = Path(args.out)
+    if not out.name or out.is_dir():
+        raise InputError("is a folder", where="--out", found=args.out, remedy="Name a file.")
+    written = {path.resolve() for path in (out, out.with_suffix(".classes.jsonl"), out.with_name(out.name + ".part"))}
+    for option in ("tasks", "knowledge", "recipe"):
+        if (given := getattr(args, option)) is not None and Path(given).resolve() in written:
+            raise InputError(
+                f"would be written over by the answers to --out {out}", where=f"--{option}", found=given, remedy="Name another --out."
+            )
 
 
 def check_base(args: argparse.Namespace, prompt: PromptSection) -> None:

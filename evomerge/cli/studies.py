@@ -166,6 +166,10 @@ def _export_runner(args: argparse.Namespace, finished: Finished) -> None:
     from evomerge.runner import write_runner
 
     base = args.knowledge or finished.study.prompt.knowledge
+    if args.knowledge is None and base is not None:
+        from evomerge.inference.opening import check_unchanged_base
+
+        check_unchanged_base(base, finished.ledger.facts.get("knowledge"), args.study)
     write_runner(finished, args.runner, None if base is None else read_knowledge(base))
     say_written(Console(), [args.runner])
 

@@ -39,10 +39,13 @@ def open_study(url: str, name: str, overrides: Sequence[str], say: Callable[[str
     from evomerge.search.session import load_finished, open_models
 
     finished = load_finished(url, name)
-    study = overridden(finished.study, overrides, USED)
+    study = _seeded(overridden(finished.study, overrides, USED))
     facts = finished.ledger.facts
-    if study.prompt.knowledge is not None and study.prompt.knowledge == finished.study.prompt.knowledge:
-        _check_base(study.prompt.knowledge, facts.get("knowledge"), name)
+    if any(override.startswith("prompt.knowledge=") for override in overrides):
+        if study.prompt.knowledge != finished.study.prompt.knowledge:
+            say(f"note: study {name} was searched with other prompts: its verdict does not hold for answers by this base")
+    elif study.prompt.knowledge is not None:
+        check_unchanged_base(study.prompt.knowledge, facts.get("knowledge"), name)
     base, siblings = open_models(finished.study)
     engine = _engine(base, siblings, study)
     if study.engine == finished.study.engine:
@@ -60,7 +63,7 @@ def open_folder(ref: str, overrides: Sequence[str]) -> Opened:
 
     folder = open_model(ref)
     dtype = str(folder.config.get("dtype") or folder.config.get("torch_dtype") or "bfloat16")
-    study = overridden(_study((ref,), dtype), overrides, USED)
+    study = _seeded(overridden(_study((ref,), dtype, folder.config), overrides, USED))
     return Opened(_engine(folder, [], study), study.prompt, study, _identity("", combined(fingerprint(folder.path)), study))
 
 
@@ -74,8 +77,8 @@ def open_yaml(path: Path, overrides: Sequence[str]) -> Opened:
         raise InputError("no such recipe", where=path, remedy="Name a mergekit YAML.")
     recipe = read_recipe(path)
     models = open_recipe(recipe)
-    study = overridden(_study(recipe.models, _dtype(recipe)), overrides, USED)
     base, *siblings = models.values()
+    study = _seeded(overridden(_study(recipe.models, _dtype(recipe), base.config), overrides, USED))
     engine = _engine(base, siblings or [base], study)  # one model too is merged: scaled, or its layers moved
     engine.apply(recipe)
     prints = {ref: combined(fingerprint(model.path)) for ref, model in models.items()}
@@ -119,9 +122,19 @@ def open_prompt(overrides: Sequence[str], url: str | None = None, name: str | No
     return overridden(load_finished(url, name).study, overrides, USED).prompt
 
 
-def _study(models: tuple[str, ...], dtype: str) -> Study:
-    """Settings alone: the defaults of a study file around models that nobody searches."""
+def _seeded(study: Study) -> Study:
+    """With the seed of the draws said: what answers again takes others from there."""
+    own = study.generation.seed
+    return replace(study, generation=replace(study.generation, seed=study.search.seed if own is None else own))
+
+
+def _study(models: tuple[str, ...], dtype: str, config: Mapping[str, Any] | None = None) -> Study:
+    """Settings alone: the defaults of a study file around models that nobody searches; answers leave half of a small context."""
     study = Study(GenomeSection(models), (TaskSource(file="-"),), "inference")
+    context = (config or {}).get("max_position_embeddings")
+    if isinstance(context, int):
+        own = replace(study.generation, max_new_tokens=max(1, min(study.generation.max_new_tokens, context // 2)))
+        study = replace(study, generation=own)
     engine = replace(study.engine, batch_size=BATCH_SIZE)
     return replace(study, engine=engine, search=replace(study.search, dtype=dtype))  # type: ignore[arg-type]  # torch's names; others are refused there
 
@@ -141,7 +154,7 @@ def _identity(recipe: str, models: Mapping[str, Any] | str, study: Study) -> str
     return repr((recipe, models, study.generation, study.prompt.too_long, study.engine, s.dtype, s.seed))
 
 
-def _check_base(path: str, digest: str | None, name: str) -> None:
+def check_unchanged_base(path: str, digest: str | None, name: str) -> None:
     """What was optimised is what answers."""
     if read_knowledge(path).digest() != digest:
         raise StudyError(

@@ -75,8 +75,10 @@ class Run:
 
     def ask(self, asked: Mapping[int, Prompt], name: str = FIRST) -> dict[int, Answer]:
         """The answers of a round to prompts by the tasks' places, those that are kept and, until the time is up, the others."""
-        kept, places = self.part.of(name), list(asked)
-        prompts = list(asked.values())
+        places, prompts = list(asked), list(asked.values())
+        if name != FIRST:  # answers of a round to other prompts, or with other settings, are of another round
+            name = f"{name} {_hash([[p.text, asdict(p.settings)] for p in prompts])[:12]}"
+        kept = self.part.of(name)
         texts, settings = [prompt.text for prompt in prompts], self.prompter.settings(prompts)
         batches = make_batches(self.engine, texts, settings)
         if self.deadline is not None:  # the cheapest first: the most answers are there when it comes
@@ -170,7 +172,10 @@ def run_inference(
             progress(len(part.answers), len(tasks))
         chosen = run.ask(dict(enumerate(prompts)))
         told = [step(run, chosen) for step in refine] if len(chosen) == len(tasks) else []
-        _finish(out, run, chosen)
+        whole = len(chosen) == len(tasks) and not (refine and run.over)
+        if told and not whole:
+            told.append("the time limit came before everything was asked again: the same command goes on with it")
+        _finish(out, run, chosen, whole)
     partial = sum(bool(answer.text) for answer in run.cut.values())
     return Done(len(chosen), len(tasks) - len(chosen), partial, tuple(told))
 
@@ -185,13 +190,13 @@ def cost(prompt: Prompt) -> int:
     return len(prompt.text) + 16 * prompt.settings.max_new_tokens
 
 
-def _finish(out: Path, run: Run, chosen: Mapping[int, Answer]) -> None:
+def _finish(out: Path, run: Run, chosen: Mapping[int, Answer], whole: bool) -> None:
     """Put the files in their places; OUT.part goes last, so that a kill in between costs no answer, and stays for what is unfinished."""
     try:
         if any(prompt.choice is not None for prompt in run.prompts):
             replace(out.with_suffix(".classes.jsonl"), (_class_row(t, p) for t, p in zip(run.tasks, run.prompts, strict=True)))
         replace(out, (_row(task, chosen.get(i), run.cut.get(i)) for i, task in enumerate(run.tasks)))
-        if len(chosen) == len(run.tasks):
+        if whole:
             run.part.path.unlink()
     except OSError as error:
         raise run.part.error(error) from error

@@ -36,7 +36,7 @@ class Scorer:
         for i, (task, answer, grade) in enumerate(zip(examined.tasks, examined.answers, examined.grades, strict=True)):
             record: dict[str, Any] = {examined.figure: grade.value, "correct": grade.correct, "truncated": answer.truncated}
             if self.study.metric == "objective":
-                record["length"] = answer.tokens / self.study.generation.max_new_tokens
+                record["length"] = min(1.0, answer.tokens / self.study.generation.max_new_tokens)  # a class may allow more
                 if examined.likelihoods is not None:
                     record["likelihood"] = examined.likelihoods[i]
                 record["objective"] = self._objective(str(task.task_id), record)

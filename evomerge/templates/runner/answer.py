@@ -102,7 +102,7 @@ if __name__ == "__main__":
     parser, start = argparse.ArgumentParser(description=__doc__), time.monotonic()
     parser.add_argument("--path", nargs="*", default=[], metavar="NAME=FOLDER", help="where a model of recipe.yaml lies here")
     for flag in ("--tasks", "--out", "--model", "--time-limit"):
-        parser.add_argument(flag, required=flag in ("--tasks", "--out"))
+        parser.add_argument(flag, required=flag in ("--tasks", "--out"), type=float if flag == "--time-limit" else str)
     args = parser.parse_args()
     at, tasks, text = 0, {}, Path(args.tasks).read_text("utf-8-sig")
     while blank := re.compile(r"\s*(?=\S)").match(text, at):  # JSON lines; a record may spread over several
@@ -130,7 +130,7 @@ if __name__ == "__main__":
     part, spare = Path(f"{args.out}.part"), Path(f"{args.out}.tmp")
     done = json.loads(part.read_text("utf-8")) if part.exists() else {}  # what an earlier run has answered
     waiting = sorted((i for i, key in enumerate(keys) if key not in done), key=lambda i: len(asked[i]) + own[i]["max_new_tokens"])
-    while waiting and (then := time.monotonic()) - start < 60 * float(args.time_limit or "inf"):
+    while waiting and (then := time.monotonic()) - start < 60 * (float("inf") if args.time_limit is None else args.time_limit):
         batch = [i for i in waiting if own[i] == own[waiting[0]]][: SETTINGS["batch_size"]]  # the cheapest first; settings are a batch's
         waiting = [i for i in waiting if i not in batch]
         ids = torch.tensor([[-1] * (len(asked[batch[-1]]) - len(asked[i])) + asked[i] for i in batch]).to(model.device)  # -1: padding
