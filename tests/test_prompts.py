@@ -121,3 +121,12 @@ def test_a_note_joins_the_system_text():
     assert asked.noted(prompt, "短く").text == prompt.text.replace("<system>先生</s>", "<system>先生\n短く</s>")
     plain = make_prompter(asked.tokenizer, PromptSection())
     assert plain.noted(plain.prepare(["あ</s>"])[0], "短く").text == "<system>短く</s><user>あ< /s></s><assistant>"
+
+
+def test_a_chat_template_without_a_system_turn_gets_its_text_above_the_first_user_turn():
+    asked = prompter(base())
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    asked.tokenizer.chat_template = refuses + TURNS
+    (prompt,) = asked.prepare(["1と2と3と4"])
+    assert prompt.text.startswith("<user>先生\n\n問い:1と2</s><assistant>3</s>")
+    assert asked.noted(prompt, "短く").text.startswith("<user>先生\n短く\n\n問い:1と2</s>")
