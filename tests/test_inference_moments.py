@@ -13,6 +13,7 @@ import pytest
 from test_inference import ReversingEngine, expected, marked, rows, some_tasks
 
 from evomerge.answering.engine import Answer
+from evomerge.errors import EngineError
 from evomerge.inference import run_inference
 from evomerge.tasks import Task
 
@@ -99,6 +100,18 @@ def test_under_a_time_limit_cheap_tasks_go_first(tmp_path):
     lengths = [len(prompt) for prompt in engine.prompts]
     assert lengths == sorted(lengths)
     assert rows(tmp_path / "a.jsonl") == expected(tasks)
+
+
+def test_under_a_time_limit_an_error_leaves_a_file_too(tmp_path):
+    engine = Streaming(fail_at=10)
+    with pytest.raises(EngineError):
+        run_inference(engine, marked(), some_tasks(), tmp_path / "a.jsonl", deadline=time.monotonic() + 60)
+    found = rows(tmp_path / "a.jsonl")
+    assert len(found) == len(some_tasks())
+    assert sum("unfinished" not in row for row in found) == 10
+    assert {row["unfinished"] for row in found if "unfinished" in row} == {"error"}
+    run_inference(Streaming(), marked(), some_tasks(), tmp_path / "a.jsonl")
+    assert rows(tmp_path / "a.jsonl") == expected(some_tasks())
 
 
 def test_a_time_that_is_over_still_leaves_a_file(tmp_path):

@@ -119,6 +119,8 @@ def check(args: argparse.Namespace) -> float | None:
         raise InputError("where do the answers go?", where="evomerge infer", remedy="Name a file with --out.")
     check_who(args)
     _check_out(args)
+    if args.time_limit is not None and args.classify != "neighbours":
+        raise InputError("does not look at the time limit", where="--classify", found=args.classify, remedy="Use one of the two.")
     if args.server is None and args.concurrency is not None:
         raise InputError("is for a server", where="--concurrency", remedy="Use --batch-size.")
     for option in ("batch_size", "engine", "quantization", "device_map", "seed") if args.server is not None else ():

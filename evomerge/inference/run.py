@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from evomerge.answering.engine import Answer, Engine
 from evomerge.answering.prompts import Prompt, Prompter
-from evomerge.errors import TaskError
+from evomerge.errors import EngineError, TaskError
 from evomerge.inference.part import FIRST, Part, replace
 from evomerge.study import GenerationSection
 from evomerge.tasks import Task
@@ -170,7 +170,12 @@ def run_inference(
         run = Run(engine, prompter, tasks, prompts, part, deadline, progress)
         if progress is not None:
             progress(len(part.answers), len(tasks))
-        chosen = run.ask(dict(enumerate(prompts)))
+        try:
+            chosen = run.ask(dict(enumerate(prompts)))
+        except EngineError:
+            if deadline is not None:  # who has a limit has a file in the end
+                _finish(out, run, dict(part.answers), False, "error")
+            raise
         told = [step(run, chosen) for step in refine] if len(chosen) == len(tasks) else []
         whole = len(chosen) == len(tasks) and not (refine and run.over)
         if told and not whole:
@@ -190,22 +195,22 @@ def cost(prompt: Prompt) -> int:
     return len(prompt.text) + 16 * prompt.settings.max_new_tokens
 
 
-def _finish(out: Path, run: Run, chosen: Mapping[int, Answer], whole: bool) -> None:
+def _finish(out: Path, run: Run, chosen: Mapping[int, Answer], whole: bool, why: str = UNFINISHED) -> None:
     """Put the files in their places; OUT.part goes last, so that a kill in between costs no answer, and stays for what is unfinished."""
     try:
         if any(prompt.choice is not None for prompt in run.prompts):
             replace(out.with_suffix(".classes.jsonl"), (_class_row(t, p) for t, p in zip(run.tasks, run.prompts, strict=True)))
-        replace(out, (_row(task, chosen.get(i), run.cut.get(i)) for i, task in enumerate(run.tasks)))
+        replace(out, (_row(task, chosen.get(i), run.cut.get(i), why) for i, task in enumerate(run.tasks)))
         if whole:
             run.part.path.unlink()
     except OSError as error:
         raise run.part.error(error) from error
 
 
-def _row(task: Task, answer: Answer | None, cut: Answer | None) -> dict[str, Any]:
+def _row(task: Task, answer: Answer | None, cut: Answer | None, why: str) -> dict[str, Any]:
     if answer is not None:
         return {"task_id": task.task_id, "input": task.input, "output": answer.text}
-    return {"task_id": task.task_id, "input": task.input, "output": "" if cut is None else cut.text, "unfinished": UNFINISHED}
+    return {"task_id": task.task_id, "input": task.input, "output": "" if cut is None else cut.text, "unfinished": why}
 
 
 def _class_row(task: Task, prompt: Prompt) -> dict[str, Any]:
