@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from evomerge.answering.decode import Output, Rules, decode
+from evomerge.answering.decode import Output, decode
 from evomerge.answering.population import PopulationModel
+from evomerge.answering.rules import Rules
 from evomerge.merging.folder import open_model
 from evomerge.merging.live import LiveModel
 from evomerge.recipe import Recipe, task_arithmetic_recipe

@@ -11,10 +11,12 @@ from engine_contract import NEW, PROMPTS, RECIPES, Contract, answers_of, family,
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import evomerge.answering.hf
-from evomerge.answering.decode import Hooks, Rules, decode, filled, shared_prefix
+from evomerge.answering.decode import Hooks, decode, shared_prefix
 from evomerge.answering.encode import Encoder
 from evomerge.answering.engine import Answer, pack
 from evomerge.answering.hf import TransformersEngine
+from evomerge.answering.rows import filled
+from evomerge.answering.rules import Rules
 from evomerge.errors import EngineError
 from evomerge.merging.folder import open_model
 from evomerge.study import EngineSection, GenerationSection

@@ -7,8 +7,9 @@ from merging_tools import SLICES, differing, load_all, make_family, moved, rando
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from evomerge.answering import population as population_module
-from evomerge.answering.decode import Rules, decode
+from evomerge.answering.decode import decode
 from evomerge.answering.population import PopulationEngine, PopulationModel, pays, suits
+from evomerge.answering.rules import Rules
 from evomerge.errors import RecipeError
 from evomerge.merging.folder import open_model
 from evomerge.merging.live import LiveModel

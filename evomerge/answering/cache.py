@@ -14,10 +14,9 @@ from hashlib import sha256
 from pathlib import Path
 
 from evomerge import sqlite_file
-from evomerge.answering.engine import Answer, Engine
+from evomerge.answering.engine import Answer, Engine, Settings
 from evomerge.answering.pace import Pace
 from evomerge.errors import OutputError
-from evomerge.study import GenerationSection
 
 SCHEMA = "CREATE TABLE IF NOT EXISTS batches (key TEXT PRIMARY KEY, answers TEXT NOT NULL)"
 WHAT = "the answer cache"
@@ -33,7 +32,7 @@ class AnswerCache:
         self.path, self.scope = path, scope
         self.db = sqlite_file.connect(path, WHAT, DAMAGED, SCHEMA)
 
-    def key(self, recipe: str, prompts: Sequence[str], mode: str = MERGED, settings: Sequence[GenerationSection] | None = None) -> str:
+    def key(self, recipe: str, prompts: Sequence[str], mode: str = MERGED, settings: Settings = None) -> str:
         """SHA-256 of scope, mode, recipe digest, the batch's prompts, and their own settings where they have any."""
         parts: list[object] = [self.scope, mode, recipe, list(prompts)]
         parts += [] if settings is None else [[asdict(own) for own in settings]]
@@ -102,7 +101,7 @@ def answer_all(
     remember: Callable[[Mapping[str, int]], None] = lambda limits: None,
     mode: str = MERGED,
     got: Callable[[Sequence[int], Sequence[Answer]], None] = lambda indices, answers: None,
-    settings: Sequence[GenerationSection] | None = None,
+    settings: Settings = None,
 ) -> list[Answer]:
     """Answers to all prompts, in order; `apply` merges, and runs only when some batch is not in the cache.
 

@@ -15,45 +15,18 @@ and columns of padding are masked, wherever they stand.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-from transformers.generation.logits_process import (
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
-)
+
+from evomerge.answering.rows import Rows, alike, filled
+from evomerge.answering.rules import Choice, Rules
 
 SHARED = 8  # tokens that all prompts must begin with before one more forward pass for them pays
-PASS = 256  # tokens of padding that cost as much as one more forward pass
-
-
-@dataclass(frozen=True)
-class Rules:
-    """How a token is chosen and what ends an answer; names as in transformers."""
-
-    max_new_tokens: int
-    ends: frozenset[int] = frozenset()
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-
-    def processors(self) -> LogitsProcessorList:
-        """transformers' own, in the order of its `generate`."""
-        found = LogitsProcessorList()
-        if self.repetition_penalty != 1.0:
-            found.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
-        if self.do_sample and self.temperature != 1.0:
-            found.append(TemperatureLogitsWarper(self.temperature))
-        if self.do_sample and self.top_p < 1.0:
-            found.append(TopPLogitsWarper(self.top_p))
-        return found
 
 
 @dataclass
@@ -100,7 +73,7 @@ def decode(
     forward = Forward(model, prompts, most)
     if hooks.rows:
         hooks.rows(alive)
-    choose = _Choice(own, seeds, forward.device)
+    choose = Choice(own, seeds, forward.device)
     logits = forward.start(SHARED if share else None)  # (rows, vocabulary)
     for step in range(most):
         chosen = choose(logits, forward.ids, step)  # (rows,)
@@ -138,35 +111,11 @@ def decodable(model: Any) -> bool:
     return takes_it and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=model.config).layers)
 
 
-def filled(keep: Sequence[int]) -> list[int]:
-    """The rows to keep, in an order that moves few: rows from the end stand where others have left."""
-    n = len(keep)
-    tail = iter([row for row in keep if row >= n])
-    kept = set(keep)
-    return [row if row in kept else next(tail) for row in range(n)]
-
-
 def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """How many tokens all prompts begin with; at least one token of each is left over."""
     first, last = min(map(tuple, prompts)), max(map(tuple, prompts))  # every other one lies between them
     most = min(map(len, prompts)) - 1
     return next((i for i in range(most) if first[i] != last[i]), most)
-
-
-def alike(gaps: Sequence[int]) -> list[slice]:
-    """Rows next to each other whose prompts are read together: a group's padding, in tokens, costs less than one more pass."""
-    groups: list[slice] = []
-    padding = 0
-    for row, gap in enumerate(gaps):
-        group = groups[-1] if groups else None
-        if group is not None:
-            least = min(gaps[group])
-            padding = sum(gaps[group]) + gap - min(least, gap) * (row + 1 - group.start)
-        if group is None or padding > PASS:
-            groups.append(slice(row, row + 1))
-        else:
-            groups[-1] = slice(group.start, row + 1)
-    return groups
 
 
 class Forward:
@@ -259,108 +208,3 @@ class Forward:
     def _make_cache(self, rows: int, columns: int) -> Cache:
         layers = DynamicCache(config=self.model.config).layers
         return Cache(layers=[Rows(rows, columns) if type(layer) is DynamicLayer else layer for layer in layers])
-
-
-class Rows(DynamicLayer):
-    """Keys and values (rows, heads, columns, dim) of one layer in memory for the longest answer.
-
-    Nothing is copied when a column comes; when rows leave, only those that take their places are.
-    """
-
-    def __init__(self, rows: int, columns: int) -> None:
-        super().__init__()
-        self.rows, self.columns = rows, columns
-        self.first, self.at, self.end = 0, 0, 0  # the row and the columns that count; see `window`
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
-        """Append columns; returns views of all that count."""
-        rows, _, more, _ = key_states.shape
-        if not self.is_initialized:
-            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-            self.all_keys, self.all_values = (
-                x.new_zeros(self.rows, x.shape[1], self.columns, x.shape[3]) for x in (key_states, value_states)
-            )
-        some, span = slice(self.first, self.first + rows), slice(self.end, self.end + more)
-        self.all_keys[some, :, span], self.all_values[some, :, span] = key_states, value_states
-        self.end += more
-        return self._view(rows)
-
-    def window(self, first: int, at: int, end: int) -> None:
-        """What comes belongs to the rows from `first` on; columns from `at` to `end` are there. Columns never written are 0."""
-        self.first, self.at, self.end = first, at, end
-
-    def spread(self, rows: int) -> None:
-        """Copy the first row to all."""
-        for all_ in (self.all_keys, self.all_values):
-            all_[1:rows, :, : self.end] = all_[:1, :, : self.end]
-        self._view(rows)
-
-    def keep(self, order: Sequence[int], at: int) -> None:
-        """See `Forward.keep`; columns before `at` do not count any more."""
-        moved = [(to, row) for to, row in enumerate(order) if to != row]
-        if moved:
-            to, row = (torch.tensor(x, device=self.device) for x in zip(*moved, strict=True))
-            for all_ in (self.all_keys, self.all_values):
-                all_[to, :, at : self.end] = all_[row, :, at : self.end]
-        self.at = at
-        self._view(len(order))
-
-    def get_seq_length(self) -> int:
-        return self.end - self.at
-
-    def _view(self, rows: int) -> tuple[Tensor, Tensor]:
-        some, span = slice(self.first, self.first + rows), slice(self.at, self.end)
-        self.keys, self.values = self.all_keys[some, :, span], self.all_values[some, :, span]
-        return self.keys, self.values
-
-
-class _Choice:
-    """One token per row from its logits: the largest, or drawn by a seed of the row's own. Rows of one way choose together."""
-
-    def __init__(self, rules: Sequence[Rules], seeds: Sequence[int], device: torch.device) -> None:
-        self.device = device
-        self.ways = [replace(r, max_new_tokens=0, ends=frozenset()) for r in rules]  # of the rows
-        self.processors = {way: way.processors() for way in dict.fromkeys(self.ways)}
-        self.sampled = any(way.do_sample for way in self.ways)
-        if self.sampled:
-            most = max(r.max_new_tokens for r in rules)
-            draws = torch.zeros(len(rules), most, dtype=torch.float64)  # (rows, steps)
-            for row, rule, seed in zip(draws, rules, seeds, strict=True):
-                row[: rule.max_new_tokens] = torch.rand(
-                    rule.max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
-                )
-            self.draws = draws.to(device)
-        self._group()
-
-    def __call__(self, logits: Tensor, ids: Tensor, step: int) -> Tensor:
-        """logits (rows, vocabulary), ids (rows, columns) -> (rows,)."""
-        if len(self.groups) == 1:
-            return self._of(self.ways[0], logits, ids, self.draws[:, step : step + 1] if self.sampled else None)
-        chosen = torch.empty(len(logits), dtype=torch.long, device=logits.device)
-        for way, rows in self.groups.items():
-            chosen[rows] = self._of(way, logits[rows], ids[rows], self.draws[rows, step : step + 1] if self.sampled else None)
-        return chosen
-
-    def keep(self, order: Iterable[int]) -> None:
-        rows = list(order)
-        self.ways = [self.ways[row] for row in rows]
-        if self.sampled:
-            self.draws = self.draws[rows]
-        self._group()
-
-    def _group(self) -> None:
-        self.groups = {
-            way: torch.tensor([row for row, own in enumerate(self.ways) if own == way], device=self.device)
-            for way in dict.fromkeys(self.ways)
-        }
-
-    def _of(self, way: Rules, logits: Tensor, ids: Tensor, draws: Tensor | None) -> Tensor:
-        """The choice of rows of one way; draws (rows, 1)."""
-        if self.processors[way]:
-            logits = self.processors[way](ids, logits.float())  # type: ignore[arg-type]  # subclasses of Tensor that do not exist at run time
-        if not way.do_sample:
-            return logits.argmax(-1)
-        assert draws is not None
-        below = logits.double().softmax(-1).cumsum(-1)  # the inverse of this distribution function, at the row's draw
-        drawn = torch.searchsorted(below, draws * below[:, -1:], right=True)
-        return drawn.clamp(max=logits.shape[-1] - 1)[:, 0]  # above it only where weights have made NaN

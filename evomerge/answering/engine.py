@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     from evomerge.merging.folder import ModelFolder
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from evomerge.study import EngineSection, GenerationSection
 
 Watch = Callable[[int, int], None]  # (answers that have ended, new tokens) of the batch under way
+Settings: TypeAlias = "Sequence[GenerationSection] | None"  # each prompt's own; None: the engine's for all
 Got = Callable[[int, "Answer"], None]  # a prompt's place in the batch, and its answer
 
 
@@ -45,15 +46,11 @@ class Engine(Protocol):
     def apply(self, recipe: Recipe) -> None:
         """Give the live model the recipe's weights, computed from the untouched base."""
 
-    def batches(self, prompts: Sequence[str], settings: Sequence[GenerationSection] | None = None) -> list[list[int]]:
+    def batches(self, prompts: Sequence[str], settings: Settings = None) -> list[list[int]]:
         """Which prompts share a batch, by index: a function of the prompts and the settings alone. Raises EngineError."""
 
     def answer(
-        self,
-        prompts: Sequence[str],
-        settings: Sequence[GenerationSection] | None = None,
-        got: Got | None = None,
-        deadline: float | None = None,
+        self, prompts: Sequence[str], settings: Settings = None, got: Got | None = None, deadline: float | None = None
     ) -> list[Answer]:
         """Answer the prompts of one batch, in their order; what `limits` forbid is answered in parts.
 

@@ -17,11 +17,12 @@ from transformers import (
     set_seed,
 )
 
-from evomerge.answering.decode import Hooks, Output, Rules, decodable, decode
+from evomerge.answering.decode import Hooks, Output, decodable, decode
 from evomerge.answering.encode import Encoder, first_stop, prompt_seed
-from evomerge.answering.engine import Answer, Got, Watch, pack
+from evomerge.answering.engine import Answer, Got, Settings, Watch, pack
 from evomerge.answering.gradient import MICRO_TOKENS, GradientModel, Likelihood, Pair, make_pair
 from evomerge.answering.loading import context_of, load_model, load_tokenizer
+from evomerge.answering.rules import Rules
 from evomerge.errors import EngineError
 from evomerge.genome import Genome
 from evomerge.merging.folder import ModelFolder
@@ -86,18 +87,14 @@ class TransformersEngine:
         assert self.live is not None, "an engine without siblings merges nothing"
         self.live.apply(recipe)
 
-    def batches(self, prompts: Sequence[str], settings: Sequence[GenerationSection] | None = None) -> list[list[int]]:
+    def batches(self, prompts: Sequence[str], settings: Settings = None) -> list[list[int]]:
         """Indices of the prompts, longest first, in batches of `batch_size` and `batch_tokens`; `limits` do not change them."""
         new = self._new_tokens(prompts, settings)
         lengths = [len(row) for row in self.encode(prompts, new)]
         return pack(lengths, new, self.settings.batch_size, self.settings.batch_tokens)
 
     def answer(
-        self,
-        prompts: Sequence[str],
-        settings: Sequence[GenerationSection] | None = None,
-        got: Got | None = None,
-        deadline: float | None = None,
+        self, prompts: Sequence[str], settings: Settings = None, got: Got | None = None, deadline: float | None = None
     ) -> list[Answer]:
         """Answer one batch, in parts where memory has shown that it must be.
 
@@ -164,7 +161,7 @@ class TransformersEngine:
         own, ends = self.tokenizer.eos_token_id, self.rules.ends
         return make_pair(self.encode, prompt, reference, own if own in ends or not ends else min(ends))
 
-    def _new_tokens(self, prompts: Sequence[str], settings: Sequence[GenerationSection] | None) -> list[int]:
+    def _new_tokens(self, prompts: Sequence[str], settings: Settings) -> list[int]:
         """The longest answer to each prompt."""
         return [self.generation.max_new_tokens] * len(prompts) if settings is None else [g.max_new_tokens for g in settings]
 

@@ -23,16 +23,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evomerge.answering.decode import Hooks, Output, Rules, decodable, decode
-from evomerge.answering.engine import Answer, pack
+from evomerge.answering.decode import Hooks, Output, decodable, decode
+from evomerge.answering.engine import Answer, Settings, pack
 from evomerge.answering.hf import Ask, TransformersEngine
+from evomerge.answering.rules import Rules
 from evomerge.errors import RecipeError
 from evomerge.merging import methods, quantized
 from evomerge.merging.live import LiveModel
 from evomerge.merging.resident import Inputs, is_out_of_memory
 from evomerge.merging.stream import MergePlan
 from evomerge.recipe import Recipe, scalar
-from evomerge.study import GenerationSection
 
 PLAIN = {"normalize": False, "lambda": 1.0}  # what a recipe must set, if it sets them
 GROUPED = 256  # tokens of one candidate from which merging its weights once more is cheaper than more products
@@ -65,9 +65,7 @@ class PopulationEngine(TransformersEngine):
         """Whether `answer_all` takes these recipes."""
         return self.live is not None and PopulationModel(self.model, self.live).suits(recipes)
 
-    def answer_all(
-        self, recipes: Sequence[Recipe], prompts: Sequence[str], settings: Sequence[GenerationSection] | None = None
-    ) -> list[list[Answer]]:
+    def answer_all(self, recipes: Sequence[Recipe], prompts: Sequence[str], settings: Settings = None) -> list[list[Answer]]:
         """Every candidate's answers to every prompt, [candidate][prompt]. The live model keeps the weights it has.
 
         A batch has `batch_size` prompts of every candidate, within `batch_tokens`; out of memory it is halved as in `answer`.

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from evomerge.answering.asking import Asking
-from evomerge.answering.engine import Answer, Got, Watch
+from evomerge.answering.engine import Answer, Got, Settings, Watch
 from evomerge.answering.wire import KEY, TurnsAsJson, api_key, is_too_long, message_of, read_reply, server_url, whole
 from evomerge.errors import EngineError, EvomergeError, ModelError
 from evomerge.recipe import Recipe
@@ -57,17 +57,13 @@ class ServerEngine:
     def apply(self, recipe: Recipe) -> None:
         raise EngineError("a server's weights are its own: it cannot search", where=self.url, remedy="Use another engine.")
 
-    def batches(self, prompts: Sequence[str], settings: Sequence[GenerationSection] | None = None) -> list[list[int]]:
+    def batches(self, prompts: Sequence[str], settings: Settings = None) -> list[list[int]]:
         """`concurrency` prompts each, in their order."""
         indices = list(range(len(prompts)))
         return [indices[at : at + self.concurrency] for at in range(0, len(indices), self.concurrency)]
 
     def answer(
-        self,
-        prompts: Sequence[str],
-        settings: Sequence[GenerationSection] | None = None,
-        got: Got | None = None,
-        deadline: float | None = None,
+        self, prompts: Sequence[str], settings: Settings = None, got: Got | None = None, deadline: float | None = None
     ) -> list[Answer]:
         """Answer all prompts, in their order; see `Engine.answer`. Of what the deadline ends there is nothing.
 
@@ -83,7 +79,7 @@ class ServerEngine:
     def answer_each(
         self,
         prompts: Sequence[str],
-        settings: Sequence[GenerationSection] | None = None,
+        settings: Settings = None,
         deadline: float | None = None,
         shorter: Shorter | None = None,
     ) -> Iterator[tuple[int, Answer]]:

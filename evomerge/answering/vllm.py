@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from evomerge.answering.encode import Encoder, first_stop, prompt_seed
-from evomerge.answering.engine import Answer, Got, Watch
+from evomerge.answering.engine import Answer, Got, Settings, Watch
 from evomerge.answering.host_weights import host_weights_of
 from evomerge.answering.loading import load_tokenizer
 from evomerge.answering.vllm_loading import BATCH, end_tokens, first_line, load_llm, refuse_others
@@ -75,16 +75,12 @@ class VllmEngine:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(self.weights.folder)})
         self._applied = recipe.digest()
 
-    def batches(self, prompts: Sequence[str], settings: Sequence[GenerationSection] | None = None) -> list[list[int]]:
+    def batches(self, prompts: Sequence[str], settings: Settings = None) -> list[list[int]]:
         """Indices of the prompts, in their order, in groups of BATCH: vLLM needs no sorting, as it pads nothing."""
         return [list(range(at, min(at + BATCH, len(prompts)))) for at in range(0, len(prompts), BATCH)]
 
     def answer(
-        self,
-        prompts: Sequence[str],
-        settings: Sequence[GenerationSection] | None = None,
-        got: Got | None = None,
-        deadline: float | None = None,
+        self, prompts: Sequence[str], settings: Settings = None, got: Got | None = None, deadline: float | None = None
     ) -> list[Answer]:
         """Answer one batch; see `Engine.answer`. Raises EngineError: out of memory, a prompt that leaves no room in the context.
 

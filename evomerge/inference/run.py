@@ -14,11 +14,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from evomerge.answering.engine import Answer, Engine
+from evomerge.answering.engine import Answer, Engine, Settings
 from evomerge.answering.prompts import Prompt, Prompter
 from evomerge.errors import EngineError, TaskError
 from evomerge.inference.part import FIRST, Part, replace
-from evomerge.study import GenerationSection
 from evomerge.tasks import Task
 
 Progress = Callable[[int, int], None]
@@ -32,7 +31,7 @@ class AnswersEach(Protocol):
     def answer_each(
         self,
         prompts: Sequence[str],
-        settings: Sequence[GenerationSection] | None = None,
+        settings: Settings = None,
         deadline: float | None = None,
         shorter: Callable[[int], str | None] | None = None,
     ) -> Iterator[tuple[int, Answer]]: ...
@@ -93,9 +92,7 @@ class Run:
                 self._ask_batch(batch, places, texts, settings, name)
         return {place: kept[place] for place in places if place in kept}
 
-    def _ask_batch(
-        self, batch: Sequence[int], places: Sequence[int], texts: Sequence[str], settings: Sequence[GenerationSection] | None, name: str
-    ) -> None:
+    def _ask_batch(self, batch: Sequence[int], places: Sequence[int], texts: Sequence[str], settings: Settings, name: str) -> None:
         """Answer what is missing of a batch; each answer is kept when it has ended."""
         told: set[int] = set()
 
@@ -185,7 +182,7 @@ def run_inference(
     return Done(len(chosen), len(tasks) - len(chosen), partial, tuple(told))
 
 
-def make_batches(engine: Engine, texts: Sequence[str], settings: Sequence[GenerationSection] | None) -> list[list[int]]:
+def make_batches(engine: Engine, texts: Sequence[str], settings: Settings) -> list[list[int]]:
     """Which prompts share a batch; one each, where the engine's answers depend on no other prompt."""
     return [[i] for i in range(len(texts))] if isinstance(engine, AnswersEach) else engine.batches(texts, settings)
 

@@ -84,7 +84,7 @@ class Chooser:
 
         self.quoting = any("{documents}" in c.template and _many(c.quotes, QUOTES) for c in knowledge.classes)
         documents = [f"{document.title}\n{document.text}" for document in knowledge.documents]
-        self.library = self.retriever.over(documents) if documents and self.quoting else None
+        self.document_retriever = self.retriever.over(documents) if documents and self.quoting else None
         self.own = Counter(example.class_name for example in knowledge.examples)
 
     def nearest(self, text: str, k: int) -> list[tuple[Example, float]]:
@@ -142,9 +142,9 @@ class Chooser:
         counts = [_many(kind.quotes, QUOTES) if "{documents}" in kind.template else 0 for kind in kinds]
         found: list[tuple[Document, ...]] = [()] * len(texts)
         asking = [i for i, count in enumerate(counts) if count]
-        if self.library is None or not asking:
+        if self.document_retriever is None or not asking:
             return found
-        near = self.library.nearest([texts[i] for i in asking], max(counts))
+        near = self.document_retriever.nearest([texts[i] for i in asking], max(counts))
         every = range(len(self.knowledge.documents))
         for i, indices in zip(asking, near.indices, strict=True):
             order = dict.fromkeys([*(int(at) for at in indices if at >= 0), *every])

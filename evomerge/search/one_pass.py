@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from evomerge.answering.cache import AnswerCache, watched
-from evomerge.answering.engine import Engine
+from evomerge.answering.engine import Engine, Settings
 from evomerge.answering.pace import Pace
 from evomerge.answering.population import PopulationEngine, pays
 from evomerge.errors import StudyFileError
@@ -15,7 +15,7 @@ from evomerge.genome import Genome
 from evomerge.recipe import Recipe
 from evomerge.search.ledger import Ledger
 from evomerge.search.sampler import ReplayedCmaEs
-from evomerge.study import GenerationSection, Study
+from evomerge.study import Study
 
 WHEN = "It is for plain task_arithmetic with the models on one device, not in 4 bits; remove it."
 MODE = "population"  # of the cache's keys: a weight that is not merged is not rounded
@@ -50,7 +50,7 @@ class OnePass:
         generation: int,
         prompts: Sequence[str],
         report: Callable[[str], None],
-        settings: Sequence[GenerationSection] | None = None,
+        settings: Settings = None,
     ) -> None:
         """Answer for every candidate of the generation, batch of prompts by batch, what is not kept yet. Raises EngineError."""
         assert isinstance(self.engine, PopulationEngine)
