@@ -14,8 +14,8 @@ from evomerge.card import model_card
 from evomerge.recipe import DARE
 from evomerge.report import notes, write_report, write_trials_csv
 from evomerge.search.ledger import TrialRecord
-from evomerge.search.loop import sibling_names
 from evomerge.search.session import Finished
+from evomerge.search.verdict import sibling_names
 from evomerge.study import Study
 
 

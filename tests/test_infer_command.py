@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from evomerge.cli import main
+from evomerge.inference.part import Part
 from evomerge.knowledge.parts import Example, Knowledge, KnowledgeClass
 from evomerge.knowledge.writing import write_knowledge
 from evomerge.search.session import load_finished
@@ -207,3 +208,67 @@ def test_a_runner_goes_out_with_the_studys_own_base(pair, place, capsys):
     assert {"answer.py", "recipe.yaml", "settings.yaml", "knowledge.yaml", "README.md"} <= {p.name for p in (place / "runner").iterdir()}
     assert main(["export", "tiny", *storage, "--knowledge", str(place / "base.yaml")]) == 2
     assert "--knowledge: goes into a runner" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["tasks", "knowledge", "recipe"])
+def test_answers_never_take_the_place_of_what_they_are_made_from(pair, place, capsys, option):
+    (place / "q.classes.jsonl").write_text((place / "tasks.jsonl").read_text())
+    files = {"tasks": place / "q.classes.jsonl", "knowledge": place / "base.yaml", "recipe": place / "best.yaml"}
+    (place / "best.yaml").write_text("a recipe")
+    before = files[option].read_bytes()
+    out = place / "q.jsonl" if option == "tasks" else files[option]
+    who = ["--recipe", str(files["recipe"])] if option == "recipe" else ["--model", str(pair / "base")]
+    command = ["infer", *who, "--tasks", str(files["tasks"]), "--knowledge", str(files["knowledge"]), "--out", str(out)]
+    assert main(command) == 2
+    assert f"--{option}: would be written over" in capsys.readouterr().err
+    assert files[option].read_bytes() == before
+
+
+@pytest.mark.parametrize("out", [".", "FOLDER"])
+def test_a_folder_is_no_place_for_answers(pair, place, capsys, out):
+    out = str(place) if out == "FOLDER" else out
+    assert main(["infer", "--model", str(pair / "base"), "--tasks", str(place / "tasks.jsonl"), "--out", out]) == 2
+    assert "--out: is a folder" in capsys.readouterr().err
+
+
+def test_the_seed_reaches_the_samples(pair, place):
+    """Best of 2 on one faulty first answer: what is sampled depends on --seed, and on nothing else."""
+    model = ["--model", pair / "base", "--set", "search.dtype=float32", "--max-new-tokens", 8, "--best-of", 2]
+    kept = {}
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        lines = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                Part,
+                "add",
+                lambda self, answers, name="", lines=lines, add=Part.add: (lines.append((name, answers)), add(self, answers, name)),
+            )
+            infer(place, f"{name}.jsonl", *model, "--seed", seed)
+        kept[name] = {i: answer.text for round_, answers in lines if round_ for i, answer in answers.items()}
+    assert len(kept["a"]) == 5
+    assert kept["a"] == kept["b"] != kept["c"]
+
+
+def test_characters_beyond_the_first_plane_in_options(pair, place, capsys):
+    write_knowledge(Knowledge((*KINDS, KnowledgeClass("𩸽", "", "{input}", shots=0)), BASE.examples), place / "𠮷野.yaml")
+    model = ("--model", pair / "base", "--max-new-tokens", 4)
+    infer(place, "a.jsonl", *model, "--knowledge", place / "𠮷野.yaml", "--default-class", "𩸽", "--threshold", 1)
+    rows = [json.loads(line) for line in (place / "a.classes.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert "𩸽" in {row["class"] for row in rows}
+
+
+def test_a_changed_base_can_be_named_and_no_runner_ships_it(pair, place, capsys):
+    assert search(pair, place, f"prompt.knowledge={place}/base.yaml") == 0
+    write_knowledge(Knowledge(KINDS, (*BASE.examples, Example(5, "数", "77", "7"))), place / "base.yaml")
+    storage = ["--storage", f"sqlite:///{place}/s.db"]
+    assert main(["export", "tiny", *storage, "--runner", str(place / "runner")]) == 2
+    assert "the knowledge base has changed since the search" in capsys.readouterr().err
+    infer(place, "a.jsonl", "--study", "tiny", *storage, "--knowledge", place / "base.yaml")
+
+
+def test_a_task_that_is_too_long_is_named(pair, place, capsys):
+    (place / "tasks.jsonl").write_text(
+        json.dumps({"task_id": "short", "input": "あ"}) + "\n" + json.dumps({"task_id": "long", "input": "い" * 70}) + "\n"
+    )
+    infer(place, "a.jsonl", "--model", pair / "base", code=1)
+    assert "task long: a prompt of" in capsys.readouterr().err

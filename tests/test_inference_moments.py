@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from test_inference import ReversingEngine, expected, marked, rows, some_tasks
 from evomerge.answering.engine import Answer
 from evomerge.errors import EngineError
 from evomerge.inference import run_inference
+from evomerge.inference.best_of import BestOf
 from evomerge.tasks import Task
 
 HERE = Path(__file__).resolve()
@@ -151,3 +153,41 @@ def test_ten_thousand_tasks(tmp_path):
     found = rows(tmp_path / "a.jsonl")
     assert [r["task_id"] for r in found] == [f"t{i}" for i in range(10_000)]
     assert found == expected(tasks)
+
+
+def test_a_time_that_is_up_while_asking_again_keeps_what_is_there(tmp_path):
+    """Best of 3: the limit strikes in its rounds, and the same command asks only for what is left."""
+    tasks, out = some_tasks(12), tmp_path / "a.jsonl"
+    engine = Streaming(seconds=0.02)
+    done = run_inference(engine, marked(), tasks, out, deadline=time.monotonic() + 0.45, refine=[BestOf(3)])
+    first = len(engine.prompts)
+    assert 12 < first < 36
+    assert (done.answered, done.unfinished) == (12, 0)
+    assert "the same command goes on" in done.told[-1]
+    assert part_of(out).exists()
+    again = Streaming()
+    run_inference(again, marked(), tasks, out, refine=[BestOf(3)])
+    assert len(again.prompts) == 36 - first
+    assert not part_of(out).exists()
+    assert rows(out) == expected(tasks)
+
+
+def test_a_round_of_other_settings_is_asked_anew(tmp_path):
+    """Answers that were asked again for one reason are not taken for those of another."""
+    tasks, out = some_tasks(6), tmp_path / "a.jsonl"
+
+    def asks(penalty, stop=False):
+        def step(run, chosen):
+            asked = {i: replace(p, settings=replace(p.settings, repetition_penalty=penalty)) for i, p in enumerate(run.prompts)}
+            run.ask(asked, "check 1")
+            if stop:
+                raise KeyboardInterrupt
+            return ""
+
+        return step
+
+    with pytest.raises(KeyboardInterrupt):
+        run_inference(Streaming(), marked(), tasks, out, refine=[asks(1.1, stop=True)])
+    engine = Streaming()
+    run_inference(engine, marked(), tasks, out, refine=[asks(1.1), asks(1.2)])
+    assert len(engine.prompts) == 6

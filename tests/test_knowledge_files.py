@@ -12,6 +12,8 @@ from openpyxl.worksheet.formula import ArrayFormula
 from evomerge.cli import main
 from evomerge.errors import KnowledgeError
 from evomerge.knowledge.base import Document, Example, KnowledgeClass, check_knowledge, read_knowledge, render
+from evomerge.knowledge.starter import starter
+from evomerge.knowledge.writing import write_knowledge
 
 HEADERS = {
     "classes": [
@@ -370,3 +372,13 @@ def test_a_large_base_is_read_in_seconds(tmp_path):
     began = time.perf_counter()
     assert len(read_knowledge(path).examples) == 5001
     assert time.perf_counter() - began < 15
+
+
+def test_a_column_that_is_missing_is_one_mistake(tmp_path):
+    """Not one more for each row that has nothing in it."""
+    write_knowledge(starter(), tmp_path / "b.xlsx")
+    book = openpyxl.load_workbook(tmp_path / "b.xlsx")
+    next(cell for cell in book["examples"][1] if cell.value == "output").value = "answer"
+    book.save(tmp_path / "b.xlsx")
+    (mistake,) = check_knowledge(tmp_path / "b.xlsx").mistakes
+    assert "has no column output" in str(mistake)

@@ -279,3 +279,9 @@ def shipped():
 def test_the_shipped_base_classifies_the_labelled_sets(shipped, rows, least):
     found = shipped.verdicts([row["input"] for row in rows])
     assert sum(v.class_name == row["kind"] for v, row in zip(found, rows, strict=True)) >= least * len(rows)
+
+
+def test_an_example_that_differs_in_spaces_and_widths_alone_is_the_task():
+    kinds = (KnowledgeClass("計算", "", "{input}"),)
+    base = Knowledge(kinds, (Example(2, "計算", "1 + 1 は いくつ？", "2"), Example(3, "計算", "1+2はいくつ?", "3")))
+    assert [e.row for e in Chooser(base).choose("１+１はいくつ?").examples] == [3]

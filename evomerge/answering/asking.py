@@ -44,14 +44,18 @@ class Asking:
 
     def _work(self) -> None:
         try:
-            while self.waiting:
-                index = self.waiting.popleft()
+            while (index := self._next()) is not None:
                 try:
                     self.found.put((index, self.ask(index)))
                 except EvomergeError as error:
                     self.waiting.clear()
                     self.found.put((index, error))
-        except IndexError:  # another thread took the last one, between the question and the taking
-            pass
         finally:
             self.found.put(None)
+
+    def _next(self) -> int | None:
+        """The next place, unless another thread has taken the last one."""
+        try:
+            return self.waiting.popleft()
+        except IndexError:
+            return None

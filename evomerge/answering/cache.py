@@ -12,11 +12,13 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, astuple
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from evomerge import sqlite_file
 from evomerge.answering.engine import Answer, Engine, Settings
 from evomerge.answering.pace import Pace
 from evomerge.errors import OutputError
+from evomerge.study import Study
 
 SCHEMA = "CREATE TABLE IF NOT EXISTS batches (key TEXT PRIMARY KEY, answers TEXT NOT NULL)"
 WHAT = "the answer cache"
@@ -129,6 +131,14 @@ def answer_all(
         for i, answer in zip(batch, found, strict=True):
             answers[i] = answer
     return [answer for answer in answers if answer is not None]
+
+
+def cache_scope(study: Study, models: Mapping[str, Any]) -> str:
+    """All that answers depend on beside recipe, mode and prompts: a batch is known by its prompts, however it was packed."""
+    data = study.to_dict()
+    engine = {key: value for key, value in data["engine"].items() if key not in ("batch_size", "batch_tokens", "residency")}
+    parts = [data["generation"], data["prompt"]["too_long"], engine, data["search"]["dtype"], data["search"]["seed"], models]
+    return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager

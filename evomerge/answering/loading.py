@@ -39,6 +39,10 @@ def load_tokenizer(folder: ModelFolder, trust_remote_code: bool = False) -> PreT
 def load_model(
     folder: ModelFolder, engine: EngineSection, dtype: torch.dtype
 ) -> Any:  # a PreTrainedModel, whose own annotations hide `generate`
+    """The folder's model in `dtype`, on the section's device, spread by its device_map, or in 4 bits; ready to answer.
+
+    Raises EngineError: it does not fit the device, or bitsandbytes is missing. ModelError: transformers cannot load it.
+    """
     transformers_logging.disable_progress_bar()  # our own progress says what takes time
     device = engine.device
     if device == "auto":

@@ -16,6 +16,7 @@ from typing import Any
 from evomerge.answering.engine import Answer
 from evomerge.errors import InputError, OutputError
 
+CALLED = {"model": "model or settings", "batches": "batch size"}  # of the header's keys, in a message
 FIRST = ""  # the round of each task's first answer
 
 
@@ -102,7 +103,7 @@ class Part:
             self._truncate(0)
             self._append(header)
             return
-        changed = [key for key, value in header.items() if lines[0].get(key) != value]
+        changed = [CALLED.get(key, key) for key, value in header.items() if lines[0].get(key) != value]
         if changed:
             raise InputError(
                 f"the unfinished answers there were made with other {' and '.join(changed)}",

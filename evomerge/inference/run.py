@@ -160,7 +160,7 @@ def run_inference(
         "tasks": _hash([[t.task_id, t.input] for t in tasks]),
         "prompts": _hash(texts if settings is None else [texts, [asdict(own) for own in settings]]),
         "model": _hash([model]),
-        "batches": _hash(make_batches(engine, texts, settings)),
+        "batches": _hash(_checked_batches(engine, tasks, texts, settings)),
     }
     with Part(out, header, len(tasks)) as part:
         engine.limits.update(part.limits)
@@ -185,6 +185,18 @@ def run_inference(
 def make_batches(engine: Engine, texts: Sequence[str], settings: Settings) -> list[list[int]]:
     """Which prompts share a batch; one each, where the engine's answers depend on no other prompt."""
     return [[i] for i in range(len(texts))] if isinstance(engine, AnswersEach) else engine.batches(texts, settings)
+
+
+def _checked_batches(engine: Engine, tasks: Sequence[Task], texts: Sequence[str], settings: Settings) -> list[list[int]]:
+    """As `make_batches`; a prompt that is too long is named by its task."""
+    try:
+        return make_batches(engine, texts, settings)
+    except EngineError as error:
+        if error.found not in texts:
+            raise
+        task = tasks[texts.index(str(error.found))]
+        remedy = f"{error.remedy} A class of the base may set it, too; --max-new-tokens goes before both."
+        raise EngineError(error.what, where=f"task {task.task_id}", found=task.input, remedy=remedy) from error
 
 
 def cost(prompt: Prompt) -> int:

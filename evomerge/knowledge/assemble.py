@@ -23,9 +23,10 @@ MAY_BE_EMPTY = ("system",)
 
 def assemble(tables: Tables) -> Knowledge | None:
     """The base, or None where there are mistakes; they are added to those of the reading."""
+    rows = {sheet: [] if sheet in tables.missing else found for sheet, found in tables.rows.items()}  # of those, all is said
     classes = _classes(tables)
-    examples = [example for row in tables.rows.get("examples", []) if (example := _example(row, classes, tables)) is not None]
-    documents = [document for row in tables.rows.get("documents", []) if (document := _document(row, tables)) is not None]
+    examples = [example for row in rows.get("examples", []) if (example := _example(row, classes, tables)) is not None]
+    documents = [document for row in rows.get("documents", []) if (document := _document(row, tables)) is not None]
     for sheet in ("classes", "examples"):
         if sheet not in tables.missing and not tables.rows.get(sheet):
             tables.wrong("the sheet has no rows", f"{tables.path}, sheet {sheet}", None, f"Add rows of {columns(sheet)}.")
@@ -41,7 +42,8 @@ def assemble(tables: Tables) -> Knowledge | None:
 def _classes(tables: Tables) -> dict[str, tuple[Row, KnowledgeClass]]:
     classes: dict[str, tuple[Row, KnowledgeClass]] = {}
     for row in tables.rows.get("classes", []):
-        _check_filled(row, "classes", tables)
+        if "classes" not in tables.missing:
+            _check_filled(row, "classes", tables)
         name, template = row.cells.get("class", "").strip(), row.cells.get("template", "")
         if name in classes:
             first = classes[name][0].number

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from evomerge.errors import KnowledgeError
 from evomerge.knowledge.linear import LinearClassifier
-from evomerge.knowledge.nearest import Nearest, Retriever, plain
+from evomerge.knowledge.nearest import Nearest, Retriever, bare
 from evomerge.knowledge.parts import Knowledge
 
 # Chosen on the development half of tests/labelled_tasks.jsonl (benchmarks/classify.py).
@@ -74,7 +74,7 @@ class Classifier:
         self.classes = np.array([place[name] for name in owners])
         self.weights = np.array([example.weight for example in knowledge.examples] + [DESCRIPTION] * len(described))
         known = class_texts(knowledge, descriptions)
-        self.known = {plain(text) for text in known}
+        self.known = {bare(text) for text in known}
         self.linear = LinearClassifier(known, self.classes, self.weights, len(self.names)) if linear else None
 
     def classify(self, texts: Sequence[str]) -> list[Verdict]:
@@ -87,7 +87,7 @@ class Classifier:
             return []
         rows = zip(near.indices[:, : self.voters], near.scores[:, : self.voters], strict=True)
         learned = self.linear.shares(texts) if self.linear is not None else np.ones((len(texts), len(self.names)))
-        alone = [self.linear is None or plain(text) in self.known for text in texts]
+        alone = [self.linear is None or bare(text) in self.known for text in texts]
         return [self._vote(i, s, None if a else shares) for (i, s), a, shares in zip(rows, alone, learned, strict=True)]
 
     def _vote(self, indices: NDArray[np.int64], scores: NDArray[np.float64], learned: NDArray[np.float64] | None) -> Verdict:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from evomerge.errors import KnowledgeError
 from evomerge.knowledge.csv_base import TEMPLATE
+from evomerge.knowledge.nearest import bare
 from evomerge.knowledge.parts import Example, Knowledge, KnowledgeClass
 from evomerge.tasks import Task
 
@@ -42,9 +42,9 @@ def draft(tasks: Sequence[Task], where: str, study: tuple[Sequence[Task], Collec
     left = list(tasks)
     if study is not None:
         own, search = study
-        seen = {_plain(task.input) for task in own if task.task_id in search}
-        unseen = {_plain(task.input) for task in own if task.task_id not in search}
-        left = [task for task in tasks if _plain(task.input) in seen - unseen]
+        seen = {bare(task.input) for task in own if task.task_id in search}
+        unseen = {bare(task.input) for task in own if task.task_id not in search}
+        left = [task for task in tasks if bare(task.input) in seen - unseen]
     useful = [task for task in left if task.output.strip()]
     if not useful:
         raise KnowledgeError(
@@ -54,7 +54,3 @@ def draft(tasks: Sequence[Task], where: str, study: tuple[Sequence[Task], Collec
     classes = tuple(KnowledgeClass(name, "", TEMPLATE) for name in dict.fromkeys(names))
     examples = tuple(Example(i, name, t.input, t.output) for i, (name, t) in enumerate(zip(names, useful, strict=True), start=2))
     return Draft(Knowledge(classes, examples), len(left) - len(useful), len(tasks) - len(left))
-
-
-def _plain(text: str) -> str:
-    return "".join(unicodedata.normalize("NFKC", text).split())

@@ -50,7 +50,7 @@ class Comparing:
         self.inputs = [plain(text) for text in inputs]
         self.places: dict[str, list[int]] = {}
         for i, text in enumerate(self.inputs if not itself else ()):
-            self.places.setdefault(text, []).append(i)
+            self.places.setdefault(bare(text), []).append(i)
 
     def similar(self, texts: Sequence[str]) -> Matrix:
         """Similarities (texts, base), 0 to 1; the texts are plain."""
@@ -62,7 +62,7 @@ class Comparing:
     def _batch(self, texts: Sequence[str], k: int) -> Nearest:
         scores: Matrix = np.clip(self.similar(texts), 0.0, 1.0).round(DIGITS)
         for row, text in zip(scores, texts, strict=True):
-            row[self.places.get(text, [])] = -np.inf
+            row[self.places.get(bare(text), [])] = -np.inf
         return largest(scores, k)
 
 
@@ -84,6 +84,11 @@ def largest(scores: Matrix, k: int) -> Nearest:
         best = candidates[np.argsort(-row[candidates], kind="stable")][:k]
         indices[i, : len(best)], kept[i, : len(best)] = best, row[best]
     return Nearest(indices, kept)
+
+
+def bare(text: str) -> str:
+    """What two texts have in common that are the same but for spaces and the width of their characters."""
+    return plain(text).replace(" ", "")
 
 
 def plain(text: str) -> str:

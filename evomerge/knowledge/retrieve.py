@@ -14,7 +14,7 @@ from evomerge.knowledge.by_model import ModelClassifier, both
 from evomerge.knowledge.classify import THRESHOLD, VOTERS, Classifier, Verdict, class_texts
 from evomerge.knowledge.embeddings import EmbeddingRetriever
 from evomerge.knowledge.fusion import FusedRetriever
-from evomerge.knowledge.nearest import Nearest
+from evomerge.knowledge.nearest import BATCH, Nearest
 from evomerge.knowledge.nearest import Retriever as NearestRetriever
 from evomerge.knowledge.parts import Document, Example, Knowledge, KnowledgeClass
 from evomerge.knowledge.tfidf import TfidfRetriever
@@ -109,9 +109,10 @@ class Chooser:
         owns = [_of_class(v, ranked) for v, ranked in zip(verdicts, self._ranked(near), strict=True)]
         thin = [i for i, (own, v) in enumerate(zip(owns, verdicts, strict=True)) if len(own) < self._wanted(v.class_name)]
         whole = len(self.knowledge.examples) + len(self.knowledge.classes)
-        everything = self._ranked(self.retriever.nearest([texts[i] for i in thin], whole))
-        for i, ranked in zip(thin, everything, strict=True):
-            owns[i] = _of_class(verdicts[i], ranked)
+        for at in range(0, len(thin), BATCH):  # all examples of some tasks at a time: those of 10,000 take gigabytes
+            some = thin[at : at + BATCH]
+            for i, ranked in zip(some, self._ranked(self.retriever.nearest([texts[i] for i in some], whole)), strict=True):
+                owns[i] = _of_class(verdicts[i], ranked)
         quoted = self._documents(texts, verdicts)
         return [self._choice(v, own, documents) for v, own, documents in zip(verdicts, owns, quoted, strict=True)]
 

@@ -139,6 +139,7 @@ def _run_jobs(file: int, jobs: Iterator[Job], count: Counter) -> None:
     threads = torch.get_num_threads()
 
     def work() -> None:
+        """One thread: piece after piece, until there is none or another thread has failed."""
         torch.set_num_threads(1)  # of this thread
         buffer = torch.empty(CHUNK * 4, dtype=torch.uint8)
         try:

@@ -5,13 +5,10 @@ ask -> decode -> apply -> answer -> judge -> score -> record -> tell; then the w
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,14 +33,14 @@ from evomerge.search.one_pass import MODE as ONE_PASS
 from evomerge.search.one_pass import OnePass
 from evomerge.search.rounds import Rounds
 from evomerge.search.sampler import Distribution, ReplayedCmaEs, Slot
+from evomerge.search.samples import samples
 from evomerge.search.scoring import Scorer, task_levels, task_shares
 from evomerge.search.starting import remember_start
 from evomerge.search.stopping import Spent, why_converged, why_stop
-from evomerge.search.verdict import best_uniform, choose_winner, make_verdict, mean_and_error, metric_values
+from evomerge.search.verdict import best_uniform, choose_winner, make_verdict, mean_and_error, metric_values, sibling_names
 from evomerge.study import Study
 from evomerge.tasks import Split, Task
 
-SAMPLE_CHARACTERS = 600  # of each text kept for the report
 MAX_ATTEMPTS = 3  # failures at one place of a generation before the run stops
 
 
@@ -74,7 +71,7 @@ class Search:
         self._in_one_pass: bool | None = None
         likelihood = make_likelihood_part(engine, prompter, cache) if study.objective.likelihood else None
         self.examiner = Examiner(engine, prompter, judge, cache, console, self._remember_limits, self.one_pass.spent, lm_eval, likelihood)
-        self.scorer = Scorer(study, task_shares(study, split))
+        self.scorer = Scorer(study, task_shares(study, split), self._longest)
         self.rounds = Rounds(study, split.search, self.sampler, ledger, self.examiner, self.scorer)
         self._failures: Counter[tuple[int, int]] = Counter()  # of this run: a mended cause lets a study go on
         self._began, self._before = time.monotonic(), float(ledger.facts.get("elapsed", 0.0))
@@ -239,6 +236,9 @@ class Search:
                 drawn = self.sampler.draw(trials, self.sampler.slot(trials, generation, place))
                 yield self.genome.decode(tuple(float(x) for x in drawn))
 
+    def _longest(self, task: Task) -> int:
+        return self.prompter.prepare([task.input])[0].settings.max_new_tokens
+
     def _remember_limits(self, limits: Mapping[str, int]) -> None:
         """Memory has forced smaller batches: the study uses them from here on, also when it is resumed."""
         self.ledger.remember("limits", dict(limits))
@@ -330,41 +330,3 @@ class Search:
         self.console.status(
             f"{label}  {last}  best {best.score:.3f} ± {best.stderr:.3f} (#{best.number})  {seconds:.1f} s/candidate  ETA {eta}"
         )
-
-
-def samples(tasks: Sequence[Task], examined: Mapping[str, Examined], limit: int = 12) -> list[dict[str, Any]]:
-    """Held-out answers side by side, those first on which the candidates' grades differ most; long texts are cut."""
-
-    def spread(i: int) -> float:
-        grades = [e.grades[i].value for e in examined.values()]
-        return max(grades) - min(grades)
-
-    def text(value: str) -> str:
-        return value if len(value) <= SAMPLE_CHARACTERS else value[:SAMPLE_CHARACTERS] + " …"
-
-    order = sorted(range(len(tasks)), key=lambda i: (-spread(i), i))[:limit]
-    return [
-        {
-            "task_id": tasks[i].task_id,
-            "input": text(tasks[i].input),
-            "reference": text(tasks[i].output),
-            "answers": {name: {"text": text(e.answers[i].text), "grade": e.grades[i].value} for name, e in examined.items()},
-        }
-        for i in order
-    ]
-
-
-def sibling_names(siblings: Sequence[str]) -> list[str]:
-    """What the siblings are called in a verdict: "instruct" alone, else "sibling:NAME" by folder name."""
-    if len(siblings) == 1:
-        return ["instruct"]
-    stems = [Path(ref).name for ref in siblings]
-    return [f"sibling:{stem}" if stems.count(stem) == 1 else f"sibling:{stem}-{i}" for i, stem in enumerate(stems)]
-
-
-def cache_scope(study: Study, models: Mapping[str, Any]) -> str:
-    """All that answers depend on beside recipe, mode and prompts: a batch is known by its prompts, however it was packed."""
-    data = study.to_dict()
-    engine = {key: value for key, value in data["engine"].items() if key not in ("batch_size", "batch_tokens", "residency")}
-    parts = [data["generation"], data["prompt"]["too_long"], engine, data["search"]["dtype"], data["search"]["seed"], models]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -15,15 +15,19 @@ from evomerge.search.ledger import Result, TrialRecord
 from evomerge.search.racing import corrected
 from evomerge.search.verdict import mean_and_error, metric_values, stratified_error
 from evomerge.study import Study
-from evomerge.tasks import Split
+from evomerge.tasks import Split, Task
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """`shares` say what a task's value counts beside another's, by task_id: 1 where a study names no weights."""
+    """`shares` say what a task's value counts beside another's, by task_id: 1 where a study names no weights.
+
+    `longest` gives the most tokens that a task's answer may have.
+    """
 
     study: Study
     shares: Mapping[str, float]
+    longest: Callable[[Task], int]
 
     @property
     def group(self) -> Callable[[str], str] | None:
@@ -36,7 +40,7 @@ class Scorer:
         for i, (task, answer, grade) in enumerate(zip(examined.tasks, examined.answers, examined.grades, strict=True)):
             record: dict[str, Any] = {examined.figure: grade.value, "correct": grade.correct, "truncated": answer.truncated}
             if self.study.metric == "objective":
-                record["length"] = min(1.0, answer.tokens / self.study.generation.max_new_tokens)  # a class may allow more
+                record["length"] = answer.tokens / self.longest(task)
                 if examined.likelihoods is not None:
                     record["likelihood"] = examined.likelihoods[i]
                 record["objective"] = self._objective(str(task.task_id), record)

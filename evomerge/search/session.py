@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from evomerge.answering.cache import AnswerCache
+from evomerge.answering.cache import AnswerCache, cache_scope
 from evomerge.answering.engine import make_engine
 from evomerge.answering.hf import TransformersEngine
 from evomerge.answering.lm_eval_tasks import LmEvalTasks
@@ -20,7 +20,7 @@ from evomerge.errors import StudyError, StudyFileError
 from evomerge.genome import Genome, make_genome
 from evomerge.judging.choose import check_tasks, make_judge
 from evomerge.judging.grade import Judge, WaitingJudge
-from evomerge.knowledge.nearest import plain
+from evomerge.knowledge.nearest import bare
 from evomerge.knowledge.open import open_knowledge
 from evomerge.knowledge.parts import Knowledge
 from evomerge.merging.fingerprint import combined, fingerprint
@@ -28,7 +28,7 @@ from evomerge.merging.folder import ModelFolder, check_fit, num_layers, open_mod
 from evomerge.merging.lora import AdaptedModel
 from evomerge.recipe import Recipe
 from evomerge.search.ledger import Ledger, TrialRecord, check_unchanged, only_worker, open_ledger, sqlite_path
-from evomerge.search.loop import Search, cache_scope
+from evomerge.search.loop import Search
 from evomerge.search.sampler import ReplayedCmaEs
 from evomerge.search.starting import first_vectors, remember_start, restore_start, source_url
 from evomerge.search.verdict import choose_winner
@@ -93,8 +93,8 @@ def open_search(study: Study, url: str, console: Console) -> Iterator[Search]:
 
 def held_out_examples(knowledge: Knowledge, split: Split) -> int:
     """How many of the base's examples are tasks that the search must not see."""
-    unseen = {plain(task.input) for task in (*split.held_out, *split.validation)}
-    return sum(plain(example.input) in unseen for example in knowledge.examples)
+    unseen = {bare(task.input) for task in (*split.held_out, *split.validation)}
+    return sum(bare(example.input) in unseen for example in knowledge.examples)
 
 
 def _open_judge(study: Study, url: str, ledger: Ledger, tasks: Sequence[Task]) -> Judge:

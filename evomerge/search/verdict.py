@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -94,3 +95,11 @@ def _paired(a: Mapping[str, float], b: Mapping[str, float]) -> list[float]:
 
 def _best(records: Sequence[TrialRecord]) -> TrialRecord:
     return max((r for r in records if r.score is not None and r.state == "complete"), key=lambda r: (r.score or 0.0, -r.number))
+
+
+def sibling_names(siblings: Sequence[str]) -> list[str]:
+    """What the siblings are called in a verdict: "instruct" alone, else "sibling:NAME" by folder name."""
+    if len(siblings) == 1:
+        return ["instruct"]
+    stems = [Path(ref).name for ref in siblings]
+    return [f"sibling:{stem}" if stems.count(stem) == 1 else f"sibling:{stem}-{i}" for i, stem in enumerate(stems)]

@@ -66,8 +66,8 @@ def choose(tasks: list[str]):
     known, new = vectors([e["input"] for e in examples], tasks, rules["ridge_ngrams"], plain, request)
     ridge = Ridge(alpha=rules["alpha"], solver="sparse_cg").fit(known, 2.0 * np.eye(len(names))[owners] - 1, sample_weight=weights)
     learned = np.exp(rules["sharp"] * ridge.predict(new).reshape(len(tasks), -1))
-    for text, likely, row, quoted in zip(tasks, learned, *similar, strict=True):
-        near = [i for i in np.argsort(-row, kind="stable") if groups[0][i] != plain(text)]  # an equal one would hand over its answer
+    for text, bare, likely, row, quoted in zip(tasks, [plain(t).replace(" ", "") for t in tasks], learned, *similar, strict=True):
+        near = [i for i in np.argsort(-row, kind="stable") if groups[0][i].replace(" ", "") != bare]  # it would be the answer
         voters = near[: rules["voters"]]
         votes = np.bincount(owners[voters], weights[voters] * row[voters] ** rules["power"], len(names)).round(12)
         shares = votes / (votes.sum() or 1)
