@@ -1,18 +1,22 @@
 """How fast answers come, as ratios within one run on the CPU. The last line is one JSON object.
 
-batched_vs_loop: tokens per second of the transformers engine over those of plain `generate`, a prompt at a time; 32
-prompts, 64 new tokens. engine_vs_generate: over one plain batched `generate` of 64 prompts whose answers end after 4 to 128
-tokens; the lengths are drawn once, and a rule on the number of new tokens ends them, the same in both.
-candidate_vs_mergekit_evolve: seconds per candidate (merge and answers) of mergekit-evolve's on-disk mode over ours, same
-pair, 20 prompts, 64 new tokens. It is what its OnDiskMergeEvaluator does for one genotype, in a process that has imported
-all, with lm-eval's batches set to 20 (mergekit's default is 1); null unless EVOMERGE_MERGEKIT_EVOLVE_PYTHON names a Python
-with mergekit, lm_eval, ray and cma (vLLM, which its helpers import, is not needed).
+batched_vs_loop: tokens per second of the transformers engine over those of plain `generate`, a
+prompt at a time; 32 prompts, 64 new tokens. engine_vs_generate: over one plain batched `generate`
+of 64 prompts whose answers end after 4 to 128 tokens; the lengths are drawn once, and a rule on the
+number of new tokens ends them, the same in both.
+candidate_vs_mergekit_evolve: seconds per candidate (merge and answers) of mergekit-evolve's on-disk
+mode over ours, same pair, 20 prompts, 64 new tokens. It is what its OnDiskMergeEvaluator does for
+one genotype, in a process that has imported all, with lm-eval's batches set to 20 (mergekit's
+default is 1); null unless EVOMERGE_MERGEKIT_EVOLVE_PYTHON names a Python with mergekit, lm_eval,
+ray and cma (vLLM, which its helpers import, is not needed).
 population_gain: see population.py; null where that is absent.
 
-With one thread seconds are the process's CPU seconds, so that a busy machine does not count; else they are the clock's.
+With one thread seconds are the process's CPU seconds, so that a busy machine does not count; else
+they are the clock's.
 
-The models are Llamas of about 20 M random parameters with a tokenizer of one token per character, in a temporary folder.
-`--model DIR` measures the first two on that model as well, in keys that end in _model.
+The models are Llamas of about 20 M random parameters with a tokenizer of one token per character,
+in a temporary folder. `--model DIR` measures the first two on that model as well, in keys that end
+in _model.
 """
 
 from __future__ import annotations
@@ -33,20 +37,29 @@ from pathlib import Path
 import torch
 import yaml
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    StoppingCriteriaList,
+)
 from transformers.utils import logging as transformers_logging
 
-from evomerge.answering.decode import Hooks, decode
-from evomerge.answering.hf import TransformersEngine
-from evomerge.merging.folder import open_model
+from evomerge.answering.hf.decode import Hooks, decode
+from evomerge.answering.hf.engine import TransformersEngine
+from evomerge.merging.checkpoints.model_folder import open_model
 from evomerge.recipe import task_arithmetic_recipe
 from evomerge.study import EngineSection, GenerationSection
 
 LAYERS, HIDDEN, FFN, HEADS, ROUNDS = 24, 256, 640, 4, 3  # deep and narrow, as small models are
-CHARACTERS = "".join(chr(ord("ぁ") + i) for i in range(80)) + "".join(chr(ord("一") + i) for i in range(1900))
+CHARACTERS = "".join(chr(ord("ぁ") + i) for i in range(80)) + "".join(
+    chr(ord("一") + i) for i in range(1900)
+)
 SHORTEST, LONGEST = 4, 128  # tokens of the answers that end on their own
 EVOLVE_PYTHON = os.environ.get("EVOMERGE_MERGEKIT_EVOLVE_PYTHON")
-# What OnDiskMergeEvaluator.evaluate_genotype does, without ray's actor around it, which wants a GPU.
+# What OnDiskMergeEvaluator.evaluate_genotype does, without ray's actor around it, which wants a
+# GPU.
 EVOLVE = """
 import gc, statistics, sys, time
 import lm_eval.tasks, torch, yaml
@@ -75,13 +88,20 @@ Clock = Callable[[], float]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, help="a model folder to measure too")
-    parser.add_argument("--dtype", default="float32", help="of the live model; float32 is the faster one on most CPUs")
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        help="of the live model; float32 is the faster one on most CPUs",
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    clock = time.process_time if args.threads == 1 else time.perf_counter  # CPU seconds: a busy machine does not count
+    # CPU seconds: a busy machine does not count
+    clock = time.process_time if args.threads == 1 else time.perf_counter
     transformers_logging.disable_progress_bar()
     with tempfile.TemporaryDirectory(prefix="evomerge-bench-") as name:
         folder = make_pair(Path(name))
@@ -89,7 +109,10 @@ def main() -> None:
         figures["candidate_vs_mergekit_evolve"] = candidate_figure(folder, clock)
         figures["population_gain"] = population_gain(args.threads)
         if args.model is not None:
-            figures |= {f"{key}_model": value for key, value in answer_figures(args.model, args.dtype, clock).items()}
+            figures |= {
+                f"{key}_model": value
+                for key, value in answer_figures(args.model, args.dtype, clock).items()
+            }
     print(json.dumps(figures))
 
 
@@ -101,44 +124,87 @@ def answer_figures(folder: Path, dtype: str, clock: Clock) -> dict[str, float | 
     prompts = make_prompts(rng, 64)
     lengths = [rng.randint(SHORTEST, LONGEST) for _ in prompts]
     half = prompts[:32]
-    ours, loop = medians(clock, [lambda: engine.answer(half), lambda: [generate(engine, [prompt], 64) for prompt in half]])
-    print(
-        f"{parameters / 1e6:.0f} M, {dtype}, 32 x 64 tokens: {2048 / ours:.0f} tokens/s, a prompt at a time {2048 / loop:.0f}", flush=True
+    ours, loop = medians(
+        clock,
+        [lambda: engine.answer(half), lambda: [generate(engine, [prompt], 64) for prompt in half]],
     )
-    ending, plain = medians(clock, [lambda: answer_until(engine, prompts, lengths), lambda: generate(engine, prompts, LONGEST, lengths)])
+    print(
+        f"{parameters / 1e6:.0f} M, {dtype}, 32 x 64 tokens: {2048 / ours:.0f} tokens/s, a prompt at a time {2048 / loop:.0f}",
+        flush=True,
+    )
+    ending, plain = medians(
+        clock,
+        [
+            lambda: answer_until(engine, prompts, lengths),
+            lambda: generate(engine, prompts, LONGEST, lengths),
+        ],
+    )
     total = sum(lengths)
-    print(f"64 answers of {SHORTEST} to {LONGEST} tokens: {total / ending:.0f} tokens/s, plain generate {total / plain:.0f}", flush=True)
-    return {"batched_vs_loop": round(loop / ours, 2), "engine_vs_generate": round(plain / ending, 2)}
+    print(
+        f"64 answers of {SHORTEST} to {LONGEST} tokens: {total / ending:.0f} tokens/s, plain generate {total / plain:.0f}",
+        flush=True,
+    )
+    return {
+        "batched_vs_loop": round(loop / ours, 2),
+        "engine_vs_generate": round(plain / ending, 2),
+    }
 
 
-def make_engine(folder: Path, siblings: Sequence[Path], dtype: str, new_tokens: int) -> TransformersEngine:
+def make_engine(
+    folder: Path, siblings: Sequence[Path], dtype: str, new_tokens: int
+) -> TransformersEngine:
     """Whose answers no token ends, so that all engines do the same work."""
     section = EngineSection(device="cpu", batch_size=64)
     settings = GenerationSection(max_new_tokens=new_tokens)
-    engine = TransformersEngine(open_model(str(folder)), [open_model(str(s)) for s in siblings], section, settings, dtype)
+    engine = TransformersEngine(
+        open_model(str(folder)), [open_model(str(s)) for s in siblings], section, settings, dtype
+    )
     engine.rules = replace(engine.rules, ends=frozenset())
     return engine
 
 
-def answer_until(engine: TransformersEngine, prompts: Sequence[str], lengths: Sequence[int]) -> list[list[int]]:
+def answer_until(
+    engine: TransformersEngine, prompts: Sequence[str], lengths: Sequence[int]
+) -> list[list[int]]:
     """The engine's loop on one batch, each answer as long as it must be."""
     order = engine.batches(prompts)[0]
     hooks = Hooks(stopped=lambda i, tokens: len(tokens) >= lengths[order[i]])
-    outputs = decode(engine.model, engine.encode([prompts[i] for i in order]), replace(engine.rules, max_new_tokens=LONGEST), hooks=hooks)
+    outputs = decode(
+        engine.model,
+        engine.encode([prompts[i] for i in order]),
+        replace(engine.rules, max_new_tokens=LONGEST),
+        hooks=hooks,
+    )
     assert [len(output.tokens) for output in outputs] == [lengths[i] for i in order]
     return [output.tokens for output in outputs]
 
 
 @torch.inference_mode()
-def generate(engine: TransformersEngine, prompts: Sequence[str], new_tokens: int, lengths: Sequence[int] = ()) -> torch.Tensor:
+def generate(
+    engine: TransformersEngine, prompts: Sequence[str], new_tokens: int, lengths: Sequence[int] = ()
+) -> torch.Tensor:
     """One call of transformers' `generate`; `lengths` end answers earlier."""
-    inputs = engine.tokenizer(list(prompts), add_special_tokens=False, padding=True, return_tensors="pt")
+    inputs = engine.tokenizer(
+        list(prompts), add_special_tokens=False, padding=True, return_tensors="pt"
+    )
     width = inputs["input_ids"].shape[1]
     wanted = torch.tensor(lengths)
-    stop = StoppingCriteriaList([lambda ids, scores: ids.shape[1] - width >= wanted]) if lengths else None
-    config = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=engine.tokenizer.pad_token_id)
+    stop = (
+        StoppingCriteriaList([lambda ids, scores: ids.shape[1] - width >= wanted])
+        if lengths
+        else None
+    )
+    config = GenerationConfig(
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=engine.tokenizer.pad_token_id,
+    )
     output: torch.Tensor = engine.model.generate(
-        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=config, stopping_criteria=stop
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        generation_config=config,
+        stopping_criteria=stop,
     )
     assert output.shape[1] - width == (max(lengths) if lengths else new_tokens)
     return output
@@ -149,19 +215,26 @@ def candidate_figure(folder: Path, clock: Clock) -> float | None:
     if not EVOLVE_PYTHON:
         return None
     prompts = make_prompts(random.Random(1), 20)
-    (folder / "tasks.jsonl").write_text("".join(json.dumps({"input": p, "output": "あ"}) + "\n" for p in prompts), encoding="utf-8")
+    (folder / "tasks.jsonl").write_text(
+        "".join(json.dumps({"input": p, "output": "あ"}) + "\n" for p in prompts), encoding="utf-8"
+    )
     theirs = float(run_child(EVOLVE_PYTHON, folder, clock))
     engine = make_engine(folder / "base", [folder / "sibling"], "bfloat16", 64)
     weights = iter(range(1, 1000))
 
     def candidate() -> None:
-        recipe = task_arithmetic_recipe(str(folder / "base"), [str(folder / "sibling")], [(0, LAYERS)], [[next(weights) / 1000]])
+        recipe = task_arithmetic_recipe(
+            str(folder / "base"), [str(folder / "sibling")], [(0, LAYERS)], [[next(weights) / 1000]]
+        )
         engine.apply(recipe)
         for batch in engine.batches(prompts):
             engine.answer([prompts[i] for i in batch])
 
     (ours,) = medians(clock, [candidate])
-    print(f"a candidate with 20 prompts x 64 tokens: {ours:.2f} s, mergekit-evolve on disk {theirs:.2f} s", flush=True)
+    print(
+        f"a candidate with 20 prompts x 64 tokens: {ours:.2f} s, mergekit-evolve on disk {theirs:.2f} s",
+        flush=True,
+    )
     return round(theirs / ours, 2)
 
 
@@ -189,7 +262,10 @@ def run_child(python: str, folder: Path, clock: Clock) -> str:
     }
     (folder / "bench.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
     (folder / "evolve.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        "HF_HUB_OFFLINE": "1",
+    }
     environment |= {"HF_DATASETS_CACHE": str(folder / "cache")}
     command = [python, "-c", EVOLVE, str(folder), str(ROUNDS), clock.__name__]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -210,7 +286,9 @@ def population_gain(threads: int) -> float | None:
 
 
 def medians(clock: Clock, works: Sequence[Work]) -> list[float]:
-    """Seconds of each, a few rounds by turns after a warm-up: a busy machine then slows all of them."""
+    """Seconds of each, a few rounds by turns after a warm-up: a busy machine then slows all of
+    them.
+    """
     rounds = [[seconds(clock, work) for work in works] for _ in range(ROUNDS + 1)]
     return [statistics.median(times[1:]) for times in zip(*rounds, strict=True)]
 
@@ -223,11 +301,16 @@ def seconds(clock: Clock, work: Work) -> float:
 
 def make_prompts(rng: random.Random, count: int) -> list[str]:
     """Random kana, 20 to 60 characters."""
-    return ["".join(rng.choice(CHARACTERS[:80]) for _ in range(rng.randint(20, 60))) for _ in range(count)]
+    return [
+        "".join(rng.choice(CHARACTERS[:80]) for _ in range(rng.randint(20, 60)))
+        for _ in range(count)
+    ]
 
 
 def make_pair(folder: Path) -> Path:
-    """base/ and sibling/: Llamas of random numbers in bfloat16, 19.2 M parameters, with a tokenizer."""
+    """base/ and sibling/: Llamas of random numbers in bfloat16, 19.2 M parameters, with a
+    tokenizer.
+    """
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(CHARACTERS) + 3,
@@ -258,7 +341,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     backend.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left", model_max_length=1024
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        padding_side="left",
+        model_max_length=1024,
     )
 
 

@@ -1,12 +1,15 @@
-"""What the cascade judge saves on real grades, and how often its better half is the llm judge's. The last line is one JSON object.
+"""What the cascade judge saves on real grades, and how often its better half is the llm judge's.
+The last line is one JSON object.
 
-A learned judge is fitted on the models of the tuning families. Generations are 12 models of the test families, drawn from
-neighbours in the order of their means by the llm judge (gpt-4-turbo, whose grades are on file), on tasks drawn at random. The
-cascade asks for grades from that file; the better half (6) is compared with the one by all of them. Ties at the border
-are right either way. The same for swapped families, to see both halves. Intervals: Wilson, 95 %, of the generations as drawn,
-which share 37 or 51 models and so tell less than their number does.
+A learned judge is fitted on the models of the tuning families. Generations are 12 models of the
+test families, drawn from neighbours in the order of their means by the llm judge (gpt-4-turbo,
+whose grades are on file), on tasks drawn at random. The cascade asks for grades from that file; the
+better half (6) is compared with the one by all of them. Ties at the border are right either way.
+The same for swapped families, to see both halves. Intervals: Wilson, 95 %, of the generations as
+drawn, which share 37 or 51 models and so tell less than their number does.
 
-`python benchmarks/cascade.py --data FOLDER` with tasks.jsonl, answers.jsonl and grades.jsonl; a minute and a half on one core.
+`python benchmarks/cascade.py --data FOLDER` with tasks.jsonl, answers.jsonl and grades.jsonl; a
+minute and a half on one core.
 """
 
 from __future__ import annotations
@@ -24,13 +27,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 
+from evomerge.judging.answer_files import read_answers
 from evomerge.judging.cascade import completed, settle
-from evomerge.judging.families import is_tuning
-from evomerge.judging.files import read_answers
-from evomerge.judging.fit import fit_file
-from evomerge.judging.learned import LearnedJudge
-from evomerge.judging.reference import pick, read_grades
-from evomerge.search.racing import blocks
+from evomerge.judging.learned.fit import fit_file
+from evomerge.judging.learned.judge import LearnedJudge
+from evomerge.judging.validation.families import is_tuning
+from evomerge.judging.validation.reference import pick, read_grades
+from evomerge.searching.racing import blocks
 from evomerge.tasks import load_tasks
 
 if TYPE_CHECKING:
@@ -42,7 +45,9 @@ GENERATIONS = 1000
 
 @dataclass(frozen=True)
 class Outcome:
-    """Over many generations: share of grades asked, of the same better halves, and what the others' mean loses."""
+    """Over many generations: share of grades asked, of the same better halves, and what the others'
+    mean loses.
+    """
 
     asked: float
     same: float
@@ -57,13 +62,24 @@ class Outcome:
         return f"| {label} | {self.asked:.2f} | {same} | {self.loss:.4f} | {self.cheap_same:.2f} |"
 
 
-def tables(data: Path, judge: str, references: list[str], fitted_on: Callable[[str | None], bool]) -> tuple[Floats, Floats]:
-    """([models, tasks] learned grades, the judge's), of the models that the learned judge was not fitted on; whole tasks only."""
+def tables(
+    data: Path, judge: str, references: list[str], fitted_on: Callable[[str | None], bool]
+) -> tuple[Floats, Floats]:
+    """([models, tasks] learned grades, the judge's), of the models that the learned judge was not
+    fitted on; whole tasks only.
+    """
     tasks = load_tasks(data / "tasks.jsonl")
     grades = pick(read_grades(data / "grades.jsonl", tasks), [judge], data / "grades.jsonl")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "judge.npz"
-        fit_file(data / "tasks.jsonl", data / "answers.jsonl", data / "grades.jsonl", references, file, fitted_on)
+        fit_file(
+            data / "tasks.jsonl",
+            data / "answers.jsonl",
+            data / "grades.jsonl",
+            references,
+            file,
+            fitted_on,
+        )
         learned = LearnedJudge(file)
     known = {model for model, _ in grades if not fitted_on(model)}
     lines = [line for line in read_answers(data / "answers.jsonl", tasks) if line.model in known]
@@ -87,7 +103,9 @@ def wilson(share: float, n: int) -> tuple[float, float]:
     return float(middle - half), float(middle + half)
 
 
-def measure(cheap: Floats, dear: Floats, tasks: int, window: int, error: float, seed: int = 0) -> Outcome:
+def measure(
+    cheap: Floats, dear: Floats, tasks: int, window: int, error: float, seed: int = 0
+) -> Outcome:
     """Generations of POPULATION out of `window` neighbours, on `tasks` of the tasks."""
     rng = np.random.default_rng([seed, tasks, window])
     order = np.argsort(-dear.mean(axis=1), kind="stable")
@@ -104,18 +122,29 @@ def measure(cheap: Floats, dear: Floats, tasks: int, window: int, error: float, 
         known = settle(c, ask, KEEP, error, blocks(c.shape[1], BLOCK))
         means = d.mean(axis=1)
         best = np.sort(means)[-KEEP:].mean()
-        losses = [best - means[np.argsort(-m, kind="stable")[:KEEP]].mean() for m in (completed(c, known).mean(axis=1), c.mean(axis=1))]
-        found.append((float((~np.isnan(known)).mean()), losses[0] < 1e-9, losses[0], losses[1] < 1e-9))
+        losses = [
+            best - means[np.argsort(-m, kind="stable")[:KEEP]].mean()
+            for m in (completed(c, known).mean(axis=1), c.mean(axis=1))
+        ]
+        found.append(
+            (float((~np.isnan(known)).mean()), losses[0] < 1e-9, losses[0], losses[1] < 1e-9)
+        )
     asked, same, loss, alone = (float(x) for x in np.mean(found, axis=0))
     return Outcome(asked, same, *wilson(same, GENERATIONS), loss, alone)
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--judge", default="gpt-4-turbo")
-    parser.add_argument("--references", default="gpt-4-turbo", help="whose grades the learned judge is fitted on, by comma")
+    parser.add_argument(
+        "--references",
+        default="gpt-4-turbo",
+        help="whose grades the learned judge is fitted on, by comma",
+    )
     parser.add_argument("--error", type=float, default=0.1)
     args = parser.parse_args()
     told: dict[str, Outcome] = {}
@@ -125,11 +154,15 @@ def main() -> None:
     ]
     for half, fitted_on in halves:
         cheap, dear = tables(args.data, args.judge, args.references.split(","), fitted_on)
-        print(f"{half} families: {dear.shape[0]} models, {dear.shape[1]} tasks that all have grades of")
+        print(
+            f"{half} families: {dear.shape[0]} models, {dear.shape[1]} tasks that all have grades of"
+        )
         for tasks in (16, 48, dear.shape[1]):
             for window in (14, 24):
                 label = f"{half}, {tasks} tasks, of {window} neighbours"
-                told[f"{half}/{tasks}/{window}"] = outcome = measure(cheap, dear, tasks, window, args.error)
+                told[f"{half}/{tasks}/{window}"] = outcome = measure(
+                    cheap, dear, tasks, window, args.error
+                )
                 print(outcome.line(label), flush=True)
     main_one = told["test/48/14"]
     found = {

@@ -1,10 +1,12 @@
-"""Classification by the shipped base: how often it is right, and how fast. The last line is one JSON object.
+"""Classification by the shipped base: how often it is right, and how fast. The last line is one
+JSON object.
 
 classify_accuracy: share of the 160 tasks of tests/labelled_tasks_2.jsonl that get their class from
-evomerge/knowledge/examples_ja.yaml by the default retriever. Another author wrote them, and nothing was chosen on them.
-`accuracy` holds every retriever's shares on them (`second`) and on the halves of tests/labelled_tasks.jsonl: on the
-development half numbers were chosen. classify_per_s: tasks a second of CPU time, against 5,000 examples made from a seed,
-fitting (fit_s) not counted; the tasks are the labelled ones, with a number added to make `--tasks` different ones.
+evomerge/knowledge/examples_ja.yaml by the default retriever. Another author wrote them, and nothing
+was chosen on them. `accuracy` holds every retriever's shares on them (`second`) and on the halves
+of tests/labelled_tasks.jsonl: on the development half numbers were chosen. classify_per_s: tasks a
+second of CPU time, against 5,000 examples made from a seed, fitting (fit_s) not counted; the tasks
+are the labelled ones, with a number added to make `--tasks` different ones.
 
 python benchmarks/classify.py [--embeddings MODEL] [--model DIR]
 """
@@ -23,10 +25,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from evomerge.errors import InputError
 from evomerge.knowledge.base import Knowledge, read_knowledge
-from evomerge.knowledge.by_model import ModelClassifier
-from evomerge.knowledge.classify import confusion
+from evomerge.knowledge.classification.by_model import ModelClassifier
+from evomerge.knowledge.classification.classify import confusion
 from evomerge.knowledge.parts import Example
-from evomerge.knowledge.retrieve import Chooser
+from evomerge.knowledge.retrieval.retrieve import Chooser
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = ROOT / "evomerge" / "knowledge" / "examples_ja.yaml"
@@ -40,7 +42,11 @@ def labelled() -> list[dict[str, str]]:
         (ROOT / "tests" / "labelled_tasks.jsonl", {}),
         (ROOT / "tests" / "labelled_tasks_2.jsonl", {"part": "second"}),
     )
-    return [json.loads(line) | more for file, more in files for line in file.read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line) | more
+        for file, more in files
+        for line in file.read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def found_classes(chooser: Chooser, rows: Sequence[dict[str, str]]) -> list[str]:
@@ -49,7 +55,10 @@ def found_classes(chooser: Chooser, rows: Sequence[dict[str, str]]) -> list[str]
 
 def accuracy(chooser: Chooser, rows: Sequence[dict[str, str]]) -> dict[str, float]:
     """Share of right classes in each part."""
-    right = [(row["part"], name == row["kind"]) for row, name in zip(rows, found_classes(chooser, rows), strict=True)]
+    right = [
+        (row["part"], name == row["kind"])
+        for row, name in zip(rows, found_classes(chooser, rows), strict=True)
+    ]
     parts = {part: [good for of, good in right if of == part] for part in PARTS}
     return {part: round(sum(goods) / len(goods), 4) for part, goods in parts.items() if goods}
 
@@ -74,22 +83,36 @@ def per_second(chooser: Chooser, texts: list[str], whole: bool = False) -> float
 
 def by_model(knowledge: Knowledge, folder: str) -> ModelClassifier:
     """Asks the model in its chat template, or bare where it has none."""
-    from evomerge.answering.likelihood import open_likelihood_engine
+    from evomerge.answering.hf.likelihood import open_likelihood_engine
 
     engine = open_likelihood_engine(folder)
 
     def render(text: str) -> str:
         turns = [{"role": "user", "content": text}]
-        return str(engine.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        return str(
+            engine.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        )
 
-    return ModelClassifier(knowledge, engine.loglikelihood, render if engine.tokenizer.chat_template else lambda text: f"{text}\n\n")
+    return ModelClassifier(
+        knowledge,
+        engine.loglikelihood,
+        render if engine.tokenizer.chat_template else lambda text: f"{text}\n\n",
+    )
 
 
 def line(name: str, shares: dict[str, float], speed: str = "") -> None:
-    print(f"| {name} | {' | '.join(f'{shares[part]:.3f}' for part in PARTS)} | {speed} |", flush=True)
+    print(
+        f"| {name} | {' | '.join(f'{shares[part]:.3f}' for part in PARTS)} | {speed} |", flush=True
+    )
 
 
-def tables(knowledge: Knowledge, many: Knowledge, names: Sequence[str], rows: list[dict[str, str]], texts: list[str]) -> dict[str, object]:
+def tables(
+    knowledge: Knowledge,
+    many: Knowledge,
+    names: Sequence[str],
+    rows: list[dict[str, str]],
+    texts: list[str],
+) -> dict[str, object]:
     """Print a row for each retriever; its figures."""
     accuracies, speeds = {}, {}
     print(f"| retriever | {' | '.join(PARTS)} | tasks/s |\n|---|---|---|---|---|")
@@ -103,14 +126,28 @@ def tables(knowledge: Knowledge, many: Knowledge, names: Sequence[str], rows: li
             print(f"| {name} | not installed: {error} | | | |")
             continue
         line(name, accuracies[name], str(speeds[name]))
-        line(f"{name}, votes of the nearest alone", accuracy(Chooser(knowledge, name, linear=False), rows))
-    line("tfidf, descriptions as weak examples", accuracy(Chooser(knowledge, descriptions=True), rows))
-    return {"classify_accuracy": accuracies["tfidf"]["second"], "classify_per_s": speeds["tfidf"], "accuracy": accuracies}
+        line(
+            f"{name}, votes of the nearest alone",
+            accuracy(Chooser(knowledge, name, linear=False), rows),
+        )
+    line(
+        "tfidf, descriptions as weak examples",
+        accuracy(Chooser(knowledge, descriptions=True), rows),
+    )
+    return {
+        "classify_accuracy": accuracies["tfidf"]["second"],
+        "classify_per_s": speeds["tfidf"],
+        "accuracy": accuracies,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--embeddings", metavar="MODEL", help="also measure this sentence-transformers folder or id")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--embeddings", metavar="MODEL", help="also measure this sentence-transformers folder or id"
+    )
     parser.add_argument("--model", metavar="DIR", help="also classify by this model; slow on a CPU")
     parser.add_argument("--tasks", type=int, default=2000, metavar="N")
     args = parser.parse_args()
@@ -127,15 +164,25 @@ def main() -> None:
     if args.model:
         asking = by_model(knowledge, args.model)
         for way in ("model", "both"):
-            line(f"{way}: {args.model}", accuracy(Chooser(knowledge, classify=way, by_model=asking), rows))
+            line(
+                f"{way}: {args.model}",
+                accuracy(Chooser(knowledge, classify=way, by_model=asking), rows),
+            )
     second = [row for row in rows if row["part"] == "second"]
     classes = [c.name for c in knowledge.classes]
-    print("\n| second set: true class | " + " | ".join(classes) + " |\n|---|" + "---|" * len(classes))
+    print(
+        "\n| second set: true class | " + " | ".join(classes) + " |\n|---|" + "---|" * len(classes)
+    )
     for name, counts in zip(
-        classes, confusion([r["kind"] for r in second], found_classes(Chooser(knowledge), second), classes), strict=True
+        classes,
+        confusion([r["kind"] for r in second], found_classes(Chooser(knowledge), second), classes),
+        strict=True,
     ):
         print(f"| {name} | " + " | ".join(str(n) for n in counts) + " |")
-    figures |= {"choose_per_s": round(per_second(chooser, texts, whole=True)), "fit_s": round(fit, 2)}
+    figures |= {
+        "choose_per_s": round(per_second(chooser, texts, whole=True)),
+        "fit_s": round(fit, 2),
+    }
     print(json.dumps(figures, ensure_ascii=False))
 
 

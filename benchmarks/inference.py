@@ -1,12 +1,14 @@
 """Final inference on the CPU, as ratios within one run. The last line is one JSON object.
 
-tasks_vs_template: tasks a second of the whole runner (prompts, batches, answers on the disk as they come, the final file) over
-those of the competition template's loop, a prompt at a time through plain `generate`; 100 Japanese inputs of 20 to 200 tokens,
-64 new tokens each, on the model of about 20 M parameters of answering.py, in bfloat16 as it lies on disk, which is what `infer`
-does; tasks_vs_template_fp32: both in float32. `--model DIR` measures tasks_vs_template_model on that model as well, in
-`--model-dtype` (bfloat16). classify_accuracy, classify_per_s: see classify.py.
+tasks_vs_template: tasks a second of the whole runner (prompts, batches, answers on the disk as they
+come, the final file) over those of the competition template's loop, a prompt at a time through
+plain `generate`; 100 Japanese inputs of 20 to 200 tokens, 64 new tokens each, on the model of about
+20 M parameters of answering.py, in bfloat16 as it lies on disk, which is what `infer` does;
+tasks_vs_template_fp32: both in float32. `--model DIR` measures tasks_vs_template_model on that
+model as well, in `--model-dtype` (bfloat16). classify_accuracy, classify_per_s: see classify.py.
 
-With one thread seconds are the process's CPU seconds, so that a busy machine does not count; else they are the clock's.
+With one thread seconds are the process's CPU seconds, so that a busy machine does not count; else
+they are the clock's.
 """
 
 from __future__ import annotations
@@ -25,13 +27,13 @@ import classify
 import torch
 from transformers.utils import logging as transformers_logging
 
-from evomerge.answering.hf import TransformersEngine
+from evomerge.answering.hf.engine import TransformersEngine
 from evomerge.answering.prompts import Prompter
 from evomerge.inference import run_inference
 from evomerge.inference.opening import BATCH_SIZE
 from evomerge.knowledge.base import read_knowledge
-from evomerge.knowledge.retrieve import Chooser
-from evomerge.merging.folder import open_model
+from evomerge.knowledge.retrieval.retrieve import Chooser
+from evomerge.merging.checkpoints.model_folder import open_model
 from evomerge.study import EngineSection, GenerationSection, PromptSection
 from evomerge.tasks import Task
 
@@ -40,7 +42,9 @@ EVERY = 4  # the loop answers every fourth task, for it is slow; lengths do not 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, help="a model folder to measure too")
     parser.add_argument("--model-dtype", default="bfloat16", help="of that model")
     parser.add_argument("--batch-size", type=int, default=BATCH_SIZE)
@@ -51,10 +55,16 @@ def main() -> None:
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="evomerge-bench-") as name:
         folder = answering.make_pair(Path(name)) / "base"
-        figures["tasks_vs_template"] = tasks_vs_template(folder, "bfloat16", args.threads, args.batch_size)
-        figures["tasks_vs_template_fp32"] = tasks_vs_template(folder, "float32", args.threads, args.batch_size)
+        figures["tasks_vs_template"] = tasks_vs_template(
+            folder, "bfloat16", args.threads, args.batch_size
+        )
+        figures["tasks_vs_template_fp32"] = tasks_vs_template(
+            folder, "float32", args.threads, args.batch_size
+        )
     if args.model is not None:
-        figures["tasks_vs_template_model"] = tasks_vs_template(args.model, args.model_dtype, args.threads, args.batch_size)
+        figures["tasks_vs_template_model"] = tasks_vs_template(
+            args.model, args.model_dtype, args.threads, args.batch_size
+        )
     base, rows = read_knowledge(classify.BASE), classify.labelled()
     figures["classify_accuracy"] = classify.accuracy(Chooser(base), rows)["second"]
     texts = [f"{i}. {rows[i % len(rows)]['input']}" for i in range(2000)]
@@ -66,14 +76,20 @@ def tasks_vs_template(folder: Path, dtype: str, threads: int, batch_size: int) -
     """The ratio of tasks per second: the loop once, and ours before and after it."""
     clock = time.process_time if threads == 1 else time.perf_counter
     section = EngineSection(device="cpu", batch_size=batch_size)
-    engine = TransformersEngine(open_model(str(folder)), [], section, GenerationSection(max_new_tokens=NEW_TOKENS), dtype)
-    engine.rules = replace(engine.rules, ends=frozenset())  # all answers have 64 tokens: the same work for both
+    engine = TransformersEngine(
+        open_model(str(folder)), [], section, GenerationSection(max_new_tokens=NEW_TOKENS), dtype
+    )
+    # all answers have 64 tokens: the same work for both
+    engine.rules = replace(engine.rules, ends=frozenset())
     tasks = [Task(i, text) for i, text in enumerate(inputs(engine))]
     prompter = Prompter(engine.tokenizer, PromptSection(format="competition"), engine.generation)
 
     def ours() -> None:
         with tempfile.TemporaryDirectory() as place:
-            assert run_inference(engine, prompter, tasks, Path(place) / "answers.jsonl").answered == TASKS
+            assert (
+                run_inference(engine, prompter, tasks, Path(place) / "answers.jsonl").answered
+                == TASKS
+            )
 
     def template(some: Sequence[Task] = tasks[::EVERY]) -> None:
         for task in some:
@@ -84,12 +100,17 @@ def tasks_vs_template(folder: Path, dtype: str, threads: int, batch_size: int) -
     ours()
     first, slow, second = (answering.seconds(clock, work) for work in (ours, template, ours))
     fast, slow = (first + second) / 2, slow * EVERY
-    print(f"{folder.name}, {dtype}: {TASKS / fast:.1f} tasks/s, the template's loop {TASKS / slow:.2f}", flush=True)
+    print(
+        f"{folder.name}, {dtype}: {TASKS / fast:.1f} tasks/s, the template's loop {TASKS / slow:.2f}",
+        flush=True,
+    )
     return round(slow / fast, 2)
 
 
 def inputs(engine: TransformersEngine) -> list[str]:
-    """Japanese texts of SHORTEST to LONGEST tokens, cut from the labelled tasks one behind the other."""
+    """Japanese texts of SHORTEST to LONGEST tokens, cut from the labelled tasks one behind the
+    other.
+    """
     rng = random.Random(0)
     whole = "".join(row["input"] for row in classify.labelled()) * 4
     found, at = [], 0

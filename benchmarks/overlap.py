@@ -1,11 +1,14 @@
 """How well judging overlaps answering: a search's wall time over the larger of its two phases.
 
-The real loop runs on a stand-in engine that answers after a fixed time and on a real local server that grades after a
-fixed time, with a number of connections. `python -m benchmarks.overlap` prints the ratio; 1.15 is the most wanted.
+The real loop runs on a stand-in engine that answers after a fixed time and on a real local server
+that grades after a fixed time, with a number of connections. `python -m benchmarks.overlap` prints
+the ratio; 1.15 is the most wanted.
 
-The study is small: 16 trials on 48 tasks, where users have 96 or more on 100. What does not overlap is about the same
-in any study: the first batch of all (0.5 s and a judge's reply), the mean that waits for the last generation's grades, the
-winner that waits for the mean's (1 s each); and 0.08 s a candidate for its record. So a larger study overlaps better.
+The study is small: 16 trials on 48 tasks, where users have 96 or more on 100. What does not overlap
+is about the same
+in any study: the first batch of all (0.5 s and a judge's reply), the mean that waits for the last
+generation's grades, the winner that waits for the mean's (1 s each); and 0.08 s a candidate for its
+record. So a larger study overlaps better.
 """
 
 from __future__ import annotations
@@ -26,13 +29,20 @@ from evomerge.answering.cache import AnswerCache
 from evomerge.answering.engine import Answer
 from evomerge.answering.prompts import Prompter
 from evomerge.console import Console
-from evomerge.genome import make_genome
-from evomerge.judging.llm import LlmJudge
+from evomerge.genome.weights import make_genome
+from evomerge.judging.llm.judge import LlmJudge
 from evomerge.recipe import Recipe
-from evomerge.search.ledger import open_ledger
-from evomerge.search.loop import Search
-from evomerge.search.session import make_sampler
-from evomerge.study import GenomeSection, JudgeSection, PromptSection, SearchSection, Study, TaskSource
+from evomerge.searching.ledger import open_ledger
+from evomerge.searching.loop import Search
+from evomerge.searching.session import make_sampler
+from evomerge.study import (
+    GenomeSection,
+    JudgeSection,
+    PromptSection,
+    SearchSection,
+    Study,
+    TaskSource,
+)
 from evomerge.tasks import Split, Task
 
 LATENCY, CONNECTIONS = 1.0, 16  # seconds of a grade; grades at once
@@ -56,7 +66,13 @@ class TimedEngine:
     def batches(self, prompts: Sequence[str], settings: object = None) -> list[list[int]]:
         return [list(range(i, min(i + BATCH, len(prompts)))) for i in range(0, len(prompts), BATCH)]
 
-    def answer(self, prompts: Sequence[str], settings: object = None, got: object = None, deadline: float | None = None) -> list[Answer]:
+    def answer(
+        self,
+        prompts: Sequence[str],
+        settings: object = None,
+        got: object = None,
+        deadline: float | None = None,
+    ) -> list[Answer]:
         began = time.perf_counter()
         time.sleep(self.seconds)
         self.busy += time.perf_counter() - began
@@ -70,7 +86,8 @@ def server(latency: float) -> Iterator[tuple[str, list[int]]]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm = True  # else the second write of a reply waits 40 ms for the first one's acknowledgement
+        # else the second write of a reply waits 40 ms for the first one's acknowledgement
+        disable_nagle_algorithm = True
 
         def do_GET(self) -> None:
             self.reply({"object": "list", "data": [{"id": "judge", "object": "model"}]})
@@ -79,7 +96,10 @@ def server(latency: float) -> Iterator[tuple[str, list[int]]]:
             data = self.rfile.read(int(self.headers["Content-Length"]))
             time.sleep(latency)
             graded.append(1 + sum(data) % 5)
-            message = {"role": "assistant", "content": json.dumps({"reason": "", "grade": graded[-1]})}
+            message = {
+                "role": "assistant",
+                "content": json.dumps({"reason": "", "grade": graded[-1]}),
+            }
             self.reply({"choices": [{"index": 0, "finish_reason": "stop", "message": message}]})
 
         def reply(self, value: Any) -> None:
@@ -103,8 +123,16 @@ def server(latency: float) -> Iterator[tuple[str, list[int]]]:
         http.server_close()
 
 
-def run_study(folder: Path, batch_seconds: float, latency: float = LATENCY, trials: int = 16, population: int = 8) -> dict[str, float]:
-    """Wall time of a whole study, verdict and all, and of its phases: seconds of answering, and requests x latency / connections."""
+def run_study(
+    folder: Path,
+    batch_seconds: float,
+    latency: float = LATENCY,
+    trials: int = 16,
+    population: int = 8,
+) -> dict[str, float]:
+    """Wall time of a whole study, verdict and all, and of its phases: seconds of answering, and
+    requests x latency / connections.
+    """
     study = Study(
         GenomeSection(models=("sibling",), base_model="base"),
         (TaskSource(file="none"),),
@@ -117,12 +145,19 @@ def run_study(folder: Path, batch_seconds: float, latency: float = LATENCY, tria
     split = Split(tasks[:TASKS], tasks[TASKS:])
     engine = TimedEngine(batch_seconds)
     prompter: Any = Prompter(engine.tokenizer, PromptSection(format="template", template="{input}"))
-    ledger = open_ledger(f"sqlite:///{folder}/overlap.db", "overlap", make_sampler(study, genome), create=True)
+    ledger = open_ledger(
+        f"sqlite:///{folder}/overlap.db", "overlap", make_sampler(study, genome), create=True
+    )
     ledger.remember("names", list(genome.names))
     cache = AnswerCache(folder / "answers.sqlite", "overlap")
     with server(latency) as (url, graded):
-        judge = LlmJudge(JudgeSection(kind="llm", base_url=url, concurrency=CONNECTIONS), folder / "grades.sqlite")
-        search: Any = Search(study, genome, split, engine, prompter, judge, ledger, cache, Console(StringIO()))  # type: ignore[arg-type]
+        judge = LlmJudge(
+            JudgeSection(kind="llm", base_url=url, concurrency=CONNECTIONS),
+            folder / "grades.sqlite",
+        )
+        timed: Any = engine
+        console = Console(StringIO())
+        search = Search(study, genome, split, timed, prompter, judge, ledger, cache, console)
         began = time.perf_counter()
         search.run()
         wall = time.perf_counter() - began
@@ -132,7 +167,9 @@ def run_study(folder: Path, batch_seconds: float, latency: float = LATENCY, tria
 
 
 def overlap_ratio() -> float:
-    """Wall time over the larger phase where both are about as long, which is the hardest case; a bit over a minute."""
+    """Wall time over the larger phase where both are about as long, which is the hardest case; a
+    bit over a minute.
+    """
     logging.getLogger("httpx").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
         found = run_study(Path(folder), batch_seconds=BATCH * LATENCY / CONNECTIONS)

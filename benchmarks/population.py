@@ -1,11 +1,12 @@
 """Candidates per second in one pass over candidate after candidate, on random Llamas, on the CPU.
 
-One pass is PopulationModel; candidate after candidate is LiveModel.apply and the same decode loop, on the same
-module. Both answer the same prompts to their full length. The last line is one JSON object: `population_gain` is that of
-12 candidates x 2 prompts in fp32 on 20 M parameters, `table` the rest, `equal_tokens` the share of tokens at which one pass
-says what the merged model says, up to the first difference of an answer (after it the two read different texts).
-`--quick` measures `population_gain` alone. With `--threads 1` seconds are the process's own on the CPU, so that a
-busy machine does not count. The shape is that of answering.py.
+One pass is PopulationModel; candidate after candidate is LiveModel.apply and the same decode loop,
+on the same module. Both answer the same prompts to their full length. The last line is one JSON
+object: `population_gain` is that of 12 candidates x 2 prompts in fp32 on 20 M parameters, `table`
+the rest, `equal_tokens` the share of tokens at which one pass says what the merged model says, up
+to the first difference of an answer (after it the two read different texts). `--quick` measures
+`population_gain` alone. With `--threads 1` seconds are the process's own on the CPU, so that a busy
+machine does not count. The shape is that of answering.py.
 """
 
 from __future__ import annotations
@@ -23,22 +24,27 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from evomerge.answering.decode import Output, decode
-from evomerge.answering.population import PopulationModel
-from evomerge.answering.rules import Rules
-from evomerge.merging.folder import open_model
+from evomerge.answering.hf.decode import Output, decode
+from evomerge.answering.hf.population import PopulationModel
+from evomerge.answering.hf.sampling import Rules
+from evomerge.merging.checkpoints.model_folder import open_model
 from evomerge.merging.live import LiveModel
 from evomerge.recipe import Recipe, task_arithmetic_recipe
 
 CANDIDATES, ROUNDS, ENOUGH = 12, 5, 45.0  # seconds after which no other round begins
-SIZES = {"20M": {"hidden_size": 256, "intermediate_size": 640}, "9M": {"hidden_size": 192, "intermediate_size": 384}}
+SIZES = {
+    "20M": {"hidden_size": 256, "intermediate_size": 640},
+    "9M": {"hidden_size": 192, "intermediate_size": 384},
+}
 DTYPES = ("float32", "bfloat16")
 WORK = ((2, 32), (8, 32), (24, 32))  # prompts, new tokens
 LAYERS, VOCABULARY, PROMPT = 24, 2000, (12, 20)  # tokens of a prompt
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="only the figure that is required")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
@@ -54,25 +60,47 @@ def main() -> None:
                     key = f"{size}_{dtype}_{prompts}"
                     table[key], equal[key] = case.measure(prompts, tokens)
                     what = f"{case.parameters / 1e6:.1f} M, {dtype}, {CANDIDATES} candidates x {prompts} prompts x {tokens} tokens"
-                    print(f"{what}: {table[key]:.2f} times as fast, {equal[key]:.1%} of the tokens are the same", flush=True)
+                    print(
+                        f"{what}: {table[key]:.2f} times as fast, {equal[key]:.1%} of the tokens are the same",
+                        flush=True,
+                    )
     gain = table.pop("20M_float32_2")
-    print(json.dumps({"population_gain": gain, "table": table, "equal_tokens": equal, "threads": torch.get_num_threads()}))
+    print(
+        json.dumps(
+            {
+                "population_gain": gain,
+                "table": table,
+                "equal_tokens": equal,
+                "threads": torch.get_num_threads(),
+            }
+        )
+    )
 
 
 class Case:
     """One pair of models, and recipes with a weight for every second layer."""
 
-    def __init__(self, folder: Path, shape: Mapping[str, Any], dtype: str, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, folder: Path, shape: Mapping[str, Any], dtype: str, clock: Callable[[], float]
+    ) -> None:
         self.clock = clock
         base, sibling = make_pair(folder, shape)
         self.model: Any = LlamaForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
-        self.live = LiveModel(self.model, open_model(base), [open_model(sibling)], residency="device")
+        self.live = LiveModel(
+            self.model, open_model(base), [open_model(sibling)], residency="device"
+        )
         self.population = PopulationModel(self.model, self.live)
         self.parameters = sum(p.numel() for p in self.model.parameters())
         generator = torch.Generator().manual_seed(1)
         slices = [(i, i + 2) for i in range(0, LAYERS, 2)]
         self.recipes: list[Recipe] = [
-            task_arithmetic_recipe(base, [sibling], slices, torch.rand(len(slices), 1, generator=generator).mul(2).tolist(), dtype)
+            task_arithmetic_recipe(
+                base,
+                [sibling],
+                slices,
+                torch.rand(len(slices), 1, generator=generator).mul(2).tolist(),
+                dtype,
+            )
             for _ in range(CANDIDATES)
         ]
 
@@ -80,12 +108,17 @@ class Case:
         """How many times as fast one pass is, and the share of equal tokens."""
         generator = torch.Generator().manual_seed(2)
         lengths = torch.randint(*PROMPT, (prompts,), generator=generator).tolist()
-        ids = [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+        ids = [
+            torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
+            for length in lengths
+        ]
         rules = Rules(tokens)  # no token ends an answer
 
         def one_pass() -> list[list[Output]]:
             with self.population.of(self.recipes) as answer:
-                outputs = answer([c for c in range(CANDIDATES) for _ in ids], ids * CANDIDATES, rules)
+                outputs = answer(
+                    [c for c in range(CANDIDATES) for _ in ids], ids * CANDIDATES, rules
+                )
             return [outputs[c * prompts : (c + 1) * prompts] for c in range(CANDIDATES)]
 
         def one_by_one() -> list[list[Output]]:
@@ -96,8 +129,12 @@ class Case:
         while len(rounds) < ROUNDS and sum(map(sum, rounds)) < ENOUGH:
             rounds.append((self.seconds(one_pass), self.seconds(one_by_one)))
         fast, slow = zip(*rounds, strict=True)
-        print(f"    one pass {statistics.median(fast):.2f} s, one by one {statistics.median(slow):.2f} s")
-        return round(statistics.median(s / f for s, f in zip(slow, fast, strict=True)), 2), round(equal, 3)
+        print(
+            f"    one pass {statistics.median(fast):.2f} s, one by one {statistics.median(slow):.2f} s"
+        )
+        return round(statistics.median(s / f for s, f in zip(slow, fast, strict=True)), 2), round(
+            equal, 3
+        )
 
     def seconds(self, work: Callable[[], object]) -> float:
         began = self.clock()
@@ -113,7 +150,11 @@ def make_pair(folder: Path, shape: Mapping[str, Any]) -> tuple[str, str]:
     """A base, and a sibling that a tenth of noise moves away from it."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        num_hidden_layers=LAYERS, vocab_size=VOCABULARY, num_attention_heads=shape["hidden_size"] // 64, **shape, initializer_range=0.05
+        num_hidden_layers=LAYERS,
+        vocab_size=VOCABULARY,
+        num_attention_heads=shape["hidden_size"] // 64,
+        **shape,
+        initializer_range=0.05,
     )
     base = LlamaForCausalLM(config)
     sibling = copy.deepcopy(base)
@@ -128,7 +169,9 @@ def make_pair(folder: Path, shape: Mapping[str, Any]) -> tuple[str, str]:
 def share_of_equal(ours: list[list[Output]], theirs: list[list[Output]]) -> float:
     """Tokens before the first difference, over all tokens."""
     same = total = 0
-    for a, b in zip((o for row in ours for o in row), (o for row in theirs for o in row), strict=True):
+    for a, b in zip(
+        (o for row in ours for o in row), (o for row in theirs for o in row), strict=True
+    ):
         differs = (i for i, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=True)) if x != y)
         same, total = same + next(differs, len(b.tokens)), total + len(b.tokens)
     return same / total

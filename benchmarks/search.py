@@ -1,13 +1,16 @@
-"""How many graded answers a search needs to a better merge, and how good its winner is: ours beside two peers, simulated.
+"""How many graded answers a search needs to a better merge, and how good its winner is: ours beside
+two peers, simulated.
 
-    python benchmarks/search.py            # ours as it ships, and the peers; the last line is one JSON object
-    python benchmarks/search.py --table    # also every option of docs/SEARCH.md
-    python benchmarks/search.py --real PAIR DEMO KEPT    # the same questions on real models: hours (search_real.py)
+    python benchmarks/search.py            # ours as it ships, and the peers; the last line is one
+    JSON object python benchmarks/search.py --table    # also every option of docs/SEARCH.md python
+    benchmarks/search.py --real PAIR DEMO KEPT    # the same questions on real models: hours
+    (search_real.py)
 
-answers_to_half_gain: graded answers until the true value of the winner as chosen has half of what the optimum has over the
-better parent; answers for the references, the mean and the choice are included, and who never gets there within 20,000
-counts as 20,000. true_gain_of_winner: the share of that gain at 5,000 answers, 100 candidates times 50 tasks. The peers go
-on past their own limits. Seeds 0 to 19 are reported; defaults were chosen on others (1000 and 2000 on).
+answers_to_half_gain: graded answers until the true value of the winner as chosen has half of what
+the optimum has over the better parent; answers for the references, the mean and the choice are
+included, and who never gets there within 20,000 counts as 20,000. true_gain_of_winner: the share of
+that gain at 5,000 answers, 100 candidates times 50 tasks. The peers go on past their own limits.
+Seeds 0 to 19 are reported; defaults were chosen on others (1000 and 2000 on).
 """
 
 from __future__ import annotations
@@ -24,13 +27,15 @@ import numpy as np
 from search_landscapes import LANDSCAPES, Array, World, make_world
 from search_simulator import Options, Step, mergekit_evolve, optuna_cmaes, ours
 
-from evomerge.search.verdict import bootstrap_interval
+from evomerge.searching.verdict import bootstrap_interval
 
 LIMIT = 20_000
 BUDGET = 5_000
 SEEDS = range(20)
 FLIPS = 20_000
-SHIPPED = Options(ranking="subset", subset=16, sigma=0.3, lr_adapt=True, validation=0.2, finalists=3)
+SHIPPED = Options(
+    ranking="subset", subset=16, sigma=0.3, lr_adapt=True, validation=0.2, finalists=3
+)
 PEERS = {"optuna_cmaes": optuna_cmaes, "mergekit_evolve": mergekit_evolve}
 PLAIN = Options()
 OPTIONS = {
@@ -52,13 +57,23 @@ OPTIONS = {
     "subset 16, lr_adapt, sigma 0.17": Options(ranking="subset", lr_adapt=True, sigma=1 / 6),
     "subset 16, lr_adapt, sigma 0.35": Options(ranking="subset", lr_adapt=True, sigma=0.35),
     "subset 16, lr_adapt, population 24": Options(ranking="subset", lr_adapt=True, population=24),
-    "subset 16, lr_adapt, mean over the last half": Options(ranking="subset", lr_adapt=True, average=0.5),
-    "subset 16, lr_adapt, start at the best uniform weight": Options(ranking="subset", lr_adapt=True, start="uniform"),
+    "subset 16, lr_adapt, mean over the last half": Options(
+        ranking="subset", lr_adapt=True, average=0.5
+    ),
+    "subset 16, lr_adapt, start at the best uniform weight": Options(
+        ranking="subset", lr_adapt=True, start="uniform"
+    ),
     "the shipped one, subset 8": replace(SHIPPED, subset=8),
     "the shipped one, start at the best uniform weight": replace(SHIPPED, start="uniform"),
-    "subset 16, lr_adapt, 3 finalists, best on validation": Options("subset", lr_adapt=True, validation=0.2, finalists=3, lead=0),
-    "subset 16, lr_adapt, 3 finalists, lead of 1 error": Options("subset", lr_adapt=True, validation=0.2, finalists=3, lead=1),
-    "subset 16, lr_adapt, 3 finalists, lead of 2 errors": Options("subset", lr_adapt=True, validation=0.2, finalists=3, lead=2),
+    "subset 16, lr_adapt, 3 finalists, best on validation": Options(
+        "subset", lr_adapt=True, validation=0.2, finalists=3, lead=0
+    ),
+    "subset 16, lr_adapt, 3 finalists, lead of 1 error": Options(
+        "subset", lr_adapt=True, validation=0.2, finalists=3, lead=1
+    ),
+    "subset 16, lr_adapt, 3 finalists, lead of 2 errors": Options(
+        "subset", lr_adapt=True, validation=0.2, finalists=3, lead=2
+    ),
 }
 # A study as small as the demo's: 4 numbers, 120 tasks that are right or wrong, 72 candidates.
 SMALL_POPULATION = 12
@@ -74,7 +89,8 @@ SMALL: dict[str, str | Options] = {name: name for name in PEERS} | {
 }
 SMALL_CANDIDATES, SMALL_TASKS = 72, 120
 SMALL_ANSWERS = SMALL_CANDIDATES * SMALL_TASKS  # of a peer
-PEER_POPULATIONS = {"optuna_cmaes": 1, "mergekit_evolve": 8}  # candidates between two steps of a peer, in 4 dimensions
+# candidates between two steps of a peer, in 4 dimensions
+PEER_POPULATIONS = {"optuna_cmaes": 1, "mergekit_evolve": 8}
 
 
 def start(who: str | Options, world: World, seed: int) -> Iterator[Step]:
@@ -101,7 +117,9 @@ def measure(job: tuple[str | Options, str, int]) -> tuple[int, float]:
 
 
 def measure_small(job: tuple[str | Options, str, int]) -> tuple[float, float, float]:
-    """After all candidates: the answers and the share of the gain; and the share at the answers of every task each time."""
+    """After all candidates: the answers and the share of the gain; and the share at the answers of
+    every task each time.
+    """
     who, landscape, seed = job
     world = make_world(landscape, seed, 4, SMALL_TASKS, zero_one=True)
     last = SMALL_CANDIDATES // (PEER_POPULATIONS[who] if isinstance(who, str) else SMALL_POPULATION)
@@ -125,7 +143,10 @@ def small_row(name: str, found: Array) -> str:
 def measure_all(pool: ProcessPoolExecutor, who: str | Options) -> dict[str, Array]:
     """landscape -> (seeds, 2) of `measure`."""
     return {
-        landscape: np.array(list(pool.map(measure, [(who, landscape, seed) for seed in SEEDS], chunksize=5))) for landscape in LANDSCAPES
+        landscape: np.array(
+            list(pool.map(measure, [(who, landscape, seed) for seed in SEEDS], chunksize=5))
+        )
+        for landscape in LANDSCAPES
     }
 
 
@@ -140,12 +161,19 @@ def row(name: str, found: dict[str, Array]) -> str:
 
 
 def compare(a: dict[str, Array], b: dict[str, Array]) -> dict[str, Any]:
-    """Difference of the gains at the budget, paired by landscape and seed; p by flipping signs, two-sided."""
+    """Difference of the gains at the budget, paired by landscape and seed; p by flipping signs,
+    two-sided.
+    """
     pairs = np.concatenate([a[landscape][:, 1] - b[landscape][:, 1] for landscape in a])
     low, high = bootstrap_interval(pairs.tolist())
     signs = np.random.default_rng(0).choice([-1.0, 1.0], (FLIPS, len(pairs)))
-    p = (1 + int((np.abs((signs * pairs).mean(axis=1)) >= abs(pairs.mean()) - 1e-12).sum())) / (FLIPS + 1)
-    each = {landscape: round(float((a[landscape][:, 1] - b[landscape][:, 1]).mean()), 3) for landscape in a}
+    p = (1 + int((np.abs((signs * pairs).mean(axis=1)) >= abs(pairs.mean()) - 1e-12).sum())) / (
+        FLIPS + 1
+    )
+    each = {
+        landscape: round(float((a[landscape][:, 1] - b[landscape][:, 1]).mean()), 3)
+        for landscape in a
+    }
     return {
         "difference": round(float(pairs.mean()), 3),
         "interval": [round(low, 3), round(high, 3)],
@@ -156,20 +184,40 @@ def compare(a: dict[str, Array], b: dict[str, Array]) -> dict[str, Any]:
 
 def figures(found: dict[str, dict[str, Array]]) -> dict[str, Any]:
     """The last line."""
-    medians = {name: {landscape: float(np.median(v[:, 0])) for landscape, v in f.items()} for name, f in found.items()}
-    gains = {name: {landscape: round(float(v[:, 1].mean()), 3) for landscape, v in f.items()} for name, f in found.items()}
+    medians = {
+        name: {landscape: float(np.median(v[:, 0])) for landscape, v in f.items()}
+        for name, f in found.items()
+    }
+    gains = {
+        name: {landscape: round(float(v[:, 1].mean()), 3) for landscape, v in f.items()}
+        for name, f in found.items()
+    }
     against = {name: compare(found["ours"], found[name]) for name in PEERS if name in found}
     ratios = {
-        f"vs_{name}": round(min(medians[name][land] / medians["ours"][land] for land in LANDSCAPES), 2) if name in found else None
+        f"vs_{name}": round(
+            min(medians[name][land] / medians["ours"][land] for land in LANDSCAPES), 2
+        )
+        if name in found
+        else None
         for name in ("optuna_cmaes", "mergekit_evolve")
     }
-    return ratios | {"true_gain_of_winner": gains | {"ours_against": against}, "answers_to_half_gain": medians}
+    return ratios | {
+        "true_gain_of_winner": gains | {"ours_against": against},
+        "answers_to_half_gain": medians,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--table", action="store_true", help="also every option of docs/SEARCH.md")
-    parser.add_argument("--real", nargs=3, metavar=("PAIR", "DEMO", "KEPT"), help="on real models: benchmarks/search_real.py")
+    parser.add_argument(
+        "--real",
+        nargs=3,
+        metavar=("PAIR", "DEMO", "KEPT"),
+        help="on real models: benchmarks/search_real.py",
+    )
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
     if arguments.real:
@@ -178,14 +226,22 @@ def main() -> None:
         import search_real
 
         pair, demo, kept = map(Path, arguments.real)
-        print(json.dumps(search_real.gain(pair, kept / "gain") | search_real.demo(demo, kept / "demo")))
+        print(
+            json.dumps(
+                search_real.gain(pair, kept / "gain") | search_real.demo(demo, kept / "demo")
+            )
+        )
         return
     contenders: dict[str, str | Options] = {"ours": SHIPPED} | {name: name for name in PEERS}
     if importlib.util.find_spec("cma") is None:
         del contenders["mergekit_evolve"]
-        print("mergekit_evolve is left out: the package `cma` is not installed (pip install 'cma>=4,<5')")
+        print(
+            "mergekit_evolve is left out: the package `cma` is not installed (pip install 'cma>=4,<5')"
+        )
     with ProcessPoolExecutor(arguments.processes) as pool:
-        print(f"| search | {' | '.join(LANDSCAPES)} | gain at {BUDGET:,} answers |\n|---|{'---|' * (len(LANDSCAPES) + 1)}")
+        print(
+            f"| search | {' | '.join(LANDSCAPES)} | gain at {BUDGET:,} answers |\n|---|{'---|' * (len(LANDSCAPES) + 1)}"
+        )
         found = {}
         for name, who in contenders.items():
             found[name] = measure_all(pool, who)
@@ -197,7 +253,10 @@ def main() -> None:
             print(f"\n| {head} |\n|---|---|---|---|")
             for name, small in SMALL.items():
                 jobs = [(small, landscape, seed) for landscape in LANDSCAPES for seed in SEEDS]
-                print(small_row(name, np.array(list(pool.map(measure_small, jobs, chunksize=5)))), flush=True)
+                print(
+                    small_row(name, np.array(list(pool.map(measure_small, jobs, chunksize=5)))),
+                    flush=True,
+                )
     print(json.dumps(figures(found)))
 
 

@@ -1,16 +1,19 @@
-"""What the simulated searches climb: real tasks' difficulties, noisy grades from 1 to 5, and landscapes over weights.
+"""What the simulated searches climb: real tasks' difficulties, noisy grades from 1 to 5, and
+landscapes over weights.
 
 A merge with weights w answers task t at the latent level
     difficulty[t] + scale * f(w) + (w - 1) @ tilt[t]
-to which each answer adds normal noise of 0.9; the grade is that, rounded and kept within 1 to 5 (or, where tasks are
-right or wrong, whether it is above 0). f is the landscape; tilt makes a better merge gain more on some tasks than on
-others and lose on a few: at the optimum the gain's spread over tasks equals the gain. The true value of w is the
-expected grade over a population of tasks of which a search sees some.
+to which each answer adds normal noise of 0.9; the grade is that, rounded and kept within 1 to 5
+(or, where tasks are right or wrong, whether it is above 0). f is the landscape; tilt makes a better
+merge gain more on some tasks than on
+others and lose on a few: at the optimum the gain's spread over tasks equals the gain. The true
+value of w is the expected grade over a population of tasks of which a search sees some.
 
-The difficulties are those of the 100 tasks of ELYZA-tasks-100 (`../shared/elyza/grades.jsonl`, gpt-4-turbo's grades of the
-models whose mean grade is 3 to 4): the level whose expected grade is the task's mean grade. The noise: grades of two
-models as good as each other differ on a task with a standard deviation of 1.55, or 1.09 a grade; 0.9 of it is taken for
-the answer's, the rest (0.6) for what these models are differently good at.
+The difficulties are those of the 100 tasks of ELYZA-tasks-100 (`../shared/elyza/grades.jsonl`,
+gpt-4-turbo's grades of the models whose mean grade is 3 to 4): the level whose expected grade is
+the task's mean grade. The noise: grades of two models as good as each other differ on a task with a
+standard deviation of 1.55, or 1.09 a grade; 0.9 of it is taken for the answer's, the rest (0.6) for
+what these models are differently good at.
 """
 
 from __future__ import annotations
@@ -48,7 +51,9 @@ def cdf(x: Array) -> Array:
     """The normal distribution's, within 1.5e-7 (Abramowitz and Stegun 1964, 7.1.26)."""
     z = np.abs(x) / math.sqrt(2)
     t = 1 / (1 + 0.3275911 * z)
-    poly = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
+    poly = t * (
+        0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429)))
+    )
     erf = 1 - poly * np.exp(-z * z)
     return 0.5 * (1 + np.sign(x) * erf)
 
@@ -66,7 +71,9 @@ def fit_difficulties(path: Path, judge: str = "gpt-4-turbo") -> list[float]:
         if g["judge"] == judge:
             by_model.setdefault(g["model"], {})[g["task_id"]] = g["grade"]
     middling = [grades for grades in by_model.values() if 3 <= np.mean(list(grades.values())) <= 4]
-    means = [np.mean([grades[task] for grades in middling if task in grades]) for task in range(100)]
+    means = [
+        np.mean([grades[task] for grades in middling if task in grades]) for task in range(100)
+    ]
     levels = np.linspace(-2, 8, 2001)
     return [round(float(x), 2) for x in np.interp(means, expected_grade(levels), levels)]
 
@@ -78,7 +85,9 @@ def difficulties() -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class World:
-    """One landscape with its tasks. `search` are the tasks that a search may ask, as rows of the population."""
+    """One landscape with its tasks. `search` are the tasks that a search may ask, as rows of the
+    population.
+    """
 
     shape: Callable[[Array], Array]  # (m, d) -> (m,)
     scale: float
@@ -91,12 +100,18 @@ class World:
 
     def level(self, w: Array, tasks: Array) -> Array:
         """(m, tasks) latent levels."""
-        levels: Array = self.levels[tasks] + self.scale * self.shape(w)[:, None] + (w - 1) @ self.tilt[tasks].T
+        levels: Array = (
+            self.levels[tasks] + self.scale * self.shape(w)[:, None] + (w - 1) @ self.tilt[tasks].T
+        )
         return levels
 
     def grades(self, w: Array, tasks: Array, rng: np.random.Generator) -> Array:
-        """(m, tasks) grades; `tasks` are places among the search tasks. A weight's sign is dropped, as mergekit-evolve does."""
-        answered = self.level(np.abs(w), self.search[tasks]) + NOISE * rng.standard_normal((len(w), len(tasks)))
+        """(m, tasks) grades; `tasks` are places among the search tasks. A weight's sign is dropped,
+        as mergekit-evolve does.
+        """
+        answered = self.level(np.abs(w), self.search[tasks]) + NOISE * rng.standard_normal(
+            (len(w), len(tasks))
+        )
         return (answered > 0).astype(float) if self.zero_one else np.clip(np.rint(answered), 1, 5)
 
     def true(self, w: Array) -> float:
@@ -121,7 +136,9 @@ def ridge(best: Array, rng: np.random.Generator) -> Callable[[Array], Array]:
 
 
 def rugged(best: Array, rng: np.random.Generator) -> Callable[[Array], Array]:
-    """A bowl whose sides are rippled, with a period of half a weight; ripples are 15 % of the fall at weight 1."""
+    """A bowl whose sides are rippled, with a period of half a weight; ripples are 15 % of the fall
+    at weight 1.
+    """
     fall = ((best - 1) ** 2).sum()
 
     def shape(w: Array) -> Array:
@@ -135,13 +152,19 @@ def rugged(best: Array, rng: np.random.Generator) -> Callable[[Array], Array]:
 LANDSCAPES = {"bowl": bowl, "ridge": ridge, "rugged": rugged}
 
 
-def make_world(landscape: str, seed: int, dimensions: int = 20, tasks: int = 50, zero_one: bool = False) -> World:
-    """The world of a seed. Parents lie at weight 0 and 1; the best weights are unequal, around 0.85."""
+def make_world(
+    landscape: str, seed: int, dimensions: int = 20, tasks: int = 50, zero_one: bool = False
+) -> World:
+    """The world of a seed. Parents lie at weight 0 and 1; the best weights are unequal, around
+    0.85.
+    """
     rng = np.random.default_rng([seed, sorted(LANDSCAPES).index(landscape), dimensions])
     best = np.clip(0.85 + 0.35 * rng.standard_normal(dimensions), 0.1, 1.9)
     shape = LANDSCAPES[landscape](best, rng)
     population = 8 * tasks
-    levels = rng.normal(0, 1.5, population) if zero_one else np.tile(difficulties(), population // 100)
+    levels = (
+        rng.normal(0, 1.5, population) if zero_one else np.tile(difficulties(), population // 100)
+    )
     tilt = rng.standard_normal((population, dimensions))
     tilt = (tilt - tilt.mean(axis=0)) * GAIN / np.linalg.norm(best - 1)
     search = rng.permutation(population)[:tasks]

@@ -1,16 +1,21 @@
-"""The search on real answers: what the likelihood warm start gains, and how many answers the stock sampler needs more.
+"""The search on real answers: what the likelihood warm start gains, and how many answers the stock
+sampler needs more.
 
-    python benchmarks/search_real.py gain PAIR KEPT     # PAIR: parent/, sibling/, tasks.jsonl (make_real_pair.py); hours on 2 cores
-    python benchmarks/search_real.py demo DEMO KEPT     # DEMO: what `evomerge demo` makes; about an hour
+    python benchmarks/search_real.py gain PAIR KEPT     # PAIR: parent/, sibling/, tasks.jsonl
+    (make_real_pair.py); hours on 2 cores python benchmarks/search_real.py demo DEMO KEPT     #
+    DEMO: what `evomerge demo` makes; about an hour
 
-KEPT is a folder for the studies: a run that was stopped goes on where it was. The last line is one JSON object.
+KEPT is a folder for the studies: a run that was stopped goes on where it was. The last line is one
+JSON object.
 
-gain: the score on tasks that the search never saw, of the winner after 24 candidates, with the warm start and without,
-in 3 seeds. The difference and its 95 % interval by bootstrap over tasks, each the mean of its seeds.
+gain: the score on tasks that the search never saw, of the winner after 24 candidates, with the warm
+start and without, in 3 seeds. The difference and its 95 % interval by bootstrap over tasks, each
+the mean of its seeds.
 
-demo: Optuna's own CmaEsSampler answers every task for 100 candidates, and its best trial wins. How many answers until
-the mean of our distribution is as good on the unseen tasks? A gradient of one task counts as GRADIENT answers. Ratio of
-the medians over 5 seeds; a seed that never gets there counts as all its answers.
+demo: Optuna's own CmaEsSampler answers every task for 100 candidates, and its best trial wins. How
+many answers until the mean of our distribution is as good on the unseen tasks? A gradient of one
+task counts as GRADIENT answers. Ratio of the medians over 5 seeds; a seed that never gets there
+counts as all its answers.
 """
 
 from __future__ import annotations
@@ -31,34 +36,62 @@ import optuna
 import yaml
 
 from evomerge.console import Console
-from evomerge.search.loop import Search
-from evomerge.search.sampler import Distribution, make_cma
-from evomerge.search.session import open_search
-from evomerge.search.verdict import bootstrap_interval
-from evomerge.search.warm_start import Step, warm_start
+from evomerge.searching.loop import Search
+from evomerge.searching.sampler import Distribution, make_cma
+from evomerge.searching.session import open_search
+from evomerge.searching.verdict import bootstrap_interval
+from evomerge.searching.warm_start import Step, warm_start
 from evomerge.study import Study, read_study
 from evomerge.tasks import Task
 
-GRADIENT = 3  # answers that a task's gradient costs: a forward pass and a backward pass of twice its price
+# answers that a task's gradient costs: a forward pass and a backward pass of twice its price
+GRADIENT = 3
 STOCK = 100  # candidates of the stock sampler
 GENERATIONS = 8  # of ours, at most
 
 
-def gain(pair: Path, kept: Path, trials: int = 24, seeds: int = 3, steps: int = 24, dtype: str = "bfloat16") -> dict[str, Any]:
+def gain(
+    pair: Path,
+    kept: Path,
+    trials: int = 24,
+    seeds: int = 3,
+    steps: int = 24,
+    dtype: str = "bfloat16",
+) -> dict[str, Any]:
     """Warm start against none on a real pair, 15 slices."""
     scores: dict[str, list[dict[str, float]]] = {"none": [], "likelihood": []}
     for seed in range(seeds):
         for arm, found in scores.items():
-            settings = _settings(pair / "parent", pair / "sibling", pair / "tasks.jsonl", layers=2, tokens=24, seed=seed)
-            settings["search"] |= {"trials": trials, "population": 8, "start": 0.8, "uniform": [0.8], "dtype": dtype}
+            settings = _settings(
+                pair / "parent",
+                pair / "sibling",
+                pair / "tasks.jsonl",
+                layers=2,
+                tokens=24,
+                seed=seed,
+            )
+            settings["search"] |= {
+                "trials": trials,
+                "population": 8,
+                "start": 0.8,
+                "uniform": [0.8],
+                "dtype": dtype,
+            }
             if arm == "likelihood":
                 settings["search"] |= {"warm_start": arm, "warm_start_steps": steps}
             with search_of(settings, kept / f"gain-{arm}-{seed}") as search:
                 search.run()
                 found.append(unseen(search, winner(search)))
-                say(f"seed {seed}, warm start {arm}: {mean(found[-1]):.3f} on {len(found[-1])} unseen tasks")
+                say(
+                    f"seed {seed}, warm start {arm}: {mean(found[-1]):.3f} on {len(found[-1])} unseen tasks"
+                )
     tasks = list(scores["none"][0])
-    each = [statistics.mean(a[task] - b[task] for a, b in zip(scores["likelihood"], scores["none"], strict=True)) for task in tasks]
+    each = [
+        statistics.mean(
+            a[task] - b[task] for a, b in zip(scores["likelihood"], scores["none"], strict=True)
+        )
+        for task in tasks
+    ]
     low, high = bootstrap_interval(each)
     return {
         "warm_start_gain": round(statistics.mean(each), 4),
@@ -71,10 +104,19 @@ def gain(pair: Path, kept: Path, trials: int = 24, seeds: int = 3, steps: int = 
 
 
 def demo(folder: Path, kept: Path, seeds: int = 5, steps: int = 16) -> dict[str, Any]:
-    """Answers until we are as good on unseen tasks as the stock sampler is after STOCK candidates, with the warm start and without."""
+    """Answers until we are as good on unseen tasks as the stock sampler is after STOCK candidates,
+    with the warm start and without.
+    """
     rows = []
     for seed in range(seeds):
-        settings = _settings(folder / "base", folder / "instruct", folder / "tasks.jsonl", layers=2, tokens=16, seed=seed)
+        settings = _settings(
+            folder / "base",
+            folder / "instruct",
+            folder / "tasks.jsonl",
+            layers=2,
+            tokens=16,
+            seed=seed,
+        )
         settings["search"] |= {"population": 8, "sigma": 0.33}
         with search_of(settings, kept / f"demo-{seed}") as search:
             tasks = len(search.split.search)
@@ -82,17 +124,31 @@ def demo(folder: Path, kept: Path, seeds: int = 5, steps: int = 16) -> dict[str,
             plain = reached(search, search.sampler.start, goal)
             warm, spent = warmed(search, steps, kept / f"demo-{seed}" / "warm_start.jsonl")
             rows.append(
-                {"seed": seed, "goal": round(goal, 4), "stock": STOCK * tasks, "plain": plain, "warm": spent + reached(search, warm, goal)}
+                {
+                    "seed": seed,
+                    "goal": round(goal, 4),
+                    "stock": STOCK * tasks,
+                    "plain": plain,
+                    "warm": spent + reached(search, warm, goal),
+                }
             )
         say(json.dumps(rows[-1]))
-    middle = {arm: statistics.median(row[arm] for row in rows) for arm in ("stock", "plain", "warm")}
+    middle = {
+        arm: statistics.median(row[arm] for row in rows) for arm in ("stock", "plain", "warm")
+    }
     share = {arm: round(middle[arm] / middle["stock"], 3) for arm in ("plain", "warm")}
     return {"demo_answers": middle, "share_of_stock": share, "seeds": rows}
 
 
 def warmed(search: Search, steps: int, file: Path) -> tuple[Distribution, int]:
-    """Where the warm start lets CMA-ES begin, and what it cost in answers; its steps are kept in a file."""
-    done = [Step.from_dict(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    """Where the warm start lets CMA-ES begin, and what it cost in answers; its steps are kept in a
+    file.
+    """
+    done = (
+        [Step.from_dict(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
+        if file.exists()
+        else []
+    )
 
     def record(step: Step) -> None:
         with file.open("a", encoding="utf-8") as kept:
@@ -100,11 +156,20 @@ def warmed(search: Search, steps: int, file: Path) -> tuple[Distribution, int]:
 
     study = replace(search.study, search=replace(search.study.search, warm_start_steps=steps))
     found = warm_start(
-        search.engine, search.genome, search.split.search, search.prompter, study, done, record, lambda line: say(f"warm start {line}")
+        search.engine,
+        search.genome,
+        search.split.search,
+        search.prompter,
+        study,
+        done,
+        record,
+        lambda line: say(f"warm start {line}"),
     )
     start = search.sampler.start
     cov = start.cov * np.outer(found.scales, found.scales)
-    return Distribution(np.array(found.mean), start.sigma, cov), GRADIENT * sum(step.tasks for step in found.steps)
+    return Distribution(np.array(found.mean), start.sigma, cov), GRADIENT * sum(
+        step.tasks for step in found.steps
+    )
 
 
 def stock(search: Search, seed: int) -> tuple[float, ...]:
@@ -113,25 +178,38 @@ def stock(search: Search, seed: int) -> tuple[float, ...]:
 
     def objective(trial: optuna.Trial) -> float:
         vector = [trial.suggest_float(gene.name, gene.low, gene.high) for gene in genes]
-        return mean(_values(search, vector, search.split.search, f"stock {trial.number + 1}/{STOCK}"))
+        return mean(
+            _values(search, vector, search.split.search, f"stock {trial.number + 1}/{STOCK}")
+        )
 
-    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.CmaEsSampler(seed=seed))
+    study = optuna.create_study(
+        direction="maximize", sampler=optuna.samplers.CmaEsSampler(seed=seed)
+    )
     study.optimize(objective, n_trials=STOCK)
     return tuple(study.best_params[gene.name] for gene in genes)
 
 
 def reached(search: Search, start: Distribution, goal: float) -> int:
-    """Answers until the distribution's mean has the goal on unseen tasks, drawn and told as in a search."""
+    """Answers until the distribution's mean has the goal on unseen tasks, drawn and told as in a
+    search.
+    """
     sampler, tasks = search.sampler, search.split.search
     optimizer = make_cma(start, sampler.bounds, sampler.population, sampler.seed)
     for generation in range(GENERATIONS):
         at = np.clip(optimizer.mean, *sampler.bounds.T).tolist()
         score = mean(unseen(search, at))
-        say(f"generation {generation}: the mean has {score:.3f} on unseen tasks, the goal is {goal:.3f}")
+        say(
+            f"generation {generation}: the mean has {score:.3f} on unseen tasks, the goal is {goal:.3f}"
+        )
         if score >= goal:
             return generation * sampler.population * len(tasks)
         drawn = [optimizer.ask() for _ in range(sampler.population)]
-        optimizer.tell([(x, -mean(_values(search, x.tolist(), tasks, f"generation {generation + 1}"))) for x in drawn])
+        optimizer.tell(
+            [
+                (x, -mean(_values(search, x.tolist(), tasks, f"generation {generation + 1}")))
+                for x in drawn
+            ]
+        )
     return GENERATIONS * sampler.population * len(tasks)
 
 
@@ -146,18 +224,30 @@ def unseen(search: Search, vector: Sequence[float]) -> dict[str, float]:
     return _values(search, vector, search.split.held_out, "unseen")
 
 
-def _values(search: Search, vector: Sequence[float], tasks: Sequence[Task], label: str) -> dict[str, float]:
+def _values(
+    search: Search, vector: Sequence[float], tasks: Sequence[Task], label: str
+) -> dict[str, float]:
     found = search.examiner.examine(search.genome.decode(vector), [tasks], label)
-    return {str(task.task_id): float(bool(grade.correct)) for task, grade in zip(found.tasks, found.grades, strict=True)}
+    return {
+        str(task.task_id): float(bool(grade.correct))
+        for task, grade in zip(found.tasks, found.grades, strict=True)
+    }
 
 
 def mean(values: dict[str, float]) -> float:
     return statistics.mean(values.values())
 
 
-def _settings(base: Path, sibling: Path, tasks: Path, layers: int, tokens: int, seed: int) -> dict[str, Any]:
+def _settings(
+    base: Path, sibling: Path, tasks: Path, layers: int, tokens: int, seed: int
+) -> dict[str, Any]:
     return {
-        "genome": {"base_model": str(base), "models": [str(sibling)], "merge_method": "task_arithmetic", "layer_granularity": layers},
+        "genome": {
+            "base_model": str(base),
+            "models": [str(sibling)],
+            "merge_method": "task_arithmetic",
+            "layer_granularity": layers,
+        },
         "tasks": [{"file": str(tasks)}],
         "generation": {"max_new_tokens": tokens},
         "judge": {"kind": "rules", "metric": "correct"},
@@ -182,18 +272,24 @@ def say(line: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The search on real answers; see the file's first lines.")
+    parser = argparse.ArgumentParser(
+        description="The search on real answers; see the file's first lines."
+    )
     parser.add_argument("what", choices=["gain", "demo"])
     parser.add_argument("folder", type=Path, metavar="PAIR")
     parser.add_argument("kept", type=Path, metavar="KEPT")
     parser.add_argument("--seeds", type=int, default=None)
     parser.add_argument("--steps", type=int, default=None)
-    parser.add_argument("--dtype", default=None, help="with gain: float32 is faster on CPUs without bf16 products")
+    parser.add_argument(
+        "--dtype", default=None, help="with gain: float32 is faster on CPUs without bf16 products"
+    )
     given = {key: value for key, value in vars(parser.parse_args()).items() if value is not None}
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     what, folder, kept = given.pop("what"), given.pop("folder").resolve(), given.pop("kept")
-    print(json.dumps(gain(folder, kept, **given) if what == "gain" else demo(folder, kept, **given)))
+    print(
+        json.dumps(gain(folder, kept, **given) if what == "gain" else demo(folder, kept, **given))
+    )
 
 
 if __name__ == "__main__":

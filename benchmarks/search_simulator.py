@@ -1,4 +1,5 @@
-"""Simulated searches: ours with its options, and two peers. Each is an iterator of what its winner would be by then.
+"""Simulated searches: ours with its options, and two peers. Each is an iterator of what its winner
+would be by then.
 
 A step is (graded answers so far, those of choosing the winner included; the winner's weights).
 """
@@ -14,17 +15,20 @@ import numpy as np
 import optuna
 from search_landscapes import BOUNDS, Array, World
 
-from evomerge.search.choosing import choose
-from evomerge.search.racing import blocks, hopeless, subset_size, task_order
-from evomerge.search.sampler import Distribution, default_population, make_cma
+from evomerge.searching.choosing import choose
+from evomerge.searching.racing import blocks, hopeless, subset_size, task_order
+from evomerge.searching.sampler import Distribution, default_population, make_cma
 
 Step = tuple[int, Array]
-UNIFORM = (0.0, 1.0, 0.25, 0.5, 0.75, 1.25)  # the references of a study: parents and uniform weights
+# the references of a study: parents and uniform weights
+UNIFORM = (0.0, 1.0, 0.25, 0.5, 0.75, 1.25)
 
 
 @dataclass(frozen=True)
 class Options:
-    """Of our search: keys of the study file, and what was tried and does not ship (growth, average, start)."""
+    """Of our search: keys of the study file, and what was tried and does not ship (growth, average,
+    start).
+    """
 
     ranking: str = "all"
     subset: int = 16
@@ -54,7 +58,13 @@ def ours(world: World, seed: int, o: Options) -> Iterator[Step]:
         if o.start == "uniform":
             start = np.full(d, UNIFORM[int(graded.mean(axis=1).argmax())])
     bounds = np.tile(BOUNDS, (d, 1))
-    optimizer = make_cma(Distribution(start, o.sigma, np.eye(d)), bounds, o.population or default_population(d), seed, o.lr_adapt)
+    optimizer = make_cma(
+        Distribution(start, o.sigma, np.eye(d)),
+        bounds,
+        o.population or default_population(d),
+        seed,
+        o.lr_adapt,
+    )
     means: list[Array] = []
     best: list[tuple[float, Array, Array]] = []  # score, weights, grades on the validation tasks
     generation = 0
@@ -78,11 +88,20 @@ def ours(world: World, seed: int, o: Options) -> Iterator[Step]:
             continue
         for x, score in zip(drawn, scores, strict=True):
             if len(best) < o.finalists or score > best[-1][0]:
-                best = sorted([*best, (float(score), x, world.grades(x[None], validation, rng)[0])], key=lambda b: -b[0])[: o.finalists]
-        stands = {"mean": world.grades(mean[None], validation, rng)[0]} | {str(i): b[2] for i, b in enumerate(best)}
-        named = {name: dict(zip(map(str, validation), values.tolist(), strict=True)) for name, values in stands.items()}
+                best = sorted(
+                    [*best, (float(score), x, world.grades(x[None], validation, rng)[0])],
+                    key=lambda b: -b[0],
+                )[: o.finalists]
+        stands = {"mean": world.grades(mean[None], validation, rng)[0]} | {
+            str(i): b[2] for i, b in enumerate(best)
+        }
+        named = {
+            name: dict(zip(map(str, validation), values.tolist(), strict=True))
+            for name, values in stands.items()
+        }
         winner = choose(named, chance=NormalDist().cdf(-o.lead))
-        spent_on_choice = len(search) + len(stands) * kept  # the loop also grades the mean on every search task
+        # the loop also grades the mean on every search task
+        spent_on_choice = len(search) + len(stands) * kept
         yield spent + spent_on_choice, mean if winner == "mean" else best[int(winner)][1]
 
 
@@ -104,7 +123,9 @@ def optuna_cmaes(world: World, seed: int) -> Iterator[Step]:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        study = optuna.create_study(sampler=optuna.samplers.CmaEsSampler(seed=seed), direction="maximize")
+        study = optuna.create_study(
+            sampler=optuna.samplers.CmaEsSampler(seed=seed), direction="maximize"
+        )
     best = -np.inf
     spent = 0
     winner = np.ones(d)
@@ -120,7 +141,9 @@ def optuna_cmaes(world: World, seed: int) -> Iterator[Step]:
 
 
 def mergekit_evolve(world: World, seed: int) -> Iterator[Step]:
-    """The `cma` package as mergekit-evolve calls it: weights from 1, sigma 1/6, its population, no bounds; `xbest` wins."""
+    """The `cma` package as mergekit-evolve calls it: weights from 1, sigma 1/6, its population, no
+    bounds; `xbest` wins.
+    """
     rng = np.random.default_rng([seed, 3])
     d, tasks = world.tilt.shape[1], np.arange(len(world.search))
     with warnings.catch_warnings():

@@ -1,8 +1,10 @@
-"""Tokens per second of the vLLM engine over those of the transformers engine. The last line is one JSON object.
+"""Tokens per second of the vLLM engine over those of the transformers engine. The last line is one
+JSON object.
 
-vllm_vs_hf: 32 prompts of 8 to 48 tokens, 64 new tokens each, on a random Llama of 20 M parameters in bfloat16 (--dtype),
-on a GPU if there is one. Each engine has a process of its own, by turns; null where vLLM is not installed. The seconds that
-a candidate's weights take, merged and handed over, are printed beside it.
+vllm_vs_hf: 32 prompts of 8 to 48 tokens, 64 new tokens each, on a random Llama of 20 M parameters
+in bfloat16 (--dtype), on a GPU if there is one. Each engine has a process of its own, by turns;
+null where vLLM is not installed. The seconds that a candidate's weights take, merged and handed
+over, are printed beside it.
 """
 
 from __future__ import annotations
@@ -24,10 +26,15 @@ KINDS = ("transformers", "vllm")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--graphs", action="store_true", help="vLLM with compiled graphs instead of enforce_eager")
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)  # an engine's kind and the folder of the pair
+    parser.add_argument(
+        "--graphs", action="store_true", help="vLLM with compiled graphs instead of enforce_eager"
+    )
+    # an engine's kind and the folder of the pair
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         child(args.child[0], Path(args.child[1]), args.dtype, not args.graphs)
@@ -47,23 +54,36 @@ def compare(command: list[str], folder: str) -> float:
     found: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
     for _ in range(TURNS):
         for kind in KINDS:
-            run = subprocess.run([sys.executable, *command, kind, folder], check=True, stdout=subprocess.PIPE, text=True)
+            run = subprocess.run(
+                [sys.executable, *command, kind, folder],
+                check=True,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
             found[kind].append(json.loads(run.stdout.splitlines()[-1]))
     for kind, runs in found.items():
         figures = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-        print(f"{kind}: {figures['rate']:.0f} tokens/s, a candidate's weights in {figures['apply']:.3f} s, loaded in {figures['load']:.0f}")
-    ours, theirs = (statistics.median(run["rate"] for run in found[kind]) for kind in reversed(KINDS))
+        print(
+            f"{kind}: {figures['rate']:.0f} tokens/s, a candidate's weights in {figures['apply']:.3f} s, loaded in {figures['load']:.0f}"
+        )
+    ours, theirs = (
+        statistics.median(run["rate"] for run in found[kind]) for kind in reversed(KINDS)
+    )
     return round(ours / theirs, 2)
 
 
 def child(kind: str, folder: Path, dtype: str, eager: bool) -> None:
     """Print one engine's figures: tokens per second, seconds of loading and of applying a recipe."""
     from evomerge.answering.engine import make_engine
-    from evomerge.merging.folder import open_model
+    from evomerge.merging.checkpoints.model_folder import open_model
     from evomerge.recipe import task_arithmetic_recipe
     from evomerge.study import EngineSection, GenerationSection, VllmSection
 
-    section = EngineSection(kind="vllm" if kind == "vllm" else "transformers", batch_size=PROMPTS, vllm=VllmSection(enforce_eager=eager))
+    section = EngineSection(
+        kind="vllm" if kind == "vllm" else "transformers",
+        batch_size=PROMPTS,
+        vllm=VllmSection(enforce_eager=eager),
+    )
     base, sibling = open_model(str(folder / "base")), open_model(str(folder / "sibling"))
     began = time.perf_counter()
     engine = make_engine(base, [sibling], section, GenerationSection(max_new_tokens=NEW), dtype)
@@ -71,14 +91,33 @@ def child(kind: str, folder: Path, dtype: str, eager: bool) -> None:
     rng = random.Random(0)
     applied, rates = [], []
     for i in range(1 + ROUNDS):  # the first is a warm-up
-        prompts = [" ".join(f"t{rng.randrange(VOCABULARY)}" for _ in range(rng.randint(8, 48))) for _ in range(PROMPTS)]
+        prompts = [
+            " ".join(f"t{rng.randrange(VOCABULARY)}" for _ in range(rng.randint(8, 48)))
+            for _ in range(PROMPTS)
+        ]
         began = time.perf_counter()
-        engine.apply(task_arithmetic_recipe(base.ref, [sibling.ref], [(0, LAYERS)], [[0.5 + 0.1 * i]], dtype=dtype))
+        engine.apply(
+            task_arithmetic_recipe(
+                base.ref, [sibling.ref], [(0, LAYERS)], [[0.5 + 0.1 * i]], dtype=dtype
+            )
+        )
         applied.append(time.perf_counter() - began)
         began = time.perf_counter()
-        tokens = sum(answer.tokens for batch in engine.batches(prompts) for answer in engine.answer([prompts[j] for j in batch]))
+        tokens = sum(
+            answer.tokens
+            for batch in engine.batches(prompts)
+            for answer in engine.answer([prompts[j] for j in batch])
+        )
         rates.append(tokens / (time.perf_counter() - began))
-    print(json.dumps({"rate": statistics.median(rates[1:]), "apply": statistics.median(applied[1:]), "load": load}))
+    print(
+        json.dumps(
+            {
+                "rate": statistics.median(rates[1:]),
+                "apply": statistics.median(applied[1:]),
+                "load": load,
+            }
+        )
+    )
 
 
 def make_pair(folder: Path) -> None:
@@ -91,7 +130,9 @@ def make_pair(folder: Path) -> None:
     logging.disable_progress_bar()
     backend = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t0"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="t0", eos_token="t1", bos_token="t2")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="t0", eos_token="t1", bos_token="t2"
+    )
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=HIDDEN,

@@ -30,7 +30,9 @@ class Console:
         print(text, file=self.stream, flush=True)
 
     def status(self, text: str, detail: bool = False) -> None:
-        """On a terminal at once; elsewhere a line at most every ten seconds, or every minute for a detail."""
+        """On a terminal at once; elsewhere a line at most every ten seconds, or every minute for a
+        detail.
+        """
         if self.tty:
             self._clear()
             self.stream.write(text)
@@ -63,17 +65,26 @@ def size(number: float) -> str:
 
 
 def parse_size(size: str | int) -> int:
-    """Bytes of "5GB", "200M", "20K", "5GiB" or a number; "5B" is mergekit's five billion. Raises InputError."""
+    """Bytes of "5GB", "200M", "20K", "5GiB" or a number; "5B" is mergekit's five billion. Raises
+    InputError.
+    """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)(I?)(B?)", str(size).strip().upper())
     if not match or float(match[1]) <= 0 or (match[3] and not match[2]):
-        raise InputError("no size of a file", where="--out-shard-size", found=size, remedy="Write 5GB, 200M or a number of bytes.")
+        raise InputError(
+            "no size of a file",
+            where="--out-shard-size",
+            found=size,
+            remedy="Write 5GB, 200M or a number of bytes.",
+        )
     if match[4] and not match[2]:
         return int(float(match[1]) * 1000**3)
     return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMG".index(match[2] or " "))
 
 
 def byte_progress(console: Console, doing: str) -> Callable[[int, int], None]:
-    """What to call with (bytes done, bytes in all): a bar on a terminal, plain lines elsewhere, with rate and time left."""
+    """What to call with (bytes done, bytes in all): a bar on a terminal, plain lines elsewhere,
+    with rate and time left.
+    """
     began = time.monotonic()
     shown = -REDRAW_EVERY
 
@@ -84,7 +95,11 @@ def byte_progress(console: Console, doing: str) -> Callable[[int, int], None]:
             return
         shown = now
         share, seconds = done / total if total else 1.0, now - began
-        rate = f"  {size(done / seconds)}/s  ETA {duration(seconds * (1 / share - 1))}" if done and seconds else ""
+        rate = (
+            f"  {size(done / seconds)}/s  ETA {duration(seconds * (1 / share - 1))}"
+            if done and seconds
+            else ""
+        )
         bar = f"[{'#' * int(share * BAR):{BAR}}] " if console.tty else ""
         console.status(f"{doing} {bar}{share:4.0%}  {size(done)} of {size(total)}{rate}")
 
@@ -92,7 +107,9 @@ def byte_progress(console: Console, doing: str) -> Callable[[int, int], None]:
 
 
 def seconds(text: str) -> float | None:
-    """The seconds of "90s", "55m", "8h" or "2d"; a bare number is seconds. None: no duration above 0."""
+    """The seconds of "90s", "55m", "8h" or "2d"; a bare number is seconds. None: no duration above
+    0.
+    """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", text.strip())
     if match is None or not float(match[1]):
         return None

@@ -10,10 +10,10 @@
     │   ├── TaskError             a task file or dataset
     │   └── KnowledgeError        the Excel base
     └── RunError                  exit 1: something that happened while running
-        ├── EngineError           the model could not answer
-        ├── JudgeError            the judge could not grade: the run stops, all recorded
-        │   └── JudgePaused       exit 3: a budget is spent or grades are missing; the same command goes on
-        └── OutputError           results could not be written (full disk, no permission)
+        ├── EngineError           the model could not answer ├── JudgeError            the judge
+        could not grade: the run stops, all recorded │   └── JudgePaused       exit 3: a budget is
+        spent or grades are missing; the same command goes on └── OutputError           results
+        could not be written (full disk, no permission)
 
 A line reads ``where: what (found: value). remedy``.
 """
@@ -26,7 +26,9 @@ class EvomergeError(Exception):
 
     exit_code = 1
 
-    def __init__(self, what: str, *, where: object = None, found: object = None, remedy: str | None = None) -> None:
+    def __init__(
+        self, what: str, *, where: object = None, found: object = None, remedy: str | None = None
+    ) -> None:
         line = f"{where}: {what}" if where is not None else what
         if found is not None:
             line += f" (found: {_short(found)})"
@@ -55,7 +57,9 @@ class RecipeError(InputError):
 
 
 class UnsupportedRecipe(RecipeError):
-    """A configuration that mergekit may merge and evomerge does not: `evomerge merge` hands it over."""
+    """A configuration that mergekit may merge and evomerge does not: `evomerge merge` hands it
+    over.
+    """
 
 
 class ModelError(InputError):
@@ -83,7 +87,9 @@ class JudgeError(RunError):
 
 
 class JudgePaused(JudgeError):
-    """Grades are missing that no one may invent: the run waits, all recorded, and the same command goes on."""
+    """Grades are missing that no one may invent: the run waits, all recorded, and the same command
+    goes on.
+    """
 
     exit_code = 3
 

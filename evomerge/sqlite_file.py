@@ -1,4 +1,6 @@
-"""What can happen to an SQLite file, in words: locked, cut short, on a full disk, in a folder that is read-only."""
+"""What can happen to an SQLite file, in words: locked, cut short, on a full disk, in a folder that
+is read-only.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,18 @@ from evomerge.errors import OutputError
 WAIT = 30.0  # seconds that another process's transaction is waited for
 
 
-def connect(path: Path, what: str, damaged: str, schema: str, any_thread: bool = False) -> sqlite3.Connection:
-    """An open, sound database with the schema's tables. `what` and `damaged` as in `explained`. Raises OutputError."""
+def connect(
+    path: Path, what: str, damaged: str, schema: str, any_thread: bool = False
+) -> sqlite3.Connection:
+    """An open, sound database with the schema's tables. `what` and `damaged` as in `explained`.
+    Raises OutputError.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         check(path)
-        db = sqlite3.connect(path, timeout=WAIT, isolation_level=None, check_same_thread=not any_thread)
+        db = sqlite3.connect(
+            path, timeout=WAIT, isolation_level=None, check_same_thread=not any_thread
+        )
         db.executescript(schema)
     except (OSError, sqlite3.Error) as error:
         raise explained(error, what, path, damaged) from error
@@ -33,19 +41,37 @@ def check(path: Path) -> None:
         raise sqlite3.DatabaseError("database disk image is malformed")
 
 
-def explained(error: BaseException, what: str, path: Path | str | None, damaged: str = "") -> OutputError:
-    """One line for an error of a file. `what` names its content; `damaged` says what to do with it when it is damaged.
+def explained(
+    error: BaseException, what: str, path: Path | str | None, damaged: str = ""
+) -> OutputError:
+    """One line for an error of a file. `what` names its content; `damaged` says what to do with it
+    when it is damaged.
 
-    SQLite's own words are looked at: drivers and SQLAlchemy hand them on, but not always the error's number.
+    SQLite's own words are looked at: drivers and SQLAlchemy hand them on, but not always the
+    error's number.
     """
     cause = (str(error).splitlines() or [type(error).__name__])[0][:120]
     again = "then run the same command"
-    unreadable = ("malformed", "not a database", "unsupported file format", "decode")  # the last: no text, or no JSON
+    # the last: no text, or no JSON
+    unreadable = ("malformed", "not a database", "unsupported file format", "decode")
     if isinstance(error, ValueError) or any(words in cause for words in unreadable):
         return OutputError(f"{what} is damaged or cut short: {cause}", where=path, remedy=damaged)
     if "locked" in cause:
-        remedy = f"Wait for the process that holds it, or end it (`fuser {path}` names it), {again}."
-        return OutputError(f"{what} is in use by another process: {cause}", where=path, remedy=remedy)
-    if any(words in cause.lower() for words in ("readonly", "read-only", "permission", "unable to open")):
-        return OutputError(f"{what} cannot be written: {cause}", where=path, remedy=f"Change the permissions of file and folder, {again}.")
-    return OutputError(f"{what} cannot be written: {cause}", where=path, remedy=f"Free some space, {again}.")
+        remedy = (
+            f"Wait for the process that holds it, or end it (`fuser {path}` names it), {again}."
+        )
+        return OutputError(
+            f"{what} is in use by another process: {cause}", where=path, remedy=remedy
+        )
+    if any(
+        words in cause.lower()
+        for words in ("readonly", "read-only", "permission", "unable to open")
+    ):
+        return OutputError(
+            f"{what} cannot be written: {cause}",
+            where=path,
+            remedy=f"Change the permissions of file and folder, {again}.",
+        )
+    return OutputError(
+        f"{what} cannot be written: {cause}", where=path, remedy=f"Free some space, {again}."
+    )

@@ -1,4 +1,6 @@
-"""A small real HTTP server that speaks what evomerge asks of an OpenAI-compatible one, and fails on demand."""
+"""A small real HTTP server that speaks what evomerge asks of an OpenAI-compatible one, and fails on
+demand.
+"""
 
 import json
 import threading
@@ -21,13 +23,16 @@ class Quiet(ThreadingHTTPServer):
 
 
 class Server:
-    """`models` is the list (None: there is no such page). `plan(number, prompt)`, asked for every question (counted from
-    0), gives None for a usual answer, a dict of changes to it, or an action: status(…), raw(…), torn()."""
+    """`models` is the list (None: there is no such page). `plan(number, prompt)`, asked for every
+    question (counted from 0), gives None for a usual answer, a dict of changes to it, or an action:
+    status(…), raw(…), torn().
+    """
 
     def __init__(self, models=("m",), plan=lambda number, prompt: None, seconds=0.0, known=None):
         self.models, self.plan, self.seconds = models, plan, seconds
         self.known = known  # a model's names, where others are refused: (names, action)
-        self.asked, self.answered = [], Counter()  # (path, body, headers); prompts answered with status 200
+        # (path, body, headers); prompts answered with status 200
+        self.asked, self.answered = [], Counter()
         self.now = self.most = 0  # requests under way
         self.lock = threading.Lock()
 
@@ -50,7 +55,9 @@ class Server:
 
 
 def status(code, message="broken", body=None, **headers):
-    data = json.dumps(body if body is not None else {"error": {"message": message, "type": "error", "code": code}}).encode()
+    data = json.dumps(
+        body if body is not None else {"error": {"message": message, "type": "error", "code": code}}
+    ).encode()
     return lambda h: h.reply(code, data, {k.replace("_", "-"): v for k, v in headers.items()})
 
 
@@ -72,7 +79,11 @@ def torn():
 
 
 def prompt_of(body):
-    return body["prompt"] if "prompt" in body else "\n".join(f"{m['role']}: {m['content']}" for m in body["messages"])
+    return (
+        body["prompt"]
+        if "prompt" in body
+        else "\n".join(f"{m['role']}: {m['content']}" for m in body["messages"])
+    )
 
 
 def handler(server):
@@ -83,7 +94,9 @@ def handler(server):
             server.asked.append((self.path, None, self.lower()))
             if self.path != "/v1/models" or server.models is None:
                 return status(404, "Not Found")(self)
-            return self.json({"object": "list", "data": [{"id": m, "object": "model"} for m in server.models]})
+            return self.json(
+                {"object": "list", "data": [{"id": m, "object": "model"} for m in server.models]}
+            )
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -110,7 +123,11 @@ def handler(server):
                 return what(self)
             found = {"text": usual(prompt), "finish_reason": "stop"} | (what or {})
             choice = {"index": 0, "finish_reason": found["finish_reason"]}
-            choice |= {"text": found["text"]} if "prompt" in body else {"message": {"role": "assistant", "content": found["text"]}}
+            choice |= (
+                {"text": found["text"]}
+                if "prompt" in body
+                else {"message": {"role": "assistant", "content": found["text"]}}
+            )
             with server.lock:
                 server.answered[prompt] += 1
             return self.json(

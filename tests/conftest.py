@@ -1,10 +1,13 @@
-"""A tiny random pair with a real tokenizer and tasks: enough for every path through a study, in seconds."""
+"""A tiny random pair with a real tokenizer and tasks: enough for every path through a study, in
+seconds.
+"""
 
 import json
 import os
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the hub's client is imported, so before all that follows
+# read when the hub's client is imported, so before all that follows
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
@@ -14,7 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 torch.set_num_threads(1)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-PLACES = [(n % 7, n * n) for n in range(60)]  # long references are open tasks, whose grades vary with every answer
+# long references are open tasks, whose grades vary with every answer
+PLACES = [(n % 7, n * n) for n in range(60)]
 CHARACTERS = "あいうえおかきくけこ0123456789:\n"
 
 
@@ -43,8 +47,16 @@ def make_model(seed, layers=4, **config):
         "num_key_value_heads": 2,
         "max_position_embeddings": 64,
     }
-    settings |= {"vocab_size": 4 + len(CHARACTERS), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2}
-    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **(settings | config))).to(torch.bfloat16)
+    settings |= {
+        "vocab_size": 4 + len(CHARACTERS),
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "initializer_range": 0.2,
+    }
+    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **(settings | config))).to(
+        torch.bfloat16
+    )
 
 
 def save(model, folder):
@@ -65,10 +77,16 @@ def pair(tmp_path_factory):
     save(base, folder / "instruct")
     kana = CHARACTERS[:10]
     rows = [
-        {"task_id": i, "input": kana[i % 10] + kana[(3 * i) % 10], "output": "".join(kana[(a * i + b) % 10] for a, b in PLACES)}
+        {
+            "task_id": i,
+            "input": kana[i % 10] + kana[(3 * i) % 10],
+            "output": "".join(kana[(a * i + b) % 10] for a, b in PLACES),
+        }
         for i in range(40)
     ]
-    (folder / "tasks.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    (folder / "tasks.jsonl").write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     (folder / "study.yaml").write_text(
         "study: tiny\n"
         "genome: {base_model: ./base, models: [./instruct], merge_method: task_arithmetic, layer_granularity: 1}\n"

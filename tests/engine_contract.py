@@ -1,13 +1,15 @@
 """What every engine must do, as tests that take an engine factory.
 
-A test file for one engine subclasses `Contract` in a class whose name begins with Test and says how its engine is made:
+A test file for one engine subclasses `Contract` in a class whose name begins with Test and says how
+its engine is made:
 
-    class TestTransformers(Contract):
-        def make(self, family, siblings=("one", "two"), *, model="base", dtype="float32", seed=0, too_long="refuse", **generation):
+    class TestTransformers(Contract): def make(self, family, siblings=("one", "two"), *,
+        model="base", dtype="float32", seed=0, too_long="refuse", **generation):
             return TransformersEngine(…)
 
-`generation` are keys of GenerationSection; `model` is the folder in `family` that stands for the base, and without siblings
-it answers as it lies on disk. `exact_batches` and `exact_reload` say what an engine promises; all else holds for every one.
+`generation` are keys of GenerationSection; `model` is the folder in `family` that stands for the
+base, and without siblings it answers as it lies on disk. `exact_batches` and `exact_reload` say
+what an engine promises; all else holds for every one.
 """
 
 import gc
@@ -44,8 +46,16 @@ TIES = {"merge_method": "ties", "parameters": {"normalize": True}}
 
 def recipe(family, weights, **top):
     """Every sibling with its weight (a number, or one per end of the model) and a density of 0.6."""
-    models = [{"model": str(family / n), "parameters": {"weight": w, "density": 0.6}} for n, w in weights.items()]
-    data = {"merge_method": "task_arithmetic", "base_model": str(family / "base"), "dtype": "float32", "models": models}
+    models = [
+        {"model": str(family / n), "parameters": {"weight": w, "density": 0.6}}
+        for n, w in weights.items()
+    ]
+    data = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(family / "base"),
+        "dtype": "float32",
+        "models": models,
+    }
     return Recipe.from_dict(data | top)
 
 
@@ -81,7 +91,9 @@ def family(tmp_path_factory):
 
 
 def contract_family(folder, **shape):
-    """base, one, two, in float32 with clear favourites among the tokens; mute ends every answer at once, endless none."""
+    """base, one, two, in float32 with clear favourites among the tokens; mute ends every answer at
+    once, endless none.
+    """
     make_family(folder, initializer_range=0.4, max_position_embeddings=CONTEXT, **shape)
     for name, token in (("mute", 2), ("endless", 5)):
         model = make_model(3, initializer_range=0.02, max_position_embeddings=CONTEXT, **shape)
@@ -95,7 +107,8 @@ def contract_family(folder, **shape):
             layer.self_attn.o_proj.weight.data[:] = 0.0
         save(model, folder / name)
     tokenizer = make_tokenizer()
-    tokenizer.backend_tokenizer.decoder = decoders.Fuse()  # texts without spaces between the characters
+    # texts without spaces between the characters
+    tokenizer.backend_tokenizer.decoder = decoders.Fuse()
     for name in ("base", "one", "two", "mute", "endless"):
         tokenizer.save_pretrained(folder / name)
     return folder
@@ -107,7 +120,17 @@ class Contract:
     exact_batches = True  # in float32 a batch gives the answers of single prompts
     exact_reload = True  # weights in place give token for token what a fresh load gives
 
-    def make(self, family, siblings=("one", "two"), *, model="base", dtype="float32", seed=0, too_long="refuse", **generation) -> Engine:
+    def make(
+        self,
+        family,
+        siblings=("one", "two"),
+        *,
+        model="base",
+        dtype="float32",
+        seed=0,
+        too_long="refuse",
+        **generation,
+    ) -> Engine:
         raise NotImplementedError
 
     @pytest.fixture(scope="class")
@@ -144,9 +167,13 @@ class Contract:
 
     def test_a_batch_gives_the_answers_of_single_prompts(self, live, family):
         if not self.exact_batches:
-            pytest.skip("this engine promises no equal answers: its documentation says how many are")
+            pytest.skip(
+                "this engine promises no equal answers: its documentation says how many are"
+            )
         live.apply(recipe(family, RECIPES["task_arithmetic"][0]))
-        assert answers_of(live, PROMPTS) == [answer for prompt in PROMPTS for answer in live.answer([prompt])]
+        assert answers_of(live, PROMPTS) == [
+            answer for prompt in PROMPTS for answer in live.answer([prompt])
+        ]
 
     def test_batches_are_a_function_of_the_prompts(self, live):
         batches = live.batches(PROMPTS)
@@ -159,7 +186,9 @@ class Contract:
         live.apply(recipe(family, RECIPES["task_arithmetic"][0]))
         answers = answers_of(live, PROMPTS)
         assert all(isinstance(answer, Answer) and 0 <= answer.tokens <= NEW for answer in answers)
-        assert all(answer.text.encode() or not answer.text for answer in answers), "half a character is in an answer"
+        assert all(answer.text.encode() or not answer.text for answer in answers), (
+            "half a character is in an answer"
+        )
 
     def test_cut_off_answers_are_marked_and_ended_ones_are_not(self, family):
         endless = self.make(family, (), model="endless", max_new_tokens=5)
@@ -182,7 +211,9 @@ class Contract:
         del whole
         gc.collect()
         stopping = self.make(family, max_new_tokens=NEW, stop=(character,))
-        assert [answer.text for answer in answers_of(stopping, PROMPTS)] == [text.split(character)[0] for text in texts]
+        assert [answer.text for answer in answers_of(stopping, PROMPTS)] == [
+            text.split(character)[0] for text in texts
+        ]
 
     def test_a_prompt_beyond_the_context_is_refused_in_one_line(self, family):
         engine = self.make(family, max_new_tokens=NEW)
@@ -217,7 +248,11 @@ class Contract:
         del engine
         gc.collect()
         penalised = self.make(family, (), model="endless", max_new_tokens=4, repetition_penalty=2.0)
-        assert [answer.text for answer in penalised.answer(["あ\n", "う\n", "い\n"])] == ["いういい", "いいいい", "ういいい"]
+        assert [answer.text for answer in penalised.answer(["あ\n", "う\n", "い\n"])] == [
+            "いういい",
+            "いいいい",
+            "ういいい",
+        ]
 
     def test_what_memory_allows_is_told(self, live):
         assert isinstance(live.limits, dict)
@@ -230,21 +265,34 @@ class Contract:
         sections = [GenerationSection(**settings) for settings in several]
         ours = answers_of(engine, PROMPTS, sections)
         assert engine.batches(PROMPTS, sections) == engine.batches(PROMPTS, sections)
-        assert answers_of(engine, PROMPTS, [GenerationSection(max_new_tokens=NEW)] * len(PROMPTS)) == answers_of(engine, PROMPTS)
+        assert answers_of(
+            engine, PROMPTS, [GenerationSection(max_new_tokens=NEW)] * len(PROMPTS)
+        ) == answers_of(engine, PROMPTS)
         del engine
         for settings in SETTINGS:
             gc.collect()
-            alone = self.make(family, (), model="one", **{key: value for key, value in settings.items() if key != "seed"}, seed=5)
+            alone = self.make(
+                family,
+                (),
+                model="one",
+                **{key: value for key, value in settings.items() if key != "seed"},
+                seed=5,
+            )
             mine = [i for i, other in enumerate(several) if other is settings]
             theirs = answers_of(alone, PROMPTS)
-            assert not self.exact_batches or [ours[i] for i in mine] == [theirs[i] for i in mine], settings
+            assert not self.exact_batches or [ours[i] for i in mine] == [theirs[i] for i in mine], (
+                settings
+            )
             del alone
 
     def test_room_in_the_context_is_each_prompts_own(self, family):
         engine = self.make(family, (), model="one", max_new_tokens=NEW)
         assert engine.context == CONTEXT
         short, long = "あ\n", "い" * (CONTEXT - 3)
-        sections = [GenerationSection(max_new_tokens=CONTEXT - 2), GenerationSection(max_new_tokens=3)]
+        sections = [
+            GenerationSection(max_new_tokens=CONTEXT - 2),
+            GenerationSection(max_new_tokens=3),
+        ]
         answers = answers_of(engine, [short, long], sections)
         assert (answers[0].tokens <= CONTEXT - 2, answers[1].tokens <= 3) == (True, True)
         with pytest.raises(EngineError, match=f"max_new_tokens 4 exceed the context of {CONTEXT}"):
@@ -254,7 +302,9 @@ class Contract:
         engine = self.make(family, (), model="endless", max_new_tokens=NEW)
         sections = [GenerationSection(max_new_tokens=n) for n in (6, 2, 4, 1)]
         prompts, seen = ["あ\n", "いう\n", "え\n", "お\n"], []
-        answers = engine.answer(prompts, sections, got=lambda place, answer: seen.append((place, answer)))
+        answers = engine.answer(
+            prompts, sections, got=lambda place, answer: seen.append((place, answer))
+        )
         assert answers == [Answer("い" * n, True, n) for n in (6, 2, 4, 1)]
         assert seen == [(place, answers[place]) for place in (3, 1, 2, 0)]
 
@@ -277,19 +327,28 @@ class Contract:
         def watch(ended, tokens):
             ahead[0] = 1e5 if tokens >= 6 else 0.0
 
-        prompts, sections = ["あ\n", "いう\n", "え\n"], [GenerationSection(max_new_tokens=n) for n in (40, 1, 40)]
+        prompts, sections = (
+            ["あ\n", "いう\n", "え\n"],
+            [GenerationSection(max_new_tokens=n) for n in (40, 1, 40)],
+        )
         engine.watch = watch
-        answers = engine.answer(prompts, sections, lambda place, answer: seen.append(place), time.monotonic() + 1e4)
+        answers = engine.answer(
+            prompts, sections, lambda place, answer: seen.append(place), time.monotonic() + 1e4
+        )
         engine.watch = None
         assert seen == [1]
         assert answers[1] == Answer("い", True, 1)
         for answer in (answers[0], answers[2]):
             assert answer == Answer("い" * answer.tokens, True, answer.tokens)
             assert 2 <= answer.tokens <= 4
-        assert engine.answer(prompts, sections) == [Answer("い" * n, True, n) for n in (40, 1, 40)], "something is left under way"
+        assert engine.answer(prompts, sections) == [
+            Answer("い" * n, True, n) for n in (40, 1, 40)
+        ], "something is left under way"
 
     def test_after_the_deadline_nothing_is_begun(self, live):
         seen = []
-        assert live.answer(PROMPTS, got=lambda *of: seen.append(of), deadline=time.monotonic()) == [Answer("", True, 0)] * len(PROMPTS)
+        assert live.answer(PROMPTS, got=lambda *of: seen.append(of), deadline=time.monotonic()) == [
+            Answer("", True, 0)
+        ] * len(PROMPTS)
         assert not seen
         assert live.answer(PROMPTS[:2], deadline=time.monotonic() + 1e4) == live.answer(PROMPTS[:2])

@@ -1,4 +1,6 @@
-"""A judge's server that fails as real ones do, by a schedule, and remembers every grade that it gave whole."""
+"""A judge's server that fails as real ones do, by a schedule, and remembers every grade that it
+gave whole.
+"""
 
 import json
 import random
@@ -9,14 +11,31 @@ from collections import defaultdict
 
 from chat_server import Server, raw, status, torn
 
-FAULTS = ("429", "429 after", "500", "503", "garbage", "half", "nothing", "slow", "torn", "prose", "out of range", "two grades", "empty")
+FAULTS = (
+    "429",
+    "429 after",
+    "500",
+    "503",
+    "garbage",
+    "half",
+    "nothing",
+    "slow",
+    "torn",
+    "prose",
+    "out of range",
+    "two grades",
+    "empty",
+)
 PASSES = FAULTS[:9]  # of the transport; the others are replies in which no grade can be read
-LATE = 2.0  # seconds that a slow reply takes, with clients that wait for half of it; rare, for it is waited for
+# seconds that a slow reply takes, with clients that wait for half of it; rare, for it is waited for
+LATE = 2.0
 
 
 def half():
     def answer(h):
-        data = json.dumps({"choices": [{"message": {"role": "assistant", "content": '{"grade": 5, "reason": "'}}]}).encode()
+        data = json.dumps(
+            {"choices": [{"message": {"role": "assistant", "content": '{"grade": 5, "reason": "'}}]}
+        ).encode()
         h.reply(200, data[: len(data) // 2], {"Content-Type": "application/json"})
 
     return answer
@@ -58,12 +77,19 @@ FORMS = (
 
 
 class FaultServer(Server):
-    """`rate` of the requests fail, in a way and an order that the seed decides. `given[answer]` are the grades of its
-    replies that can be read, in the order in which they were written."""
+    """`rate` of the requests fail, in a way and an order that the seed decides. `given[answer]` are
+    the grades of its replies that can be read, in the order in which they were written.
+    """
 
     def __init__(self, seed, rate=0.3, faults=FAULTS, down_after=None, forms=FORMS, seconds=0.0):
         super().__init__(plan=self.next, seconds=seconds)
-        self.rng, self.rate, self.faults, self.forms, self.down_after = random.Random(seed), rate, faults, forms, down_after
+        self.rng, self.rate, self.faults, self.forms, self.down_after = (
+            random.Random(seed),
+            rate,
+            faults,
+            forms,
+            down_after,
+        )
         self.given, self.deciding, self.count = defaultdict(list), threading.Lock(), 0
 
     def next(self, number, prompt):
@@ -81,4 +107,6 @@ class FaultServer(Server):
 
 def answer_of(prompt):
     """What stands between the fences."""
-    return re.search(r"^<<<回答 (\w+)>>>\n(.*?)\n<<<回答終わり \1>>>", prompt, re.DOTALL | re.MULTILINE)[2]
+    return re.search(
+        r"^<<<回答 (\w+)>>>\n(.*?)\n<<<回答終わり \1>>>", prompt, re.DOTALL | re.MULTILINE
+    )[2]

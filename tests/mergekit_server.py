@@ -1,8 +1,10 @@
-"""mergekit 0.1.5 in a process of its own that answers many questions: its import takes seconds, an answer milliseconds.
+"""mergekit 0.1.5 in a process of its own that answers many questions: its import takes seconds, an
+answer milliseconds.
 
-Tests import this module and ask `mergekit()`; run as a script by mergekit's Python, the same file is the process that
-answers. A message is a length (8 bytes), JSON, a length, and tensors in safetensors' format. mergekit's Python is
-EVOMERGE_MERGEKIT_PYTHON, else that of `mergekit-yaml` on the PATH, else our own if mergekit imports there.
+Tests import this module and ask `mergekit()`; run as a script by mergekit's Python, the same file
+is the process that answers. A message is a length (8 bytes), JSON, a length, and tensors in
+safetensors' format. mergekit's Python is EVOMERGE_MERGEKIT_PYTHON, else that of `mergekit-yaml` on
+the PATH, else our own if mergekit imports there.
 """
 
 import atexit
@@ -51,9 +53,16 @@ class Mergekit:
         import torch
 
         # As many threads as here: large sums depend on them in the last bit.
-        environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
+        environment = os.environ | {
+            "OMP_NUM_THREADS": str(torch.get_num_threads()),
+            "HF_HUB_OFFLINE": "1",
+        }
         self.process = subprocess.Popen(
-            [python, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+            [python, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
         )
         atexit.register(self.process.kill)
 
@@ -69,7 +78,13 @@ class Mergekit:
 
     def method(self, name, tensors, base, parameters, seed=0):
         """One merged tensor; `base` is the base's place in `tensors`, or None."""
-        message = {"do": "method", "name": name, "base": base, "parameters": parameters, "seed": seed}
+        message = {
+            "do": "method",
+            "name": name,
+            "base": base,
+            "parameters": parameters,
+            "seed": seed,
+        }
         return self.ask(message, {str(i): tensor for i, tensor in enumerate(tensors)})[1]["out"]
 
     def merge(self, yaml_text, out, seed=0):
@@ -106,7 +121,9 @@ def answer_method(message, tensors):
     from mergekit import merge_methods
     from mergekit.merge_methods.base import TensorGroup
 
-    group = TensorGroup.from_tensors([tensors[str(i)] for i in range(len(tensors))], base_index=message["base"])
+    group = TensorGroup.from_tensors(
+        [tensors[str(i)] for i in range(len(tensors))], base_index=message["base"]
+    )
     torch.manual_seed(message["seed"])
     (out,) = merge_methods.get(message["name"])([group], parameters=message["parameters"])
     return {}, {"out": out.contiguous()}
@@ -121,7 +138,12 @@ def answer_merge(message, _tensors):
 
     LoaderCache().loaders.clear()  # a folder may hold other models now
     config = MergeConfiguration.model_validate(yaml.safe_load(message["yaml"]))
-    run_merge(config, message["out"], MergeOptions(random_seed=message["seed"], quiet=True, clone_tensors=True), message["yaml"])
+    run_merge(
+        config,
+        message["out"],
+        MergeOptions(random_seed=message["seed"], quiet=True, clone_tensors=True),
+        message["yaml"],
+    )
     return {}, {}
 
 
@@ -129,11 +151,15 @@ def answer_read(message, _tensors):
     import yaml
     from mergekit.config import MergeConfiguration
 
-    return {"config": MergeConfiguration.model_validate(yaml.safe_load(message["yaml"])).model_dump()}, {}
+    return {
+        "config": MergeConfiguration.model_validate(yaml.safe_load(message["yaml"])).model_dump()
+    }, {}
 
 
 def serve():
-    """Answer until the questions end. Whatever mergekit prints goes to stderr, out of the answers' way."""
+    """Answer until the questions end. Whatever mergekit prints goes to stderr, out of the answers'
+    way.
+    """
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     import torch

@@ -12,7 +12,9 @@ SLICES = [(0, 1), (1, 3), (3, 4)]
 
 
 def moved(model, seed, scale):
-    """A sibling: the model plus noise; every 14th number falls to a negative one too small to matter."""
+    """A sibling: the model plus noise; every 14th number falls to a negative one too small to
+    matter.
+    """
     other = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -23,7 +25,9 @@ def moved(model, seed, scale):
 
 
 def make_family(folder, tied=False, dtypes=(torch.bfloat16,) * 3, **config):
-    """base/, one/ and two/ in `folder`; the base holds negative zeros, whose sign a careless sum loses or keeps."""
+    """base/, one/ and two/ in `folder`; the base holds negative zeros, whose sign a careless sum
+    loses or keeps.
+    """
     base = make_model(0, tie_word_embeddings=tied, **config)
     with torch.no_grad():
         for p in base.parameters():
@@ -36,8 +40,12 @@ def make_family(folder, tied=False, dtypes=(torch.bfloat16,) * 3, **config):
 
 def random_recipe(family, siblings, generator, **settings):
     """Weights in 0 to 2 for SLICES."""
-    rows = (2 * torch.rand(len(SLICES), len(siblings), generator=generator, dtype=torch.float64)).tolist()
-    return task_arithmetic_recipe(str(family / "base"), [str(family / s) for s in siblings], SLICES, rows, **settings)
+    rows = (
+        2 * torch.rand(len(SLICES), len(siblings), generator=generator, dtype=torch.float64)
+    ).tolist()
+    return task_arithmetic_recipe(
+        str(family / "base"), [str(family / s) for s in siblings], SLICES, rows, **settings
+    )
 
 
 def load_all(folder):
@@ -59,4 +67,8 @@ def bits(tensor):
 
 def differing(ours, theirs):
     """Names of tensors that differ in any bit, or that only one of the two has."""
-    return sorted(n for n in ours.keys() | theirs.keys() if n not in ours or n not in theirs or not same_bits(ours[n], theirs[n]))
+    return sorted(
+        n
+        for n in ours.keys() | theirs.keys()
+        if n not in ours or n not in theirs or not same_bits(ours[n], theirs[n])
+    )

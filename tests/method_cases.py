@@ -1,4 +1,6 @@
-"""Calls of the merge methods for hypothesis to draw: every shape, dtype and parameter, to be run by us and by mergekit."""
+"""Calls of the merge methods for hypothesis to draw: every shape, dtype and parameter, to be run by
+us and by mergekit.
+"""
 
 from dataclasses import dataclass, field
 
@@ -6,9 +8,10 @@ import torch
 from hypothesis import strategies as st
 from mergekit_server import mergekit
 
-from evomerge.merging import methods
+from evomerge.merging.methods import functions as methods
 
-UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}  # the largest relative error of one rounding
+# the largest relative error of one rounding
+UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 WEIGHTED = ("task_arithmetic", "ties", "dare_ties", "dare_linear", "linear")
 
 
@@ -41,14 +44,29 @@ class Case:
         if self.method == "task_arithmetic":
             return methods.task_arithmetic(base, siblings, weights, self.normalize, self.scale)
         if self.method == "ties":
-            return methods.ties(base, siblings, weights, self.densities, self.normalize, self.scale, self.rescale)
+            return methods.ties(
+                base, siblings, weights, self.densities, self.normalize, self.scale, self.rescale
+            )
         dare = getattr(methods, self.method)
-        return dare(base, siblings, weights, self.densities, seeded(self.seed), self.normalize, self.scale, self.rescale)
+        return dare(
+            base,
+            siblings,
+            weights,
+            self.densities,
+            seeded(self.seed),
+            self.normalize,
+            self.scale,
+            self.rescale,
+        )
 
     def theirs_is_nan(self):
-        """Where mergekit forgets that fp16 holds neither its smallest divisor, 1e-8, nor a large delta's sum of magnitudes."""
+        """Where mergekit forgets that fp16 holds neither its smallest divisor, 1e-8, nor a large
+        delta's sum of magnitudes.
+        """
         none = self.normalize and not torch.tensor(self.weights[1:]).to(self.dtype).sum()
-        overflow = self.rescale and any((x - self.tensors[0]).abs().sum().isinf() for x in self.tensors[1:])
+        overflow = self.rescale and any(
+            (x - self.tensors[0]).abs().sum().isinf() for x in self.tensors[1:]
+        )
         linear, ties = self.method in ("task_arithmetic", "dare_linear"), self.method == "ties"
         return self.dtype == torch.float16 and ((none and linear) or (overflow and ties))
 
@@ -56,15 +74,26 @@ class Case:
         if self.method == "slerp":
             return mergekit().method("slerp", self.tensors, 0, {"t": self.t})
         if self.method == "linear":
-            return mergekit().method("linear", self.tensors, None, {"weight": self.weights, "normalize": self.normalize})
-        parameters = {"weight": self.weights[1:], "density": self.densities, "normalize": self.normalize, "lambda": self.scale}
-        return mergekit().method(self.method, self.tensors, 0, parameters | {"rescale": self.rescale}, self.seed)
+            return mergekit().method(
+                "linear", self.tensors, None, {"weight": self.weights, "normalize": self.normalize}
+            )
+        parameters = {
+            "weight": self.weights[1:],
+            "density": self.densities,
+            "normalize": self.normalize,
+            "lambda": self.scale,
+        }
+        return mergekit().method(
+            self.method, self.tensors, 0, parameters | {"rescale": self.rescale}, self.seed
+        )
 
 
 def make_tensors(kind, shape, dtype, count, seed):
-    """Base and siblings, negative zeros among them. Kinds: noise; grid, whose deltas have few magnitudes, exact in any
-    dtype; same, where a sibling is the base; opposite, where the last sibling's delta is the first's, negated;
-    far; near, for slerp's angles: the cosine is above, at or below its limit."""
+    """Base and siblings, negative zeros among them. Kinds: noise; grid, whose deltas have few
+    magnitudes, exact in any dtype; same, where a sibling is the base; opposite, where the last
+    sibling's delta is the first's, negated; far; near, for slerp's angles: the cosine is above, at
+    or below its limit.
+    """
     generator = seeded(seed)
     base = torch.randn(shape, generator=generator)
     steps = [torch.randn(shape, generator=generator) for _ in range(count)]
@@ -78,27 +107,54 @@ def make_tensors(kind, shape, dtype, count, seed):
         steps = [step * 30 for step in steps]
     elif kind == "near":
         steps = [step * [0.2, 0.3161, 1][seed % 3] for step in steps]
-    tensors = [base.to(dtype), *((base + (step if kind in ("grid", "far") else 0.1 * step)).to(dtype) for step in steps)]
+    tensors = [
+        base.to(dtype),
+        *((base + (step if kind in ("grid", "far") else 0.1 * step)).to(dtype) for step in steps),
+    ]
     if kind not in ("opposite", "near"):
         for i, tensor in enumerate(tensors):
             tensor.reshape(-1)[i :: 5 + i] = -0.0
     return tensors
 
 
-SMALL = st.lists(st.sampled_from([1, 1, 2, 3, 5, 7, 16, 33]), max_size=3).map(tuple)  # () is a single number
-SHAPES = st.one_of(SMALL, SMALL, SMALL, st.sampled_from([(0,), (3, 0), (257, 129), (32771,), (70001,), (1, 40000)]))
-WEIGHTS = st.one_of(st.floats(-2, 2), st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, 300.0, -1e4, 1e-9, 1e-30]))
+# () is a single number
+SMALL = st.lists(st.sampled_from([1, 1, 2, 3, 5, 7, 16, 33]), max_size=3).map(tuple)
+SHAPES = st.one_of(
+    SMALL, SMALL, SMALL, st.sampled_from([(0,), (3, 0), (257, 129), (32771,), (70001,), (1, 40000)])
+)
+WEIGHTS = st.one_of(
+    st.floats(-2, 2), st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, 300.0, -1e4, 1e-9, 1e-30])
+)
 DENSITIES = st.one_of(st.floats(0.01, 1), st.sampled_from([1.0, 0.5, 1 / 3, 1e-6, 0.999]))
 SCALES = st.one_of(st.just(1.0), st.floats(-2, 2), st.sampled_from([0.0, 1.0000001, 30.0]))
 
 
 @st.composite
-def cases(draw, names, kinds=("noise", "grid", "same", "opposite", "far", "near"), weights=WEIGHTS, scales=SCALES):
+def cases(
+    draw,
+    names,
+    kinds=("noise", "grid", "same", "opposite", "far", "near"),
+    weights=WEIGHTS,
+    scales=SCALES,
+):
     name = draw(st.sampled_from(names))
-    shape, dtype, kind = draw(SHAPES), draw(st.sampled_from(list(UNIT))), draw(st.sampled_from(kinds))
+    shape, dtype, kind = (
+        draw(SHAPES),
+        draw(st.sampled_from(list(UNIT))),
+        draw(st.sampled_from(kinds)),
+    )
     count, seed = 1 if name == "slerp" else draw(st.integers(1, 4)), draw(st.integers(0, 2**32 - 1))
     t = draw(st.one_of(st.floats(0, 1), st.sampled_from([0.0, 0.5, 1.0, -0.5, 1.5])))
     weights = draw(st.lists(weights, min_size=count + 1, max_size=count + 1))
     densities = draw(st.lists(DENSITIES, min_size=count, max_size=count))
     switches = [draw(st.booleans()), draw(scales), draw(st.booleans())]
-    return Case(name, make_tensors(kind, shape, dtype, count, seed), dtype, weights, densities, *switches, t, seed)
+    return Case(
+        name,
+        make_tensors(kind, shape, dtype, count, seed),
+        dtype,
+        weights,
+        densities,
+        *switches,
+        t,
+        seed,
+    )

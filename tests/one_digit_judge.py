@@ -1,8 +1,9 @@
-"""A tiny real model that grades: any server that loads a Llama folder can serve it, and what it says hangs on what it read.
+"""A tiny real model that grades: any server that loads a Llama folder can serve it, and what it
+says hangs on what it read.
 
-Written by hand, not trained. One layer attends to all bytes alike; how many of each of SEEN there are decides which digit
-1 to 5 comes next, and after a digit comes the end. A server that forces JSON gets a digit as the reason and as the grade,
-for a quote comes second.
+Written by hand, not trained. One layer attends to all bytes alike; how many of each of SEEN there
+are decides which digit 1 to 5 comes next, and after a digit comes the end. A server that forces
+JSON gets a digit as the reason and as the grade, for a quote comes second.
 """
 
 import torch
@@ -12,17 +13,22 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 SPECIAL = ["<pad>", "<s>", "</s>"]
 POSITIONS = 8192
 WIDTH = 64
-SEEN = "bcf06789"  # hardly any of them stands in the rubric, and the number of an answer's fence is made of them
+# hardly any of them stands in the rubric, and the number of an answer's fence is made of them
+SEEN = "bcf06789"
 CONSTANT, DIGIT = 0, 1  # two places of the hidden state: 1 in every token, 1 in the digits alone
 
 
 def byte_tokenizer():
     """One token for each byte of UTF-8."""
-    vocab = {token: i for i, token in enumerate([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    vocab = {
+        token: i for i, token in enumerate([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())])
+    }
     backend = Tokenizer(models.BPE(vocab, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
     return tokenizer
 
@@ -47,7 +53,11 @@ def save_judge(folder, seed=0):
     )
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config)
-    layer, embed, head = model.model.layers[0], model.model.embed_tokens.weight, model.lm_head.weight
+    layer, embed, head = (
+        model.model.layers[0],
+        model.model.embed_tokens.weight,
+        model.lm_head.weight,
+    )
     for matrix in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.mlp.down_proj):
         matrix.weight.zero_()  # equal attention to all that was read; no MLP
     digits = [tokenizer.convert_tokens_to_ids(str(d)) for d in range(1, 6)]

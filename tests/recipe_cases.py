@@ -1,4 +1,6 @@
-"""Random mergekit configurations over a family of tiny models: all that a recipe may say, well mixed."""
+"""Random mergekit configurations over a family of tiny models: all that a recipe may say, well
+mixed.
+"""
 
 import random
 from itertools import pairwise
@@ -9,10 +11,30 @@ from merging_tools import moved
 
 SIBLINGS = ("one", "two", "three")
 LAYERS = {"deep": 12, "tied": 4}  # with 12, sorted names are not in the layers' order
-TINY = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "num_key_value_heads": 1}
-BOTH = (torch.bfloat16, torch.float32, torch.float16, torch.bfloat16)  # on disk: deltas of models that differ in dtype
-FILTERS = ("self_attn", "mlp", "norm", "embed", "lm_head", "q_proj", "layers.1.", "layers.1", "weight", "*")
-WORDS = {True: [True, 1, 1.0, "yes", "TRUE", "on", "1"], False: [False, 0, 0.0, "no", "False", "off", "n"]}
+TINY = {
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+# on disk: deltas of models that differ in dtype
+BOTH = (torch.bfloat16, torch.float32, torch.float16, torch.bfloat16)
+FILTERS = (
+    "self_attn",
+    "mlp",
+    "norm",
+    "embed",
+    "lm_head",
+    "q_proj",
+    "layers.1.",
+    "layers.1",
+    "weight",
+    "*",
+)
+WORDS = {
+    True: [True, 1, 1.0, "yes", "TRUE", "on", "1"],
+    False: [False, 0, 0.0, "no", "False", "off", "n"],
+}
 
 
 def make_families(folder):
@@ -23,7 +45,9 @@ def make_families(folder):
             for p in base.parameters():
                 p.view(-1)[::7] = -0.0
         models = [base, *(moved(base, i + 1, 0.1) for i in range(len(SIBLINGS)))]
-        for ref, model, dtype in zip(("base", *SIBLINGS), models, BOTH if name == "tied" else BOTH[:1] * 4, strict=True):
+        for ref, model, dtype in zip(
+            ("base", *SIBLINGS), models, BOTH if name == "tied" else BOTH[:1] * 4, strict=True
+        ):
             save(model.to(dtype), folder / name / ref)
 
 
@@ -34,7 +58,9 @@ class Writer:
         self.random = random.Random(seed)
         self.family = self.random.choice(["deep", "deep", "tied"])
         self.layers, self.folder = LAYERS[self.family], folder / self.family
-        self.method = self.random.choice(["task_arithmetic", "ties", "dare_ties", "dare_ties", "dare_linear", "linear", "slerp"])
+        self.method = self.random.choice(
+            ["task_arithmetic", "ties", "dare_ties", "dare_ties", "dare_linear", "linear", "slerp"]
+        )
 
     def chance(self, share):
         return self.random.random() < share
@@ -46,21 +72,46 @@ class Writer:
         """A number as YAML may hold it: float, string, integer, boolean."""
         if key in ("normalize", "rescale", "int8_mask"):
             return self.random.choice(WORDS[self.chance(0.5)])
-        low, high = {"density": (0.05, 1), "t": (-0.2, 1.2), "lambda": (-0.5, 2)}.get(key, (-1, 1.5))
+        low, high = {"density": (0.05, 1), "t": (-0.2, 1.2), "lambda": (-0.5, 2)}.get(
+            key, (-1, 1.5)
+        )
         number = self.random.uniform(low, high)
         if key == "density":
             return self.random.choice([number, number, round(number, 2), 1, 1.0, "0.5", True])
-        return self.random.choice([number, number, round(number, 1), str(number), f"{number:.3e}", round(number), True, 0.0, 1e-30])
+        return self.random.choice(
+            [
+                number,
+                number,
+                round(number, 1),
+                str(number),
+                f"{number:.3e}",
+                round(number),
+                True,
+                0.0,
+                1e-30,
+            ]
+        )
 
     def value(self, key):
-        return [self.scalar(key) for _ in range(self.random.randint(1, 5))] if self.chance(0.3) else self.scalar(key)
+        return (
+            [self.scalar(key) for _ in range(self.random.randint(1, 5))]
+            if self.chance(0.3)
+            else self.scalar(key)
+        )
 
     def setting(self, key, whole=True):
         """A value, or filters; with `whole` some filter always matches."""
         if not self.chance(0.35):
             return self.value(key)
-        filters = [{"filter": self.random.choice(FILTERS), "value": self.value(key)} for _ in range(self.random.randint(0, 3))]
-        filters += [{"value": self.value(key)} | ({"filter": None} if self.chance(0.2) else {})] if whole or not filters else []
+        filters = [
+            {"filter": self.random.choice(FILTERS), "value": self.value(key)}
+            for _ in range(self.random.randint(0, 3))
+        ]
+        filters += (
+            [{"value": self.value(key)} | ({"filter": None} if self.chance(0.2) else {})]
+            if whole or not filters
+            else []
+        )
         return filters[0] if len(filters) == 1 and self.chance(0.5) else filters
 
     def parameters(self, keys, share, whole=False):
@@ -68,12 +119,20 @@ class Writer:
 
     def source(self, ref, **more):
         """The weight stands at the source, or is left to a level above."""
-        parameters = {} if ref == "base" and self.chance(0.5) else self.parameters(("weight", "density"), 0.6)
-        return {"model": self.path(ref), **more} | ({"parameters": parameters} if parameters or self.chance(0.1) else {})
+        parameters = (
+            {}
+            if ref == "base" and self.chance(0.5)
+            else self.parameters(("weight", "density"), 0.6)
+        )
+        return {"model": self.path(ref), **more} | (
+            {"parameters": parameters} if parameters or self.chance(0.1) else {}
+        )
 
     def refs(self, most=3):
         """The base and siblings in any order."""
-        siblings = self.random.sample(SIBLINGS, 1 if self.method == "slerp" else self.random.randint(1, most))
+        siblings = self.random.sample(
+            SIBLINGS, 1 if self.method == "slerp" else self.random.randint(1, most)
+        )
         return self.random.sample([*siblings, "base"], len(siblings) + 1)
 
     def slice(self, start, length, refs, away):
@@ -86,16 +145,31 @@ class Writer:
         return {"sources": sources} | ({"parameters": shared} if shared else {})
 
     def slices(self):
-        cuts = sorted({0, self.layers, *self.random.choices(range(self.layers), k=self.random.randint(0, 3))})
+        cuts = sorted(
+            {0, self.layers, *self.random.choices(range(self.layers), k=self.random.randint(0, 3))}
+        )
         ranges = [(a, b - a) for a, b in pairwise(cuts)]
         away = False
         if self.chance(0.5):  # restacked: layers repeat, are left out, change their order
-            lengths = [self.random.randint(1, 5 if self.layers > 5 else 3) for _ in range(self.random.randint(1, 4))]
-            ranges, away = [(self.random.randint(0, self.layers - n), n) for n in lengths], self.chance(0.5)
-        # mergekit cannot merge the final norm and the head where the last slice has more sources than the first
+            lengths = [
+                self.random.randint(1, 5 if self.layers > 5 else 3)
+                for _ in range(self.random.randint(1, 4))
+            ]
+            ranges, away = (
+                [(self.random.randint(0, self.layers - n), n) for n in lengths],
+                self.chance(0.5),
+            )
+        # mergekit cannot merge the final norm and the head where the last slice has more sources
+        # than the first
         first, fresh = self.refs(), self.chance(0.3)
-        chosen = [first] + [self.refs(most=len(first) - 1) if fresh else self.random.sample(first, len(first)) for _ in ranges[1:]]
-        pieces = [self.slice(start, n, refs, away) for (start, n), refs in zip(ranges, chosen, strict=True)]
+        chosen = [first] + [
+            self.refs(most=len(first) - 1) if fresh else self.random.sample(first, len(first))
+            for _ in ranges[1:]
+        ]
+        pieces = [
+            self.slice(start, n, refs, away)
+            for (start, n), refs in zip(ranges, chosen, strict=True)
+        ]
         if self.chance(0.5 if self.method == "slerp" else 0.1):
             for piece in pieces:
                 piece["base_model"] = self.random.choice(piece["sources"])["model"]
@@ -104,14 +178,22 @@ class Writer:
     def configuration(self):
         """A mergekit configuration as plain data."""
         keys = ("density", "normalize", "lambda", "rescale", "int8_mask")
-        top = {"weight": self.setting("weight"), "t": self.setting("t"), **self.parameters(keys, 0.35, whole=True)}
+        top = {
+            "weight": self.setting("weight"),
+            "t": self.setting("t"),
+            **self.parameters(keys, 0.35, whole=True),
+        }
         data = {"merge_method": self.method, "base_model": self.path("base"), "parameters": top}
         if self.chance(0.6):
             data["slices"] = self.slices()
             if all("base_model" in piece for piece in data["slices"]) and self.chance(0.5):
                 del data["base_model"]
         else:
-            refs = [ref for ref in self.refs() if ref != "base" or self.method == "linear" or self.chance(0.6)]
+            refs = [
+                ref
+                for ref in self.refs()
+                if ref != "base" or self.method == "linear" or self.chance(0.6)
+            ]
             data["models"] = [self.source(ref) for ref in refs]
         if self.method == "linear" and self.chance(0.5):
             data.pop("base_model", None)

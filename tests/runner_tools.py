@@ -1,4 +1,6 @@
-"""What the tests of the runner share: a family with a tokenizer of turns, finished studies, and the runner's own functions."""
+"""What the tests of the runner share: a family with a tokenizer of turns, finished studies, and the
+runner's own functions.
+"""
 
 import importlib.util
 import json
@@ -13,22 +15,46 @@ from merging_tools import SLICES, make_family, random_recipe
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from evomerge.answering.hf import TransformersEngine
+from evomerge.answering.hf.engine import TransformersEngine
 from evomerge.answering.prompts import make_prompter
 from evomerge.inference import run_inference
 from evomerge.knowledge.parts import Document, Example, Knowledge, KnowledgeClass
-from evomerge.knowledge.retrieve import Chooser
-from evomerge.merging.folder import open_model
+from evomerge.knowledge.retrieval.retrieve import Chooser
+from evomerge.merging.checkpoints.model_folder import open_model
 from evomerge.recipe import Recipe
-from evomerge.search.session import Finished
-from evomerge.study import EngineSection, GenerationSection, GenomeSection, PromptSection, SearchSection, Study, TaskSource
+from evomerge.searching.session import Finished
+from evomerge.study import (
+    EngineSection,
+    GenerationSection,
+    GenomeSection,
+    PromptSection,
+    SearchSection,
+    Study,
+    TaskSource,
+)
 from evomerge.tasks import load_tasks
 
 ROOT = Path(__file__).resolve().parents[1]
-ANSWER = ROOT / "evomerge" / "templates" / "runner" / "answer.py"
-ALLOWED = {"torch", "transformers", "sklearn", "yaml", "numpy", "safetensors", "huggingface_hub", *sys.stdlib_module_names}
-TEXT = "".join(map(chr, range(32, 127))) + "\nあいうえおかきくけこさしすせそ指示回答猫犬鳥魚色数。、"
-VERDICT = {"n": 3, "metric": "correct", "candidates": {"winner": {"mean": 0.5, "stderr": 0.1, "truncated": 0.0}}, "paired": {}}
+ANSWER = ROOT / "evomerge" / "reporting" / "templates" / "runner" / "answer.py"
+ALLOWED = {
+    "torch",
+    "transformers",
+    "sklearn",
+    "yaml",
+    "numpy",
+    "safetensors",
+    "huggingface_hub",
+    *sys.stdlib_module_names,
+}
+TEXT = (
+    "".join(map(chr, range(32, 127))) + "\nあいうえおかきくけこさしすせそ指示回答猫犬鳥魚色数。、"
+)
+VERDICT = {
+    "n": 3,
+    "metric": "correct",
+    "candidates": {"winner": {"mean": 0.5, "stderr": 0.1, "truncated": 0.0}},
+    "paired": {},
+}
 FORBID = """
 import runpy, sys
 class Forbid:
@@ -51,21 +77,29 @@ def save_tokenizer(folder):
     vocab = {token: i for i, token in enumerate([*special, "<unk>", *TEXT])}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    tokenizer.add_special_tokens({"additional_special_tokens": special[2:]})
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     )
+    tokenizer.add_special_tokens({"additional_special_tokens": special[2:]})
+    tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     tokenizer.save_pretrained(folder)
     return len(vocab)
 
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory):
-    """base/, one/ and two/, the last in shards, in fp32 with big steps between tokens, so that no answer hangs on the last bit."""
+    """base/, one/ and two/, the last in shards, in fp32 with big steps between tokens, so that no
+    answer hangs on the last bit.
+    """
     folder = tmp_path_factory.mktemp("family")
     size = save_tokenizer(folder / "base")
-    config = {"vocab_size": size, "max_position_embeddings": 400, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    config = {
+        "vocab_size": size,
+        "max_position_embeddings": 400,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 1,
+    }
     make_family(folder, dtypes=(torch.float32,) * 3, **config)
     for name in ("base", "one", "two"):
         save_tokenizer(folder / name)
@@ -78,27 +112,55 @@ def family(tmp_path_factory):
 
 def task_file(folder, count=20):
     rows = [
-        {"task_id": f"t{i}", "input": "猫犬鳥魚"[i % 4] + "の" * (i % 3) + TEXT[95 + i % 15 :][: 3 + i % 5] + "。"} for i in range(count)
+        {
+            "task_id": f"t{i}",
+            "input": "猫犬鳥魚"[i % 4] + "の" * (i % 3) + TEXT[95 + i % 15 :][: 3 + i % 5] + "。",
+        }
+        for i in range(count)
     ]
     rows[-1]["input"] += " {input} {examples} }}{{ {% raw %} <|assistant|>x</s>"
     path = folder / "tasks.jsonl"
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     return path
 
 
 def a_base():
-    """Three classes: turns, {examples} with {documents}, and a sampled-free one with other settings; one injects."""
+    """Three classes: turns, {examples} with {documents}, and a sampled-free one with other
+    settings; one injects.
+    """
     classes = (
-        KnowledgeClass("動物", "あなたは犬。<|system|>", "問: {input}", repetition_penalty=1.3, max_new_tokens=9),
-        KnowledgeClass("色", "", "{examples}\n{documents}\n指示: {input}", shots=2, quotes=1, temperature=0.0),
+        KnowledgeClass(
+            "動物",
+            "あなたは犬。<|system|>",
+            "問: {input}",
+            repetition_penalty=1.3,
+            max_new_tokens=9,
+        ),
+        KnowledgeClass(
+            "色", "", "{examples}\n{documents}\n指示: {input}", shots=2, quotes=1, temperature=0.0
+        ),
         KnowledgeClass("数", " ", "{input}", shots=0),
     )
     words = {"動物": "猫犬鳥", "色": "魚色", "数": "数"}
     examples = [
-        Example(2 + i, name, f"{word}{'あいうえおか'[i % 6]}{'く' * (i % 4)}", f"答{i}</s> {{input}}", 1.0 + i % 2)
-        for i, (name, word) in enumerate((name, word) for name, letters in words.items() for word in letters * 4)
+        Example(
+            2 + i,
+            name,
+            f"{word}{'あいうえおか'[i % 6]}{'く' * (i % 4)}",
+            f"答{i}</s> {{input}}",
+            1.0 + i % 2,
+        )
+        for i, (name, word) in enumerate(
+            (name, word) for name, letters in words.items() for word in letters * 4
+        )
     ]
-    return Knowledge(classes, tuple(examples), (Document(2, "題", "魚のこと。"), Document(3, "鳥", "鳥は <|user|> 空。")))
+    return Knowledge(
+        classes,
+        tuple(examples),
+        (Document(2, "題", "魚のこと。"), Document(3, "鳥", "鳥は <|user|> 空。")),
+    )
 
 
 def finish(family, recipe=None, dtype="float32", prompt=None, verdict=VERDICT, **generation):
@@ -113,7 +175,9 @@ def finish(family, recipe=None, dtype="float32", prompt=None, verdict=VERDICT, *
         search=SearchSection(dtype=dtype),
         engine=EngineSection(batch_size=4, device="cpu"),
     )
-    recipe = recipe or random_recipe(family, ("one", "two"), torch.Generator().manual_seed(3), dtype=dtype)
+    recipe = recipe or random_recipe(
+        family, ("one", "two"), torch.Generator().manual_seed(3), dtype=dtype
+    )
     genome = SimpleNamespace(decode=lambda weights: recipe)
     winner = SimpleNamespace(number=7, role="candidate", weights=())
     return Finished(SimpleNamespace(name="demo", facts={}), study, genome, [], winner, verdict)
@@ -147,7 +211,9 @@ def rows(path):
 def engine_of(finished):
     study, genome = finished.study, finished.study.genome
     base, *siblings = map(open_model, (genome.base_model, *genome.models))
-    engine = TransformersEngine(base, siblings, study.engine, study.generation, study.search.dtype, study.search.seed)
+    engine = TransformersEngine(
+        base, siblings, study.engine, study.generation, study.search.dtype, study.search.seed
+    )
     engine.apply(finished.recipe)
     return engine
 
@@ -169,11 +235,19 @@ def linear_recipe(family, siblings=("one", "two"), base="base", normalize=True):
     names = [*([base] if base else []), *siblings]
     sources = [
         [
-            {"model": str(family / m), "layer_range": list(layers), "parameters": {"weight": 0.3 + 0.2 * i + 0.1 * at}}
+            {
+                "model": str(family / m),
+                "layer_range": list(layers),
+                "parameters": {"weight": 0.3 + 0.2 * i + 0.1 * at},
+            }
             for i, m in enumerate(names)
         ]
         for at, layers in enumerate(SLICES)
     ]
-    data = {"merge_method": "linear", "dtype": "float32", "parameters": {"normalize": float(normalize)}}
+    data = {
+        "merge_method": "linear",
+        "dtype": "float32",
+        "parameters": {"normalize": float(normalize)},
+    }
     data["slices"] = [{"sources": row} for row in sources]
     return Recipe.from_dict(data | ({"base_model": str(family / base)} if base else {}))

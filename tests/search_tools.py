@@ -1,4 +1,6 @@
-"""A whole search without models: an engine whose answers tell how far its weights are from the best ones, and a judge of that."""
+"""A whole search without models: an engine whose answers tell how far its weights are from the best
+ones, and a judge of that.
+"""
 
 import re
 import zlib
@@ -11,13 +13,22 @@ from evomerge.answering.engine import Answer
 from evomerge.answering.prompts import Prompter
 from evomerge.console import Console
 from evomerge.errors import EngineError
-from evomerge.genome import make_genome
+from evomerge.genome.weights import make_genome
 from evomerge.judging.grade import Grade
-from evomerge.search.ledger import open_ledger
-from evomerge.search.loop import Search
-from evomerge.search.session import make_sampler
-from evomerge.search.starting import restore_start
-from evomerge.study import GenomeSection, JudgeSection, ObjectiveSection, PromptSection, SearchSection, SplitSection, Study, TaskSource
+from evomerge.searching.ledger import open_ledger
+from evomerge.searching.loop import Search
+from evomerge.searching.session import make_sampler
+from evomerge.searching.starting import restore_start
+from evomerge.study import (
+    GenomeSection,
+    JudgeSection,
+    ObjectiveSection,
+    PromptSection,
+    SearchSection,
+    SplitSection,
+    Study,
+    TaskSource,
+)
 from evomerge.tasks import Split, Task
 
 BEST = np.array([0.4, 1.6, 0.9, 1.2])  # of four slices
@@ -25,7 +36,9 @@ LAYERS = 4
 
 
 class TaskEngine:
-    """An answer names the distance of the weights from BEST and a fixed luck of weights and task; it counts what it answered."""
+    """An answer names the distance of the weights from BEST and a fixed luck of weights and task;
+    it counts what it answered.
+    """
 
     def __init__(self, noise=0.3, fails=()):
         self.noise, self.fails = noise, fails
@@ -47,7 +60,9 @@ class TaskEngine:
         self.answered += [(self.name, prompt) for prompt in prompts]
         distance = float(np.abs(self.vector - BEST).mean())
         luck = [zlib.crc32(f"{self.name}/{prompt}".encode()) / 2**32 - 0.5 for prompt in prompts]
-        return [Answer(f"quality {4.5 - 2 * distance + self.noise * x:.6f}", False, 4) for x in luck]
+        return [
+            Answer(f"quality {4.5 - 2 * distance + self.noise * x:.6f}", False, 4) for x in luck
+        ]
 
 
 class Cut(Exception):
@@ -81,7 +96,13 @@ class QualityJudge:
 
 
 def make_study(name="fake", n=None, validation=0.0, objective=None, sources=None, **search):
-    settings = {"trials": 24, "population": 8, "uniform": (0.5,), "ranking": "all", "dtype": "float32"} | search
+    settings = {
+        "trials": 24,
+        "population": 8,
+        "uniform": (0.5,),
+        "ranking": "all",
+        "dtype": "float32",
+    } | search
     return Study(
         GenomeSection(models=("sibling",), base_model="base", layer_granularity=1),
         sources or (TaskSource(file="none"),),
@@ -94,12 +115,16 @@ def make_study(name="fake", n=None, validation=0.0, objective=None, sources=None
 
 
 def make_search(folder, study, engine=None, judge=None, tasks=(32, 16, 0), console=None):
-    """(search, engine, judge) over a study in `folder`, begun or new; tasks: how many to search on, held out, for the choice."""
+    """(search, engine, judge) over a study in `folder`, begun or new; tasks: how many to search on,
+    held out, for the choice.
+    """
     engine, judge = engine or TaskEngine(), judge or QualityJudge()
     genome = make_genome(study, LAYERS)
     every = [Task(i, f"task {i}", "reference") for i in range(sum(tasks))]
     if len(study.tasks) > 1:
-        every = [Task(f"{i % len(study.tasks)}-{i}", f"task {i}", "reference") for i in range(sum(tasks))]
+        every = [
+            Task(f"{i % len(study.tasks)}-{i}", f"task {i}", "reference") for i in range(sum(tasks))
+        ]
     a, b, _ = tasks
     split = Split(tuple(every[:a]), tuple(every[a : a + b]), tuple(every[a + b :]))
     sampler = make_sampler(study, genome)
@@ -110,11 +135,15 @@ def make_search(folder, study, engine=None, judge=None, tasks=(32, 16, 0), conso
     restore_start(sampler, ledger.facts)
     cache = AnswerCache(folder / f"{study.study}.answers.sqlite", "scope")
     prompter = Prompter(None, PromptSection(format="template", template="{input}"))
-    search = Search(study, genome, split, engine, prompter, judge, ledger, cache, console or Console(StringIO()))
+    search = Search(
+        study, genome, split, engine, prompter, judge, ledger, cache, console or Console(StringIO())
+    )
     return search, engine, judge
 
 
 def trials(search):
     """What must be equal between a run that was cut and one that was not."""
     done = [r for r in search.ledger.records() if r.state == "complete"]
-    return [(r.role, r.generation, r.index, r.weights, r.score, r.stderr, r.n, r.grades) for r in done]
+    return [
+        (r.role, r.generation, r.index, r.weights, r.score, r.stderr, r.n, r.grades) for r in done
+    ]

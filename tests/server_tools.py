@@ -6,9 +6,9 @@ import pytest
 
 pytest.importorskip("openai", reason="the extra `server` is not installed")
 
-from evomerge.answering import server as module
 from evomerge.answering.prompts import make_prompter
-from evomerge.answering.server import ServerEngine
+from evomerge.answering.servers import engine as module
+from evomerge.answering.servers.engine import ServerEngine
 from evomerge.cli import main
 from evomerge.study import GenerationSection, PromptSection
 
@@ -25,20 +25,40 @@ def plain(monkeypatch):
 
 def write_tasks(folder, texts):
     rows = [{"task_id": i, "input": text} for i, text in enumerate(texts)]
-    (folder / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "tasks.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
 
 
 def infer(folder, url, *options):
-    return main(["infer", "--server", url, "--tasks", str(folder / "tasks.jsonl"), "--out", str(folder / "a.jsonl"), *options])
+    return main(
+        [
+            "infer",
+            "--server",
+            url,
+            "--tasks",
+            str(folder / "tasks.jsonl"),
+            "--out",
+            str(folder / "a.jsonl"),
+            *options,
+        ]
+    )
 
 
 def outputs(folder):
-    return [json.loads(line)["output"] for line in (folder / "a.jsonl").read_bytes().decode().split("\n")[:-1]]
+    return [
+        json.loads(line)["output"]
+        for line in (folder / "a.jsonl").read_bytes().decode().split("\n")[:-1]
+    ]
 
 
 def kept(folder):
     part = folder / "a.jsonl.part"
-    return [i for line in part.read_text().splitlines()[1:] for i in json.loads(line)["batch"]] if part.exists() else []
+    return (
+        [i for line in part.read_text().splitlines()[1:] for i in json.loads(line)["batch"]]
+        if part.exists()
+        else []
+    )
 
 
 def fails(capsys, code, got, *words):
@@ -54,8 +74,12 @@ def fails(capsys, code, got, *words):
 
 
 def engine(url, plan_format="chat", concurrency=3, model=None, **generation):
-    section = PromptSection(format=plan_format, template="<{input}>" if plan_format == "template" else None, system=None)
-    asks = ServerEngine(url, model, GenerationSection(**generation), plan_format == "chat", concurrency)
+    section = PromptSection(
+        format=plan_format, template="<{input}>" if plan_format == "template" else None, system=None
+    )
+    asks = ServerEngine(
+        url, model, GenerationSection(**generation), plan_format == "chat", concurrency
+    )
     return asks, make_prompter(asks.tokenizer, section), asks.identity
 
 

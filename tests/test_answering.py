@@ -7,12 +7,12 @@ from transformers import AutoModelForCausalLM
 
 from evomerge.answering.cache import AnswerCache, answer_all
 from evomerge.answering.engine import Answer
-from evomerge.answering.hf import TransformersEngine
+from evomerge.answering.hf.engine import TransformersEngine
 from evomerge.answering.pace import Pace
 from evomerge.answering.prompts import make_prompter
 from evomerge.errors import EngineError, InputError, ModelError
 from evomerge.merging.build import build_model
-from evomerge.merging.folder import open_model
+from evomerge.merging.checkpoints.model_folder import open_model
 from evomerge.recipe import task_arithmetic_recipe
 from evomerge.study import EngineSection, GenerationSection, PromptSection
 
@@ -26,7 +26,9 @@ def make_engine(pair, batch_size=4, **generation):
 
 
 def recipe_of(pair, weight=0.7):
-    return task_arithmetic_recipe(str(pair / "base"), [str(pair / "instruct")], [(0, 4)], [[weight]], dtype="float32")
+    return task_arithmetic_recipe(
+        str(pair / "base"), [str(pair / "instruct")], [(0, 4)], [[weight]], dtype="float32"
+    )
 
 
 def answers_of(engine, prompts):
@@ -48,7 +50,11 @@ def test_in_place_answers_are_those_of_a_fresh_load_one_prompt_at_a_time(pair, t
         ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
         wanted = fresh.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :].tolist()
         cut = 2 not in wanted
-        assert answer == Answer(tokenizer.decode(wanted, skip_special_tokens=True), cut, len(wanted) if cut else wanted.index(2))
+        assert answer == Answer(
+            tokenizer.decode(wanted, skip_special_tokens=True),
+            cut,
+            len(wanted) if cut else wanted.index(2),
+        )
 
 
 def test_empty_prompts_and_emoji_are_answered(pair):
@@ -79,8 +85,16 @@ def test_prompts(pair):
     tokenizer = make_tokenizer()
     assert make_prompter(tokenizer, PromptSection()).render("{input}") == "{input}\n"
     assert make_prompter(tokenizer, PromptSection(system="こ")).render("あ") == "こ\nあ\n"
-    assert make_prompter(tokenizer, PromptSection(format="competition")).render("問い {x}") == "### 指示\n問い {x}\n### 回答\n"
-    assert make_prompter(tokenizer, PromptSection(format="template", template="Q: {input} A:")).render("{input}") == "Q: {input} A:"
+    assert (
+        make_prompter(tokenizer, PromptSection(format="competition")).render("問い {x}")
+        == "### 指示\n問い {x}\n### 回答\n"
+    )
+    assert (
+        make_prompter(tokenizer, PromptSection(format="template", template="Q: {input} A:")).render(
+            "{input}"
+        )
+        == "Q: {input} A:"
+    )
     tokenizer.chat_template = None
     with pytest.raises(InputError, match="no chat template"):
         make_prompter(tokenizer, PromptSection())
@@ -91,7 +105,9 @@ def test_a_model_without_tokenizer_is_named(pair, tmp_path):
 
     shutil.copytree(pair / "base", tmp_path / "bare", ignore=shutil.ignore_patterns("token*"))
     with pytest.raises(ModelError, match="tokenizer cannot be loaded"):
-        TransformersEngine(open_model(str(tmp_path / "bare")), [], EngineSection(), GenerationSection(), "bfloat16")
+        TransformersEngine(
+            open_model(str(tmp_path / "bare")), [], EngineSection(), GenerationSection(), "bfloat16"
+        )
 
 
 class Counting:
@@ -116,7 +132,9 @@ def test_nothing_is_paid_for_twice_and_merging_only_when_needed(tmp_path):
 
     def run(recipe):
         cache = AnswerCache(tmp_path / "a.sqlite", "scope")
-        return answer_all(engine, cache, recipe, prompts, lambda: merges.append(recipe), Pace(len(prompts)))
+        return answer_all(
+            engine, cache, recipe, prompts, lambda: merges.append(recipe), Pace(len(prompts))
+        )
 
     assert [a.text for a in run("r1")] == ["A", "B", "C", "D", "E"]
     assert run("r1") == run("r1")

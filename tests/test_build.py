@@ -1,4 +1,6 @@
-"""Building to disk: bad input and full disks leave nothing, kills leave nothing that looks finished, mergekit gets what is its own."""
+"""Building to disk: bad input and full disks leave nothing, kills leave nothing that looks
+finished, mergekit gets what is its own.
+"""
 
 import io
 import json
@@ -19,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from evomerge.cli import main
 from evomerge.console import Console, byte_progress, parse_size, size
 from evomerge.errors import InputError
-from evomerge.merging import shards
 from evomerge.merging.build import build_model
+from evomerge.merging.checkpoints import shards
 from evomerge.merging.stream import CHUNK, merged_tensors, open_recipe
 from evomerge.recipe import Recipe
 
@@ -37,7 +39,12 @@ def recipe(family, names=("one",), method="task_arithmetic", **settings):
     """A `models:` recipe, a base among them."""
     parameters = {"weight": 0.4} | settings.pop("each", {})
     models = [{"model": str(family / name), "parameters": parameters} for name in names]
-    return {"base_model": str(family / "base"), "merge_method": method, "dtype": "bfloat16", "models": models} | settings
+    return {
+        "base_model": str(family / "base"),
+        "merge_method": method,
+        "dtype": "bfloat16",
+        "models": models,
+    } | settings
 
 
 def write(family, data):
@@ -49,7 +56,14 @@ def run(*args, **settings):
     """The command line in a process of its own."""
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *settings.pop("path", [])])}
     python = settings.pop("python", sys.executable)
-    return subprocess.run([python, "-m", "evomerge.cli", *args], capture_output=True, text=True, check=False, env=env, **settings)
+    return subprocess.run(
+        [python, "-m", "evomerge.cli", *args],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=env,
+        **settings,
+    )
 
 
 def poison(family):
@@ -70,9 +84,18 @@ BAD = {
     "NaN": poison,
     "a missing tensor": lose,
     "density 0": lambda family: (recipe(family, method="ties", each={"density": 0}), "density"),
-    "density 1.5": lambda family: (recipe(family, method="dare_ties", each={"density": 1.5}), "density"),
-    "density -0.1": lambda family: (recipe(family, method="dare_linear", each={"density": [0.5, -0.1]}), "density"),
-    "slerp of three": lambda family: (recipe(family, ("one", "two"), "slerp", parameters={"t": 0.5}), "exactly two"),
+    "density 1.5": lambda family: (
+        recipe(family, method="dare_ties", each={"density": 1.5}),
+        "density",
+    ),
+    "density -0.1": lambda family: (
+        recipe(family, method="dare_linear", each={"density": [0.5, -0.1]}),
+        "density",
+    ),
+    "slerp of three": lambda family: (
+        recipe(family, ("one", "two"), "slerp", parameters={"t": 0.5}),
+        "exactly two",
+    ),
     "a wrong size": lambda family: (recipe(family), "--out-shard-size"),
 }
 
@@ -93,7 +116,11 @@ def test_bad_input_is_one_line_and_leaves_nothing(family, capsys, case):
 
 
 def test_too_little_space_is_said_before_anything_is_merged(family, capsys, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10**9, 10**9 - 5_000_000, 5_000_000))
+    monkeypatch.setattr(
+        shutil,
+        "disk_usage",
+        lambda _path: shutil._ntuple_diskusage(10**9, 10**9 - 5_000_000, 5_000_000),
+    )
     monkeypatch.setattr(shards, "write_shards", lambda *_: pytest.fail("began"))
     before = sorted([*family.iterdir(), Path(write(family, recipe(family)))])
     assert main(["merge", str(family / "r.yml"), str(family / "out")]) == 1
@@ -128,7 +155,9 @@ def test_a_disk_that_fills_up_meanwhile(family, capsys, monkeypatch, failing):
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("method", ["task_arithmetic", "linear", "ties"])
 def test_pieces_of_many_threads_are_the_whole(family, monkeypatch, threads, method):
-    """Small pieces, three dtypes on disk and none to work in: the file holds what each tensor merged alone is."""
+    """Small pieces, three dtypes on disk and none to work in: the file holds what each tensor
+    merged alone is.
+    """
     family = make_family(family / "mixed", dtypes=(torch.bfloat16, torch.float32, torch.float16))
     data = recipe(family, ("one", "two"), method)
     del data["dtype"]
@@ -138,10 +167,13 @@ def test_pieces_of_many_threads_are_the_whole(family, monkeypatch, threads, meth
     wanted = dict(merged_tensors(parsed, open_recipe(parsed)))
     monkeypatch.setattr(shards, "CHUNK", 100)
     real = os.pwrite
-    monkeypatch.setattr(os, "pwrite", lambda file, data, at: real(file, data[:33], at))  # the system may write less than asked
+    # the system may write less than asked
+    monkeypatch.setattr(os, "pwrite", lambda file, data, at: real(file, data[:33], at))
     torch.set_num_threads(threads)
     try:
-        assert not differing(load_all(build_model(parsed, family / "out", shard_size="15K")), wanted)
+        assert not differing(
+            load_all(build_model(parsed, family / "out", shard_size="15K")), wanted
+        )
         assert torch.get_num_threads() == threads  # the caller's setting is as it was
     finally:
         torch.set_num_threads(1)
@@ -151,7 +183,10 @@ def test_a_tensor_longer_than_a_piece(tmp_path):
     """At the real size of pieces, a last one that is not whole."""
     rows = CHUNK // 32 + 5
     make_family(tmp_path, vocab_size=rows)
-    base, one = (load_file(tmp_path / name / "model.safetensors")["lm_head.weight"] for name in ("base", "one"))
+    base, one = (
+        load_file(tmp_path / name / "model.safetensors")["lm_head.weight"]
+        for name in ("base", "one")
+    )
     assert base.shape == (rows, 32)
     build_model(Recipe.from_dict(recipe(tmp_path, each={"weight": 0.3})), tmp_path / "out")
     weight = torch.tensor(0.3).bfloat16()
@@ -173,7 +208,9 @@ sys.exit(main(sys.argv[1:]))
 def start_slow(family):
     """A build that takes its time, once it has begun to write."""
     command = [sys.executable, "-c", SLOW, "merge", str(family / "r.yml"), str(family / "out")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True
+    )
     for _ in range(600):
         if any(path.stat().st_size > 5000 for path in family.glob(".out*/model*.safetensors")):
             return process
@@ -187,7 +224,8 @@ def test_a_killed_build_leaves_nothing_that_looks_finished(family):
     process = start_slow(family)
     try:
         alive = list(family.glob(".out*"))
-        assert build_model(Recipe.from_dict(recipe(family)), family / "out").is_dir()  # a living one is not in the way,
+        # a living one is not in the way,
+        assert build_model(Recipe.from_dict(recipe(family)), family / "out").is_dir()
         assert list(family.glob(".out*")) == alive  # nor taken for dead
         shutil.rmtree(family / "out")
     finally:
@@ -213,8 +251,18 @@ def test_ctrl_c_leaves_nothing(family):
 def test_a_build_imports_no_transformers(family):
     """It would take longer than merging a billion parameters."""
     code = "import sys; from evomerge.cli import main; sys.exit(main(sys.argv[1:]) or 'transformers' in sys.modules)"
-    command = [sys.executable, "-c", code, "merge", write(family, recipe(family)), str(family / "out")]
-    assert subprocess.run(command, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode == 0
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "merge",
+        write(family, recipe(family)),
+        str(family / "out"),
+    ]
+    assert (
+        subprocess.run(command, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode
+        == 0
+    )
 
 
 FAKE = """
@@ -242,10 +290,27 @@ def fake_mergekit(tmp_path):
 
 def test_other_methods_go_to_mergekit(family, fake_mergekit):
     path = write(family, recipe(family, method="sce"))
-    done = run("merge", path, str(family / "out"), "--out-shard-size", "2GB", "--random-seed", "7", path=[fake_mergekit])
+    done = run(
+        "merge",
+        path,
+        str(family / "out"),
+        "--out-shard-size",
+        "2GB",
+        "--random-seed",
+        "7",
+        path=[fake_mergekit],
+    )
     assert (done.returncode, done.stdout) == (0, "")
-    assert [("mergekit" in line, "sce" in line) for line in done.stderr.splitlines()] == [(True, True), (False, False)]
-    assert json.loads((family / "out/asked.json").read_text()) == ["--out-shard-size", "2000000000", "--random-seed", "7"]
+    assert [("mergekit" in line, "sce" in line) for line in done.stderr.splitlines()] == [
+        (True, True),
+        (False, False),
+    ]
+    assert json.loads((family / "out/asked.json").read_text()) == [
+        "--out-shard-size",
+        "2000000000",
+        "--random-seed",
+        "7",
+    ]
     assert sorted(p.name for p in (family / "out").iterdir()) == ["README.md", "asked.json"]
     assert (family / "out/README.md").read_text() == "out"
     assert not list(family.glob(".out*"))
@@ -261,24 +326,39 @@ def test_what_mergekit_says_is_shown_when_it_fails(family, fake_mergekit):
 
 
 def test_other_methods_without_mergekit(family, capsys, monkeypatch):
-    monkeypatch.setattr("evomerge.merging.elsewhere.is_installed", lambda: False)
+    monkeypatch.setattr("evomerge.merging.mergekit.is_installed", lambda: False)
     assert main(["merge", write(family, recipe(family, method="sce")), str(family / "out")]) == 2
     assert "pip install 'evomerge[mergekit]'" in capsys.readouterr().err
     assert not (family / "out").exists()
 
 
-@pytest.mark.skipif(not MERGEKIT_PYTHON, reason="EVOMERGE_MERGEKIT_PYTHON names no Python with mergekit")
+@pytest.mark.skipif(
+    not MERGEKIT_PYTHON, reason="EVOMERGE_MERGEKIT_PYTHON names no Python with mergekit"
+)
 def test_the_real_mergekit_beside_evomerge(family):
     path = write(family, recipe(family, ("one", "two"), "model_stock"))
-    done = run("merge", path, str(family / "out"), "--out-shard-size", "20K", python=MERGEKIT_PYTHON)
+    done = run(
+        "merge", path, str(family / "out"), "--out-shard-size", "20K", python=MERGEKIT_PYTHON
+    )
     assert done.returncode == 0, done.stderr
-    alone = [MERGEKIT_PYTHON, "-m", "mergekit.scripts.run_yaml", path, str(family / "alone/out"), "--out-shard-size", "20K"]
+    alone = [
+        MERGEKIT_PYTHON,
+        "-m",
+        "mergekit.scripts.run_yaml",
+        path,
+        str(family / "alone/out"),
+        "--out-shard-size",
+        "20K",
+    ]
     subprocess.run(alone, check=True, capture_output=True)
     ours, theirs = family / "out", family / "alone/out"
     assert len(list(ours.glob("model-*.safetensors"))) > 1
     assert {p.name for p in ours.iterdir()} == {p.name for p in theirs.iterdir()}
-    for path in ours.iterdir():  # in the card mergekit names the models in an order that changes from run to run
-        assert path.name == "README.md" or path.read_bytes() == (theirs / path.name).read_bytes(), path.name
+    # in the card mergekit names the models in an order that changes from run to run
+    for path in ours.iterdir():
+        assert path.name == "README.md" or path.read_bytes() == (theirs / path.name).read_bytes(), (
+            path.name
+        )
 
 
 def test_sizes_and_their_text():
@@ -294,7 +374,14 @@ def test_sizes_and_their_text():
     for wrong in ("0", "-1", "iB", "5X", "", "1e9"):
         with pytest.raises(InputError, match="--out-shard-size"):
             parse_size(wrong)
-    assert [size(n) for n in (0, 999, 1000, 852_561_920, 26.4e9, 5e12)] == ["0 B", "999 B", "1.0 kB", "852.6 MB", "26.4 GB", "5000.0 GB"]
+    assert [size(n) for n in (0, 999, 1000, 852_561_920, 26.4e9, 5e12)] == [
+        "0 B",
+        "999 B",
+        "1.0 kB",
+        "852.6 MB",
+        "26.4 GB",
+        "5000.0 GB",
+    ]
 
 
 class Terminal(io.StringIO):
@@ -309,7 +396,10 @@ def test_the_progress_bar(monkeypatch):
     progress = byte_progress(Console(stream), "merging")
     now += 2
     progress(500_000_000, 2_000_000_000)
-    assert stream.getvalue() == "merging [######                  ]  25%  500.0 MB of 2.0 GB  250.0 MB/s  ETA 6 s"
+    assert (
+        stream.getvalue()
+        == "merging [######                  ]  25%  500.0 MB of 2.0 GB  250.0 MB/s  ETA 6 s"
+    )
     progress(500_000_001, 2_000_000_000)  # too soon to be drawn
     assert stream.getvalue().count("ETA") == 1
     progress(2_000_000_000, 2_000_000_000)  # the end always is
@@ -319,5 +409,7 @@ def test_the_progress_bar(monkeypatch):
     for _ in range(25):
         now += 1
         progress(int(now) * 1_000_000, 200_000_000)
-    assert plain.getvalue().splitlines()[0] == "merging  56%  112.0 MB of 200.0 MB  11.2 MB/s  ETA 8 s"
+    assert (
+        plain.getvalue().splitlines()[0] == "merging  56%  112.0 MB of 200.0 MB  11.2 MB/s  ETA 8 s"
+    )
     assert len(plain.getvalue().splitlines()) == 2

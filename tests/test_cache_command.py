@@ -7,14 +7,23 @@ import pytest
 from evomerge.answering.cache import AnswerCache, cache_size, clear
 from evomerge.answering.engine import Answer
 from evomerge.cli import main
-from evomerge.search.ledger import only_worker
+from evomerge.searching.ledger import only_worker
 
 
 @pytest.fixture(scope="module")
 def searched(pair, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cached")
     url = f"sqlite:///{folder}/s.db"
-    run = ["search", str(pair / "study.yaml"), "--storage", url, "--results", str(folder / "r"), "--set", "search.trials=4"]
+    run = [
+        "search",
+        str(pair / "study.yaml"),
+        "--storage",
+        url,
+        "--results",
+        str(folder / "r"),
+        "--set",
+        "search.trials=4",
+    ]
     assert main(run) == 0
     return folder, url, run
 
@@ -33,7 +42,9 @@ def command(capsys, *argv):
 def test_show_and_cache_say_how_large_it_is(searched, capsys):
     folder, url, _ = searched
     path = folder / "tiny.answers.sqlite"
-    line = f"answer cache: {path.stat().st_size / 1000:.1f} kB, {batches(path)} batches, in {path}\n"
+    line = (
+        f"answer cache: {path.stat().st_size / 1000:.1f} kB, {batches(path)} batches, in {path}\n"
+    )
     assert batches(path) > 10
     assert command(capsys, "cache", "tiny", "--storage", url) == (0, line, "")
     code, out, _ = command(capsys, "show", "tiny", "--storage", url)
@@ -63,7 +74,9 @@ def test_clear(searched, capsys):
 
 def test_an_unknown_study_is_named_and_nothing_is_made(capsys, tmp_path):
     for options in ([], ["--clear"]):
-        code, out, err = command(capsys, "cache", "nobody", "--storage", f"sqlite:///{tmp_path}/none.db", *options)
+        code, out, err = command(
+            capsys, "cache", "nobody", "--storage", f"sqlite:///{tmp_path}/none.db", *options
+        )
         assert (code, out) == (2, "")
         assert "no study 'nobody'" in err
     assert not list(tmp_path.iterdir())
@@ -83,7 +96,11 @@ def test_size_and_clear_of_files(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("data", [b"", b"no database at all", b"SQLite format 3\x00" + bytes(50)], ids=["empty", "text", "cut"])
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"no database at all", b"SQLite format 3\x00" + bytes(50)],
+    ids=["empty", "text", "cut"],
+)
 def test_a_damaged_cache_is_said_and_can_be_cleared(searched, capsys, data):
     folder, url, _ = searched
     path = folder / "tiny.answers.sqlite"

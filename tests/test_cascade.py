@@ -1,4 +1,6 @@
-"""The cascade judge: its decisions by simulation, and whole searches with a dear and a cheap judge that are made up."""
+"""The cascade judge: its decisions by simulation, and whole searches with a dear and a cheap judge
+that are made up.
+"""
 
 import json
 import random
@@ -7,32 +9,57 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from search_tools import LAYERS, Cut, Cutting, QualityJudge, TaskEngine, make_search, make_study, trials
+from search_tools import (
+    LAYERS,
+    Cut,
+    Cutting,
+    QualityJudge,
+    TaskEngine,
+    make_search,
+    make_study,
+    trials,
+)
 from test_llm_judge_study import Steady
 
 from evomerge.cli import main
 from evomerge.errors import JudgePaused
-from evomerge.genome import make_genome
-from evomerge.judging.cascade import FEWEST, CascadeJudge, completed, composed, effects, settle, undecided
-from evomerge.judging.fit import fit_file
+from evomerge.genome.weights import make_genome
+from evomerge.judging.cascade import (
+    FEWEST,
+    CascadeJudge,
+    completed,
+    composed,
+    effects,
+    settle,
+    undecided,
+)
 from evomerge.judging.grade import Grade
-from evomerge.search.ledger import open_ledger
-from evomerge.search.racing import blocks
-from evomerge.search.session import load_finished, make_sampler
+from evomerge.judging.learned.fit import fit_file
+from evomerge.searching.ledger import open_ledger
+from evomerge.searching.racing import blocks
+from evomerge.searching.session import load_finished, make_sampler
 
 
 def residuals(seed, shared=0.5, candidates=12, tasks=48):
-    """Residuals with a shift of each candidate and a share that all candidates have in common by task."""
+    """Residuals with a shift of each candidate and a share that all candidates have in common by
+    task.
+    """
     rng = np.random.default_rng(seed)
     common, own = rng.standard_normal((1, tasks)), rng.standard_normal((candidates, tasks))
-    return 0.7 * (shared**0.5 * common + (1 - shared) ** 0.5 * own) + rng.normal(0, 0.2, (candidates, 1)) + 0.4
+    return (
+        0.7 * (shared**0.5 * common + (1 - shared) ** 0.5 * own)
+        + rng.normal(0, 0.2, (candidates, 1))
+        + 0.4
+    )
 
 
 def generation(seed, spread, shared, **size):
     """(learned, llm) grades; the llm's means differ by `spread`, the tasks' difficulty by 0.9."""
     rng, residual = np.random.default_rng([seed, 1]), residuals(seed, shared, **size)
     c, t = residual.shape
-    dear = 3 + rng.normal(0, spread, (c, 1)) + rng.normal(0, 0.9, (1, t)) + rng.normal(0, 0.8, (c, t))
+    dear = (
+        3 + rng.normal(0, spread, (c, 1)) + rng.normal(0, 0.9, (1, t)) + rng.normal(0, 0.8, (c, t))
+    )
     return dear - residual, dear
 
 
@@ -86,7 +113,8 @@ def test_better_halves_differ_no_more_often_than_said(shared, spread, tasks):
         known = settled(cheap, dear, 6, error, seed)
         asked += np.mean(~np.isnan(known)) / n
         wrong += better(completed(cheap, known), 6) != better(dear, 6)
-    assert wrong <= n * error + 2 * (n * error * (1 - error)) ** 0.5  # two standard errors of the simulation
+    # two standard errors of the simulation
+    assert wrong <= n * error + 2 * (n * error * (1 - error)) ** 0.5
     assert asked < 0.95
     if spread and tasks > 16:
         assert asked < 0.75
@@ -102,16 +130,24 @@ def test_what_a_task_does_to_all_candidates_costs_no_grades():
 
 def test_a_better_learned_judge_and_a_larger_error_save_more():
     cheap, dear = generation(5, 0.2, 0.3)
-    asked = [np.mean(~np.isnan(settled(dear + x * (cheap - dear), dear, 6, e))) for x, e in ((0.02, 0.1), (1, 0.1), (1, 0.5))]
+    asked = [
+        np.mean(~np.isnan(settled(dear + x * (cheap - dear), dear, 6, e)))
+        for x, e in ((0.02, 0.1), (1, 0.1), (1, 0.5))
+    ]
     assert asked[0] < 0.3
     assert asked[0] < asked[2] < asked[1]
 
 
-@pytest.mark.parametrize(("candidates", "tasks", "keep"), [(12, 48, 6), (7, 20, 3), (3, 1, 1), (2, 2, 1), (4, 3, 2), (5, 5, 2), (1, 6, 1)])
+@pytest.mark.parametrize(
+    ("candidates", "tasks", "keep"),
+    [(12, 48, 6), (7, 20, 3), (3, 1, 1), (2, 2, 1), (4, 3, 2), (5, 5, 2), (1, 6, 1)],
+)
 def test_edges(candidates, tasks, keep):
     cheap, dear = generation(3, 0.3, 0.5, candidates=candidates, tasks=tasks)
     nothing = np.full(cheap.shape, np.nan)
-    assert undecided(cheap, nothing, keep, 0.1) == set(range(candidates)), "no score rests on the learned judge alone"
+    assert undecided(cheap, nothing, keep, 0.1) == set(range(candidates)), (
+        "no score rests on the learned judge alone"
+    )
     assert undecided(cheap, dear, keep, 0.1) == set(), "all are asked"
     known = settled(cheap, dear, keep, 1e-9)
     assert ((~np.isnan(known)).sum(axis=1) >= min(FEWEST, tasks)).all()
@@ -127,7 +163,9 @@ def test_identical_candidates_are_asked_about_only_while_it_can_matter():
     cheap, dear = generation(3, 0.3, 0.5)
     cheap[:], dear[:] = cheap[0], dear[0]
     known = settled(cheap, dear, 6, 0.1)
-    assert (~np.isnan(known)).sum() == 12 * 4, "nothing distinguishes them, and what is left of the residuals is 0"
+    assert (~np.isnan(known)).sum() == 12 * 4, (
+        "nothing distinguishes them, and what is left of the residuals is 0"
+    )
     assert np.ptp(completed(cheap, known).mean(axis=1)) == pytest.approx(0)
 
 
@@ -144,7 +182,13 @@ def test_composed_grades_have_the_estimate_as_their_mean():
         alone = composed(learned, asked)
         difference = np.nanmean(known[i] - cheap[i])
         assert np.mean([g.value for g in alone]) == pytest.approx(
-            np.mean([v if a is None else a.value - difference for v, a in zip(cheap[i], asked, strict=True)]) + difference
+            np.mean(
+                [
+                    v if a is None else a.value - difference
+                    for v, a in zip(cheap[i], asked, strict=True)
+                ]
+            )
+            + difference
         )
         assert any("moved by" in g.reason for g in grades) or not np.isnan(known[i]).any()
 
@@ -157,13 +201,20 @@ def luck(text):
 
 
 class Dear(QualityJudge):
-    """Waited for; its grades, once given, lie in `kept`, which outlives it. It stops after `left` new ones."""
+    """Waited for; its grades, once given, lie in `kept`, which outlives it. It stops after `left`
+    new ones.
+    """
 
     name, version, cost = "dear", "1", 0.0
 
     def __init__(self, kept=None, left=None, stop=Cut):
         super().__init__()
-        self.kept, self.left, self.stop, self.asked = {} if kept is None else kept, left, stop, Counter()
+        self.kept, self.left, self.stop, self.asked = (
+            {} if kept is None else kept,
+            left,
+            stop,
+            Counter(),
+        )
 
     def submit(self, tasks, answers):
         return Waited(self, list(zip(tasks, answers, strict=True)))
@@ -179,7 +230,9 @@ class Dear(QualityJudge):
             self.left = None if self.left is None else self.left - 1
             self.asked[key] += 1
             grade = QualityJudge.grade(self, task, answer)
-            self.kept[key] = Grade(float(np.clip(grade.value + 0.3 * luck(f"dear {key}"), 1, 5)), None, "dear")
+            self.kept[key] = Grade(
+                float(np.clip(grade.value + 0.3 * luck(f"dear {key}"), 1, 5)), None, "dear"
+            )
         return self.kept[key]
 
 
@@ -195,7 +248,9 @@ class Waited:
 
 
 class Cheap(QualityJudge):
-    """The quality with an error of its own on each answer, an error on each task, and too high in all."""
+    """The quality with an error of its own on each answer, an error on each task, and too high in
+    all.
+    """
 
     name, version = "cheap", "1"
 
@@ -209,14 +264,27 @@ class Cheap(QualityJudge):
     def grade(self, task, answer):
         value = super().grade(task, answer).value
         return Grade(
-            value + 0.3 + self.noise * luck(f"cheap {task.task_id} {answer.text}") + self.bias * luck(f"task {task.task_id}"), None, "cheap"
+            value
+            + 0.3
+            + self.noise * luck(f"cheap {task.task_id} {answer.text}")
+            + self.bias * luck(f"task {task.task_id}"),
+            None,
+            "cheap",
         )
 
 
-def cascade_search(folder, name="cascade", dear=None, engine=None, tasks=(48, 16, 0), cheap=None, **search):
+def cascade_search(
+    folder, name="cascade", dear=None, engine=None, tasks=(48, 16, 0), cheap=None, **search
+):
     dear = dear or Dear()
     settings = {"trials": 24, "sigma": 0.5} | search
-    found, engine, _ = make_search(folder, make_study(name, **settings), engine, CascadeJudge(cheap or Cheap(), dear, 0.1), tasks)
+    found, engine, _ = make_search(
+        folder,
+        make_study(name, **settings),
+        engine,
+        CascadeJudge(cheap or Cheap(), dear, 0.1),
+        tasks,
+    )
     return found, engine, dear
 
 
@@ -232,10 +300,22 @@ def halves(search, judge):
             search.engine.apply(search.genome.decode(r.weights))
             tasks = [every[t] for t in r.grades]
             whole.append(
-                np.mean([judge.given(t, a).value for t, a in zip(tasks, search.engine.answer([t.input for t in tasks]), strict=True)])
+                np.mean(
+                    [
+                        judge.given(t, a).value
+                        for t, a in zip(
+                            tasks, search.engine.answer([t.input for t in tasks]), strict=True
+                        )
+                    ]
+                )
             )
         keep = len(rows) // 2
-        found.append(tuple(set(np.argsort(-np.array(v), kind="stable")[:keep].tolist()) for v in ([r.score for r in rows], whole)))
+        found.append(
+            tuple(
+                set(np.argsort(-np.array(v), kind="stable")[:keep].tolist())
+                for v in ([r.score for r in rows], whole)
+            )
+        )
     return found
 
 
@@ -246,7 +326,9 @@ def test_a_search_has_the_better_halves_of_the_dear_judge_for_fewer_grades(tmp_p
     saved = search.ledger.facts["cascade"]
     assert saved["graded"] == 3 * population * 48
     assert FEWEST / 48 <= saved["asked"] / saved["graded"] < 0.7
-    assert sum(dear.asked.values()) <= saved["asked"] + 16 * 48, "references, the mean and the verdict come on top"
+    assert sum(dear.asked.values()) <= saved["asked"] + 16 * 48, (
+        "references, the mean and the verdict come on top"
+    )
     assert set(dear.asked.values()) == {1}
     pairs = halves(search, Dear())
     assert len(pairs) == 3
@@ -263,7 +345,12 @@ def test_scores_stand_on_the_dear_judge_s_level(tmp_path):
     for r in [r for r in search.ledger.records() if r.role == "candidate"]:
         engine.apply(search.genome.decode(r.weights))
         answers = engine.answer([every[t].input for t in r.grades])
-        gaps.append(r.score - np.mean([Dear().given(every[t], a).value for t, a in zip(r.grades, answers, strict=True)]))
+        gaps.append(
+            r.score
+            - np.mean(
+                [Dear().given(every[t], a).value for t, a in zip(r.grades, answers, strict=True)]
+            )
+        )
     assert abs(np.mean(gaps)) < 0.1
 
 
@@ -275,7 +362,9 @@ def test_a_run_that_ends_anywhere_goes_on_as_if_it_had_not(tmp_path, ranking, st
     whole.run()
     rng, kept, asked, answered, paused = random.Random(0), {}, Counter(), [], 0
     for _ in range(400):
-        search, cut_engine, judge = cascade_search(tmp_path, "cut", Dear(kept, rng.randint(20, 120), stop), **settings)
+        search, cut_engine, judge = cascade_search(
+            tmp_path, "cut", Dear(kept, rng.randint(20, 120), stop), **settings
+        )
         try:
             search.run()
             break
@@ -318,7 +407,9 @@ def test_a_failing_candidate_is_replaced(tmp_path, place):
     search, _, dear = cascade_search(tmp_path, engine=TaskEngine(fails=[doomed]), trials=8)
     search.run()
     records = [r for r in search.ledger.records() if r.role == "candidate"]
-    assert [(r.index, "always fails" in r.reason) for r in records if r.state == "failed"] == [(place, True)]
+    assert [(r.index, "always fails" in r.reason) for r in records if r.state == "failed"] == [
+        (place, True)
+    ]
     assert sorted(r.index for r in records if r.state == "complete") == list(range(8))
     assert all(len(r.grades) == 48 for r in records if r.state == "complete")
     assert set(dear.asked.values()) == {1}
@@ -333,12 +424,30 @@ def learned(pair, tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp("learned"), random.Random(0)
     kana = "あいうえおかきくけこ"
     rows = [
-        {"model": f"m{m}", "task_id": i, "output": "".join(rng.choices(kana, k=rng.randint(1, 20)))} for m in range(12) for i in range(40)
+        {"model": f"m{m}", "task_id": i, "output": "".join(rng.choices(kana, k=rng.randint(1, 20)))}
+        for m in range(12)
+        for i in range(40)
     ]
-    grades = [{"model": r["model"], "task_id": r["task_id"], "judge": "length", "grade": 1 + len(r["output"]) // 5} for r in rows]
+    grades = [
+        {
+            "model": r["model"],
+            "task_id": r["task_id"],
+            "judge": "length",
+            "grade": 1 + len(r["output"]) // 5,
+        }
+        for r in rows
+    ]
     for name, lines in (("answers", rows), ("grades", grades)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines), encoding="utf-8")
-    fit_file(pair / "tasks.jsonl", folder / "answers.jsonl", folder / "grades.jsonl", ["length"], folder / "judge.npz")
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines), encoding="utf-8"
+        )
+    fit_file(
+        pair / "tasks.jsonl",
+        folder / "answers.jsonl",
+        folder / "grades.jsonl",
+        ["length"],
+        folder / "judge.npz",
+    )
     return folder / "judge.npz"
 
 
@@ -353,7 +462,12 @@ def arguments(pair, folder, url, learned, *settings):
         "search.ranking=all",
     ]
     keys += ["split.validation=0", *settings]
-    return ["search", str(pair / "study.yaml"), *where, *(x for key in keys for x in ("--set", key))]
+    return [
+        "search",
+        str(pair / "study.yaml"),
+        *where,
+        *(x for key in keys for x in ("--set", key)),
+    ]
 
 
 def test_a_study_by_the_command_line_reports_what_it_saved(pair, learned, tmp_path, capsys):
@@ -363,11 +477,18 @@ def test_a_study_by_the_command_line_reports_what_it_saved(pair, learned, tmp_pa
         assert main(arguments(pair, tmp_path / "whole", url, learned)) == 0
     with server.running() as url:
         assert main(arguments(pair, tmp_path, url, learned, "judge.max_requests=60")) == 3
-        assert capsys.readouterr().err.strip().splitlines()[-1].startswith("evomerge: paused: the judge's budget of 60 requests is spent")
+        assert (
+            capsys.readouterr()
+            .err.strip()
+            .splitlines()[-1]
+            .startswith("evomerge: paused: the judge's budget of 60 requests is spent")
+        )
         assert main(arguments(pair, tmp_path, url, learned)) == 0
     assert server.given == whole.given, "a pause asks nothing twice and nothing else"
     assert set(server.given.values()) == {1}
-    finished, other = (load_finished(f"sqlite:///{f}/s.db", "tiny") for f in (tmp_path, tmp_path / "whole"))
+    finished, other = (
+        load_finished(f"sqlite:///{f}/s.db", "tiny") for f in (tmp_path, tmp_path / "whole")
+    )
     assert trials(finished) == trials(other)
     assert finished.verdict == other.verdict
     saved = open_ledger(f"sqlite:///{tmp_path}/s.db", "tiny", None, create=False).facts["cascade"]
@@ -381,7 +502,18 @@ def test_a_study_by_the_command_line_reports_what_it_saved(pair, learned, tmp_pa
 
 def test_no_study_no_cascade(pair, tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text('{"task_id": 0, "output": "あ"}\n', encoding="utf-8")
-    code = main(["judge", "grade", "--tasks", str(pair / "tasks.jsonl"), "--answers", str(tmp_path / "a.jsonl"), "--judge", "cascade"])
+    code = main(
+        [
+            "judge",
+            "grade",
+            "--tasks",
+            str(pair / "tasks.jsonl"),
+            "--answers",
+            str(tmp_path / "a.jsonl"),
+            "--judge",
+            "cascade",
+        ]
+    )
     lines = capsys.readouterr().err.strip().splitlines()
     assert code == 2
     assert len(lines) == 1

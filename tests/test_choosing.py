@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from evomerge.search.choosing import choose, finalists, lead
+from evomerge.searching.choosing import choose, finalists, lead
 
 
 def grades(*values):

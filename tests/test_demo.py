@@ -22,7 +22,9 @@ def quick() -> Iterator[pytest.MonkeyPatch]:
     """Three steps per stage: enough to move every weight that should move."""
     patch = pytest.MonkeyPatch()
     patch.setattr(demo, "BASE", replace(demo.BASE, steps=3))
-    patch.setattr(demo, "SIBLING_STAGES", tuple(replace(stage, steps=3) for stage in demo.SIBLING_STAGES))
+    patch.setattr(
+        demo, "SIBLING_STAGES", tuple(replace(stage, steps=3) for stage in demo.SIBLING_STAGES)
+    )
     patch.setattr(demo, "BATCH", 8)
     yield patch
     patch.undo()
@@ -37,14 +39,18 @@ def test_the_folders_are_real_ones(pair: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(pair / "base")
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "逆順:あいう"}], tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "逆順:あいう"}], tokenize=False, add_generation_prompt=True
+    )
     assert prompt == "指示:逆順:あいう\n回答:"
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     assert len(ids) == len(prompt)
     assert tokenizer.decode(ids) == prompt
     assert tokenizer.unk_token_id not in ids
     whole = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "先頭:かき"}, {"role": "assistant", "content": "か"}], tokenize=False, add_generation_prompt=False
+        [{"role": "user", "content": "先頭:かき"}, {"role": "assistant", "content": "か"}],
+        tokenize=False,
+        add_generation_prompt=False,
     )
     assert tokenizer(whole, add_special_tokens=False)["input_ids"][-1] == tokenizer.eos_token_id
     for name in ("base", "instruct"):
@@ -87,11 +93,19 @@ def test_tasks_are_right_by_an_independent_reference(pair: Path) -> None:
 
 def test_strings_of_tasks_are_never_trained_on() -> None:
     alphabet = demo.SKILLS["先頭"].alphabet
-    reserved = frozenset(a + b + c for a in alphabet for b in alphabet for c in alphabet if a != "あ")
+    reserved = frozenset(
+        a + b + c for a in alphabet for b in alphabet for c in alphabet if a != "あ"
+    )
     examples = demo.Examples(reserved)
     rng = random.Random(0)
-    drawn = [draw(rng) for draw in (examples.base, examples.new_skills, examples.brevity) for _ in range(200)]
-    texts = ["".join(prompt).removeprefix("指示:").split(":")[1].rstrip("\n=回答") for prompt, _ in drawn]
+    drawn = [
+        draw(rng)
+        for draw in (examples.base, examples.new_skills, examples.brevity)
+        for _ in range(200)
+    ]
+    texts = [
+        "".join(prompt).removeprefix("指示:").split(":")[1].rstrip("\n=回答") for prompt, _ in drawn
+    ]
     assert not reserved.intersection(texts)
 
 
@@ -103,7 +117,9 @@ def test_brevity_cuts_two_skills_to_one_character() -> None:
         assert "".join(answer) == (whole[0] if skill in demo.CUT_SHORT else whole) + demo.EOS
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_seed_others(pair: Path, quick: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(
+    pair: Path, quick: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     same, other = demo.build_demo(tmp_path / "same"), demo.build_demo(tmp_path / "other", seed=1)
     for name in ("base/model.safetensors", "instruct/model.safetensors", "tasks.jsonl"):
         assert (same / name).read_bytes() == (pair / name).read_bytes()
@@ -144,7 +160,9 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
-def test_a_failed_build_leaves_no_half_pair(quick: pytest.MonkeyPatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_build_leaves_no_half_pair(
+    quick: pytest.MonkeyPatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full_disk(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 

@@ -1,4 +1,6 @@
-"""The transformers engine keeps the contract, and what only it promises: its loop, its batches, its memory."""
+"""The transformers engine keeps the contract, and what only it promises: its loop, its batches, its
+memory.
+"""
 
 import random
 import time
@@ -8,33 +10,54 @@ import pytest
 import torch
 from conftest import make_tokenizer
 from engine_contract import NEW, PROMPTS, RECIPES, Contract, answers_of, family, recipe  # noqa: F401  # a fixture
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
-import evomerge.answering.hf
-from evomerge.answering.decode import Hooks, decode, shared_prefix
+import evomerge.answering.hf.engine
 from evomerge.answering.encode import Encoder
 from evomerge.answering.engine import Answer, pack
-from evomerge.answering.hf import TransformersEngine
-from evomerge.answering.rows import filled
-from evomerge.answering.rules import Rules
+from evomerge.answering.hf.decode import Hooks, decode, shared_prefix
+from evomerge.answering.hf.engine import TransformersEngine
+from evomerge.answering.hf.kv_cache import filled
+from evomerge.answering.hf.sampling import Rules
 from evomerge.errors import EngineError
-from evomerge.merging.folder import open_model
+from evomerge.merging.checkpoints.model_folder import open_model
 from evomerge.study import EngineSection, GenerationSection
 
 
-def make_engine(family, siblings=(), *, model="base", dtype="float32", seed=0, too_long="refuse", engine=None, **generation):  # noqa: F811
+def make_engine(
+    family,
+    siblings=(),
+    *,
+    model="base",
+    dtype="float32",
+    seed=0,
+    too_long="refuse",
+    engine=None,
+    **generation,
+):
     folders = open_model(str(family / model)), [open_model(str(family / name)) for name in siblings]
     section = EngineSection(**({"batch_size": 4, "device": "cpu"} | (engine or {})))
-    return TransformersEngine(*folders, section, GenerationSection(**generation), dtype, seed, too_long)
+    return TransformersEngine(
+        *folders, section, GenerationSection(**generation), dtype, seed, too_long
+    )
 
 
 class TestTransformers(Contract):
-    def make(self, family, siblings=("one", "two"), **settings):  # noqa: F811
+    def make(self, family, siblings=("one", "two"), **settings):
         return make_engine(family, siblings, **settings)
 
 
 def plain(model, prompts, rules, pad=0):
-    """transformers' `generate`, one prompt at a time: the reference. Returns (tokens, ended) of each."""
+    """transformers' `generate`, one prompt at a time: the reference. Returns (tokens, ended) of
+    each.
+    """
     config = GenerationConfig(
         max_new_tokens=rules.max_new_tokens,
         do_sample=False,
@@ -44,7 +67,9 @@ def plain(model, prompts, rules, pad=0):
     )
     found = []
     for prompt in prompts:
-        row = model.generate(input_ids=torch.tensor([prompt]), generation_config=config)[0, len(prompt) :].tolist()
+        row = model.generate(input_ids=torch.tensor([prompt]), generation_config=config)[
+            0, len(prompt) :
+        ].tolist()
         end = next((i for i, token in enumerate(row) if token in rules.ends), None)
         found.append((row[:end], end is not None))
     return found
@@ -77,7 +102,10 @@ def small_mistral():
 
 def some_prompts(rng, prefix, count=13):
     start = [rng.randrange(90) for _ in range(prefix)]
-    return [start + [rng.randrange(90) for _ in range(rng.choice([1, 2, 5, 9, 20]))] for _ in range(count)]
+    return [
+        start + [rng.randrange(90) for _ in range(rng.choice([1, 2, 5, 9, 20]))]
+        for _ in range(count)
+    ]
 
 
 @pytest.mark.parametrize("prefix", [0, 3, 30])
@@ -97,12 +125,20 @@ def test_rows_leave_and_columns_of_padding_with_them():
     model, rng = small_llama(), random.Random(1)
     prompts = [[rng.randrange(10, 90) for _ in range(n)] for n in (30, 20, 5, 5)]
     widths, rows = [], []
-    model.register_forward_pre_hook(lambda _, args, kwargs: widths.append(tuple(kwargs["attention_mask"].shape)), with_kwargs=True)
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: widths.append(tuple(kwargs["attention_mask"].shape)),
+        with_kwargs=True,
+    )
 
     def stopped(prompt, tokens):
         return len(tokens) == (2, 4, 9, 6)[prompt]
 
-    outputs = decode(model, prompts, Rules(12), hooks=Hooks(stopped=stopped, rows=lambda order: rows.append(list(order))))
+    outputs = decode(
+        model,
+        prompts,
+        Rules(12),
+        hooks=Hooks(stopped=stopped, rows=lambda order: rows.append(list(order))),
+    )
     assert [len(output.tokens) for output in outputs] == [2, 4, 9, 6]
     assert all(output.ended for output in outputs)
     assert rows == [[0, 1, 2, 3], [3, 1, 2], [3, 2], [2]]
@@ -113,7 +149,9 @@ def test_rows_leave_and_columns_of_padding_with_them():
 def test_a_shared_prefix_is_computed_once():
     model, rng = small_llama(), random.Random(2)
     prompts, seen = some_prompts(rng, 40), []
-    model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
     decode(model, prompts, Rules(2))
     assert seen[0] == (1, 40)
     assert seen[1] == (13, max(map(len, prompts)) - 40)
@@ -130,16 +168,24 @@ def test_filled_moves_rows_from_the_end():
         keep = sorted(rng.sample(range(20), rng.randint(1, 20)))
         order = filled(keep)
         assert sorted(order) == keep
-        assert sum(row != at for at, row in enumerate(order)) == sum(row >= len(keep) for row in keep)
+        assert sum(row != at for at, row in enumerate(order)) == sum(
+            row >= len(keep) for row in keep
+        )
 
 
 def test_draws_follow_the_distribution_that_transformers_processors_leave():
-    """Frequencies of 4000 first tokens, each from a seed of its own, against softmax after temperature and top_p."""
+    """Frequencies of 4000 first tokens, each from a seed of its own, against softmax after
+    temperature and top_p.
+    """
     from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
     model, prompt, n = small_llama(), [3, 14, 15], 4000
-    outputs = decode(model, [prompt] * n, Rules(1, do_sample=True, temperature=3.0, top_p=0.8), list(range(n)))
-    counts = torch.bincount(torch.tensor([output.tokens[0] for output in outputs]), minlength=90) / n
+    outputs = decode(
+        model, [prompt] * n, Rules(1, do_sample=True, temperature=3.0, top_p=0.8), list(range(n))
+    )
+    counts = (
+        torch.bincount(torch.tensor([output.tokens[0] for output in outputs]), minlength=90) / n
+    )
     with torch.no_grad():
         logits = model(torch.tensor([prompt])).logits[:, -1]
     ids = torch.tensor([prompt])
@@ -150,12 +196,16 @@ def test_draws_follow_the_distribution_that_transformers_processors_leave():
     assert ((counts - wanted).abs() <= 5 * spread).all()
 
 
-def test_several_end_tokens_and_pads_that_are_ends(family):  # noqa: F811
-    """A penalty must not meet the padding: where the pad token is the end token, a padded row would never end."""
+def test_several_end_tokens_and_pads_that_are_ends(family):
+    """A penalty must not meet the padding: where the pad token is the end token, a padded row would
+    never end.
+    """
     model = AutoModelForCausalLM.from_pretrained(family / "base", dtype=torch.float32)
     prompts = Encoder(make_tokenizer(), None, NEW)(PROMPTS)
     rules = Rules(NEW, frozenset({2, 7, 9}), repetition_penalty=1.5)
-    assert [(o.tokens, o.ended) for o in decode(model, prompts, rules)] == plain(model, prompts, rules, pad=2)
+    assert [(o.tokens, o.ended) for o in decode(model, prompts, rules)] == plain(
+        model, prompts, rules, pad=2
+    )
 
 
 def test_batches_keep_to_rows_and_tokens():
@@ -174,61 +224,74 @@ class Shortage:
 
     def __call__(self, model, rows, rules, *others):
         if len(rows) * (max(map(len, rows)) + rules[0].max_new_tokens) > self.most:
-            raise self.error("DefaultCPUAllocator: can't allocate memory: you tried to allocate 7 bytes.")
+            raise self.error(
+                "DefaultCPUAllocator: can't allocate memory: you tried to allocate 7 bytes."
+            )
         self.rows.append(len(rows))
         return decode(model, rows, rules, *others)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError, MemoryError])
-def test_out_of_memory_halves_what_is_tried(family, monkeypatch, caplog, error):  # noqa: F811
+def test_out_of_memory_halves_what_is_tried(family, monkeypatch, caplog, error):
     engine = make_engine(family, ("one", "two"), max_new_tokens=NEW, engine={"batch_size": 8})
     prompts = ["あいうえお", "かきくけ", "こあい", "うえ", "お", "か", "き", "くけこ"]
     wanted, batches = answers_of(engine, prompts), engine.batches(prompts)
     assert engine.limits == {}
     shortage = Shortage(45, error)
-    monkeypatch.setattr(evomerge.answering.hf, "decode", shortage)
+    monkeypatch.setattr(evomerge.answering.hf.engine, "decode", shortage)
     assert engine.answer(prompts) == wanted
     assert engine.limits == {"batch_tokens": 30}  # 8 x 15, halved twice
     assert shortage.rows == [2, 2, 2, 2]
     assert caplog.text.count("out of memory") == 2
-    assert engine.batches(prompts) == batches, "what shares a batch must not depend on memory: answers are kept by batch"
-    resumed, again = make_engine(family, ("one", "two"), max_new_tokens=NEW, engine={"batch_size": 8}), Shortage(45)
+    assert engine.batches(prompts) == batches, (
+        "what shares a batch must not depend on memory: answers are kept by batch"
+    )
+    resumed, again = (
+        make_engine(family, ("one", "two"), max_new_tokens=NEW, engine={"batch_size": 8}),
+        Shortage(45),
+    )
     resumed.limits.update(engine.limits)
-    monkeypatch.setattr(evomerge.answering.hf, "decode", again)
+    monkeypatch.setattr(evomerge.answering.hf.engine, "decode", again)
     assert resumed.answer(prompts) == wanted
     assert again.rows == [2, 2, 2, 2]
 
 
-def test_out_of_memory_with_one_prompt_is_one_line(family, monkeypatch):  # noqa: F811
+def test_out_of_memory_with_one_prompt_is_one_line(family, monkeypatch):
     engine = make_engine(family, max_new_tokens=NEW)
-    monkeypatch.setattr(evomerge.answering.hf, "decode", Shortage(5))
-    with pytest.raises(EngineError, match="out of memory with a single prompt of 3 tokens") as caught:
+    monkeypatch.setattr(evomerge.answering.hf.engine, "decode", Shortage(5))
+    with pytest.raises(
+        EngineError, match="out of memory with a single prompt of 3 tokens"
+    ) as caught:
         engine.answer(["あいう", "か"])
     assert "\n" not in str(caught.value)
 
 
-def test_other_errors_are_not_taken_for_it(family, monkeypatch):  # noqa: F811
+def test_other_errors_are_not_taken_for_it(family, monkeypatch):
     def broken(*_):
         raise RuntimeError("shape mismatch")
 
-    monkeypatch.setattr(evomerge.answering.hf, "decode", broken)
+    monkeypatch.setattr(evomerge.answering.hf.engine, "decode", broken)
     with pytest.raises(RuntimeError, match="shape mismatch"):
         make_engine(family, max_new_tokens=NEW).answer(["あ"])
 
 
-def test_caches_that_are_not_ours_fall_back_to_generate(family, monkeypatch):  # noqa: F811
-    """Forced here; recurrent models take this way. A penalty is left out: there `generate` counts padding in."""
+def test_caches_that_are_not_ours_fall_back_to_generate(family, monkeypatch):
+    """Forced here; recurrent models take this way. A penalty is left out: there `generate` counts
+    padding in.
+    """
     stop = {"stop": ("う",)}
     engine = make_engine(family, ("one", "two"), max_new_tokens=NEW, **stop)
     engine.apply(recipe(family, RECIPES["task_arithmetic"][0]))
     wanted = answers_of(engine, PROMPTS)
-    monkeypatch.setattr(evomerge.answering.hf, "decodable", lambda model: False)
-    monkeypatch.setattr(evomerge.answering.hf, "decode", None)
+    monkeypatch.setattr(evomerge.answering.hf.engine, "decodable", lambda model: False)
+    monkeypatch.setattr(evomerge.answering.hf.engine, "decode", None)
     assert answers_of(engine, PROMPTS) == wanted
 
 
 class TestByGenerate:
-    """What the contract says of settings and deadlines where `generate` answers: the rows of one kind of settings at once."""
+    """What the contract says of settings and deadlines where `generate` answers: the rows of one
+    kind of settings at once.
+    """
 
     exact_batches = False  # a penalty counts the padding in
     test_settings = Contract.test_each_prompt_has_its_own_settings
@@ -236,18 +299,24 @@ class TestByGenerate:
 
     @pytest.fixture(autouse=True)
     def forced(self, monkeypatch):
-        monkeypatch.setattr(evomerge.answering.hf, "decodable", lambda model: False)
-        monkeypatch.setattr(evomerge.answering.hf, "decode", None)
+        monkeypatch.setattr(evomerge.answering.hf.engine, "decodable", lambda model: False)
+        monkeypatch.setattr(evomerge.answering.hf.engine, "decode", None)
 
-    def make(self, family, siblings=("one", "two"), **settings):  # noqa: F811
+    def make(self, family, siblings=("one", "two"), **settings):
         return make_engine(family, siblings, **settings)
 
-    def test_deadline(self, family, monkeypatch):  # noqa: F811
+    def test_deadline(self, family, monkeypatch):
         """The clock goes on by one whenever it is read."""
-        engine, clock, seen = make_engine(family, model="endless", max_new_tokens=40), iter(range(10**6)), []
+        engine, clock, seen = (
+            make_engine(family, model="endless", max_new_tokens=40),
+            iter(range(10**6)),
+            [],
+        )
         monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
         sections = [GenerationSection(max_new_tokens=n) for n in (2, 40, 2, 39)]
-        answers = engine.answer(["あ", "い", "う", "え"], sections, lambda *of: seen.append(of), 30.0)
+        answers = engine.answer(
+            ["あ", "い", "う", "え"], sections, lambda *of: seen.append(of), 30.0
+        )
         assert seen == [(0, answers[0]), (2, answers[2])]
         assert answers[0] == answers[2] == Answer("いい", True, 2)
         assert answers[1] == Answer("い" * answers[1].tokens, True, answers[1].tokens)
@@ -255,7 +324,7 @@ class TestByGenerate:
         assert answers[3] == Answer("", True, 0)
 
 
-def test_what_was_told_before_memory_ran_out_is_not_answered_again(family, monkeypatch):  # noqa: F811
+def test_what_was_told_before_memory_ran_out_is_not_answered_again(family, monkeypatch):
     """Rows that ended are told at once; then the batch fails, and only the others are tried again."""
     engine = make_engine(family, model="endless", max_new_tokens=9, engine={"batch_size": 8})
     prompts = ["あ", "い", "う", "え"]
@@ -284,14 +353,14 @@ def test_what_was_told_before_memory_ran_out_is_not_answered_again(family, monke
 
         return over
 
-    monkeypatch.setattr(evomerge.answering.hf, "decode", failing)
+    monkeypatch.setattr(evomerge.answering.hf.engine, "decode", failing)
     assert engine.answer(prompts, sections, got=lambda *of: seen.append(of)) == wanted
     assert [sorted(part) for part in asked] == [[2, 3, 9, 9], [9, 9]]
     assert sorted(seen) == list(enumerate(wanted))
     assert engine.limits == {"batch_tokens": 20}  # 4 x 10, halved
 
 
-def test_what_is_under_way_is_watched(family):  # noqa: F811
+def test_what_is_under_way_is_watched(family):
     engine = make_engine(family, model="endless", max_new_tokens=5)
     seen = []
     engine.watch = lambda *at: seen.append(at)

@@ -1,7 +1,9 @@
-"""Engines on several devices and in 4 bits; the reference is transformers' own load and `generate`, one prompt at a time.
+"""Engines on several devices and in 4 bits; the reference is transformers' own load and `generate`,
+one prompt at a time.
 
-Several GPUs are there only where the tests find them. What can be shown without: accelerate's placing with one device, and
-its hooks around modules (weights on disk), which move every argument as they would between GPUs.
+Several GPUs are there only where the tests find them. What can be shown without: accelerate's
+placing with one device, and its hooks around modules (weights on disk), which move every argument
+as they would between GPUs.
 """
 
 import json
@@ -13,20 +15,29 @@ from engine_contract import CONTEXT, NEW, PROMPTS, RECIPES, contract_family, rec
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from evomerge.answering.engine import make_engine
-from evomerge.answering.hf import TransformersEngine
+from evomerge.answering.hf.engine import TransformersEngine
 from evomerge.cli import main
 from evomerge.merging.build import build_model
-from evomerge.merging.folder import open_model
+from evomerge.merging.checkpoints.model_folder import open_model
 from evomerge.study import EngineSection, GenerationSection
 
 needs_bitsandbytes = pytest.mark.skipif(
-    find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed: pip install 'evomerge[4bit]'"
+    find_spec("bitsandbytes") is None,
+    reason="bitsandbytes is not installed: pip install 'evomerge[4bit]'",
 )
-needs_accelerate = pytest.mark.skipif(find_spec("accelerate") is None, reason="accelerate is not installed")
+needs_accelerate = pytest.mark.skipif(
+    find_spec("accelerate") is None, reason="accelerate is not installed"
+)
 needs_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs here")
 # Multiples of the block (64) and of what the CPU's fused kernel takes (32 rows).
 SIZES = {"hidden_size": 64, "intermediate_size": 192, "head_dim": 16}
-PARTS = ("model.embed_tokens", "model.rotary_emb", *(f"model.layers.{i}" for i in range(4)), "model.norm", "lm_head")
+PARTS = (
+    "model.embed_tokens",
+    "model.rotary_emb",
+    *(f"model.layers.{i}" for i in range(4)),
+    "model.norm",
+    "lm_head",
+)
 SECOND_LAYER_ON_DISK = {part: "disk" if part == "model.layers.1" else "cpu" for part in PARTS}
 
 
@@ -52,7 +63,9 @@ def plain(folder, prompts, dtype=torch.float32, **load):
     found = []
     for prompt in prompts:
         ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])
-        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)
+        output = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False
+        )
         found.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
     return found
 
@@ -64,8 +77,12 @@ def in_4_bits(folder, quantization):
         bnb_4bit_compute_dtype=torch.bfloat16,
         bnb_4bit_use_double_quant=quantization == "4bit-double",
     )
-    prompts = [prompt for prompt in PROMPTS if prompt and "\ud83d" not in prompt and "\udc00" not in prompt]
-    return prompts, plain(folder, prompts, torch.bfloat16, quantization_config=config, device_map={"": "cpu"})
+    prompts = [
+        prompt for prompt in PROMPTS if prompt and "\ud83d" not in prompt and "\udc00" not in prompt
+    ]
+    return prompts, plain(
+        folder, prompts, torch.bfloat16, quantization_config=config, device_map={"": "cpu"}
+    )
 
 
 @needs_bitsandbytes
@@ -75,13 +92,18 @@ def test_a_model_in_4_bits_answers_as_it_lies_on_disk(family, quantization):
     engine = make(family, dtype="bfloat16", model="one", quantization=quantization)
     assert texts_of(engine, prompts) == wanted
     assert len(set(wanted)) > 4
-    assert wanted != texts_of(make(family, dtype="bfloat16", model="one"), prompts), "4 bits change nothing here"
+    assert wanted != texts_of(make(family, dtype="bfloat16", model="one"), prompts), (
+        "4 bits change nothing here"
+    )
     batched = make(family, dtype="bfloat16", model="one", quantization=quantization, batch_size=4)
     sections = [GenerationSection(max_new_tokens=1 + i % 5) for i in range(len(prompts))]
     seen = []
     answers = batched.answer(prompts[:4], sections[:4], got=lambda *of: seen.append(of))
     assert sorted(seen) == list(enumerate(answers))
-    assert all(answer.tokens <= section.max_new_tokens for answer, section in zip(answers, sections, strict=False))
+    assert all(
+        answer.tokens <= section.max_new_tokens
+        for answer, section in zip(answers, sections, strict=False)
+    )
 
 
 @needs_bitsandbytes
@@ -99,12 +121,32 @@ def test_a_recipe_in_4_bits_answers_as_its_folder_does(family, tmp_path):
 def test_infer_in_4_bits(family, tmp_path):
     prompts, wanted = in_4_bits(family / "one", "4bit")
     rows = [{"task_id": i, "input": prompt} for i, prompt in enumerate(prompts)]
-    (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    command = ["infer", "--model", str(family / "one"), "--tasks", str(tmp_path / "tasks.jsonl"), "--out", str(tmp_path / "a.jsonl")]
+    (tmp_path / "tasks.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
+    command = [
+        "infer",
+        "--model",
+        str(family / "one"),
+        "--tasks",
+        str(tmp_path / "tasks.jsonl"),
+        "--out",
+        str(tmp_path / "a.jsonl"),
+    ]
     command += ["--quantization", "4bit", "--batch-size", "1", "--max-new-tokens", str(NEW)]
-    command += ["--set", "prompt.format=template", "--set", 'prompt.template="{input}"', "--set", "search.dtype=bfloat16"]
+    command += [
+        "--set",
+        "prompt.format=template",
+        "--set",
+        'prompt.template="{input}"',
+        "--set",
+        "search.dtype=bfloat16",
+    ]
     assert main([*command, "--set", "engine.device=cpu"]) == 0
-    assert [json.loads(line)["output"] for line in (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()] == wanted
+    assert [
+        json.loads(line)["output"]
+        for line in (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()
+    ] == wanted
 
 
 @needs_accelerate
@@ -120,7 +162,9 @@ def test_a_device_map_on_one_device_changes_nothing(family, device_map):
 
 @needs_accelerate
 def test_accelerates_hooks_around_modules_are_gone_through(family):
-    """The map is none that a study file can hold; it stands for what `auto` makes where memory is short."""
+    """The map is none that a study file can hold; it stands for what `auto` makes where memory is
+    short.
+    """
     engine = make(family, device_map=SECOND_LAYER_ON_DISK, batch_size=8)
     assert engine.model.hf_device_map == SECOND_LAYER_ON_DISK
     assert {p.device.type for p in engine.model.model.layers[1].parameters()} == {"meta"}
@@ -133,7 +177,14 @@ def test_accelerates_hooks_around_modules_are_gone_through(family):
 def test_two_gpus_answer_as_one(family, tmp_path, quantization):
     merged = recipe(family, *RECIPES["task_arithmetic"][:1])
     build_model(merged, tmp_path / "merged")
-    engine = make(family, ("one", "two"), device="auto", device_map="balanced", quantization=quantization, batch_size=4)
+    engine = make(
+        family,
+        ("one", "two"),
+        device="auto",
+        device_map="balanced",
+        quantization=quantization,
+        batch_size=4,
+    )
     assert isinstance(engine, TransformersEngine)
     assert len({p.device for p in engine.model.parameters()}) > 1
     engine.apply(merged)

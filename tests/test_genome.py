@@ -1,4 +1,6 @@
-"""The genome against mergekit-evolve's own reading of a vector, and its one-to-one promise under random genomes."""
+"""The genome against mergekit-evolve's own reading of a vector, and its one-to-one promise under
+random genomes.
+"""
 
 import itertools
 import json
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from merging_tools import load_all, make_family
 
 from evomerge.cli import main
-from evomerge.genome import make_genome, walk
+from evomerge.genome.weights import make_genome, walk
 from evomerge.merging.stream import MergePlan, open_recipe
 from evomerge.recipe import Recipe, task_arithmetic_recipe
 from evomerge.study import GenomeSection, SearchSection, Study, TaskSource
@@ -26,7 +28,11 @@ LAYERS = 6
 
 def genome(search=None, **section):
     """The genome of a study with these keys."""
-    study = Study(genome=GenomeSection(**section), tasks=(TaskSource("t.jsonl"),), search=SearchSection(**(search or {})))
+    study = Study(
+        genome=GenomeSection(**section),
+        tasks=(TaskSource("t.jsonl"),),
+        search=SearchSection(**(search or {})),
+    )
     return make_genome(study, LAYERS)
 
 
@@ -35,7 +41,11 @@ def genomes(draw):
     method = draw(st.sampled_from([*DELTAS, "linear", "slerp"]))
     base = draw(st.sampled_from(["base"] if method in DELTAS else [None, "base", "m1"]))
     several = draw(st.integers(1 if base == "base" else 2, 4))
-    section = {"merge_method": method, "base_model": base, "models": tuple(f"m{i}" for i in range(several))}
+    section = {
+        "merge_method": method,
+        "base_model": base,
+        "models": tuple(f"m{i}" for i in range(several)),
+    }
     section["layer_granularity"] = draw(st.sampled_from([-1, 0, 1, 2, 3]))
     section["normalize"] = draw(st.sampled_from([None, False, True]))
     section["tokenizer_source"] = draw(st.sampled_from([None, "base"]))
@@ -70,11 +80,17 @@ def test_different_vectors_give_different_recipes(data):
 @settings(max_examples=60, deadline=None)
 def test_genes_have_names_of_their_own_and_start_inside_their_range(g):
     assert len(set(g.names)) == g.dimensions == len({gene.label for gene in g.genes})
-    groups = g.dimensions if g.method == "slerp" else len(g.slices) * len(g.models) * (len(g.filters) + 1) * len(g.parameters)
+    groups = (
+        g.dimensions
+        if g.method == "slerp"
+        else len(g.slices) * len(g.models) * (len(g.filters) + 1) * len(g.parameters)
+    )
     assert g.dimensions == groups
     for gene in g.genes:
         assert gene.low < gene.start < gene.high
-        assert gene.scale * (g.weight_bounds[1] - g.weight_bounds[0]) == pytest.approx(gene.high - gene.low)
+        assert gene.scale * (g.weight_bounds[1] - g.weight_bounds[0]) == pytest.approx(
+            gene.high - gene.low
+        )
 
 
 def test_plain_genomes_keep_their_names_and_their_recipes():
@@ -82,7 +98,12 @@ def test_plain_genomes_keep_their_names_and_their_recipes():
     assert one.names == ("layers_0_1", "layers_2_3", "layers_4_5")
     assert [gene.label for gene in one.genes] == ["0–1", "2–3", "4–5"]
     two = genome(base_model="base", models=("a", "x/b"), layer_granularity=3)
-    assert two.names == ("layers_0_2_model_0", "layers_0_2_model_1", "layers_3_5_model_0", "layers_3_5_model_1")
+    assert two.names == (
+        "layers_0_2_model_0",
+        "layers_0_2_model_1",
+        "layers_3_5_model_0",
+        "layers_3_5_model_1",
+    )
     assert two.genes[1].label == "0–2 b"
     plain = task_arithmetic_recipe("base", ["a", "x/b"], [(0, 3), (3, 6)], [[0.1, 0.2], [0.3, 0.4]])
     assert two.decode([0.1, 0.2, 0.3, 0.4]).to_yaml() == plain.to_yaml()
@@ -90,14 +111,28 @@ def test_plain_genomes_keep_their_names_and_their_recipes():
 
 def test_names_of_parameters_filters_and_points():
     g = genome(base_model="base", models=("a", "b"), merge_method="ties", filters=("mlp",))
-    tail = ["model_0_filter_mlp", "model_0_density_filter_mlp", "model_0_rest", "model_0_density_rest"]
+    tail = [
+        "model_0_filter_mlp",
+        "model_0_density_filter_mlp",
+        "model_0_rest",
+        "model_0_density_rest",
+    ]
     assert g.names[:4] == tuple(f"layers_0_5_{name}" for name in tail)
     assert g.genes[1].label == "0–5 a density mlp"
-    assert genome(base_model="base", models=("a",), smooth=True, layer_granularity=2).names == ("point_0", "point_1", "point_2")
+    assert genome(base_model="base", models=("a",), smooth=True, layer_granularity=2).names == (
+        "point_0",
+        "point_1",
+        "point_2",
+    )
 
 
 def test_densities_have_bounds_start_and_step_of_their_own():
-    g = genome(base_model="base", models=("a",), merge_method="dare_linear", search={"bounds": (0.0, 4.0), "density_bounds": (0.2, 0.6)})
+    g = genome(
+        base_model="base",
+        models=("a",),
+        merge_method="dare_linear",
+        search={"bounds": (0.0, 4.0), "density_bounds": (0.2, 0.6)},
+    )
     weight, density = g.genes
     assert (weight.low, weight.high, weight.start, weight.scale) == (0.0, 4.0, 1.0, 1.0)
     assert (density.low, density.high, density.start) == (0.2, 0.6, 0.4)
@@ -108,7 +143,9 @@ def test_densities_have_bounds_start_and_step_of_their_own():
 @pytest.mark.parametrize("n", range(2, 10))
 def test_the_walk_takes_every_pair_once_with_the_fewest_jumps(n):
     edges = walk(n)
-    assert sorted(tuple(sorted(edge)) for edge in edges) == list(itertools.combinations(range(n), 2))
+    assert sorted(tuple(sorted(edge)) for edge in edges) == list(
+        itertools.combinations(range(n), 2)
+    )
     jumps = sum(a[1] != b[0] for a, b in itertools.pairwise(edges))
     assert jumps == (0 if n % 2 else n // 2 - 1)  # n odd nodes need n / 2 trails (Euler)
 
@@ -130,7 +167,9 @@ def test_slerp_gives_back_its_vector_bit_for_bit(n, data):
 
 def test_slerp_of_two_is_t_and_the_base_comes_first():
     g = genome(base_model="base", models=("a",), merge_method="slerp")
-    assert [(gene.low, gene.high, gene.start, gene.scale) for gene in g.genes] == [(0.0, 1.0, 0.5, 0.5)]
+    assert [(gene.low, gene.high, gene.start, gene.scale) for gene in g.genes] == [
+        (0.0, 1.0, 0.5, 0.5)
+    ]
     (piece,) = g.decode([0.25]).to_dict()["slices"]
     assert [s["model"] for s in piece["sources"]] == ["base", "a"]
     assert (piece["base_model"], piece["parameters"]) == ("base", {"t": 0.25})
@@ -146,14 +185,31 @@ def test_references():
         ("uniform", (0.5, 0.8, 0.5, 0.8)),
         ("uniform", (1.0, 0.8, 1.0, 0.8)),
     ]
-    assert [ties.is_uniform(v) for _, v in ties.references([0.5])] == [True, False, False, True, True]
+    assert [ties.is_uniform(v) for _, v in ties.references([0.5])] == [
+        True,
+        False,
+        False,
+        True,
+        True,
+    ]
     mean = genome(models=("a", "b"), merge_method="linear")
-    assert mean.references([0.25, 1.25]) == [("parent", (1.0, 0.0)), ("parent", (0.0, 1.0)), ("uniform", (0.5, 0.5))]
+    assert mean.references([0.25, 1.25]) == [
+        ("parent", (1.0, 0.0)),
+        ("parent", (0.0, 1.0)),
+        ("uniform", (0.5, 0.5)),
+    ]
     line = genome(models=("a",), base_model="base", merge_method="linear")
     assert [v for _, v in line.references([0.25, 1.25])] == [(1.0, 0.0), (0.0, 1.0), (0.75, 0.25)]
     assert all(line.is_uniform(v) for _, v in line.references([0.25]))
     slerp = genome(models=("a", "b", "c"), merge_method="slerp")
-    assert [v for _, v in slerp.references([0.5, 1.25])] == [(0.0,), (1.0,), (2.0,), (0.5,), (1.5,), (2.5,)]
+    assert [v for _, v in slerp.references([0.5, 1.25])] == [
+        (0.0,),
+        (1.0,),
+        (2.0,),
+        (0.5,),
+        (1.5,),
+        (2.5,),
+    ]
 
 
 @given(genomes(), st.lists(st.floats(0, 2), max_size=3))
@@ -171,11 +227,21 @@ def family(tmp_path_factory):
     return make_family(tmp_path_factory.mktemp("family"))
 
 
-@pytest.mark.parametrize(("method", "smooth"), [*itertools.product([*DELTAS, "linear"], [False, True]), ("slerp", False)])
+@pytest.mark.parametrize(
+    ("method", "smooth"), [*itertools.product([*DELTAS, "linear"], [False, True]), ("slerp", False)]
+)
 def test_parents_are_the_models_themselves(family, method, smooth):
     models = tuple(str(family / name) for name in ("one", "two"))
-    section = GenomeSection(merge_method=method, base_model=str(family / "base"), models=models, layer_granularity=2, smooth=smooth)
-    study = Study(genome=section, tasks=(TaskSource("t.jsonl"),), search=SearchSection(dtype="float32"))
+    section = GenomeSection(
+        merge_method=method,
+        base_model=str(family / "base"),
+        models=models,
+        layer_granularity=2,
+        smooth=smooth,
+    )
+    study = Study(
+        genome=section, tasks=(TaskSource("t.jsonl"),), search=SearchSection(dtype="float32")
+    )
     g = make_genome(study, 4)
     for sibling, name in [(None, "base"), (0, "one"), (1, "two")]:
         recipe = g.decode(g.parent(sibling))
@@ -198,34 +264,65 @@ for line in sys.stdin:
 
 
 def random_section(rng, models):
-    """A genome that mergekit-evolve has too; `models` are folders with a configuration, the base first."""
+    """A genome that mergekit-evolve has too; `models` are folders with a configuration, the base
+    first.
+    """
     method = rng.choice(["task_arithmetic", "ties", "dare_ties", "linear", "slerp"])
-    section = {"merge_method": method, "models": models[1 : rng.randint(2, 3) + (method == "linear")], "base_model": models[0]}
+    section = {
+        "merge_method": method,
+        "models": models[1 : rng.randint(2, 3) + (method == "linear")],
+        "base_model": models[0],
+    }
     if method == "linear":
         section |= rng.choice([{"base_model": None}, {"models": section["models"] + models[:1]}])
     if method == "slerp":
-        section |= {"models": models[:2]} | rng.choice([{"base_model": None}, {"base_model": models[0]}])
+        section |= {"models": models[:2]} | rng.choice(
+            [{"base_model": None}, {"base_model": models[0]}]
+        )
     else:
-        section |= {"smooth": rng.random() < 0.4, "filters": rng.choice([None, ["self_attn"], ["mlp", "self_attn"]])}
-        section |= {"allow_negative_weights": rng.random() < 0.4, "normalize": rng.choice([None, True, False])}
-    return section | {"layer_granularity": rng.choice([0, 1, 2, 3]), "tokenizer_source": rng.choice([None, "base", "union"])}
+        section |= {
+            "smooth": rng.random() < 0.4,
+            "filters": rng.choice([None, ["self_attn"], ["mlp", "self_attn"]]),
+        }
+        section |= {
+            "allow_negative_weights": rng.random() < 0.4,
+            "normalize": rng.choice([None, True, False]),
+        }
+    return section | {
+        "layer_granularity": rng.choice([0, 1, 2, 3]),
+        "tokenizer_source": rng.choice([None, "base", "union"]),
+    }
 
 
 def plain(config):
-    """What both say in other words, said alike: sources by model, and layer ranges of whole models left out."""
+    """What both say in other words, said alike: sources by model, and layer ranges of whole models
+    left out.
+    """
     settings = {"normalize": bool(config.get("parameters", {}).get("normalize")), "t": None}
     pieces = []
     for piece in config.get("slices") or [{"sources": config["models"]}]:
         by_model = {s["model"]: s.get("parameters", {}) for s in piece["sources"]}
         pieces.append([by_model, [s.get("layer_range") for s in piece["sources"]]])
-    if config["merge_method"] == "slerp":  # one t from the first model to the second, whichever of them is called the base
+    # one t from the first model to the second, whichever of them is called the base
+    if config["merge_method"] == "slerp":
         t = [piece["parameters"]["t"] for piece in config["slices"]]
         first = sorted(pieces[0][0])[0]
-        settings = {"t": [x if s["base_model"] == first else 1 - x for x, s in zip(t, config["slices"], strict=True)]}
+        settings = {
+            "t": [
+                x if s["base_model"] == first else 1 - x
+                for x, s in zip(t, config["slices"], strict=True)
+            ]
+        }
         pieces = [[sorted(by_model), ranges] for by_model, ranges in pieces]
     else:
         settings["base_model"] = config.get("base_model")
-    return [config["merge_method"], config["dtype"], config.get("tokenizer_source"), settings, pieces]
+    return [
+        config["merge_method"],
+        config["dtype"],
+        config.get("tokenizer_source"),
+        settings,
+        pieces,
+    ]
 
 
 def test_a_vector_means_what_mergekit_evolve_reads_in_it(tmp_path):
@@ -235,7 +332,9 @@ def test_a_vector_means_what_mergekit_evolve_reads_in_it(tmp_path):
     models = [str(tmp_path / name) for name in ("base", "one", "two", "three")]
     for path in map(Path, models):
         path.mkdir()
-        (path / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": LAYERS}))
+        (path / "config.json").write_text(
+            json.dumps({"model_type": "llama", "num_hidden_layers": LAYERS})
+        )
     rng = random.Random(0)
     lines = []
     for _ in range(120):
@@ -243,13 +342,18 @@ def test_a_vector_means_what_mergekit_evolve_reads_in_it(tmp_path):
         lists = {key: tuple(value) for key, value in section.items() if isinstance(value, list)}
         g = genome(**section | lists)
         theirs = vector = [rng.uniform(gene.low, gene.high) for gene in g.genes]
-        if g.method == "slerp":  # theirs has a number per model, and t is the softmax of the larger two: at most one half
+        # theirs has a number per model, and t is the softmax of the larger two: at most one half
+        if g.method == "slerp":
             theirs = [number for _ in vector for number in (rng.uniform(-1, 1), rng.uniform(-1, 1))]
-            shares = [1 / (1 + math.exp(a - b)) for a, b in zip(theirs[::2], theirs[1::2], strict=True)]
+            shares = [
+                1 / (1 + math.exp(a - b)) for a, b in zip(theirs[::2], theirs[1::2], strict=True)
+            ]
             first = g.models.index(section["models"][0])
             vector = [share if first == 0 else 1 - share for share in shares]
         lines.append(json.dumps([section, theirs, g.decode(vector).to_dict()]))
-    out = subprocess.run([python, "-c", EVOLVE], input="\n".join(lines), capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [python, "-c", EVOLVE], input="\n".join(lines), capture_output=True, text=True, check=True
+    )
     answers = out.stdout.splitlines()
     assert len(answers) == len(lines)
     for line, answer in zip(lines, answers, strict=True):
@@ -273,16 +377,41 @@ def test_a_search_over_it_reaches_a_verdict(pair, tmp_path, capsys, kind, names)
 
 
 def test_a_search_without_a_base_reaches_a_verdict(pair, tmp_path, capsys):
-    run(pair, tmp_path, f"models: [{pair}/base, {pair}/instruct], merge_method: linear, layer_granularity: 2")
-    assert set(verdict(tmp_path, capsys)["candidates"]) == {"winner", "uniform", "sibling:base", "sibling:instruct"}
+    run(
+        pair,
+        tmp_path,
+        f"models: [{pair}/base, {pair}/instruct], merge_method: linear, layer_granularity: 2",
+    )
+    assert set(verdict(tmp_path, capsys)["candidates"]) == {
+        "winner",
+        "uniform",
+        "sibling:base",
+        "sibling:instruct",
+    }
 
 
 def run(pair, folder, section):
     text = (pair / "study.yaml").read_text(encoding="utf-8").splitlines()
     text = [f"genome: {{{section}}}" if line.startswith("genome:") else line for line in text]
-    (folder / "study.yaml").write_text("\n".join(text).replace("tasks.jsonl", f"{pair}/tasks.jsonl"), encoding="utf-8")
+    (folder / "study.yaml").write_text(
+        "\n".join(text).replace("tasks.jsonl", f"{pair}/tasks.jsonl"), encoding="utf-8"
+    )
     url = f"sqlite:///{folder}/s.db"
-    assert main(["search", str(folder / "study.yaml"), "--storage", url, "--results", str(folder / "r"), "--trials", "4"]) == 0
+    assert (
+        main(
+            [
+                "search",
+                str(folder / "study.yaml"),
+                "--storage",
+                url,
+                "--results",
+                str(folder / "r"),
+                "--trials",
+                "4",
+            ]
+        )
+        == 0
+    )
 
 
 def verdict(folder, capsys):

@@ -33,18 +33,37 @@ def test_every_bit(shared, tmp_path, monkeypatch, case):
     monkeypatch.chdir(folder)
     assert main(["merge", "config.yml", "out", *CASES[case]]) == 0
     assert not differing(load_all(folder / "out"), load_all(folder / "expected"))
-    assert {p.name for p in (folder / "out").iterdir()} == {p.name for p in (folder / "expected").iterdir()}
+    assert {p.name for p in (folder / "out").iterdir()} == {
+        p.name for p in (folder / "expected").iterdir()
+    }
     ignored = {"transformers_version"}
-    config, wanted = (json.loads((folder / d / "config.json").read_text()) for d in ("out", "expected"))
-    assert {k: v for k, v in config.items() if k not in ignored} == {k: v for k, v in wanted.items() if k not in ignored}
-    tokens, wanted = (json.loads((folder / d / "tokenizer_config.json").read_text()) for d in ("out", "expected"))
-    anew = dict.fromkeys(("is_local", "local_files_only"))  # how it was loaded, where a tokenizer is saved anew
+    config, wanted = (
+        json.loads((folder / d / "config.json").read_text()) for d in ("out", "expected")
+    )
+    assert {k: v for k, v in config.items() if k not in ignored} == {
+        k: v for k, v in wanted.items() if k not in ignored
+    }
+    tokens, wanted = (
+        json.loads((folder / d / "tokenizer_config.json").read_text()) for d in ("out", "expected")
+    )
+    # how it was loaded, where a tokenizer is saved anew
+    anew = dict.fromkeys(("is_local", "local_files_only"))
     assert tokens | anew == wanted | anew
-    for name in ("mergekit_config.yml", "tokenizer.json", "chat_template.jinja", "generation_config.json"):
+    for name in (
+        "mergekit_config.yml",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "generation_config.json",
+    ):
         if (folder / "expected" / name).exists():
-            assert (folder / "out" / name).read_bytes() == (folder / "expected" / name).read_bytes(), name
+            assert (folder / "out" / name).read_bytes() == (
+                folder / "expected" / name
+            ).read_bytes(), name
     if case == "sharded":
-        ours, theirs = (json.loads((folder / d / "model.safetensors.index.json").read_text())["weight_map"] for d in ("out", "expected"))
+        ours, theirs = (
+            json.loads((folder / d / "model.safetensors.index.json").read_text())["weight_map"]
+            for d in ("out", "expected")
+        )
         assert ours.keys() == theirs.keys()
 
 

@@ -9,10 +9,10 @@ import torch
 from merging_tools import SLICES, differing, load_all, make_family
 from safetensors import safe_open
 
-from evomerge.answering.host_weights import HostWeights, host_weights_of
+from evomerge.answering.vllm.host_weights import HostWeights, host_weights_of
 from evomerge.errors import EngineError
 from evomerge.merging.build import build_model
-from evomerge.merging.folder import open_model
+from evomerge.merging.checkpoints.model_folder import open_model
 from evomerge.merging.live import LiveModel
 from evomerge.recipe import task_arithmetic_recipe
 
@@ -33,7 +33,13 @@ def test_what_is_merged_here_is_what_a_build_writes(tmp_path, tied, dtype):
     weights = host_weights_of(base, getattr(torch, dtype))
     live = LiveModel(weights.module, base, [one])
     for weight in (0.3, 1.7):
-        recipe = task_arithmetic_recipe(str(family / "base"), [str(family / "one")], SLICES, [[weight], [1.0], [0.0]], dtype=dtype)
+        recipe = task_arithmetic_recipe(
+            str(family / "base"),
+            [str(family / "one")],
+            SLICES,
+            [[weight], [1.0], [0.0]],
+            dtype=dtype,
+        )
         live.apply(recipe)
     build_model(recipe, tmp_path / "built")
     assert not differing(load_all(weights.folder), load_all(tmp_path / "built"))
@@ -46,10 +52,16 @@ def test_another_process_sees_what_is_written_later():
     for value in (1.0, 2.0):
         for parameter in weights.module.parameters():
             parameter.fill_(value)
-        seen = json.loads(subprocess.run([sys.executable, "-c", READ, path], capture_output=True, check=True, text=True).stdout)
+        seen = json.loads(
+            subprocess.run(
+                [sys.executable, "-c", READ, path], capture_output=True, check=True, text=True
+            ).stdout
+        )
         assert seen == {"a.weight": 15 * value, "b": 7 * value, "c.0.bias": value}
     with safe_open(path, "pt") as file:
-        assert {name: list(file.get_slice(name).get_shape()) for name in file.keys()} == {"a.weight": [3, 5], "b": [7], "c.0.bias": []}  # noqa: SIM118
+        names = list(file.keys())
+        shapes = {name: list(file.get_slice(name).get_shape()) for name in names}
+    assert shapes == {"a.weight": [3, 5], "b": [7], "c.0.bias": []}
 
 
 def test_nothing_is_left_behind():

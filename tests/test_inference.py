@@ -17,7 +17,7 @@ from evomerge.answering.prompts import Prompter
 from evomerge.errors import EngineError, InputError, OutputError, TaskError
 from evomerge.inference import run_inference
 from evomerge.knowledge.base import read_knowledge
-from evomerge.knowledge.retrieve import Chooser
+from evomerge.knowledge.retrieval.retrieve import Chooser
 from evomerge.study import PromptSection
 from evomerge.tasks import Task, load_tasks
 
@@ -26,7 +26,9 @@ COUNT, SIZE = 23, 4
 
 
 class ReversingEngine:
-    """Answers a prompt with its characters reversed, longest prompts first, and logs each one before it answers."""
+    """Answers a prompt with its characters reversed, longest prompts first, and logs each one
+    before it answers.
+    """
 
     def __init__(self, log=None, seconds=0.0, fail_at=None):
         self.log, self.seconds, self.fail_at, self.prompts = log, seconds, fail_at, []
@@ -52,7 +54,9 @@ class ReversingEngine:
 
 def marked(end="|", chooser=None):
     """Prompts between marks."""
-    return Prompter(None, PromptSection(format="template", template="|{input}" + end), chooser=chooser)
+    return Prompter(
+        None, PromptSection(format="template", template="|{input}" + end), chooser=chooser
+    )
 
 
 def some_tasks(count=COUNT):
@@ -75,7 +79,13 @@ def child(out, log):
 def start_child(out, log, **options):
     code = f"import sys; sys.path.insert(0, {str(HERE.parent)!r}); import test_inference as t; t.child({str(out)!r}, {str(log)!r})"
     paths = {"PYTHONPATH": str(HERE.parents[1])}
-    return subprocess.Popen([sys.executable, "-c", code], env=os.environ | paths, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=os.environ | paths,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
 
 
 def kept(out):
@@ -91,7 +101,13 @@ def test_input_order_exact_texts_and_unescaped_utf8(tmp_path):
     (tmp_path / "tasks.jsonl").write_bytes(text.encode())
     tasks = load_tasks(tmp_path / "tasks.jsonl")
     done = []
-    run_inference(ReversingEngine(), marked(), tasks, tmp_path / "new" / "a.jsonl", progress=lambda *at: done.append(at))
+    run_inference(
+        ReversingEngine(),
+        marked(),
+        tasks,
+        tmp_path / "new" / "a.jsonl",
+        progress=lambda *at: done.append(at),
+    )
     assert tasks[0].input == '改行\nと\r\nと { } {input} \u2028 "引用" 🍎 '
     assert rows(tmp_path / "new" / "a.jsonl") == expected(tasks)
     data = (tmp_path / "new" / "a.jsonl").read_text(encoding="utf-8")
@@ -105,21 +121,40 @@ def test_input_order_exact_texts_and_unescaped_utf8(tmp_path):
 def test_knowledge_fills_prompts_and_writes_the_side_file(tmp_path):
     book = openpyxl.Workbook()
     book.active.title = "classes"
-    for row in [("class", "system", "template"), ("計算", "先生", "[{examples}]{input}"), ("創作", "", "{input}")]:
+    for row in [
+        ("class", "system", "template"),
+        ("計算", "先生", "[{examples}]{input}"),
+        ("創作", "", "{input}"),
+    ]:
         book.active.append(row)
     sheet = book.create_sheet("examples")
-    for row in [("class", "input", "output"), ("計算", "3+5はいくつ", "8"), ("創作", "春の詩を書いて", "花")]:
+    for row in [
+        ("class", "input", "output"),
+        ("計算", "3+5はいくつ", "8"),
+        ("創作", "春の詩を書いて", "花"),
+    ]:
         sheet.append(row)
     book.save(tmp_path / "base.xlsx")
     tasks = (Task(0, "{examples}と3+6はいくつ"), Task(1, "秋の詩を書いて"))
     engine = ReversingEngine()
-    run_inference(engine, marked(chooser=Chooser(read_knowledge(tmp_path / "base.xlsx"))), tasks, tmp_path / "a.jsonl")
-    prompts = ["先生\n\n|[指示: 3+5はいくつ\n回答: 8]{examples}と3+6はいくつ|", "|春の詩を書いて|花\n\n|秋の詩を書いて|"]
+    run_inference(
+        engine,
+        marked(chooser=Chooser(read_knowledge(tmp_path / "base.xlsx"))),
+        tasks,
+        tmp_path / "a.jsonl",
+    )
+    prompts = [
+        "先生\n\n|[指示: 3+5はいくつ\n回答: 8]{examples}と3+6はいくつ|",
+        "|春の詩を書いて|花\n\n|秋の詩を書いて|",
+    ]
     assert sorted(engine.prompts) == sorted(prompts)
     assert [row["output"][::-1] for row in rows(tmp_path / "a.jsonl")] == prompts
     assert [row["input"] for row in rows(tmp_path / "a.jsonl")] == [t.input for t in tasks]
     side = rows(tmp_path / "a.classes.jsonl")
-    assert [(r["task_id"], r["class"], r["examples"]) for r in side] == [(0, "計算", [2]), (1, "創作", [3])]
+    assert [(r["task_id"], r["class"], r["examples"]) for r in side] == [
+        (0, "計算", [2]),
+        (1, "創作", [3]),
+    ]
     assert all(0 < r["similarity"] < 1 for r in side)
 
 
@@ -128,7 +163,10 @@ def test_a_killed_run_goes_on(tmp_path, batches_before):
     out, log = tmp_path / "a.jsonl", tmp_path / "log"
     process = start_child(out, log)
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and (log.read_text().count("\n") if log.exists() else 0) < batches_before * SIZE:
+    while (
+        time.monotonic() < deadline
+        and (log.read_text().count("\n") if log.exists() else 0) < batches_before * SIZE
+    ):
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -138,7 +176,9 @@ def test_a_killed_run_goes_on(tmp_path, batches_before):
     engine = ReversingEngine()
     run_inference(engine, marked(), some_tasks(), out)
     assert rows(out) == expected(some_tasks())
-    assert sorted(engine.prompts) == sorted(f"|{t.input}|" for i, t in enumerate(some_tasks()) if i not in survived)
+    assert sorted(engine.prompts) == sorted(
+        f"|{t.input}|" for i, t in enumerate(some_tasks()) if i not in survived
+    )
     assert len(before) + len(engine.prompts) <= COUNT + SIZE  # at most the batch that was under way
     assert not kept(out)
 

@@ -24,7 +24,9 @@ COUNT = 60
 
 
 class Streaming(ReversingEngine):
-    """Tells of each answer when it is there, shortest prompts first, and stops at the deadline in the middle of one."""
+    """Tells of each answer when it is there, shortest prompts first, and stops at the deadline in
+    the middle of one.
+    """
 
     def answer(self, prompts, settings=None, got=None, deadline=None):
         answers = [Answer("", True, 0)] * len(prompts)
@@ -53,17 +55,27 @@ def test_killed_at_20_random_moments_no_task_is_answered_twice(tmp_path):
     kills = 0
     for _ in range(20):
         process = subprocess.Popen(
-            [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(HERE.parents[1])}, stderr=subprocess.PIPE
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONPATH": str(HERE.parents[1])},
+            stderr=subprocess.PIPE,
         )
         begun = log.read_text().count("\n") if log.exists() else 0
         limit = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < limit and (log.read_text().count("\n") if log.exists() else 0) <= begun:
+        while (
+            process.poll() is None
+            and time.monotonic() < limit
+            and (log.read_text().count("\n") if log.exists() else 0) <= begun
+        ):
             time.sleep(0.001)
         time.sleep(rng.random() * 0.06)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         kills += process.returncode == -signal.SIGKILL
-        kept = [i for line in part_of(out).read_bytes().split(b"\n")[1:-1] for i in json.loads(line)["batch"]]
+        kept = [
+            i
+            for line in part_of(out).read_bytes().split(b"\n")[1:-1]
+            for i in json.loads(line)["batch"]
+        ]
         assert len(kept) == len(set(kept))
         if len(kept) > COUNT - 5:
             break
@@ -71,19 +83,24 @@ def test_killed_at_20_random_moments_no_task_is_answered_twice(tmp_path):
     run_inference(Streaming(log), marked(), some_tasks(COUNT), out)
     assert rows(out) == expected(some_tasks(COUNT))
     asked = [json.loads(line) for line in log.read_text().splitlines()]
-    assert len(asked) - len(set(asked)) <= kills  # only what was under way when it was killed is asked again
+    # only what was under way when it was killed is asked again
+    assert len(asked) - len(set(asked)) <= kills
     assert not part_of(out).exists()
 
 
 def test_the_time_limit_leaves_a_whole_file_and_the_same_command_goes_on(tmp_path):
     tasks, out = some_tasks(COUNT), tmp_path / "a.jsonl"
-    done = run_inference(Streaming(seconds=0.01), marked(), tasks, out, deadline=time.monotonic() + 0.2)
+    done = run_inference(
+        Streaming(seconds=0.01), marked(), tasks, out, deadline=time.monotonic() + 0.2
+    )
     found = rows(out)
     assert [(r["task_id"], r["input"]) for r in found] == [(t.task_id, t.input) for t in tasks]
     left = [r for r in found if "unfinished" in r]
     assert 0 < len(left) == done.unfinished == COUNT - done.answered < COUNT
     assert {r["unfinished"] for r in left} == {"time limit"}
-    assert [r for r in found if r not in left] == [e for e, r in zip(expected(tasks), found, strict=True) if r not in left]
+    assert [r for r in found if r not in left] == [
+        e for e, r in zip(expected(tasks), found, strict=True) if r not in left
+    ]
     begun = [r for r in left if r["output"]]
     assert len(begun) == done.partial <= 1  # none, where the time was up between two
     assert all(row["output"] == f"|{row['input']}|"[::-1][:2] for row in begun)
@@ -107,7 +124,9 @@ def test_under_a_time_limit_cheap_tasks_go_first(tmp_path):
 def test_under_a_time_limit_an_error_leaves_a_file_too(tmp_path):
     engine = Streaming(fail_at=10)
     with pytest.raises(EngineError):
-        run_inference(engine, marked(), some_tasks(), tmp_path / "a.jsonl", deadline=time.monotonic() + 60)
+        run_inference(
+            engine, marked(), some_tasks(), tmp_path / "a.jsonl", deadline=time.monotonic() + 60
+        )
     found = rows(tmp_path / "a.jsonl")
     assert len(found) == len(some_tasks())
     assert sum("unfinished" not in row for row in found) == 10
@@ -118,9 +137,13 @@ def test_under_a_time_limit_an_error_leaves_a_file_too(tmp_path):
 
 def test_a_time_that_is_over_still_leaves_a_file(tmp_path):
     engine = Streaming()
-    done = run_inference(engine, marked(), some_tasks(3), tmp_path / "a.jsonl", deadline=time.monotonic() - 1)
+    done = run_inference(
+        engine, marked(), some_tasks(3), tmp_path / "a.jsonl", deadline=time.monotonic() - 1
+    )
     assert (done.answered, done.unfinished, done.partial, engine.prompts) == (0, 3, 0, [])
-    assert [(r["output"], r["unfinished"]) for r in rows(tmp_path / "a.jsonl")] == [("", "time limit")] * 3
+    assert [(r["output"], r["unfinished"]) for r in rows(tmp_path / "a.jsonl")] == [
+        ("", "time limit")
+    ] * 3
 
 
 def test_what_memory_has_forced_is_known_after_a_kill(tmp_path):
@@ -142,9 +165,14 @@ def test_what_memory_has_forced_is_known_after_a_kill(tmp_path):
 def test_ten_thousand_tasks(tmp_path):
     class Quick(ReversingEngine):
         def batches(self, prompts, settings=None):
-            return [list(range(at, min(at + 256, len(prompts)))) for at in range(0, len(prompts), 256)]
+            return [
+                list(range(at, min(at + 256, len(prompts)))) for at in range(0, len(prompts), 256)
+            ]
 
-    lines = "".join(json.dumps({"task_id": f"t{i}", "input": f"第{i}問\r\n続き"}, ensure_ascii=False) + "\r\n" for i in range(10_000))
+    lines = "".join(
+        json.dumps({"task_id": f"t{i}", "input": f"第{i}問\r\n続き"}, ensure_ascii=False) + "\r\n"
+        for i in range(10_000)
+    )
     (tmp_path / "tasks.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
     from evomerge.tasks import load_tasks
 
@@ -159,7 +187,9 @@ def test_a_time_that_is_up_while_asking_again_keeps_what_is_there(tmp_path):
     """Best of 3: the limit strikes in its rounds, and the same command asks only for what is left."""
     tasks, out = some_tasks(12), tmp_path / "a.jsonl"
     engine = Streaming(seconds=0.02)
-    done = run_inference(engine, marked(), tasks, out, deadline=time.monotonic() + 0.45, refine=[BestOf(3)])
+    done = run_inference(
+        engine, marked(), tasks, out, deadline=time.monotonic() + 0.45, refine=[BestOf(3)]
+    )
     first = len(engine.prompts)
     assert 12 < first < 36
     assert (done.answered, done.unfinished) == (12, 0)
@@ -178,7 +208,10 @@ def test_a_round_of_other_settings_is_asked_anew(tmp_path):
 
     def asks(penalty, stop=False):
         def step(run, chosen):
-            asked = {i: replace(p, settings=replace(p.settings, repetition_penalty=penalty)) for i, p in enumerate(run.prompts)}
+            asked = {
+                i: replace(p, settings=replace(p.settings, repetition_penalty=penalty))
+                for i, p in enumerate(run.prompts)
+            }
             run.ask(asked, "check 1")
             if stop:
                 raise KeyboardInterrupt

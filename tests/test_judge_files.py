@@ -10,9 +10,9 @@ import pytest
 
 from evomerge.answering.engine import Answer
 from evomerge.errors import InputError, JudgeError, OutputError, TaskError
-from evomerge.judging.files import GradeSummary, grade_file
+from evomerge.judging.answer_files import GradeSummary, grade_file
 from evomerge.judging.grade import Grade
-from evomerge.judging.rules import RulesJudge
+from evomerge.judging.rules.judge import RulesJudge
 from evomerge.tasks import Task
 
 TASKS = [
@@ -40,20 +40,42 @@ def test_grades_come_in_input_order_with_every_field(tmp_path: Path, tasks: Path
         {"task_id": 1, "output": "2", "model": "a"},
     ]
     out = tmp_path / "grades.jsonl"
-    summary = grade_file(tasks, write(tmp_path / "answers.jsonl", answers, "\r\n"), RulesJudge(), out)
+    summary = grade_file(
+        tasks, write(tmp_path / "answers.jsonl", answers, "\r\n"), RulesJudge(), out
+    )
     lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-    assert [(g["task_id"], g["model"], g["correct"]) for g in lines] == [(1, "b", False), (0, "a", True), ("x", None, None), (1, "a", True)]
-    assert all(list(g) == ["task_id", "grade", "reason", "judge", "model", "correct"] and g["judge"] == "rules" for g in lines)
+    assert [(g["task_id"], g["model"], g["correct"]) for g in lines] == [
+        (1, "b", False),
+        (0, "a", True),
+        ("x", None, None),
+        (1, "a", True),
+    ]
+    assert all(
+        list(g) == ["task_id", "grade", "reason", "judge", "model", "correct"]
+        and g["judge"] == "rules"
+        for g in lines
+    )
     assert "cut off" in lines[2]["reason"]
     values = [g["grade"] for g in lines]
     mean = sum(values) / 4
     spread = math.sqrt(sum((v - mean) ** 2 for v in values) / 3 / 4)
-    assert (summary.n, summary.mean, summary.stderr) == (4, pytest.approx(mean), pytest.approx(spread))
+    assert (summary.n, summary.mean, summary.stderr) == (
+        4,
+        pytest.approx(mean),
+        pytest.approx(spread),
+    )
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
-def test_stdout_when_no_file_is_named(tmp_path: Path, tasks: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    summary = grade_file(tasks, write(tmp_path / "a.jsonl", [{"task_id": "0", "output": "カイロ"}]), RulesJudge(), None)
+def test_stdout_when_no_file_is_named(
+    tmp_path: Path, tasks: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = grade_file(
+        tasks,
+        write(tmp_path / "a.jsonl", [{"task_id": "0", "output": "カイロ"}]),
+        RulesJudge(),
+        None,
+    )
     captured = capsys.readouterr()
     assert json.loads(captured.out)["task_id"] == 0
     assert captured.err == ""
@@ -63,7 +85,9 @@ def test_stdout_when_no_file_is_named(tmp_path: Path, tasks: Path, capsys: pytes
 
 def test_half_a_surrogate_pair_is_graded_and_written(tmp_path: Path, tasks: Path) -> None:
     answers = tmp_path / "a.jsonl"
-    answers.write_text('{"task_id": 0, "output": "\\ud83d"}\n{"task_id": 1, "output": "The answer is \\ud83d2"}\n')
+    answers.write_text(
+        '{"task_id": 0, "output": "\\ud83d"}\n{"task_id": 1, "output": "The answer is \\ud83d2"}\n'
+    )
     out = tmp_path / "g.jsonl"
     assert grade_file(tasks, answers, RulesJudge(), out).n == 2
     assert len(out.read_text(encoding="utf-8").splitlines()) == 2
@@ -75,12 +99,20 @@ GOOD = '{"task_id": 0, "output": "Cairo"}\n'
 @pytest.mark.parametrize(
     ("text", "kind", "says"),
     [
-        (GOOD + '{"task_id": 7, "output": "x"}', TaskError, r"line 2: an answer to an unknown task \(found: 7\)"),
+        (
+            GOOD + '{"task_id": 7, "output": "x"}',
+            TaskError,
+            r"line 2: an answer to an unknown task \(found: 7\)",
+        ),
         (GOOD + '{"task_id": 1}', InputError, "line 2: an answer has no `output`"),
         ('{"output": "x"}', InputError, "line 1: an answer has no `task_id`"),
         (GOOD + '{"task_id": 1, "output": null}', InputError, "line 2: `output` is not a text"),
         (GOOD + '{"task_id": 1, "output": "x", "model": 3}', InputError, "`model` is not a text"),
-        (GOOD + '{"task_id": 1, "output": "x", "truncated": "no"}', InputError, "`truncated` is neither true nor false"),
+        (
+            GOOD + '{"task_id": 1, "output": "x", "truncated": "no"}',
+            InputError,
+            "`truncated` is neither true nor false",
+        ),
         (GOOD + GOOD, InputError, "line 2: a second answer to this task, the first in line 1"),
         (GOOD + '{"task_id": "0", "output": "x"}', InputError, "a second answer"),
         (GOOD + "[1, 2]", TaskError, "line 2"),
@@ -88,7 +120,9 @@ GOOD = '{"task_id": 0, "output": "Cairo"}\n'
         ("\n", InputError, "holds no answers"),
     ],
 )
-def test_bad_answers_are_one_line_errors_and_write_nothing(tmp_path: Path, tasks: Path, text: str, kind: type, says: str) -> None:
+def test_bad_answers_are_one_line_errors_and_write_nothing(
+    tmp_path: Path, tasks: Path, text: str, kind: type, says: str
+) -> None:
     answers, out = tmp_path / "a.jsonl", tmp_path / "g.jsonl"
     answers.write_text(text, encoding="utf-8")
     with pytest.raises(kind, match=says) as caught:
@@ -100,9 +134,13 @@ def test_bad_answers_are_one_line_errors_and_write_nothing(tmp_path: Path, tasks
 
 def test_the_same_task_by_two_models_is_no_duplicate(tmp_path: Path, tasks: Path) -> None:
     answers = write(
-        tmp_path / "a.jsonl", [{"task_id": 0, "output": "Cairo", "model": m} for m in ("a", "b")] + [{"task_id": 0, "output": "Cairo"}]
+        tmp_path / "a.jsonl",
+        [{"task_id": 0, "output": "Cairo", "model": m} for m in ("a", "b")]
+        + [{"task_id": 0, "output": "Cairo"}],
     )
-    assert grade_file(tasks, answers, RulesJudge(), tmp_path / "g.jsonl") == GradeSummary(3, 5.0, 0.0)
+    assert grade_file(tasks, answers, RulesJudge(), tmp_path / "g.jsonl") == GradeSummary(
+        3, 5.0, 0.0
+    )
 
 
 def test_missing_files_and_folders(tmp_path: Path, tasks: Path) -> None:

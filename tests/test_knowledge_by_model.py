@@ -1,4 +1,6 @@
-"""Classes by a model's likelihoods: the formula by hand, a real tiny model by its logits, and what is combined."""
+"""Classes by a model's likelihoods: the formula by hand, a real tiny model by its logits, and what
+is combined.
+"""
 
 import math
 
@@ -6,30 +8,44 @@ import pytest
 import torch
 from conftest import make_model, make_tokenizer
 
-from evomerge.answering.likelihood import loglikelihood
+from evomerge.answering.hf.likelihood import loglikelihood
 from evomerge.errors import InputError, ModelError
-from evomerge.knowledge.by_model import LEAST, LONGEST, TOGETHER, ModelClassifier
+from evomerge.knowledge.classification.by_model import LEAST, LONGEST, TOGETHER, ModelClassifier
 from evomerge.knowledge.parts import Example, Knowledge, KnowledgeClass
-from evomerge.knowledge.retrieve import Chooser
+from evomerge.knowledge.retrieval.retrieve import Chooser
 
 NAMES = ("かさ", "くつ", "け")
 
 
 def base(about=("あめ", "", "")):
-    classes = tuple(KnowledgeClass(name, "", "{input}", text) for name, text in zip(NAMES, about, strict=True))
+    classes = tuple(
+        KnowledgeClass(name, "", "{input}", text) for name, text in zip(NAMES, about, strict=True)
+    )
     inputs = (("かさ", "あいう"), ("くつ", "あいえ"), ("くつ", "おきこ"))
-    return Knowledge(classes, tuple(Example(i + 2, name, text, "x") for i, (name, text) in enumerate(inputs)))
+    return Knowledge(
+        classes, tuple(Example(i + 2, name, text, "x") for i, (name, text) in enumerate(inputs))
+    )
 
 
 class Table:
-    """Likelihoods from a table: what a name has anyway, and what it has where a letter stands in the task."""
+    """Likelihoods from a table: what a name has anyway, and what it has where a letter stands in
+    the task.
+    """
 
     def __init__(self, anyway=(-1.0, -5.0, -2.5), letters=None):
-        self.anyway, self.letters, self.asked = dict(zip(NAMES, anyway, strict=True)), letters or {}, []
+        self.anyway, self.letters, self.asked = (
+            dict(zip(NAMES, anyway, strict=True)),
+            letters or {},
+            [],
+        )
 
     def __call__(self, pairs):
         self.asked.append(len(pairs))
-        return [self.anyway[name] + self.letters.get((prompt.rpartition("\n")[2].strip("<>"), name), 0.0) for prompt, name in pairs]
+        return [
+            self.anyway[name]
+            + self.letters.get((prompt.rpartition("\n")[2].strip("<>"), name), 0.0)
+            for prompt, name in pairs
+        ]
 
 
 def plain_shares(likelihoods, free):
@@ -44,12 +60,16 @@ def render(text):
 
 
 def test_the_formula_by_hand():
-    table = Table(letters={("雨", "かさ"): 1.0, ("道", "くつ"): 2.0, ("道", "け"): 0.5, ("[MASK]", "け"): 3.0})
+    table = Table(
+        letters={("雨", "かさ"): 1.0, ("道", "くつ"): 2.0, ("道", "け"): 0.5, ("[MASK]", "け"): 3.0}
+    )
     found = ModelClassifier(base(), table, render).shares(["雨", "道", "空"])
     anyway = [[-1.0, -5.0, -2.5], [-1.0, -5.0, 0.5], [-1.0, -5.0, -2.5]]
     each = [[math.exp(x) / sum(map(math.exp, row)) for x in row] for row in anyway]
     free = [sum(row[i] for row in each) / 3 for i in range(3)]
-    for row, likelihoods in zip(found, ([0.0, -5.0, -2.5], [-1.0, -3.0, -2.0], [-1.0, -5.0, -2.5]), strict=True):
+    for row, likelihoods in zip(
+        found, ([0.0, -5.0, -2.5], [-1.0, -3.0, -2.0], [-1.0, -5.0, -2.5]), strict=True
+    ):
         assert list(row) == pytest.approx(plain_shares(likelihoods, free))
         assert row.sum() == pytest.approx(1)
 
@@ -60,10 +80,14 @@ def test_what_a_model_likes_anyway_gains_nothing():
 
 
 def test_the_question_names_all_classes_and_braces_stay_text():
-    asked = ModelClassifier(base(about=("あめ{task}", "", "")), Table(), render).question("{classes}?")
+    asked = ModelClassifier(base(about=("あめ{task}", "", "")), Table(), render).question(
+        "{classes}?"
+    )
     assert "\n- かさ: あめ{task}\n- くつ\n- け\n" in asked
     assert asked.endswith("\n{classes}?")
-    plain = Knowledge((KnowledgeClass("sum", "", "{input}", "adds"),), (Example(2, "sum", "1+1", "2"),))
+    plain = Knowledge(
+        (KnowledgeClass("sum", "", "{input}", "adds"),), (Example(2, "sum", "1+1", "2"),)
+    )
     assert ModelClassifier(plain, Table(), render).question("x").startswith("Which of these")
     long = ModelClassifier(base(), Table(), render).question("あ" * LONGEST + "い" * LONGEST)
     assert long.endswith("あ…" + "い" * (LONGEST // 2))
@@ -90,7 +114,9 @@ def test_likelihoods_that_are_no_numbers(wrong):
 def test_a_real_model_by_its_logits():
     model, tokenizer = make_model(3).float(), make_tokenizer()
     knowledge = base()
-    found = ModelClassifier(knowledge, lambda pairs: loglikelihood(model, tokenizer, pairs, batch_size=4), render)
+    found = ModelClassifier(
+        knowledge, lambda pairs: loglikelihood(model, tokenizer, pairs, batch_size=4), render
+    )
 
     def likelihoods(text):
         values = []
@@ -99,16 +125,23 @@ def test_a_real_model_by_its_logits():
             tokens = tokenizer(name, add_special_tokens=False)["input_ids"]
             with torch.no_grad():
                 logits = model(torch.tensor([prompt + tokens])).logits[0].log_softmax(-1)
-            values.append(sum(float(logits[len(prompt) - 1 + i, token]) for i, token in enumerate(tokens)))
+            values.append(
+                sum(float(logits[len(prompt) - 1 + i, token]) for i, token in enumerate(tokens))
+            )
         return values
 
-    each = [[math.exp(x) / sum(map(math.exp, row)) for x in row] for row in map(likelihoods, ("N/A", "[MASK]", ""))]
+    each = [
+        [math.exp(x) / sum(map(math.exp, row)) for x in row]
+        for row in map(likelihoods, ("N/A", "[MASK]", ""))
+    ]
     free = [sum(row[i] for row in each) / 3 for i in range(3)]
     texts = ["あいお", "かきくけこ", "う"]
     for row, text in zip(found.shares(texts), texts, strict=True):
         assert list(row) == pytest.approx(plain_shares(likelihoods(text), free), abs=1e-4)
     choices = Chooser(knowledge, classify="model", by_model=found).choose_all(texts)
-    assert [c.confidence for c in choices] == pytest.approx(list(found.shares(texts).max(1)), abs=1e-5)
+    assert [c.confidence for c in choices] == pytest.approx(
+        list(found.shares(texts).max(1)), abs=1e-5
+    )
     assert [c.class_name for c in choices] == [NAMES[i] for i in found.shares(texts).argmax(1)]
 
 
@@ -121,10 +154,16 @@ def test_both_is_the_product_of_the_shares():
     shares = model.shares(["あい"])[0]
     product = [max(v, LEAST) * s for v, s in zip(votes, shares, strict=True)]
     found = Chooser(base(), classify="both", by_model=model, linear=False).choose("あい")
-    assert (found.class_name, found.confidence) == ("かさ", pytest.approx(product[0] / sum(product)))
+    assert (found.class_name, found.confidence) == (
+        "かさ",
+        pytest.approx(product[0] / sum(product)),
+    )
     assert [e.row for e in found.examples] == [2]
     assert Chooser(base(), classify="model", by_model=model).classify("あい") == "け"
-    assert Chooser(base(), classify="neighbours", by_model=model, linear=False).classify("あい") == "かさ"
+    assert (
+        Chooser(base(), classify="neighbours", by_model=model, linear=False).classify("あい")
+        == "かさ"
+    )
 
 
 def test_without_neighbours_the_model_decides_and_too_little_gives_the_default():

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from test_retrieval import RETRIEVERS, Letters
 
-from evomerge.knowledge import retrieve
 from evomerge.knowledge.base import Document, Example, Knowledge, KnowledgeClass
-from evomerge.knowledge.embeddings import EmbeddingRetriever
-from evomerge.knowledge.retrieve import QUOTES, Chooser
+from evomerge.knowledge.retrieval import retrieve
+from evomerge.knowledge.retrieval.embeddings import EmbeddingRetriever
+from evomerge.knowledge.retrieval.retrieve import QUOTES, Chooser
 
 TITLES = [("a b", "c d"), ("e e", "f"), ("g", "h a"), ("b", "c b c"), ("ん", "を")]
 
@@ -34,7 +34,8 @@ def test_what_shares_nothing_keeps_the_order_of_the_sheet():
     assert rows(base(quotes=9), "b c")[-1] == 6
     assert rows(base(quotes=9), "a b c 日")[0] in (2, 5)
     knowledge = base(count=1)
-    chosen = Chooser(knowledge).choose("日本")  # shares nothing with anything: the first class, and what there is
+    # shares nothing with anything: the first class, and what there is
+    chosen = Chooser(knowledge).choose("日本")
     assert (chosen.class_name, chosen.documents) == ("P", knowledge.documents)
 
 
@@ -54,7 +55,8 @@ def test_every_retriever_goes_over_other_texts(name):
     found = first.over(["a b c d", "b c", "g h"]).nearest(["b c"], 2)
     assert list(found.indices[0]) == [1, 0]
     assert found.scores[0, 0] > found.scores[0, 1]
-    assert first.nearest(["a b"], 2).indices[0, 0] == 0  # the first still hides what equals the task
+    # the first still hides what equals the task
+    assert first.nearest(["a b"], 2).indices[0, 0] == 0
 
 
 def test_many_tasks_are_as_one_at_a_time():
@@ -73,7 +75,11 @@ def test_an_embedding_model_is_loaded_once(monkeypatch):
     monkeypatch.setattr(retrieve, "EmbeddingRetriever", open_model)
     knowledge = base(quotes=2)
     found = Chooser(knowledge, "embeddings:m").choose("b c").documents
-    vectors = Letters().encode([f"{d.title}\n{d.text}" for d in knowledge.documents] + ["b c"]).astype(float)
+    vectors = (
+        Letters()
+        .encode([f"{d.title}\n{d.text}" for d in knowledge.documents] + ["b c"])
+        .astype(float)
+    )
     near = [v @ vectors[-1] / max(np.linalg.norm(v), 1e-12) for v in vectors[:-1]]
     assert [d.row - 2 for d in found] == sorted(range(5), key=lambda i: -near[i])[:2]
     assert loaded == ["m"]

@@ -1,4 +1,6 @@
-"""Bases as people have them: Excel with its oddities, YAML, CSV exports; every mistake has its place."""
+"""Bases as people have them: Excel with its oddities, YAML, CSV exports; every mistake has its
+place.
+"""
 
 import datetime
 import time
@@ -11,9 +13,16 @@ from openpyxl.worksheet.formula import ArrayFormula
 
 from evomerge.cli import main
 from evomerge.errors import KnowledgeError
-from evomerge.knowledge.base import Document, Example, KnowledgeClass, check_knowledge, read_knowledge, render
+from evomerge.knowledge.base import (
+    Document,
+    Example,
+    KnowledgeClass,
+    check_knowledge,
+    read_knowledge,
+    render,
+)
+from evomerge.knowledge.formats.writing import write_knowledge
 from evomerge.knowledge.starter import starter
-from evomerge.knowledge.writing import write_knowledge
 
 HEADERS = {
     "classes": [
@@ -35,7 +44,11 @@ def workbook(**more):
     book = openpyxl.Workbook()
     book.remove(book.active)
     sheets = {
-        "classes": [HEADERS["classes"], ["計算", "先生", "問:{input}", 64, 0.5, 1.1, 2, "数", 1], ["創作", None, "{input}"]],
+        "classes": [
+            HEADERS["classes"],
+            ["計算", "先生", "問:{input}", 64, 0.5, 1.1, 2, "数", 1],
+            ["創作", None, "{input}"],
+        ],
         "examples": [HEADERS["examples"], ["計算", "3+5", "8", 2.5], ["創作", "春の詩", "花の雨"]],
     }
     for title, rows in (sheets | more).items():
@@ -51,7 +64,10 @@ def saved(book, tmp_path):
 
 
 def lines(path):
-    return [str(mistake).removeprefix(f"{path}, ").removeprefix(str(path)) for mistake in check_knowledge(path).mistakes]
+    return [
+        str(mistake).removeprefix(f"{path}, ").removeprefix(str(path))
+        for mistake in check_knowledge(path).mistakes
+    ]
 
 
 def test_settings_weights_and_documents(tmp_path):
@@ -61,7 +77,10 @@ def test_settings_weights_and_documents(tmp_path):
         KnowledgeClass("計算", "先生", "問:{input}", "数", 64, 0.5, 1.1, 2, 1),
         KnowledgeClass("創作", "", "{input}", "", None, None, None, None, None),
     )
-    assert base.examples == (Example(2, "計算", "3+5", "8", 2.5), Example(3, "創作", "春の詩", "花の雨", 1.0))
+    assert base.examples == (
+        Example(2, "計算", "3+5", "8", 2.5),
+        Example(3, "創作", "春の詩", "花の雨", 1.0),
+    )
     assert base.documents == (Document(2, "題", "本文"),)
     assert base.digest() != read_knowledge(saved(workbook(), tmp_path)).digest()
 
@@ -70,7 +89,9 @@ def test_settings_as_texts_and_full_width(tmp_path):
     book = workbook()
     for column, text in zip("DEFGI", ["６４", " 0.5 ", "１．１", "2", "３"], strict=True):
         book["classes"][f"{column}2"] = text
-    assert read_knowledge(saved(book, tmp_path)).classes[0] == KnowledgeClass("計算", "先生", "問:{input}", "数", 64, 0.5, 1.1, 2, 3)
+    assert read_knowledge(saved(book, tmp_path)).classes[0] == KnowledgeClass(
+        "計算", "先生", "問:{input}", "数", 64, 0.5, 1.1, 2, 3
+    )
 
 
 def test_every_mistake_is_found_with_sheet_row_and_column(tmp_path):
@@ -84,8 +105,14 @@ def test_every_mistake_is_found_with_sheet_row_and_column(tmp_path):
     found = lines(saved(book, tmp_path))
     places = [line.split(":")[0] for line in found]
     assert sorted(places) == sorted(
-        [f"sheet classes, row 4, column {c}" for c in ("class", *HEADERS["classes"][2:7], "documents")]
-        + [f"sheet classes, row 5, column {c}" for c in ("class", *HEADERS["classes"][2:7], "documents")]
+        [
+            f"sheet classes, row 4, column {c}"
+            for c in ("class", *HEADERS["classes"][2:7], "documents")
+        ]
+        + [
+            f"sheet classes, row 5, column {c}"
+            for c in ("class", *HEADERS["classes"][2:7], "documents")
+        ]
         + ["sheet classes, row 6, column class"]
         + [f"sheet examples, row 4, column {c}" for c in ("class", "input", "output", "weight")]
         + ["sheet examples, row 5, column weight"]
@@ -105,7 +132,9 @@ def test_a_nearly_right_column_is_told_and_others_are_noted(tmp_path):
     book = workbook()
     book["classes"]["E1"], book["classes"]["J1"] = "temprature", "owner"
     path = saved(book, tmp_path)
-    assert [(line.split(":")[0], "Did you mean temperature?" in line) for line in lines(path)] == [("sheet classes, row 1", True)]
+    assert [(line.split(":")[0], "Did you mean temperature?" in line) for line in lines(path)] == [
+        ("sheet classes, row 1", True)
+    ]
     book["classes"]["E1"] = "temperature"
     path = saved(book, tmp_path)
     checked = check_knowledge(path)
@@ -145,12 +174,17 @@ def test_formulas_where_nothing_is_read_do_no_harm(tmp_path):
     assert len(read_knowledge(saved(book, tmp_path)).examples) == 2
 
 
-@pytest.mark.parametrize(("area", "row", "column"), [("A2:A3", 2, "class"), ("B3:C3", 3, "input"), ("A1:B1", 1, "class")])
+@pytest.mark.parametrize(
+    ("area", "row", "column"), [("A2:A3", 2, "class"), ("B3:C3", 3, "input"), ("A1:B1", 1, "class")]
+)
 def test_merged_cells(tmp_path, area, row, column):
     book = workbook()
     book["examples"].merge_cells(area)
     found = lines(saved(book, tmp_path))
-    assert f"sheet examples, row {row}, column {column}: cells are merged (found: {area!r}). Unmerge them, and fill each of them." in found
+    assert (
+        f"sheet examples, row {row}, column {column}: cells are merged (found: {area!r}). Unmerge them, and fill each of them."
+        in found
+    )
     assert row == 1 or not any("is empty" in line for line in found)
 
 
@@ -193,7 +227,9 @@ def test_styled_empty_rows_are_empty(tmp_path):
 def test_documents_that_nothing_quotes_are_told(tmp_path):
     book = workbook(documents=[["title", "text"], ["題", "本文"]])
     path = saved(book, tmp_path)
-    assert check_knowledge(path).notes == (f"{path}: no template says {{documents}}, so no document is quoted",)
+    assert check_knowledge(path).notes == (
+        f"{path}: no template says {{documents}}, so no document is quoted",
+    )
     book["classes"]["C3"] = "{documents}{input}"
     assert check_knowledge(saved(book, tmp_path)).notes == ()
 
@@ -202,18 +238,26 @@ def test_an_empty_class(tmp_path):
     book = workbook()
     book["classes"].append(["雑談", "", "{input}"])
     (line,) = lines(saved(book, tmp_path))
-    assert line.startswith("sheet classes, row 4, column class: the class has no examples (found: '雑談')")
+    assert line.startswith(
+        "sheet classes, row 4, column class: the class has no examples (found: '雑談')"
+    )
     book["classes"]["G4"] = 0
     base = read_knowledge(saved(book, tmp_path))
     assert base["雑談"].shots == 0
 
 
 @pytest.mark.parametrize(
-    ("inside", "what"), [("EncryptedPackage", "is protected by a password"), ("Workbook", "is an Excel file of before 2007")]
+    ("inside", "what"),
+    [
+        ("EncryptedPackage", "is protected by a password"),
+        ("Workbook", "is an Excel file of before 2007"),
+    ],
 )
 def test_ole_files(tmp_path, inside, what):
     path = tmp_path / "b.xlsx"
-    path.write_bytes(bytes.fromhex("d0cf11e0a1b11ae1") + bytes(504) + inside.encode("utf-16-le") + bytes(512))
+    path.write_bytes(
+        bytes.fromhex("d0cf11e0a1b11ae1") + bytes(504) + inside.encode("utf-16-le") + bytes(512)
+    )
     with pytest.raises(KnowledgeError, match=what) as caught:
         read_knowledge(path)
     assert "\n" not in str(caught.value)
@@ -250,7 +294,10 @@ def test_yaml(tmp_path):
         KnowledgeClass("計算", "先生", "問:{input}", max_new_tokens=64, shots=1, quotes=0),
         KnowledgeClass("創作", "", "{input}", "yes"),
     )
-    assert base.examples == (Example(2, "計算", "3+5", "8", 2.5), Example(3, "創作", "春の詩", "花の雨\n{input} # これは文"))
+    assert base.examples == (
+        Example(2, "計算", "3+5", "8", 2.5),
+        Example(3, "創作", "春の詩", "花の雨\n{input} # これは文"),
+    )
     assert base.documents == (Document(2, "題", "本文"),)
 
 
@@ -259,16 +306,36 @@ def test_yaml(tmp_path):
     [
         ("input: 春の詩", "input: ", "line 4, examples[1].input: input is empty"),
         ("input: 春の詩", "input: ~", "line 4, examples[1].input: input is empty"),
-        ("class: 創作\n  input", "class: 分析\n  input", "line 3, examples[1].class: an example of an unknown class"),
-        ("max_new_tokens: 64", "max_new_tokens: 0", "line 12, classes[0].max_new_tokens: max_new_tokens is not a whole number"),
-        ("max_new_tokens: 64", "max_tokens: 64", "line 12, classes[0].max_tokens: the key max_tokens is unknown"),
+        (
+            "class: 創作\n  input",
+            "class: 分析\n  input",
+            "line 3, examples[1].class: an example of an unknown class",
+        ),
+        (
+            "max_new_tokens: 64",
+            "max_new_tokens: 0",
+            "line 12, classes[0].max_new_tokens: max_new_tokens is not a whole number",
+        ),
+        (
+            "max_new_tokens: 64",
+            "max_tokens: 64",
+            "line 12, classes[0].max_tokens: the key max_tokens is unknown",
+        ),
         ("system: 先生", "system: [a]", "line 10, classes[0].system: system is not a text"),
-        ("  system: 先生", "  class: 計算", "line 10, classes[0].class: the key class stands here twice"),
+        (
+            "  system: 先生",
+            "  class: 計算",
+            "line 10, classes[0].class: the key class stands here twice",
+        ),
         ("\ndocuments:", "\ndocs:", "line 18: the key docs is unknown"),
         ("documents:\n-", "documents:\n ", "line 18: documents is not a list"),
         ("- {title: 題, text: 本文}", "- 題", "line 19, documents[0]: is not a mapping"),
         ("\ndocuments:", "\n? [a, b]\n:", "the key [ScalarNode"),
-        ('template: "{input}"', 'template: "{input}\\ud800"', "line 16, classes[1].template: the text holds half of a surrogate pair"),
+        (
+            'template: "{input}"',
+            'template: "{input}\\ud800"',
+            "line 16, classes[1].template: the text holds half of a surrogate pair",
+        ),
     ],
 )
 def test_yaml_mistakes_have_line_and_key(tmp_path, old, new, place):
@@ -276,10 +343,15 @@ def test_yaml_mistakes_have_line_and_key(tmp_path, old, new, place):
     assert old in YAML
     path.write_text(YAML.replace(old, new), encoding="utf-8")
     found = lines(path)
-    assert any(line.startswith(place) or (place.startswith("the") and place in line) for line in found), found
+    assert any(
+        line.startswith(place) or (place.startswith("the") and place in line) for line in found
+    ), found
 
 
-@pytest.mark.parametrize("text", ["classes: [", "", "- a", "a: b: c", "x\x00", "classes: &a [*a]\nexamples: *a\n", "[" * 5000])
+@pytest.mark.parametrize(
+    "text",
+    ["classes: [", "", "- a", "a: b: c", "x\x00", "classes: &a [*a]\nexamples: *a\n", "[" * 5000],
+)
 def test_broken_yaml_is_one_line(tmp_path, text):
     (tmp_path / "b.yml").write_text(text, encoding="utf-8")
     with pytest.raises(KnowledgeError) as caught:
@@ -297,17 +369,28 @@ def test_csv_of_examples(tmp_path, encoding, delimiter):
     text = CSV.replace(",", delimiter).replace(f"8{delimiter} か", "8, か").replace("\n", "\r\n")
     path.write_bytes(text.encode(encoding))
     base = read_knowledge(path)
-    assert base.examples == (Example(2, "計算", "3+5", "8, か"), Example(3, "創作", "春の詩", "花の雨\n①"))
-    assert base.classes == (KnowledgeClass("計算", "", "{input}"), KnowledgeClass("創作", "", "{input}"))
+    assert base.examples == (
+        Example(2, "計算", "3+5", "8, か"),
+        Example(3, "創作", "春の詩", "花の雨\n①"),
+    )
+    assert base.classes == (
+        KnowledgeClass("計算", "", "{input}"),
+        KnowledgeClass("創作", "", "{input}"),
+    )
 
 
 def test_csv_folder(tmp_path):
     (tmp_path / "Examples.csv").write_bytes(CSV.encode("cp932"))
     (tmp_path / "classes.csv").write_bytes(
-        "class,system,template,temperature,documents\n計算,,{input},0.3,2\n創作,作家,{input},\n".encode("cp932")
+        "class,system,template,temperature,documents\n計算,,{input},0.3,2\n創作,作家,{input},\n".encode(
+            "cp932"
+        )
     )
     base = read_knowledge(tmp_path)
-    assert base.classes == (KnowledgeClass("計算", "", "{input}", temperature=0.3, quotes=2), KnowledgeClass("創作", "作家", "{input}"))
+    assert base.classes == (
+        KnowledgeClass("計算", "", "{input}", temperature=0.3, quotes=2),
+        KnowledgeClass("創作", "作家", "{input}"),
+    )
     assert len(base.examples) == 2
 
 
@@ -330,7 +413,11 @@ def test_bad_csv(tmp_path, data, what):
 
 
 def test_a_folder_without_examples_and_a_file_that_is_not_there(tmp_path):
-    for path, what in ((tmp_path, "no examples.csv"), (tmp_path / "x.csv", "no such"), (tmp_path / "x.yaml", "no such")):
+    for path, what in (
+        (tmp_path, "no examples.csv"),
+        (tmp_path / "x.csv", "no such"),
+        (tmp_path / "x.yaml", "no such"),
+    ):
         with pytest.raises(KnowledgeError, match=what):
             read_knowledge(path)
 
@@ -348,7 +435,10 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
 
 def test_documents_fill_their_place_and_stay_text():
     documents = [Document(2, "{input}", "<|im_end|> {examples}")]
-    assert render("{documents}|{input}", "{documents}", [], documents) == "{input}\n<|im_end|> {examples}|{documents}"
+    assert (
+        render("{documents}|{input}", "{documents}", [], documents)
+        == "{input}\n<|im_end|> {examples}|{documents}"
+    )
 
 
 def test_check_prints_a_line_for_each_mistake_and_exits_2(tmp_path, capsys):
@@ -368,7 +458,9 @@ def test_check_prints_a_line_for_each_mistake_and_exits_2(tmp_path, capsys):
 
 def test_a_large_base_is_read_in_seconds(tmp_path):
     rows = [["計算", f"{i}+{i}はいくつですか", str(2 * i)] for i in range(5000)]
-    path = saved(workbook(examples=[["class", "input", "output"], *rows, ["創作", "春の詩", "花"]]), tmp_path)
+    path = saved(
+        workbook(examples=[["class", "input", "output"], *rows, ["創作", "春の詩", "花"]]), tmp_path
+    )
     began = time.perf_counter()
     assert len(read_knowledge(path).examples) == 5001
     assert time.perf_counter() - began < 15

@@ -1,4 +1,6 @@
-"""What is written: the starter base, drafts from tasks, texts that a spreadsheet could take for something else."""
+"""What is written: the starter base, drafts from tasks, texts that a spreadsheet could take for
+something else.
+"""
 
 import json
 import re
@@ -13,11 +15,18 @@ from hypothesis import strategies as st
 
 from evomerge.cli import main
 from evomerge.errors import KnowledgeError
-from evomerge.knowledge.base import Document, Example, Knowledge, KnowledgeClass, check_knowledge, read_knowledge
+from evomerge.knowledge.base import (
+    Document,
+    Example,
+    Knowledge,
+    KnowledgeClass,
+    check_knowledge,
+    read_knowledge,
+)
 from evomerge.knowledge.drafting import draft
+from evomerge.knowledge.formats.writing import write_knowledge
 from evomerge.knowledge.starter import starter
-from evomerge.knowledge.writing import write_knowledge
-from evomerge.search.ledger import open_ledger
+from evomerge.searching.ledger import open_ledger
 from evomerge.study import read_study
 from evomerge.tasks import Task, load_tasks, split_tasks, tasks_hash
 
@@ -43,15 +52,22 @@ def base(texts):
 @pytest.mark.parametrize("suffix", [".xlsx", ".yaml"])
 def test_what_is_read_is_what_was_written(tmp_path, suffix):
     written = base(TRICKY)
-    assert read_knowledge(write_knowledge(written, tmp_path / f"b{suffix}", [("a", "b")])) == written
+    assert (
+        read_knowledge(write_knowledge(written, tmp_path / f"b{suffix}", [("a", "b")])) == written
+    )
 
 
-# What a cell cannot hold for certain: half surrogates, U+FFFE and U+FFFF (no XML), a carriage return.
+# What a cell cannot hold for certain: half surrogates, U+FFFE and U+FFFF (no XML), a carriage
+# return.
 ANY = st.characters(exclude_categories=["Cs"], exclude_characters="\r\ufffe\uffff")
-TEXT = st.text(ANY | st.sampled_from(" \n\t\"'#:-=|>_x0a\x85"), min_size=1, max_size=30).filter(str.strip)
+TEXT = st.text(ANY | st.sampled_from(" \n\t\"'#:-=|>_x0a\x85"), min_size=1, max_size=30).filter(
+    str.strip
+)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(texts=st.lists(TEXT, min_size=1, max_size=5))
 @pytest.mark.parametrize("suffix", [".xlsx", ".yaml"])
 def test_any_text_comes_back(tmp_path, suffix, texts):
@@ -62,7 +78,11 @@ def test_any_text_comes_back(tmp_path, suffix, texts):
 def test_no_text_becomes_a_formula(tmp_path):
     path = write_knowledge(base(TRICKY), tmp_path / "b.xlsx", [("=1", "=2")])
     with zipfile.ZipFile(path) as file:
-        sheets = [file.read(name).decode() for name in file.namelist() if name.startswith("xl/worksheets/sheet")]
+        sheets = [
+            file.read(name).decode()
+            for name in file.namelist()
+            if name.startswith("xl/worksheets/sheet")
+        ]
         styles = file.read("xl/styles.xml").decode()
     assert len(sheets) == 4
     assert not any(re.search(r"<f[ >]", sheet) or 't="e"' in sheet for sheet in sheets)
@@ -74,11 +94,16 @@ def test_no_text_becomes_a_formula(tmp_path):
 
 def test_a_text_that_excel_would_cut_is_refused(tmp_path):
     long, most = ["a", "字" * 32768], ["a", "字" * 32760]
-    with pytest.raises(KnowledgeError, match="sheet examples, row 3, column input: the text is longer"):
+    with pytest.raises(
+        KnowledgeError, match="sheet examples, row 3, column input: the text is longer"
+    ):
         write_knowledge(base(long), tmp_path / "b.xlsx")
     assert list(tmp_path.iterdir()) == []
     assert read_knowledge(write_knowledge(base(long), tmp_path / "b.yaml")) == base(long)
-    assert read_knowledge(write_knowledge(base(most), tmp_path / "b.xlsx")).examples[1].input == most[1]
+    assert (
+        read_knowledge(write_knowledge(base(most), tmp_path / "b.xlsx")).examples[1].input
+        == most[1]
+    )
 
 
 def test_starter_sheet(tmp_path, capsys):
@@ -95,8 +120,10 @@ def test_starter_sheet(tmp_path, capsys):
             assert column.width >= len(cell.value)
             assert (column.number_format == "@") == (cell.value not in NUMBERS)
     heights = [book[name].row_dimensions[2].height for name in ("README", "classes", "examples")]
-    assert min(heights) > 30  # of more than one line: LibreOffice does not fit rows to wrapped texts by itself
-    assert [cell.value for cell in book["examples"]["D"][1:3]] == [None, None]  # a weight of 1 goes without saying
+    # of more than one line: LibreOffice does not fit rows to wrapped texts by itself
+    assert min(heights) > 30
+    # a weight of 1 goes without saying
+    assert [cell.value for cell in book["examples"]["D"][1:3]] == [None, None]
     checks = {str(v.sqref)[0]: v for v in book["classes"].data_validations.dataValidation}
     assert sorted(checks) == ["E", "F", "G", "H", "I"]
     (names,) = [v for v in book["examples"].data_validations.dataValidation if v.type == "list"]
@@ -119,7 +146,10 @@ def test_starter_yaml_is_the_same(tmp_path):
 
 def test_a_draft_has_a_class_for_each_kind(tmp_path, capsys):
     rows = [("a", "", "計算"), ("=1+1", "2", "計算"), ("b", "詩", ""), ("c", "歌", "創作 ")]
-    lines = [json.dumps({"task_id": i, "input": t, "output": o, "kind": k}) for i, (t, o, k) in enumerate(rows)]
+    lines = [
+        json.dumps({"task_id": i, "input": t, "output": o, "kind": k})
+        for i, (t, o, k) in enumerate(rows)
+    ]
     (tmp_path / "t.jsonl").write_text("\n".join(lines))
     out = tmp_path / "b.xlsx"
     assert main(["knowledge", "from-tasks", str(tmp_path / "t.jsonl"), "--out", str(out)]) == 0
@@ -142,11 +172,20 @@ def test_a_draft_needs_references():
 
 @pytest.fixture
 def study(tmp_path):
-    """(task file, storage, split) of a study that has begun; the last task equals the first but for spaces."""
-    rows = [{"task_id": f"t{i}", "input": f"問 {i}", "output": str(i), "kind": "ab"[i % 2]} for i in range(40)]
+    """(task file, storage, split) of a study that has begun; the last task equals the first but for
+    spaces.
+    """
+    rows = [
+        {"task_id": f"t{i}", "input": f"問 {i}", "output": str(i), "kind": "ab"[i % 2]}
+        for i in range(40)
+    ]
     rows.append({"task_id": "again", "input": "問0", "output": "x", "kind": "a"})
     (tmp_path / "tasks.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    text = (ROOT / "search_spaces" / "demo.yaml").read_text(encoding="utf-8").replace("../demo/tasks.jsonl", "tasks.jsonl")
+    text = (
+        (ROOT / "search_spaces" / "demo.yaml")
+        .read_text(encoding="utf-8")
+        .replace("../demo/tasks.jsonl", "tasks.jsonl")
+    )
     (tmp_path / "s.yaml").write_text(text, encoding="utf-8")
     url = f"sqlite:///{tmp_path}/s.db"
     ledger = open_ledger(url, "s", create=True)
@@ -154,12 +193,20 @@ def study(tmp_path):
     split = split_tasks(tasks, 0.5, 0, 0.2)
     ledger.remember("study_file", read_study(tmp_path / "s.yaml").to_dict())
     ledger.remember("tasks", tasks_hash(tasks))
-    ledger.remember("split", {part: [t.task_id for t in getattr(split, part)] for part in ("search", "validation", "held_out")})
+    ledger.remember(
+        "split",
+        {
+            part: [t.task_id for t in getattr(split, part)]
+            for part in ("search", "validation", "held_out")
+        },
+    )
     return tmp_path / "tasks.jsonl", url, split
 
 
 def from_study(tasks, url, out):
-    return main(["knowledge", "from-tasks", str(tasks), "--out", str(out), "--study", "s", "--storage", url])
+    return main(
+        ["knowledge", "from-tasks", str(tasks), "--out", str(out), "--study", "s", "--storage", url]
+    )
 
 
 def test_a_draft_from_a_study_shows_nothing_of_what_it_holds_out(tmp_path, study):
@@ -176,7 +223,10 @@ def test_other_files_and_other_ids_show_nothing_either(tmp_path, study):
     file, url, split = study
     tasks = load_tasks(file)
     search = [t.task_id for t in split.search]
-    swapped = [{"task_id": f"x{i}", "input": t.input, "output": t.output} for i, t in enumerate(reversed(tasks))]
+    swapped = [
+        {"task_id": f"x{i}", "input": t.input, "output": t.output}
+        for i, t in enumerate(reversed(tasks))
+    ]
     fresh = [{"task_id": search[0], "input": "新しい問", "output": "y"}]
     (tmp_path / "other.jsonl").write_text("\n".join(map(json.dumps, swapped + fresh)))
     assert from_study(tmp_path / "other.jsonl", url, tmp_path / "b.yaml") == 0

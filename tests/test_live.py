@@ -1,4 +1,6 @@
-"""The live model: after any recipes, from wherever its inputs wait, it is a fresh merge of the last one."""
+"""The live model: after any recipes, from wherever its inputs wait, it is a fresh merge of the last
+one.
+"""
 
 import itertools
 import json
@@ -12,11 +14,12 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from evomerge.errors import EngineError, ModelError, RecipeError
-from evomerge.merging import fused, resident
+from evomerge.merging import placement as resident
 from evomerge.merging.build import build_model
-from evomerge.merging.folder import open_model
+from evomerge.merging.checkpoints.model_folder import open_model
 from evomerge.merging.live import LiveModel
-from evomerge.merging.methods import combine_into
+from evomerge.merging.methods import fused
+from evomerge.merging.methods.functions import combine_into
 from evomerge.merging.stream import merged_tensors, open_recipe
 from evomerge.recipe import Recipe, task_arithmetic_recipe
 
@@ -32,7 +35,12 @@ def family(request, tmp_path):
 def make_live(family, siblings=("one", "two"), dtype=torch.bfloat16, **settings):
     """The base as a live model, and what merges it."""
     model = AutoModelForCausalLM.from_pretrained(family / "base", dtype=dtype)
-    return model, LiveModel(model, open_model(str(family / "base")), [open_model(str(family / s)) for s in siblings], **settings)
+    return model, LiveModel(
+        model,
+        open_model(str(family / "base")),
+        [open_model(str(family / s)) for s in siblings],
+        **settings,
+    )
 
 
 def weights_of(model):
@@ -58,19 +66,30 @@ def test_no_drift_in_a_thousand_recipes(family, tmp_path):
 
 
 def models_recipe(family, weights, **top):
-    models = [{"model": str(family / name), "parameters": {"weight": w}} for name, w in weights.items()]
-    return Recipe.from_dict({"merge_method": "task_arithmetic", "base_model": str(family / "base"), "models": models} | top)
+    models = [
+        {"model": str(family / name), "parameters": {"weight": w}} for name, w in weights.items()
+    ]
+    return Recipe.from_dict(
+        {"merge_method": "task_arithmetic", "base_model": str(family / "base"), "models": models}
+        | top
+    )
 
 
 @pytest.mark.parametrize("live_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("residency", RESIDENCIES)
 def test_the_live_model_takes_every_kind_of_recipe(tmp_path, live_dtype, residency):
-    """Each from the untouched base, whatever came before: equal to a fresh merge that is loaded in the same dtype."""
+    """Each from the untouched base, whatever came before: equal to a fresh merge that is loaded in
+    the same dtype.
+    """
     family = make_family(tmp_path, dtypes=(torch.bfloat16, torch.float32, torch.bfloat16))
     model, live = make_live(family, dtype=live_dtype, residency=residency)
     recipes = [
         models_recipe(family, {"one": [0, 0.5, 1]}, dtype="bfloat16"),
-        models_recipe(family, {"two": 0.7, "one": [{"filter": "mlp", "value": 1}, {"value": "0.1"}]}, dtype="float32"),
+        models_recipe(
+            family,
+            {"two": 0.7, "one": [{"filter": "mlp", "value": 1}, {"value": "0.1"}]},
+            dtype="float32",
+        ),
         models_recipe(family, {"one": 0.3}, dtype="float32", out_dtype="float16"),
         models_recipe(family, {"one": 0.3, "two": 0.4}),
         models_recipe(family, {"two": 0.0}, dtype="bfloat16", parameters={"lambda": -1.0}),
@@ -86,19 +105,31 @@ def test_the_live_model_takes_every_kind_of_recipe(tmp_path, live_dtype, residen
 
 
 def method_recipe(family, method, **top):
-    """A recipe of that method that uses all it has: two siblings (slerp: one), gradients, densities."""
+    """A recipe of that method that uses all it has: two siblings (slerp: one), gradients,
+    densities.
+    """
     one = {"model": str(family / "one"), "parameters": {"weight": [0.2, 0.9], "density": 0.6}}
     two = {"model": str(family / "two"), "parameters": {"weight": -0.4, "density": [0.3, 1.0]}}
     base = {"model": str(family / "base"), "parameters": {"weight": 0.5}}
-    data = {"merge_method": method, "models": [one, base] if method == "slerp" else [one, two, base], "dtype": "bfloat16"}
+    data = {
+        "merge_method": method,
+        "models": [one, base] if method == "slerp" else [one, two, base],
+        "dtype": "bfloat16",
+    }
     data |= {"base_model": str(family / "base")}
-    return Recipe.from_dict(data | ({"parameters": {"t": [0.1, 0.8]}} if method == "slerp" else {}) | top)
+    return Recipe.from_dict(
+        data | ({"parameters": {"t": [0.1, 0.8]}} if method == "slerp" else {}) | top
+    )
 
 
-@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dare_ties", "dare_linear", "linear", "slerp"])
+@pytest.mark.parametrize(
+    "method", ["task_arithmetic", "ties", "dare_ties", "dare_linear", "linear", "slerp"]
+)
 @pytest.mark.parametrize("residency", RESIDENCIES)
 def test_every_method_from_everywhere(tmp_path, method, residency):
-    """In between stands another method, which keeps weights where this one keeps deltas, or the other way round."""
+    """In between stands another method, which keeps weights where this one keeps deltas, or the
+    other way round.
+    """
     family = make_family(tmp_path)
     model, live = make_live(family, residency=residency, random_seed=7)
     recipe = method_recipe(family, method)
@@ -109,7 +140,9 @@ def test_every_method_from_everywhere(tmp_path, method, residency):
 
 
 def test_dare_drops_the_same_numbers_whatever_changed_before(tmp_path):
-    """Only some layers are merged again, and mergekit's one stream of random numbers has to be entered in the middle."""
+    """Only some layers are merged again, and mergekit's one stream of random numbers has to be
+    entered in the middle.
+    """
     family = make_family(tmp_path, layers=12)
     model, live = make_live(family, ["one"])
     for layer, density in ((2, 0.5), (11, 0.9), (0, 1.0), (5, 0.2)):
@@ -123,8 +156,16 @@ def test_dare_drops_the_same_numbers_whatever_changed_before(tmp_path):
             ]
             for i in range(12)
         ]
-        pieces = [{"sources": [*s, {"model": str(family / "base"), "layer_range": s[0]["layer_range"]}]} for s in sources]
-        data = {"merge_method": "dare_linear", "base_model": str(family / "base"), "dtype": "bfloat16", "slices": pieces}
+        pieces = [
+            {"sources": [*s, {"model": str(family / "base"), "layer_range": s[0]["layer_range"]}]}
+            for s in sources
+        ]
+        data = {
+            "merge_method": "dare_linear",
+            "base_model": str(family / "base"),
+            "dtype": "bfloat16",
+            "slices": pieces,
+        }
         live.apply(Recipe.from_dict(data))
         assert not differing(weights_of(model), fresh(Recipe.from_dict(data))), layer
 
@@ -135,16 +176,24 @@ def test_slices_that_did_not_change_are_skipped(family, monkeypatch):
     live.apply(task_arithmetic_recipe(str(family / "base"), [str(family / "one")], SLICES, rows))
     written = []
     monkeypatch.setattr(LiveModel, "_write", lambda self, name, plan, inputs: written.append(name))
-    live.apply(task_arithmetic_recipe(str(family / "base"), [str(family / "one")], SLICES, [[0.1], [0.7], [0.3]]))
+    live.apply(
+        task_arithmetic_recipe(
+            str(family / "base"), [str(family / "one")], SLICES, [[0.1], [0.7], [0.3]]
+        )
+    )
     layers = {int(name.split(".")[2]) for name in written}
     assert layers == {1, 2}  # the second slice's
-    assert len(written) == sum(".layers.1." in n or ".layers.2." in n for n, _ in model.named_parameters())
+    assert len(written) == sum(
+        ".layers.1." in n or ".layers.2." in n for n, _ in model.named_parameters()
+    )
 
 
 def test_a_candidate_that_was_interrupted_leaves_no_trace(family, monkeypatch):
     """An interrupt in the middle of one tensor, after it was half written."""
     model, live = make_live(family, ["one"])
-    first, second = (random_recipe(family, ["one"], torch.Generator().manual_seed(i)) for i in (1, 2))
+    first, second = (
+        random_recipe(family, ["one"], torch.Generator().manual_seed(i)) for i in (1, 2)
+    )
     live.apply(first)
     before, count = weights_of(model), itertools.count()
 
@@ -172,7 +221,11 @@ def test_memory_decides_where_the_models_wait(family, monkeypatch, caplog):
     monkeypatch.setattr(resident, "free_bytes", lambda device: 0.5 * size / resident.SHARE)
     model, tight = make_live(family)
     assert set(tight.resident.places.values()) == {"device", "disk"}
-    kept = sum(tight.resident._size(name) for name, place in tight.resident.places.items() if place == "device")
+    kept = sum(
+        tight.resident._size(name)
+        for name, place in tight.resident.places.items()
+        if place == "device"
+    )
     assert 0.3 * size < kept <= 0.5 * size
     assert "device" in caplog.messages[-1]
     assert "disk" in caplog.messages[-1]
@@ -182,7 +235,9 @@ def test_memory_decides_where_the_models_wait(family, monkeypatch, caplog):
 
 
 def test_a_gpu_s_tensors_wait_on_the_host_when_the_gpu_is_full(monkeypatch):
-    """The choice alone: a device of its own beside the host, and room for half of the tensors on each."""
+    """The choice alone: a device of its own beside the host, and room for half of the tensors on
+    each.
+    """
     gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
     slots = {f"model.layers.{i}.w": resident.Slot(gpu, torch.bfloat16, 1000) for i in range(10)}
     free = {gpu: 5 * 4000 / resident.SHARE, cpu: 3 * 4000 / resident.SHARE}
@@ -228,12 +283,28 @@ def test_an_adapter_and_its_base_are_two_models(family):
     """`one+lora` beside `one`: same folder, other weights (tests/test_lora.py has the arithmetic)."""
     adapter = family / "lora"
     adapter.mkdir()
-    names = [n.removesuffix(".weight") for n in load_all(family / "one") if n.endswith("mlp.up_proj.weight")]
-    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["up_proj"], "base_model_name_or_path": "one"}
+    names = [
+        n.removesuffix(".weight")
+        for n in load_all(family / "one")
+        if n.endswith("mlp.up_proj.weight")
+    ]
+    settings = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": ["up_proj"],
+        "base_model_name_or_path": "one",
+    }
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
     shapes = {n: load_all(family / "one")[f"{n}.weight"].shape for n in names}
-    tensors = {f"base_model.model.{n}.lora_A.weight": torch.randn(2, shape[1]) for n, shape in shapes.items()}
-    tensors |= {f"base_model.model.{n}.lora_B.weight": torch.randn(shape[0], 2) for n, shape in shapes.items()}
+    tensors = {
+        f"base_model.model.{n}.lora_A.weight": torch.randn(2, shape[1])
+        for n, shape in shapes.items()
+    }
+    tensors |= {
+        f"base_model.model.{n}.lora_B.weight": torch.randn(shape[0], 2)
+        for n, shape in shapes.items()
+    }
     save_file(tensors, adapter / "adapter_model.safetensors")
     model = AutoModelForCausalLM.from_pretrained(family / "base", dtype=torch.bfloat16)
     both = [open_model(str(family / "one")), open_model(f"{family}/one+{adapter}")]
@@ -262,11 +333,15 @@ def test_a_recipe_of_other_models_is_refused(family):
 def test_a_live_model_keeps_its_layers_in_place(family, slices):
     """Slices that leave out or repeat layers make another model: one to build, not one to apply."""
     _, live = make_live(family, ["one"])
-    recipe = task_arithmetic_recipe(str(family / "base"), [str(family / "one")], slices, [[1.0]] * len(slices))
+    recipe = task_arithmetic_recipe(
+        str(family / "base"), [str(family / "one")], slices, [[1.0]] * len(slices)
+    )
     with pytest.raises(RecipeError, match="move layers"):
         live.apply(recipe)
     names = dict(merged_tensors(recipe, open_recipe(recipe)))
-    assert sum("input_layernorm" in name for name in names) == sum(end - start for start, end in slices)
+    assert sum("input_layernorm" in name for name in names) == sum(
+        end - start for start, end in slices
+    )
 
 
 def test_the_compiled_kernel_gives_the_plain_one_s_bits(monkeypatch):

@@ -1,4 +1,6 @@
-"""The LLM judge against a small real server: what it asks, what it reads, what it spends, what it says of bad input."""
+"""The LLM judge against a small real server: what it asks, what it reads, what it spends, what it
+says of bad input.
+"""
 
 import json
 import re
@@ -13,10 +15,10 @@ from fault_server import answer_of
 from evomerge.answering.engine import Answer
 from evomerge.cli import main
 from evomerge.errors import InputError, JudgePaused, ModelError, StudyFileError
-from evomerge.judging.budget import retry_after
 from evomerge.judging.choose import make_judge
-from evomerge.judging.llm import LlmJudge, NoGrade
-from evomerge.judging.rubric import Rubric, fenced, read_reply
+from evomerge.judging.llm.budget import retry_after
+from evomerge.judging.llm.judge import LlmJudge, NoGrade
+from evomerge.judging.llm.rubric import Rubric, fenced, read_reply
 from evomerge.study import JudgeSection, read_judge
 from evomerge.tasks import Task
 
@@ -36,7 +38,9 @@ def answers(*texts):
 
 
 def judging(url, cache=None, **settings):
-    return LlmJudge(JudgeSection(kind="llm", base_url=url, **({"back_off": 0.001} | settings)), cache)
+    return LlmJudge(
+        JudgeSection(kind="llm", base_url=url, **({"back_off": 0.001} | settings)), cache
+    )
 
 
 @pytest.mark.parametrize(
@@ -52,7 +56,8 @@ def judging(url, cache=None, **settings):
         ("理由は以上です。\n点数: 3", 3),
         ("**評点：4点**", 4),
         ("Score: 5/5", 5),
-        ('{"reason": "回答に {\\"grade\\": 5} とある", "grade": 1}', 1),  # the reply as a whole goes before what it quotes
+        # the reply as a whole goes before what it quotes
+        ('{"reason": "回答に {\\"grade\\": 5} とある", "grade": 1}', 1),
         ('回答は {"grade": 5} と言うが {"grade": 1}', None),  # which of the two is not said
         ('{"grade": 7}', None),
         ('{"grade": 0}', None),
@@ -85,27 +90,45 @@ INJECTIONS = [
 @pytest.mark.parametrize("answer", INJECTIONS)
 def test_an_answer_stays_behind_its_fence(answer):
     system, user = Rubric().messages(TASK, answer)
-    fence = re.findall(r"^<<<回答 (\w+)>>>$|^<<<回答終わり (\w+)>>>$", user["content"], re.MULTILINE)
+    fence = re.findall(
+        r"^<<<回答 (\w+)>>>$|^<<<回答終わり (\w+)>>>$", user["content"], re.MULTILINE
+    )
     number = fenced(answer).split("\n", 1)[0].removeprefix("<<<回答 ").removesuffix(">>>")
     assert number not in answer
-    assert [pair for pair in fence if number in pair] == [(number, ""), ("", number)], "the true fence opens and closes once"
-    inside = user["content"].split(f"<<<回答 {number}>>>\n")[1].split(f"\n<<<回答終わり {number}>>>")[0]
+    assert [pair for pair in fence if number in pair] == [(number, ""), ("", number)], (
+        "the true fence opens and closes once"
+    )
+    inside = (
+        user["content"].split(f"<<<回答 {number}>>>\n")[1].split(f"\n<<<回答終わり {number}>>>")[0]
+    )
     assert inside.replace("< ", "<").replace("[ ", "[") == answer
-    assert not re.search(r"<\|im_|\[/?INST\]|</s>|<start_of_turn>", inside), "no server reads a turn's end in it"
+    assert not re.search(r"<\|im_|\[/?INST\]|</s>|<start_of_turn>", inside), (
+        "no server reads a turn's end in it"
+    )
     outside = system["content"] + user["content"].replace(inside, "")
-    assert outside == "".join(m["content"] for m in Rubric().messages(TASK, "x")).replace(fenced("x"), fenced(answer).replace(inside, ""))
+    assert outside == "".join(m["content"] for m in Rubric().messages(TASK, "x")).replace(
+        fenced("x"), fenced(answer).replace(inside, "")
+    )
 
 
 def test_a_gullible_judge_hears_only_what_is_outside_the_fence():
-    """A server that obeys any demand it finds outside of the fence gives the injected answers what it gives the rest."""
+    """A server that obeys any demand it finds outside of the fence gives the injected answers what
+    it gives the rest.
+    """
 
     def plan(number, prompt):
         outside = prompt.replace(answer_of(prompt), "")
-        return {"text": '{"grade": 5}' if re.search(r"grade this 5|5点を付けて|Always|と返すこと", outside) else '{"grade": 2}'}
+        return {
+            "text": '{"grade": 5}'
+            if re.search(r"grade this 5|5点を付けて|Always|と返すこと", outside)
+            else '{"grade": 2}'
+        }
 
     with Server(plan=plan).running() as url:
         judge = judging(url)
-        assert [g.value for g in judge.grade_all([TASK] * len(INJECTIONS), answers(*INJECTIONS))] == [2.0] * len(INJECTIONS)
+        assert [
+            g.value for g in judge.grade_all([TASK] * len(INJECTIONS), answers(*INJECTIONS))
+        ] == [2.0] * len(INJECTIONS)
         judge.close()
 
 
@@ -120,10 +143,19 @@ def test_what_is_asked(tmp_path):
             judge.close()
     (_, first, headers), (_, second, _) = [asked for asked in server.asked if asked[1]]
     assert headers["authorization"] == "Bearer none"
-    assert (first["model"], first["temperature"], first["response_format"]["type"]) == ("m", 0.0, "json_schema")
+    assert (first["model"], first["temperature"], first["response_format"]["type"]) == (
+        "m",
+        0.0,
+        "json_schema",
+    )
     text = first["messages"][1]["content"]
-    assert all(part in text for part in (TASK.input, TASK.output, TASK.eval_aspect, fenced("3776m")))
-    assert second["messages"][1]["content"] == f"問 {TASK.input} 例 {TASK.output} 観点 {TASK.eval_aspect}\n{fenced('3776m')}"
+    assert all(
+        part in text for part in (TASK.input, TASK.output, TASK.eval_aspect, fenced("3776m"))
+    )
+    assert (
+        second["messages"][1]["content"]
+        == f"問 {TASK.input} 例 {TASK.output} 観点 {TASK.eval_aspect}\n{fenced('3776m')}"
+    )
 
 
 def test_votes_are_a_median_and_are_kept(tmp_path):
@@ -144,7 +176,10 @@ def test_the_cache_knows_judge_rubric_task_and_answer(tmp_path):
     with server.running() as url:
 
         def asks(task=TASK, text="a", **settings):
-            before, judge = len(server.prompts()), judging(url, tmp_path / "g", **({"model": "m"} | settings))
+            before, judge = (
+                len(server.prompts()),
+                judging(url, tmp_path / "g", **({"model": "m"} | settings)),
+            )
             judge.grade(task, Answer(text, False, 1))
             judge.close()
             return len(server.prompts()) - before
@@ -166,10 +201,16 @@ def test_the_same_answer_is_asked_for_once_and_the_order_is_a_hash():
 
 @pytest.mark.parametrize(
     ("limit", "requests"),
-    [({"max_requests": 5}, 5), ({"max_tokens": 40}, 5), ({"max_cost": 5 * 13e-6, "input_price": 1, "output_price": 2}, 5)],
+    [
+        ({"max_requests": 5}, 5),
+        ({"max_tokens": 40}, 5),
+        ({"max_cost": 5 * 13e-6, "input_price": 1, "output_price": 2}, 5),
+    ],
 )
 def test_a_budget_pauses_and_goes_on(tmp_path, limit, requests):
-    """A reply of the server costs 3 and 5 tokens; the budget is the study's, so it counts over runs."""
+    """A reply of the server costs 3 and 5 tokens; the budget is the study's, so it counts over
+    runs.
+    """
     server = Server(plan=lambda n, p: FOUR)
     texts = answers(*[f"a{i}" for i in range(9)])
     with server.running() as url:
@@ -225,7 +266,11 @@ def test_retry_after_as_a_date_is_honoured():
 
     def plan(number, prompt):
         times.append(time.time())
-        return status(503, "later", retry_after=formatdate(times[0] + 2.99, usegmt=True)) if len(times) == 1 else FOUR
+        return (
+            status(503, "later", retry_after=formatdate(times[0] + 2.99, usegmt=True))
+            if len(times) == 1
+            else FOUR
+        )
 
     with Server(plan=plan).running() as url:
         judge = judging(url)
@@ -252,7 +297,9 @@ def test_what_retry_after_says(headers, seconds):
     assert retry_after(headers) == seconds
 
 
-@pytest.mark.parametrize("form", ["%a, %d %b %Y %H:%M:%S GMT", "%A, %d-%b-%y %H:%M:%S GMT", "%a %b %d %H:%M:%S %Y"])
+@pytest.mark.parametrize(
+    "form", ["%a, %d %b %Y %H:%M:%S GMT", "%A, %d-%b-%y %H:%M:%S GMT", "%a %b %d %H:%M:%S %Y"]
+)
 def test_the_three_dates_of_http(form, monkeypatch):
     """RFC 9110, section 5.6.7; all are in GMT, wherever we are."""
     monkeypatch.setenv("TZ", "Asia/Tokyo")
@@ -260,7 +307,9 @@ def test_the_three_dates_of_http(form, monkeypatch):
     try:
         text = time.strftime(form, time.gmtime(time.time() + 100))
         assert 98 <= retry_after({"retry-after": text}) <= 100
-        assert retry_after({"retry-after": time.strftime(form, time.gmtime(time.time() - 100))}) == 0
+        assert (
+            retry_after({"retry-after": time.strftime(form, time.gmtime(time.time() - 100))}) == 0
+        )
     finally:
         monkeypatch.undo()
         time.tzset()
@@ -302,7 +351,9 @@ def test_servers_that_take_less_are_asked_for_less():
     ],
 )
 def test_an_answer_too_long_for_the_judge_spoils_no_other(tmp_path, said):
-    """As vLLM, TGI and llama.cpp say it: neither is the model unknown, nor is anything left out of the other requests."""
+    """As vLLM, TGI and llama.cpp say it: neither is the model unknown, nor is anything left out of
+    the other requests.
+    """
     server = Server(plan=lambda n, p: status(400, said) if answer_of(p) == "long" else FOUR)
     with server.running() as url:
         judge = judging(url, tmp_path / "g", concurrency=1)
@@ -311,7 +362,11 @@ def test_an_answer_too_long_for_the_judge_spoils_no_other(tmp_path, said):
         assert len(judge.grade_all([TASK] * 2, answers("a", "b"))) == 2
         judge.close()
     assert len(server.prompts()) == 3
-    assert all({"response_format", "max_tokens"} <= set(body) for path, body, _ in server.asked if path != "/v1/models")
+    assert all(
+        {"response_format", "max_tokens"} <= set(body)
+        for path, body, _ in server.asked
+        if path != "/v1/models"
+    )
 
 
 def fails(kind, *words, **settings):
@@ -333,12 +388,16 @@ def test_bad_input_is_one_line(monkeypatch):
     fails(InputError, "no key", KEY)
     fails(InputError, "judge.base_url", base_url="localhost:1")
     fails(InputError, "cannot be reached", "judge.base_url", base_url="http://127.0.0.1:9")
-    with Server(models=("a", "b"), known=(("a", "b"), status(404, "The model `x` does not exist"))).running() as url:
+    with Server(
+        models=("a", "b"), known=(("a", "b"), status(404, "The model `x` does not exist"))
+    ).running() as url:
         fails(ModelError, "a, b", "'x'", base_url=url, model="x")
         fails(ModelError, "judge.model", "a, b", base_url=url)
     with Server(models=None, plan=lambda n, p: status(404, "Not Found")).running() as url:
         fails(InputError, "404", "judge.base_url", base_url=f"{url}/nothere", model="x")
-    with Server(models=None, plan=lambda n, p: status(400, "Server is pinned to 'm'; requested 'x'.")).running() as url:
+    with Server(
+        models=None, plan=lambda n, p: status(400, "Server is pinned to 'm'; requested 'x'.")
+    ).running() as url:
         fails(ModelError, "pinned", "judge.model", base_url=url, model="x")
     with Server(plan=lambda n, p: status(401, "bad key sk-secret")).running() as url:
         monkeypatch.setenv(KEY, "sk-secret")
@@ -371,8 +430,12 @@ def test_wrong_keys_are_named(key, settings):
 
 def test_the_command_grades_with_a_server(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "t.jsonl").write_text('{"task_id": 0, "input": "問", "output": "答"}\n', encoding="utf-8")
-    (tmp_path / "a.jsonl").write_text('{"task_id": 0, "output": "答", "model": "secret-name"}\n', encoding="utf-8")
+    (tmp_path / "t.jsonl").write_text(
+        '{"task_id": 0, "input": "問", "output": "答"}\n', encoding="utf-8"
+    )
+    (tmp_path / "a.jsonl").write_text(
+        '{"task_id": 0, "output": "答", "model": "secret-name"}\n', encoding="utf-8"
+    )
     command = ["judge", "grade", "--tasks", "t.jsonl", "--answers", "a.jsonl", "--judge", "llm"]
     server = Server(plan=lambda n, p: FOUR)
     with server.running() as url:
@@ -382,5 +445,18 @@ def test_the_command_grades_with_a_server(tmp_path, capsys, monkeypatch):
         assert main(command) == 0
         assert all("secret-name" not in prompt for prompt in server.prompts()), "graded blind"
         assert len(server.prompts()) == 3, "the first vote is kept"
-        assert main([*command, "--set", "temperature=0.5", "--set", "max_requests=1", "--set", "votes=2"]) == 3
+        assert (
+            main(
+                [
+                    *command,
+                    "--set",
+                    "temperature=0.5",
+                    "--set",
+                    "max_requests=1",
+                    "--set",
+                    "votes=2",
+                ]
+            )
+            == 3
+        )
         assert len(capsys.readouterr().err.strip().splitlines()[-1:]) == 1

@@ -1,4 +1,6 @@
-"""Whatever the server does: each grade that it gave is kept once, none is invented, and the run is complete or paused."""
+"""Whatever the server does: each grade that it gave is kept once, none is invented, and the run is
+complete or paused.
+"""
 
 import random
 import sqlite3
@@ -10,7 +12,7 @@ from fault_server import LATE, FaultServer
 
 from evomerge.answering.engine import Answer
 from evomerge.errors import JudgePaused
-from evomerge.judging.llm import LlmJudge
+from evomerge.judging.llm.judge import LlmJudge
 from evomerge.study import JudgeSection
 from evomerge.tasks import Task
 
@@ -45,7 +47,12 @@ def run_schedule(seed, folder):
     n, votes = rng.randint(2, 5), rng.choice([1, 1, 2, 3])
     tasks = [Task(i, f"課題{i}", "正解", "観点") for i in range(n)]
     answers = [Answer(f"回答 {seed}/{i}", False, 1) for i in range(n)]
-    settings = {"votes": votes, "retries": rng.randint(0, 3), "asks": rng.randint(1, 3), "concurrency": rng.choice([1, 4, 16])}
+    settings = {
+        "votes": votes,
+        "retries": rng.randint(0, 3),
+        "asks": rng.randint(1, 3),
+        "concurrency": rng.choice([1, 4, 16]),
+    }
     if rng.random() < 0.3:
         settings["max_requests"] = rng.randint(1, 2 * n)
     server, path, pauses = (
@@ -58,21 +65,30 @@ def run_schedule(seed, folder):
         for _ in range(3):
             grades = grade(judge, tasks, answers)
             in_file, requests = kept(path)
-            assert in_file == sorted(g for replies in server.given.values() for g in replies), "kept once, and nothing else"
+            assert in_file == sorted(g for replies in server.given.values() for g in replies), (
+                "kept once, and nothing else"
+            )
             assert server.count <= requests == judge.spent.requests, "one may be lost on the way"
             assert requests <= settings.get("max_requests", requests)
             if grades is not None:
                 break
             pauses += 1
         judge.close()
-        server.rate, server.down_after = 0.0, None  # the causes go: the server is well again, the budget raised
+        # the causes go: the server is well again, the budget raised
+        server.rate, server.down_after = 0.0, None
         judge = make(url, path, **(settings | {"max_requests": None}))
         count = server.count
         final = grade(judge, tasks, answers)
         judge.close()
-        assert grades is None or (final, server.count) == (grades, count), "all of it came from the file"
-        assert [g.value for g in final] == [statistics.median(server.given[a.text]) for a in answers]
-        assert all(len(server.given[a.text]) == votes for a in answers), "no vote was paid for twice"
+        assert grades is None or (final, server.count) == (grades, count), (
+            "all of it came from the file"
+        )
+        assert [g.value for g in final] == [
+            statistics.median(server.given[a.text]) for a in answers
+        ]
+        assert all(len(server.given[a.text]) == votes for a in answers), (
+            "no vote was paid for twice"
+        )
     return pauses
 
 

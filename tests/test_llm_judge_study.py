@@ -1,4 +1,6 @@
-"""A study judged by a server that fails, pauses and is killed ends with the trials of one that was left alone."""
+"""A study judged by a server that fails, pauses and is killed ends with the trials of one that was
+left alone.
+"""
 
 import hashlib
 import json
@@ -16,9 +18,9 @@ import pytest
 from chat_server import Server
 from fault_server import ACTIONS, PASSES, answer_of
 
-from evomerge.answering.hf import TransformersEngine
+from evomerge.answering.hf.engine import TransformersEngine
 from evomerge.cli import main
-from evomerge.search.session import load_finished
+from evomerge.searching.session import load_finished
 
 
 class Steady(Server):
@@ -33,19 +35,40 @@ class Steady(Server):
             if self.rng.random() < self.rate:
                 return ACTIONS[self.rng.choice([fault for fault in PASSES if fault != "slow"])]
             self.given[prompt] += 1
-        return {"text": json.dumps({"reason": "", "grade": 1 + hashlib.sha256(answer_of(prompt).encode()).digest()[0] % 5})}
+        return {
+            "text": json.dumps(
+                {
+                    "reason": "",
+                    "grade": 1 + hashlib.sha256(answer_of(prompt).encode()).digest()[0] % 5,
+                }
+            )
+        }
 
 
 def arguments(pair, folder, url, *settings):
-    where = ["--storage", f"sqlite:///{folder}/s.db", "--results", str(folder / "results"), "--trials", "10"]
+    where = [
+        "--storage",
+        f"sqlite:///{folder}/s.db",
+        "--results",
+        str(folder / "results"),
+        "--trials",
+        "10",
+    ]
     judge = ["kind=llm", f"base_url={url}", "model=m", "back_off=0.001", "retries=20", *settings]
-    return ["search", str(pair / "study.yaml"), *where, *(x for s in judge for x in ("--set", f"judge.{s}"))]
+    return [
+        "search",
+        str(pair / "study.yaml"),
+        *where,
+        *(x for s in judge for x in ("--set", f"judge.{s}")),
+    ]
 
 
 def outcome(folder):
     finished = load_finished(f"sqlite:///{folder}/s.db", "tiny")
     done = [r for r in finished.records if r.state == "complete"]
-    return [(r.role, r.generation, r.index, r.weights, r.score, r.grades) for r in done], finished.verdict
+    return [
+        (r.role, r.generation, r.index, r.weights, r.score, r.grades) for r in done
+    ], finished.verdict
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +77,11 @@ def whole(pair, tmp_path_factory):
     folder, server, merged = tmp_path_factory.mktemp("whole"), Steady(), Counter()
     apply = TransformersEngine.apply
     with pytest.MonkeyPatch.context() as patch, server.running() as url:
-        patch.setattr(TransformersEngine, "apply", lambda self, r: (merged.update([r.digest()]), apply(self, r))[1])
+        patch.setattr(
+            TransformersEngine,
+            "apply",
+            lambda self, r: (merged.update([r.digest()]), apply(self, r))[1],
+        )
         assert main(arguments(pair, folder, url)) == 0
     assert set(server.given.values()) == {1}, "no answer is graded twice"
     return outcome(folder), merged, len(server.given)
@@ -64,15 +91,19 @@ def test_what_is_done_ahead_is_what_comes(whole):
     (trials, verdict), merged, _ = whole
     assert [t[1:3] for t in trials if t[0] == "candidate"] == [divmod(i, 4) for i in range(10)]
     assert verdict["n"] == 20
-    # each recipe is merged for its search tasks, and four of them once more for the held-out ones and four for the choice of the winner
+    # each recipe is merged for its search tasks, and four of them once more for the held-out ones
+    # and four for the choice of the winner
     assert len(trials) <= sum(merged.values()) <= len(trials) + 4 + 4
 
 
 def test_pauses_and_faults_change_nothing(pair, whole, tmp_path, capsys):
     server, codes = Steady(rate=0.3), []
     with server.running() as url:
-        for limit in (whole[2] // 4, whole[2] // 2, whole[2], None):  # a third of the requests give nothing
-            codes.append(main(arguments(pair, tmp_path, url, *([f"max_requests={limit}"] if limit else []))))
+        # a third of the requests give nothing
+        for limit in (whole[2] // 4, whole[2] // 2, whole[2], None):
+            codes.append(
+                main(arguments(pair, tmp_path, url, *([f"max_requests={limit}"] if limit else [])))
+            )
             if limit:
                 last = capsys.readouterr().err.strip().splitlines()[-1]
                 assert last.startswith("evomerge: paused: the judge's budget of")
@@ -88,7 +119,9 @@ def test_kills_change_nothing(pair, whole, tmp_path):
         command = [sys.executable, "-m", "evomerge.cli", *arguments(pair, tmp_path, url)]
         for _ in range(2):
             before = sum(server.given.values())
-            process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            process = subprocess.Popen(
+                command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
             wanted = before + rng.randint(10, 120)
             while sum(server.given.values()) < wanted and process.poll() is None:
                 time.sleep(0.01)
@@ -99,5 +132,7 @@ def test_kills_change_nothing(pair, whole, tmp_path):
     assert outcome(tmp_path) == whole[0]
     with closing(sqlite3.connect(tmp_path / "tiny.grades.sqlite")) as db:
         votes = db.execute("SELECT count(*) FROM votes").fetchone()[0]
-    assert votes == len(server.given), "a kill loses what was on its way at most, which is asked for again"
+    assert votes == len(server.given), (
+        "a kill loses what was on its way at most, which is asked for again"
+    )
     assert sum(server.given.values()) <= votes + 2 * 16

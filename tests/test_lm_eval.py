@@ -1,4 +1,6 @@
-"""lm-eval tasks in place: the same values as lm-eval itself finds on a merged folder, and a study from end to end."""
+"""lm-eval tasks in place: the same values as lm-eval itself finds on a merged folder, and a study
+from end to end.
+"""
 
 import importlib.util
 import json
@@ -9,13 +11,13 @@ import subprocess
 import pytest
 import yaml
 
-from evomerge.answering.lm_eval_tasks import LmEvalTasks
+from evomerge.answering.lm_eval.documents import LmEvalTasks
 from evomerge.cli import main
 from evomerge.console import Console
 from evomerge.errors import InputError, StudyError, StudyFileError, TaskError
-from evomerge.genome import make_genome
+from evomerge.genome.weights import make_genome
 from evomerge.merging.build import build_model
-from evomerge.search.session import make_sampler, open_search
+from evomerge.searching.session import make_sampler, open_search
 from evomerge.study import read_study
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -24,26 +26,54 @@ KANA = "あいうえおかきくけこ"
 
 @pytest.fixture(scope="module")
 def folder(pair, tmp_path_factory):
-    """A mergekit-evolve configuration beside its own lm-eval tasks: choices, generation and a group of two."""
+    """A mergekit-evolve configuration beside its own lm-eval tasks: choices, generation and a group
+    of two.
+    """
     folder = tmp_path_factory.mktemp("lm_eval")
     (folder / "tasks").mkdir()
-    rows = [{"q": KANA[i % 10] + KANA[3 * i % 10], "choices": [KANA[i % 7], KANA[(i + 3) % 10], "12"], "gold": i % 3} for i in range(23)]
+    rows = [
+        {
+            "q": KANA[i % 10] + KANA[3 * i % 10],
+            "choices": [KANA[i % 7], KANA[(i + 3) % 10], "12"],
+            "gold": i % 3,
+        }
+        for i in range(23)
+    ]
     for name, part in (("docs", rows), ("shots", rows[:5]), ("few", rows[5:12])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in part), encoding="utf-8"
+        )
 
     def task(name, docs, **config):
         files = {"test": str(folder / f"{docs}.jsonl"), "train": str(folder / "shots.jsonl")}
-        data = {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": files}, "test_split": "test"}
+        data = {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": files},
+            "test_split": "test",
+        }
         data |= {"training_split": "train", "fewshot_split": "train", "doc_to_text": "{{q}}:"}
-        (folder / "tasks" / f"{name}.yaml").write_text(yaml.safe_dump(data | config, allow_unicode=True), encoding="utf-8")
+        (folder / "tasks" / f"{name}.yaml").write_text(
+            yaml.safe_dump(data | config, allow_unicode=True), encoding="utf-8"
+        )
 
-    choice = {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "gold", "target_delimiter": ""}
-    metrics = [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")]
+    choice = {
+        "output_type": "multiple_choice",
+        "doc_to_choice": "choices",
+        "doc_to_target": "gold",
+        "target_delimiter": "",
+    }
+    metrics = [
+        {"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")
+    ]
     task("tiny_choice", "docs", **choice, metric_list=metrics)
     task("tiny_few", "few", **choice, metric_list=metrics)
     strict = {
         "name": "strict-match",
-        "filter": [{"function": "regex", "regex_pattern": "(.)", "group_select": 0}, {"function": "take_first"}],
+        "filter": [
+            {"function": "regex", "regex_pattern": "(.)", "group_select": 0},
+            {"function": "take_first"},
+        ],
     }
     task(
         "tiny_generate",
@@ -56,10 +86,17 @@ def folder(pair, tmp_path_factory):
     )
     group = {"group": "tiny_group", "task": ["tiny_choice", "tiny_few"]}
     (folder / "tasks" / "group.yaml").write_text(
-        yaml.safe_dump(group | {"aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}]}), encoding="utf-8"
+        yaml.safe_dump(
+            group | {"aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}]}
+        ),
+        encoding="utf-8",
     )
     config = {
-        "genome": {"models": [str(pair / "instruct")], "merge_method": "task_arithmetic", "base_model": str(pair / "base")},
+        "genome": {
+            "models": [str(pair / "instruct")],
+            "merge_method": "task_arithmetic",
+            "base_model": str(pair / "base"),
+        },
         "tasks": [
             {"name": "tiny_choice", "weight": 1.0, "metric": "acc_norm,none"},
             {"name": "tiny_generate", "weight": 3.0, "metric": "exact_match,strict-match"},
@@ -72,7 +109,13 @@ def folder(pair, tmp_path_factory):
     return folder
 
 
-SMALL = ["search.dtype=float32", "search.trials=5", "search.population=4", "search.uniform=[0.5]", "engine.batch_size=8"]
+SMALL = [
+    "search.dtype=float32",
+    "search.trials=5",
+    "search.population=4",
+    "search.uniform=[0.5]",
+    "engine.batch_size=8",
+]
 
 
 def opened(folder, tmp_path, *overrides, name="study.yaml"):
@@ -88,11 +131,17 @@ def reference(folder, merged, names, metrics, fewshot=1, **settings):
     model = HFLM(pretrained=str(merged), dtype="float32", batch_size=8, device="cpu")
     manager = TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
     settings = {"apply_chat_template": True, "fewshot_as_multiturn": True} | settings
-    out = lm_eval.simple_evaluate(model, tasks=names, num_fewshot=fewshot, task_manager=manager, bootstrap_iters=0, **settings)
+    out = lm_eval.simple_evaluate(
+        model, tasks=names, num_fewshot=fewshot, task_manager=manager, bootstrap_iters=0, **settings
+    )
     values = {}
     for name, samples in out["samples"].items():
         for s in samples:
-            found = {f"{m},{s['filter']}": float(s[m]) for m in s["metrics"] if f"{m},{s['filter']}" in metrics}
+            found = {
+                f"{m},{s['filter']}": float(s[m])
+                for m in s["metrics"]
+                if f"{m},{s['filter']}" in metrics
+            }
             values.setdefault(name, {}).setdefault(s["doc_id"], {}).update(found)
     return values, out["results"]
 
@@ -103,19 +152,35 @@ def test_in_place_values_are_those_of_a_merged_folder(folder, tmp_path, chat):
     with opened(folder, tmp_path, *settings) as search:
         recipe = search.genome.decode([0.7, 1.2])
         tasks = search.lm_eval.tasks
-        search.examiner.examine(search.genome.decode([0.1, 1.9]), [tasks])  # what was live before must not matter
+        # what was live before must not matter
+        search.examiner.examine(search.genome.decode([0.1, 1.9]), [tasks])
         outcomes = search.lm_eval.examine(
-            recipe.digest(), tasks, search.examiner.cache, lambda: search.engine.apply(recipe), lambda n: None
+            recipe.digest(),
+            tasks,
+            search.examiner.cache,
+            lambda: search.engine.apply(recipe),
+            lambda n: None,
         )
         score = sum(search.lm_eval.scores(tasks, outcomes)) / len(tasks)
     build_model(recipe, tmp_path / "merged")
     metrics = ("acc_norm,none", "exact_match,strict-match")
-    values, results = reference(folder, tmp_path / "merged", ["tiny_choice", "tiny_generate"], metrics, apply_chat_template=chat)
+    values, results = reference(
+        folder,
+        tmp_path / "merged",
+        ["tiny_choice", "tiny_generate"],
+        metrics,
+        apply_chat_template=chat,
+    )
     ours = {str(t.task_id): o.values for t, o in zip(tasks, outcomes, strict=True)}
     theirs = {f"{name}/{i}": found for name, docs in values.items() for i, found in docs.items()}
     assert ours == theirs
-    assert len({tuple(v.values()) for v in ours.values()}) > 1, "every document has the same value: nothing is shown"
-    expected = (results["tiny_choice"]["acc_norm,none"] + 3 * results["tiny_generate"]["exact_match,strict-match"]) / 4
+    assert len({tuple(v.values()) for v in ours.values()}) > 1, (
+        "every document has the same value: nothing is shown"
+    )
+    expected = (
+        results["tiny_choice"]["acc_norm,none"]
+        + 3 * results["tiny_generate"]["exact_match,strict-match"]
+    ) / 4
     assert score == pytest.approx(expected)
 
 
@@ -125,15 +190,23 @@ def test_a_group_s_metric_and_the_same_task_twice(folder, tmp_path):
         recipe = search.genome.decode([0.7, 1.2])
         documents = search.lm_eval.tasks
         examined = search.examiner.examine(recipe, [documents])
-    assert sorted({t.task_id for t in documents}) == sorted([*(f"tiny_choice/{i}" for i in range(9)), *(f"tiny_few/{i}" for i in range(7))])
+    assert sorted({t.task_id for t in documents}) == sorted(
+        [*(f"tiny_choice/{i}" for i in range(9)), *(f"tiny_few/{i}" for i in range(7))]
+    )
     build_model(recipe, tmp_path / "merged")
     results = reference(folder, tmp_path / "merged", ["tiny_group"], (), fewshot=0, limit=9)[1]
-    expected = (results["tiny_group"]["acc,none"] - 0.5 * results["tiny_choice"]["acc_norm,none"]) / 1.5
+    expected = (
+        results["tiny_group"]["acc,none"] - 0.5 * results["tiny_choice"]["acc_norm,none"]
+    ) / 1.5
     assert sum(g.value for g in examined.grades) / len(documents) == pytest.approx(expected)
 
 
 def test_a_group_without_weights_by_size(folder, tmp_path):
-    data = {"group": "flat", "task": ["tiny_choice", "tiny_few"], "aggregate_metric_list": [{"metric": "acc", "weight_by_size": False}]}
+    data = {
+        "group": "flat",
+        "task": ["tiny_choice", "tiny_few"],
+        "aggregate_metric_list": [{"metric": "acc", "weight_by_size": False}],
+    }
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "flat.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
     paths = f"task_search_path=[{folder}/tasks, {tmp_path}/own]"
@@ -142,19 +215,34 @@ def test_a_group_without_weights_by_size(folder, tmp_path):
         documents = search.lm_eval.tasks
         grades = search.examiner.examine(recipe, [documents]).grades
         outcomes = search.lm_eval.examine(
-            recipe.digest(), documents, search.examiner.cache, lambda: pytest.fail("paid twice"), lambda n: None
+            recipe.digest(),
+            documents,
+            search.examiner.cache,
+            lambda: pytest.fail("paid twice"),
+            lambda n: None,
         )
     means = []
     for name in ("tiny_choice", "tiny_few"):
-        own = [o.values["acc,none"] for t, o in zip(documents, outcomes, strict=True) if t.kind == name]
+        own = [
+            o.values["acc,none"] for t, o in zip(documents, outcomes, strict=True) if t.kind == name
+        ]
         means.append(sum(own) / len(own))
     assert sum(g.value for g in grades) / len(documents) == pytest.approx(sum(means) / 2)
 
 
 def test_a_study_from_end_to_end(folder, tmp_path, capsys, monkeypatch):
-    """It is cut off twice, goes on, pays nothing twice, and its verdict is lm-eval's on the held-out documents."""
+    """It is cut off twice, goes on, pays nothing twice, and its verdict is lm-eval's on the
+    held-out documents.
+    """
     storage = f"sqlite:///{tmp_path}/s.db"
-    command = ["search", str(folder / "study.yaml"), "--storage", storage, "--results", str(tmp_path / "results")]
+    command = [
+        "search",
+        str(folder / "study.yaml"),
+        "--storage",
+        storage,
+        "--results",
+        str(tmp_path / "results"),
+    ]
     command += [word for value in [*SMALL, "num_fewshot=0"] for word in ("--set", value)]
     run, runs = LmEvalTasks._run, []
 
@@ -164,7 +252,16 @@ def test_a_study_from_end_to_end(folder, tmp_path, capsys, monkeypatch):
             raise KeyboardInterrupt
         result = run(self, name, numbers)
         runs.append(
-            (name, tuple(numbers), repr(sorted((n, float(p.detach().double().sum())) for n, p in self.lm.model.named_parameters())))
+            (
+                name,
+                tuple(numbers),
+                repr(
+                    sorted(
+                        (n, float(p.detach().double().sum()))
+                        for n, p in self.lm.model.named_parameters()
+                    )
+                ),
+            )
         )
         return result
 
@@ -181,13 +278,21 @@ def test_a_study_from_end_to_end(folder, tmp_path, capsys, monkeypatch):
     assert set(verdict["paired"]) == {"winner-base", "winner-instruct", "winner-uniform"}
     with opened(folder, tmp_path, "num_fewshot=0") as search:
         held_out, searched = search.split.held_out, search.split.search
-    assert {t.kind for t in held_out} == {t.kind for t in searched} == {"tiny_choice", "tiny_generate"}
+    assert (
+        {t.kind for t in held_out} == {t.kind for t in searched} == {"tiny_choice", "tiny_generate"}
+    )
     assert not {t.task_id for t in held_out} & {t.task_id for t in searched}
     assert main(["export", "study", "--storage", storage, "--model", str(tmp_path / "winner")]) == 0
     names = ("tiny_choice", "tiny_generate")
-    samples = {name: sorted(int(t.task_id.split("/")[1]) for t in held_out if t.kind == name) for name in names}
+    samples = {
+        name: sorted(int(t.task_id.split("/")[1]) for t in held_out if t.kind == name)
+        for name in names
+    }
     results = reference(folder, tmp_path / "winner", list(names), (), fewshot=0, samples=samples)[1]
-    expected = (results["tiny_choice"]["acc_norm,none"] + 3 * results["tiny_generate"]["exact_match,strict-match"]) / 4
+    expected = (
+        results["tiny_choice"]["acc_norm,none"]
+        + 3 * results["tiny_generate"]["exact_match,strict-match"]
+    ) / 4
     assert verdict["candidates"]["winner"]["mean"] == pytest.approx(expected)
     page = (tmp_path / "results/study/report.html").read_text(encoding="utf-8")
     assert "weighted mean of lm-eval" in page
@@ -197,7 +302,9 @@ def test_a_study_from_end_to_end(folder, tmp_path, capsys, monkeypatch):
 
 def test_limit_and_shuffle_take_the_same_documents_for_all(folder):
     def documents(*overrides):
-        return LmEvalTasks(read_study(folder / "study.yaml", ["tasks=[tiny_choice]", *overrides])).documents["tiny_choice"]
+        return LmEvalTasks(
+            read_study(folder / "study.yaml", ["tasks=[tiny_choice]", *overrides])
+        ).documents["tiny_choice"]
 
     assert documents("limit=6") == list(range(6))
     drawn = documents("limit=6", "shuffle=true")
@@ -221,7 +328,10 @@ def test_random_init_draws_the_start(folder):
     [
         (["tasks=[tiny_chioce]"], ["'tiny_chioce'", "tiny_choice"]),
         (["tasks=[{name: tiny_choice, metric: bleu}]"], ["'bleu'", "acc,none, acc_norm,none"]),
-        (["tasks=[{name: tiny_corpus, metric: 'f1,none'}]"], ["no mean over documents", "'f1,none'"]),
+        (
+            ["tasks=[{name: tiny_corpus, metric: 'f1,none'}]"],
+            ["no mean over documents", "'f1,none'"],
+        ),
         (["limit=2", "split.held_out=0.1"], ["too few documents", "limit"]),
         (["tasks=[tiny_broken]"], ["tiny_broken", "cannot be loaded"]),
     ],
@@ -230,8 +340,14 @@ def test_bad_tasks_are_named_in_one_line(folder, tmp_path, overrides, words):
     own = tmp_path / "own"
     own.mkdir()
     data = yaml.safe_load((folder / "tasks/tiny_choice.yaml").read_text(encoding="utf-8"))
-    corpus = data | {"task": "tiny_corpus", "metric_list": [{"metric": "f1", "aggregation": "f1", "higher_is_better": True}]}
-    broken = data | {"task": "tiny_broken", "dataset_kwargs": {"data_files": {"test": "nowhere.jsonl"}}}
+    corpus = data | {
+        "task": "tiny_corpus",
+        "metric_list": [{"metric": "f1", "aggregation": "f1", "higher_is_better": True}],
+    }
+    broken = data | {
+        "task": "tiny_broken",
+        "dataset_kwargs": {"data_files": {"test": "nowhere.jsonl"}},
+    }
     for task in (corpus, broken):
         (own / f"{task['task']}.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
     paths = f"task_search_path=[{folder}/tasks, {own}]"
@@ -246,7 +362,10 @@ def test_a_model_without_a_chat_template(pair, folder, tmp_path):
     shutil.copytree(pair / "base", tmp_path / "base")
     (tmp_path / "base/chat_template.jinja").unlink()
     base = f"genome.base_model={tmp_path}/base"
-    with pytest.raises(TaskError, match="apply_chat_template: false"), opened(folder, tmp_path, base):
+    with (
+        pytest.raises(TaskError, match="apply_chat_template: false"),
+        opened(folder, tmp_path, base),
+    ):
         pass
     with opened(folder, tmp_path, base, "apply_chat_template=false", "study=other") as search:
         assert search.lm_eval.tasks
@@ -261,22 +380,33 @@ def test_what_changed_under_a_study_is_refused(folder, tmp_path):
     shots = folder / "shots.jsonl"
     kept = shots.read_text(encoding="utf-8")
     try:
-        shots.write_text(kept.replace('"12"', '"11"').replace('"q": "', '"q": "0'), encoding="utf-8")
+        shots.write_text(
+            kept.replace('"12"', '"11"').replace('"q": "', '"q": "0'), encoding="utf-8"
+        )
         with pytest.raises(StudyError, match="the prompts"), opened(folder, tmp_path, path):
             pass
     finally:
         shots.write_text(kept, encoding="utf-8")
     config = own / "tiny_choice.yaml"
     text = config.read_text(encoding="utf-8")
-    config.write_text(text.replace("target_delimiter: ''", "target_delimiter: ' '"), encoding="utf-8")
+    config.write_text(
+        text.replace("target_delimiter: ''", "target_delimiter: ' '"), encoding="utf-8"
+    )
     with pytest.raises(StudyError, match="the tasks"), opened(folder, tmp_path, path):
         pass
 
 
 def test_without_lm_eval_the_extra_is_named(folder, tmp_path, monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "lm_eval" else find(name, *rest))
-    with pytest.raises(InputError, match=r"pip install 'evomerge\[lm-eval\]'"), opened(folder, tmp_path):
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "lm_eval" else find(name, *rest),
+    )
+    with (
+        pytest.raises(InputError, match=r"pip install 'evomerge\[lm-eval\]'"),
+        opened(folder, tmp_path),
+    ):
         pass
 
 
@@ -298,10 +428,20 @@ num_fewshot: 3
 shuffle: true
 random_init: true
 """
-KEYS = ("limit", "num_fewshot", "shuffle", "random_init", "apply_chat_template", "fewshot_as_multiturn")
+KEYS = (
+    "limit",
+    "num_fewshot",
+    "shuffle",
+    "random_init",
+    "apply_chat_template",
+    "fewshot_as_multiturn",
+)
 
 
-@pytest.mark.skipif(not os.environ.get("EVOMERGE_MERGEKIT_PYTHON"), reason="EVOMERGE_MERGEKIT_PYTHON names no Python with mergekit")
+@pytest.mark.skipif(
+    not os.environ.get("EVOMERGE_MERGEKIT_PYTHON"),
+    reason="EVOMERGE_MERGEKIT_PYTHON names no Python with mergekit",
+)
 def test_mergekit_evolve_reads_its_files_the_same_way(tmp_path):
     extras = ("", "apply_chat_template: false\nfewshot_as_multiturn: false\n")
     paths = [tmp_path / f"{i}.yaml" for i in range(len(extras))]
@@ -316,9 +456,14 @@ def test_mergekit_evolve_reads_its_files_the_same_way(tmp_path):
     for path, theirs in zip(paths, json.loads(out.stdout.splitlines()[-1]), strict=True):
         ours = read_study(path).to_dict()
         assert {key: ours[key] for key in KEYS} == {key: theirs[key] for key in KEYS}
-        assert [{key: task[key] for key in ("name", "weight", "metric")} for task in ours["tasks"]] == theirs["tasks"]
-        plain = [key for key in theirs["genome"] if "model" not in key]  # a model is an object there
-        assert {key: ours["genome"][key] for key in plain} == {key: theirs["genome"][key] for key in plain}
+        assert [
+            {key: task[key] for key in ("name", "weight", "metric")} for task in ours["tasks"]
+        ] == theirs["tasks"]
+        # a model is an object there
+        plain = [key for key in theirs["genome"] if "model" not in key]
+        assert {key: ours["genome"][key] for key in plain} == {
+            key: theirs["genome"][key] for key in plain
+        }
 
 
 @pytest.mark.parametrize(
@@ -342,6 +487,10 @@ def test_what_lm_eval_tasks_cannot_have_is_refused(tmp_path, text, words):
 
 
 def test_files_and_lm_eval_tasks_do_not_mix(pair, tmp_path):
-    for override in ("tasks=[{file: tasks.jsonl}, quiz]", "tasks=[{file: tasks.jsonl, weight: 2}]", "limit=5"):
+    for override in (
+        "tasks=[{file: tasks.jsonl}, quiz]",
+        "tasks=[{file: tasks.jsonl, weight: 2}]",
+        "limit=5",
+    ):
         with pytest.raises(StudyFileError, match="lm-eval"):
             read_study(pair / "study.yaml", [override])

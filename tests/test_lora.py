@@ -1,4 +1,6 @@
-"""MODEL+ADAPTER: the merged tensors are peft's, bit for bit; what cannot be merged is refused in one line."""
+"""MODEL+ADAPTER: the merged tensors are peft's, bit for bit; what cannot be merged is refused in
+one line.
+"""
 
 import json
 
@@ -9,26 +11,37 @@ from merging_tools import differing, load_all, same_bits
 from safetensors.torch import load_file, save_file
 
 from evomerge.errors import ModelError
-from evomerge.merging.folder import ModelFolder, open_model
-from evomerge.merging.lora import EMBED, HEAD, embedding, linear, open_lora
+from evomerge.merging.checkpoints.lora import EMBED, HEAD, embedding, linear, open_lora
+from evomerge.merging.checkpoints.model_folder import ModelFolder, open_model
 
 PREFIX = "base_model.model."
 Q = "model.layers.0.self_attn.q_proj"
-CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["q_proj"], "init_lora_weights": True}
+CONFIG = {
+    "peft_type": "LORA",
+    "r": 4,
+    "lora_alpha": 6,
+    "target_modules": ["q_proj"],
+    "init_lora_weights": True,
+}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """plain/ (biased projections, head of its own), tied/, and the same two in other dtypes."""
     folder = tmp_path_factory.mktemp("lora")
-    for name, config in {"plain": {"attention_bias": True}, "tied": {"tie_word_embeddings": True}}.items():
+    for name, config in {
+        "plain": {"attention_bias": True},
+        "tied": {"tie_word_embeddings": True},
+    }.items():
         model = make_model(0, layers=2, **config)
         with torch.no_grad():
             for p in model.parameters():
                 p.view(-1)[::7] = -0.0
         model.save_pretrained(folder / name)
     make_model(0, layers=2, attention_bias=True).to(torch.float16).save_pretrained(folder / "half")
-    make_model(0, layers=2, attention_bias=True).to(torch.float32).save_pretrained(folder / "single")
+    make_model(0, layers=2, attention_bias=True).to(torch.float32).save_pretrained(
+        folder / "single"
+    )
     return folder
 
 
@@ -42,18 +55,29 @@ def write_adapter(folder, tensors=None, **config):
     (folder / "adapter_config.json").write_text(json.dumps(CONFIG | config), encoding="utf-8")
     if tensors is None:
         tensors = {f"{Q}.lora_A.weight": noise(4, 32), f"{Q}.lora_B.weight": noise(32, 4, seed=1)}
-    save_file({PREFIX + name: t for name, t in tensors.items()}, folder / "adapter_model.safetensors")
+    save_file(
+        {PREFIX + name: t for name, t in tensors.items()}, folder / "adapter_model.safetensors"
+    )
     return str(folder)
 
 
 def peft_adapter(base, out, dtype=torch.float32, **config):
     """An adapter that peft made and saved for `base`, filled with noise."""
-    peft = pytest.importorskip("peft", reason="peft cannot be imported: pip install peft", exc_type=ImportError)
+    peft = pytest.importorskip(
+        "peft", reason="peft cannot be imported: pip install peft", exc_type=ImportError
+    )
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    settings = {"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM", "target_modules": ["q_proj", "down_proj"]}
-    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(str(base)), peft.LoraConfig(**(settings | config)))
+    settings = {
+        "r": 4,
+        "lora_alpha": 6,
+        "task_type": "CAUSAL_LM",
+        "target_modules": ["q_proj", "down_proj"],
+    }
+    model = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(str(base)), peft.LoraConfig(**(settings | config))
+    )
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.requires_grad or "magnitude" in name:
@@ -66,11 +90,17 @@ def peft_adapter(base, out, dtype=torch.float32, **config):
 
 def merge_with_peft(base, adapter, out):
     """The folder that mergekit makes of base+adapter before it merges."""
-    peft = pytest.importorskip("peft", reason="peft cannot be imported: pip install peft", exc_type=ImportError)
+    peft = pytest.importorskip(
+        "peft", reason="peft cannot be imported: pip install peft", exc_type=ImportError
+    )
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(str(base), torch_dtype=None, low_cpu_mem_usage=True)
-    peft.PeftModel.from_pretrained(model, adapter, is_trainable=False).merge_and_unload().save_pretrained(out)
+    model = AutoModelForCausalLM.from_pretrained(
+        str(base), torch_dtype=None, low_cpu_mem_usage=True
+    )
+    peft.PeftModel.from_pretrained(
+        model, adapter, is_trainable=False
+    ).merge_and_unload().save_pretrained(out)
     return load_all(out)
 
 
@@ -88,7 +118,13 @@ CASES = {
     "saved in bf16": ("plain", {"dtype": torch.bfloat16}),
     "all linear, rslora": ("plain", {"target_modules": "all-linear", "use_rslora": True}),
     "regular expression": ("plain", {"target_modules": r".*\.(gate|up)_proj"}),
-    "patterns": ("plain", {"rank_pattern": {"q_proj": 2, "layers.1.mlp.down_proj": 3}, "alpha_pattern": {r"layers\.0\..*q_proj": 11}}),
+    "patterns": (
+        "plain",
+        {
+            "rank_pattern": {"q_proj": 2, "layers.1.mlp.down_proj": 3},
+            "alpha_pattern": {r"layers\.0\..*q_proj": 11},
+        },
+    ),
     "one layer": ("plain", {"layers_to_transform": [1]}),
     "excluded": ("plain", {"exclude_modules": ["layers.0.mlp.down_proj"]}),
     "dora": ("plain", {"use_dora": True}),
@@ -107,7 +143,10 @@ CASES = {
     "saved head": ("plain", {"modules_to_save": ["lm_head", "embed_tokens"]}),
     "saved head unties": ("tied", {"modules_to_save": ["lm_head"]}),
     "saved embeddings untie": ("tied", {"modules_to_save": ["embed_tokens"]}),
-    "saved embeddings, head with LoRA": ("tied", {"modules_to_save": ["embed_tokens"], "target_modules": ["lm_head"]}),
+    "saved embeddings, head with LoRA": (
+        "tied",
+        {"modules_to_save": ["embed_tokens"], "target_modules": ["lm_head"]},
+    ),
     "fan_in_fan_out": ("plain", {"fan_in_fan_out": True}),
     "gaussian": ("plain", {"init_lora_weights": "gaussian"}),
 }
@@ -116,7 +155,9 @@ CASES = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", CASES)
 def test_tensors_are_those_of_peft(folder, tmp_path, case):
-    """All settings that change the arithmetic; `differing` names tensors that only one side has as well."""
+    """All settings that change the arithmetic; `differing` names tensors that only one side has as
+    well.
+    """
     base, config = CASES[case]
     adapter = peft_adapter(folder / base, tmp_path / "adapter", **config)
     model = open_lora(open_model(str(folder / base)), adapter)
@@ -134,11 +175,16 @@ def test_the_first_tensor_on_disk_decides_the_dtype(folder, tmp_path, first, nam
     """Not config.json: mergekit's `torch_dtype=None` clears what it names."""
     base = tmp_path / "base"
     base.mkdir()
-    tensors = {name: t.to(first if name == HEAD else torch.float16) for name, t in load_all(folder / "plain").items()}
+    tensors = {
+        name: t.to(first if name == HEAD else torch.float16)
+        for name, t in load_all(folder / "plain").items()
+    }
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "plain/config.json").read_text(encoding="utf-8"))
     config.pop("dtype")
-    (base / "config.json").write_text(json.dumps(config | ({"dtype": named} if named else {})), encoding="utf-8")
+    (base / "config.json").write_text(
+        json.dumps(config | ({"dtype": named} if named else {})), encoding="utf-8"
+    )
     adapter = write_adapter(tmp_path / "adapter")
     model = open_lora(open_model(str(base)), adapter)
     assert {t.dtype for t in tensors_of(model).values()} == {first}
@@ -157,7 +203,10 @@ def test_a_tied_head_that_is_on_disk(folder, tmp_path, same):
     (base / "config.json").write_bytes((folder / "tied/config.json").read_bytes())
     adapter = write_adapter(
         tmp_path / "adapter",
-        {"lm_head.lora_A.weight": noise(4, 32), "lm_head.lora_B.weight": noise(45, 4)[: tensors[HEAD].shape[0]]},
+        {
+            "lm_head.lora_A.weight": noise(4, 32),
+            "lm_head.lora_B.weight": noise(45, 4)[: tensors[HEAD].shape[0]],
+        },
         target_modules=["lm_head"],
     )
     model = open_lora(open_model(str(base)), adapter)
@@ -174,11 +223,17 @@ def test_a_lora_by_its_formula(tmp_path, dtype, rslora):
     base = open_model(str(tmp_path / "base"))
     model = open_lora(base, adapter, "base+adapter")
     delta = (noise(32, 4, seed=1) @ noise(4, 32)) * (6 / 4**0.5 if rslora else 6 / 4)
-    assert same_bits(model.get_tensor(f"{Q}.weight"), (base.get_tensor(f"{Q}.weight").float() + delta).to(dtype))
+    assert same_bits(
+        model.get_tensor(f"{Q}.weight"), (base.get_tensor(f"{Q}.weight").float() + delta).to(dtype)
+    )
     others = model.keys - {f"{Q}.weight"}
     assert others == base.keys - {f"{Q}.weight"}
     assert all(same_bits(model.get_tensor(name), base.get_tensor(name)) for name in others)
-    assert (model.ref, model.path, str(model.adapter)) == ("base+adapter", tmp_path / "base", adapter)
+    assert (model.ref, model.path, str(model.adapter)) == (
+        "base+adapter",
+        tmp_path / "base",
+        adapter,
+    )
 
 
 def test_an_embeddings_delta_is_rounded_before_the_sum():
@@ -189,7 +244,9 @@ def test_an_embeddings_delta_is_rounded_before_the_sum():
 
 
 def test_dora_by_its_formula():
-    """Rows of m_i length in the direction of W + s BA; columns for embeddings. Float64 within float32's rounding."""
+    """Rows of m_i length in the direction of W + s BA; columns for embeddings. Float64 within
+    float32's rounding.
+    """
     weight, a, b, rows, columns = (
         noise(50, 32),
         noise(4, 32, seed=1),
@@ -214,7 +271,9 @@ def test_a_tensor_is_computed_when_asked_for(folder, tmp_path):
             return super().get_tensor(name)
 
     base = open_model(str(folder / "plain"))
-    model = open_lora(Watched(base.path, base.config, base.files), write_adapter(tmp_path / "adapter"))
+    model = open_lora(
+        Watched(base.path, base.config, base.files), write_adapter(tmp_path / "adapter")
+    )
     model.get_tensor(f"{Q}.weight")
     assert read == [f"{Q}.weight"]
 
@@ -227,32 +286,96 @@ def parts(module, **shapes):
 
 
 BAD = {
-    "a target that the base lacks": (parts("model.layers.9.self_attn.q_proj"), {}, "layers.9.self_attn.q_proj, which the base lacks"),
-    "another model's shape": (parts(Q, **{"lora_A.weight": (4, 48)}), {}, r"lora_A.weight of .*q_proj has shape \(4, 48\)"),
+    "a target that the base lacks": (
+        parts("model.layers.9.self_attn.q_proj"),
+        {},
+        "layers.9.self_attn.q_proj, which the base lacks",
+    ),
+    "another model's shape": (
+        parts(Q, **{"lora_A.weight": (4, 48)}),
+        {},
+        r"lora_A.weight of .*q_proj has shape \(4, 48\)",
+    ),
     "another rank": (None, {"r": 8}, r"lora_A.weight of .*q_proj has shape \(4, 32\)"),
-    "half a LoRA": ({f"{Q}.lora_A.weight": torch.zeros(4, 32)}, {}, "lora_B.weight of .*q_proj has shape None"),
-    "DoRA without magnitudes": (None, {"use_dora": True}, "lora_magnitude_vector of .*q_proj has shape None"),
-    "magnitudes without DoRA": (parts(Q, lora_magnitude_vector=(32,)), {}, "lora_magnitude_vector of .*q_proj has shape"),
+    "half a LoRA": (
+        {f"{Q}.lora_A.weight": torch.zeros(4, 32)},
+        {},
+        "lora_B.weight of .*q_proj has shape None",
+    ),
+    "DoRA without magnitudes": (
+        None,
+        {"use_dora": True},
+        "lora_magnitude_vector of .*q_proj has shape None",
+    ),
+    "magnitudes without DoRA": (
+        parts(Q, lora_magnitude_vector=(32,)),
+        {},
+        "lora_magnitude_vector of .*q_proj has shape",
+    ),
     "a bias that the base lacks": (
         parts(f"{Q[:-6]}o_proj", **{"lora_B.bias": (32,)}),
         {"lora_bias": True, "target_modules": ["down_proj", "o_proj"]},
         None,
     ),
-    "a module that is not targeted": (None, {"target_modules": ["k_proj"]}, "which its `target_modules` leave out"),
-    "a layer that is not targeted": (None, {"layers_to_transform": 1}, "which its `target_modules` leave out"),
-    "a larger vocabulary": ({EMBED: torch.zeros(64, 32)}, {}, "resized embeddings are not supported: its vocabulary has 64 rows"),
+    "a module that is not targeted": (
+        None,
+        {"target_modules": ["k_proj"]},
+        "which its `target_modules` leave out",
+    ),
+    "a layer that is not targeted": (
+        None,
+        {"layers_to_transform": 1},
+        "which its `target_modules` leave out",
+    ),
+    "a larger vocabulary": (
+        {EMBED: torch.zeros(64, 32)},
+        {},
+        "resized embeddings are not supported: its vocabulary has 64 rows",
+    ),
     "another width": ({EMBED: torch.zeros(64, 16)}, {}, r"has shape \(64, 16\)"),
-    "a whole tensor that the base lacks": ({"score.weight": torch.zeros(2, 32)}, {}, "it holds score.weight, which the base lacks"),
-    "a missing saved module": (None, {"modules_to_save": ["lm_head"]}, "`modules_to_save` names lm_head"),
+    "a whole tensor that the base lacks": (
+        {"score.weight": torch.zeros(2, 32)},
+        {},
+        "it holds score.weight, which the base lacks",
+    ),
+    "a missing saved module": (
+        None,
+        {"modules_to_save": ["lm_head"]},
+        "`modules_to_save` names lm_head",
+    ),
     "another kind": (None, {"peft_type": "IA3"}, "no LoRA .*IA3"),
     "no kind": (None, {"peft_type": None}, "the adapter is no LoRA"),
-    "target_parameters": (None, {"target_parameters": ["x"]}, "`target_parameters` is not supported"),
-    "trainable tokens": (None, {"trainable_token_indices": [1]}, "`trainable_token_indices` is not supported"),
-    "replicated layers": (None, {"layer_replication": [[0, 2]]}, "`layer_replication` is not supported"),
-    "tied adapters": (None, {"ensure_weight_tying": True}, "`ensure_weight_tying` is not supported"),
+    "target_parameters": (
+        None,
+        {"target_parameters": ["x"]},
+        "`target_parameters` is not supported",
+    ),
+    "trainable tokens": (
+        None,
+        {"trainable_token_indices": [1]},
+        "`trainable_token_indices` is not supported",
+    ),
+    "replicated layers": (
+        None,
+        {"layer_replication": [[0, 2]]},
+        "`layer_replication` is not supported",
+    ),
+    "tied adapters": (
+        None,
+        {"ensure_weight_tying": True},
+        "`ensure_weight_tying` is not supported",
+    ),
     "aLoRA": (None, {"alora_invocation_tokens": [1]}, "`alora_invocation_tokens` is not supported"),
-    "PiSSA": (None, {"init_lora_weights": "pissa_niter_4"}, "`init_lora_weights` changes the base's weights.*pissa"),
-    "half a DoRA": (parts(Q, lora_magnitude_vector=(32,)), {"use_dora": True}, "it lacks a LoRA for model.layers.1.self_attn.q_proj"),
+    "PiSSA": (
+        None,
+        {"init_lora_weights": "pissa_niter_4"},
+        "`init_lora_weights` changes the base's weights.*pissa",
+    ),
+    "half a DoRA": (
+        parts(Q, lora_magnitude_vector=(32,)),
+        {"use_dora": True},
+        "it lacks a LoRA for model.layers.1.self_attn.q_proj",
+    ),
     "no rank": (None, {"r": None}, "`r` or `lora_alpha` of .*q_proj is no number"),
     "a pattern of another kind": (None, {"rank_pattern": [1]}, "`rank_pattern`"),
     "layers of another kind": (None, {"layers_to_transform": ["0"]}, "`layers_to_transform`"),
@@ -265,7 +388,9 @@ def test_what_does_not_fit_is_refused_in_one_line(folder, tmp_path, case):
     tensors, config, message = BAD[case]
     base = "tied" if message is None else "plain"
     adapter = write_adapter(tmp_path / "adapter", tensors, **config)
-    with pytest.raises(ModelError, match=message or "`lora_bias` needs .*o_proj.bias, which the base lacks") as error:
+    with pytest.raises(
+        ModelError, match=message or "`lora_bias` needs .*o_proj.bias, which the base lacks"
+    ) as error:
         open_lora(open_model(str(folder / base)), adapter)
     assert "\n" not in str(error.value)
     assert str(tmp_path / "adapter") in str(error.value)
@@ -310,12 +435,16 @@ def test_an_adapter_beside_the_base_name(folder, tmp_path):
     adapter = write_adapter(tmp_path / "adapter")
     model = open_model(f"{folder / 'plain'}+{adapter}")
     assert model.ref == f"{folder / 'plain'}+{adapter}"
-    assert not torch.equal(model.get_tensor(f"{Q}.weight"), open_model(str(folder / "plain")).get_tensor(f"{Q}.weight"))
+    assert not torch.equal(
+        model.get_tensor(f"{Q}.weight"), open_model(str(folder / "plain")).get_tensor(f"{Q}.weight")
+    )
 
 
 def test_the_real_adapter_opens(shared):
-    """What peft saved for a model of 30 layers: every tensor of it is understood, on a base that has headers alone."""
-    from evomerge.merging.adapter import open_adapter
+    """What peft saved for a model of 30 layers: every tensor of it is understood, on a base that
+    has headers alone.
+    """
+    from evomerge.merging.checkpoints.adapter import open_adapter
 
     adapter = open_adapter(str(shared / "smollm-sibling/adapter"))
     modules = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in adapter.shapes}

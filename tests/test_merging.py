@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from evomerge.errors import InputError, ModelError, OutputError, RecipeError, UnsupportedRecipe
 from evomerge.merging.build import build_model, parse_size
-from evomerge.merging.folder import check_fit, open_model
+from evomerge.merging.checkpoints.model_folder import check_fit, open_model
 from evomerge.merging.layout import Layout
 from evomerge.merging.stream import merged_tensors, open_recipe
 from evomerge.recipe import Recipe, task_arithmetic_recipe
@@ -43,7 +43,9 @@ def test_the_formula_without_torch(family):
     base, one = load_all(family / "base"), load_all(family / "one")
     for name, tensor in merged.items():
         b, x = base[name].float().numpy(), one[name].float().numpy()
-        wanted = nearest_bf16(b + nearest_bf16(nearest_bf16(x - b) * nearest_bf16(np.array(0.3, dtype=np.float32))))
+        wanted = nearest_bf16(
+            b + nearest_bf16(nearest_bf16(x - b) * nearest_bf16(np.array(0.3, dtype=np.float32)))
+        )
         assert np.array_equal(tensor.float().numpy(), wanted), name
     assert len(merged) == len(base)
 
@@ -54,7 +56,12 @@ def test_the_first_slice_rules_the_embedding_and_the_last_the_head(family):
     layout = Layout(recipe, 4)
     weights = {
         n: layout.how(n).weights[0]
-        for n in ("model.embed_tokens.weight", "model.layers.2.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight")
+        for n in (
+            "model.embed_tokens.weight",
+            "model.layers.2.mlp.up_proj.weight",
+            "model.norm.weight",
+            "lm_head.weight",
+        )
     }
     assert list(weights.values()) == [0.0, 0.5, 1.0, 1.0]
 
@@ -80,10 +87,16 @@ def test_models_that_do_not_fit_are_named(family):
     with pytest.raises(ModelError, match="tie_word_embeddings"):
         check_fit(base, [open_model(str(family / "one"))])
     tensors = load_file(family / "two/model.safetensors")
-    save_file({n: t[:-1] if n == "model.norm.weight" else t for n, t in tensors.items()}, family / "two/model.safetensors")
+    save_file(
+        {n: t[:-1] if n == "model.norm.weight" else t for n, t in tensors.items()},
+        family / "two/model.safetensors",
+    )
     with pytest.raises(ModelError, match=r"model\.norm\.weight is \(31,\)"):
         check_fit(base, [open_model(str(family / "two"))])
-    save_file({n: t for n, t in tensors.items() if n != "model.layers.1.mlp.up_proj.weight"}, family / "two/model.safetensors")
+    save_file(
+        {n: t for n, t in tensors.items() if n != "model.layers.1.mlp.up_proj.weight"},
+        family / "two/model.safetensors",
+    )
     with pytest.raises(ModelError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight"):
         check_fit(base, [open_model(str(family / "two"))])
 
@@ -121,20 +134,29 @@ def test_damaged_missing_and_pickled_weights(family):
 
 
 def test_older_folders_fit(family):
-    """A file that still holds rotary constants; a configuration that leaves out the KV heads where they are the heads."""
+    """A file that still holds rotary constants; a configuration that leaves out the KV heads where
+    they are the heads.
+    """
     base, one = family / "base", family / "one"
     edit_config(base, num_key_value_heads=4)
     config = json.loads((one / "config.json").read_text())
     del config["num_key_value_heads"]
     (one / "config.json").write_text(json.dumps(config))
     tensors = load_file(one / "model.safetensors")
-    save_file(tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, one / "model.safetensors")
+    save_file(
+        tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)},
+        one / "model.safetensors",
+    )
     check_fit(open_model(str(base)), [open_model(str(one))])
 
 
 def test_architectures_that_the_rules_do_not_cover(family):
     layout = Layout(task_arithmetic_recipe("b", ["s"], [(0, 4)], [[1.0]]), 4)
-    for name in ("transformer.h.0.attn.weight", "model.final_layernorm.weight", "model.layers.4.mlp.up_proj.weight"):
+    for name in (
+        "transformer.h.0.attn.weight",
+        "model.final_layernorm.weight",
+        "model.layers.4.mlp.up_proj.weight",
+    ):
         with pytest.raises(ModelError if "layers.4" in name else UnsupportedRecipe, match=name):
             layout.place(name)
 
@@ -180,14 +202,21 @@ def test_shards_and_progress_add_up(family, tmp_path):
     index = json.loads((tmp_path / "parts/model.safetensors.index.json").read_text())
     assert seen[-1] == (index["metadata"]["total_size"],) * 2
     assert seen == sorted(seen)
-    again = task_arithmetic_recipe(str(tmp_path / "parts"), [str(tmp_path / "whole")], [(0, 4)], [[0.5]])
-    assert not differing(dict(merged_tensors(again, open_recipe(again))), load_all(tmp_path / "whole"))
+    again = task_arithmetic_recipe(
+        str(tmp_path / "parts"), [str(tmp_path / "whole")], [(0, 4)], [[0.5]]
+    )
+    assert not differing(
+        dict(merged_tensors(again, open_recipe(again))), load_all(tmp_path / "whole")
+    )
 
 
 def test_tokens_that_mean_the_same_may_name_the_base_as_their_source(family, tmp_path):
     plain = random_recipe(family, ["one"], torch.Generator().manual_seed(0))
     recipe = Recipe.from_dict(plain.to_dict() | {"tokenizer_source": "base"})
-    assert not differing(load_all(build_model(recipe, tmp_path / "out")), load_all(build_model(plain, tmp_path / "plain")))
+    assert not differing(
+        load_all(build_model(recipe, tmp_path / "out")),
+        load_all(build_model(plain, tmp_path / "plain")),
+    )
     path = family / "one/tokenizer.json"
     tokenizer = json.loads(path.read_text())
     vocab = tokenizer["model"]["vocab"]
@@ -210,7 +239,8 @@ def test_a_full_disk_leaves_nothing_behind(family, tmp_path):
     (tmp_path / "r.yaml").write_text(recipe.to_yaml())
     code = "import sys; from evomerge.cli import main; sys.exit(main(sys.argv[1:]))"
 
-    def no_space():  # a limit on file sizes is what a process without privileges can have of a full disk
+    # a limit on file sizes is what a process without privileges can have of a full disk
+    def no_space():
         import signal
 
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -226,10 +256,17 @@ def test_a_full_disk_leaves_nothing_behind(family, tmp_path):
 
 def test_an_existing_folder_is_not_overwritten(family, tmp_path):
     with pytest.raises(InputError, match="already"):
-        build_model(random_recipe(family, ["one"], torch.Generator().manual_seed(0)), family / "two")
+        build_model(
+            random_recipe(family, ["one"], torch.Generator().manual_seed(0)), family / "two"
+        )
 
 
 def test_sizes():
-    assert [parse_size(s) for s in ("20K", "5GB", "1.5M", 7)] == [20_000, 5_000_000_000, 1_500_000, 7]
+    assert [parse_size(s) for s in ("20K", "5GB", "1.5M", 7)] == [
+        20_000,
+        5_000_000_000,
+        1_500_000,
+        7,
+    ]
     with pytest.raises(InputError, match="out-shard-size"):
         parse_size("many")

@@ -1,4 +1,6 @@
-"""Every merge method, on tensors of every kind: against mergekit's own functions bit for bit, and against float64 formulas."""
+"""Every merge method, on tensors of every kind: against mergekit's own functions bit for bit, and
+against float64 formulas.
+"""
 
 import numpy as np
 import pytest
@@ -9,9 +11,10 @@ from mergekit_server import mergekit
 from merging_tools import same_bits
 from method_cases import UNIT, WEIGHTED, Case, cases, make_tensors, seeded
 
-from evomerge.merging import methods
+from evomerge.merging.methods import functions as methods
 
-TINY = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24, torch.float32: 2.0**-149}  # below the smallest normal number: absolute
+# below the smallest normal number: absolute
+TINY = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24, torch.float32: 2.0**-149}
 SLOW = [HealthCheck.too_slow]  # on a busy machine
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=SLOW)
 THOROUGH = settings(max_examples=250, deadline=None, suppress_health_check=SLOW)
@@ -28,7 +31,9 @@ def test_mergekit_s_bits(name):
         if case.theirs_is_nan():
             assert not theirs.isfinite().all() or not theirs.numel() or ours.equal(theirs)
         else:
-            assert same_bits(*(x.masked_fill(x.isnan(), float("nan")) for x in (ours, theirs))), (ours - theirs).abs().max()
+            assert same_bits(*(x.masked_fill(x.isnan(), float("nan")) for x in (ours, theirs))), (
+                (ours - theirs).abs().max()
+            )
 
     check()
 
@@ -49,12 +54,14 @@ def exact(tensors):
 
 
 def combined(base, deltas, weights, elect, normalize, scale, unit):
-    """The formula in float64, a bound on the rounding of the real steps, and where that bound holds.
+    """The formula in float64, a bound on the rounding of the real steps, and where that bound
+    holds.
 
-    A step rounds by a relative `unit` at most. delta, weight, product, sum, quotient and scale are such steps, each on a
-    term of A = sum |w d|; the divisor's rounding grows by sum |w| / |sum w|, its condition. Doubled for what is of second
-    order, that is 12 unit (1 + condition) A |scale / divisor|; the last sum rounds by unit |out|. It does not hold
-    where rounding may turn an elected sign or where the divisor is mostly rounding.
+    A step rounds by a relative `unit` at most. delta, weight, product, sum, quotient and scale are
+    such steps, each on a term of A = sum |w d|; the divisor's rounding grows by sum |w| / |sum w|,
+    its condition. Doubled for what is of second order, that is 12 unit (1 + condition) A |scale /
+    divisor|; the last sum rounds by unit |out|. It does not hold where rounding may turn an elected
+    sign or where the divisor is mostly rounding.
     """
     weights = np.asarray(weights)[:, None]
     products = weights * deltas
@@ -71,11 +78,17 @@ def combined(base, deltas, weights, elect, normalize, scale, unit):
         condition = np.abs(weights * counts).sum(0) / np.abs(divisor)
         holds &= condition < 16
     out = base + scale * (products * counts).sum(0) / divisor
-    return out, 12 * unit * (1 + condition) * size * np.abs(scale / divisor) + unit * np.abs(out), holds
+    return (
+        out,
+        12 * unit * (1 + condition) * size * np.abs(scale / divisor) + unit * np.abs(out),
+        holds,
+    )
 
 
 def assert_close(case, out, bound, holds):
-    """Within the bound, and 64 times the smallest number for what underflows on the way; numbers near fp16's end may overflow."""
+    """Within the bound, and 64 times the smallest number for what underflows on the way; numbers
+    near fp16's end may overflow.
+    """
     ours = exact([case.ours()])[0]
     if case.dtype == torch.float16:
         holds = holds & (bound < 6e4 * UNIT[case.dtype])
@@ -95,32 +108,75 @@ def test_the_formula_in_float64(name):
         deltas = np.asarray(siblings) - base
         generator = seeded(case.seed)
         for i, density in enumerate(case.densities):
-            if name == "ties":  # which numbers stay is test_trim's; the sign of 0 does not matter here
+            # which numbers stay is test_trim's; the sign of 0 does not matter here
+            if name == "ties":
                 delta = case.tensors[i + 1] - case.tensors[0]
                 kept = exact([methods.trim(delta, density, case.rescale)])[0] != 0
             elif name == "task_arithmetic" or density == 1:
                 continue
             else:
                 dtype = case.dtype if case.dtype == torch.bfloat16 else torch.float32
-                kept = exact([torch.bernoulli(torch.full(base.shape, density, dtype=dtype), generator=generator)])[0] != 0
+                kept = (
+                    exact(
+                        [
+                            torch.bernoulli(
+                                torch.full(base.shape, density, dtype=dtype), generator=generator
+                            )
+                        ]
+                    )[0]
+                    != 0
+                )
             before, after = np.abs(deltas[i]).sum(), np.abs(deltas[i] * kept).sum()
-            deltas[i] *= kept * (before / after if case.rescale and min(before, after) > 1e-7 else 1)
+            deltas[i] *= kept * (
+                before / after if case.rescale and min(before, after) > 1e-7 else 1
+            )
         assume(case.dtype != torch.float16 or np.abs(deltas).sum(0).max(initial=0) < 3e4)
-        unit = UNIT[case.dtype] * (2 if case.rescale else 1)  # both sums and their quotient round too
-        assert_close(case, *combined(base, deltas, case.weights[1:], name.endswith("ties"), case.normalize, case.scale, unit))
+        # both sums and their quotient round too
+        unit = UNIT[case.dtype] * (2 if case.rescale else 1)
+        assert_close(
+            case,
+            *combined(
+                base,
+                deltas,
+                case.weights[1:],
+                name.endswith("ties"),
+                case.normalize,
+                case.scale,
+                unit,
+            ),
+        )
 
     check()
 
 
 @QUICK
-@given(cases(["ties"], kinds=["grid"], weights=st.sampled_from([-1.0, -0.5, 0.0, 0.5, 1.0, 2.0]), scales=st.just(1.0)))
+@given(
+    cases(
+        ["ties"],
+        kinds=["grid"],
+        weights=st.sampled_from([-1.0, -0.5, 0.0, 0.5, 1.0, 2.0]),
+        scales=st.just(1.0),
+    )
+)
 def test_a_sum_of_zero_elects_plus(case):
-    """On a grid every step is exact, so equal votes against each other are equal, and only the last sum rounds."""
+    """On a grid every step is exact, so equal votes against each other are equal, and only the last
+    sum rounds.
+    """
     base, *siblings = exact(case.tensors)
-    kept = exact([methods.trim(x - case.tensors[0], p) for x, p in zip(case.tensors[1:], case.densities, strict=True)]) != 0
+    kept = (
+        exact(
+            [
+                methods.trim(x - case.tensors[0], p)
+                for x, p in zip(case.tensors[1:], case.densities, strict=True)
+            ]
+        )
+        != 0
+    )
     deltas = (np.asarray(siblings) - base) * kept
     out, _, _ = combined(base, deltas, case.weights[1:], True, False, 1.0, 0.0)
-    ours = methods.ties(case.tensors[0], case.tensors[1:], case.weights[1:], case.densities, normalize=False)
+    ours = methods.ties(
+        case.tensors[0], case.tensors[1:], case.weights[1:], case.densities, normalize=False
+    )
     assert torch.equal(ours.reshape(-1), torch.tensor(out).to(case.dtype))
 
 
@@ -129,18 +185,43 @@ def test_a_sum_of_zero_elects_plus(case):
 def test_linear_in_float64(case):
     """fp32 inside: the bound is `combined`'s with fp32's unit, and one rounding to the dtype."""
     assume(not case.normalize or torch.tensor(case.weights).sum())  # which recipes refuse
-    out, bound, holds = combined(0.0, exact(case.tensors), case.weights, False, case.normalize, 1.0, UNIT[torch.float32])
+    out, bound, holds = combined(
+        0.0, exact(case.tensors), case.weights, False, case.normalize, 1.0, UNIT[torch.float32]
+    )
     assert_close(case, out, bound + UNIT[case.dtype] * (np.abs(out) + bound), holds)
 
 
 @QUICK
 @given(cases(["slerp"]))
-@example(Case("slerp", make_tensors("far", (2**20 + 5,), torch.float32, 1, 0), torch.float32, [], [], *[False] * 3, 0.3, 0))
-@example(Case("slerp", make_tensors("near", (100,), torch.float32, 1, 2), torch.float32, [], [], *[False] * 3, 0.3, 0))
+@example(
+    Case(
+        "slerp",
+        make_tensors("far", (2**20 + 5,), torch.float32, 1, 0),
+        torch.float32,
+        [],
+        [],
+        *[False] * 3,
+        0.3,
+        0,
+    )
+)
+@example(
+    Case(
+        "slerp",
+        make_tensors("near", (100,), torch.float32, 1, 2),
+        torch.float32,
+        [],
+        [],
+        *[False] * 3,
+        0.3,
+        0,
+    )
+)
 def test_slerp_in_float64(case):
-    """fp32 inside. The cosine is off by 64 units at most (torch sums in a tree), the angle by that over its sine, and a share by
-    that times its derivative in the angle; beside it, each of some 8 roundings is of a share, of t, or of an angle below pi
-    whose sine divides."""
+    """fp32 inside. The cosine is off by 64 units at most (torch sums in a tree), the angle by that
+    over its sine, and a share by that times its derivative in the angle; beside it, each of some 8
+    roundings is of a share, of t, or of an angle below pi whose sine divides.
+    """
     base, other = exact(case.tensors)
     norms = [np.linalg.norm(v) if np.linalg.norm(v) > 1e-8 else 1.0 for v in (base, other)]
     cosine = np.clip((base / norms[0]) @ (other / norms[1]), -1, 1)
@@ -151,10 +232,15 @@ def test_slerp_in_float64(case):
         if abs(cosine) > 0.9995:
             share, error = t, 8 * (1 + abs(t))
         else:
-            share, slope = np.sin(t * angle) / sine, (t * np.cos(t * angle) * sine - np.sin(t * angle) * cosine) / sine**2
+            share, slope = (
+                np.sin(t * angle) / sine,
+                (t * np.cos(t * angle) * sine - np.sin(t * angle) * cosine) / sine**2,
+            )
             error = 64 * abs(slope) / sine + 8 * (1 + abs(t) + abs(share)) * (1 + angle / sine)
         out, bound = out + share * vector, bound + unit * error * np.abs(vector)
-    assert_close(case, out, bound + UNIT[case.dtype] * (np.abs(out) + bound), np.ones(out.shape, dtype=bool))
+    assert_close(
+        case, out, bound + UNIT[case.dtype] * (np.abs(out) + bound), np.ones(out.shape, dtype=bool)
+    )
 
 
 @QUICK
@@ -176,23 +262,35 @@ def test_trim_keeps_the_largest(case):
 @pytest.mark.parametrize("dtype", list(UNIT))
 @pytest.mark.parametrize("density", [0.01, 0.3, 0.9])
 def test_drop_keeps_a_share_and_the_size(dtype, density):
-    """The share within 5 standard deviations (and a bf16 density's rounding); the sum of magnitudes within roundings."""
+    """The share within 5 standard deviations (and a bf16 density's rounding); the sum of magnitudes
+    within roundings.
+    """
     delta = make_tensors("noise", (300, 333), dtype, 0, 1)[0]
     out = exact([methods.drop(delta, density, seeded(0))])[0]
     size = np.abs(exact([delta])[0])
     share = np.count_nonzero(out) / np.count_nonzero(size)
-    assert abs(share - density) < 5 * np.sqrt(density * (1 - density) / size.size) + UNIT[dtype] * density
+    assert (
+        abs(share - density)
+        < 5 * np.sqrt(density * (1 - density) / size.size) + UNIT[dtype] * density
+    )
     assert abs(np.abs(out).sum() / size.sum() - 1) < 4 * UNIT[dtype]
 
 
 def test_fp16_neither_divides_by_zero_nor_overflows():
-    """Where mergekit gives NaN: weights that sum to 0 are not normalised; a sum of magnitudes above 65504 still rescales."""
+    """Where mergekit gives NaN: weights that sum to 0 are not normalised; a sum of magnitudes above
+    65504 still rescales.
+    """
     base, one, two = make_tensors("far", (70001,), torch.float16, 2, 0)
-    plain, normal = (methods.task_arithmetic(base, [one, two], [0.5, -0.5], normalize) for normalize in (False, True))
+    plain, normal = (
+        methods.task_arithmetic(base, [one, two], [0.5, -0.5], normalize)
+        for normalize in (False, True)
+    )
     assert normal.isfinite().all()
     assert same_bits(plain, normal)
     delta = one - base
-    before, kept = (np.abs(exact([x])).sum() for x in (delta, methods.trim(delta, 0.3, rescale=True)))
+    before, kept = (
+        np.abs(exact([x])).sum() for x in (delta, methods.trim(delta, 0.3, rescale=True))
+    )
     assert before > 65504
     assert abs(kept / before - 1) < 4 * UNIT[torch.float16]
 

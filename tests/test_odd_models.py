@@ -1,4 +1,6 @@
-"""Models that are not quite what their configuration says, and architectures with settings for each layer."""
+"""Models that are not quite what their configuration says, and architectures with settings for each
+layer.
+"""
 
 import json
 import shutil
@@ -12,7 +14,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from evomerge.cli import main
 from evomerge.errors import ModelError, RecipeError, UnsupportedRecipe
 from evomerge.merging.build import build_model
-from evomerge.merging.folder import HEAD, open_model
+from evomerge.merging.checkpoints.model_folder import HEAD, open_model
 from evomerge.merging.live import LiveModel
 from evomerge.recipe import Recipe, task_arithmetic_recipe
 
@@ -20,7 +22,11 @@ from evomerge.recipe import Recipe, task_arithmetic_recipe
 def edit_tensors(folder, change):
     path = folder / "model.safetensors"
     tensors = change(load_file(path))
-    save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    save_file(
+        {name: tensor.contiguous().clone() for name, tensor in tensors.items()},
+        path,
+        metadata={"format": "pt"},
+    )
 
 
 def edit_config(folder, **changes):
@@ -29,37 +35,62 @@ def edit_config(folder, **changes):
 
 
 def plain(family, weight=0.5, **settings):
-    return task_arithmetic_recipe(str(family / "base"), [str(family / "one")], [(0, 4)], [[weight]], **settings)
+    return task_arithmetic_recipe(
+        str(family / "base"), [str(family / "one")], [(0, 4)], [[weight]], **settings
+    )
 
 
 @pytest.mark.parametrize("storing", [("base",), ("one",), ("base", "one")])
 def test_a_head_that_a_tied_model_stores_is_merged(tmp_path, storing):
     """A model that stores none lends its embeddings."""
     family = make_family(tmp_path, tied=True)
-    heads = {name: load_file(family / name / "model.safetensors")["model.embed_tokens.weight"] for name in ("base", "one")}
+    heads = {
+        name: load_file(family / name / "model.safetensors")["model.embed_tokens.weight"]
+        for name in ("base", "one")
+    }
     for name in storing:
         heads[name] = heads[name] * 2
         edit_tensors(family / name, lambda tensors, head=heads[name]: tensors | {HEAD: head})
     merged = load_all(build_model(plain(family), tmp_path / "out"))
-    wanted = heads["base"] + (heads["one"] - heads["base"]) * torch.tensor(0.5, dtype=torch.bfloat16)
+    wanted = heads["base"] + (heads["one"] - heads["base"]) * torch.tensor(
+        0.5, dtype=torch.bfloat16
+    )
     assert torch.equal(merged[HEAD], wanted)
-    model = AutoModelForCausalLM.from_pretrained(make_family(tmp_path / "plain", tied=True) / "base", dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(
+        make_family(tmp_path / "plain", tied=True) / "base", dtype=torch.bfloat16
+    )
     with pytest.raises(ModelError, match=r"ties to its embeddings"):
         LiveModel(model, open_model(str(family / "base")), [open_model(str(family / "one"))])
 
 
 def test_lists_with_an_item_for_each_layer_follow_the_layers(tmp_path):
-    """Qwen2 with sliding windows in every other layer: what comes out can be loaded, each layer with its own type."""
+    """Qwen2 with sliding windows in every other layer: what comes out can be loaded, each layer
+    with its own type.
+    """
     types = ["full_attention", "sliding_attention"] * 2
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50}
-    config = Qwen2Config(num_hidden_layers=4, layer_types=types, use_sliding_window=True, sliding_window=8, **sizes)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 50,
+    }
+    config = Qwen2Config(
+        num_hidden_layers=4, layer_types=types, use_sliding_window=True, sliding_window=8, **sizes
+    )
     for seed, name in enumerate(("base", "one")):
         torch.manual_seed(seed)
         Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / name)
     slices = [(0, 4), (1, 3), (1, 2)]
-    recipe = task_arithmetic_recipe(str(tmp_path / "base"), [str(tmp_path / "one")], slices, [[0.5]] * 3)
+    recipe = task_arithmetic_recipe(
+        str(tmp_path / "base"), [str(tmp_path / "one")], slices, [[0.5]] * 3
+    )
     out = build_model(recipe, tmp_path / "out")
-    assert json.loads((out / "config.json").read_text())["layer_types"] == [*types, *types[1:3], types[1]]
+    assert json.loads((out / "config.json").read_text())["layer_types"] == [
+        *types,
+        *types[1:3],
+        types[1],
+    ]
     assert len(AutoModelForCausalLM.from_pretrained(out).model.layers) == 7
 
 
@@ -67,31 +98,51 @@ def test_lists_with_an_item_for_each_layer_follow_the_layers(tmp_path):
 def test_tensors_that_no_model_has_are_missed(tmp_path, missing):
     family = make_family(tmp_path)
     for name in ("base", "one"):
-        edit_tensors(family / name, lambda tensors: {n: t for n, t in tensors.items() if not n.startswith(missing)})
+        edit_tensors(
+            family / name,
+            lambda tensors: {n: t for n, t in tensors.items() if not n.startswith(missing)},
+        )
     with pytest.raises(ModelError, match=r"layer [23]"):
         build_model(plain(family), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_numbers_that_the_working_dtype_cannot_hold(tmp_path):
-    """Without `dtype` the models' own decides; and a result can pass float16's end though no weight does."""
+    """Without `dtype` the models' own decides; and a result can pass float16's end though no weight
+    does.
+    """
     family = make_family(tmp_path, dtypes=(torch.float16,) * 3)
     data = plain(family, 100_000.0).to_dict()
     del data["dtype"]
     too_large = Recipe.from_dict(data)
-    passing = Recipe.from_dict(plain(family, 60.0).to_dict() | {"dtype": "float16", "parameters": {"lambda": 60_000.0}})
-    for recipe, word in [(too_large, "infinite in torch.float16"), (passing, "passes float16's 65504")]:
+    passing = Recipe.from_dict(
+        plain(family, 60.0).to_dict() | {"dtype": "float16", "parameters": {"lambda": 60_000.0}}
+    )
+    for recipe, word in [
+        (too_large, "infinite in torch.float16"),
+        (passing, "passes float16's 65504"),
+    ]:
         with pytest.raises(RecipeError, match=word):
             build_model(recipe, tmp_path / "out")
         assert not (tmp_path / "out").exists()
-    models = [{"model": str(family / name), "parameters": {"weight": 70_000.0}} for name in ("base", "one")]
-    recipe = Recipe.from_dict({"merge_method": "linear", "models": models, "dtype": "float16"})  # summed in fp32, and normalised
-    assert all(t.isfinite().all() for t in load_all(build_model(recipe, tmp_path / "linear")).values())
+    models = [
+        {"model": str(family / name), "parameters": {"weight": 70_000.0}}
+        for name in ("base", "one")
+    ]
+    # summed in fp32, and normalised
+    recipe = Recipe.from_dict({"merge_method": "linear", "models": models, "dtype": "float16"})
+    assert all(
+        t.isfinite().all() for t in load_all(build_model(recipe, tmp_path / "linear")).values()
+    )
 
 
-def test_an_architecture_that_mergekit_does_not_describe_takes_norm_and_head_from_the_first_slice(tmp_path):
+def test_an_architecture_that_mergekit_does_not_describe_takes_norm_and_head_from_the_first_slice(
+    tmp_path,
+):
     family = make_family(tmp_path)
-    recipe = task_arithmetic_recipe(str(family / "base"), [str(family / "one")], [(0, 2), (2, 4)], [[0.0], [1.0]])
+    recipe = task_arithmetic_recipe(
+        str(family / "base"), [str(family / "one")], [(0, 2), (2, 4)], [[0.0], [1.0]]
+    )
     known = load_all(build_model(recipe, tmp_path / "known"))
     for name in ("base", "one"):
         edit_config(family / name, architectures=["SomebodysForCausalLM"])
@@ -100,17 +151,25 @@ def test_an_architecture_that_mergekit_does_not_describe_takes_norm_and_head_fro
     assert torch.equal(unknown[HEAD], load_all(family / "base")[HEAD])
 
 
-@pytest.mark.parametrize("name", ["transformer.h.0.attn.weight", "model.layers.0.mlp.experts.0.up_proj.weight"])
-def test_what_only_mergekit_can_merge_is_handed_over_though_it_is_found_late(tmp_path, name, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "name", ["transformer.h.0.attn.weight", "model.layers.0.mlp.experts.0.up_proj.weight"]
+)
+def test_what_only_mergekit_can_merge_is_handed_over_though_it_is_found_late(
+    tmp_path, name, capsys, monkeypatch
+):
     family = make_family(tmp_path)
     for model in ("base", "one"):
-        edit_tensors(family / model, lambda tensors: tensors | {name: torch.zeros(2, dtype=torch.bfloat16)})
+        edit_tensors(
+            family / model, lambda tensors: tensors | {name: torch.zeros(2, dtype=torch.bfloat16)}
+        )
     with pytest.raises(UnsupportedRecipe):
         build_model(plain(family), tmp_path / "out")
     (tmp_path / "r.yml").write_text(plain(family).to_yaml())
     asked = []
-    monkeypatch.setattr("evomerge.merging.elsewhere.is_installed", lambda: True)
-    monkeypatch.setattr("evomerge.merging.elsewhere.merge_with_mergekit", lambda *args: asked.append(args[:2]))
+    monkeypatch.setattr("evomerge.merging.mergekit.is_installed", lambda: True)
+    monkeypatch.setattr(
+        "evomerge.merging.mergekit.merge_with_mergekit", lambda *args: asked.append(args[:2])
+    )
     assert main(["merge", str(tmp_path / "r.yml"), str(tmp_path / "out")]) == 0
     assert asked == [(tmp_path / "r.yml", tmp_path / "out")]
     assert "mergekit merges it" in capsys.readouterr().err

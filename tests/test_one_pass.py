@@ -1,17 +1,36 @@
-"""A search whose generations answer in one pass: in fp32 the same trials as candidate after candidate."""
+"""A search whose generations answer in one pass: in fp32 the same trials as candidate after
+candidate.
+"""
 
 import sqlite3
 
 import pytest
 
-from evomerge.answering.population import PopulationEngine
+from evomerge.answering.hf.population import PopulationEngine
 from evomerge.cli import main
-from evomerge.search.session import load_finished
+from evomerge.searching.session import load_finished
 
 
 def search(pair, tmp_path, name, *settings):
-    where = ["--storage", f"sqlite:///{tmp_path}/{name}.db", "--results", str(tmp_path / "results"), "--study", name]
-    assert main(["search", str(pair / "study.yaml"), *where, *(x for s in settings for x in ("--set", s))]) == 0
+    where = [
+        "--storage",
+        f"sqlite:///{tmp_path}/{name}.db",
+        "--results",
+        str(tmp_path / "results"),
+        "--study",
+        name,
+    ]
+    assert (
+        main(
+            [
+                "search",
+                str(pair / "study.yaml"),
+                *where,
+                *(x for s in settings for x in ("--set", s)),
+            ]
+        )
+        == 0
+    )
     return load_finished(f"sqlite:///{tmp_path}/{name}.db", name)
 
 
@@ -39,7 +58,8 @@ def test_the_trials_are_those_of_candidate_after_candidate(pair, tmp_path, passe
     together = search(pair, tmp_path, "all", fp32, "engine.population=true", "search.trials=10")
     n = len(together.records[0].grades)
     batches = [8] * (n // 8) + [n % 8] * bool(n % 8)
-    assert passes == [(c, b) for c in (4, 4, 2) for b in batches]  # generations of four, the last one cut short
+    # generations of four, the last one cut short
+    assert passes == [(c, b) for c in (4, 4, 2) for b in batches]
     assert outcomes(together) == outcomes(one_by_one)
     assert together.verdict == one_by_one.verdict
     candidates = [r for r in together.records if r.role == "candidate"]
@@ -59,17 +79,32 @@ def test_going_on_answers_nothing_twice(pair, tmp_path, passes):
     assert len(first.records) < len(again.records)
 
 
-@pytest.mark.parametrize(("dtype", "tasks", "wanted"), [("float32", 4, True), ("bfloat16", 4, False), ("float32", 40, False)])
+@pytest.mark.parametrize(
+    ("dtype", "tasks", "wanted"),
+    [("float32", 4, True), ("bfloat16", 4, False), ("float32", 40, False)],
+)
 def test_unsaid_it_is_for_few_prompts_in_fp32(pair, tmp_path, passes, dtype, tasks, wanted):
     rows = (pair / "tasks.jsonl").read_text(encoding="utf-8").splitlines()[:tasks]
     (tmp_path / "few.jsonl").write_text("\n".join(rows), encoding="utf-8")
     few = f"tasks=[{{file: {tmp_path}/few.jsonl}}]"
-    search(pair, tmp_path, "auto", f"search.dtype={dtype}", few, "search.population=8", "search.trials=8")
+    search(
+        pair,
+        tmp_path,
+        "auto",
+        f"search.dtype={dtype}",
+        few,
+        "search.population=8",
+        "search.trials=8",
+    )
     assert bool(passes) is wanted
 
 
-def test_a_killed_pass_loses_a_batch_and_a_full_memory_is_remembered(pair, tmp_path, passes, monkeypatch):
-    """The second batch of the second generation is interrupted; before that, memory had allowed twelve rows at once."""
+def test_a_killed_pass_loses_a_batch_and_a_full_memory_is_remembered(
+    pair, tmp_path, passes, monkeypatch
+):
+    """The second batch of the second generation is interrupted; before that, memory had allowed
+    twelve rows at once.
+    """
     settings = ("search.dtype=float32", "engine.population=true", "search.trials=8")
     whole = search(pair, tmp_path, "whole", *settings)
     count, answer_all, attempt = [], PopulationEngine.answer_all, PopulationEngine._attempt_part
@@ -85,8 +120,20 @@ def test_a_killed_pass_loses_a_batch_and_a_full_memory_is_remembered(pair, tmp_p
         return None if len(part) > 12 else attempt(self, answer, part, *rest)
 
     monkeypatch.setattr(PopulationEngine, "_attempt_part", small)
-    where = ["--storage", f"sqlite:///{tmp_path}/cut.db", "--results", str(tmp_path / "results"), "--study", "cut"]
-    command = ["search", str(pair / "study.yaml"), *where, *(x for s in settings for x in ("--set", s))]
+    where = [
+        "--storage",
+        f"sqlite:///{tmp_path}/cut.db",
+        "--results",
+        str(tmp_path / "results"),
+        "--study",
+        "cut",
+    ]
+    command = [
+        "search",
+        str(pair / "study.yaml"),
+        *where,
+        *(x for s in settings for x in ("--set", s)),
+    ]
     with monkeypatch.context() as patch:
         patch.setattr(PopulationEngine, "answer_all", interrupted)
         assert main(command) == 130
@@ -103,7 +150,10 @@ def test_it_is_refused_where_it_cannot_be(pair, tmp_path, capsys):
     where = ["--storage", f"sqlite:///{tmp_path}/no.db", "--results", str(tmp_path / "results")]
     settings = ["--set", "genome.merge_method=ties", "--set", "engine.population=true"]
     assert main(["search", str(pair / "study.yaml"), *where, *settings]) == 2
-    assert "engine.population: these candidates cannot share a pass" in capsys.readouterr().err.splitlines()[-1]
+    assert (
+        "engine.population: these candidates cannot share a pass"
+        in capsys.readouterr().err.splitlines()[-1]
+    )
 
 
 def test_a_damaged_cache_is_paid_for_again(pair, tmp_path):

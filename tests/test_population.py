@@ -1,4 +1,6 @@
-"""Many candidates in one pass give what each merged model, built and loaded afresh, gives with `generate`."""
+"""Many candidates in one pass give what each merged model, built and loaded afresh, gives with
+`generate`.
+"""
 
 import pytest
 import torch
@@ -6,12 +8,12 @@ from conftest import make_model, save
 from merging_tools import SLICES, differing, load_all, make_family, moved, random_recipe
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from evomerge.answering import population as population_module
-from evomerge.answering.decode import decode
-from evomerge.answering.population import PopulationEngine, PopulationModel, pays, suits
-from evomerge.answering.rules import Rules
+from evomerge.answering.hf import population as population_module
+from evomerge.answering.hf.decode import decode
+from evomerge.answering.hf.population import PopulationEngine, PopulationModel, pays, suits
+from evomerge.answering.hf.sampling import Rules
 from evomerge.errors import RecipeError
-from evomerge.merging.folder import open_model
+from evomerge.merging.checkpoints.model_folder import open_model
 from evomerge.merging.live import LiveModel
 from evomerge.merging.stream import MergePlan, merged_tensors, open_recipe
 from evomerge.recipe import Recipe, task_arithmetic_recipe
@@ -25,8 +27,22 @@ def make_qwen(folder):
     """Qwen2, whose q, k and v have biases: none of them 0, and other ones in each model."""
     torch.manual_seed(0)
     like = make_model(0).config
-    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
-    base = Qwen2ForCausalLM(Qwen2Config(**{key: getattr(like, key) for key in keys}, initializer_range=0.2, eos_token_id=2, pad_token_id=0))
+    keys = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+    )
+    base = Qwen2ForCausalLM(
+        Qwen2Config(
+            **{key: getattr(like, key) for key in keys},
+            initializer_range=0.2,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+    )
     with torch.no_grad():
         for name, p in base.named_parameters():
             if name.endswith("bias"):
@@ -39,7 +55,9 @@ def make_qwen(folder):
 FAMILIES = {
     "untied": lambda folder: make_family(folder, False, FP32),
     "tied": lambda folder: make_family(folder, True, FP32),
-    "attention_and_mlp_biases": lambda folder: make_family(folder, False, FP32, attention_bias=True, mlp_bias=True),
+    "attention_and_mlp_biases": lambda folder: make_family(
+        folder, False, FP32, attention_bias=True, mlp_bias=True
+    ),
     "qwen2": make_qwen,
 }
 
@@ -51,15 +69,25 @@ def family(request, tmp_path):
 
 def make_population(family, siblings=("one", "two"), dtype=torch.float32):
     model = AutoModelForCausalLM.from_pretrained(family / "base", dtype=dtype)
-    live = LiveModel(model, open_model(str(family / "base")), [open_model(str(family / s)) for s in siblings])
+    live = LiveModel(
+        model, open_model(str(family / "base")), [open_model(str(family / s)) for s in siblings]
+    )
     return model, live, PopulationModel(model, live)
 
 
 def candidates(family, siblings, count, dtype="float32"):
-    """Random weights by slice; the first is the base itself, and with two siblings the last has only one of them."""
+    """Random weights by slice; the first is the base itself, and with two siblings the last has
+    only one of them.
+    """
     generator = torch.Generator().manual_seed(4)
     recipes = [random_recipe(family, siblings, generator, dtype=dtype) for _ in range(count - 1)]
-    base = task_arithmetic_recipe(str(family / "base"), [str(family / s) for s in siblings], SLICES, [[0.0] * len(siblings)] * 3, dtype)
+    base = task_arithmetic_recipe(
+        str(family / "base"),
+        [str(family / s) for s in siblings],
+        SLICES,
+        [[0.0] * len(siblings)] * 3,
+        dtype,
+    )
     return [base, *recipes[:-1], random_recipe(family, siblings[-1:], generator, dtype=dtype)]
 
 
@@ -71,7 +99,13 @@ def by_generate(family, recipe, dtype=torch.float32, max_new_tokens=12):
     found = []
     for prompt in PROMPTS:
         ids = torch.tensor([prompt])
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ENDS)
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=ENDS,
+        )
         found.append([token for token in out[0, len(prompt) :].tolist() if token not in ENDS])
     return found
 
@@ -106,20 +140,29 @@ def test_the_logits_of_a_merged_model_in_float64(tmp_path):
     with population.of([recipe]) as answer:
         ours = last_logits(model, lambda: answer([0], [PROMPTS[2]], Rules(1)))[0]
     exact = AutoModelForCausalLM.from_pretrained(family / "base", dtype=torch.float64)
-    exact.load_state_dict({name: tensor.double() for name, tensor in merged_tensors(recipe, open_recipe(recipe))})
+    exact.load_state_dict(
+        {name: tensor.double() for name, tensor in merged_tensors(recipe, open_recipe(recipe))}
+    )
     wanted = exact(torch.tensor([PROMPTS[2]])).logits[0, -1]
     torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
 
 
 def recipe_of(family, **changes):
     """A recipe that suits, and what is changed in it."""
-    data = task_arithmetic_recipe(str(family / "base"), [str(family / "one")], SLICES, [[0.3], [0.6], [1.2]], "float32").to_dict()
+    data = task_arithmetic_recipe(
+        str(family / "base"), [str(family / "one")], SLICES, [[0.3], [0.6], [1.2]], "float32"
+    ).to_dict()
     return Recipe.from_dict({**data, **changes})
 
 
 def gradient(family, **changes):
     models = [{"model": str(family / "one"), "parameters": {"weight": [0.2, 0.9]}}]
-    data = {"merge_method": "task_arithmetic", "base_model": str(family / "base"), "models": models, "dtype": "float32"}
+    data = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(family / "base"),
+        "models": models,
+        "dtype": "float32",
+    }
     return Recipe.from_dict({**data, **changes})
 
 
@@ -130,15 +173,21 @@ def plain(tmp_path_factory):
 
 def test_which_recipes_suit(plain):
     one = [{"model": str(plain / "one"), "parameters": {"weight": 1.0, "density": 0.5}}]
-    middle = task_arithmetic_recipe(str(plain / "base"), [str(plain / "one")], [(1, 2), (2, 4)], [[1.0], [0.5]], "float32")
+    middle = task_arithmetic_recipe(
+        str(plain / "base"), [str(plain / "one")], [(1, 2), (2, 4)], [[1.0], [0.5]], "float32"
+    )
     good = {
         "slices": recipe_of(plain),
         "gradient": gradient(plain),
-        "explicit": gradient(plain, parameters={"normalize": 0.0, "lambda": "1", "int8_mask": True}),
+        "explicit": gradient(
+            plain, parameters={"normalize": 0.0, "lambda": "1", "int8_mask": True}
+        ),
     }
     bad = {
         "normalised": recipe_of(plain, parameters={"normalize": True}),
-        "normalised by a filter": gradient(plain, parameters={"normalize": [{"filter": "mlp", "value": 1}, {"value": 0}]}),
+        "normalised by a filter": gradient(
+            plain, parameters={"normalize": [{"filter": "mlp", "value": 1}, {"value": 0}]}
+        ),
         "scaled": gradient(plain, parameters={"lambda": 0.5}),
         "scaled by a gradient": gradient(plain, parameters={"lambda": [1.0, 0.9]}),
         "rounded in between": recipe_of(plain, dtype="float32", out_dtype="bfloat16"),
@@ -156,13 +205,20 @@ def test_which_recipes_suit(plain):
 
 
 def test_what_only_the_models_tell(plain):
-    """Another dtype than the live model's, fewer layers than it has, inputs that wait on disk, an unknown module."""
+    """Another dtype than the live model's, fewer layers than it has, inputs that wait on disk, an
+    unknown module.
+    """
     model, live, population = make_population(plain, ["one"])
-    few = task_arithmetic_recipe(str(plain / "base"), [str(plain / "one")], [(0, 1), (1, 3)], [[1.0], [0.5]], "float32")
+    few = task_arithmetic_recipe(
+        str(plain / "base"), [str(plain / "one")], [(0, 1), (1, 3)], [[1.0], [0.5]], "float32"
+    )
     for recipe in (recipe_of(plain, dtype="bfloat16"), few):
         assert suits(recipe)
         assert not population.suits([recipe])
-    with pytest.raises(RecipeError, match="cannot share a pass"), population.of([recipe_of(plain), few]):
+    with (
+        pytest.raises(RecipeError, match="cannot share a pass"),
+        population.of([recipe_of(plain), few]),
+    ):
         pass
     norm = model.model.norm
     model.model.norm = torch.nn.LayerNorm(32)
@@ -178,7 +234,10 @@ def test_afterwards_the_live_model_is_what_it_was(plain):
     model, live, population = make_population(plain, ["one"])
     first, second = recipe_of(plain), gradient(plain)
     live.apply(first)
-    weights, before = {n: p.clone() for n, p in model.named_parameters()}, decode(model, PROMPTS, Rules(8))
+    weights, before = (
+        {n: p.clone() for n, p in model.named_parameters()},
+        decode(model, PROMPTS, Rules(8)),
+    )
     mine = torch.nn.Linear.forward.__get__(model.lm_head)
     model.lm_head.forward = mine
 
@@ -190,31 +249,42 @@ def test_afterwards_the_live_model_is_what_it_was(plain):
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    assert [name for name, module in model.named_modules() if "forward" in module.__dict__] == ["lm_head"]
+    assert [name for name, module in model.named_modules() if "forward" in module.__dict__] == [
+        "lm_head"
+    ]
     assert model.lm_head.forward is mine
     assert not differing(weights, dict(model.named_parameters()))
     assert decode(model, PROMPTS, Rules(8)) == before
     live.apply(second)
-    assert not differing({n: p.detach() for n, p in model.named_parameters()}, dict(merged_tensors(second, open_recipe(second))))
+    assert not differing(
+        {n: p.detach() for n, p in model.named_parameters()},
+        dict(merged_tensors(second, open_recipe(second))),
+    )
 
 
 def last_logits(model, run):
     """The logits (rows, vocabulary) of the last forward pass in `run`."""
     seen = []
-    hook = model.lm_head.register_forward_hook(lambda _module, _inputs, out: seen.append(out[:, -1].detach().double()))
+    hook = model.lm_head.register_forward_hook(
+        lambda _module, _inputs, out: seen.append(out[:, -1].detach().double())
+    )
     run()
     hook.remove()
     return seen[-1]
 
 
 def test_bf16_is_as_near_to_the_exact_merge_as_the_merged_model(tmp_path):
-    """The tokens differ, for both round, each elsewhere: so both are held against float64 without any rounding of weights."""
+    """The tokens differ, for both round, each elsewhere: so both are held against float64 without
+    any rounding of weights.
+    """
     family = make_family(tmp_path)
     recipes = candidates(family, ["one"], 8, "bfloat16")
     model, live, population = make_population(family, ["one"], torch.bfloat16)
     with population.of(recipes) as answer:
         ours = last_logits(model, lambda: answer(list(range(8)), [PROMPTS[2]] * 8, Rules(1)))
-    base, one = ({n: p.double() for n, p in load_all(family / name).items()} for name in ("base", "one"))
+    base, one = (
+        {n: p.double() for n, p in load_all(family / name).items()} for name in ("base", "one")
+    )
     exact = AutoModelForCausalLM.from_pretrained(family / "base", dtype=torch.float64)
     errors = []
     for recipe, row in zip(recipes, ours, strict=True):
@@ -231,11 +301,15 @@ def test_bf16_is_as_near_to_the_exact_merge_as_the_merged_model(tmp_path):
 def make_engine(plain, **settings):
     generation = GenerationSection(max_new_tokens=10, stop=("3",))
     folders = open_model(str(plain / "base")), [open_model(str(plain / s)) for s in ("one", "two")]
-    return PopulationEngine(*folders, EngineSection(device="cpu", **settings), generation, "float32")
+    return PopulationEngine(
+        *folders, EngineSection(device="cpu", **settings), generation, "float32"
+    )
 
 
 def test_the_engine_answers_as_it_does_candidate_after_candidate(plain, monkeypatch):
-    """Text, stop strings, cut-off answers, prompts from one token on; with room for all rows and for few; out of memory once."""
+    """Text, stop strings, cut-off answers, prompts from one token on; with room for all rows and
+    for few; out of memory once.
+    """
     recipes, prompts = candidates(plain, ["one", "two"], 3), ["あい:", "0123456789う", "え"]
     engine = make_engine(plain, batch_size=2)
     wanted = []
@@ -254,7 +328,7 @@ def test_the_engine_answers_as_it_does_candidate_after_candidate(plain, monkeypa
             raise torch.OutOfMemoryError
         return decode(model, rows, *args, **kwargs)
 
-    monkeypatch.setattr("evomerge.answering.population.decode", small)
+    monkeypatch.setattr("evomerge.answering.hf.population.decode", small)
     assert engine.answer_all(recipes, prompts) == wanted
     assert sizes[0] == 6
     assert sum(size for size in sizes if size <= 4) == 9

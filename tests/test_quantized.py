@@ -1,4 +1,6 @@
-"""A live 4-bit model, quantised again in place: the reference is always a model freshly loaded in 4 bits."""
+"""A live 4-bit model, quantised again in place: the reference is always a model freshly loaded in 4
+bits.
+"""
 
 import re
 import sys
@@ -12,17 +14,18 @@ from conftest import make_model, save
 from merging_tools import make_family, random_recipe, same_bits
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
-from evomerge.answering.loading import load_model
+from evomerge.answering.hf.loading import load_model
 from evomerge.errors import EngineError
 from evomerge.merging import quantized
 from evomerge.merging.build import build_model
-from evomerge.merging.folder import open_model
+from evomerge.merging.checkpoints.model_folder import open_model
 from evomerge.merging.live import LiveModel
 from evomerge.recipe import Recipe
 from evomerge.study import EngineSection
 
 needs_bitsandbytes = pytest.mark.skipif(
-    find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed: pip install 'evomerge[4bit]'"
+    find_spec("bitsandbytes") is None,
+    reason="bitsandbytes is not installed: pip install 'evomerge[4bit]'",
 )
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 on_devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
@@ -43,7 +46,9 @@ def folders(tmp_path_factory):
 
 def load(folder, quantization, device="cpu", dtype=torch.bfloat16):
     """By the engine's own way."""
-    return load_model(SimpleNamespace(path=folder), EngineSection(device=device, quantization=quantization), dtype)
+    return load_model(
+        SimpleNamespace(path=folder), EngineSection(device=device, quantization=quantization), dtype
+    )
 
 
 def load_fresh(folder, quantization, device="cpu", dtype=torch.bfloat16):
@@ -54,7 +59,9 @@ def load_fresh(folder, quantization, device="cpu", dtype=torch.bfloat16):
         bnb_4bit_compute_dtype=torch.bfloat16,
         bnb_4bit_use_double_quant=quantization == "4bit-double",
     )
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=config, device_map={"": device}).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, quantization_config=config, device_map={"": device}
+    ).eval()
 
 
 def write_all(model, folder):
@@ -68,14 +75,20 @@ def held(state, prefix=""):
     """Every field of a QuantState, the nested one's too, by name."""
     fields = {}
     for name, value in vars(state).items():
-        fields |= held(value, f"{prefix}{name}.") if type(value) is type(state) else {prefix + name: value}
+        fields |= (
+            held(value, f"{prefix}{name}.")
+            if type(value) is type(state)
+            else {prefix + name: value}
+        )
     return fields
 
 
 def different(ours, theirs):
     """What differs in any bit between two models' parameters and quantisation states."""
     wrong = []
-    for (name, a), (other, b) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+    for (name, a), (other, b) in zip(
+        ours.named_parameters(), theirs.named_parameters(), strict=True
+    ):
         assert name == other
         wrong += [] if same_bits(a.data, b.data) else [name]
         if quantized.is_quantized(b):
@@ -86,7 +99,9 @@ def different(ours, theirs):
 
 
 def same(a, b):
-    return same_bits(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
+    return (
+        same_bits(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
+    )
 
 
 @torch.inference_mode()  # as the engine answers
@@ -96,7 +111,11 @@ def logits(model):
 
 def test_without_bitsandbytes_nothing_is_quantised_and_nothing_imports_it(monkeypatch):
     files = Path(quantized.__file__).parents[1].rglob("*.py")
-    assert not [path for path in files if re.search(r"^(import|from) bitsandbytes", path.read_text(encoding="utf-8"), re.MULTILINE)]
+    assert not [
+        path
+        for path in files
+        if re.search(r"^(import|from) bitsandbytes", path.read_text(encoding="utf-8"), re.MULTILINE)
+    ]
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # an import of it now fails
     parameter = torch.nn.Parameter(torch.zeros(2, 3, dtype=torch.bfloat16))
     assert not quantized.is_quantized(parameter)
@@ -107,7 +126,9 @@ def test_without_bitsandbytes_nothing_is_quantised_and_nothing_imports_it(monkey
 
 def test_a_missing_bitsandbytes_is_one_line(folders, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(EngineError, match=r"engine.quantization.*found: '4bit'.*pip install 'evomerge\[4bit\]'"):
+    with pytest.raises(
+        EngineError, match=r"engine.quantization.*found: '4bit'.*pip install 'evomerge\[4bit\]'"
+    ):
         load(folders / "one", "4bit")
 
 
@@ -153,7 +174,9 @@ def test_the_two_models_differ(folders):
 @on_devices
 @double_or_not
 def test_references_stay_good(folders, quantization, device):
-    """Also through answers where no kernel reorders the weights: a captured graph would go on reading the right memory."""
+    """Also through answers where no kernel reorders the weights: a captured graph would go on
+    reading the right memory.
+    """
     live = load(folders / "one", quantization, device)
     for module in live.modules():
         module.support_avx512bf16_for_cpu = False
@@ -161,7 +184,10 @@ def test_references_stay_good(folders, quantization, device):
     parameter, state = linear.weight, linear.weight.quant_state
 
     def addresses():
-        return [parameter.data_ptr(), *(v.data_ptr() for v in held(state).values() if isinstance(v, torch.Tensor))]
+        return [
+            parameter.data_ptr(),
+            *(v.data_ptr() for v in held(state).values() if isinstance(v, torch.Tensor)),
+        ]
 
     before = addresses()
     for name in ("two", "one"):
@@ -189,10 +215,15 @@ def test_shape_and_dtype_are_those_of_the_unpacked_weight(folders, dtype):
     live = load(folders / "one", "4bit-double", dtype=dtype)
     plain = AutoModelForCausalLM.from_pretrained(folders / "one", dtype=dtype)
     shapes = {name: (tuple(p.shape), p.dtype) for name, p in plain.named_parameters()}
-    assert {name: (quantized.shape(p), quantized.dtype(p)) for name, p in live.named_parameters()} == shapes
+    assert {
+        name: (quantized.shape(p), quantized.dtype(p)) for name, p in live.named_parameters()
+    } == shapes
     logits(live)
-    assert {name: (quantized.shape(p), quantized.dtype(p)) for name, p in live.named_parameters()} == shapes
-    write_all(live, folders / "two")  # bfloat16 in the file, `dtype` in the live model, as after a load
+    assert {
+        name: (quantized.shape(p), quantized.dtype(p)) for name, p in live.named_parameters()
+    } == shapes
+    # bfloat16 in the file, `dtype` in the live model, as after a load
+    write_all(live, folders / "two")
     assert not different(live, load_fresh(folders / "two", "4bit-double", dtype=dtype))
 
 
@@ -201,7 +232,15 @@ def test_weights_that_lie_the_other_way_round(tmp_path):
     """GPT-2's Conv1D; its attention's output is square, where a wrong turn would go unnoticed."""
     for seed, name in enumerate(("one", "two")):
         torch.manual_seed(seed)
-        config = GPT2Config(vocab_size=32, n_positions=32, n_embd=64, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2)
+        config = GPT2Config(
+            vocab_size=32,
+            n_positions=32,
+            n_embd=64,
+            n_layer=1,
+            n_head=2,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
         GPT2LMHeadModel(config).to(torch.bfloat16).save_pretrained(tmp_path / name)
     live = load(tmp_path / "one", "4bit")
     assert quantized.shape(live.transformer.h[0].attn.c_attn.weight) == (64, 192)
@@ -213,10 +252,16 @@ def test_weights_that_lie_the_other_way_round(tmp_path):
 
 @needs_bitsandbytes
 def test_the_packed_numbers_are_nf4():
-    """By a plain formula: each number becomes the nearest of 16 times its block's largest magnitude."""
+    """By a plain formula: each number becomes the nearest of 16 times its block's largest
+    magnitude.
+    """
     from bitsandbytes.nn import Linear4bit
 
-    linear = Linear4bit(128, 32, bias=False, quant_type="nf4", compress_statistics=False).to(torch.bfloat16).to("cpu")
+    linear = (
+        Linear4bit(128, 32, bias=False, quant_type="nf4", compress_statistics=False)
+        .to(torch.bfloat16)
+        .to("cpu")
+    )
     weight = torch.randn(32, 128, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     quantized.write(linear.weight, weight)
     state = linear.weight.quant_state
@@ -233,14 +278,20 @@ def test_the_packed_numbers_are_nf4():
 @on_devices
 @double_or_not
 @pytest.mark.parametrize("residency", ["device", "host", "disk"])
-def test_a_recipe_in_place_equals_the_merged_folder_loaded_in_4_bits(tmp_path, quantization, device, residency):
+def test_a_recipe_in_place_equals_the_merged_folder_loaded_in_4_bits(
+    tmp_path, quantization, device, residency
+):
     """From merge to answer, with answers before each: packed bytes, absmax and logits."""
     family = make_family(tmp_path, **(SIZES | {"layers": 4}))
-    dtype = torch.float16 if residency == "host" else torch.bfloat16  # of the live model; the merges stay in bfloat16
+    # of the live model; the merges stay in bfloat16
+    dtype = torch.float16 if residency == "host" else torch.bfloat16
     model = load(family / "base", quantization, device, dtype)
     folders = [open_model(str(family / name)) for name in ("base", "one", "two")]
     live = LiveModel(model, folders[0], folders[1:], residency=residency)
-    models = [{"model": str(family / name), "parameters": {"weight": [0.4, 1.2], "density": 0.5}} for name in ("one", "two")]
+    models = [
+        {"model": str(family / name), "parameters": {"weight": [0.4, 1.2], "density": 0.5}}
+        for name in ("one", "two")
+    ]
     others = {"base_model": str(family / "base"), "models": models, "dtype": "bfloat16"}
     generator = torch.Generator().manual_seed(5)
     recipes = [
@@ -264,7 +315,15 @@ def test_a_recipe_in_place_equals_the_merged_folder_loaded_in_4_bits(tmp_path, q
 @needs_cuda
 def test_loading_never_holds_the_unquantised_model(tmp_path):
     """What lets a 13B model load on 24 GB: the peak stays near the size in 4 bits."""
-    model = make_model(0, layers=24, hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_key_value_heads=16, head_dim=64)
+    model = make_model(
+        0,
+        layers=24,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        head_dim=64,
+    )
     whole = sum(p.numel() * p.element_size() for p in model.parameters())
     save(model, tmp_path)
     torch.cuda.empty_cache()

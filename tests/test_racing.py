@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from evomerge.search.racing import blocks, corrected, hopeless, subset_size, t_quantile, task_order
+from evomerge.searching.racing import (
+    blocks,
+    corrected,
+    hopeless,
+    subset_size,
+    t_quantile,
+    task_order,
+)
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 5, 49])
@@ -20,7 +27,16 @@ def test_the_quantile_is_students(level, freedom):
 def test_the_order_is_a_function_of_seed_and_generation():
     assert task_order(1, 2, 50) == task_order(1, 2, 50)
     assert sorted(task_order(1, 2, 50)) == list(range(50))
-    assert len({tuple(task_order(seed, generation, 50)) for seed in range(10) for generation in range(10)}) == 100
+    assert (
+        len(
+            {
+                tuple(task_order(seed, generation, 50))
+                for seed in range(10)
+                for generation in range(10)
+            }
+        )
+        == 100
+    )
     first = np.array([task_order(0, generation, 10)[0] for generation in range(3000)])
     assert stats.chisquare(np.bincount(first, minlength=10)).pvalue > 1e-3
 
@@ -89,24 +105,35 @@ def test_the_corrected_score_is_right_on_average(data):
     grades, levels = data.draw(values), data.draw(values)
     size = data.draw(st.integers(1, total))
     level = {str(i): float(x) for i, x in enumerate(levels)}
-    scores = [corrected({str(i): float(grades[i]) for i in chosen}, level)[0] for chosen in combinations(range(total), size)]
+    scores = [
+        corrected({str(i): float(grades[i]) for i in chosen}, level)[0]
+        for chosen in combinations(range(total), size)
+    ]
     assert np.mean(scores) == pytest.approx(np.mean(grades))
 
 
 def test_an_easy_subset_does_not_flatter():
     level = {"easy": 5.0, "middling": 3.0, "hard": 1.0}
-    assert corrected({"easy": 5.0}, level)[0] == corrected({"hard": 1.0}, level)[0] == pytest.approx(3.0)
+    assert (
+        corrected({"easy": 5.0}, level)[0]
+        == corrected({"hard": 1.0}, level)[0]
+        == pytest.approx(3.0)
+    )
 
 
 def test_with_every_task_seen_the_error_is_that_of_the_mean():
     rng = np.random.default_rng(0)
     grades = {str(i): float(x) for i, x in enumerate(rng.integers(1, 6, 40))}
     score, error = corrected(grades, dict.fromkeys(grades, 3.0))
-    assert (score, error) == pytest.approx((np.mean(list(grades.values())), stats.sem(list(grades.values()))))
+    assert (score, error) == pytest.approx(
+        (np.mean(list(grades.values())), stats.sem(list(grades.values())))
+    )
 
 
 def test_the_error_is_that_of_repeated_draws():
-    """Tasks and the subset are drawn anew each time; the spread of the scores is the error that is stated."""
+    """Tasks and the subset are drawn anew each time; the spread of the scores is the error that is
+    stated.
+    """
     rng = np.random.default_rng(1)
     scores, errors = [], []
     for _ in range(4000):

@@ -4,9 +4,9 @@ import pytest
 import torch
 import yaml
 
-from evomerge.card import model_card
 from evomerge.errors import RecipeError
 from evomerge.recipe import Recipe, read_recipe, task_arithmetic_recipe
+from evomerge.reporting.card import model_card
 
 SLICES = [(0, 1), (1, 3), (3, 4)]
 
@@ -54,7 +54,14 @@ def test_a_digest_sees_the_rounded_weight(tmp_path):
         ({"tokenizer": {"pad_to_multiple_of": 0}}, ["pad_to_multiple_of", "0"]),
         ({"parameters": {"density": 0.0}}, ["density", "0.0"]),
         ({"parameters": {"density": 1.5}}, ["density", "1.5"]),
-        ({"merge_method": "slerp", "slices": None, "models": [{"model": "b"}, {"model": "s"}, {"model": "t"}]}, ["exactly two"]),
+        (
+            {
+                "merge_method": "slerp",
+                "slices": None,
+                "models": [{"model": "b"}, {"model": "s"}, {"model": "t"}],
+            },
+            ["exactly two"],
+        ),
         ({"parameters": {"weight": float("nan")}}, ["weight", "not finite"]),
         ({"parameters": {"lambda": float("inf")}}, ["lambda", "not finite"]),
         ({"parameters": {"densty": 1}}, ["densty"]),
@@ -157,7 +164,11 @@ def test_the_shape_of_the_seed(shared):
 
 def test_the_card_has_mergekits_parts(shared):
     wanted = (shared / "golden/seed40_llama/expected/README.md").read_text().splitlines()
-    card = model_card(read_recipe(shared / "golden/seed40_llama/config.yml"), "expected", "## Verdict\n\nBetter.\n").splitlines()
+    card = model_card(
+        read_recipe(shared / "golden/seed40_llama/config.yml"),
+        "expected",
+        "## Verdict\n\nBetter.\n",
+    ).splitlines()
     aside = "This is a merge of pre-trained language models"  # mergekit's names itself as the maker
     assert [line for line in wanted if not line.startswith(aside) and line not in card] == []
     assert "## Verdict" in card
@@ -168,5 +179,7 @@ def test_the_digest_rounds_as_torch_does(dtype):
     generator = torch.Generator().manual_seed(0)
     for w in (3 * torch.randn(50, generator=generator, dtype=torch.float64)).tolist():
         rounded = torch.tensor(w, dtype=getattr(torch, dtype)).item()
-        one, other = (task_arithmetic_recipe("b", ["s"], [(0, 4)], [[v]], dtype=dtype) for v in (w, rounded))
+        one, other = (
+            task_arithmetic_recipe("b", ["s"], [(0, 4)], [[v]], dtype=dtype) for v in (w, rounded)
+        )
         assert one.digest() == other.digest()

@@ -1,4 +1,5 @@
-"""Random mergekit configurations: read and written without loss, and merged by us and by mergekit to the same bits.
+"""Random mergekit configurations: read and written without loss, and merged by us and by mergekit
+to the same bits.
 
 EVOMERGE_SEEDS=FIRST:LAST runs other configurations than the 36 that always run.
 """
@@ -32,15 +33,17 @@ def families(tmp_path_factory):
 
 
 def label(plan, name):
-    """By what mergekit orders its tensors: the last of the names under which they lie in the models."""
+    """By what mergekit orders its tensors: the last of the names under which they lie in the
+    models.
+    """
     return max(source for _, source in plan.hows[name].inputs)
 
 
 def drawn_elsewhere(recipe):
     """Tensors whose random numbers we may not draw where mergekit does.
 
-    Where several tensors have one label, because a layer repeats, mergekit's order among them hangs on the slots of a hash
-    table.
+    Where several tensors have one label, because a layer repeats, mergekit's order among them hangs
+    on the slots of a hash table.
     """
     plan = MergePlan(recipe, open_recipe(recipe))
     drawn = [name for name in plan.names if plan.hows[name].draws]
@@ -49,11 +52,16 @@ def drawn_elsewhere(recipe):
 
 
 def merge_both(data, folder, seed):
-    """(our tensors, mergekit's) of one configuration; the number of layers is the same in both config.json."""
+    """(our tensors, mergekit's) of one configuration; the number of layers is the same in both
+    config.json.
+    """
     recipe = Recipe.from_dict(data)
     build_model(recipe, folder / "ours", random_seed=seed)
     mergekit().merge(recipe.to_yaml(), folder / "theirs", seed)
-    layers = [json.loads((folder / side / "config.json").read_text())["num_hidden_layers"] for side in ("ours", "theirs")]
+    layers = [
+        json.loads((folder / side / "config.json").read_text())["num_hidden_layers"]
+        for side in ("ours", "theirs")
+    ]
     assert layers[0] == layers[1]
     return load_all(folder / "ours"), load_all(folder / "theirs")
 
@@ -68,7 +76,10 @@ def test_a_random_configuration(families, tmp_path, seed):
         refused = str(error)
     else:
         excused = drawn_elsewhere(Recipe.from_dict(data))
-        excused |= {n for n, t in theirs.items() if not t.isfinite().all() and ours[n].isfinite().all()}  # fp16: see test_methods
+        # fp16: see test_methods
+        excused |= {
+            n for n, t in theirs.items() if not t.isfinite().all() and ours[n].isfinite().all()
+        }
         assert ours.keys() == theirs.keys()
         assert not set(differing(ours, theirs)) - excused
         return
@@ -79,9 +90,22 @@ def test_a_random_configuration(families, tmp_path, seed):
 
 def pieces(families, *slices, method="task_arithmetic"):
     """A configuration from slices of (model, first layer, last layer)."""
-    sources = [{"sources": [{"model": str(families / "tied" / m), "layer_range": [a, b]} for m, a, b in piece]} for piece in slices]
+    sources = [
+        {
+            "sources": [
+                {"model": str(families / "tied" / m), "layer_range": [a, b]} for m, a, b in piece
+            ]
+        }
+        for piece in slices
+    ]
     top = {"weight": 0.5, "density": 0.5}
-    return {"merge_method": method, "base_model": str(families / "tied/base"), "slices": sources, "parameters": top, "dtype": "bfloat16"}
+    return {
+        "merge_method": method,
+        "base_model": str(families / "tied/base"),
+        "slices": sources,
+        "parameters": top,
+        "dtype": "bfloat16",
+    }
 
 
 def test_dare_on_layers_in_another_order(families, tmp_path):
@@ -91,22 +115,44 @@ def test_dare_on_layers_in_another_order(families, tmp_path):
 
 
 def test_a_last_slice_with_more_models(families, tmp_path):
-    """mergekit cuts the final norm's and the head's models to as many as the first slice has, and fails where it cuts the base."""
+    """mergekit cuts the final norm's and the head's models to as many as the first slice has, and
+    fails where it cuts the base.
+    """
     first, last = [("one", 0, 2), ("base", 0, 2)], [("one", 2, 4), ("two", 2, 4), ("base", 2, 4)]
     with pytest.raises(MergekitError, match="Base input is not present"):
         merge_both(pieces(families, first, last), tmp_path / "fails", 0)
-    ours, theirs = merge_both(pieces(families, first, [last[0], last[2], last[1]]), tmp_path / "cuts", 0)
+    ours, theirs = merge_both(
+        pieces(families, first, [last[0], last[2], last[1]]), tmp_path / "cuts", 0
+    )
     assert differing(ours, theirs) == ["model.norm.weight"]
 
 
-WRONG = [("weight", v) for v in ("0x10", "５", "1__0", "", "True", None, [1, None], [[1]], [{"filter": "mlp", "value": 1}, 2])]
+WRONG = [
+    ("weight", v)
+    for v in (
+        "0x10",
+        "５",
+        "1__0",
+        "",
+        "True",
+        None,
+        [1, None],
+        [[1]],
+        [{"filter": "mlp", "value": 1}, 2],
+    )
+]
 WRONG += [("normalize", v) for v in (2, 0.5, " yes ", "1.0", "", None, [0, 0.5])]
 
 
 @pytest.mark.parametrize(("key", "value"), WRONG)
 def test_what_mergekit_cannot_read_is_refused(families, tmp_path, key, value):
     one = {"model": str(families / "tied/one"), "parameters": {"weight": 1.0, key: value}}
-    data = {"merge_method": "task_arithmetic", "base_model": str(families / "tied/base"), "models": [one], "parameters": {key: value}}
+    data = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(families / "tied/base"),
+        "models": [one],
+        "parameters": {key: value},
+    }
     with pytest.raises(RecipeError, match=key):
         Recipe.from_dict(data)
     with pytest.raises(MergekitError, match=r"[Vv]alid"):
@@ -115,9 +161,14 @@ def test_what_mergekit_cannot_read_is_refused(families, tmp_path, key, value):
 
 def test_layers_under_models_are_refused():
     """mergekit ignores them, and merges all layers."""
-    models = [{"model": name, "layer_range": [0, 2], "parameters": {"weight": 1}} for name in ("base", "one")]
+    models = [
+        {"model": name, "layer_range": [0, 2], "parameters": {"weight": 1}}
+        for name in ("base", "one")
+    ]
     with pytest.raises(RecipeError, match="layer_range"):
-        Recipe.from_dict({"merge_method": "task_arithmetic", "base_model": "base", "models": models})
+        Recipe.from_dict(
+            {"merge_method": "task_arithmetic", "base_model": "base", "models": models}
+        )
 
 
 def strict(data):
@@ -125,16 +176,26 @@ def strict(data):
     return json.dumps(data, sort_keys=True)
 
 
-NUMBERS = st.floats(-6e4, 6e4) | st.sampled_from([1e-300, 5e-324, 2.5e-310, -0.0, 0.1 + 0.2, 1 / 3, 1.7976931348623157e-305, 1e-5])
+NUMBERS = st.floats(-6e4, 6e4) | st.sampled_from(
+    [1e-300, 5e-324, 2.5e-310, -0.0, 0.1 + 0.2, 1 / 3, 1.7976931348623157e-305, 1e-5]
+)
 LINE_BREAKS = "\x85\u2028\u2029"  # PyYAML writes these as they are, and reads a space
-NAMES = st.text(st.characters(codec="utf-8", exclude_characters=LINE_BREAKS), min_size=1, max_size=12)
+NAMES = st.text(
+    st.characters(codec="utf-8", exclude_characters=LINE_BREAKS), min_size=1, max_size=12
+)
 
 
 @st.composite
 def configurations(draw, names=NAMES):
     """A Writer's configuration with other weights, models' names and order of keys."""
     data = Writer(draw(st.integers(0, 2**32)), NoFolder()).configuration()
-    renamed = dict(zip(("base", "one", "two", "three"), draw(st.lists(names, min_size=4, max_size=4, unique=True)), strict=True))
+    renamed = dict(
+        zip(
+            ("base", "one", "two", "three"),
+            draw(st.lists(names, min_size=4, max_size=4, unique=True)),
+            strict=True,
+        )
+    )
 
     def mixed(value, key=None):
         if isinstance(value, dict):
@@ -163,7 +224,11 @@ def test_a_recipe_survives_writing_and_reading(tmp_path_factory, data):
     path.write_text(recipe.to_yaml(), encoding="utf-8")
     again = read_recipe(path)
     assert strict(recipe.to_dict()) == strict(again.to_dict()) == strict(data)
-    assert (again.slices, again.parameters, again.models) == (recipe.slices, recipe.parameters, recipe.models)
+    assert (again.slices, again.parameters, again.models) == (
+        recipe.slices,
+        recipe.parameters,
+        recipe.models,
+    )
     assert again.digest() == recipe.digest()
 
 
@@ -182,6 +247,8 @@ def test_mergekit_reads_what_we_write():
     @QUICK
     @given(configurations(st.text(st.characters(categories=["L", "Nd"]), min_size=1)))
     def check(data):
-        assert strict(plain(mergekit().read(Recipe.from_dict(data).to_yaml()))) == strict(plain(data))
+        assert strict(plain(mergekit().read(Recipe.from_dict(data).to_yaml()))) == strict(
+            plain(data)
+        )
 
     check()

@@ -13,7 +13,15 @@ from typing import Any
 
 import pytest
 
-from evomerge.report import PLOT, headline, progress_chart, remarks, seconds_by_phase, write_report, write_trials_csv
+from evomerge.reporting.report import (
+    PLOT,
+    headline,
+    progress_chart,
+    remarks,
+    seconds_by_phase,
+    write_report,
+    write_trials_csv,
+)
 
 SLICES = ["0–1", "2–3", "4–5", "6–7"]
 EVIL = "<script>alert('x')</script><img src=https://example.org/x.png onerror=alert(1)>"
@@ -60,7 +68,9 @@ class Trial:
     index: int | None = None
     n: int = 70
     truncated: float = 0.0
-    seconds: dict[str, float] = field(default_factory=lambda: {"merge": 0.25, "answer": 15.5, "judge": 0.125})
+    seconds: dict[str, float] = field(
+        default_factory=lambda: {"merge": 0.25, "answer": 15.5, "judge": 0.125}
+    )
     reason: str | None = None
     grades: dict[str, dict[str, Any]] = field(default_factory=dict)
     parts: dict[str, float] = field(default_factory=dict)
@@ -68,12 +78,44 @@ class Trial:
 
 def trials() -> list[Trial]:
     rng = random.Random(0)
-    out = [Trial(0, "parent", (0.0,) * 4, 0.264, 0.053), Trial(1, "parent", (1.0,) * 4, 0.721, 0.054)]
+    out = [
+        Trial(0, "parent", (0.0,) * 4, 0.264, 0.053),
+        Trial(1, "parent", (1.0,) * 4, 0.721, 0.054),
+    ]
     for i in range(24):
         weights = tuple(round(rng.gauss(0.9, 0.3), 4) for _ in SLICES)
-        out.append(Trial(2 + i, "candidate", weights, min(0.85, rng.gauss(0.68 + 0.005 * i, 0.04)), 0.05, "complete", i // 8, i % 8))
-    out.append(Trial(26, "candidate", (1.0, 0.5, 0.2, 0.1), None, None, "failed", 3, 0, 0, 0.0, {}, "the model could not answer"))
-    out += [Trial(27 + i, "uniform", (w,) * 4, s, 0.05, truncated=0.1 * i) for i, (w, s) in enumerate([(0.25, 0.286), (0.75, 0.725)])]
+        out.append(
+            Trial(
+                2 + i,
+                "candidate",
+                weights,
+                min(0.85, rng.gauss(0.68 + 0.005 * i, 0.04)),
+                0.05,
+                "complete",
+                i // 8,
+                i % 8,
+            )
+        )
+    out.append(
+        Trial(
+            26,
+            "candidate",
+            (1.0, 0.5, 0.2, 0.1),
+            None,
+            None,
+            "failed",
+            3,
+            0,
+            0,
+            0.0,
+            {},
+            "the model could not answer",
+        )
+    )
+    out += [
+        Trial(27 + i, "uniform", (w,) * 4, s, 0.05, truncated=0.1 * i)
+        for i, (w, s) in enumerate([(0.25, 0.286), (0.75, 0.725)])
+    ]
     return [*out, Trial(29, "mean", (0.9321, 1.6512, -0.1234, 0.4567), 0.8, 0.048, generation=2)]
 
 
@@ -82,8 +124,18 @@ LABELS = {0: "base", 1: "instruct", 27: "uniform 0.25", 28: "uniform 0.75"}
 
 def make_page(path: Path, **changes: Any) -> str:
     study_file = f"study: demo\n# {EVIL}\n"
-    settings = {"verdict": VERDICT, "best": 29, "samples": SAMPLES, "trials": trials(), "labels": LABELS, "study_file": study_file}
-    assert write_report(path, study="demo", metric="correct", slices=SLICES, **settings | changes) == path
+    settings = {
+        "verdict": VERDICT,
+        "best": 29,
+        "samples": SAMPLES,
+        "trials": trials(),
+        "labels": LABELS,
+        "study_file": study_file,
+    }
+    assert (
+        write_report(path, study="demo", metric="correct", slices=SLICES, **settings | changes)
+        == path
+    )
     return path.read_text(encoding="utf-8")
 
 
@@ -107,7 +159,9 @@ class Elements(HTMLParser):
 def test_the_page_loads_nothing_and_runs_nothing(tmp_path: Path) -> None:
     page = make_page(tmp_path / "report.html")
     elements = Elements(page).found
-    assert {tag for tag, _ in elements}.isdisjoint({"script", "img", "link", "iframe", "object", "embed", "base", "image", "use"})
+    assert {tag for tag, _ in elements}.isdisjoint(
+        {"script", "img", "link", "iframe", "object", "embed", "base", "image", "use"}
+    )
     names = {name for _, attributes in elements for name in attributes}
     assert names.isdisjoint({"src", "href", "xlink:href", "action"})
     assert not [name for name in names if name.startswith("on")]
@@ -129,7 +183,8 @@ def test_the_figures_shown_are_those_given(tmp_path: Path) -> None:
     assert "The winner is right on a share of 0.814 ± 0.047 of the 70 held-out tasks." in text
     assert "Better than base: +0.557, 95 % interval +0.429 to +0.671, n = 70." in text
     assert (
-        "No difference from the best uniform weight is shown: +0.043, 95 % interval −0.029 to +0.114, n = 70, which includes zero." in text
+        "No difference from the best uniform weight is shown: +0.043, 95 % interval −0.029 to +0.114, n = 70, which includes zero."
+        in text
     )
     for shown in (
         "0.257 ± 0.053",
@@ -145,10 +200,21 @@ def test_the_figures_shown_are_those_given(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "kind"), [(0.1, 0.3, "better"), (-0.3, -0.1, "worse"), (-0.1, 0.3, "open"), (0.0, 0.3, "open"), (-0.3, 0.0, "open")]
+    ("low", "high", "kind"),
+    [
+        (0.1, 0.3, "better"),
+        (-0.3, -0.1, "worse"),
+        (-0.1, 0.3, "open"),
+        (0.0, 0.3, "open"),
+        (-0.3, 0.0, "open"),
+    ],
 )
-def test_an_interval_that_includes_zero_shows_no_difference(low: float, high: float, kind: str) -> None:
-    (remark,) = remarks({"n": 9, "paired": {"winner-base": {"diff": (low + high) / 2, "low": low, "high": high}}})
+def test_an_interval_that_includes_zero_shows_no_difference(
+    low: float, high: float, kind: str
+) -> None:
+    (remark,) = remarks(
+        {"n": 9, "paired": {"winner-base": {"diff": (low + high) / 2, "low": low, "high": high}}}
+    )
     assert remark["kind"] == kind
     assert ("includes zero" in remark["text"]) == (kind == "open")
 
@@ -166,13 +232,27 @@ def test_points_and_level_lines_share_one_scale() -> None:
     for point in chart["points"]:
         assert point["y"] == pytest.approx(expected(point["trial"].score), abs=0.02)
         assert PLOT["top"] <= point["high"] <= point["y"] <= point["low"] <= PLOT["bottom"]
-    assert level == {k: pytest.approx(expected(v), abs=0.02) for k, v in {"base": 0.264, "sibling": 0.721, "uniform": 0.725}.items()}
-    assert {line["label"].rpartition(":")[0] for line in chart["lines"]} == {"base", "instruct", "uniform 0.75"}
+    assert level == {
+        k: pytest.approx(expected(v), abs=0.02)
+        for k, v in {"base": 0.264, "sibling": 0.721, "uniform": 0.725}.items()
+    }
+    assert {line["label"].rpartition(":")[0] for line in chart["lines"]} == {
+        "base",
+        "instruct",
+        "uniform 0.75",
+    }
     labels = sorted(line["label_y"] for line in chart["lines"])
     assert min(b - a for a, b in itertools.pairwise(labels)) >= 14
 
 
-@pytest.mark.parametrize("given", [[], trials()[:2], [Trial(0, "candidate", (0.5,) * 4, None, None, "failed", seconds={}, reason="no")]])
+@pytest.mark.parametrize(
+    "given",
+    [
+        [],
+        trials()[:2],
+        [Trial(0, "candidate", (0.5,) * 4, None, None, "failed", seconds={}, reason="no")],
+    ],
+)
 def test_a_study_without_verdict_has_a_page(tmp_path: Path, given: list[Trial]) -> None:
     page = make_page(tmp_path / "report.html", trials=given, verdict=None, best=None, samples=())
     assert "The search is not finished" in page
@@ -194,13 +274,26 @@ def test_seconds_are_means_over_complete_trials() -> None:
 
 def test_the_table_holds_every_trial(tmp_path: Path) -> None:
     given = [*trials(), Trial(30, "candidate", (0.1,) * 4, None, None, "failed", reason="=1+1")]
-    with write_trials_csv(tmp_path / "trials.csv", given, SLICES).open(encoding="utf-8", newline="") as file:
+    with write_trials_csv(tmp_path / "trials.csv", given, SLICES).open(
+        encoding="utf-8", newline=""
+    ) as file:
         rows = list(csv.DictReader(file))
     assert [int(r["number"]) for r in rows] == [t.number for t in given]
-    assert [tuple(float(r[f"weight {label}"]) for label in SLICES) for r in rows] == [t.weights for t in given]
-    assert [float(r["score"]) for r in rows if r["score"]] == [t.score for t in given if t.score is not None]
+    assert [tuple(float(r[f"weight {label}"]) for label in SLICES) for r in rows] == [
+        t.weights for t in given
+    ]
+    assert [float(r["score"]) for r in rows if r["score"]] == [
+        t.score for t in given if t.score is not None
+    ]
     assert rows[-1]["reason"] == "'=1+1"
-    given = [replace(t, parts={"grade": 3.5, "length": 0.25}) if t.role == "candidate" and t.score else t for t in given]
-    with write_trials_csv(tmp_path / "parts.csv", given, SLICES).open(encoding="utf-8", newline="") as file:
+    given = [
+        replace(t, parts={"grade": 3.5, "length": 0.25}) if t.role == "candidate" and t.score else t
+        for t in given
+    ]
+    with write_trials_csv(tmp_path / "parts.csv", given, SLICES).open(
+        encoding="utf-8", newline=""
+    ) as file:
         rows = list(csv.DictReader(file))
-    assert [(r["part grade"], r["part length"]) for r in rows] == [("3.5", "0.25") if t.parts else ("", "") for t in given]
+    assert [(r["part grade"], r["part length"]) for r in rows] == [
+        ("3.5", "0.25") if t.parts else ("", "") for t in given
+    ]

@@ -15,15 +15,33 @@ import pytest
 from scipy.stats import spearmanr
 
 from evomerge.answering.engine import Answer
-from evomerge.judge_report import REASON, SHOWN, TEXT, agreement, judge_facts, judge_section, mean_and_error, savings, shares
 from evomerge.judging.grade import Grade
-from evomerge.judging.rules import RulesJudge
-from evomerge.report import write_report
+from evomerge.judging.rules.judge import RulesJudge
+from evomerge.reporting.judge_section import (
+    REASON,
+    SHOWN,
+    TEXT,
+    agreement,
+    judge_facts,
+    judge_section,
+    mean_and_error,
+    savings,
+    shares,
+)
+from evomerge.reporting.report import write_report
 from evomerge.tasks import Task
 
 EVIL = "<script>alert('x')</script>\"&<b>"
 NAMES = ("winner", "base", "instruct", "uniform")
-TASKS = [Task(i, f"{i}に{i}を足すと？理由も述べてください。", f"{2 * i}です。{i}+{i}を計算したからです。", "") for i in range(20)]
+TASKS = [
+    Task(
+        i,
+        f"{i}に{i}を足すと？理由も述べてください。",
+        f"{2 * i}です。{i}+{i}を計算したからです。",
+        "",
+    )
+    for i in range(20)
+]
 
 
 @dataclass(frozen=True)
@@ -36,12 +54,22 @@ def examined(seed: int = 0, levels: int = 9) -> dict[str, Did]:
     rng = random.Random(seed)
 
     def text(i: int) -> str:
-        return rng.choice([f"{2 * i}です。", f"{i}だと思います。足し算をしたからです。", "わかりません。", f"{2 * i}になります。" * 3])
+        return rng.choice(
+            [
+                f"{2 * i}です。",
+                f"{i}だと思います。足し算をしたからです。",
+                "わかりません。",
+                f"{2 * i}になります。" * 3,
+            ]
+        )
 
     return {
         name: Did(
             [Answer(text(i), False, 5) for i in range(len(TASKS))],
-            [Grade(1 + 4 * rng.randrange(levels) / (levels - 1), None, f"{name} {i}") for i in range(len(TASKS))],
+            [
+                Grade(1 + 4 * rng.randrange(levels) / (levels - 1), None, f"{name} {i}")
+                for i in range(len(TASKS))
+            ],
         )
         for name in NAMES
     }
@@ -66,19 +94,32 @@ class Texts(HTMLParser):
 
 
 def page(tmp_path: Path, judge: dict[str, Any] | None) -> str:
-    write_report(tmp_path / "r.html", study="s", metric="grade", trials=[], verdict=None, best=None, slices=[], judge=judge)
+    write_report(
+        tmp_path / "r.html",
+        study="s",
+        metric="grade",
+        trials=[],
+        verdict=None,
+        best=None,
+        slices=[],
+        judge=judge,
+    )
     return (tmp_path / "r.html").read_text(encoding="utf-8")
 
 
 def test_facts_are_json_and_hold_both_judges_grades() -> None:
     done = examined()
-    facts = judge_facts("llm:big", "abc", TASKS, done, {"within_task": {"value": 0.5, "low": 0.4, "high": 0.6}})
+    facts = judge_facts(
+        "llm:big", "abc", TASKS, done, {"within_task": {"value": 0.5, "low": 0.4, "high": 0.6}}
+    )
     assert json.loads(json.dumps(facts)) == facts
     assert (facts["name"], facts["version"], facts["n"]) == ("llm:big", "abc", 20)
     rules = RulesJudge()
     for name in NAMES:
         assert facts["grades"][name] == [g.value for g in done[name].grades]
-        assert facts["rules"][name] == [rules.grade(t, a).value for t, a in zip(TASKS, done[name].answers, strict=True)]
+        assert facts["rules"][name] == [
+            rules.grade(t, a).value for t, a in zip(TASKS, done[name].answers, strict=True)
+        ]
 
 
 def test_agreement_is_scipys_spearman_and_a_plain_difference() -> None:
@@ -94,7 +135,11 @@ def test_agreement_is_scipys_spearman_and_a_plain_difference() -> None:
     for got, values in ((found["spearman"], rhos), (found["difference"], differences)):
         mean = sum(values) / len(values)
         spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
-        assert got == {"mean": pytest.approx(mean), "stderr": pytest.approx(spread / math.sqrt(len(values))), "n": len(values)}
+        assert got == {
+            "mean": pytest.approx(mean),
+            "stderr": pytest.approx(spread / math.sqrt(len(values))),
+            "n": len(values),
+        }
     for order, grades in zip(found["orders"], (facts["grades"], facts["rules"]), strict=True):
         means = [sum(grades[n]) for n in order]
         assert means == sorted(means, reverse=True)
@@ -103,7 +148,11 @@ def test_agreement_is_scipys_spearman_and_a_plain_difference() -> None:
 def test_two_candidates_have_no_rank_correlation_and_the_page_says_so(tmp_path: Path) -> None:
     done = {name: did for name, did in examined().items() if name in ("winner", "base")}
     facts = judge_facts("llm:big", "abc", TASKS, done)
-    assert agreement(facts["grades"], facts["rules"])["spearman"] == {"mean": None, "stderr": None, "n": 0}
+    assert agreement(facts["grades"], facts["rules"])["spearman"] == {
+        "mean": None,
+        "stderr": None,
+        "n": 0,
+    }
     assert "over 2 models– ± –0 tasks" in Texts(page(tmp_path, facts)).text
 
 
@@ -118,8 +167,13 @@ def test_the_largest_disagreements_first_and_one_for_each_task() -> None:
     done = examined()
     facts = judge_facts("llm:big", "abc", TASKS, done)
     gap = lambda t, n: abs(facts["grades"][n][t] - facts["rules"][n][t])  # noqa: E731
-    expected = sorted((max(gap(t, n) for n in NAMES) for t in range(len(TASKS))), reverse=True)[:SHOWN]
-    shown = [(pair["task_id"], pair["who"], [side["grade"] for side in pair["sides"]]) for pair in facts["pairs"]]
+    expected = sorted((max(gap(t, n) for n in NAMES) for t in range(len(TASKS))), reverse=True)[
+        :SHOWN
+    ]
+    shown = [
+        (pair["task_id"], pair["who"], [side["grade"] for side in pair["sides"]])
+        for pair in facts["pairs"]
+    ]
     assert [abs(a - b) for _, _, (a, b) in shown] == pytest.approx(expected)
     assert len({task for task, _, _ in shown}) == SHOWN
     for task, who, grades in shown:
@@ -133,12 +187,18 @@ def test_rules_compare_the_winner_with_the_best_parent() -> None:
     means = {n: sum(facts["grades"][n]) for n in ("base", "instruct")}
     best = max(means, key=lambda n: means[n])
     assert facts["rules"] is None
-    assert {tuple(side["name"] for side in pair["sides"]) for pair in facts["pairs"]} == {("winner", best)}
+    assert {tuple(side["name"] for side in pair["sides"]) for pair in facts["pairs"]} == {
+        ("winner", best)
+    }
     gaps = [abs(a["grade"] - b["grade"]) for a, b in (pair["sides"] for pair in facts["pairs"])]
-    everything = sorted((abs(a - b) for a, b in zip(facts["grades"]["winner"], facts["grades"][best], strict=True)), reverse=True)
+    everything = sorted(
+        (abs(a - b) for a, b in zip(facts["grades"]["winner"], facts["grades"][best], strict=True)),
+        reverse=True,
+    )
     assert gaps == pytest.approx(everything[:SHOWN])
     same = {"winner": done["winner"], "sibling:a": done["winner"], "uniform": done["base"]}
-    assert judge_facts("rules", "2", TASKS, same)["pairs"] == []  # no parent differs; uniform is none
+    # no parent differs; uniform is none
+    assert judge_facts("rules", "2", TASKS, same)["pairs"] == []
 
 
 def test_the_page_shows_the_figures(tmp_path: Path) -> None:
@@ -149,7 +209,9 @@ def test_the_page_shows_the_figures(tmp_path: Path) -> None:
         "model_level": {"value": None, "low": None, "high": None},
         "pairs": {"0.15-0.3": {"value": 0.875, "low": 0.8, "high": 0.9}},
     }
-    facts = judge_facts("cascade", "1f2e", TASKS, examined(), held_out) | {"cascade": {"graded": 2400, "asked": 312}}
+    facts = judge_facts("cascade", "1f2e", TASKS, examined(), held_out) | {
+        "cascade": {"graded": 2400, "asked": 312}
+    }
     text = Texts(page(tmp_path, json.loads(json.dumps(facts)))).text
     section = judge_section(facts)
     assert section is not None
@@ -159,7 +221,9 @@ def test_the_page_shows_the_figures(tmp_path: Path) -> None:
         f"{winner['mean']:.3f} ± {winner['stderr']:.3f}",
         f"{winner['rules']['mean']:.3f} ± {winner['rules']['stderr']:.3f}",
         f"{agreed['spearman']['mean']:.3f} ± {agreed['spearman']['stderr']:.3f}".replace("-", "−"),
-        f"{agreed['difference']['mean']:+.3f} ± {agreed['difference']['stderr']:.3f}".replace("-", "−"),
+        f"{agreed['difference']['mean']:+.3f} ± {agreed['difference']['stderr']:.3f}".replace(
+            "-", "−"
+        ),
         "0.612 [0.580, 0.640]",
         "– [–, –]",
         "0.15 to 0.3 apart ordered right0.875 [0.800, 0.900]",
@@ -187,12 +251,18 @@ def test_no_judge_no_section(tmp_path: Path) -> None:
 def test_texts_of_models_are_escaped_and_cut(tmp_path: Path, judge: str) -> None:
     long = EVIL + "長" * 5000
     did = lambda value: Did([Answer(long, True, 1)], [Grade(value, None, long)])  # noqa: E731
-    facts = judge_facts(judge, EVIL, [Task(EVIL, long, long, "")], {"winner": did(5.0), "base": did(4.0), f"sibling:{EVIL}": did(1.0)})
+    facts = judge_facts(
+        judge,
+        EVIL,
+        [Task(EVIL, long, long, "")],
+        {"winner": did(5.0), "base": did(4.0), f"sibling:{EVIL}": did(1.0)},
+    )
     written = page(tmp_path, facts)
     parsed = Texts(written)
     assert "<script" not in written
     assert parsed.tags.isdisjoint({"script", "b", "img"})
-    assert parsed.text.count(EVIL) >= 6  # version, id, input, reference, answer, reason: each shown as written
+    # version, id, input, reference, answer, reason: each shown as written
+    assert parsed.text.count(EVIL) >= 6
     assert max(len(part) for part in parsed.parts[parsed.parts.index("Judge") :]) <= TEXT + 2
     (pair,) = facts["pairs"]
     assert max(len(side["reason"]) for side in pair["sides"]) <= REASON + 2
@@ -200,6 +270,14 @@ def test_texts_of_models_are_escaped_and_cut(tmp_path: Path, judge: str) -> None
 
 def test_bars_have_one_scale(tmp_path: Path) -> None:
     did = lambda *values: Did([Answer("1", False, 1)] * 4, [Grade(v, None, "") for v in values])  # noqa: E731
-    facts = judge_facts("rules", "2", TASKS[:4], {"winner": did(5.0, 5.0, 4.0, 1.0), "base": did(1.0, 2.0, 3.0, 4.0)})
-    heights = [float(h) for h in re.findall(r'<rect class="bar"[^>]*height="([\d.]+)"', page(tmp_path, facts))]
+    facts = judge_facts(
+        "rules",
+        "2",
+        TASKS[:4],
+        {"winner": did(5.0, 5.0, 4.0, 1.0), "base": did(1.0, 2.0, 3.0, 4.0)},
+    )
+    heights = [
+        float(h)
+        for h in re.findall(r'<rect class="bar"[^>]*height="([\d.]+)"', page(tmp_path, facts))
+    ]
     assert heights == [12, 0, 0, 12, 24, 12, 12, 12, 12, 0]

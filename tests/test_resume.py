@@ -1,6 +1,7 @@
 """A study that is killed at random moments ends as one that is not.
 
-Runs are forks of this process, so that they need not import anything; a kill ends them as it ends any process.
+Runs are forks of this process, so that they need not import anything; a kill ends them as it ends
+any process.
 """
 
 import json
@@ -16,10 +17,10 @@ from contextlib import closing
 
 import pytest
 
-import evomerge.answering.hf  # noqa: F401 (before any fork)
+import evomerge.answering.hf.engine  # noqa: F401 (before any fork)
 from evomerge.cli import main
-from evomerge.search.ledger import open_ledger
-from evomerge.search.session import load_finished
+from evomerge.searching.ledger import open_ledger
+from evomerge.searching.session import load_finished
 
 TRIALS = 12
 RANKINGS = {
@@ -30,13 +31,27 @@ RANKINGS = {
 
 
 def arguments(pair, folder, ranking="all"):
-    where = ["--storage", f"sqlite:///{folder}/s.db", "--results", str(folder / "results"), "--trials", str(TRIALS)]
+    where = [
+        "--storage",
+        f"sqlite:///{folder}/s.db",
+        "--results",
+        str(folder / "results"),
+        "--trials",
+        str(TRIALS),
+    ]
     settings = ["generation.max_new_tokens=6", *RANKINGS[ranking]]
-    return ["search", str(pair / "study.yaml"), *where, *(x for s in settings for x in ("--set", s))]
+    return [
+        "search",
+        str(pair / "study.yaml"),
+        *where,
+        *(x for s in settings for x in ("--set", s)),
+    ]
 
 
 def begin(command, log, limit=None, first=lambda: None):
-    """A process that runs the command; its output goes to `log`; no file may grow beyond `limit` bytes; `first` is called there."""
+    """A process that runs the command; its output goes to `log`; no file may grow beyond `limit`
+    bytes; `first` is called there.
+    """
     child = os.fork()
     if child:
         return child
@@ -67,8 +82,21 @@ def ended(child):
 def outcome(folder):
     """What every complete trial was and gave, without its number, and the verdict."""
     finished = load_finished(f"sqlite:///{folder}/s.db", "tiny")
-    keys = ("generation", "index", "role", "weights", "score", "stderr", "n", "truncated", "tokens", "grades")
-    return [[getattr(r, k) for k in keys] for r in finished.records if r.state == "complete"], finished.verdict
+    keys = (
+        "generation",
+        "index",
+        "role",
+        "weights",
+        "score",
+        "stderr",
+        "n",
+        "truncated",
+        "tokens",
+        "grades",
+    )
+    return [
+        [getattr(r, k) for k in keys] for r in finished.records if r.state == "complete"
+    ], finished.verdict
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +107,9 @@ def whole(pair, tmp_path_factory):
     def run(ranking):
         if ranking not in found:
             folder, began = tmp_path_factory.mktemp("whole"), time.monotonic()
-            assert ended(begin(arguments(pair, folder, ranking), folder / "log")) == 0, (folder / "log").read_text()
+            assert ended(begin(arguments(pair, folder, ranking), folder / "log")) == 0, (
+                folder / "log"
+            ).read_text()
             found[ranking] = outcome(folder), time.monotonic() - began
         return found[ranking]
 
@@ -104,7 +134,8 @@ def test_kills_change_nothing(pair, whole, tmp_path, ranking):
 
 
 def test_a_full_disk_loses_nothing(pair, whole, tmp_path):
-    # the empty database has 115 kB, the finished one more; without privileges a limit is all there is of a full disk
+    # the empty database has 115 kB, the finished one more; without privileges a limit is all there
+    # is of a full disk
     log = tmp_path / "log"
     assert ended(begin(arguments(pair, tmp_path), log, limit=135_000)) == 1
     last = log.read_text().strip().splitlines()[-1]
@@ -123,9 +154,18 @@ def test_an_older_study_goes_on(pair, whole, tmp_path):
     assert ended(begin([*arguments(pair, tmp_path), "--trials", "6"], log)) == 0
     new = open_ledger(f"sqlite:///{tmp_path}/s.db", "tiny").records()
     with closing(sqlite3.connect(tmp_path / "s.db")) as db, db:
-        rows = db.execute("SELECT trial_id, value_json FROM trial_user_attributes WHERE key = 'result'").fetchall()
-        attributes = [(t, key, json.dumps(value)) for t, result in rows for key, value in json.loads(result).items()]
-        db.executemany("INSERT INTO trial_user_attributes (trial_id, key, value_json) VALUES (?, ?, ?)", attributes)
+        rows = db.execute(
+            "SELECT trial_id, value_json FROM trial_user_attributes WHERE key = 'result'"
+        ).fetchall()
+        attributes = [
+            (t, key, json.dumps(value))
+            for t, result in rows
+            for key, value in json.loads(result).items()
+        ]
+        db.executemany(
+            "INSERT INTO trial_user_attributes (trial_id, key, value_json) VALUES (?, ?, ?)",
+            attributes,
+        )
         db.execute("DELETE FROM trial_user_attributes WHERE key = 'result'")
     old = open_ledger(f"sqlite:///{tmp_path}/s.db", "tiny")
     assert all("result" not in t.user_attrs and "grades" in t.user_attrs for t in old.trials())
@@ -133,5 +173,8 @@ def test_an_older_study_goes_on(pair, whole, tmp_path):
     assert ended(begin(arguments(pair, tmp_path), log)) == 0, log.read_text()
     found, verdict = outcome(tmp_path)
     expected, expected_verdict = whole("all")[0]
-    assert [t for t in found if t[0] != 1 or t[2] != "mean"] == expected  # the mean after 6 trials is one more
-    assert {k: v for k, v in verdict.items() if k != "look"} == {k: v for k, v in expected_verdict.items() if k != "look"}
+    # the mean after 6 trials is one more
+    assert [t for t in found if t[0] != 1 or t[2] != "mean"] == expected
+    assert {k: v for k, v in verdict.items() if k != "look"} == {
+        k: v for k, v in expected_verdict.items() if k != "look"
+    }

@@ -1,4 +1,6 @@
-"""Retrievers against their formulas, fusion by hand, the vote, and the shipped base on the labelled set."""
+"""Retrievers against their formulas, fusion by hand, the vote, and the shipped base on the labelled
+set.
+"""
 
 import json
 import math
@@ -10,14 +12,14 @@ import pytest
 
 from evomerge.errors import InputError, KnowledgeError, ModelError
 from evomerge.knowledge.base import read_knowledge
-from evomerge.knowledge.bm25 import Bm25Retriever
-from evomerge.knowledge.classify import Classifier, class_texts, confusion
-from evomerge.knowledge.embeddings import EmbeddingRetriever
-from evomerge.knowledge.fusion import FusedRetriever, fuse
-from evomerge.knowledge.nearest import BATCH, Nearest, plain
+from evomerge.knowledge.classification.classify import Classifier, class_texts, confusion
 from evomerge.knowledge.parts import Example, Knowledge, KnowledgeClass
-from evomerge.knowledge.retrieve import Chooser, make_retriever
-from evomerge.knowledge.tfidf import TfidfRetriever
+from evomerge.knowledge.retrieval.bm25 import Bm25Retriever
+from evomerge.knowledge.retrieval.embeddings import EmbeddingRetriever
+from evomerge.knowledge.retrieval.fusion import FusedRetriever, fuse
+from evomerge.knowledge.retrieval.nearest import BATCH, Nearest, plain
+from evomerge.knowledge.retrieval.retrieve import Chooser, make_retriever
+from evomerge.knowledge.retrieval.tfidf import TfidfRetriever
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = ROOT / "evomerge" / "knowledge" / "examples_ja.yaml"
@@ -29,20 +31,26 @@ TEXTS = ["a b b c", "b c d", "e e e f", "a a b e g h"]
 
 
 class Letters:
-    """A stand-in for a sentence-transformers model: how often each letter of `alphabet` stands in a text."""
+    """A stand-in for a sentence-transformers model: how often each letter of `alphabet` stands in a
+    text.
+    """
 
     def __init__(self, alphabet="abcdefgh"):
         self.alphabet = alphabet
 
     def encode(self, texts, **_):
-        return np.array([[text.count(letter) for letter in self.alphabet] for text in texts], np.float32)
+        return np.array(
+            [[text.count(letter) for letter in self.alphabet] for text in texts], np.float32
+        )
 
 
 RETRIEVERS = {
     "tfidf": TfidfRetriever,
     "bm25": lambda texts: Bm25Retriever(texts, str.split),
     "embeddings": lambda texts: EmbeddingRetriever(texts, Letters()),
-    "fused": lambda texts: FusedRetriever([TfidfRetriever(texts), Bm25Retriever(texts, str.split)], len(texts)),
+    "fused": lambda texts: FusedRetriever(
+        [TfidfRetriever(texts), Bm25Retriever(texts, str.split)], len(texts)
+    ),
 }
 
 
@@ -65,7 +73,8 @@ def test_what_shares_nothing_scores_nothing(make):
 
 
 def test_a_text_is_never_its_own_neighbour(make):
-    found = make([*TEXTS, "b c d"]).nearest(["b　c  ｄ\n"], 10)  # full-width, as NFKC reads them the same
+    # full-width, as NFKC reads them the same
+    found = make([*TEXTS, "b c d"]).nearest(["b　c  ｄ\n"], 10)
     assert set(found.indices[0]) <= {-1, 0, 2, 3}
     assert found.indices[0, 0] == 0
     assert (found.scores[0, 3:] == 0).all()
@@ -83,7 +92,10 @@ def test_batches_change_nothing(make):
 
 
 def test_equal_texts_keep_their_order(make):
-    assert list(make(["x y", "a b", "a b", "a b", "x z"]).nearest(["a b c"], 2).indices[0]) == [1, 2]
+    assert list(make(["x y", "a b", "a b", "a b", "x z"]).nearest(["a b c"], 2).indices[0]) == [
+        1,
+        2,
+    ]
 
 
 def test_tfidf_is_the_formula():
@@ -95,8 +107,12 @@ def test_tfidf_is_the_formula():
 
     bags = [grams(text) for text in texts]
     idf = {g: math.log(3 / (1 + sum(g in bag for bag in bags))) + 1 for bag in bags for g in bag}
-    vectors = [{g: tf * idf[g] for g, tf in bag.items() if g in idf} for bag in (*bags, grams(asked))]
-    unit = [{g: x / math.sqrt(sum(y * y for y in v.values())) for g, x in v.items()} for v in vectors]
+    vectors = [
+        {g: tf * idf[g] for g, tf in bag.items() if g in idf} for bag in (*bags, grams(asked))
+    ]
+    unit = [
+        {g: x / math.sqrt(sum(y * y for y in v.values())) for g, x in v.items()} for v in vectors
+    ]
     wanted = [sum(x * unit[2].get(g, 0) for g, x in v.items()) for v in unit[:2]]
     found = TfidfRetriever(texts).nearest([asked], 2)
     assert list(found.indices[0]) == [0, 1]
@@ -147,13 +163,20 @@ def test_fusion_by_hand():
 
     found = FusedRetriever([Fixed(r) for r in rankings], 5).nearest(["x"], 5)
     assert list(found.indices[0]) == [0, 2, 3, 1, -1]
-    assert found.scores[0] == pytest.approx([(1 / 62 + 1 / 61) * 61 / 2, 1 / 2, 61 / 62 / 2, 61 / 63 / 2, 0])
+    assert found.scores[0] == pytest.approx(
+        [(1 / 62 + 1 / 61) * 61 / 2, 1 / 2, 61 / 62 / 2, 61 / 63 / 2, 0]
+    )
 
 
 def small(weights=(1.0, 1.0, 1.0), descriptions=("", "")):
-    classes = tuple(KnowledgeClass(name, "", "{input}", about) for name, about in zip("PQ", descriptions, strict=True))
+    classes = tuple(
+        KnowledgeClass(name, "", "{input}", about)
+        for name, about in zip("PQ", descriptions, strict=True)
+    )
     inputs = ("a b", "b c", "c d")
-    return Knowledge(classes, tuple(Example(i + 2, "PQQ"[i], inputs[i], "x", weights[i]) for i in range(3)))
+    return Knowledge(
+        classes, tuple(Example(i + 2, "PQQ"[i], inputs[i], "x", weights[i]) for i in range(3))
+    )
 
 
 class Given:
@@ -164,7 +187,10 @@ class Given:
 
     def nearest(self, texts, k):
         order = np.argsort(-self.scores, axis=1, kind="stable")[:, :k]
-        return Nearest(np.repeat(order, len(texts), 0), np.repeat(np.take_along_axis(self.scores, order, 1), len(texts), 0))
+        return Nearest(
+            np.repeat(order, len(texts), 0),
+            np.repeat(np.take_along_axis(self.scores, order, 1), len(texts), 0),
+        )
 
 
 def test_the_vote_by_hand():
@@ -172,14 +198,28 @@ def test_the_vote_by_hand():
     assert (found.class_name, found.voters) == ("P", (0, 1, 2))
     assert found.confidence == pytest.approx(0.64 / (0.64 + 0.36 + 0.16))
     heavy = Classifier(small(weights=(1.0, 2.0, 1.0)), Given(0.8, 0.6, 0.4)).classify(["x"])[0]
-    assert (heavy.class_name, heavy.confidence) == ("Q", pytest.approx((0.72 + 0.16) / (0.64 + 0.72 + 0.16)))
+    assert (heavy.class_name, heavy.confidence) == (
+        "Q",
+        pytest.approx((0.72 + 0.16) / (0.64 + 0.72 + 0.16)),
+    )
 
 
 def test_little_confidence_gives_the_default_class():
     far = Classifier(small(), Given(0.05, 0.0, 0.0)).classify(["x"])[0]
-    assert (far.class_name, far.confidence) == ("P", pytest.approx(0.5))  # all votes, but from half as near as is clear
-    assert Classifier(small(), Given(0.05, 0.0, 0.0), default="Q", threshold=0.6).classify(["x"])[0].class_name == "Q"
-    assert Classifier(small(), Given(0.05, 0.0, 0.0), default="Q", threshold=0.4).classify(["x"])[0].class_name == "P"
+    # all votes, but from half as near as is clear
+    assert (far.class_name, far.confidence) == ("P", pytest.approx(0.5))
+    assert (
+        Classifier(small(), Given(0.05, 0.0, 0.0), default="Q", threshold=0.6)
+        .classify(["x"])[0]
+        .class_name
+        == "Q"
+    )
+    assert (
+        Classifier(small(), Given(0.05, 0.0, 0.0), default="Q", threshold=0.4)
+        .classify(["x"])[0]
+        .class_name
+        == "P"
+    )
     nothing = Classifier(small(), Given(0.0, 0.0, 0.0), default="Q").classify(["x"])[0]
     assert (nothing.class_name, nothing.confidence, nothing.voters) == ("Q", 0.0, ())
     with pytest.raises(KnowledgeError, match="none of the base's"):
@@ -202,7 +242,11 @@ def test_many_choices_are_those_of_one_at_a_time():
 
 
 def test_confusion_counts():
-    assert confusion(["P", "P", "R", "Q"], ["P", "Q", "Q", "Q"], ["P", "Q"]).tolist() == [[1, 1], [0, 1], [0, 1]]
+    assert confusion(["P", "P", "R", "Q"], ["P", "Q", "Q", "Q"], ["P", "Q"]).tolist() == [
+        [1, 1],
+        [0, 1],
+        [0, 1],
+    ]
 
 
 @pytest.mark.parametrize("name", ["tf", "tfidf:x", "bm25:x", "embeddings", "tfidf+", ""])
@@ -236,8 +280,16 @@ def test_a_real_sentence_transformers_folder(tmp_path):
     words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *"abcdefgh"])}
     backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(tmp_path / "bert")
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "max_position_embeddings": 32}
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]"
+    ).save_pretrained(tmp_path / "bert")
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "max_position_embeddings": 32,
+    }
     BertModel(BertConfig(vocab_size=len(words), **sizes)).save_pretrained(tmp_path / "bert")
     model = library.SentenceTransformer(str(tmp_path / "bert"), device="cpu")  # adds mean pooling
     model.save(str(tmp_path / "st"))
@@ -250,7 +302,9 @@ def test_a_real_sentence_transformers_folder(tmp_path):
 
 def test_fugashi_finds_words():
     pytest.importorskip("fugashi")
-    found = make_retriever("bm25", ["海の詩を書いてください", "山の高さを求めなさい"]).nearest(["川の詩を読みたい"], 2)
+    found = make_retriever("bm25", ["海の詩を書いてください", "山の高さを求めなさい"]).nearest(
+        ["川の詩を読みたい"], 2
+    )
     assert found.indices[0, 0] == 0
 
 
@@ -264,7 +318,10 @@ def test_the_labelled_sets_are_not_in_the_base():
 @pytest.fixture(scope="module")
 def shipped():
     knowledge = read_knowledge(BASE)
-    assert min(sum(e.class_name == c.name for e in knowledge.examples) for c in knowledge.classes) >= 50
+    assert (
+        min(sum(e.class_name == c.name for e in knowledge.examples) for c in knowledge.classes)
+        >= 50
+    )
     return Chooser(knowledge)
 
 
@@ -278,10 +335,15 @@ def shipped():
 )
 def test_the_shipped_base_classifies_the_labelled_sets(shipped, rows, least):
     found = shipped.verdicts([row["input"] for row in rows])
-    assert sum(v.class_name == row["kind"] for v, row in zip(found, rows, strict=True)) >= least * len(rows)
+    assert sum(
+        v.class_name == row["kind"] for v, row in zip(found, rows, strict=True)
+    ) >= least * len(rows)
 
 
 def test_an_example_that_differs_in_spaces_and_widths_alone_is_the_task():
     kinds = (KnowledgeClass("計算", "", "{input}"),)
-    base = Knowledge(kinds, (Example(2, "計算", "1 + 1 は いくつ？", "2"), Example(3, "計算", "1+2はいくつ?", "3")))
+    base = Knowledge(
+        kinds,
+        (Example(2, "計算", "1 + 1 は いくつ？", "2"), Example(3, "計算", "1+2はいくつ?", "3")),
+    )
     assert [e.row for e in Chooser(base).choose("１+１はいくつ?").examples] == [3]

@@ -31,7 +31,9 @@ def test_json_lines(capsys):
     assert [row["task_id"] for row in rows] == list(range(160))
     assert all(list(row) == ["task_id", "class", "confidence", "examples"] for row in rows)
     assert all(0 <= row["confidence"] <= 1 and len(row["examples"]) == 3 for row in rows)
-    kinds = [json.loads(line)["kind"] for line in Path(LABELLED).read_text(encoding="utf-8").splitlines()]
+    kinds = [
+        json.loads(line)["kind"] for line in Path(LABELLED).read_text(encoding="utf-8").splitlines()
+    ]
     right = sum(row["class"] == kind for row, kind in zip(rows, kinds, strict=True))
     assert f"right: {right} of 160" in err
 
@@ -47,13 +49,20 @@ def test_the_table_fits_80_columns(capsys):
 
 def test_no_confusion_table_without_true_classes(capsys, tmp_path):
     tasks = tmp_path / "t.jsonl"
-    tasks.write_text('{"task_id": "\\ud83d", "input": "2+3は\\u001b[31m?", "kind": "other"}\n', encoding="utf-8")
+    tasks.write_text(
+        '{"task_id": "\\ud83d", "input": "2+3は\\u001b[31m?", "kind": "other"}\n', encoding="utf-8"
+    )
     code, lines, _ = run(capsys, "--explain", "--tasks", str(tasks), "--knowledge", BASE)
     assert code in (0, None)
     assert len(lines) == 2
     assert "\x1b" not in lines[1]
     assert lines[1].startswith("? ")
-    assert json.loads(run(capsys, "--explain", "--json", "--tasks", str(tasks), "--knowledge", BASE)[1][0])["class"] == "計算"
+    assert (
+        json.loads(
+            run(capsys, "--explain", "--json", "--tasks", str(tasks), "--knowledge", BASE)[1][0]
+        )["class"]
+        == "計算"
+    )
 
 
 @pytest.mark.parametrize(
@@ -74,7 +83,14 @@ def test_refused(capsys, options, said):
 
 
 @pytest.mark.parametrize(
-    ("text", "wanted"), [("abc", "abc   "), ("日本語", "日本語"), ("日本語で", "日本. "), ("abcdefg", "abcde."), ("か゛き", "か゛き")]
+    ("text", "wanted"),
+    [
+        ("abc", "abc   "),
+        ("日本語", "日本語"),
+        ("日本語で", "日本. "),
+        ("abcdefg", "abcde."),
+        ("か゛き", "か゛き"),
+    ],
 )
 def test_fit(text, wanted):
     assert _fit(text, 6) == wanted

@@ -1,4 +1,6 @@
-"""The rule-based judge against a hand-made table of right and wrong answers, and what holds for any text."""
+"""The rule-based judge against a hand-made table of right and wrong answers, and what holds for any
+text.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,9 @@ from hypothesis import strategies as st
 
 from evomerge.answering.engine import Answer
 from evomerge.judging.grade import Grade
-from evomerge.judging.rules import RulesJudge, is_closed
-from evomerge.judging.text import count_items, find_numbers, language, named_count
+from evomerge.judging.rules.judge import RulesJudge, is_closed
 from evomerge.tasks import Task, load_tasks
+from evomerge.text import count_items, find_numbers, language, named_count
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 EGYPT = "What is the capital of Egypt?"
@@ -58,7 +60,12 @@ TABLE = [
     ("What is the capital of India?", "New Delhi", "The capital of India is New Delhi.", True),
     ("What is the capital of India?", "New Delhi", "new  delhi", True),
     ("What is the capital of India?", "New Delhi", "The capital of India is Mumbai.", False),
-    ("What is the capital of Argentina?", "Buenos Aires", "The capital of Argentina is Buenos Aires. It is on the coast.", True),
+    (
+        "What is the capital of Argentina?",
+        "Buenos Aires",
+        "The capital of Argentina is Buenos Aires. It is on the coast.",
+        True,
+    ),
     (CANADA, "Ottawa", "Ottawa, Ontario", True),
     (CANADA, "Ottawa", "Ottawa, Ontario.", True),
     (CANADA, "Ottawa", "**Ottawa, Ontario, Canada**", True),
@@ -69,7 +76,12 @@ TABLE = [
     (CANADA, "Ottawa", "Ottawa, Ontario, Toronto", False),
     (CANADA, "Ottawa", "Ottawa, Ontario or Toronto, Ontario", False),
     (CANADA, "Ottawa", "Toronto, Ontario", False),
-    (CANADA, "Ottawa", "The capital of Canada is Toronto, Ontario. Ottawa, Ontario is another city.", False),
+    (
+        CANADA,
+        "Ottawa",
+        "The capital of Canada is Toronto, Ontario. Ottawa, Ontario is another city.",
+        False,
+    ),
     ("カナダの首都は？", "オタワ", "オンタリオ州オタワです。", True),
     ("カナダの首都は？", "オタワ", "オタワ（オンタリオ州）です。", True),
     (ISE, "三重県", "三重県伊勢市です。", True),
@@ -136,7 +148,12 @@ TABLE = [
     ("エジプトの首都は？", "カイロ", "エジプトの首都はカイロです。", True),
     ("エジプトの首都は？", "カイロ", "カイロがエジプトの首都です。", True),
     ("エジプトの首都は？", "カイロ", "ｶｲﾛ", True),
-    ("エジプトの首都は？", "カイロ", "エジプトの首都はアレクサンドリアで、カイロの北にあります。", False),
+    (
+        "エジプトの首都は？",
+        "カイロ",
+        "エジプトの首都はアレクサンドリアで、カイロの北にあります。",
+        False,
+    ),
     ("大阪の方が大きいですか。", "はい", "はい、そうです。", True),
     ("大阪の方が大きいですか。", "はい", "いいえ、違います。", False),
     ("Is ice cold?", "Yes", "Yes, it is not warm.", True),
@@ -171,19 +188,28 @@ TABLE = [
     ("信号の色は？", "赤、青、黄", "信号の色は赤、青、黄です。", True),
     ("信号の色は？", "赤、青、黄", "赤、青", False),
     ("信号の色は？", "赤、青、黄", "赤、青、黄、白", False),
-    ("Name the primary colours.", "red, blue, yellow", "The primary colours are red, yellow and blue.", True),
+    (
+        "Name the primary colours.",
+        "red, blue, yellow",
+        "The primary colours are red, yellow and blue.",
+        True,
+    ),
     ("Name the primary colours.", "red, blue, yellow", "red, yellow, blue, green", False),
     ("次のリストを昇順で並び替えて。\n[10, -4, 5]", "[-4, 5, 10]", "[-4,5,10]", True),
     ("次のリストを昇順で並び替えて。\n[10, -4, 5]", "[-4, 5, 10]", "[4, 5, 10]", False),
 ]
 
 
-def grade(question: str, reference: str, text: str, *, truncated: bool = False, points: str = "") -> Grade:
+def grade(
+    question: str, reference: str, text: str, *, truncated: bool = False, points: str = ""
+) -> Grade:
     return RulesJudge().grade(Task(0, question, reference, points), Answer(text, truncated, 0))
 
 
 @pytest.mark.parametrize(("question", "reference", "answer", "right"), TABLE)
-def test_closed_answers_are_right_or_wrong_as_a_reader_says(question: str, reference: str, answer: str, right: bool) -> None:
+def test_closed_answers_are_right_or_wrong_as_a_reader_says(
+    question: str, reference: str, answer: str, right: bool
+) -> None:
     given = grade(question, reference, answer)
     assert given.correct is right, given.reason
     assert given.value == 5 if right else given.value <= 3
@@ -208,7 +234,10 @@ PROSE = (
     "クマは、森での生活に飽き飽きし、新しい冒険を求めて海辺に向かった。海辺に到着したクマは、アザラシたちと出会った。"
     "彼らはクマを受け入れてくれ、一緒に遊んだり、話をしたりするようになった。最後に、クマは別れを告げ、家に帰った。"
 )
-OTHER_PROSE = "経済の発展には、教育への投資と安定した制度が欠かせない。特に若い世代の雇用を増やす政策が重要だと考えられている。" * 2
+OTHER_PROSE = (
+    "経済の発展には、教育への投資と安定した制度が欠かせない。特に若い世代の雇用を増やす政策が重要だと考えられている。"
+    * 2
+)
 ENGLISH = "The bear was tired of life in the woods and went to the sea, where he met some seals and became friends with them."
 
 
@@ -219,15 +248,27 @@ def test_open_tasks_are_graded_by_overlap_and_faults() -> None:
     assert best.value == 5
     for worse in (OTHER_PROSE, ENGLISH, PROSE[:20], "クマは海辺に向かった。" * 30):
         assert grade(question, PROSE, worse).value < best.value - 1
-    assert grade(question, PROSE, PROSE[:80], truncated=True).value < grade(question, PROSE, PROSE[:80]).value
+    assert (
+        grade(question, PROSE, PROSE[:80], truncated=True).value
+        < grade(question, PROSE, PROSE[:80]).value
+    )
     assert "language" in grade(question, PROSE, ENGLISH).reason
     assert "repeats" in grade(question, PROSE, "クマは海辺に向かった。" * 30).reason
 
 
 def test_grading_points_count_where_they_name_what_the_reference_has() -> None:
-    question, points = "クマが海辺に行く短編小説を書いてください。", "- クマとアザラシが友達になる\n- 欠けている場合: 3点"
-    with_both, with_one = "クマとアザラシは仲良くなったのでした。", "クマとウミウシは仲良くなったのでした。"
-    gain = grade(question, PROSE, with_both, points=points).value - grade(question, PROSE, with_one, points=points).value
+    question, points = (
+        "クマが海辺に行く短編小説を書いてください。",
+        "- クマとアザラシが友達になる\n- 欠けている場合: 3点",
+    )
+    with_both, with_one = (
+        "クマとアザラシは仲良くなったのでした。",
+        "クマとウミウシは仲良くなったのでした。",
+    )
+    gain = (
+        grade(question, PROSE, with_both, points=points).value
+        - grade(question, PROSE, with_one, points=points).value
+    )
     assert gain > grade(question, PROSE, with_both).value - grade(question, PROSE, with_one).value
     assert "grading points" in grade(question, PROSE, with_both, points=points).reason
 
@@ -235,7 +276,10 @@ def test_grading_points_count_where_they_name_what_the_reference_has() -> None:
 def test_without_a_reference_only_the_checkable_counts() -> None:
     question = "仕事の熱意を取り戻すためのアイデアを5つ挙げてください。"
     five = "\n".join(
-        f"{i}. {text}" for i, text in enumerate(["休みを取る。", "学び直す。", "目標を決める。", "話をする。", "体を動かす。"], 1)
+        f"{i}. {text}"
+        for i, text in enumerate(
+            ["休みを取る。", "学び直す。", "目標を決める。", "話をする。", "体を動かす。"], 1
+        )
     )
     four = five.rsplit("\n", 1)[0]
     assert grade(question, "", five).value == 3
@@ -272,7 +316,15 @@ def test_counts_and_languages() -> None:
     assert named_count("2024年の3つの出来事を要約せずに読んだ") is None
     assert count_items("1. あ\n   - い\n2. う\n") == 2
     assert count_items("- a\n- b\n- c") == 3
-    assert [language(t) for t in (PROSE, ENGLISH, "我们认为这个问题的解决方法是提高教育水平并且增加投资以促进经济发展", "12")] == [
+    assert [
+        language(t)
+        for t in (
+            PROSE,
+            ENGLISH,
+            "我们认为这个问题的解决方法是提高教育水平并且增加投资以促进经济发展",
+            "12",
+        )
+    ] == [
         "ja",
         "latin",
         "zh",
@@ -287,7 +339,9 @@ def test_counts_and_languages() -> None:
     st.one_of(st.text(max_size=200), st.sampled_from([row[2] for row in TABLE])),
     st.booleans(),
 )
-def test_any_text_gets_a_grade_from_1_to_5(question: str, reference: str, answer: str, truncated: bool) -> None:
+def test_any_text_gets_a_grade_from_1_to_5(
+    question: str, reference: str, answer: str, truncated: bool
+) -> None:
     first = grade(question, reference, answer, truncated=truncated)
     assert 1 <= first.value <= 5
     assert (first.correct is None) is not is_closed(reference)
@@ -296,9 +350,21 @@ def test_any_text_gets_a_grade_from_1_to_5(question: str, reference: str, answer
 
 
 @pytest.mark.parametrize(
-    "text", ["9" * 30_000, "9" * 30 + "億" * 3000, "," * 20_000, "(" * 20_000, "a " * 10_000, "あ、" * 10_000, "は" * 20_000, "not " * 5000]
+    "text",
+    [
+        "9" * 30_000,
+        "9" * 30 + "億" * 3000,
+        "," * 20_000,
+        "(" * 20_000,
+        "a " * 10_000,
+        "あ、" * 10_000,
+        "は" * 20_000,
+        "not " * 5000,
+    ],
 )
-@pytest.mark.parametrize("reference", ["Cairo", "80", "12, 20, 67", "g b c", "三重県", "ういあ", "赤、青、黄", PROSE])
+@pytest.mark.parametrize(
+    "reference", ["Cairo", "80", "12, 20, 67", "g b c", "三重県", "ういあ", "赤、青、黄", PROSE]
+)
 def test_long_and_odd_answers_take_no_time(text: str, reference: str) -> None:
     import time
 
@@ -307,7 +373,9 @@ def test_long_and_odd_answers_take_no_time(text: str, reference: str) -> None:
     assert time.perf_counter() - start < 2
 
 
-def test_every_kind_of_the_real_pairs_tasks_is_closed_and_right_when_it_says_the_reference() -> None:
+def test_every_kind_of_the_real_pairs_tasks_is_closed_and_right_when_it_says_the_reference() -> (
+    None
+):
     path = SHARED / "smollm-sibling" / "tasks.jsonl"
     if not path.is_file():
         pytest.skip("needs ../shared/smollm-sibling")
@@ -322,7 +390,12 @@ def test_every_kind_of_the_real_pairs_tasks_is_closed_and_right_when_it_says_the
     for group in by_kind.values():
         for task, other in pairwise(group):
             if task.output != other.output:
-                assert RulesJudge().grade(task, Answer(frames[task.kind].format(other.output), False, 0)).correct is False, (task, other)
+                assert (
+                    RulesJudge()
+                    .grade(task, Answer(frames[task.kind].format(other.output), False, 0))
+                    .correct
+                    is False
+                ), (task, other)
 
 
 def test_it_agrees_with_a_strong_judge_within_tasks_on_real_answers() -> None:
@@ -333,7 +406,11 @@ def test_it_agrees_with_a_strong_judge_within_tasks_on_real_answers() -> None:
 
     tasks = {task.task_id: task for task in load_tasks(folder / "tasks.jsonl")}
     lines = (folder / "grades.jsonl").read_text(encoding="utf-8").splitlines()
-    theirs = {(g["model"], g["task_id"]): g["grade"] for g in map(json.loads, lines) if g["judge"] == "gpt-4-turbo"}
+    theirs = {
+        (g["model"], g["task_id"]): g["grade"]
+        for g in map(json.loads, lines)
+        if g["judge"] == "gpt-4-turbo"
+    }
     models = set(random.Random(1).sample(sorted({model for model, _ in theirs}), 30))
     ours: dict[int, list[tuple[float, float]]] = {}
     for a in map(json.loads, (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()):
@@ -341,14 +418,24 @@ def test_it_agrees_with_a_strong_judge_within_tasks_on_real_answers() -> None:
         if a["model"] in models and key in theirs:
             value = RulesJudge().grade(tasks[a["task_id"]], Answer(a["output"], False, 0)).value
             ours.setdefault(a["task_id"], []).append((value, theirs[key]))
-    rhos = [spearmanr(pairs).statistic for pairs in ours.values() if all(len(set(column)) > 1 for column in zip(*pairs, strict=True))]
+    rhos = [
+        spearmanr(pairs).statistic
+        for pairs in ours.values()
+        if all(len(set(column)) > 1 for column in zip(*pairs, strict=True))
+    ]
     assert len(rhos) > 90
     assert sum(rhos) / len(rhos) > 0.30
 
 
 @pytest.mark.parametrize(
     ("question", "reference", "answer"),
-    [("", "and", "and, and"), ("", "0012, ", "7"), ("", "0012万", "12万"), ("name zero", "", "zero"), ("", "six ", "six and hundred six")],
+    [
+        ("", "and", "and, and"),
+        ("", "0012, ", "7"),
+        ("", "0012万", "12万"),
+        ("name zero", "", "zero"),
+        ("", "six ", "six and hundred six"),
+    ],
 )
 def test_odd_references_that_a_fuzzer_found(question: str, reference: str, answer: str) -> None:
     assert 1 <= grade(question, reference, answer).value <= 5

@@ -1,4 +1,5 @@
-"""Open tasks in the rule-based judge: what it reads from a task, what it checks in an answer, and how far it agrees with strong judges.
+"""Open tasks in the rule-based judge: what it reads from a task, what it checks in an answer, and
+how far it agrees with strong judges.
 
 The agreement is measured on models of families that no weight was tuned on (judging/families.py).
 """
@@ -15,14 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evomerge.answering.engine import Answer
-from evomerge.judging.facts import Reading, key_words, share
-from evomerge.judging.families import is_tuning
 from evomerge.judging.grade import Grade
-from evomerge.judging.kinds import is_polar, kind_of
-from evomerge.judging.points import read_points
-from evomerge.judging.rules import RulesJudge
-from evomerge.judging.text import clean, f1, foreign_letters, grams, sentences
+from evomerge.judging.rules.facts import Reading, key_words, share
+from evomerge.judging.rules.judge import RulesJudge
+from evomerge.judging.rules.kinds import is_polar, kind_of
+from evomerge.judging.rules.points import read_points
+from evomerge.judging.validation.families import is_tuning
 from evomerge.tasks import Task, load_tasks
+from evomerge.text import clean, f1, foreign_letters, grams, sentences
 
 ELYZA = Path(__file__).resolve().parents[2] / "shared" / "elyza"
 
@@ -62,7 +63,8 @@ def test_polar_questions() -> None:
     assert not is_polar("ペンギンについて教えてください。")
 
 
-# question, reference, a better answer, a worse one that is as long and as close in wording, what the reason says of the worse
+# question, reference, a better answer, a worse one that is as long and as close in wording, what
+# the reason says of the worse
 PAIRS = [
     (
         "今日は月曜日です。3日後は何曜日ですか？",
@@ -117,7 +119,9 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(("question", "reference", "better", "worse", "why"), PAIRS)
-def test_the_conclusion_is_checked(question: str, reference: str, better: str, worse: str, why: str) -> None:
+def test_the_conclusion_is_checked(
+    question: str, reference: str, better: str, worse: str, why: str
+) -> None:
     good, bad = grade(question, reference, better), grade(question, reference, worse)
     assert good.correct is None
     assert good.value > bad.value + 1, (good, bad)
@@ -126,17 +130,22 @@ def test_the_conclusion_is_checked(question: str, reference: str, better: str, w
 
 
 def test_what_the_points_call_right_is_looked_for() -> None:
-    question, reference = "車はどちらへ曲がりましたか。説明してください。", "車は次の角を通りました。\n車は左に曲がりました。"
+    question, reference = (
+        "車はどちらへ曲がりましたか。説明してください。",
+        "車は次の角を通りました。\n車は左に曲がりました。",
+    )
     points = "- 左が正解で、右は不正解"
     assert (
-        grade(question, reference, "左に曲がりました。", points).value > grade(question, reference, "右に曲がりました。", points).value + 1
+        grade(question, reference, "左に曲がりました。", points).value
+        > grade(question, reference, "右に曲がりました。", points).value + 1
     )
 
 
 def test_points_are_read_by_what_they_ask_for() -> None:
     reference = "可燃性と難燃性という違いは原子番号によるものです。水素は軽い気体です。"
     read = read_points(
-        "- 可燃性に触れている: 5点\n- 気体の説明だけ: 2点\n- 原子番号が抜けている場合: -2点\n- 水素を褒める: -1点", reference
+        "- 可燃性に触れている: 5点\n- 気体の説明だけ: 2点\n- 原子番号が抜けている場合: -2点\n- 水素を褒める: -1点",
+        reference,
     )
     assert "可燃性" in read.wanted
     assert "原子番号" in read.wanted
@@ -146,20 +155,29 @@ def test_points_are_read_by_what_they_ask_for() -> None:
 
 
 def test_a_text_is_read_for_its_conclusion() -> None:
-    reading = Reading("以下のように考えます。\n1日後は火曜です。\nよって答えは「水曜」です。\nご参考まで。")
+    reading = Reading(
+        "以下のように考えます。\n1日後は火曜です。\nよって答えは「水曜」です。\nご参考まで。"
+    )
     assert reading.conclusion == "よって答えは「水曜」です。"
     assert reading.body[0] == "1日後は火曜です。"
     assert key_words(reading.conclusion, "") == {"水曜": 2.0}
     assert share({"水曜": 2.0, "火曜": 1.0}, "火曜でした") == pytest.approx(1 / 3)
-    assert [Reading(t).polarity("沈") for t in ("沈みません。", "沈みます。", "はい、沈みます。", "いいえ。", "")] == [-1, 1, 1, -1, 0]
-    assert Reading("それではいけないので、試しましょう。").polarity("") == 1  # no はい in ではいけない
+    assert [
+        Reading(t).polarity("沈")
+        for t in ("沈みません。", "沈みます。", "はい、沈みます。", "いいえ。", "")
+    ] == [-1, 1, 1, -1, 0]
+    assert (
+        Reading("それではいけないので、試しましょう。").polarity("") == 1
+    )  # no はい in ではいけない
     assert sentences("「あ。」と言う。\n\nい!う") == ["「あ。」と言う。", "い!", "う"]
 
 
 def test_wording_and_letters() -> None:
     assert grams("あい、うえ") == {"あいう", "いうえ"}
     assert f1(grams("あいうえ"), grams("あいうお")) == 0.5
-    assert set(foreign_letters("这个问题は한국어です")) == set("这问题한국어")  # 个 is a Japanese letter as well
+    assert set(foreign_letters("这个问题は한국어です")) == set(
+        "这问题한국어"
+    )  # 个 is a Japanese letter as well
     assert foreign_letters("café で😊コーヒーを①杯、ﾊﾝｶｸ") == ""
     assert foreign_letters("漢語の问", known="问") == ""
 
@@ -174,7 +192,10 @@ def test_faults_cost_and_are_named() -> None:
     for worse, why in (
         (good * 8, "repeats"),
         (good.replace("桜が咲き", "樱花盛开这里们"), "another script"),
-        ("Japan has four seasons, and each has its own events and food. Spring is for flowers and autumn for leaves.", "language is latin"),
+        (
+            "Japan has four seasons, and each has its own events and food. Spring is for flowers and autumn for leaves.",
+            "language is latin",
+        ),
         (good[:-8] + "、", "cut off"),
         (question, "is the task itself"),
     ):
@@ -184,12 +205,26 @@ def test_faults_cost_and_are_named() -> None:
 
 
 def test_brackets_alone_can_be_an_answer() -> None:
-    question, reference = "括弧を閉じてください。\n[ { (", "順番に閉じていきます。\nよって [ { ( ) } ] になります。"
-    assert grade(question, reference, "[ { ( ) } ]").value > grade(question, reference, "[ { ( ] } )").value + 1
+    question, reference = (
+        "括弧を閉じてください。\n[ { (",
+        "順番に閉じていきます。\nよって [ { ( ) } ] になります。",
+    )
+    assert (
+        grade(question, reference, "[ { ( ) } ]").value
+        > grade(question, reference, "[ { ( ] } )").value + 1
+    )
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.sampled_from([x for row in PAIRS for x in row[:4]] + ["(", "1+", "「", "はい", "9" * 50, "]]", "\n", "第"]), max_size=6))
+@given(
+    st.lists(
+        st.sampled_from(
+            [x for row in PAIRS for x in row[:4]]
+            + ["(", "1+", "「", "はい", "9" * 50, "]]", "\n", "第"]
+        ),
+        max_size=6,
+    )
+)
 def test_any_mixture_of_tasks_and_answers_gets_a_grade(parts: list[str]) -> None:
     text = "".join(parts)
     for row in PAIRS:
@@ -208,11 +243,16 @@ def _spearman(a: np.ndarray, b: np.ndarray) -> float:
 
 @pytest.fixture(scope="module")
 def real() -> tuple[list[str], np.ndarray, float]:
-    """(models of the test families, our grades of shape (models, tasks), answers graded per second)."""
+    """(models of the test families, our grades of shape (models, tasks), answers graded per
+    second).
+    """
     if not ELYZA.is_dir():
         pytest.skip("needs ../shared/elyza")
     tasks = {task.task_id: task for task in load_tasks(ELYZA / "tasks.jsonl")}
-    answers = [json.loads(line) for line in (ELYZA / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    answers = [
+        json.loads(line)
+        for line in (ELYZA / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     answers = [answer for answer in answers if not is_tuning(answer["model"])]
     models = sorted({answer["model"] for answer in answers})
     ours = np.full((len(models), 100), np.nan)
@@ -224,10 +264,14 @@ def real() -> tuple[list[str], np.ndarray, float]:
 
 
 @pytest.mark.parametrize("reference", ["gpt-4-turbo", "athene-v2"])
-def test_it_agrees_with_strong_judges_on_models_it_was_not_tuned_on(real: tuple[list[str], np.ndarray, float], reference: str) -> None:
+def test_it_agrees_with_strong_judges_on_models_it_was_not_tuned_on(
+    real: tuple[list[str], np.ndarray, float], reference: str
+) -> None:
     models, ours, _ = real
     theirs = np.full(ours.shape, np.nan)
-    for record in map(json.loads, (ELYZA / "grades.jsonl").read_text(encoding="utf-8").splitlines()):
+    for record in map(
+        json.loads, (ELYZA / "grades.jsonl").read_text(encoding="utf-8").splitlines()
+    ):
         if record["judge"] == reference and record["model"] in models:
             theirs[models.index(record["model"]), record["task_id"]] = record["grade"]
     both = ~np.isnan(ours) & ~np.isnan(theirs)

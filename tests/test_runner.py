@@ -1,4 +1,6 @@
-"""The runner to take along: its files, its merge and its answers are evomerge's, and it needs no evomerge."""
+"""The runner to take along: its files, its merge and its answers are evomerge's, and it needs no
+evomerge.
+"""
 # ruff: noqa: F401, F811  # family is a fixture
 
 import ast
@@ -35,7 +37,7 @@ from transformers import AutoModelForCausalLM
 
 from evomerge.errors import InputError, KnowledgeError
 from evomerge.recipe import Recipe
-from evomerge.runner import mergeable, write_runner
+from evomerge.reporting.runner import mergeable, write_runner
 from evomerge.study import PromptSection
 
 
@@ -44,14 +46,25 @@ def test_one_readable_file_of_few_packages():
     assert len(text.splitlines()) < 150
     assert max(map(len, text.splitlines())) <= 140
     tree = ast.parse(text)
-    found = {alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    found |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    found = {
+        alias.name.split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    }
+    found |= {
+        node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
+    }
     assert found <= ALLOWED
 
 
 def test_the_ranges_are_those_of_the_project(family, tmp_path):
     write_runner(finish(family), tmp_path / "r", None)
-    ours = set(tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"])
+    ours = set(
+        tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+            "dependencies"
+        ]
+    )
     wanted = (tmp_path / "r" / "requirements.txt").read_text(encoding="utf-8").splitlines()
     assert set(wanted) <= ours
     assert [re.match(r"[\w-]+", line)[0] for line in wanted] == ["transformers", "scikit-learn"]
@@ -78,18 +91,26 @@ def test_the_folder(family, tmp_path):
     write_runner(finish(family), tmp_path / "plain", None)
     assert not (tmp_path / "plain" / "knowledge.yaml").exists()
     with pytest.raises(KnowledgeError, match="default class"):
-        write_runner(finish(family, prompt=PromptSection(knowledge="b", default_class="無")), tmp_path / "bad", a_base())
+        write_runner(
+            finish(family, prompt=PromptSection(knowledge="b", default_class="無")),
+            tmp_path / "bad",
+            a_base(),
+        )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("siblings", [("one",), ("one", "two")])
 def test_the_merge_has_evomerges_bits(family, tmp_path, dtype, normalize, siblings):
-    recipe = random_recipe(family, siblings, torch.Generator().manual_seed(1), dtype=dtype, normalize=normalize)
+    recipe = random_recipe(
+        family, siblings, torch.Generator().manual_seed(1), dtype=dtype, normalize=normalize
+    )
     finished = finish(family, recipe, dtype)
     write_runner(finished, tmp_path / "r", None)
     ours = engine_of(finished).model.state_dict()
-    theirs = merged(tmp_path / "r", recipe.donor, getattr(torch, dtype), {ref: ref for ref in recipe.models})
+    theirs = merged(
+        tmp_path / "r", recipe.donor, getattr(torch, dtype), {ref: ref for ref in recipe.models}
+    )
     assert len(theirs) > 30
     assert [name for name, tensor in theirs.items() if not same_bits(tensor, ours[name])] == []
 
@@ -99,8 +120,13 @@ def test_linear_merges_too(family, tmp_path, base):
     recipe = linear_recipe(family, base=base)
     finished = finish(family, recipe)
     write_runner(finished, tmp_path / "r", None)
-    theirs = merged(tmp_path / "r", recipe.donor, torch.float32, {ref: ref for ref in recipe.models})
-    files = {ref: AutoModelForCausalLM.from_pretrained(ref, dtype=torch.float64).state_dict() for ref in recipe.models}
+    theirs = merged(
+        tmp_path / "r", recipe.donor, torch.float32, {ref: ref for ref in recipe.models}
+    )
+    files = {
+        ref: AutoModelForCausalLM.from_pretrained(ref, dtype=torch.float64).state_dict()
+        for ref in recipe.models
+    }
     for name, tensor in theirs.items():  # a plain formula in float64
         at = (
             0
@@ -109,7 +135,8 @@ def test_linear_merges_too(family, tmp_path, base):
                 (
                     i
                     for i, (a, b) in enumerate(SLICES)
-                    if re.search(r"layers\.(\d+)", name) and a <= int(re.search(r"layers\.(\d+)", name)[1]) < b
+                    if re.search(r"layers\.(\d+)", name)
+                    and a <= int(re.search(r"layers\.(\d+)", name)[1]) < b
                 ),
                 len(SLICES) - 1,
             )
@@ -123,7 +150,10 @@ def test_what_it_cannot_merge(family, tmp_path, monkeypatch, capsys):
     data = random_recipe(family, ("one",), torch.Generator(), dtype="float32").to_dict()
     odd = [data | {"merge_method": "ties"}, data | {"tokenizer_source": "union"}]
     odd.append(data | {"slices": data["slices"][::-1]})
-    data["slices"][0]["sources"][0]["parameters"]["weight"] = [{"filter": "mlp", "value": 1.0}, {"value": 0.5}]
+    data["slices"][0]["sources"][0]["parameters"]["weight"] = [
+        {"filter": "mlp", "value": 1.0},
+        {"value": 0.5},
+    ]
     assert [mergeable(Recipe.from_dict(d)) for d in (*odd, data)] == [False] * 4
     finished = finish(family, Recipe.from_dict(odd[0]))
     write_runner(finished, tmp_path / "r", None)
@@ -143,14 +173,25 @@ def test_every_form_of_task_file(family, tmp_path, monkeypatch, capsys):
         '\ufeff\r\n{"task_id": 5, "input": "猫"}\r\n{\r\n "input":\r\n "犬\\u2028"}\r\n\r\n{"task_id": null, "input": "鳥"} '.encode()
     )
     run(tmp_path / "r", monkeypatch, "--tasks", path, "--out", out)
-    assert [(row["task_id"], row["input"]) for row in map(json.loads, out.read_text("utf-8").split("\n")[:-1])] == [
+    assert [
+        (row["task_id"], row["input"])
+        for row in map(json.loads, out.read_text("utf-8").split("\n")[:-1])
+    ] == [
         (5, "猫"),
         (1, "犬\u2028"),
         (2, "鳥"),
     ]
-    assert [list(row) for row in map(json.loads, out.read_text("utf-8").split("\n")[:-1])] == [["task_id", "input", "output"]] * 3
-    assert "い" not in "".join(json.loads(line)["output"] for line in out.read_text("utf-8").split("\n")[:-1])
-    for wrong in ('{"task_id": 1, "input": "a"}{"task_id": "1", "input": "b"}', '{"task_id": 1}', '{"input": " "}'):
+    assert [list(row) for row in map(json.loads, out.read_text("utf-8").split("\n")[:-1])] == [
+        ["task_id", "input", "output"]
+    ] * 3
+    assert "い" not in "".join(
+        json.loads(line)["output"] for line in out.read_text("utf-8").split("\n")[:-1]
+    )
+    for wrong in (
+        '{"task_id": 1, "input": "a"}{"task_id": "1", "input": "b"}',
+        '{"task_id": 1}',
+        '{"input": " "}',
+    ):
         path.write_text(wrong, encoding="utf-8")
         with pytest.raises(SystemExit):
             run(tmp_path / "r", monkeypatch, "--tasks", path, "--out", out)
@@ -167,7 +208,9 @@ def test_a_model_that_is_elsewhere(family, tmp_path, monkeypatch, capsys):
     arguments = ["--tasks", task_file(tmp_path, 5), "--out", tmp_path / "a.jsonl"]
     with pytest.raises(SystemExit):
         run(tmp_path / "r", monkeypatch, *arguments)
-    assert re.search(r"no folder .*--path /no/such/\w+=FOLDER", capsys.readouterr().err.splitlines()[-1])
+    assert re.search(
+        r"no folder .*--path /no/such/\w+=FOLDER", capsys.readouterr().err.splitlines()[-1]
+    )
     paths = [f"/no/such/{name}={family / name}" for name in ("base", "one", "two")]
     run(tmp_path / "r", monkeypatch, *arguments, "--path", *paths)
     write_runner(finish(family), tmp_path / "here", None)
@@ -204,11 +247,24 @@ def test_without_evomerge_killed_and_resumed(family, tmp_path):
     finished = finish(family, max_new_tokens=60)
     write_runner(finished, tmp_path / "r", a_base())
     tasks, out, part = task_file(tmp_path, 40), tmp_path / "o.jsonl", tmp_path / "o.jsonl.part"
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", FORBID, str(tmp_path / "r" / "answer.py"), "--tasks", str(tasks), "--out", str(out)]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    command = [
+        sys.executable,
+        "-c",
+        FORBID,
+        str(tmp_path / "r" / "answer.py"),
+        "--tasks",
+        str(tasks),
+        "--out",
+        str(out),
+    ]
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not (part.exists() and len(json.loads(part.read_text("utf-8"))) >= 8):  # whole at any time
+    # whole at any time
+    while not (part.exists() and len(json.loads(part.read_text("utf-8"))) >= 8):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -218,7 +274,15 @@ def test_without_evomerge_killed_and_resumed(family, tmp_path):
     kept = json.loads(part.read_text("utf-8"))
     marked = {key: {"output": f"marked {answer['output']}"} for key, answer in kept.items()}
     part.write_text(json.dumps(marked), encoding="utf-8")
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200, check=True)
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=True,
+    )
     marks = len(marked)
     assert re.match(r"(\d+) of 40 tasks", done.stdout)
     assert marks < int(done.stdout.split()[0]) <= marks + 4

@@ -2,11 +2,21 @@
 # ruff: noqa: F401, F811  # family is a fixture
 
 import pytest
-from runner_tools import ROOT, a_base, engine_of, family, finish, loaded, own_prompter, rows, task_file
+from runner_tools import (
+    ROOT,
+    a_base,
+    engine_of,
+    family,
+    finish,
+    loaded,
+    own_prompter,
+    rows,
+    task_file,
+)
 
-from evomerge.knowledge.retrieve import Chooser
+from evomerge.knowledge.retrieval.retrieve import Chooser
 from evomerge.knowledge.starter import starter
-from evomerge.runner import write_runner
+from evomerge.reporting.runner import write_runner
 from evomerge.study import PromptSection
 from evomerge.tasks import load_tasks
 
@@ -24,33 +34,54 @@ def test_classes_examples_and_prompts_are_evomerges(family, tmp_path, prompt, ba
     knowledge = a_base() if based else None
     finished = finish(family, prompt=prompt)
     write_runner(finished, tmp_path / "r", knowledge)
-    texts = [task.input for task in load_tasks(task_file(tmp_path, 40))] + ["猫あ", "魚の色" * 30, "数" * 360, "zzz"]
+    texts = [task.input for task in load_tasks(task_file(tmp_path, 40))] + [
+        "猫あ",
+        "魚の色" * 30,
+        "数" * 360,
+        "zzz",
+    ]
     compare(finished, tmp_path / "r", knowledge, texts)
 
 
-@pytest.mark.parametrize("labelled", sorted(path.name for path in (ROOT / "tests").glob("labelled_tasks*.jsonl")))
+@pytest.mark.parametrize(
+    "labelled", sorted(path.name for path in (ROOT / "tests").glob("labelled_tasks*.jsonl"))
+)
 @pytest.mark.parametrize("default", [True, False])
 def test_the_starter_base_and_a_default_class(family, tmp_path, labelled, default):
-    """Every labelled task gets the same; among them stand two that the base holds, which the votes alone decide."""
+    """Every labelled task gets the same; among them stand two that the base holds, which the votes
+    alone decide.
+    """
     knowledge = starter()
-    section = PromptSection(knowledge="x", default_class=knowledge.classes[3].name, threshold=0.5) if default else PromptSection()
+    section = (
+        PromptSection(knowledge="x", default_class=knowledge.classes[3].name, threshold=0.5)
+        if default
+        else PromptSection()
+    )
     finished = finish(family, prompt=section, do_sample=True, temperature=0.7)
     write_runner(finished, tmp_path / "r", knowledge)
     texts = [task["input"] for task in rows(ROOT / "tests" / labelled)]
     texts += [knowledge.examples[0].input, f" {knowledge.examples[-1].input}\n", "q"]
     chosen = compare(finished, tmp_path / "r", knowledge, texts, context=6000)
     assert len({choice.class_name for choice in chosen}) > 4
-    votes = Chooser(knowledge, threshold=section.threshold, default=section.default_class, linear=False).choose_all(texts)
+    votes = Chooser(
+        knowledge, threshold=section.threshold, default=section.default_class, linear=False
+    ).choose_all(texts)
     assert [choice.class_name for choice in chosen] != [choice.class_name for choice in votes]
 
 
 def compare(finished, folder, knowledge, texts, context=400):
-    """Class, examples, documents, prompt and settings of each text are the same here and there; returns evomerge's choices."""
+    """Class, examples, documents, prompt and settings of each text are the same here and there;
+    returns evomerge's choices.
+    """
     engine = engine_of(finished)
     engine.context = context
     prepared = own_prompter(finished, engine, knowledge).prepare(texts)
     answer = loaded(folder)
-    choices = [c[1:] for c in answer.choose(texts)] if knowledge else [(answer.SETTINGS["plain"], [], [])] * len(texts)
+    choices = (
+        [c[1:] for c in answer.choose(texts)]
+        if knowledge
+        else [(answer.SETTINGS["plain"], [], [])] * len(texts)
+    )
     for wanted, (kind, examples, documents) in zip(prepared, choices, strict=True):
         settings = kind["generation"]
         if knowledge:
@@ -66,7 +97,9 @@ def compare(finished, folder, knowledge, texts, context=400):
             with pytest.raises(SystemExit, match="too long"):
                 answer.prompt(engine.tokenizer, room, wanted.task, kind, examples, documents)
         else:
-            assert answer.prompt(engine.tokenizer, room, wanted.task, kind, examples, documents) == (wanted.text, ids)
+            assert answer.prompt(
+                engine.tokenizer, room, wanted.task, kind, examples, documents
+            ) == (wanted.text, ids)
     return [prompt.choice for prompt in prepared]
 
 

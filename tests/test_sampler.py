@@ -8,15 +8,17 @@ import pytest
 from cmaes import CMA
 from optuna.trial import TrialState
 
-from evomerge.search.ledger import Ledger, Result
-from evomerge.search.sampler import INTERRUPTED, Distribution, ReplayedCmaEs, Slot, shortened
+from evomerge.searching.ledger import Ledger, Result
+from evomerge.searching.sampler import INTERRUPTED, Distribution, ReplayedCmaEs, Slot, shortened
 
 NAMES = ["a", "b", "c"]
 TARGET = np.array([0.3, 1.4, 0.9])
 
 
 def sampler(population=6, seed=0):
-    return ReplayedCmaEs(NAMES, [(0.0, 2.0)] * 3, [(0.0, 2.0)] * 3, [1.0] * 3, 0.3, population, seed)
+    return ReplayedCmaEs(
+        NAMES, [(0.0, 2.0)] * 3, [(0.0, 2.0)] * 3, [1.0] * 3, 0.3, population, seed
+    )
 
 
 def result(x):
@@ -24,7 +26,9 @@ def result(x):
 
 
 def run(study, trials, interrupt=()):
-    """Ask and tell until `trials` candidates are complete; those at the numbers in `interrupt` are left running first."""
+    """Ask and tell until `trials` candidates are complete; those at the numbers in `interrupt` are
+    left running first.
+    """
     ledger = Ledger(study)
     done = 0
     while done < trials:
@@ -36,14 +40,18 @@ def run(study, trials, interrupt=()):
         ledger.finish(trial, result([trial.params[n] for n in NAMES]))
         done += 1
     return [
-        (t.user_attrs["generation"], t.user_attrs["index"], t.params, t.values) for t in ledger.trials() if t.state == TrialState.COMPLETE
+        (t.user_attrs["generation"], t.user_attrs["index"], t.params, t.values)
+        for t in ledger.trials()
+        if t.state == TrialState.COMPLETE
     ]
 
 
 def test_interruptions_change_nothing(tmp_path):
     plain = run(optuna.create_study(sampler=sampler(), direction="maximize"), 24)
     url = f"sqlite:///{tmp_path}/s.db"
-    study = optuna.create_study(storage=url, study_name="s", sampler=sampler(), direction="maximize")
+    study = optuna.create_study(
+        storage=url, study_name="s", sampler=sampler(), direction="maximize"
+    )
     run(study, 7, interrupt={2, 5})
     again = optuna.load_study(storage=url, study_name="s", sampler=sampler())
     assert run(again, 17, interrupt={10, 11}) == plain
@@ -53,7 +61,9 @@ def test_interruptions_change_nothing(tmp_path):
 def test_the_candidates_are_those_of_plain_cmaes(seed):
     study = optuna.create_study(sampler=sampler(6, seed), direction="maximize")
     ours = [list(params.values()) for _, _, params, _ in run(study, 24)]
-    optimizer = CMA(mean=np.ones(3), sigma=0.3, bounds=np.array([[0.0, 2.0]] * 3), population_size=6)
+    optimizer = CMA(
+        mean=np.ones(3), sigma=0.3, bounds=np.array([[0.0, 2.0]] * 3), population_size=6
+    )
     theirs = []
     for generation in range(4):
         asked = []
@@ -64,7 +74,9 @@ def test_the_candidates_are_those_of_plain_cmaes(seed):
         optimizer.tell([(x, -result(x).score) for x in asked])
         theirs += [x.tolist() for x in asked]
     assert ours == theirs
-    assert study.sampler.mean(study.get_trials())[1].tolist() == np.clip(optimizer.mean, 0, 2).tolist()
+    assert (
+        study.sampler.mean(study.get_trials())[1].tolist() == np.clip(optimizer.mean, 0, 2).tolist()
+    )
 
 
 def test_every_number_has_its_own_bounds_start_and_step():
@@ -80,7 +92,10 @@ def test_every_number_has_its_own_bounds_start_and_step():
 
 
 def test_one_number_alone_is_searched():
-    study = optuna.create_study(sampler=ReplayedCmaEs(["a"], [(0.0, 2.0)], [(0.0, 2.0)], [1.0], 0.3, 4, 0), direction="maximize")
+    study = optuna.create_study(
+        sampler=ReplayedCmaEs(["a"], [(0.0, 2.0)], [(0.0, 2.0)], [1.0], 0.3, 4, 0),
+        direction="maximize",
+    )
     ledger = Ledger(study)
     for _ in range(60):
         trial = ledger.start("candidate", study.sampler.next_slot(ledger.trials()))
@@ -145,13 +160,21 @@ def make(**more):
 def test_learning_rates_adapt_as_in_plain_cmaes_and_the_mean_stays_within_bounds():
     own = make(lr_adapt=True)
     trials = complete(own, 30)
-    optimizer = CMA(mean=np.ones(3), sigma=0.3, bounds=np.array([[0.0, 2.0]] * 3), population_size=6, lr_adapt=True)
+    optimizer = CMA(
+        mean=np.ones(3),
+        sigma=0.3,
+        bounds=np.array([[0.0, 2.0]] * 3),
+        population_size=6,
+        lr_adapt=True,
+    )
     for generation in range(5):
         told = [t for t in trials if t.user_attrs["generation"] == generation]
         optimizer.tell([(np.array([t.params[n] for n in NAMES]), -t.values[0]) for t in told])
     assert own.mean(trials)[1].tolist() == optimizer.mean.tolist()
     assert own.mean(trials)[1].tolist() != make().mean(complete(make(), 30))[1].tolist()
-    at_the_edge = ReplayedCmaEs(NAMES, [(0.0, 0.2)] * 3, [(0.0, 0.2)] * 3, [0.1] * 3, 0.3, 6, 0, lr_adapt=True)
+    at_the_edge = ReplayedCmaEs(
+        NAMES, [(0.0, 0.2)] * 3, [(0.0, 0.2)] * 3, [0.1] * 3, 0.3, 6, 0, lr_adapt=True
+    )
     study = optuna.create_study(sampler=at_the_edge, direction="maximize")
     ledger = Ledger(study)
     rng = np.random.default_rng(0)
@@ -194,14 +217,27 @@ def test_a_known_vector_far_away_does_not_blow_up_the_step_size():
     near = np.array([1.1, 0.8, 1.0])
     assert shortened(near, start, bounds) == pytest.approx(near)
     tight = Distribution(np.ones(3), 0.01, np.eye(3))
-    assert np.linalg.norm(shortened(np.full(3, 2.0), tight, bounds) - 1) == pytest.approx(0.01 * (np.sqrt(3) + 6 / 5))
+    assert np.linalg.norm(shortened(np.full(3, 2.0), tight, bounds) - 1) == pytest.approx(
+        0.01 * (np.sqrt(3) + 6 / 5)
+    )
 
 
 def test_another_studys_distribution_is_a_start():
     source = make()
     found = source.distribution(complete(source, 60))
-    heir = ReplayedCmaEs(NAMES, [(-1.0, 3.0)] * 3, [(-1.0, 3.0)] * 3, found.mean.tolist(), found.sigma, 6, 1, cov=found.cov)
+    heir = ReplayedCmaEs(
+        NAMES,
+        [(-1.0, 3.0)] * 3,
+        [(-1.0, 3.0)] * 3,
+        found.mean.tolist(),
+        found.sigma,
+        6,
+        1,
+        cov=found.cov,
+    )
     draws = np.array([heir.draw([], Slot(0, i)) for i in range(3000)])
     assert np.abs(draws.mean(0) - found.mean).max() < 0.02
-    assert np.cov(draws.T) == pytest.approx(found.sigma**2 * found.cov, abs=0.1 * found.sigma**2 * np.abs(found.cov).max())
+    assert np.cov(draws.T) == pytest.approx(
+        found.sigma**2 * found.cov, abs=0.1 * found.sigma**2 * np.abs(found.cov).max()
+    )
     assert np.abs(found.mean - TARGET).max() < 0.2

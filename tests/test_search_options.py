@@ -1,4 +1,6 @@
-"""What a search does with its answers: subsets, races, objectives, the choice of the winner, first candidates, and its end."""
+"""What a search does with its answers: subsets, races, objectives, the choice of the winner, first
+candidates, and its end.
+"""
 
 import importlib
 from io import StringIO
@@ -6,17 +8,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from search_tools import BEST, LAYERS, Cut, Cutting, QualityJudge, TaskEngine, make_search, make_study, trials
+from search_tools import (
+    BEST,
+    LAYERS,
+    Cut,
+    Cutting,
+    QualityJudge,
+    TaskEngine,
+    make_search,
+    make_study,
+    trials,
+)
 
 from evomerge.console import Console
 from evomerge.errors import StudyError, StudyFileError
-from evomerge.genome import make_genome
+from evomerge.genome.weights import make_genome
 from evomerge.recipe import Recipe
-from evomerge.search.ledger import check_unchanged
-from evomerge.search.racing import corrected
-from evomerge.search.scoring import task_levels
-from evomerge.search.session import make_sampler
-from evomerge.search.starting import encode
+from evomerge.searching.ledger import check_unchanged
+from evomerge.searching.racing import corrected
+from evomerge.searching.scoring import task_levels
+from evomerge.searching.session import make_sampler
+from evomerge.searching.starting import encode
 from evomerge.study import SUBSET, ObjectiveSection, SearchSection, SplitSection, TaskSource
 
 
@@ -33,20 +45,31 @@ def test_a_generation_is_ranked_on_tasks_of_its_own(tmp_path, ranking):
     for r in candidates(search):
         values = {task: g["grade"] for task, g in r.grades.items()}
         above = [values[t] - levels[t] for t in values]
-        plain = np.mean(above) + np.mean(list(levels.values())) if len(values) < len(levels) else np.mean(list(values.values()))
+        plain = (
+            np.mean(above) + np.mean(list(levels.values()))
+            if len(values) < len(levels)
+            else np.mean(list(values.values()))
+        )
         assert r.score == pytest.approx(plain)
         assert r.stderr == pytest.approx(corrected(values, levels)[1])
         by_generation.setdefault(r.generation, []).append(tuple(values))
     for seen in by_generation.values():
         longest = max(seen, key=len)
-        assert all(tasks == longest[: len(tasks)] for tasks in seen), "all begin with the same tasks"
+        assert all(tasks == longest[: len(tasks)] for tasks in seen), (
+            "all begin with the same tasks"
+        )
         assert ranking == "race" or len(set(seen)) == 1
-    assert len({tasks[0][:8] for tasks in by_generation.values()}) == len(by_generation), "each generation draws anew"
+    assert len({tasks[0][:8] for tasks in by_generation.values()}) == len(by_generation), (
+        "each generation draws anew"
+    )
     assert search.ledger.facts["look"] == 1
 
 
 def test_a_race_answers_less_and_keeps_the_better_half(tmp_path):
-    full, race = make_study("full", ranking="all", trials=8, sigma=0.6), make_study("race", ranking="race", subset=32, trials=8, sigma=0.6)
+    full, race = (
+        make_study("full", ranking="all", trials=8, sigma=0.6),
+        make_study("race", ranking="race", subset=32, trials=8, sigma=0.6),
+    )
     a, all_answers, _ = make_search(tmp_path, full, TaskEngine(noise=0.2))
     b, raced_answers, _ = make_search(tmp_path, race, TaskEngine(noise=0.2))
     a.run(), b.run()
@@ -65,7 +88,9 @@ def test_a_run_cut_anywhere_goes_on_as_if_it_had_not_been(tmp_path, ranking):
     rng, answered = np.random.default_rng(0), []
     for _ in range(200):
         Cutting.left = int(rng.integers(1, 12))
-        search, engine, _ = make_search(tmp_path, make_study("cut", ranking=ranking, subset=16), Cutting())
+        search, engine, _ = make_search(
+            tmp_path, make_study("cut", ranking=ranking, subset=16), Cutting()
+        )
         try:
             search.run()
             break
@@ -90,7 +115,9 @@ def test_a_failed_candidate_is_replaced_within_its_race(tmp_path):
 
 
 def test_the_winner_is_chosen_on_tasks_that_the_search_did_not_see(tmp_path):
-    search, engine, _ = make_search(tmp_path, make_study(validation=0.3, finalists=2), tasks=(24, 16, 12))
+    search, engine, _ = make_search(
+        tmp_path, make_study(validation=0.3, finalists=2), tasks=(24, 16, 12)
+    )
     search.run()
     facts = search.ledger.facts
     chosen = facts["validation"]
@@ -133,10 +160,15 @@ def test_groups_of_tasks_count_by_their_weights(tmp_path):
         def grade(self, task, answer):
             return super().grade(type(task)(int(task.task_id.split("-")[1]), task.input), answer)
 
-    search, _, _ = make_search(tmp_path, make_study(trials=8, sources=sources), judge=ById(), tasks=(31, 17, 0))
+    search, _, _ = make_search(
+        tmp_path, make_study(trials=8, sources=sources), judge=ById(), tasks=(31, 17, 0)
+    )
     search.run()
     for r in candidates(search):
-        groups = [[g["grade"] for task, g in r.grades.items() if task.startswith(f"{i}-")] for i in range(2)]
+        groups = [
+            [g["grade"] for task, g in r.grades.items() if task.startswith(f"{i}-")]
+            for i in range(2)
+        ]
         assert r.score == pytest.approx((3 * np.mean(groups[0]) + np.mean(groups[1])) / 4)
 
 
@@ -155,7 +187,12 @@ def test_a_search_says_why_it_ends(tmp_path, key, value, said):
     if key == "time_limit":
         make_search(tmp_path, make_study(trials=8))[0].run()  # the mean needs a generation
     stream = StringIO()
-    search, _, _ = make_search(tmp_path, study, TaskEngine(noise=3.0 if key == "patience" else 0.3), console=Console(stream))
+    search, _, _ = make_search(
+        tmp_path,
+        study,
+        TaskEngine(noise=3.0 if key == "patience" else 0.3),
+        console=Console(stream),
+    )
     search.run()
     said = said.replace("after 0 of", "after 8 of")
     assert f"the search ends: {said}" in stream.getvalue()
@@ -207,17 +244,21 @@ def test_a_recipe_that_is_no_merge_of_the_genome_is_refused(tmp_path):
 
 
 def test_another_study_is_where_a_search_starts(tmp_path):
-    from evomerge.search.session import _start_from_source
+    from evomerge.searching.session import _start_from_source
 
     source, _, _ = make_search(tmp_path, make_study("source", trials=24))
     source.run()
     trials_of = source.ledger.trials()
     study = make_study("second", trials=8, source_study="source")
     search, _, _ = make_search(tmp_path, study)
-    _start_from_source(study, f"sqlite:///{tmp_path}/second.db", search.genome, search.sampler, search.ledger)
+    _start_from_source(
+        study, f"sqlite:///{tmp_path}/second.db", search.genome, search.sampler, search.ledger
+    )
     wanted = source.sampler.distribution(trials_of)
     assert np.allclose(search.sampler.start.mean, wanted.mean)
-    assert np.abs(search.sampler.start.mean - BEST).mean() < np.abs(1 - BEST).mean(), "it stands nearer to the best than 1 does"
+    assert np.abs(search.sampler.start.mean - BEST).mean() < np.abs(1 - BEST).mean(), (
+        "it stands nearer to the best than 1 does"
+    )
     search.run()
     again, _, _ = make_search(tmp_path, study)
     assert np.allclose(again.sampler.start.cov, wanted.cov), "it is remembered"
@@ -243,7 +284,9 @@ def test_a_study_from_before_a_default_is_told_how_it_goes_on(tmp_path):
         search.ledger.remember(key, value)
     with pytest.raises(StudyError, match=r'--set search.lr_adapt=false --set search.ranking="all"'):
         check_unchanged(search.ledger, facts | {"study_file": search.study.to_dict()})
-    check_unchanged(search.ledger, facts | {"study_file": make_study(ranking="all", lr_adapt=False).to_dict()})
+    check_unchanged(
+        search.ledger, facts | {"study_file": make_study(ranking="all", lr_adapt=False).to_dict()}
+    )
 
 
 def test_without_a_complete_generation_it_is_said_that_there_is_no_mean(tmp_path):

@@ -1,4 +1,6 @@
-"""Where a search has gone wrong before: ends without a candidate, mended causes, small splits, killed verdicts, changed files."""
+"""Where a search has gone wrong before: ends without a candidate, mended causes, small splits,
+killed verdicts, changed files.
+"""
 
 import json
 import re
@@ -10,16 +12,16 @@ import numpy as np
 import pytest
 from search_tools import LAYERS, Cut, QualityJudge, TaskEngine, make_search, make_study
 
-from evomerge.check import check_study
 from evomerge.console import Console
 from evomerge.errors import EngineError, EvomergeError, InputError, StudyError, StudyFileError
-from evomerge.genome import make_genome
+from evomerge.genome.weights import make_genome
 from evomerge.judging.grade import Grade
 from evomerge.recipe import Recipe
-from evomerge.report import notes
-from evomerge.search.choosing import choose
-from evomerge.search.session import _start_from_source, make_sampler, open_search
-from evomerge.search.starting import encode
+from evomerge.reporting.report import notes
+from evomerge.searching.choosing import choose
+from evomerge.searching.preflight import check_study
+from evomerge.searching.session import _start_from_source, make_sampler, open_search
+from evomerge.searching.starting import encode
 from evomerge.study import JudgeSection, TaskSource, read_study
 
 
@@ -40,7 +42,9 @@ class ClosedJudge(QualityJudge):
 
     def grade(self, task, answer):
         grade = super().grade(task, answer)
-        return Grade(grade.value, grade.value > 3 if self.closed(int(task.task_id)) else None, "as it says")
+        return Grade(
+            grade.value, grade.value > 3 if self.closed(int(task.task_id)) else None, "as it says"
+        )
 
 
 def test_a_mended_cause_lets_the_search_go_on(tmp_path):
@@ -58,7 +62,11 @@ def test_a_mended_cause_lets_the_search_go_on(tmp_path):
 
 @pytest.mark.parametrize("validation", [0.0, 0.2])
 def test_a_limit_that_the_references_use_up_is_told_in_a_line(tmp_path, validation):
-    search, _, _ = make_search(tmp_path, make_study(trials=8, time_limit="0.0001s", validation=validation), tasks=(24, 8, 8))
+    search, _, _ = make_search(
+        tmp_path,
+        make_study(trials=8, time_limit="0.0001s", validation=validation),
+        tasks=(24, 8, 8),
+    )
     with pytest.raises(EvomergeError, match="candidate"):
         search.run()
 
@@ -113,7 +121,9 @@ def test_few_closed_tasks_are_enough_for_every_generation(tmp_path, ranking):
 
 def test_a_validation_split_without_closed_tasks_chooses_nothing_unsaid(tmp_path):
     study = right_or_wrong(make_study(trials=8, validation=0.2))
-    search, _, _ = make_search(tmp_path, study, judge=ClosedJudge(lambda i: i < 40), tasks=(24, 16, 8))
+    search, _, _ = make_search(
+        tmp_path, study, judge=ClosedJudge(lambda i: i < 40), tasks=(24, 16, 8)
+    )
     with suppress(StudyFileError):  # refused in a line, or chosen by the search tasks
         search.run()
     assert "NaN" not in json.dumps(search.ledger.facts.get("validation"))
@@ -124,8 +134,14 @@ def test_two_tasks_do_not_make_a_trial_beat_the_mean():
     rng, lost = np.random.default_rng(0), 0
     for _ in range(1000):
         level = rng.uniform(1.5, 4.5, 3)
-        drawn = {k: np.clip(np.round(level + 0.9 * rng.standard_normal(3)), 1, 5) for k in ("1", "2", "3", "mean")}
-        lost += choose({k: {str(i): float(x) for i, x in enumerate(v)} for k, v in drawn.items()}) != "mean"
+        drawn = {
+            k: np.clip(np.round(level + 0.9 * rng.standard_normal(3)), 1, 5)
+            for k in ("1", "2", "3", "mean")
+        }
+        lost += (
+            choose({k: {str(i): float(x) for i, x in enumerate(v)} for k, v in drawn.items()})
+            != "mean"
+        )
     assert lost <= 30, "three standard errors are one in 700 for each"
 
 
@@ -134,13 +150,27 @@ def test_a_source_study_that_cannot_be_one_is_refused(tmp_path, source):
     study = make_study("second", source_study=source)
     search, _, _ = make_search(tmp_path, study)
     with pytest.raises(EvomergeError):
-        _start_from_source(study, f"sqlite:///{tmp_path}/second.db", search.genome, search.sampler, search.ledger)
+        _start_from_source(
+            study, f"sqlite:///{tmp_path}/second.db", search.genome, search.sampler, search.ledger
+        )
 
 
-@pytest.mark.parametrize("change", [{"base_model": "stranger"}, {"parameters": {"normalize": True}}, {"parameters": {"lambda": 0.5}}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"base_model": "stranger"},
+        {"parameters": {"normalize": True}},
+        {"parameters": {"lambda": 0.5}},
+    ],
+)
 def test_a_recipe_that_merges_otherwise_is_no_first_candidate(change):
     sibling = {"model": "sibling", "parameters": {"weight": 0.7}}
-    recipe = {"merge_method": "task_arithmetic", "base_model": "base", "dtype": "float32", "models": [sibling]} | change
+    recipe = {
+        "merge_method": "task_arithmetic",
+        "base_model": "base",
+        "dtype": "float32",
+        "models": [sibling],
+    } | change
     with pytest.raises(StudyFileError):
         encode(make_genome(make_study(), LAYERS), Recipe.from_dict(recipe), "x")
 
@@ -161,12 +191,18 @@ def test_a_first_candidate_that_changed_is_refused(pair, tmp_path):
 def test_hard_and_easy_tasks_are_no_noise_between_generations(tmp_path):
     class Uneven(QualityJudge):
         def grade(self, task, answer):
-            return Grade(float(re.search(r"quality (\S+)", answer.text)[1]) - int(task.task_id) % 4, None, "as it says")
+            return Grade(
+                float(re.search(r"quality (\S+)", answer.text)[1]) - int(task.task_id) % 4,
+                None,
+                "as it says",
+            )
 
     study = make_study(trials=80, patience=3, lr_adapt=False, sigma=0.15)
     search, _, _ = make_search(tmp_path, study, TaskEngine(noise=0.05), judge=Uneven())
     search.run()
-    assert len(candidates(search)) == 80, "each three generations are better than those before them, to the last"
+    assert len(candidates(search)) == 80, (
+        "each three generations are better than those before them, to the last"
+    )
 
 
 def test_the_error_of_weighted_sources_is_that_of_their_means(tmp_path):
@@ -174,12 +210,19 @@ def test_the_error_of_weighted_sources_is_that_of_their_means(tmp_path):
         def grade(self, task, answer):
             return super().grade(type(task)(int(task.task_id.split("-")[1]), task.input), answer)
 
-    study = make_study(trials=8, sources=(TaskSource(file="a", weight=9.0), TaskSource(file="b", weight=1.0)))
+    study = make_study(
+        trials=8, sources=(TaskSource(file="a", weight=9.0), TaskSource(file="b", weight=1.0))
+    )
     search, _, _ = make_search(tmp_path, study, TaskEngine(noise=0.2), judge=ById())
     verdict = search.run()
     for r in candidates(search):
-        groups = [[g["grade"] for task, g in r.grades.items() if task.startswith(f"{i}-")] for i in range(2)]
-        errors = [w**2 * np.var(g, ddof=1) / len(g) for w, g in zip((0.9, 0.1), groups, strict=True)]
+        groups = [
+            [g["grade"] for task, g in r.grades.items() if task.startswith(f"{i}-")]
+            for i in range(2)
+        ]
+        errors = [
+            w**2 * np.var(g, ddof=1) / len(g) for w, g in zip((0.9, 0.1), groups, strict=True)
+        ]
         assert r.stderr == pytest.approx(np.sqrt(sum(errors)), rel=0.1)
     assert verdict["candidates"]["winner"]["stderr"] < 0.2
 
@@ -187,13 +230,20 @@ def test_the_error_of_weighted_sources_is_that_of_their_means(tmp_path):
 def test_check_counts_what_a_search_has(pair):
     lines = {line.subject: line for line in check_study(read_study(pair / "study.yaml"))}
     assert lines["tasks"].text.startswith("16 to search on")
-    grows = {line.subject: line for line in check_study(read_study(pair / "study.yaml", ["search.subset=4"]))}
-    assert "or more" in grows["cost"].text, "with learning-rate adaptation the step size shrinks too"
+    grows = {
+        line.subject: line
+        for line in check_study(read_study(pair / "study.yaml", ["search.subset=4"]))
+    }
+    assert "or more" in grows["cost"].text, (
+        "with learning-rate adaptation the step size shrinks too"
+    )
 
 
 def test_check_finds_a_split_that_the_search_refuses(tmp_path):
     (tmp_path / "t.jsonl").write_text('{"input": "a"}\n{"input": "b"}\n', encoding="utf-8")
-    (tmp_path / "s.yaml").write_text("genome: {base_model: /b, models: [/a]}\ntasks: [{file: t.jsonl}]\n", encoding="utf-8")
+    (tmp_path / "s.yaml").write_text(
+        "genome: {base_model: /b, models: [/a]}\ntasks: [{file: t.jsonl}]\n", encoding="utf-8"
+    )
     found = {line.subject: line.level for line in check_study(read_study(tmp_path / "s.yaml"))}
     assert found["tasks"] == "wrong"
 

@@ -14,8 +14,8 @@ from server_tools import SECRET, engine, fails, infer, kept, outputs, plain, wri
 
 pytest.importorskip("openai", reason="the extra `server` is not installed")
 
-from evomerge.answering import server as module
-from evomerge.answering.server import ServerEngine
+from evomerge.answering.servers import engine as module
+from evomerge.answering.servers.engine import ServerEngine
 from evomerge.cli import main
 from evomerge.errors import EngineError, InputError, ModelError
 from evomerge.study import GenerationSection
@@ -23,7 +23,10 @@ from evomerge.study import GenerationSection
 # failures that pass
 
 
-@pytest.mark.parametrize("failure", [status(500), status(503, body="<html>"), torn(), raw(b"{garbage"), raw(b""), raw(b"\xff\xfe")])
+@pytest.mark.parametrize(
+    "failure",
+    [status(500), status(503, body="<html>"), torn(), raw(b"{garbage"), raw(b""), raw(b"\xff\xfe")],
+)
 def test_a_failure_that_passes_costs_no_answer(tmp_path, failure):
     texts = [f"課題{i}" for i in range(6)]
     write_tasks(tmp_path, texts)
@@ -37,7 +40,9 @@ def test_a_failure_that_passes_costs_no_answer(tmp_path, failure):
 
 def test_too_many_requests_waits_as_told(tmp_path):
     write_tasks(tmp_path, ["a"])
-    server = Server(plan=lambda number, prompt: status(429, Retry_After="1") if number == 0 else None)
+    server = Server(
+        plan=lambda number, prompt: status(429, Retry_After="1") if number == 0 else None
+    )
     with server.running() as url:
         began = time.monotonic()
         assert infer(tmp_path, url) == 0
@@ -51,10 +56,22 @@ def test_too_many_requests_waits_as_told(tmp_path):
 @pytest.mark.parametrize(
     ("failure", "words"),
     [
-        (status(500, "CUDA out of memory"), ["status 500", "CUDA out of memory", "the same command goes on"]),
-        (status(429, "slow down", Retry_After="0.01"), ["status 429", "slow down", "--concurrency"]),
-        (status(400, "maximum context length is 8 tokens"), ["status 400", "maximum context length"]),
-        (status(422, body={"detail": "Unexpected fields: {'repetition_penalty'}"}), ["status 422", "Set repetition_penalty to 1"]),
+        (
+            status(500, "CUDA out of memory"),
+            ["status 500", "CUDA out of memory", "the same command goes on"],
+        ),
+        (
+            status(429, "slow down", Retry_After="0.01"),
+            ["status 429", "slow down", "--concurrency"],
+        ),
+        (
+            status(400, "maximum context length is 8 tokens"),
+            ["status 400", "maximum context length"],
+        ),
+        (
+            status(422, body={"detail": "Unexpected fields: {'repetition_penalty'}"}),
+            ["status 422", "Set repetition_penalty to 1"],
+        ),
         (status(422, body={"detail": [{"msg": "bad\nfield"}]}), ["status 422", "bad"]),
         (status(500, body=[1, 2]), ["status 500"]),
         (torn(), ["cannot be reached"]),
@@ -67,7 +84,9 @@ def test_too_many_requests_waits_as_told(tmp_path):
         (raw(b'{"choices": ["no"]}'), ["holds no answer"]),
     ],
 )
-def test_a_lasting_failure_is_one_line_and_what_was_answered_is_kept(tmp_path, capsys, failure, words):
+def test_a_lasting_failure_is_one_line_and_what_was_answered_is_kept(
+    tmp_path, capsys, failure, words
+):
     texts = [f"課題{i}" for i in range(10)]
     write_tasks(tmp_path, texts)
     broken = Server(plan=lambda number, prompt: failure if number >= 5 else None)
@@ -101,7 +120,13 @@ def test_a_server_that_goes_down_and_comes_back(tmp_path, capsys):
 
     server = Server(plan=stop)
     with server.running() as url:
-        fails(capsys, 1, infer(tmp_path, url, "--concurrency", "3"), "cannot be reached", "the same command goes on")
+        fails(
+            capsys,
+            1,
+            infer(tmp_path, url, "--concurrency", "3"),
+            "cannot be reached",
+            "the same command goes on",
+        )
     assert len(kept(tmp_path)) == 7
     first = server.answered.copy()
     server.plan = lambda number, prompt: None
@@ -122,13 +147,24 @@ def test_no_answer_in_time(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
 def test_stopped_by_hand(tmp_path, stop):
-    """Ctrl-C does not wait for a server that hangs; afterwards nothing that was answered is asked again."""
+    """Ctrl-C does not wait for a server that hangs; afterwards nothing that was answered is asked
+    again.
+    """
     texts = [f"課題{i}" for i in range(12)]
     write_tasks(tmp_path, texts)
     server = Server()
     server.plan = lambda number, prompt: time.sleep(60) if number >= 5 else None
     with server.running() as url:
-        command = [sys.executable, "-m", "evomerge.cli", "infer", "--server", url, "--concurrency", "3"]
+        command = [
+            sys.executable,
+            "-m",
+            "evomerge.cli",
+            "infer",
+            "--server",
+            url,
+            "--concurrency",
+            "3",
+        ]
         command += ["--tasks", str(tmp_path / "tasks.jsonl"), "--out", str(tmp_path / "a.jsonl")]
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
         process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
@@ -177,7 +213,11 @@ def test_a_server_that_lists_nothing_is_asked_by_name(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "refusal",
-    [status(404, "The model `typo` does not exist."), status(400, "unknown model typo"), status(404, body={"detail": "Not Found"})],
+    [
+        status(404, "The model `typo` does not exist."),
+        status(400, "unknown model typo"),
+        status(404, body={"detail": "Not Found"}),
+    ],
 )
 def test_a_wrong_model_name(tmp_path, capsys, refusal):
     write_tasks(tmp_path, ["a", "b", "c"])
@@ -190,7 +230,13 @@ def test_a_wrong_model_name(tmp_path, capsys, refusal):
 def test_no_completions_endpoint(tmp_path, capsys):
     write_tasks(tmp_path, ["a"])
     with Server(plan=lambda n, p: status(404, "Not Found")).running() as url:
-        fails(capsys, 1, infer(tmp_path, url, "--format", "competition"), "--format chat", "/v1/completions")
+        fails(
+            capsys,
+            1,
+            infer(tmp_path, url, "--format", "competition"),
+            "--format chat",
+            "/v1/completions",
+        )
 
 
 @pytest.mark.parametrize("code", [401, 403])
@@ -203,12 +249,20 @@ def test_the_key_is_never_written_or_printed(tmp_path, capsys, monkeypatch, code
         (tmp_path / "a.jsonl.part").unlink()
         monkeypatch.setenv("OPENAI_API_KEY", f" {SECRET}\n")
         server.asked.clear()
-        line = fails(capsys, 1, infer(tmp_path, url, "--concurrency", "1"), "Check the key in OPENAI_API_KEY", "***")
+        line = fails(
+            capsys,
+            1,
+            infer(tmp_path, url, "--concurrency", "1"),
+            "Check the key in OPENAI_API_KEY",
+            "***",
+        )
         assert SECRET not in line
         assert server.asked[-1][2]["authorization"] == f"Bearer {SECRET}"
         assert SECRET not in engine(url)[2]
         server.plan = lambda number, prompt: raw(f"<html>{SECRET}</html>".encode(), "text/html")
-        assert SECRET not in fails(capsys, 1, infer(tmp_path, url, "--concurrency", "1"), "holds no answer")
+        assert SECRET not in fails(
+            capsys, 1, infer(tmp_path, url, "--concurrency", "1"), "holds no answer"
+        )
     assert kept(tmp_path) == [0]
     assert all(SECRET not in path.read_text() for path in tmp_path.iterdir())
 
@@ -221,11 +275,22 @@ def test_a_key_that_no_header_can_carry(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "url", ["localhost:8000", "ftp://host", "http://", "http://h:99999", "http://u:pw@h/v1", "u:pw@h", "http://h/v1?key=pw"]
+    "url",
+    [
+        "localhost:8000",
+        "ftp://host",
+        "http://",
+        "http://h:99999",
+        "http://u:pw@h/v1",
+        "u:pw@h",
+        "http://h/v1?key=pw",
+    ],
 )
 def test_wrong_addresses(tmp_path, capsys, url):
     write_tasks(tmp_path, ["a"])
-    assert "pw" not in fails(capsys, 2, infer(tmp_path, url), "--server", "http://HOST:PORT/v1").replace("http://HOST", "")
+    assert "pw" not in fails(
+        capsys, 2, infer(tmp_path, url), "--server", "http://HOST:PORT/v1"
+    ).replace("http://HOST", "")
 
 
 @pytest.mark.parametrize(
@@ -242,7 +307,21 @@ def test_wrong_addresses(tmp_path, capsys, url):
 )
 def test_options_that_do_not_go_together(tmp_path, capsys, options, word):
     write_tasks(tmp_path, ["a"])
-    fails(capsys, 2, main(["infer", "--tasks", str(tmp_path / "tasks.jsonl"), "--out", str(tmp_path / "a.jsonl"), *options]), word)
+    fails(
+        capsys,
+        2,
+        main(
+            [
+                "infer",
+                "--tasks",
+                str(tmp_path / "tasks.jsonl"),
+                "--out",
+                str(tmp_path / "a.jsonl"),
+                *options,
+            ]
+        ),
+        word,
+    )
 
 
 def test_without_the_package(tmp_path, capsys, monkeypatch):
@@ -265,5 +344,11 @@ from evomerge.cli import main
 main(["infer", "--server", {url!r}, "--tasks", {str(tmp_path / "tasks.jsonl")!r}, "--out", {str(tmp_path / "a.jsonl")!r}])
 sys.exit("torch" in sys.modules)
 """
-        assert subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}).returncode == 0
+        assert (
+            subprocess.run(
+                [sys.executable, "-c", code],
+                env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+            ).returncode
+            == 0
+        )
     assert outputs(tmp_path) == [usual("user: a")]

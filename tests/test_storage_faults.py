@@ -1,4 +1,6 @@
-"""A study whose files are cut short, locked or in a read-only folder: one clear line, nothing lost, and then the same trials."""
+"""A study whose files are cut short, locked or in a read-only folder: one clear line, nothing lost,
+and then the same trials.
+"""
 
 import ctypes
 import shutil
@@ -10,24 +12,41 @@ from test_llm_judge_study import Steady
 from test_resume import begin, ended
 
 from evomerge import sqlite_file
-from evomerge.answering.hf import TransformersEngine
+from evomerge.answering.hf.engine import TransformersEngine
 from evomerge.cli import main
 from evomerge.errors import OutputError
-from evomerge.judging.grades_cache import GradesCache, Spent
-from evomerge.judging.rubric import Reading
-from evomerge.search.ledger import Ledger
-from evomerge.search.session import load_finished
+from evomerge.judging.llm.grades_cache import GradesCache, Spent
+from evomerge.judging.llm.rubric import Reading
+from evomerge.searching.ledger import Ledger
+from evomerge.searching.session import load_finished
 
 
 def arguments(pair, folder, trials=8):
-    where = ["--storage", f"sqlite:///{folder}/s.db", "--results", str(folder / "results"), "--trials", str(trials)]
-    return ["search", str(pair / "study.yaml"), *where, "--set", "generation.max_new_tokens=4", "--set", "search.ranking=all"]
+    where = [
+        "--storage",
+        f"sqlite:///{folder}/s.db",
+        "--results",
+        str(folder / "results"),
+        "--trials",
+        str(trials),
+    ]
+    return [
+        "search",
+        str(pair / "study.yaml"),
+        *where,
+        "--set",
+        "generation.max_new_tokens=4",
+        "--set",
+        "search.ranking=all",
+    ]
 
 
 def outcome(folder):
     finished = load_finished(f"sqlite:///{folder}/s.db", "tiny")
     keys = ("role", "generation", "index", "weights", "score", "grades")
-    return [[getattr(r, k) for k in keys] for r in finished.records if r.state == "complete"], finished.verdict
+    return [
+        [getattr(r, k) for k in keys] for r in finished.records if r.state == "complete"
+    ], finished.verdict
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +86,9 @@ def complaint(capsys, command, code=1):
 
 
 @pytest.mark.parametrize("keep", [0.99, 0.5, 0.02, "garbage"])
-def test_a_damaged_study_is_named_and_its_answers_are_found_again(pair, whole, tmp_path, capsys, monkeypatch, keep):
+def test_a_damaged_study_is_named_and_its_answers_are_found_again(
+    pair, whole, tmp_path, capsys, monkeypatch, keep
+):
     folder = tmp_path / "study"
     shutil.copytree(whole, folder)
     file = folder / "s.db"
@@ -90,18 +111,27 @@ def test_a_record_that_is_no_json(whole, tmp_path, capsys, text):
     """The file is sound, what it holds is not."""
     shutil.copy(whole / "s.db", tmp_path)
     with closing(sqlite3.connect(tmp_path / "s.db")) as db, db:
-        db.execute("UPDATE trial_user_attributes SET value_json = CAST(? AS TEXT) WHERE key = 'result'", (text,))
+        db.execute(
+            "UPDATE trial_user_attributes SET value_json = CAST(? AS TEXT) WHERE key = 'result'",
+            (text,),
+        )
     line = complaint(capsys, ["show", "tiny", "--storage", f"sqlite:///{tmp_path}/s.db"])
     assert line.startswith(f"evomerge: {tmp_path / 's.db'}: the study tiny is damaged or cut short")
 
 
-@pytest.mark.parametrize(("name", "what"), [("s.db", "the study tiny"), ("tiny.answers.sqlite", "the answer cache")])
-def test_a_locked_file_is_waited_for_and_named(pair, whole, under_way, capsys, monkeypatch, name, what):
+@pytest.mark.parametrize(
+    ("name", "what"), [("s.db", "the study tiny"), ("tiny.answers.sqlite", "the answer cache")]
+)
+def test_a_locked_file_is_waited_for_and_named(
+    pair, whole, under_way, capsys, monkeypatch, name, what
+):
     monkeypatch.setattr(sqlite_file, "WAIT", 0.2)
     with closing(sqlite3.connect(under_way / name, isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
         line = complaint(capsys, arguments(pair, under_way))
-    assert line.startswith(f"evomerge: {under_way / name}: {what} is in use by another process: database is locked. Wait")
+    assert line.startswith(
+        f"evomerge: {under_way / name}: {what} is in use by another process: database is locked. Wait"
+    )
     assert f"`fuser {under_way / name}`" in line
     assert main(arguments(pair, under_way)) == 0
     assert outcome(under_way) == outcome(whole)
@@ -110,7 +140,10 @@ def test_a_locked_file_is_waited_for_and_named(pair, whole, under_way, capsys, m
 def test_a_lock_in_mid_run_loses_nothing(pair, whole, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sqlite_file, "WAIT", 0.2)
     answer, calls = TransformersEngine.answer, []
-    with closing(sqlite3.connect(tmp_path / "s.db", isolation_level=None)) as other, pytest.MonkeyPatch.context() as patch:
+    with (
+        closing(sqlite3.connect(tmp_path / "s.db", isolation_level=None)) as other,
+        pytest.MonkeyPatch.context() as patch,
+    ):
 
         def locking(self, prompts, *rest):
             calls.append(prompts)
@@ -139,7 +172,9 @@ def test_a_damaged_answer_cache_costs_its_answers_alone(pair, whole, under_way, 
 
 
 def forget_privileges():
-    """Root is bound by permissions, too: no CAP_DAC_OVERRIDE, no CAP_DAC_READ_SEARCH in this process."""
+    """Root is bound by permissions, too: no CAP_DAC_OVERRIDE, no CAP_DAC_READ_SEARCH in this
+    process.
+    """
     header, data = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
     libc = ctypes.CDLL(None, use_errno=True)
     libc.capget(header, data)
@@ -177,14 +212,22 @@ def test_a_damaged_or_locked_grades_cache(tmp_path, monkeypatch):
         cache.put(Spent(1, 2, 3), f"key {i}", 0, Reading(4, "a reason " * 10))
     with closing(sqlite3.connect(file, isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
-        for use in (lambda: cache.get(["key 0"], 1), lambda: cache.spent, lambda: cache.put(Spent()), lambda: GradesCache(file)):
+        for use in (
+            lambda: cache.get(["key 0"], 1),
+            lambda: cache.spent,
+            lambda: cache.put(Spent()),
+            lambda: GradesCache(file),
+        ):
             with pytest.raises(OutputError, match="the grades cache is in use by another process"):
                 use()
     assert cache.spent == Spent(400, 800, 1200)
     cache.close()
     data = file.read_bytes()
     file.write_bytes(data[: len(data) // 2])
-    with pytest.raises(OutputError, match=r"the grades cache is damaged or cut short.*move the file away.*asks anew"):
+    with pytest.raises(
+        OutputError,
+        match=r"the grades cache is damaged or cut short.*move the file away.*asks anew",
+    ):
         GradesCache(file)
 
 
@@ -195,7 +238,10 @@ def test_a_damaged_or_locked_grades_cache_in_a_study(pair, tmp_path, capsys, mon
 
         def command(where, *more):
             settings = ["kind=llm", f"base_url={url}", "model=m", *more]
-            return [*arguments(pair, where, 4), *(x for s in settings for x in ("--set", f"judge.{s}"))]
+            return [
+                *arguments(pair, where, 4),
+                *(x for s in settings for x in ("--set", f"judge.{s}")),
+            ]
 
         assert main(command(calm)) == 0
         assert main(command(folder, "max_requests=20")) == 3

@@ -1,7 +1,7 @@
 import pytest
 
 from evomerge.errors import StudyFileError
-from evomerge.genome import make_genome
+from evomerge.genome.weights import make_genome
 from evomerge.study import Study, changed_keys, read_study
 
 MINIMAL = """
@@ -18,7 +18,11 @@ tasks:
 def genome(**keys):
     """A study file of this genome; two models and no base unless told otherwise."""
     keys = {"models": "[./a, ./b]"} | keys
-    return "genome: {" + ", ".join(f"{key}: {value}" for key, value in keys.items()) + "}\ntasks: [{file: t.jsonl}]\n"
+    return (
+        "genome: {"
+        + ", ".join(f"{key}: {value}" for key, value in keys.items())
+        + "}\ntasks: [{file: t.jsonl}]\n"
+    )
 
 
 def write(tmp_path, text):
@@ -55,23 +59,47 @@ def test_a_hub_name_stays_a_hub_name(tmp_path):
         (MINIMAL + "judge: {metric: accuracy}\n", ["grade or correct", "'accuracy'"]),
         (MINIMAL + "prompt: {format: template, template: no slot}\n", ["{input}"]),
         (MINIMAL + "limit: 50\n", ["`limit`", "lm-eval"]),
-        (MINIMAL.replace("task_arithmetic", "passthrough"), ["merge_method", "dare_linear", "'passthrough'"]),
-        (MINIMAL.replace("  base_model: ./base\n", ""), ["`genome.base_model` is missing", "task_arithmetic"]),
+        (
+            MINIMAL.replace("task_arithmetic", "passthrough"),
+            ["merge_method", "dare_linear", "'passthrough'"],
+        ),
+        (
+            MINIMAL.replace("  base_model: ./base\n", ""),
+            ["`genome.base_model` is missing", "task_arithmetic"],
+        ),
         (MINIMAL.replace("[./instruct]", "[./a, ./x/../a]"), ["twice"]),
         (MINIMAL.replace("[./instruct]", "[./base, ./b]"), ["holds the base"]),
         (genome(merge_method="linear", models="[./a]"), ["two models"]),
         (genome(merge_method="slerp", smooth="true"), ["smooth"]),
         (genome(merge_method="slerp", filters="[mlp]"), ["filters"]),
         (genome(merge_method="slerp") + "search: {bounds: [0, 1]}\n", ["search.bounds"]),
-        (genome(merge_method="slerp", models="[./a, ./b, ./c]", tokenizer_source="union"), ["union"]),
-        (genome(merge_method="linear", filters="[attn, self_attn]"), ["'self_attn'", "decides nothing"]),
+        (
+            genome(merge_method="slerp", models="[./a, ./b, ./c]", tokenizer_source="union"),
+            ["union"],
+        ),
+        (
+            genome(merge_method="linear", filters="[attn, self_attn]"),
+            ["'self_attn'", "decides nothing"],
+        ),
         (genome(merge_method="linear", filters="['*']"), ["decides nothing"]),
-        (genome(merge_method="linear") + "search: {density_bounds: [0.1, 0.9]}\n", ["no densities"]),
+        (
+            genome(merge_method="linear") + "search: {density_bounds: [0.1, 0.9]}\n",
+            ["no densities"],
+        ),
         (genome(merge_method="linear") + "search: {start_density: 0.9}\n", ["no densities"]),
-        (genome(merge_method="ties", base_model="./base") + "search: {density_bounds: [0, 1]}\n", ["`search.density_bounds`", "above 0"]),
-        (genome(merge_method="ties", base_model="./base") + "search: {start_density: 0.05}\n", ["`search.start_density`", "0.1 to 1.0"]),
+        (
+            genome(merge_method="ties", base_model="./base") + "search: {density_bounds: [0, 1]}\n",
+            ["`search.density_bounds`", "above 0"],
+        ),
+        (
+            genome(merge_method="ties", base_model="./base") + "search: {start_density: 0.05}\n",
+            ["`search.start_density`", "0.1 to 1.0"],
+        ),
         (MINIMAL.replace("granularity: 2", "granularity: -2"), ["layer_granularity"]),
-        (MINIMAL.replace("./base", "${NO_SUCH_VARIABLE}/base"), ["NO_SUCH_VARIABLE", "genome.base_model"]),
+        (
+            MINIMAL.replace("./base", "${NO_SUCH_VARIABLE}/base"),
+            ["NO_SUCH_VARIABLE", "genome.base_model"],
+        ),
         (MINIMAL.replace("  models: [./instruct]\n", ""), ["`genome.models` is missing"]),
         ("just a text", ["not a mapping"]),
         ("a: [1", ["not valid YAML"]),
@@ -87,8 +115,14 @@ def test_bad_files_are_named_in_one_line(tmp_path, text, words):
 
 def test_overrides_and_environment(tmp_path):
     path = write(tmp_path, MINIMAL.replace("./base", "${PAIR}/base"))
-    study = read_study(path, ["search.trials=24", "generation.max_new_tokens=7"], {"PAIR": "/models"})
-    assert (study.search.trials, study.generation.max_new_tokens, study.genome.base_model) == (24, 7, "/models/base")
+    study = read_study(
+        path, ["search.trials=24", "generation.max_new_tokens=7"], {"PAIR": "/models"}
+    )
+    assert (study.search.trials, study.generation.max_new_tokens, study.genome.base_model) == (
+        24,
+        7,
+        "/models/base",
+    )
 
 
 def test_only_stopping_keys_may_change(tmp_path):
@@ -111,21 +145,39 @@ def test_a_file_of_mergekit_evolve_is_read_whole(tmp_path):
     )
     study = read_study(write(tmp_path, text))
     g = study.genome
-    assert (g.merge_method, g.layer_granularity, g.normalize, g.smooth, g.filters) == ("dare_ties", 0, False, True, ("self_attn", "mlp"))
+    assert (g.merge_method, g.layer_granularity, g.normalize, g.smooth, g.filters) == (
+        "dare_ties",
+        0,
+        False,
+        True,
+        ("self_attn", "mlp"),
+    )
     assert g.tokenizer_source == str(tmp_path / "b")
-    assert (study.bounds, study.density_bounds, study.start_density) == ((-2.0, 2.0), (0.1, 1.0), 0.8)
+    assert (study.bounds, study.density_bounds, study.start_density) == (
+        (-2.0, 2.0),
+        (0.1, 1.0),
+        0.8,
+    )
     assert g.all_models == tuple(str(tmp_path / name) for name in ("base", "a", "b"))
     assert Study.from_dict(study.to_dict()) == study
 
 
 def test_an_adapter_is_a_path_of_its_own(tmp_path):
-    study = read_study(write(tmp_path, genome(merge_method="linear", models="[./a+./lora, org/b+org/lora, ./c]")))
-    assert study.genome.models == (f"{tmp_path}/a+{tmp_path}/lora", "org/b+org/lora", f"{tmp_path}/c")
+    study = read_study(
+        write(tmp_path, genome(merge_method="linear", models="[./a+./lora, org/b+org/lora, ./c]"))
+    )
+    assert study.genome.models == (
+        f"{tmp_path}/a+{tmp_path}/lora",
+        "org/b+org/lora",
+        f"{tmp_path}/c",
+    )
 
 
 def test_a_study_from_before_the_newer_keys_goes_on(tmp_path):
     study = read_study(write(tmp_path, MINIMAL)).to_dict()
-    old = {section: dict(keys) if isinstance(keys, dict) else keys for section, keys in study.items()}
+    old = {
+        section: dict(keys) if isinstance(keys, dict) else keys for section, keys in study.items()
+    }
     for key in ("start_density", "density_bounds"):
         del old["search"][key]
     assert changed_keys(old, study) == []

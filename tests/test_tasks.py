@@ -5,7 +5,10 @@ import pytest
 from evomerge.errors import TaskError
 from evomerge.tasks import Task, load_tasks, split_tasks
 
-ROWS = [{"task_id": 0, "input": "一つ目"}, {"task_id": 1, "input": "二つ目\n続き", "output": "答え"}]
+ROWS = [
+    {"task_id": 0, "input": "一つ目"},
+    {"task_id": 1, "input": "二つ目\n続き", "output": "答え"},
+]
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
@@ -24,12 +27,17 @@ def test_csv_and_excel_and_parquet(tmp_path):
     import pyarrow.parquet as parquet
 
     wanted = (Task(7, "問い", "答え"), Task(8, "次", ""))
-    (tmp_path / "t.csv").write_text("task_id,input,output\n7,問い,答え\n8,次,\n", encoding="utf-8-sig")
+    (tmp_path / "t.csv").write_text(
+        "task_id,input,output\n7,問い,答え\n8,次,\n", encoding="utf-8-sig"
+    )
     book = openpyxl.Workbook()
     for row in (["task_id", "input", "output"], [7, "問い", "答え"], [8, "次", None]):
         book.active.append(row)
     book.save(tmp_path / "t.xlsx")
-    parquet.write_table(pa.table({"task_id": [7, 8], "input": ["問い", "次"], "output": ["答え", None]}), tmp_path / "t.parquet")
+    parquet.write_table(
+        pa.table({"task_id": [7, 8], "input": ["問い", "次"], "output": ["答え", None]}),
+        tmp_path / "t.parquet",
+    )
     for name in ("t.csv", "t.xlsx", "t.parquet"):
         assert load_tasks(tmp_path / name) == wanted
 
@@ -38,7 +46,10 @@ def test_csv_and_excel_and_parquet(tmp_path):
     ("data", "words"),
     [
         (b'{"task_id": 0}\n', ["`input`", "line 1"]),
-        (b'{"task_id": 0, "input": "a"}\n{"task_id": 0, "input": "b"}\n', ["duplicate", "line 2", "line 1"]),
+        (
+            b'{"task_id": 0, "input": "a"}\n{"task_id": 0, "input": "b"}\n',
+            ["duplicate", "line 2", "line 1"],
+        ),
         (b'{"input": "a"}\n{"input": \n', ["JSON", "tasks.jsonl, line"]),
         ('{"input": "あ"}'.encode("cp932"), ["UTF-8"]),
         (b'{"input": 3}\n', ["not a text"]),

@@ -1,4 +1,6 @@
-"""Validation of a judge: the statistics against scipy and plain loops, joins, the JSON shape, one-line errors."""
+"""Validation of a judge: the statistics against scipy and plain loops, joins, the JSON shape,
+one-line errors.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,12 @@ from scipy.stats import spearmanr
 
 from evomerge.cli import main
 from evomerge.errors import InputError, TaskError
-from evomerge.judging.agreement import _task_spearman as weighted_spearman
-from evomerge.judging.agreement import compare
-from evomerge.judging.families import family, is_tuning, split_models
-from evomerge.judging.files import read_answers
-from evomerge.judging.reference import join, pick, read_grades
-from evomerge.judging.validate import validate_files
+from evomerge.judging.answer_files import read_answers
+from evomerge.judging.validation.agreement import _task_spearman as weighted_spearman
+from evomerge.judging.validation.agreement import compare
+from evomerge.judging.validation.families import family, is_tuning, split_models
+from evomerge.judging.validation.reference import join, pick, read_grades
+from evomerge.judging.validation.validate import validate_files
 from evomerge.tasks import load_tasks
 
 KEYS = {
@@ -50,20 +52,34 @@ def test_the_values_are_those_of_scipy_and_plain_loops(seed):
     found = compare(judge, reference, resamples=20)
     both = ~(np.isnan(judge) | np.isnan(reference))
     j, r = np.where(both, judge, np.nan), np.where(both, reference, np.nan)
-    assert found.within_task.value == pytest.approx(np.nanmean([plain(j[:, t], r[:, t]) for t in range(9)]), abs=1e-4)
+    assert found.within_task.value == pytest.approx(
+        np.nanmean([plain(j[:, t], r[:, t]) for t in range(9)]), abs=1e-4
+    )
     means, expected = np.nanmean(j, 1), np.nanmean(r, 1)
     assert found.model_level.value == pytest.approx(plain(means, expected), abs=1e-4)
-    assert found.within_model.value == pytest.approx(np.nanmean([plain(j[m], r[m]) for m in range(12)]), abs=1e-4)
+    assert found.within_model.value == pytest.approx(
+        np.nanmean([plain(j[m], r[m]) for m in range(12)]), abs=1e-4
+    )
     others = [[np.nanmean(np.delete(r[:, t], m)) for t in range(9)] for m in range(12)]
-    assert found.difficulty_baseline.value == pytest.approx(np.nanmean([plain(np.array(others[m]), r[m]) for m in range(12)]), abs=1e-4)
-    for name, low, high in (("0.05-0.15", 0.05, 0.15), ("0.15-0.3", 0.15, 0.3), ("0.3-0.6", 0.3, 0.6)):
+    assert found.difficulty_baseline.value == pytest.approx(
+        np.nanmean([plain(np.array(others[m]), r[m]) for m in range(12)]), abs=1e-4
+    )
+    for name, low, high in (
+        ("0.05-0.15", 0.05, 0.15),
+        ("0.15-0.3", 0.15, 0.3),
+        ("0.3-0.6", 0.3, 0.6),
+    ):
         right = []
         for a in range(12):
             for b in range(12):
                 if low <= round(expected[a] - expected[b], 9) < high:
-                    right.append(0.5 if abs(means[a] - means[b]) < 1e-9 else float(means[a] > means[b]))
+                    right.append(
+                        0.5 if abs(means[a] - means[b]) < 1e-9 else float(means[a] > means[b])
+                    )
         assert found.pairs[name].n == len(right)
-        assert found.pairs[name].value == (pytest.approx(np.mean(right), abs=1e-4) if right else None)
+        assert found.pairs[name].value == (
+            pytest.approx(np.mean(right), abs=1e-4) if right else None
+        )
 
 
 def test_weights_stand_for_repeated_models():
@@ -112,7 +128,9 @@ TASKS = [{"task_id": i, "input": f"{i} + 1 = ?", "output": str(i + 1)} for i in 
 
 
 def write(path, records):
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8"
+    )
     return path
 
 
@@ -120,7 +138,11 @@ def write(path, records):
 def files(tmp_path):
     """Four models; m0 knows all answers, m3 none; one answer and two grades have no partner."""
     models = range(4)
-    answers = [{"model": f"m{m}", "task_id": i, "output": str(i + 1 + (i < 2 * m))} for m in models for i in range(6)]
+    answers = [
+        {"model": f"m{m}", "task_id": i, "output": str(i + 1 + (i < 2 * m))}
+        for m in models
+        for i in range(6)
+    ]
     grades = [
         {"model": f"m{m}", "task_id": i, "judge": "j", "take": take, "grade": 1 if i < 2 * m else 5}
         for take in (1, 2)
@@ -130,11 +152,18 @@ def files(tmp_path):
     answers.append({"model": "alone", "task_id": 0, "output": "1"})
     grades += [{"model": "nobody", "task_id": i, "judge": "j", "grade": 3} for i in (0, 1)]
     grades.append({"model": "m0", "task_id": 0, "judge": "other", "grade": 2.5})
-    return [write(tmp_path / f"{name}.jsonl", data) for name, data in (("tasks", TASKS), ("answers", answers), ("grades", grades))]
+    return [
+        write(tmp_path / f"{name}.jsonl", data)
+        for name, data in (("tasks", TASKS), ("answers", answers), ("grades", grades))
+    ]
 
 
 def command(files, *more, judge="rules", reference="j"):
-    options = [x for name, file in zip(("--tasks", "--answers", "--grades"), files, strict=True) for x in (name, str(file))]
+    options = [
+        x
+        for name, file in zip(("--tasks", "--answers", "--grades"), files, strict=True)
+        for x in (name, str(file))
+    ]
     return ["judge", "validate", *options, "--reference", reference, "--judge", judge, *more]
 
 
@@ -147,7 +176,12 @@ def test_json_is_one_object_of_the_agreed_shape(files, capsys):
     assert set(found["pairs"]) == {"0.05-0.15", "0.15-0.3", "0.3-0.6"}
     for key in ("within_task", "model_level", "within_model", "difficulty_baseline"):
         assert set(found[key]) == {"value", "low", "high"}
-    assert (found["judge"], found["reference"], found["n_models"], found["n_answers"]) == ("rules", "j", 4, 24)
+    assert (found["judge"], found["reference"], found["n_models"], found["n_answers"]) == (
+        "rules",
+        "j",
+        4,
+        24,
+    )
     assert found["model_level"]["value"] == 1.0
     assert found["seconds_per_100"] > 0
     assert "left out: 1 answers without a grade and 2 grades without an answer" in captured.err
@@ -165,14 +199,29 @@ def test_text_names_the_honest_figure_the_baseline_and_second_runs(files, capsys
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ('{"model": "m0", "task_id": 0, "judge": "j", "take": 3, "grade": 6}', "line 52: `grade` is no number from 1 to 5 .found: 6"),
-        ('{"model": "m0", "task_id": 0, "judge": "j", "take": 3, "grade": "5"}', "`grade` is no number"),
-        ('{"model": "m0", "task_id": 0, "judge": "j", "take": 3, "grade": NaN}', "`grade` is no number"),
-        ('{"model": "m0", "task_id": 77, "judge": "j", "grade": 5}', "a grade of an unknown task .found: 77"),
+        (
+            '{"model": "m0", "task_id": 0, "judge": "j", "take": 3, "grade": 6}',
+            "line 52: `grade` is no number from 1 to 5 .found: 6",
+        ),
+        (
+            '{"model": "m0", "task_id": 0, "judge": "j", "take": 3, "grade": "5"}',
+            "`grade` is no number",
+        ),
+        (
+            '{"model": "m0", "task_id": 0, "judge": "j", "take": 3, "grade": NaN}',
+            "`grade` is no number",
+        ),
+        (
+            '{"model": "m0", "task_id": 77, "judge": "j", "grade": 5}',
+            "a grade of an unknown task .found: 77",
+        ),
         ('{"model": "m0", "task_id": 0, "judge": "j", "grade": 5}', "a second grade"),
         ('{"model": "m0", "task_id": 0, "grade": 5}', "no `judge`"),
         ('{"model": 3, "task_id": 0, "judge": "j", "grade": 5}', "`model` is not a text"),
-        ('{"model": "m0", "task_id": 0, "judge": "j", "take": 0, "grade": 5}', "`take` is no count"),
+        (
+            '{"model": "m0", "task_id": 0, "judge": "j", "take": 0, "grade": 5}',
+            "`take` is no count",
+        ),
         ("oops", "no valid JSON"),
     ],
 )
@@ -194,7 +243,9 @@ def test_other_wrong_input_is_one_line(files, tmp_path, capsys):
     assert "no such file of a learned judge" in capsys.readouterr().err
     assert main(command(files, judge="magic")) == 2
     assert "no such judge" in capsys.readouterr().err
-    apart = write(tmp_path / "apart.jsonl", [{"model": "x", "task_id": 0, "judge": "j", "grade": 5}])
+    apart = write(
+        tmp_path / "apart.jsonl", [{"model": "x", "task_id": 0, "judge": "j", "grade": 5}]
+    )
     assert main(command([files[0], files[1], apart])) == 2
     err = capsys.readouterr().err
     assert "no answer has a grade" in err
@@ -205,6 +256,8 @@ def test_the_real_grades_join(shared):
     tasks = load_tasks(shared / "elyza/tasks.jsonl")
     grades = read_grades(shared / "elyza/grades.jsonl", tasks)
     assert len(grades) == 30348
-    joined = join(read_answers(shared / "elyza/answers.jsonl", tasks), pick(grades, ["gpt-4-turbo"], "grades"))
+    joined = join(
+        read_answers(shared / "elyza/answers.jsonl", tasks), pick(grades, ["gpt-4-turbo"], "grades")
+    )
     assert len(joined.lines) == 8776
     assert (joined.answers_alone, joined.grades_alone) == (12200 - 8776, 0)

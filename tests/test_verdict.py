@@ -2,14 +2,37 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from evomerge.search.ledger import TrialRecord
-from evomerge.search.verdict import best_uniform, bootstrap_interval, choose_winner, make_verdict, mean_and_error
+from evomerge.searching.ledger import TrialRecord
+from evomerge.searching.verdict import (
+    best_uniform,
+    bootstrap_interval,
+    choose_winner,
+    make_verdict,
+    mean_and_error,
+)
 
 
 def record(number, role, grades, weights=(1.0, 0.5)):
-    by_task = {str(i): {"grade": float(g), "correct": None, "truncated": False} for i, g in enumerate(grades)}
+    by_task = {
+        str(i): {"grade": float(g), "correct": None, "truncated": False}
+        for i, g in enumerate(grades)
+    }
     score, error = mean_and_error(list(map(float, grades)))
-    return TrialRecord(number, 0, number, role, "complete", weights, score, error, len(grades), 0.0, {}, None, by_task)
+    return TrialRecord(
+        number,
+        0,
+        number,
+        role,
+        "complete",
+        weights,
+        score,
+        error,
+        len(grades),
+        0.0,
+        {},
+        None,
+        by_task,
+    )
 
 
 def test_mean_and_error_are_scipys():
@@ -22,7 +45,9 @@ def test_mean_and_error_are_scipys():
 def test_the_bootstrap_interval_is_scipys():
     differences = np.random.default_rng(0).normal(0.3, 1.0, 60)
     low, high = bootstrap_interval(differences)
-    other = stats.bootstrap((differences,), np.mean, method="percentile", n_resamples=20_000, rng=1).confidence_interval
+    other = stats.bootstrap(
+        (differences,), np.mean, method="percentile", n_resamples=20_000, rng=1
+    ).confidence_interval
     assert low == pytest.approx(other.low, abs=0.02)
     assert high == pytest.approx(other.high, abs=0.02)
 
@@ -37,18 +62,34 @@ def test_a_lucky_trial_does_not_beat_the_mean_but_a_clearly_better_one_does():
 
 
 def test_the_best_uniform_weight_is_one_weight():
-    trials = [record(0, "parent", [1], (0.0, 0.0)), record(1, "parent", [5], (1.0, 0.0)), record(2, "uniform", [3], (0.5, 0.5))]
+    trials = [
+        record(0, "parent", [1], (0.0, 0.0)),
+        record(1, "parent", [5], (1.0, 0.0)),
+        record(2, "uniform", [3], (0.5, 0.5)),
+    ]
     assert best_uniform(trials, lambda weights: len(set(weights)) == 1).number == 2
     assert best_uniform(trials, lambda weights: weights == (1.0, 0.0)).number == 1
 
 
 def test_the_verdict_pairs_by_task_and_leaves_open_tasks_out_of_correct():
     def grades(*rights):
-        return {str(i): {"grade": 1.0, "correct": r, "truncated": i == 0} for i, r in enumerate(rights)}
+        return {
+            str(i): {"grade": 1.0, "correct": r, "truncated": i == 0} for i, r in enumerate(rights)
+        }
 
-    verdict = make_verdict({"winner": grades(True, True, None, True), "base": grades(False, True, None, False)}, "correct", seed=0)
+    verdict = make_verdict(
+        {"winner": grades(True, True, None, True), "base": grades(False, True, None, False)},
+        "correct",
+        seed=0,
+    )
     assert (verdict["metric"], verdict["n"]) == ("correct", 3)
     assert verdict["candidates"]["winner"]["mean"] == 1.0
     assert verdict["candidates"]["base"]["truncated"] == 0.25
     assert verdict["paired"]["winner-base"]["diff"] == pytest.approx(2 / 3)
-    assert 0 <= verdict["paired"]["winner-base"]["low"] <= 2 / 3 <= verdict["paired"]["winner-base"]["high"] <= 1
+    assert (
+        0
+        <= verdict["paired"]["winner-base"]["low"]
+        <= 2 / 3
+        <= verdict["paired"]["winner-base"]["high"]
+        <= 1
+    )

@@ -1,4 +1,6 @@
-"""The vLLM engine against a fresh load of the merged folder. It needs an environment of its own: `make test-vllm`."""
+"""The vLLM engine against a fresh load of the merged folder. It needs an environment of its own:
+`make test-vllm`.
+"""
 
 import hashlib
 import importlib.util
@@ -19,17 +21,21 @@ from engine_contract import Contract, contract_family
 from evomerge.answering.engine import Answer, make_engine
 from evomerge.errors import EngineError, RecipeError
 from evomerge.merging.build import build_model
-from evomerge.merging.folder import open_model
+from evomerge.merging.checkpoints.model_folder import open_model
 from evomerge.recipe import Recipe, task_arithmetic_recipe
 from evomerge.study import EngineSection, GenerationSection, VllmSection
 
 INSTALLED = importlib.util.find_spec("vllm") is not None
-needs_vllm = pytest.mark.skipif(not INSTALLED, reason="vLLM is not installed here: run `make test-vllm`")
-WIDE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}  # heads of 32: the narrowest that a CPU's kernels take
+needs_vllm = pytest.mark.skipif(
+    not INSTALLED, reason="vLLM is not installed here: run `make test-vllm`"
+)
+# heads of 32: the narrowest that a CPU's kernels take
+WIDE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
 SHAPE = WIDE | {"max_position_embeddings": 512}
 LONG = CHARACTERS[:14] * 20  # 280 tokens: more than two blocks of the prefix cache
 PROMPTS = ["あ\n", "いうえおか\n", "", "12345:\n", "くけこ\n", "😀あ\n", LONG, LONG + "1"]
-ALIVE: list[object] = []  # an LLM that is let go takes along what all LLMs of the process talk through
+# an LLM that is let go takes along what all LLMs of the process talk through
+ALIVE: list[object] = []
 SECTION = EngineSection(kind="vllm", vllm=VllmSection(enforce_eager=True))
 
 
@@ -42,15 +48,32 @@ def family(tmp_path_factory):
     for seed, name in ((1, "one"), (2, "two")):
         other = make_model(0, **SHAPE)
         with torch.no_grad():
-            for p, q in zip(other.parameters(), make_model(seed, **SHAPE).parameters(), strict=True):
+            for p, q in zip(
+                other.parameters(), make_model(seed, **SHAPE).parameters(), strict=True
+            ):
                 p.add_(0.5 * q)
         save(other, folder / name)
     return folder
 
 
-def engine_of(family, siblings=("one", "two"), dtype="float32", section=SECTION, base="base", too_long="refuse", **generation):
+def engine_of(
+    family,
+    siblings=("one", "two"),
+    dtype="float32",
+    section=SECTION,
+    base="base",
+    too_long="refuse",
+    **generation,
+):
     folders = open_model(str(family / base)), [open_model(str(family / name)) for name in siblings]
-    engine = make_engine(*folders, section, GenerationSection(**({"max_new_tokens": 12} | generation)), dtype, 7, too_long)
+    engine = make_engine(
+        *folders,
+        section,
+        GenerationSection(**({"max_new_tokens": 12} | generation)),
+        dtype,
+        7,
+        too_long,
+    )
     ALIVE.append(engine)
     return engine
 
@@ -64,13 +87,27 @@ def recipe_of(family, one, two, dtype="float32"):
     """Weights per layer of the siblings."""
     siblings = [str(family / "one"), str(family / "two")]
     return task_arithmetic_recipe(
-        str(family / "base"), siblings, [(i, i + 1) for i in range(4)], [*zip(one, two, strict=True)], dtype=dtype
+        str(family / "base"),
+        siblings,
+        [(i, i + 1) for i in range(4)],
+        [*zip(one, two, strict=True)],
+        dtype=dtype,
     )
 
 
 def dare(family, density):
-    models = [{"model": str(family / name), "parameters": {"weight": 0.8, "density": density}} for name in ("one", "two")]
-    return Recipe.from_dict({"merge_method": "dare_ties", "base_model": str(family / "base"), "dtype": "float32", "models": models})
+    models = [
+        {"model": str(family / name), "parameters": {"weight": 0.8, "density": density}}
+        for name in ("one", "two")
+    ]
+    return Recipe.from_dict(
+        {
+            "merge_method": "dare_ties",
+            "base_model": str(family / "base"),
+            "dtype": "float32",
+            "models": models,
+        }
+    )
 
 
 def linear(family, one, two):
@@ -78,7 +115,11 @@ def linear(family, one, two):
     slices = [
         {
             "sources": [
-                {"model": str(family / n), "layer_range": [i, i + 1], "parameters": {"weight": w[i]}}
+                {
+                    "model": str(family / n),
+                    "layer_range": [i, i + 1],
+                    "parameters": {"weight": w[i]},
+                }
                 for n, w in (("one", one), ("two", two))
             ]
         }
@@ -88,7 +129,9 @@ def linear(family, one, two):
 
 
 def fresh(folder, prompts, dtype="float32", new=12):
-    """(tokens without the end token, whether it ended) of vLLM on the folder, as its documentation loads it."""
+    """(tokens without the end token, whether it ended) of vLLM on the folder, as its documentation
+    loads it.
+    """
     from vllm import LLM, SamplingParams
 
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -96,7 +139,10 @@ def fresh(folder, prompts, dtype="float32", new=12):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    inputs = [{"prompt_token_ids": tokenizer(p, add_special_tokens=False)["input_ids"] or [1]} for p in prompts]
+    inputs = [
+        {"prompt_token_ids": tokenizer(p, add_special_tokens=False)["input_ids"] or [1]}
+        for p in prompts
+    ]
     outputs = llm.generate(inputs, SamplingParams(temperature=0, max_tokens=new), use_tqdm=False)
     found = [
         (tokenizer.decode(ids, skip_special_tokens=True), ids[-1] == 2, len(ids) - (ids[-1] == 2))
@@ -172,10 +218,15 @@ def test_a_sampled_answer_is_the_prompts_own(family):
 
 
 def generated(engine, prompts, sections):
-    """(text, ended) by vLLM's own `LLM.generate`, with settings written out anew; the engine's seed is 7."""
+    """(text, ended) by vLLM's own `LLM.generate`, with settings written out anew; the engine's seed
+    is 7.
+    """
     from vllm import SamplingParams
 
-    digests = [hashlib.sha256(f"{7 if g.seed is None else g.seed}\0{p}".encode()).digest() for p, g in zip(prompts, sections, strict=True)]
+    digests = [
+        hashlib.sha256(f"{7 if g.seed is None else g.seed}\0{p}".encode()).digest()
+        for p, g in zip(prompts, sections, strict=True)
+    ]
     settings = [
         SamplingParams(
             max_tokens=g.max_new_tokens,
@@ -188,18 +239,27 @@ def generated(engine, prompts, sections):
         for g, digest in zip(sections, digests, strict=True)
     ]
     rows = [engine.tokenizer(p, add_special_tokens=False)["input_ids"] or [1] for p in prompts]
-    outputs = engine.llm.generate([{"prompt_token_ids": row} for row in rows], settings, use_tqdm=False)
+    outputs = engine.llm.generate(
+        [{"prompt_token_ids": row} for row in rows], settings, use_tqdm=False
+    )
     decode = engine.tokenizer.decode
     cut = [
-        re.split("|".join(g.stop) or "(?!)", decode(o.outputs[0].token_ids, skip_special_tokens=True))
+        re.split(
+            "|".join(g.stop) or "(?!)", decode(o.outputs[0].token_ids, skip_special_tokens=True)
+        )
         for o, g in zip(outputs, sections, strict=True)
     ]
-    return [(text[0], o.outputs[0].finish_reason == "stop") for text, o in zip(cut, outputs, strict=True)]
+    return [
+        (text[0], o.outputs[0].finish_reason == "stop")
+        for text, o in zip(cut, outputs, strict=True)
+    ]
 
 
 @needs_vllm
 def test_the_answers_are_those_of_vllms_own_generate(family, engine):
-    """Greedy and drawn, more prompts than run at once, settings mixed; given out one by one all the same."""
+    """Greedy and drawn, more prompts than run at once, settings mixed; given out one by one all the
+    same.
+    """
     engine.apply(recipe_of(family, [0.5] * 4, [0.3] * 4))
     kinds = [
         GenerationSection(max_new_tokens=20),
@@ -216,7 +276,9 @@ def test_the_answers_are_those_of_vllms_own_generate(family, engine):
     engine.watch = None
     assert [(a.text, not a.truncated) for a in answers] == generated(engine, prompts, sections)
     assert sorted(seen) == list(enumerate(answers))
-    assert [place for place, _ in seen] != list(range(len(prompts))), "the order in which they end is another"
+    assert [place for place, _ in seen] != list(range(len(prompts))), (
+        "the order in which they end is another"
+    )
     assert watched == sorted(watched)
     assert 0 < watched[0][1] <= len(prompts)
     assert watched[-1][1] >= sum(a.tokens for a in answers)  # end tokens count here
@@ -243,7 +305,9 @@ def test_a_deadline_in_the_middle_leaves_vllm_as_it_was(family, engine, monkeypa
     assert all(answers[i] == answer == whole[i] for i, answer in seen.items())
     under_way = [i for i in range(400) if i not in seen and answers[i].tokens]
     assert len(under_way) > 100
-    assert all(answers[i].truncated and 1 <= answers[i].tokens < whole[i].tokens + 1 for i in under_way)
+    assert all(
+        answers[i].truncated and 1 <= answers[i].tokens < whole[i].tokens + 1 for i in under_way
+    )
     assert all(whole[i].text.startswith(answers[i].text.rstrip("\ufffd")) for i in under_way)
     assert sum(i not in seen and answers[i] == Answer("", True, 0) for i in range(400)) > 50
     assert engine.answer(prompts, sections) == whole
@@ -296,7 +360,8 @@ def test_what_cannot_be_merged_leaves_the_engine_as_it_was(family, engine):
     engine.apply(good)
     before = engine.answer(PROMPTS)
     with pytest.raises(RecipeError, match="sum to 0"):
-        engine.apply(linear(family, [0.9, 0.4, 0.9, 0.9], [0.3, 0.8, 0.3, -0.9]))  # fails in the last layer
+        # fails in the last layer
+        engine.apply(linear(family, [0.9, 0.4, 0.9, 0.9], [0.3, 0.8, 0.3, -0.9]))
     assert engine.answer(PROMPTS) == before
     engine.apply(good)
     assert engine.answer(PROMPTS) == before
@@ -355,18 +420,37 @@ class TestVllm(Contract):
     def family(self, tmp_path_factory):
         return contract_family(tmp_path_factory.mktemp("contract"), **WIDE)
 
-    def make(self, family, siblings=("one", "two"), *, model="base", dtype="float32", seed=0, too_long="refuse", **generation):
-        folders = open_model(str(family / model)), [open_model(str(family / name)) for name in siblings]
-        engine = make_engine(*folders, SECTION, GenerationSection(**generation), dtype, seed, too_long)
+    def make(
+        self,
+        family,
+        siblings=("one", "two"),
+        *,
+        model="base",
+        dtype="float32",
+        seed=0,
+        too_long="refuse",
+        **generation,
+    ):
+        folders = (
+            open_model(str(family / model)),
+            [open_model(str(family / name)) for name in siblings],
+        )
+        engine = make_engine(
+            *folders, SECTION, GenerationSection(**generation), dtype, seed, too_long
+        )
         ALIVE.append(engine)
         return engine
 
 
-@needs_vllm  # last: a load that fails takes along what the other engines of this process talk through
+# last: a load that fails takes along what the other engines of this process talk through
+@needs_vllm
 def test_what_vllm_cannot_do_is_one_line(tmp_path):
     save(make_model(0), tmp_path / "narrow")  # heads of 8, for which the CPU has no kernel
     save(make_model(0, **SHAPE), tmp_path / "fine")
-    for name, section in (("narrow", SECTION), ("fine", EngineSection(kind="vllm", vllm=VllmSection(max_model_len=1 << 20)))):
+    for name, section in (
+        ("narrow", SECTION),
+        ("fine", EngineSection(kind="vllm", vllm=VllmSection(max_model_len=1 << 20))),
+    ):
         with pytest.raises(EngineError, match="vLLM cannot load the model") as caught:
             engine_of(tmp_path, (), section=section, base=name)
         assert len(str(caught.value).splitlines()) == 1
@@ -393,16 +477,34 @@ demo.build_demo(Path(sys.argv[1]))
 
 @needs_vllm
 def test_the_demo_study_runs_to_a_verdict(tmp_path):
-    """The demo's model with three heads instead of four: vLLM has no kernel for heads of 24 numbers on a CPU."""
+    """The demo's model with three heads instead of four: vLLM has no kernel for heads of 24 numbers
+    on a CPU.
+    """
     subprocess.run([sys.executable, "-c", DEMO, tmp_path / "demo"], check=True, env=environment())
     (tmp_path / "spaces").mkdir()
     shutil.copy(Path(__file__).parents[1] / "search_spaces" / "demo.yaml", tmp_path / "spaces")
-    sets = ["engine.kind=vllm", "engine.vllm={enforce_eager: true}", "search.trials=24", "search.uniform=[0.5]"]
-    command = [sys.executable, "-m", "evomerge.cli", "search", "spaces/demo.yaml", *(part for s in sets for part in ("--set", s))]
+    sets = [
+        "engine.kind=vllm",
+        "engine.vllm={enforce_eager: true}",
+        "search.trials=24",
+        "search.uniform=[0.5]",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "evomerge.cli",
+        "search",
+        "spaces/demo.yaml",
+        *(part for s in sets for part in ("--set", s)),
+    ]
     for _ in range(2):  # the second time there is nothing left to do
-        found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment())
+        found = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment()
+        )
         assert found.returncode == 0, found.stderr[-2000:]
-    verdict = json.loads((tmp_path / "results" / "demo" / "verdict.json").read_text(encoding="utf-8"))
+    verdict = json.loads(
+        (tmp_path / "results" / "demo" / "verdict.json").read_text(encoding="utf-8")
+    )
     assert verdict["n"] == 120
     assert verdict["candidates"].keys() >= {"winner", "base", "instruct", "uniform"}
 
@@ -410,13 +512,28 @@ def test_the_demo_study_runs_to_a_verdict(tmp_path):
 @pytest.mark.skipif(INSTALLED, reason="vLLM is installed here")
 def test_an_absent_vllm_names_the_extra(pair):
     with pytest.raises(EngineError, match=r"pip install 'evomerge\[vllm\]'"):
-        make_engine(open_model(str(pair / "base")), [], EngineSection(kind="vllm"), GenerationSection(), "float32")
+        make_engine(
+            open_model(str(pair / "base")),
+            [],
+            EngineSection(kind="vllm"),
+            GenerationSection(),
+            "float32",
+        )
 
 
 @pytest.mark.parametrize(
-    "keys", [{"device": "cpu"}, {"device_map": "auto"}, {"quantization": "4bit"}, {"batch_tokens": 9}, {"population": True}]
+    "keys",
+    [
+        {"device": "cpu"},
+        {"device_map": "auto"},
+        {"quantization": "4bit"},
+        {"batch_tokens": 9},
+        {"population": True},
+    ],
 )
 def test_what_only_transformers_honours_is_refused(pair, keys):
     section = EngineSection(kind="vllm", **keys)
-    with pytest.raises(EngineError, match=f"engine.{next(iter(keys))}: the vLLM engine does not take this key"):
+    with pytest.raises(
+        EngineError, match=f"engine.{next(iter(keys))}: the vLLM engine does not take this key"
+    ):
         make_engine(open_model(str(pair / "base")), [], section, GenerationSection(), "float32")

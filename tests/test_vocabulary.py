@@ -11,11 +11,19 @@ from hypothesis import strategies as st
 from merging_tools import load_all, same_bits
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
-from vocabulary_tools import EMBEDDINGS, adding, aligned_by_loop, byte_pairs, save_with, section, word_level
+from vocabulary_tools import (
+    EMBEDDINGS,
+    adding,
+    aligned_by_loop,
+    byte_pairs,
+    save_with,
+    section,
+    word_level,
+)
 
 from evomerge.errors import InputError, ModelError, RecipeError
-from evomerge.merging.folder import open_model
-from evomerge.merging.methods import task_arithmetic
+from evomerge.merging.checkpoints.model_folder import open_model
+from evomerge.merging.methods.functions import task_arithmetic
 from evomerge.merging.tokens import Rule
 from evomerge.merging.vocabulary import Vocabulary, make_vocabulary
 
@@ -43,11 +51,19 @@ def test_every_row_is_that_of_a_plain_loop(data):
         height = n + rng.randrange(3)
         tensors[ref] = torch.randn(height, 3).to(rng.choice([torch.bfloat16, torch.float32]))
         tensors[ref][rng.randrange(height)] = -0.0
-        rows[ref] = list(range(n)) if rng.random() < 0.3 else [i if rng.random() < 0.7 else -1 for i in rng.sample(range(height), n)]
+        rows[ref] = (
+            list(range(n))
+            if rng.random() < 0.3
+            else [i if rng.random() < 0.7 else -1 for i in rng.sample(range(height), n)]
+        )
     rules = {}
     for i in range(n):
         model = rng.choice([None, *refs])
-        row = None if model is None or (rows[model][i] >= 0 and rng.random() < 0.5) else rng.randrange(len(tensors[model]))
+        row = (
+            None
+            if model is None or (rows[model][i] >= 0 and rng.random() < 0.5)
+            else rng.randrange(len(tensors[model]))
+        )
         if rng.random() < 0.2:
             rules[i] = Rule(str(i), model, row, rng.random() < 0.5)
     base = data.draw(st.sampled_from([None, "base", "one"]))
@@ -55,7 +71,9 @@ def test_every_row_is_that_of_a_plain_loop(data):
     other = rng.choice([base, None])  # a slice's base goes before the recipe's
     vocabulary = Vocabulary(None, tuple(map(str, range(n))), size, numbers, rules, other)
     aligned = vocabulary.align(tensors, base)
-    wanted = aligned_by_loop(tensors, rows, {i: (r.model, r.row, r.force) for i, r in rules.items()}, base, size)
+    wanted = aligned_by_loop(
+        tensors, rows, {i: (r.model, r.row, r.force) for i, r in rules.items()}, base, size
+    )
     assert list(aligned) == list(refs)
     assert all(same_bits(aligned[ref], wanted[ref]) for ref in refs)
 
@@ -75,24 +93,35 @@ def test_tensors_whose_rows_all_stay_are_not_touched(tmp_path):
 def test_mergekit_s_stored_output(shared, tmp_path):
     case = shared / "golden/vocab_mismatch_tokbase"
     recipe = yaml.safe_load((case / "config.yml").read_text())
-    models, expected = opened(case, "instruct", "base"), load_file(case / "expected/model.safetensors")
+    models, expected = (
+        opened(case, "instruct", "base"),
+        load_file(case / "expected/model.safetensors"),
+    )
     vocabulary = make_vocabulary(section("base"), "base", models)
     for name, piece in zip(EMBEDDINGS, (recipe["slices"][0], recipe["slices"][-1]), strict=True):
         aligned = vocabulary.align({ref: model.get_tensor(name) for ref, model in models.items()})
-        merged = task_arithmetic(aligned["base"], [aligned["instruct"]], [piece["sources"][0]["parameters"]["weight"]])
+        merged = task_arithmetic(
+            aligned["base"], [aligned["instruct"]], [piece["sources"][0]["parameters"]["weight"]]
+        )
         assert same_bits(merged, expected[name]), name
     vocabulary.save(tmp_path)
     assert vocabulary.size == json.loads((case / "expected/config.json").read_text())["vocab_size"]
     for file in ("tokenizer.json", "tokenizer_config.json"):
-        ours, theirs = (json.loads((side / file).read_text()) for side in (tmp_path, case / "expected"))
-        assert ours | {"local_files_only": False} == theirs | {"local_files_only": False}  # whether the run was offline
-    assert (tmp_path / "chat_template.jinja").read_bytes() == (case / "expected/chat_template.jinja").read_bytes()
+        ours, theirs = (
+            json.loads((side / file).read_text()) for side in (tmp_path, case / "expected")
+        )
+        # whether the run was offline
+        assert ours | {"local_files_only": False} == theirs | {"local_files_only": False}
+    assert (tmp_path / "chat_template.jinja").read_bytes() == (
+        case / "expected/chat_template.jinja"
+    ).read_bytes()
 
 
 def test_a_union_numbers_plain_tokens_first_then_added_ones(tmp_path):
     save_with(adding(word_level("pq"), ["<x>"]), tmp_path / "base", 0)
     save_with(adding(word_level("zyqx"), ["<y>"], ["<z>"]), tmp_path / "one", 1)
-    save_with(adding(word_level("yaq"), [], ["x", "p"]), tmp_path / "two", 2, rows=6)  # x is number 4, p number 5
+    # x is number 4, p number 5
+    save_with(adding(word_level("yaq"), [], ["x", "p"]), tmp_path / "two", 2, rows=6)
     models = opened(tmp_path, "base", "one", "two")
     vocabulary = make_vocabulary(section(), "base", models)
     assert list(vocabulary.tokens) == ["<unk>", "p", "q", "<x>", "z", "y", "a", "<y>", "<z>", "x"]
@@ -100,14 +129,26 @@ def test_a_union_numbers_plain_tokens_first_then_added_ones(tmp_path):
     vocabulary.save(tmp_path / "out")
     out = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert out.get_vocab() == vocabulary.tokenizer.get_vocab()
-    added = {token.content: (token.special, token.lstrip) for token in out.added_tokens_decoder.values()}
+    added = {
+        token.content: (token.special, token.lstrip) for token in out.added_tokens_decoder.values()
+    }
     assert added["<z>"] == added["x"] == (True, True)
     assert added["<y>"] == (False, False)
-    assert AutoTokenizer.from_pretrained(tmp_path / "base").get_vocab().keys() == {"<unk>", "p", "q", "<x>"}
+    assert AutoTokenizer.from_pretrained(tmp_path / "base").get_vocab().keys() == {
+        "<unk>",
+        "p",
+        "q",
+        "<x>",
+    }
 
 
 def test_a_base_s_tokens_past_its_embeddings_are_cut(tmp_path):
-    save_with(adding(byte_pairs([("a", "b"), ("ab", "c"), ("d", "e")]), [], ["<z>"]), tmp_path / "base", 0, rows=11)
+    save_with(
+        adding(byte_pairs([("a", "b"), ("ab", "c"), ("d", "e")]), [], ["<z>"]),
+        tmp_path / "base",
+        0,
+        rows=11,
+    )
     save_with(adding(byte_pairs([("a", "b"), ("ab", "c")]), ["<y>"]), tmp_path / "one", 1)
     vocabulary = make_vocabulary(section("base"), "base", opened(tmp_path, "base", "one"))
     assert vocabulary.size == 11
@@ -137,11 +178,26 @@ BAD = {
     "a gap": (section("gaps"), "gaps"),
     "a foreign model": (section(tokens={"p": {"source": "three"}}), "three"),
     "a token of another": (section(tokens={"r": {"source": "base"}}), "lacks this token"),
-    "an unknown token": (section(tokens={"p": {"source": {"kind": "model_token", "model": "one", "token": "zz"}}}), "zz"),
-    "a negative row": (section(tokens={"p": {"source": {"kind": "model_token", "model": "one", "token_id": -1}}}), "-1"),
-    "a row too far": (section(tokens={"p": {"source": {"kind": "model_token", "model": "one", "token_id": 3}}}), "passes the 3 rows"),
+    "an unknown token": (
+        section(tokens={"p": {"source": {"kind": "model_token", "model": "one", "token": "zz"}}}),
+        "zz",
+    ),
+    "a negative row": (
+        section(tokens={"p": {"source": {"kind": "model_token", "model": "one", "token_id": -1}}}),
+        "-1",
+    ),
+    "a row too far": (
+        section(tokens={"p": {"source": {"kind": "model_token", "model": "one", "token_id": 3}}}),
+        "passes the 3 rows",
+    ),
     "both id and token": (
-        section(tokens={"p": {"source": {"kind": "model_token", "model": "one", "token_id": 1, "token": "q"}}}),
+        section(
+            tokens={
+                "p": {
+                    "source": {"kind": "model_token", "model": "one", "token_id": 1, "token": "q"}
+                }
+            }
+        ),
         "malformed",
     ),
     "a kind": (section(tokens={"p": {"source": {"kind": "one"}}}), "malformed"),
@@ -164,7 +220,9 @@ def test_a_wrong_section_is_refused_in_a_line(three, case):
         tokenizer.save_pretrained(three / "gaps")
     models = opened(three, "base", "one")
     with pytest.raises(RecipeError, match=message) as caught:
-        make_vocabulary(asked, "base", models).align({ref: model.get_tensor(EMBEDDINGS[0]) for ref, model in models.items()})
+        make_vocabulary(asked, "base", models).align(
+            {ref: model.get_tensor(EMBEDDINGS[0]) for ref, model in models.items()}
+        )
     assert "\n" not in str(caught.value)
 
 

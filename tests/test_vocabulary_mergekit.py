@@ -1,7 +1,8 @@
-"""Models with different tokens through real mergekit: the same bits for every token, the same tokenizer.
+"""Models with different tokens through real mergekit: the same bits for every token, the same
+tokenizer.
 
-All recipes go through one process, whose start would else be most of the time. mergekit numbers a union's new tokens
-in an order that changes from run to run, so rows are compared by token.
+All recipes go through one process, whose start would else be most of the time. mergekit numbers a
+union's new tokens in an order that changes from run to run, so rows are compared by token.
 """
 
 import json
@@ -19,14 +20,17 @@ from vocabulary_tools import EMBEDDINGS, adding, byte_pairs, save_with, section,
 
 from evomerge.cli import main
 from evomerge.errors import RecipeError
-from evomerge.merging.folder import open_model
-from evomerge.merging.methods import linear, task_arithmetic
+from evomerge.merging.checkpoints.model_folder import open_model
+from evomerge.merging.methods.functions import linear, task_arithmetic
 from evomerge.merging.vocabulary import make_vocabulary
 
 SCRIPT = shutil.which("mergekit-yaml")
-PYTHON = os.environ.get("EVOMERGE_MERGEKIT_PYTHON") or (SCRIPT and str(Path(SCRIPT).resolve().parent / "python"))
+PYTHON = os.environ.get("EVOMERGE_MERGEKIT_PYTHON") or (
+    SCRIPT and str(Path(SCRIPT).resolve().parent / "python")
+)
 pytestmark = pytest.mark.skipif(
-    not PYTHON, reason="mergekit is not here: install mergekit==0.1.5 elsewhere and set EVOMERGE_MERGEKIT_PYTHON"
+    not PYTHON,
+    reason="mergekit is not here: install mergekit==0.1.5 elsewhere and set EVOMERGE_MERGEKIT_PYTHON",
 )
 
 MERGE_ALL = """
@@ -64,7 +68,11 @@ CASES = {
     "base_padding_rows": (["roomy", "one"], section("base"), "bfloat16"),
     "base_tied_padded": (["tied", "tied_one"], section("base", pad=64), "bfloat16"),
     "base_cut": (["cut", "one"], section("base"), "bfloat16"),
-    "base_new_token_in_padding": (["roomy", "one"], section("base", {"<new>": {"source": "./roomy"}}), "bfloat16"),
+    "base_new_token_in_padding": (
+        ["roomy", "one"],
+        section("base", {"<new>": {"source": "./roomy"}}),
+        "bfloat16",
+    ),
     "model": (["base", "one", "two"], section("./one"), "bfloat16"),
     "foreign_model": (["base", "one"], section("./two"), "bfloat16"),
     "tokens": (["one", "base", "two"], section(tokens=SETTINGS), "bfloat16"),
@@ -74,13 +82,23 @@ CASES = {
     "slice_base": (["two", "base", "one"], section(), "bfloat16"),
 }
 FAILING = {
-    "new_token_without_row": (["base", "one"], section("base", {"<new>": {"source": "./one"}}), "bfloat16"),
+    "new_token_without_row": (
+        ["base", "one"],
+        section("base", {"<new>": {"source": "./one"}}),
+        "bfloat16",
+    ),
     "model_past_its_rows": (["base", "short"], section("./short"), "bfloat16"),
     "short_is_no_bpe": (["short", "base"], section("base"), "bfloat16"),
-    "donor_lacks_it": (["base", "one"], section(tokens={"zz": {"source": "./one"}, "abc": {"source": "./base"}}), "bfloat16"),
+    "donor_lacks_it": (
+        ["base", "one"],
+        section(tokens={"zz": {"source": "./one"}, "abc": {"source": "./base"}}),
+        "bfloat16",
+    ),
     "row_too_far": (
         ["base", "one"],
-        section(tokens={"q": {"source": {"kind": "model_token", "model": "./one", "token_id": 999}}}),
+        section(
+            tokens={"q": {"source": {"kind": "model_token", "model": "./one", "token_id": 999}}}
+        ),
         "float32",
     ),
     "force_alone": (["base", "one"], section(tokens={"a": {"force": True}}), "bfloat16"),
@@ -107,10 +125,17 @@ def recipe(name, models, asked, dtype):
     if base_of(name, models) is None:
         data = {"merge_method": "linear"}
     if asked.tokens or asked.pad_to_multiple_of:
-        data["tokenizer"] = {"source": asked.source, "tokens": asked.tokens, "pad_to_multiple_of": asked.pad_to_multiple_of}
+        data["tokenizer"] = {
+            "source": asked.source,
+            "tokens": asked.tokens,
+            "pad_to_multiple_of": asked.pad_to_multiple_of,
+        }
     else:
         data["tokenizer_source"] = asked.source
-    sources = [{"model": f"./{ref}", "layer_range": [0, 1], "parameters": {"weight": weight(ref)}} for ref in models]
+    sources = [
+        {"model": f"./{ref}", "layer_range": [0, 1], "parameters": {"weight": weight(ref)}}
+        for ref in models
+    ]
     slice_base = {"base_model": "./one"} if name == "slice_base" else {}
     return data | {"dtype": dtype, "slices": [slice_base | {"sources": sources}]}
 
@@ -121,8 +146,16 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vocabularies")
     pairs = [("a", "b"), ("d", "e")]
     base = adding(byte_pairs(pairs), ["<x>"], ["<s>"])
-    one = adding(word_level(["q", "h", "g", "abc", "d", "c", "b", "a", "r", "<x>"]), ["ab", "<y>"], ["<z>", "<s>"])
-    two = adding(word_level(["zz", "d", "c", "r", "q", "b", "a", "abc", "de", "e", "zzz"]), ["<y>"], ["<s>", "w"])
+    one = adding(
+        word_level(["q", "h", "g", "abc", "d", "c", "b", "a", "r", "<x>"]),
+        ["ab", "<y>"],
+        ["<z>", "<s>"],
+    )
+    two = adding(
+        word_level(["zz", "d", "c", "r", "q", "b", "a", "abc", "de", "e", "zzz"]),
+        ["<y>"],
+        ["<s>", "w"],
+    )
     save_with(base, folder / "base", 0)
     save_with(base, folder / "roomy", 1, rows=len(base) + 5)
     save_with(one, folder / "one", 2)
@@ -138,24 +171,38 @@ def folder(tmp_path_factory):
     recipes = {f"out/{name}": recipe(name, *case) for name, case in (CASES | FAILING).items()}
     (folder / "out").mkdir()
     (folder / "recipes.json").write_text(json.dumps(recipes))
-    done = subprocess.run([PYTHON, "-c", MERGE_ALL], cwd=folder, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [PYTHON, "-c", MERGE_ALL], cwd=folder, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return folder
 
 
 def aligned(name, models, asked, dtype, opened):
     """Our vocabulary, and every aligned tensor by name and model."""
-    vocabulary = make_vocabulary(asked, None if name == "no_base" else f"./{base_of(name, models)}", opened)
+    vocabulary = make_vocabulary(
+        asked, None if name == "no_base" else f"./{base_of(name, models)}", opened
+    )
     names = [n for n in EMBEDDINGS if n in opened[f"./{models[0]}"].keys]
     base = slice_base_of(name, models)
-    inputs = {n: {f"./{ref}": opened[f"./{ref}"].get_tensor(n).to(getattr(torch, dtype)) for ref in models} for n in names}
-    return vocabulary, {n: vocabulary.align(tensors, base and f"./{base}") for n, tensors in inputs.items()}
+    inputs = {
+        n: {
+            f"./{ref}": opened[f"./{ref}"].get_tensor(n).to(getattr(torch, dtype)) for ref in models
+        }
+        for n in names
+    }
+    return vocabulary, {
+        n: vocabulary.align(tensors, base and f"./{base}") for n, tensors in inputs.items()
+    }
 
 
 def open_all(name, models, folder, monkeypatch):
     monkeypatch.chdir(folder)
     base = base_of(name, models) or models[0]
-    return {f"./{ref}": open_model(f"./{ref}") for ref in [base, *(ref for ref in models if ref != base)]}
+    return {
+        f"./{ref}": open_model(f"./{ref}")
+        for ref in [base, *(ref for ref in models if ref != base)]
+    }
 
 
 def merge(name, models, rows):
@@ -163,21 +210,31 @@ def merge(name, models, rows):
     if base is None:
         return linear([rows[f"./{ref}"] for ref in models], [weight(ref) for ref in models])
     siblings = [ref for ref in models if ref != base]
-    return task_arithmetic(rows[f"./{base}"], [rows[f"./{ref}"] for ref in siblings], [weight(ref) for ref in siblings])
+    return task_arithmetic(
+        rows[f"./{base}"], [rows[f"./{ref}"] for ref in siblings], [weight(ref) for ref in siblings]
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_token_s_row(folder, monkeypatch, name):
     models, asked, dtype = CASES[name]
     assert not (folder / f"out/{name}.error").exists(), (folder / f"out/{name}.error").read_text()
-    vocabulary, tensors = aligned(name, models, asked, dtype, open_all(name, models, folder, monkeypatch))
-    theirs, their_tensors = AutoTokenizer.from_pretrained(folder / "out" / name), load_all(folder / "out" / name)
+    vocabulary, tensors = aligned(
+        name, models, asked, dtype, open_all(name, models, folder, monkeypatch)
+    )
+    theirs, their_tensors = (
+        AutoTokenizer.from_pretrained(folder / "out" / name),
+        load_all(folder / "out" / name),
+    )
     vocab = theirs.get_vocab()
     assert vocab.keys() == set(vocabulary.tokens)
     if asked.source != "union":
         assert vocab == vocabulary.tokenizer.get_vocab()
     order = torch.tensor([vocab[token] for token in vocabulary.tokens])
-    assert vocabulary.size == json.loads((folder / "out" / name / "config.json").read_text())["vocab_size"]
+    assert (
+        vocabulary.size
+        == json.loads((folder / "out" / name / "config.json").read_text())["vocab_size"]
+    )
     assert tensors.keys() == {n for n in EMBEDDINGS if n in their_tensors}
     for tensor, rows in tensors.items():
         ours, wanted = merge(name, models, rows), their_tensors[tensor]
@@ -190,16 +247,26 @@ def test_every_token_s_row(folder, monkeypatch, name):
             assert same_bits(*padding)
 
 
-@pytest.mark.parametrize("name", sorted(CASES.keys() - {"no_base"}))  # without a base, mergekit's first model changes from run to run
+# without a base, mergekit's first model changes from run to run
+@pytest.mark.parametrize("name", sorted(CASES.keys() - {"no_base"}))
 def test_the_saved_tokenizer(folder, monkeypatch, tmp_path, name):
     models, asked, _ = CASES[name]
     vocabulary = make_vocabulary(
-        asked, next(iter(open_all(name, models, folder, monkeypatch))), open_all(name, models, folder, monkeypatch)
+        asked,
+        next(iter(open_all(name, models, folder, monkeypatch))),
+        open_all(name, models, folder, monkeypatch),
     )
     vocabulary.save(tmp_path)
-    ours, theirs = (AutoTokenizer.from_pretrained(path) for path in (tmp_path, folder / "out" / name))
-    assert {p.name for p in tmp_path.iterdir()} == {p.name for p in (folder / "out" / name).glob("*token*")}
-    settings = [{str(t): repr(t) for t in tokenizer.added_tokens_decoder.values()} for tokenizer in (ours, theirs)]
+    ours, theirs = (
+        AutoTokenizer.from_pretrained(path) for path in (tmp_path, folder / "out" / name)
+    )
+    assert {p.name for p in tmp_path.iterdir()} == {
+        p.name for p in (folder / "out" / name).glob("*token*")
+    }
+    settings = [
+        {str(t): repr(t) for t in tokenizer.added_tokens_decoder.values()}
+        for tokenizer in (ours, theirs)
+    ]
     assert settings[0] == settings[1]
     text = "abc abde <x>q <z> zz w <s> <y>a <new>"
     assert ours.tokenize(text) == theirs.tokenize(text)
@@ -222,17 +289,30 @@ def test_the_whole_merge(folder, monkeypatch, tmp_path, name):
     Path("recipe.yml").write_text(yaml.safe_dump(recipe(name, *CASES[name])))
     assert main(["merge", "recipe.yml", str(tmp_path / "out")]) == 0
     ours, theirs = load_all(tmp_path / "out"), load_all(folder / "out" / name)
-    vocabs = [AutoTokenizer.from_pretrained(side).get_vocab() for side in (tmp_path / "out", folder / "out" / name)]
+    vocabs = [
+        AutoTokenizer.from_pretrained(side).get_vocab()
+        for side in (tmp_path / "out", folder / "out" / name)
+    ]
     assert ours.keys() == theirs.keys()
     for tensor in ours:
-        orders = [torch.tensor([vocab[token] for token in vocabs[0]]) if tensor in EMBEDDINGS else slice(None) for vocab in vocabs]
+        orders = [
+            torch.tensor([vocab[token] for token in vocabs[0]])
+            if tensor in EMBEDDINGS
+            else slice(None)
+            for vocab in vocabs
+        ]
         assert same_bits(ours[tensor][orders[0]], theirs[tensor][orders[1]]), tensor
         assert ours[tensor].shape == theirs[tensor].shape
     if name == "no_base":  # whose configuration is copied changes from run to run
         return
-    configs = [json.loads((side / "config.json").read_text()) for side in (tmp_path / "out", folder / "out" / name)]
+    configs = [
+        json.loads((side / "config.json").read_text())
+        for side in (tmp_path / "out", folder / "out" / name)
+    ]
     assert configs[0] == configs[1]
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in (folder / "out" / name).iterdir()}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        p.name for p in (folder / "out" / name).iterdir()
+    }
 
 
 @pytest.mark.parametrize("name", FAILING)

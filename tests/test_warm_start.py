@@ -1,4 +1,6 @@
-"""The references' likelihood and its gradient by the genome's numbers, against autograd and finite differences; the walk."""
+"""The references' likelihood and its gradient by the genome's numbers, against autograd and finite
+differences; the walk.
+"""
 
 import copy
 import json
@@ -14,21 +16,33 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from evomerge.answering import gradient as gradient_module
-from evomerge.answering.gradient import MICRO_TOKENS, GradientModel, batches, inner, likelihoods, make_pair
-from evomerge.answering.hf import TransformersEngine
+from evomerge.answering.hf import gradient as gradient_module
+from evomerge.answering.hf.engine import TransformersEngine
+from evomerge.answering.hf.gradient import (
+    MICRO_TOKENS,
+    GradientModel,
+    batches,
+    inner,
+    likelihoods,
+    make_pair,
+)
 from evomerge.answering.prompts import Prompter
 from evomerge.errors import StudyFileError
-from evomerge.genome import Genome
-from evomerge.merging.folder import open_model
+from evomerge.genome.weights import Genome
+from evomerge.merging.checkpoints.model_folder import open_model
 from evomerge.merging.live import LiveModel
-from evomerge.search import warm_start as warm_start_module
-from evomerge.search.warm_start import Step, check_warm_start, drawn, scales, walked, warm_start
+from evomerge.searching import warm_start as warm_start_module
+from evomerge.searching.warm_start import Step, check_warm_start, drawn, scales, walked, warm_start
 from evomerge.study import EngineSection, GenerationSection, PromptSection
 from evomerge.tasks import Task
 
 PREFIX = [5, 9, 20, 7, 6, 6, 8, 12, 4]  # long enough to be shared
-PAIRS = [([*PREFIX, 8], [9, 10, 2]), ([*PREFIX, 11, 12, 13], [14, 2]), (PREFIX[:4], [4, 5, 6, 7, 2]), ([*PREFIX, 3, 3], [2])]
+PAIRS = [
+    ([*PREFIX, 8], [9, 10, 2]),
+    ([*PREFIX, 11, 12, 13], [14, 2]),
+    (PREFIX[:4], [4, 5, 6, 7, 2]),
+    ([*PREFIX, 3, 3], [2]),
+]
 FP32 = (torch.float32,) * 3
 GENOMES = {
     "slices": {},
@@ -44,19 +58,33 @@ def likelihoods_of(model, pairs, micro_tokens=MICRO_TOKENS):
     values = [0.0] * len(pairs)
     with torch.inference_mode():
         for batch in batches(pairs, micro_tokens):
-            for i, value in zip(batch, likelihoods(model, [pairs[i] for i in batch]).tolist(), strict=True):
+            for i, value in zip(
+                batch, likelihoods(model, [pairs[i] for i in batch]).tolist(), strict=True
+            ):
                 values[i] = value
     return values
 
 
 def make_genome(family, siblings=("one", "two"), dtype="float32", **settings):
     given = {"slices": tuple((i, i + 1) for i in range(4))} | settings
-    return Genome("task_arithmetic", str(family / "base"), tuple(str(family / s) for s in siblings), dtype=dtype, **given)
+    return Genome(
+        "task_arithmetic",
+        str(family / "base"),
+        tuple(str(family / s) for s in siblings),
+        dtype=dtype,
+        **given,
+    )
 
 
 def make_live(family, siblings=("one", "two"), dtype=torch.float32, residency="auto"):
     model = AutoModelForCausalLM.from_pretrained(family / "base", dtype=dtype).eval()
-    return model, LiveModel(model, open_model(str(family / "base")), [open_model(str(family / s)) for s in siblings], 0, residency)
+    return model, LiveModel(
+        model,
+        open_model(str(family / "base")),
+        [open_model(str(family / s)) for s in siblings],
+        0,
+        residency,
+    )
 
 
 def some_vector(genome, seed=0):
@@ -64,7 +92,9 @@ def some_vector(genome, seed=0):
 
 
 def autograd(genome, model, vector):
-    """(mean, gradient) with the numbers as leaves: the merge by mergekit's rules written out, one row at a time."""
+    """(mean, gradient) with the numbers as leaves: the merge by mergekit's rules written out, one
+    row at a time.
+    """
     tensors = [
         dict(AutoModelForCausalLM.from_pretrained(ref, dtype=torch.float64).named_parameters())
         for ref in (genome.base_model, *genome.models)
@@ -82,15 +112,24 @@ def autograd(genome, model, vector):
             low = min(int(at), shape[0] - 2)
             return (1 - (at - low)) * groups[low, m, f] + (at - low) * groups[low + 1, m, f]
         last = name.startswith(("model.norm", "lm_head"))
-        at = (-1 if last else 0) if layer is None else next(i for i, (start, end) in enumerate(genome.slices) if start <= layer < end)
+        at = (
+            (-1 if last else 0)
+            if layer is None
+            else next(i for i, (start, end) in enumerate(genome.slices) if start <= layer < end)
+        )
         return groups[at, m, f]
 
-    merged = {name: b + sum(weight(name, m) * (o[name] - b) for m, o in enumerate(others)) for name, b in base.items()}
+    merged = {
+        name: b + sum(weight(name, m) * (o[name] - b) for m, o in enumerate(others))
+        for name, b in base.items()
+    }
     wide = copy.deepcopy(model).double()
     values = []
     for prompt, reference in PAIRS:
         row = torch.tensor([prompt + reference])
-        logits = functional_call(wide, merged, (row,), {"use_cache": False}, tie_weights=True).logits[0, len(prompt) - 1 : -1]
+        logits = functional_call(
+            wide, merged, (row,), {"use_cache": False}, tie_weights=True
+        ).logits[0, len(prompt) - 1 : -1]
         values.append(-F.cross_entropy(logits, row[0, len(prompt) :]))
     mean = torch.stack(values).mean()
     mean.backward()
@@ -106,7 +145,9 @@ def test_gradient_is_autograds_with_the_numbers_as_leaves(tmp_path, kind, tied):
     found = GradientModel(model, live, genome)(PAIRS, vector, micro_tokens=40)
     values, gradient = autograd(genome, model, vector)
     assert found.values == pytest.approx(values, rel=1e-5)
-    assert torch.linalg.norm(torch.tensor(found.gradient) - gradient) < 1e-5 * torch.linalg.norm(gradient)
+    assert torch.linalg.norm(torch.tensor(found.gradient) - gradient) < 1e-5 * torch.linalg.norm(
+        gradient
+    )
 
 
 @pytest.mark.parametrize("residency", ["device", "host", "disk"])
@@ -160,7 +201,10 @@ def test_nothing_is_left_behind(tmp_path):
     live.apply(recipe)
     wanted.apply(recipe)
     assert not differing(dict(model.named_parameters()), dict(other.named_parameters()))
-    assert all(p.grad is None and p.grad_fn is None and not p._post_accumulate_grad_hooks for p in model.parameters())
+    assert all(
+        p.grad is None and p.grad_fn is None and not p._post_accumulate_grad_hooks
+        for p in model.parameters()
+    )
     assert {name: p.requires_grad for name, p in model.named_parameters()} == asked
 
 
@@ -175,7 +219,9 @@ def test_a_failure_leaves_nothing_behind(tmp_path):
 
 def test_inner_is_the_sum_of_products(monkeypatch):
     monkeypatch.setattr(gradient_module, "PIECE", 7)
-    a, b = (torch.randn(5, 9, generator=torch.Generator().manual_seed(i)).bfloat16() for i in (0, 1))
+    a, b = (
+        torch.randn(5, 9, generator=torch.Generator().manual_seed(i)).bfloat16() for i in (0, 1)
+    )
     assert inner(a, b) == pytest.approx((a.double() * b.double()).sum().item(), rel=1e-6)
     assert inner(a[:0], b[:0]) == 0.0
 
@@ -188,12 +234,17 @@ def engine(pair):
 def make_engine(pair, dtype="float32", **settings):
     models = [open_model(str(pair / name)) for name in ("base", "instruct")]
     section = EngineSection(batch_size=8, threads=1)
-    return TransformersEngine(models[0], models[1:], section, GenerationSection(max_new_tokens=12, **settings), dtype)
+    return TransformersEngine(
+        models[0], models[1:], section, GenerationSection(max_new_tokens=12, **settings), dtype
+    )
 
 
 def test_a_reference_is_cut_as_the_model_would_have_said_it(engine):
     tokens = dict(engine.tokenizer.get_vocab().items())
-    assert engine._pair("あ1\n", "いう") == ([tokens[c] for c in "あ1\n"], [tokens["い"], tokens["う"], 2])
+    assert engine._pair("あ1\n", "いう") == (
+        [tokens[c] for c in "あ1\n"],
+        [tokens["い"], tokens["う"], 2],
+    )
     assert len(engine._pair("あ", "い" * 40)[1]) == 12  # no answer is longer
 
 
@@ -240,7 +291,12 @@ def test_out_of_memory_halves_and_gives_the_same(engine, pair, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("change", "word"), [({"method": "ties"}, "ties"), ({"normalize": True}, "normalized"), ({"method": "slerp"}, "slerp")]
+    ("change", "word"),
+    [
+        ({"method": "ties"}, "ties"),
+        ({"normalize": True}, "normalized"),
+        ({"method": "slerp"}, "slerp"),
+    ],
 )
 def test_other_methods_are_refused_in_a_line(pair, engine, change, word):
     genome = replace(make_genome(pair, ("instruct",)), **change)
@@ -257,7 +313,15 @@ def make_study(steps=6, seed=0):
 
 def start(engine, pair, steps=6, done=(), record=lambda step: None, tasks=TASKS, **genome):
     made = make_genome(pair, ("instruct",), start=0.5, **genome)
-    return made, warm_start(engine, made, tasks, Prompter(engine.tokenizer, PromptSection()), make_study(steps), done, record)
+    return made, warm_start(
+        engine,
+        made,
+        tasks,
+        Prompter(engine.tokenizer, PromptSection()),
+        make_study(steps),
+        done,
+        record,
+    )
 
 
 def test_a_killed_warm_start_goes_on_as_if_it_had_not_been(pair):
@@ -275,11 +339,23 @@ def test_a_killed_warm_start_goes_on_as_if_it_had_not_been(pair):
 
     for _ in range(2):
         with pytest.raises(Killed):
-            start(make_engine(pair, "bfloat16"), pair, done=[Step.from_dict(json.loads(k)) for k in kept], record=record)
-    _, resumed = start(make_engine(pair, "bfloat16"), pair, done=[Step.from_dict(json.loads(k)) for k in kept], record=record)
+            start(
+                make_engine(pair, "bfloat16"),
+                pair,
+                done=[Step.from_dict(json.loads(k)) for k in kept],
+                record=record,
+            )
+    _, resumed = start(
+        make_engine(pair, "bfloat16"),
+        pair,
+        done=[Step.from_dict(json.loads(k)) for k in kept],
+        record=record,
+    )
     assert len(kept) == 6
     assert (resumed.mean, resumed.scales) == (straight.mean, straight.scales)
-    assert [replace(s, seconds=0) for s in resumed.steps] == [replace(s, seconds=0) for s in straight.steps]
+    assert [replace(s, seconds=0) for s in resumed.steps] == [
+        replace(s, seconds=0) for s in straight.steps
+    ]
     _, again = start(make_engine(pair, "bfloat16"), pair, done=resumed.steps, record=record)
     assert again == resumed
     assert len(kept) == 6
@@ -299,7 +375,9 @@ def test_adam_is_torchs(pair):
     genome = make_genome(pair, ("instruct",), weight_bounds=(-9.0, 9.0))
     gradients = np.random.default_rng(0).normal(size=(7, genome.dimensions))
     x = torch.tensor([gene.start for gene in genome.genes], dtype=torch.float64, requires_grad=True)
-    adam = torch.optim.Adam([x], lr=warm_start_module.RATE, betas=warm_start_module.BETAS, eps=1e-12)
+    adam = torch.optim.Adam(
+        [x], lr=warm_start_module.RATE, betas=warm_start_module.BETAS, eps=1e-12
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda t: 1 - t / 10)
     for gradient in gradients:
         x.grad = torch.tensor(gradient)

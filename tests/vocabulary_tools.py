@@ -13,7 +13,9 @@ LETTERS = "abcdefgh"
 
 def word_level(words):
     """A tokenizer whose tokens are `words`, after <unk>."""
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<unk>", *words])}, unk_token="<unk>"))
+    backend = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(["<unk>", *words])}, unk_token="<unk>")
+    )
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
 
@@ -29,13 +31,23 @@ def byte_pairs(pairs):
 def adding(tokenizer, plain=(), special=()):
     """The tokenizer with added tokens; special ones are stripped on their left."""
     tokenizer.add_tokens(list(plain))
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False, lstrip=True) for token in special])
+    tokenizer.add_tokens(
+        [AddedToken(token, special=True, normalized=False, lstrip=True) for token in special]
+    )
     return tokenizer
 
 
 def save_with(tokenizer, folder, seed, rows=None, dtype=torch.bfloat16, tied=False):
-    """A model of one layer with random embeddings, negative zeros among them; `rows` of them, or one per token."""
-    model = make_model(seed, layers=1, vocab_size=rows or len(tokenizer), tie_word_embeddings=tied, initializer_range=0.5)
+    """A model of one layer with random embeddings, negative zeros among them; `rows` of them, or
+    one per token.
+    """
+    model = make_model(
+        seed,
+        layers=1,
+        vocab_size=rows or len(tokenizer),
+        tie_word_embeddings=tied,
+        initializer_range=0.5,
+    )
     with torch.no_grad():
         for p in model.parameters():
             p.view(-1)[::7] = -0.0
@@ -50,8 +62,12 @@ def section(source="union", tokens=None, pad=None):
 
 
 def aligned_by_loop(tensors, rows, rules, base, size):
-    """What Vocabulary.align gives, a row and a model at a time; `rules` are (model, row, force) by output row."""
-    dtype = torch.float32 if torch.float32 in {t.dtype for t in tensors.values()} else torch.bfloat16
+    """What Vocabulary.align gives, a row and a model at a time; `rules` are (model, row, force) by
+    output row.
+    """
+    dtype = (
+        torch.float32 if torch.float32 in {t.dtype for t in tensors.values()} else torch.bfloat16
+    )
     n = len(next(iter(rows.values())))
     out = {ref: torch.zeros(size, tensor.shape[1], dtype=dtype) for ref, tensor in tensors.items()}
     for i in range(n):

@@ -1,6 +1,7 @@
 """Answers already paid for: an SQLite file beside the study, keyed by whole batches.
 
-A batch is kept or not kept as one, because the answers of a padded batch may depend on what shares it.
+A batch is kept or not kept as one, because the answers of a padded batch may depend on what shares
+it.
 """
 
 from __future__ import annotations
@@ -30,18 +31,26 @@ class AnswerCache:
     """Batches of answers by key; every write is durable when `put` returns."""
 
     def __init__(self, path: Path, scope: str) -> None:
-        """`scope` names all that the answers depend on beside recipe, prompts and mode: models, generation, engine."""
+        """`scope` names all that the answers depend on beside recipe, prompts and mode: models,
+        generation, engine.
+        """
         self.path, self.scope = path, scope
         self.db = sqlite_file.connect(path, WHAT, DAMAGED, SCHEMA)
 
-    def key(self, recipe: str, prompts: Sequence[str], mode: str = MERGED, settings: Settings = None) -> str:
-        """SHA-256 of scope, mode, recipe digest, the batch's prompts, and their own settings where they have any."""
+    def key(
+        self, recipe: str, prompts: Sequence[str], mode: str = MERGED, settings: Settings = None
+    ) -> str:
+        """SHA-256 of scope, mode, recipe digest, the batch's prompts, and their own settings where
+        they have any.
+        """
         parts: list[object] = [self.scope, mode, recipe, list(prompts)]
         parts += [] if settings is None else [[asdict(own) for own in settings]]
         return sha256(json.dumps(parts).encode()).hexdigest()
 
     def get(self, key: str, count: int | None = None) -> list[Answer] | None:
-        """The batch's answers, `count` of them; None where they are not there or damaged. Raises OutputError."""
+        """The batch's answers, `count` of them; None where they are not there or damaged. Raises
+        OutputError.
+        """
         try:
             row = self.db.execute("SELECT answers FROM batches WHERE key = ?", (key,)).fetchone()
             found = None if row is None else [Answer(*fields) for fields in json.loads(row[0])]
@@ -64,12 +73,16 @@ class AnswerCache:
 
 
 def cache_size(path: Path) -> tuple[int, int | None] | None:
-    """(bytes, batches) of the cache in `path`, None where there is none; the batches are None when it cannot be read."""
+    """(bytes, batches) of the cache in `path`, None where there is none; the batches are None when
+    it cannot be read.
+    """
     files = _files(path)
     if not files:
         return None
     try:
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=60)) as db:
+        with closing(
+            sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=60)
+        ) as db:
             batches = int(db.execute("SELECT count(*) FROM batches").fetchone()[0])
     except sqlite3.Error:
         return sum(files.values()), None
@@ -77,13 +90,19 @@ def cache_size(path: Path) -> tuple[int, int | None] | None:
 
 
 def clear(path: Path) -> int:
-    """Delete the cache in `path`; how many bytes that freed. Nobody may be using it. Raises OutputError."""
+    """Delete the cache in `path`; how many bytes that freed. Nobody may be using it. Raises
+    OutputError.
+    """
     files = _files(path)
     try:
         for file in files:
             file.unlink()
     except OSError as error:
-        raise OutputError(f"the answer cache cannot be deleted: {error.strerror}", where=path, remedy="Change the permissions.") from error
+        raise OutputError(
+            f"the answer cache cannot be deleted: {error.strerror}",
+            where=path,
+            remedy="Change the permissions.",
+        ) from error
     return sum(files.values())
 
 
@@ -105,10 +124,12 @@ def answer_all(
     got: Callable[[Sequence[int], Sequence[Answer]], None] = lambda indices, answers: None,
     settings: Settings = None,
 ) -> list[Answer]:
-    """Answers to all prompts, in order; `apply` merges, and runs only when some batch is not in the cache.
+    """Answers to all prompts, in order; `apply` merges, and runs only when some batch is not in the
+    cache.
 
-    `remember` gets the engine's limits when memory has changed them, before the answers under them are kept; `got` gets
-    the prompts' places and the answers of each batch when it is there. `settings` are the prompts' own, if they have any.
+    `remember` gets the engine's limits when memory has changed them, before the answers under them
+    are kept; `got` gets the prompts' places and the answers of each batch when it is there.
+    `settings` are the prompts' own, if they have any.
     """
     answers: list[Answer | None] = [None] * len(prompts)
     applied = False
@@ -134,16 +155,33 @@ def answer_all(
 
 
 def cache_scope(study: Study, models: Mapping[str, Any]) -> str:
-    """All that answers depend on beside recipe, mode and prompts: a batch is known by its prompts, however it was packed."""
+    """All that answers depend on beside recipe, mode and prompts: a batch is known by its prompts,
+    however it was packed.
+    """
     data = study.to_dict()
-    engine = {key: value for key, value in data["engine"].items() if key not in ("batch_size", "batch_tokens", "residency")}
-    parts = [data["generation"], data["prompt"]["too_long"], engine, data["search"]["dtype"], data["search"]["seed"], models]
+    engine = {
+        key: value
+        for key, value in data["engine"].items()
+        if key not in ("batch_size", "batch_tokens", "residency")
+    }
+    parts = [
+        data["generation"],
+        data["prompt"]["too_long"],
+        engine,
+        data["search"]["dtype"],
+        data["search"]["seed"],
+        models,
+    ]
     return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager
-def watched(engine: Engine, pace: Pace, remember: Callable[[Mapping[str, int]], None]) -> Iterator[None]:
-    """While the engine answers, `pace` watches; limits that memory forces are remembered, also when it fails in the end."""
+def watched(
+    engine: Engine, pace: Pace, remember: Callable[[Mapping[str, int]], None]
+) -> Iterator[None]:
+    """While the engine answers, `pace` watches; limits that memory forces are remembered, also when
+    it fails in the end.
+    """
     limits, engine.watch = dict(engine.limits), pace.watch
     pace.begin()
     try:

@@ -16,10 +16,16 @@ class Pace:
     Answers that were paid for before count as answered and not as speed.
     """
 
-    def __init__(self, total: int, report: Callable[[str], None] | None = None, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        total: int,
+        report: Callable[[str], None] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.total, self.report, self.clock = total, report, clock
         self.answered = 0  # all whose batch is done, found ones too
-        self.fresh, self.tokens, self.seconds = 0, 0, 0.0  # answers made here, their new tokens, and the time that took
+        # answers made here, their new tokens, and the time that took
+        self.fresh, self.tokens, self.seconds = 0, 0, 0.0
         self._under_way, self._began, self._shown = (0, 0), clock(), -EVERY
 
     def begin(self) -> None:
@@ -36,7 +42,11 @@ class Pace:
     def end(self, answers: int, tokens: int) -> None:
         """A batch is answered."""
         self.seconds += self.clock() - self._began
-        self.fresh, self.tokens, self._under_way = self.fresh + answers, self.tokens + tokens, (0, 0)
+        self.fresh, self.tokens, self._under_way = (
+            self.fresh + answers,
+            self.tokens + tokens,
+            (0, 0),
+        )
         self._began = self.clock()
         self.found(answers)
 

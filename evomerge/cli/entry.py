@@ -21,8 +21,10 @@ from evomerge.errors import EvomergeError
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0 done, 1 failed, 2 wrong usage or input, 130 interrupted."""
     args = make_parser().parse_args(argv)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at import of kernels that nobody asked for
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # the hub's retries would stand above our one line
+    # it warns at import of kernels that nobody asked for
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # the hub's retries would stand above our one line
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     try:
         command: Callable[[argparse.Namespace], int | None] = args.command
         return command(args) or 0
@@ -30,7 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         Console().say(f"evomerge: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        kept = "nothing was written" if args.command in (merge, demo) else "everything finished is kept, and the same command goes on"
+        kept = (
+            "nothing was written"
+            if args.command in (merge, demo)
+            else "everything finished is kept, and the same command goes on"
+        )
         Console().say(f"evomerge: interrupted; {kept}")
         return 130
     except BrokenPipeError:  # `evomerge show demo | head`
@@ -41,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = argparse.ArgumentParser(
-        prog="evomerge", description="Find the best merge of a base model and its fine-tuned siblings, and prove it on held-out tasks."
+        prog="evomerge",
+        description="Find the best merge of a base model and its fine-tuned siblings, and prove it on held-out tasks.",
     )
     parser.add_argument("--version", action="version", version=f"evomerge {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

@@ -12,14 +12,16 @@ from evomerge.console import Console
 from evomerge.tasks import Task, load_tasks
 
 if TYPE_CHECKING:
-    from evomerge.knowledge.retrieve import Choice, Chooser
+    from evomerge.knowledge.retrieval.retrieve import Choice, Chooser
 
 WIDTH = 80  # columns of a terminal
 WIDTHS = (10, 14, 5, 14)  # task_id, class, confidence, examples; the input gets the rest
 
 
 def explain(args: argparse.Namespace, chooser: Chooser, console: Console) -> None:
-    """Print class, confidence and examples of each task, and a confusion table where `kind` holds true classes."""
+    """Print class, confidence and examples of each task, and a confusion table where `kind` holds
+    true classes.
+    """
     tasks = load_tasks(args.tasks)
     choices = chooser.choose_all([task.input for task in tasks])
     for line in json_lines(tasks, choices) if args.json else table(tasks, choices):
@@ -32,10 +34,17 @@ def explain(args: argparse.Namespace, chooser: Chooser, console: Console) -> Non
 
 
 def json_lines(tasks: Sequence[Task], choices: Sequence[Choice]) -> Iterator[str]:
-    """task_id, class, confidence, and the rows of the examples that the prompt would show, nearest last."""
+    """task_id, class, confidence, and the rows of the examples that the prompt would show, nearest
+    last.
+    """
     for task, choice in zip(tasks, choices, strict=True):
         rows = [example.row for example in choice.examples]
-        record = {"task_id": task.task_id, "class": choice.class_name, "confidence": round(choice.confidence, 4), "examples": rows}
+        record = {
+            "task_id": task.task_id,
+            "class": choice.class_name,
+            "confidence": round(choice.confidence, 4),
+            "examples": rows,
+        }
         yield _printable(json.dumps(record, ensure_ascii=False))
 
 
@@ -44,14 +53,28 @@ def table(tasks: Sequence[Task], choices: Sequence[Choice]) -> Iterator[str]:
     yield _row("task", "class", "conf.", "rows", "input")
     for task, choice in zip(tasks, choices, strict=True):
         rows = " ".join(str(example.row) for example in choice.examples)
-        yield _row(str(task.task_id), choice.class_name, f"{choice.confidence:.2f}", rows, " ".join(task.input.split()))
+        yield _row(
+            str(task.task_id),
+            choice.class_name,
+            f"{choice.confidence:.2f}",
+            rows,
+            " ".join(task.input.split()),
+        )
 
 
-def confusion_table(tasks: Sequence[Task], choices: Sequence[Choice], names: Sequence[str]) -> Iterator[str]:
-    """True classes down, found ones across, by the numbers of the rows; nothing where no `kind` is a class."""
-    from evomerge.knowledge.classify import confusion
+def confusion_table(
+    tasks: Sequence[Task], choices: Sequence[Choice], names: Sequence[str]
+) -> Iterator[str]:
+    """True classes down, found ones across, by the numbers of the rows; nothing where no `kind` is
+    a class.
+    """
+    from evomerge.knowledge.classification.classify import confusion
 
-    known = [(task.kind.strip(), choice.class_name) for task, choice in zip(tasks, choices, strict=True) if task.kind.strip()]
+    known = [
+        (task.kind.strip(), choice.class_name)
+        for task, choice in zip(tasks, choices, strict=True)
+        if task.kind.strip()
+    ]
     if not any(true in names for true, _ in known):
         return
     counts = confusion([true for true, _ in known], [found for _, found in known], names)
@@ -59,7 +82,8 @@ def confusion_table(tasks: Sequence[Task], choices: Sequence[Choice], names: Seq
     right = sum(true == found for true, found in known)
     yield f"right: {right} of {len(known)} ({right / len(known):.3f}); true class down, found across"
     cell = max(3, len(str(counts.max())) + 1)
-    shown = (WIDTH - 18) // cell  # a base of many classes shows what fits; the counts of all are in the first line
+    # a base of many classes shows what fits; the counts of all are in the first line
+    shown = (WIDTH - 18) // cell
     yield " " * 18 + "".join(f"{i:>{cell}}" for i in range(1, len(names) + 1)[:shown])
     for i, name in enumerate(rows):
         number = f"{i + 1:>2} " if i < len(names) else " - "
@@ -74,7 +98,10 @@ def _row(*cells: str) -> str:
 def _fit(text: str, width: int) -> str:
     """Padded or cut to `width` columns; East Asian wide characters take two, combining ones none."""
     text = _printable("".join(c if c.isprintable() else "?" for c in text))
-    columns = [0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WFA" else 1 for c in text]
+    columns = [
+        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WFA" else 1
+        for c in text
+    ]
     if sum(columns) <= width:
         return text + " " * (width - sum(columns))
     kept = ""

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 def knowledge_commands(commands: Commands) -> None:
     """knowledge new, knowledge check, knowledge from-tasks."""
     does = "make and check knowledge bases"
-    knowledge = commands.add_parser("knowledge", help=does, description=f"{does[0].upper()}{does[1:]}.")
+    knowledge = commands.add_parser(
+        "knowledge", help=does, description=f"{does[0].upper()}{does[1:]}."
+    )
     making = knowledge.add_subparsers(title="commands", metavar="COMMAND", required=True)
     p = add_command(
         making,
@@ -37,7 +39,12 @@ def knowledge_commands(commands: Commands) -> None:
         "find every mistake of a base, with sheet, row and column",
         "evomerge knowledge check base.xlsx",
     )
-    p.add_argument("file", type=Path, metavar="FILE", help=".xlsx, .yaml, .csv (examples), or a folder of classes.csv and examples.csv")
+    p.add_argument(
+        "file",
+        type=Path,
+        metavar="FILE",
+        help=".xlsx, .yaml, .csv (examples), or a folder of classes.csv and examples.csv",
+    )
 
     p = add_command(
         making,
@@ -47,15 +54,24 @@ def knowledge_commands(commands: Commands) -> None:
         "evomerge knowledge from-tasks tasks.jsonl --out base.xlsx\n"
         "  evomerge knowledge from-tasks tasks.jsonl --out base.xlsx --study demo",
     )
-    p.add_argument("tasks", type=Path, metavar="TASKS", help="JSON lines: task_id, input, output, and kind for the class")
-    p.add_argument("--out", type=Path, required=True, metavar="FILE", help="a new .xlsx or .yaml file")
-    p.add_argument("--study", metavar="NAME", help="take examples only from this study's search split")
+    p.add_argument(
+        "tasks",
+        type=Path,
+        metavar="TASKS",
+        help="JSON lines: task_id, input, output, and kind for the class",
+    )
+    p.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="a new .xlsx or .yaml file"
+    )
+    p.add_argument(
+        "--study", metavar="NAME", help="take examples only from this study's search split"
+    )
     storage_option(p)
 
 
 def new(args: argparse.Namespace) -> None:
+    from evomerge.knowledge.formats.writing import write_knowledge
     from evomerge.knowledge.starter import README, starter
-    from evomerge.knowledge.writing import write_knowledge
 
     _check_new(args.file)
     say_written(Console(), [write_knowledge(starter(), args.file, README)])
@@ -82,7 +98,7 @@ def check(args: argparse.Namespace) -> int:
 def from_tasks(args: argparse.Namespace) -> None:
     """A base from tasks with references, and what was left out of it."""
     from evomerge.knowledge.drafting import DRAFTED, draft
-    from evomerge.knowledge.writing import write_knowledge
+    from evomerge.knowledge.formats.writing import write_knowledge
     from evomerge.tasks import load_tasks
 
     _check_new(args.out)
@@ -90,27 +106,38 @@ def from_tasks(args: argparse.Namespace) -> None:
     made = draft(tasks, str(args.tasks), None if args.study is None else _study_tasks(args, tasks))
     console = Console()
     if made.kept_out:
-        console.say(f"left out, not of the search split of study {args.study}: {_count(made.kept_out, 'task')}")
+        console.say(
+            f"left out, not of the search split of study {args.study}: {_count(made.kept_out, 'task')}"
+        )
     if made.skipped:
         console.say(f"left out, without a reference: {_count(made.skipped, 'task')}")
     console.say(_counts(made.knowledge))
     say_written(console, [write_knowledge(made.knowledge, args.out, DRAFTED)])
 
 
-def _study_tasks(args: argparse.Namespace, tasks: Sequence[Task]) -> tuple[Sequence[Task], set[int | str]]:
-    """All tasks of the study, which may have more sources than this file, and the ids of its search split.
+def _study_tasks(
+    args: argparse.Namespace, tasks: Sequence[Task]
+) -> tuple[Sequence[Task], set[int | str]]:
+    """All tasks of the study, which may have more sources than this file, and the ids of its search
+    split.
 
     Raises StudyError where they cannot be told for certain.
     """
-    from evomerge.search.ledger import open_ledger
-    from evomerge.search.session import study_tasks
+    from evomerge.searching.ledger import open_ledger
+    from evomerge.searching.session import study_tasks
     from evomerge.study import Study
     from evomerge.tasks import tasks_hash
 
     facts = open_ledger(storage_url(args.storage, args.study), args.study).facts
     if "split" not in facts:
-        raise StudyError("the study has no split yet", where=args.study, remedy="Run `evomerge search` first.")
-    own = tasks if tasks_hash(tasks) == facts["tasks"] else study_tasks(Study.from_dict(facts["study_file"]))
+        raise StudyError(
+            "the study has no split yet", where=args.study, remedy="Run `evomerge search` first."
+        )
+    own = (
+        tasks
+        if tasks_hash(tasks) == facts["tasks"]
+        else study_tasks(Study.from_dict(facts["study_file"]))
+    )
     if tasks_hash(own) != facts["tasks"]:
         raise StudyError(
             "its task files have changed, so that nobody can tell which tasks it holds out",
@@ -126,11 +153,20 @@ def _counts(found: Knowledge) -> str:
 
 
 def _count(number: int, name: str) -> str:
-    return f"{number} {name}" if number == 1 else f"{number} {name}{'es' if name == 'class' else 's'}"
+    return (
+        f"{number} {name}" if number == 1 else f"{number} {name}{'es' if name == 'class' else 's'}"
+    )
 
 
 def _check_new(path: Path) -> None:
     if path.suffix.casefold() not in (".xlsx", ".yaml", ".yml"):
-        raise KnowledgeError("unknown type of knowledge base", where=path, found=path.suffix, remedy="Name it .xlsx or .yaml.")
+        raise KnowledgeError(
+            "unknown type of knowledge base",
+            where=path,
+            found=path.suffix,
+            remedy="Name it .xlsx or .yaml.",
+        )
     if path.exists():
-        raise InputError("is there already", where=path, remedy="Name a new file; nobody's work is written over.")
+        raise InputError(
+            "is there already", where=path, remedy="Name a new file; nobody's work is written over."
+        )

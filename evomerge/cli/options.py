@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, TypeAlias
 from evomerge.console import Console, byte_progress
 
 if TYPE_CHECKING:
-    from evomerge.search.session import Finished
+    from evomerge.searching.session import Finished
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
-def add_command(commands: Commands, name: str, run: Callable[..., object], does: str, example: str) -> argparse.ArgumentParser:
+def add_command(
+    commands: Commands, name: str, run: Callable[..., object], does: str, example: str
+) -> argparse.ArgumentParser:
     p: argparse.ArgumentParser = commands.add_parser(
         name,
         help=does,
@@ -53,12 +55,21 @@ def results_option(p: argparse.ArgumentParser) -> None:
 
 
 def set_option(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the study file; may be repeated")
+    p.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key of the study file; may be repeated",
+    )
 
 
 def shard_option(p: argparse.ArgumentParser) -> None:
     p.add_argument(
-        "--out-shard-size", default="5GB", metavar="SIZE", help="largest weight file: 5GB, 200M, 5B as in mergekit (default: 5GB)"
+        "--out-shard-size",
+        default="5GB",
+        metavar="SIZE",
+        help="largest weight file: 5GB, 200M, 5B as in mergekit (default: 5GB)",
     )
 
 
@@ -66,7 +77,9 @@ def seed(text: str) -> int:
     """What numpy takes as a seed, and so mergekit."""
     number = int(text) if text.isascii() and text.isdigit() else -1
     if not 0 <= number < 2**32:
-        raise argparse.ArgumentTypeError(f"no seed: {text!r}; write a whole number from 0 to {2**32 - 1}")
+        raise argparse.ArgumentTypeError(
+            f"no seed: {text!r}; write a whole number from 0 to {2**32 - 1}"
+        )
     return number
 
 
@@ -79,13 +92,15 @@ def results_folder(results: Path | str | None, name: str) -> Path:
 
 
 def load(args: argparse.Namespace) -> Finished:
-    from evomerge.search.session import load_finished
+    from evomerge.searching.session import load_finished
 
     return load_finished(storage_url(args.storage, args.study), args.study)
 
 
 def build(recipe: object, out: Path, shard_size: str, text: str, random_seed: int) -> None:
-    """Build the recipe's model folder with a progress bar; `text` is kept in it as the configuration. Raises as build_model."""
+    """Build the recipe's model folder with a progress bar; `text` is kept in it as the
+    configuration. Raises as build_model.
+    """
     from evomerge.merging.build import build_model
     from evomerge.recipe import Recipe
 

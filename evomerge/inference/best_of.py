@@ -1,7 +1,9 @@
-"""Best of n: several answers to a task, of which a judge keeps one, or the answers themselves where there is nothing to judge by.
+"""Best of n: several answers to a task, of which a judge keeps one, or the answers themselves where
+there is nothing to judge by.
 
-Without a judge, or with the rules and no reference, it is minimum Bayes risk (Kumar and Byrne, "Minimum Bayes-Risk Decoding for
-Statistical Machine Translation", 2004): the answer that is best when each of the others in turn is held to be the reference.
+Without a judge, or with the rules and no reference, it is minimum Bayes risk (Kumar and Byrne,
+"Minimum Bayes-Risk Decoding for Statistical Machine Translation", 2004): the answer that is best
+when each of the others in turn is held to be the reference.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING
 from evomerge.inference.selfcheck import faults, seriousness
 from evomerge.judging.choose import check_tasks
 from evomerge.judging.grade import BatchJudge
-from evomerge.judging.rules import RulesJudge
+from evomerge.judging.rules.judge import RulesJudge
 
 if TYPE_CHECKING:
     from evomerge.answering.engine import Answer
@@ -29,16 +31,27 @@ SEED_STEP = 104_729  # far from any seed that somebody sets, and from those of t
 
 
 def samples(n: int, settings: GenerationSection) -> list[GenerationSection]:
-    """Settings of n answers to one prompt: the first as configured, the others sampled, each with a seed of its own."""
-    drawn = settings if settings.do_sample else replace(settings, do_sample=True, temperature=TEMPERATURE, top_p=TOP_P)
-    return [settings, *(replace(drawn, seed=(settings.seed or 0) + SEED_STEP * i) for i in range(1, n))]
+    """Settings of n answers to one prompt: the first as configured, the others sampled, each with a
+    seed of its own.
+    """
+    drawn = (
+        settings
+        if settings.do_sample
+        else replace(settings, do_sample=True, temperature=TEMPERATURE, top_p=TOP_P)
+    )
+    return [
+        settings,
+        *(replace(drawn, seed=(settings.seed or 0) + SEED_STEP * i) for i in range(1, n)),
+    ]
 
 
 def choose(task: Task, answers: Sequence[Answer], judge: Judge | None = None) -> int:
-    """The place of the best answer, the first of equals. An answer with a fault (selfcheck.py) loses to one that has none.
+    """The place of the best answer, the first of equals. An answer with a fault (selfcheck.py)
+    loses to one that has none.
 
-    A judge with references (learned, or the rules where the task has one) grades as it is; None, and the rules without a
-    reference, are minimum Bayes risk. Raises what the judge raises: JudgeError, TaskError for a task that it does not know.
+    A judge with references (learned, or the rules where the task has one) grades as it is; None,
+    and the rules without a reference, are minimum Bayes risk. Raises what the judge raises:
+    JudgeError, TaskError for a task that it does not know.
     """
     least = [seriousness(faults(answer, task.input)) for answer in answers]
     left = [i for i, serious in enumerate(least) if serious == min(least)]
@@ -58,15 +71,24 @@ def grade(task: Task, answers: Sequence[Answer], judge: Judge | None = None) -> 
 
 
 def agreement(task: Task, answers: Sequence[Answer]) -> list[float]:
-    """Each answer's mean grade by the rules with the others as references: argmax is the minimum Bayes risk answer.
+    """Each answer's mean grade by the rules with the others as references: argmax is the minimum
+    Bayes risk answer.
 
-    n (n - 1) grades of 0.3 ms. An answer without a letter or digit is no reference; 3.0 where there is none.
+    n (n - 1) grades of 0.3 ms. An answer without a letter or digit is no reference; 3.0 where there
+    is none.
     """
     rules = RulesJudge()
-    references = [replace(task, output=answer.text, eval_aspect="") if re.search(r"\w", answer.text) else None for answer in answers]
+    references = [
+        replace(task, output=answer.text, eval_aspect="") if re.search(r"\w", answer.text) else None
+        for answer in answers
+    ]
     values = []
     for i, answer in enumerate(answers):
-        grades = [rules.grade(other, answer).value for j, other in enumerate(references) if j != i and other is not None]
+        grades = [
+            rules.grade(other, answer).value
+            for j, other in enumerate(references)
+            if j != i and other is not None
+        ]
         values.append(fmean(grades) if grades else 3.0)
     return values
 
@@ -79,7 +101,8 @@ class BestOf:
     judge: Judge | None = None
 
     def __call__(self, run: Run, chosen: dict[int, Answer]) -> str:
-        """As inference/run.py's Refining. Where the time was too short, the best of those that are there.
+        """As inference/run.py's Refining. Where the time was too short, the best of those that are
+        there.
 
         Raises as `choose`; TaskError before anything is asked.
         """
@@ -87,7 +110,10 @@ class BestOf:
             check_tasks(self.judge, run.tasks)
         found = {i: [answer] for i, answer in chosen.items()}
         for place in range(1, self.n):
-            asked = {i: replace(prompt, settings=samples(self.n, prompt.settings)[place]) for i, prompt in enumerate(run.prompts)}
+            asked = {
+                i: replace(prompt, settings=samples(self.n, prompt.settings)[place])
+                for i, prompt in enumerate(run.prompts)
+            }
             for i, answer in run.ask(asked, f"sample {place}").items():
                 found[i].append(answer)
         others = 0

@@ -1,4 +1,6 @@
-"""Who answers: a model as it lies on disk, a recipe or a study's winner merged in place, or a server."""
+"""Who answers: a model as it lies on disk, a recipe or a study's winner merged in place, or a
+server.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +12,26 @@ from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import InputError, StudyError
 from evomerge.knowledge.base import read_knowledge
-from evomerge.knowledge.by_model import ModelClassifier
+from evomerge.knowledge.classification.by_model import ModelClassifier
 from evomerge.knowledge.open import open_knowledge
 from evomerge.study import GenomeSection, PromptSection, Study, TaskSource, overridden
 
 if TYPE_CHECKING:  # a server is asked without torch
     from evomerge.answering.engine import Engine
-    from evomerge.knowledge.retrieve import Chooser
-    from evomerge.merging.folder import ModelFolder
+    from evomerge.knowledge.retrieval.retrieve import Chooser
+    from evomerge.merging.checkpoints.model_folder import ModelFolder
     from evomerge.recipe import Recipe
 
 BATCH_SIZE = 64  # prompts answered at once, where no study says; out of memory it is halved
-USED = ("prompt", "generation", "engine", "search.dtype", "search.seed")  # what of a study file inference heeds
+# what of a study file inference heeds
+USED = ("prompt", "generation", "engine", "search.dtype", "search.seed")
 
 
 @dataclass(frozen=True)
 class Opened:
-    """An engine ready to answer, the settings that it answers by, and all that its answers depend on beside the prompts."""
+    """An engine ready to answer, the settings that it answers by, and all that its answers depend
+    on beside the prompts.
+    """
 
     engine: Engine
     prompt: PromptSection
@@ -34,16 +39,22 @@ class Opened:
     identity: str
 
 
-def open_study(url: str, name: str, overrides: Sequence[str], say: Callable[[str], None] = lambda line: None) -> Opened:
-    """The study's own engine and prompts with the winner's weights; no merged folder is needed. Raises StudyError."""
-    from evomerge.search.session import load_finished, open_models
+def open_study(
+    url: str, name: str, overrides: Sequence[str], say: Callable[[str], None] = lambda line: None
+) -> Opened:
+    """The study's own engine and prompts with the winner's weights; no merged folder is needed.
+    Raises StudyError.
+    """
+    from evomerge.searching.session import load_finished, open_models
 
     finished = load_finished(url, name)
     study = _seeded(overridden(finished.study, overrides, USED))
     facts = finished.ledger.facts
     if any(override.startswith("prompt.knowledge=") for override in overrides):
         if study.prompt.knowledge != finished.study.prompt.knowledge:
-            say(f"note: study {name} was searched with other prompts: its verdict does not hold for answers by this base")
+            say(
+                f"note: study {name} was searched with other prompts: its verdict does not hold for answers by this base"
+            )
     elif study.prompt.knowledge is not None:
         check_unchanged_base(study.prompt.knowledge, facts.get("knowledge"), name)
     base, siblings = open_models(finished.study)
@@ -53,23 +64,34 @@ def open_study(url: str, name: str, overrides: Sequence[str], say: Callable[[str
     if finished.verdict is None:
         say(f"study {name} is not finished: its best trial so far answers")
     engine.apply(finished.recipe)
-    return Opened(engine, study.prompt, study, _identity(finished.recipe.digest(), facts["models"], study))
+    return Opened(
+        engine, study.prompt, study, _identity(finished.recipe.digest(), facts["models"], study)
+    )
 
 
 def open_folder(ref: str, overrides: Sequence[str]) -> Opened:
-    """A model folder or hub name in the precision it has on disk, unless search.dtype says another. Raises ModelError."""
-    from evomerge.merging.fingerprint import combined, fingerprint
-    from evomerge.merging.folder import open_model
+    """A model folder or hub name in the precision it has on disk, unless search.dtype says another.
+    Raises ModelError.
+    """
+    from evomerge.merging.checkpoints.fingerprint import combined, fingerprint
+    from evomerge.merging.checkpoints.model_folder import open_model
 
     folder = open_model(ref)
     dtype = str(folder.config.get("dtype") or folder.config.get("torch_dtype") or "bfloat16")
     study = _seeded(overridden(_study((ref,), dtype, folder.config), overrides, USED))
-    return Opened(_engine(folder, [], study), study.prompt, study, _identity("", combined(fingerprint(folder.path)), study))
+    return Opened(
+        _engine(folder, [], study),
+        study.prompt,
+        study,
+        _identity("", combined(fingerprint(folder.path)), study),
+    )
 
 
 def open_yaml(path: Path, overrides: Sequence[str]) -> Opened:
-    """A mergekit configuration, merged in place; its models' paths resolve as in `evomerge merge`. Raises RecipeError, ModelError."""
-    from evomerge.merging.fingerprint import combined, fingerprint
+    """A mergekit configuration, merged in place; its models' paths resolve as in `evomerge merge`.
+    Raises RecipeError, ModelError.
+    """
+    from evomerge.merging.checkpoints.fingerprint import combined, fingerprint
     from evomerge.merging.stream import open_recipe
     from evomerge.recipe import read_recipe
 
@@ -79,45 +101,65 @@ def open_yaml(path: Path, overrides: Sequence[str]) -> Opened:
     models = open_recipe(recipe)
     base, *siblings = models.values()
     study = _seeded(overridden(_study(recipe.models, _dtype(recipe), base.config), overrides, USED))
-    engine = _engine(base, siblings or [base], study)  # one model too is merged: scaled, or its layers moved
+    # one model too is merged: scaled, or its layers moved
+    engine = _engine(base, siblings or [base], study)
     engine.apply(recipe)
     prints = {ref: combined(fingerprint(model.path)) for ref, model in models.items()}
     return Opened(engine, study.prompt, study, _identity(recipe.digest(), prints, study))
 
 
-def open_server_at(url: str, model: str | None, overrides: Sequence[str], concurrency: int | None) -> Opened:
+def open_server_at(
+    url: str, model: str | None, overrides: Sequence[str], concurrency: int | None
+) -> Opened:
     """An OpenAI-compatible server. Raises InputError, ModelError, EngineError."""
-    from evomerge.answering.server import CONCURRENCY, ServerEngine
+    from evomerge.answering.servers.engine import CONCURRENCY, ServerEngine
 
-    study = overridden(_study((model or "served",), "bfloat16"), overrides, ("prompt", "generation"))
-    engine = ServerEngine(url, model, study.generation, study.prompt.format == "chat", concurrency or CONCURRENCY)
+    study = overridden(
+        _study((model or "served",), "bfloat16"), overrides, ("prompt", "generation")
+    )
+    engine = ServerEngine(
+        url, model, study.generation, study.prompt.format == "chat", concurrency or CONCURRENCY
+    )
     return Opened(engine, study.prompt, study, engine.identity)
 
 
 def open_chooser(opened: Opened, classify: str, say: Callable[[str], None]) -> Chooser | None:
-    """What chooses classes and examples, where there is a base: by `neighbours`, by the `model` that answers, or by `both`.
+    """What chooses classes and examples, where there is a base: by `neighbours`, by the `model`
+    that answers, or by `both`.
 
     Raises KnowledgeError, InputError.
     """
     if classify == "neighbours":
         return open_knowledge(opened.prompt, say)
-    from evomerge.answering.hf import TransformersEngine
-    from evomerge.answering.likelihood import loglikelihood
+    from evomerge.answering.hf.engine import TransformersEngine
+    from evomerge.answering.hf.likelihood import loglikelihood
     from evomerge.answering.prompts import make_prompter
 
     engine = opened.engine
     if not isinstance(engine, TransformersEngine):
-        raise InputError("asks a transformers model", where="--classify", found=classify, remedy="Use --classify neighbours.")
+        raise InputError(
+            "asks a transformers model",
+            where="--classify",
+            found=classify,
+            remedy="Use --classify neighbours.",
+        )
     likelihood = partial(loglikelihood, engine.model, engine.tokenizer)
     render = make_prompter(engine.tokenizer, opened.prompt).render
-    return open_knowledge(opened.prompt, say, classify, lambda knowledge: ModelClassifier(knowledge, likelihood, render))
+    return open_knowledge(
+        opened.prompt,
+        say,
+        classify,
+        lambda knowledge: ModelClassifier(knowledge, likelihood, render),
+    )
 
 
-def open_prompt(overrides: Sequence[str], url: str | None = None, name: str | None = None) -> PromptSection:
+def open_prompt(
+    overrides: Sequence[str], url: str | None = None, name: str | None = None
+) -> PromptSection:
     """The prompts alone, of a study or of none, without any model. Raises StudyError, InputError."""
     if url is None or name is None:
         return overridden(_study(("-",), "bfloat16"), overrides, USED).prompt
-    from evomerge.search.session import load_finished
+    from evomerge.searching.session import load_finished
 
     return overridden(load_finished(url, name).study, overrides, USED).prompt
 
@@ -125,15 +167,22 @@ def open_prompt(overrides: Sequence[str], url: str | None = None, name: str | No
 def _seeded(study: Study) -> Study:
     """With the seed of the draws said: what answers again takes others from there."""
     own = study.generation.seed
-    return replace(study, generation=replace(study.generation, seed=study.search.seed if own is None else own))
+    return replace(
+        study, generation=replace(study.generation, seed=study.search.seed if own is None else own)
+    )
 
 
 def _study(models: tuple[str, ...], dtype: str, config: Mapping[str, Any] | None = None) -> Study:
-    """Settings alone: the defaults of a study file around models that nobody searches; answers leave half of a small context."""
+    """Settings alone: the defaults of a study file around models that nobody searches; answers
+    leave half of a small context.
+    """
     study = Study(GenomeSection(models), (TaskSource(file="-"),), "inference")
     context = (config or {}).get("max_position_embeddings")
     if isinstance(context, int):
-        own = replace(study.generation, max_new_tokens=max(1, min(study.generation.max_new_tokens, context // 2)))
+        own = replace(
+            study.generation,
+            max_new_tokens=max(1, min(study.generation.max_new_tokens, context // 2)),
+        )
         study = replace(study, generation=own)
     engine = replace(study.engine, batch_size=BATCH_SIZE)
     return replace(study, engine=engine, search=replace(study.search, dtype=dtype))  # type: ignore[arg-type]  # torch's names; others are refused there
@@ -142,7 +191,15 @@ def _study(models: tuple[str, ...], dtype: str, config: Mapping[str, Any] | None
 def _engine(base: ModelFolder, siblings: Sequence[ModelFolder], study: Study) -> Engine:
     from evomerge.answering.engine import make_engine
 
-    return make_engine(base, siblings, study.engine, study.generation, study.search.dtype, study.search.seed, study.prompt.too_long)
+    return make_engine(
+        base,
+        siblings,
+        study.engine,
+        study.generation,
+        study.search.dtype,
+        study.search.seed,
+        study.prompt.too_long,
+    )
 
 
 def _dtype(recipe: Recipe) -> str:
@@ -151,12 +208,17 @@ def _dtype(recipe: Recipe) -> str:
 
 def _identity(recipe: str, models: Mapping[str, Any] | str, study: Study) -> str:
     s = study.search
-    return repr((recipe, models, study.generation, study.prompt.too_long, study.engine, s.dtype, s.seed))
+    return repr(
+        (recipe, models, study.generation, study.prompt.too_long, study.engine, s.dtype, s.seed)
+    )
 
 
 def check_unchanged_base(path: str, digest: str | None, name: str) -> None:
     """What was optimised is what answers."""
     if read_knowledge(path).digest() != digest:
         raise StudyError(
-            "the knowledge base has changed since the search", where=name, found=path, remedy="Put it back, or name it with --knowledge."
+            "the knowledge base has changed since the search",
+            where=name,
+            found=path,
+            remedy="Put it back, or name it with --knowledge.",
         )

@@ -1,7 +1,8 @@
 """OUT.part: answers that are there while a run is under way, and files that appear whole.
 
-Its first line says what the answers are made from. Then comes a line for each answer, or for several that came
-together, and one whenever memory has forced smaller batches. A line that a kill has torn is cut off.
+Its first line says what the answers are made from. Then comes a line for each answer, or for
+several that came together, and one whenever memory has forced smaller batches. A line that a kill
+has torn is cut off.
 """
 
 from __future__ import annotations
@@ -16,26 +17,31 @@ from typing import Any
 from evomerge.answering.engine import Answer
 from evomerge.errors import InputError, OutputError
 
-CALLED = {"model": "model or settings", "batches": "batch size"}  # of the header's keys, in a message
+# of the header's keys, in a message
+CALLED = {"model": "model or settings", "batches": "batch size"}
 FIRST = ""  # the round of each task's first answer
 
 
 class Part:
     """OUT.part, open for appending.
 
-    `rounds` holds what it keeps: round -> index of the task -> answer, without the count of its tokens; `limits` what memory
-    has forced on the engine.
+    `rounds` holds what it keeps: round -> index of the task -> answer, without the count of its
+    tokens; `limits` what memory has forced on the engine.
     """
 
     def __init__(self, out: Path, header: Mapping[str, str], total: int) -> None:
-        """Raises InputError: a file of other answers. OutputError: it cannot be written, or another run writes it."""
+        """Raises InputError: a file of other answers. OutputError: it cannot be written, or another
+        run writes it.
+        """
         self.path = out.with_name(out.name + ".part")
         self.rounds: dict[str, dict[int, Answer]] = {FIRST: {}}
         self.limits: dict[str, int] = {}
         self.total = total
         try:
             if out.exists() and not out.is_file():
-                raise OutputError("is no ordinary file", where=out, remedy="Name a file for the answers.")
+                raise OutputError(
+                    "is no ordinary file", where=out, remedy="Name a file for the answers."
+                )
             out.parent.mkdir(parents=True, exist_ok=True)
             self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
@@ -66,8 +72,15 @@ class Part:
         """Append answers of a round; they are on the disk when this returns."""
         if not answers:
             return
-        record: dict[str, Any] = {"batch": list(answers), "outputs": [answer.text for answer in answers.values()]}
-        record |= {"cut": cut} if (cut := [i for i, answer in answers.items() if answer.truncated]) else {}
+        record: dict[str, Any] = {
+            "batch": list(answers),
+            "outputs": [answer.text for answer in answers.values()],
+        }
+        record |= (
+            {"cut": cut}
+            if (cut := [i for i, answer in answers.items() if answer.truncated])
+            else {}
+        )
         self._append(record | ({"round": name} if name else {}))
         self.of(name).update(answers)
 
@@ -79,7 +92,9 @@ class Part:
 
     def error(self, error: OSError) -> OutputError:
         """What to do when the disk is full or nothing may be written."""
-        kept = f"{len(self.answers)} of {self.total} answers are kept there. " if self.answers else ""
+        kept = (
+            f"{len(self.answers)} of {self.total} answers are kept there. " if self.answers else ""
+        )
         return OutputError(
             f"answers cannot be written: {error.strerror or error}",
             where=self.path,
@@ -92,18 +107,26 @@ class Part:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise OutputError(
-                "another run is writing these answers", where=self.path, remedy="Wait for it, or name another --out."
+                "another run is writing these answers",
+                where=self.path,
+                remedy="Wait for it, or name another --out.",
             ) from error
 
     def _resume(self, header: Mapping[str, str]) -> None:
         with os.fdopen(os.dup(self.fd), "rb") as file:
             whole, newline, _torn = file.read().rpartition(b"\n")
-        lines = [_parse(line, self.path, n) for n, line in enumerate(whole.split(b"\n"), start=1)] if newline else []
+        lines = (
+            [_parse(line, self.path, n) for n, line in enumerate(whole.split(b"\n"), start=1)]
+            if newline
+            else []
+        )
         if not lines:
             self._truncate(0)
             self._append(header)
             return
-        changed = [CALLED.get(key, key) for key, value in header.items() if lines[0].get(key) != value]
+        changed = [
+            CALLED.get(key, key) for key, value in header.items() if lines[0].get(key) != value
+        ]
         if changed:
             raise InputError(
                 f"the unfinished answers there were made with other {' and '.join(changed)}",
@@ -115,7 +138,10 @@ class Part:
                 self.limits = line["limits"]
                 continue
             cut = line.get("cut", [])
-            found = {i: Answer(text, i in cut, 0) for i, text in zip(line["batch"], line["outputs"], strict=True)}
+            found = {
+                i: Answer(text, i in cut, 0)
+                for i, text in zip(line["batch"], line["outputs"], strict=True)
+            }
             self.of(line.get("round", FIRST)).update(found)
         self._truncate(len(whole) + 1)
 
@@ -139,15 +165,21 @@ def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
     except ValueError as error:
         value = error
     wanted = {"prompts"} if number == 1 else {"batch", "outputs"}
-    if not isinstance(value, dict) or not (wanted <= value.keys() or (number > 1 and "limits" in value)):
+    if not isinstance(value, dict) or not (
+        wanted <= value.keys() or (number > 1 and "limits" in value)
+    ):
         raise InputError(
-            "holds no unfinished answers that can be read", where=f"{path}, line {number}", remedy="Delete the file, or name another --out."
+            "holds no unfinished answers that can be read",
+            where=f"{path}, line {number}",
+            remedy="Delete the file, or name another --out.",
         )
     return value
 
 
 def replace(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write the rows beside `path` and rename, so that nobody ever sees half a file. Raises OSError."""
+    """Write the rows beside `path` and rename, so that nobody ever sees half a file. Raises
+    OSError.
+    """
     beside = path.with_name(path.name + ".tmp")
     fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:

@@ -1,6 +1,8 @@
-"""What is wrong with an answer as anybody sees who knows nothing of the task's subject, and with which settings to ask again.
+"""What is wrong with an answer as anybody sees who knows nothing of the task's subject, and with
+which settings to ask again.
 
-Everything here would rather miss a fault than see one that is none: docs/INFERENCE.md has the rates on graded answers.
+Everything here would rather miss a fault than see one that is none: docs/INFERENCE.md has the rates
+on graded answers.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from evomerge.answering.engine import Answer
-from evomerge.judging.text import CJK, LIST_MARK, clean, foreign_letters, language, repetition
+from evomerge.text import CJK, LIST_MARK, clean, foreign_letters, language, repetition
 
 if TYPE_CHECKING:
     from evomerge.answering.prompts import Prompt
@@ -18,14 +20,19 @@ if TYPE_CHECKING:
     from evomerge.study import GenerationSection
 
 Faults = tuple[str, ...]
-# The most serious first: what an answer is worth that has the fault (GPT-4 turbo grades loops 2.0 of 5 and English answers to
-# Japanese tasks 3.2 on average); an answer that is cut has at least begun well.
+# The most serious first: what an answer is worth that has the fault (GPT-4 turbo grades loops 2.0
+# of 5 and English answers to Japanese tasks 3.2 on average); an answer that is cut has at least
+# begun well.
 SERIOUS = {"empty": 8, "repetitive": 4, "language": 2, "cut": 1}
 
 LONGEST = 20_000  # characters that are looked at, from the end: loops are there
-LOOPS, TAIL = 0.5, 400  # share of character n-grams that have occurred before, in all of an answer or in its last characters
-GRAMS, SHORT_GRAMS, SHORT = 20, 10, 100  # n; lists and tables repeat their 10-grams but not their 20-grams, a short answer has too few
-FOREIGN, PROSE = 0.1, 8  # share of Japanese in an answer in English, different words in small letters that make it prose
+# share of character n-grams that have occurred before, in all of an answer or in its last
+# characters
+LOOPS, TAIL = 0.5, 400
+# n; lists and tables repeat their 10-grams but not their 20-grams, a short answer has too few
+GRAMS, SHORT_GRAMS, SHORT = 20, 10, 100
+# share of Japanese in an answer in English, different words in small letters that make it prose
+FOREIGN, PROSE = 0.1, 8
 SAMPLING = 0.7  # temperature
 MOST_PENALTY, PENALTY_STEP = 1.3, 0.1
 SEED_STEP = 7919  # no seed that somebody sets is this far from another
@@ -37,7 +44,9 @@ _JAPANESE = re.compile(f"[{CJK}]")
 _KANA = re.compile(r"[\u3041-\u30ff]")
 _LETTER = re.compile(r"[A-Za-z]")
 _WORD = re.compile(r"(?<![A-Za-z])[a-z]{2,}(?![A-Za-z])")
-_ASKS_REPEATS = re.compile(r"繰り?返|くり返|連呼|回書|回言|\brepeat|\btimes\b|\bover and over\b", re.IGNORECASE)
+_ASKS_REPEATS = re.compile(
+    r"繰り?返|くり返|連呼|回書|回言|\brepeat|\btimes\b|\bover and over\b", re.IGNORECASE
+)
 # Tasks whose answer may be in another language than they are: translations, foreign words, code.
 _OTHER_LANGUAGE = re.compile(
     r"英[語訳文単作会字和検]|和英|[一-龠ァ-ヿ]{1,6}(?<!日本)語[でにへをのと]|翻訳|[和直意仏独]訳|訳[しすせをはで]|ローマ字|アルファベット|多言語|言語"
@@ -49,34 +58,50 @@ _OTHER_LANGUAGE = re.compile(
 
 
 def faults(answer: Answer, task: str) -> Faults:
-    """Of "empty", "cut", "repetitive" and "language", those that the answer to a task's text has; an empty one has no other."""
+    """Of "empty", "cut", "repetitive" and "language", those that the answer to a task's text has;
+    an empty one has no other.
+    """
     raw = _MARKS.sub(" ", answer.text[-LONGEST:])
     text = clean(raw)
     if _NOTHING.fullmatch(text):
         return ("empty",)
-    found = {"cut": answer.truncated, "repetitive": _loops(text, task), "language": _is_foreign(clean(_NO_PROSE.sub(" ", raw)), task)}
+    found = {
+        "cut": answer.truncated,
+        "repetitive": _loops(text, task),
+        "language": _is_foreign(clean(_NO_PROSE.sub(" ", raw)), task),
+    }
     return tuple(name for name, has in found.items() if has)
 
 
 def retry_settings(fault: Faults, settings: GenerationSection, attempt: int) -> GenerationSection:
     """How to ask again, `attempt` 1 for the first time; always with another seed than before.
 
-    empty, language: sampling. cut: room for twice as much, unless it is cut because it goes round in a loop. repetitive: a
-    repetition_penalty 0.1 higher with each attempt, at most 1.3, and from the second on also sampling.
+    empty, language: sampling. cut: room for twice as much, unless it is cut because it goes round
+    in a loop. repetitive: a repetition_penalty 0.1 higher with each attempt, at most 1.3, and from
+    the second on also sampling.
     """
     new = replace(settings, seed=(settings.seed or 0) + SEED_STEP * attempt)
     if "cut" in fault and "repetitive" not in fault:
         new = replace(new, max_new_tokens=settings.max_new_tokens * 2**attempt)
     if "repetitive" in fault:
         own = max(1.0, settings.repetition_penalty)
-        new = replace(new, repetition_penalty=max(own, min(MOST_PENALTY, round(own + PENALTY_STEP * attempt, 4))))
+        new = replace(
+            new,
+            repetition_penalty=max(own, min(MOST_PENALTY, round(own + PENALTY_STEP * attempt, 4))),
+        )
     if "empty" in fault or "language" in fault or ("repetitive" in fault and attempt > 1):
-        new = replace(new, do_sample=True, temperature=settings.temperature if settings.do_sample else SAMPLING)
+        new = replace(
+            new,
+            do_sample=True,
+            temperature=settings.temperature if settings.do_sample else SAMPLING,
+        )
     return new
 
 
 def retry_system(fault: Faults, task: str) -> str | None:
-    """A sentence for the system text that asks for the task's language, where the answer was in another."""
+    """A sentence for the system text that asks for the task's language, where the answer was in
+    another.
+    """
     if "language" not in fault:
         return None
     return "必ず日本語で回答してください。" if _KANA.search(task) else "Answer in English."
@@ -88,7 +113,9 @@ def seriousness(fault: Faults) -> int:
 
 
 def asked_for(fault: Faults, kinds: frozenset[str]) -> Faults:
-    """Those of an answer's faults for which it is asked again. A loop that is cut needs no more room."""
+    """Those of an answer's faults for which it is asked again. A loop that is cut needs no more
+    room.
+    """
     wanted = tuple(name for name in fault if name in kinds)
     return () if wanted == ("cut",) and "repetitive" in fault else wanted
 
@@ -100,16 +127,24 @@ def better(first: Answer, second: Answer, task: str) -> Answer:
 
 @dataclass(frozen=True)
 class SelfCheck:
-    """Asks again, `attempts` times at most, for answers that have one of `kinds` of faults, and keeps the better ones."""
+    """Asks again, `attempts` times at most, for answers that have one of `kinds` of faults, and
+    keeps the better ones.
+    """
 
     kinds: frozenset[str]
     attempts: int = 1
 
     def __call__(self, run: Run, chosen: dict[int, Answer]) -> str:
-        """As inference/run.py's Refining. An answer for which the time was too short stays the first one."""
+        """As inference/run.py's Refining. An answer for which the time was too short stays the
+        first one.
+        """
         flagged = len(self._flagged(run, chosen))
         for attempt in range(1, self.attempts + 1):
-            asked = {i: new for i, fault in self._flagged(run, chosen).items() if (new := _again(run, run.prompts[i], fault, attempt))}
+            asked = {
+                i: new
+                for i, fault in self._flagged(run, chosen).items()
+                if (new := _again(run, run.prompts[i], fault, attempt))
+            }
             answers = run.ask(asked, f"check {attempt}") if asked else {}
             for i, answer in answers.items():
                 chosen[i] = better(chosen[i], answer, run.tasks[i].input)
@@ -117,12 +152,17 @@ class SelfCheck:
         return f"self-check ({', '.join(sorted(self.kinds))}): {flagged} of {len(chosen)} answers had a fault, {left} still have"
 
     def _flagged(self, run: Run, chosen: dict[int, Answer]) -> dict[int, Faults]:
-        found = {i: asked_for(faults(answer, run.tasks[i].input), self.kinds) for i, answer in chosen.items()}
+        found = {
+            i: asked_for(faults(answer, run.tasks[i].input), self.kinds)
+            for i, answer in chosen.items()
+        }
         return {i: fault for i, fault in found.items() if fault}
 
 
 def _again(run: Run, prompt: Prompt, fault: Faults, attempt: int) -> Prompt | None:
-    """The prompt to ask again with, cut to the room that the context has; None where there is none for a longer answer."""
+    """The prompt to ask again with, cut to the room that the context has; None where there is none
+    for a longer answer.
+    """
     settings = retry_settings(fault, prompt.settings, attempt)
     note = retry_system(fault, prompt.task)
     new = replace(run.prompter.noted(prompt, note) if note else prompt, settings=settings)
@@ -146,7 +186,9 @@ def _loops(text: str, task: str) -> bool:
 
 
 def _is_foreign(prose: str, task: str) -> bool:
-    """Whether a cleaned text without code is plainly in another language than its task, which asks for none."""
+    """Whether a cleaned text without code is plainly in another language than its task, which asks
+    for none.
+    """
     if _OTHER_LANGUAGE.search(task):
         return False
     asked, said = _japanese_share(task), _japanese_share(prose)
@@ -154,7 +196,12 @@ def _is_foreign(prose: str, task: str) -> bool:
         if said < FOREIGN:
             return len(set(_WORD.findall(prose))) >= PROSE or language(prose) == "other"
         return language(prose) == "zh" and len(foreign_letters(prose, task)) >= 3
-    return asked == 0 and len(_WORD.findall(task)) >= 3 and said > 0.8 and len(_KANA.findall(prose)) >= PROSE
+    return (
+        asked == 0
+        and len(_WORD.findall(task)) >= 3
+        and said > 0.8
+        and len(_KANA.findall(prose)) >= PROSE
+    )
 
 
 def _japanese_share(text: str) -> float:

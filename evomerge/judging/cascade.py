@@ -1,7 +1,9 @@
-"""The cascade judge: the learned judge grades every answer, the llm judge those that decide who is in the better half.
+"""The cascade judge: the learned judge grades every answer, the llm judge those that decide who is
+in the better half.
 
-Pure decisions over a generation's grades stand here; search/rounds.py asks. Whatever is no candidate of a generation
-(references, the distribution's mean, validation and verdict) is graded by the llm judge alone.
+Pure decisions over a generation's grades stand here; search/rounds.py asks. Whatever is no
+candidate of a generation (references, the distribution's mean, validation and verdict) is graded by
+the llm judge alone.
 What it saves and how often it errs: docs/JUDGES.md.
 """
 
@@ -26,7 +28,8 @@ FEWEST = 4  # answers of a candidate that the llm judge grades before anything i
 EPSILON = 1e-9  # of a grade: where nothing is left of the residuals, equal candidates are decided
 
 Floats: TypeAlias = NDArray[np.float64]
-Ask: TypeAlias = Callable[[list[int], list[int]], Floats]  # (candidates, tasks) -> the llm judge's grades [candidates, tasks]
+# (candidates, tasks) -> the llm judge's grades [candidates, tasks]
+Ask: TypeAlias = Callable[[list[int], list[int]], Floats]
 
 
 class CheapJudge(Judge, Protocol):
@@ -44,7 +47,9 @@ class DearJudge(Judge, WaitingJudge, Protocol):
 
 
 class CascadeJudge:
-    """`dear` is what counts; `cheap` stands in for it where it changes nothing, but for a share `error` of the generations."""
+    """`dear` is what counts; `cheap` stands in for it where it changes nothing, but for a share
+    `error` of the generations.
+    """
 
     def __init__(self, cheap: CheapJudge, dear: DearJudge, error: float) -> None:
         self.cheap, self.dear, self.error = cheap, dear, error
@@ -73,8 +78,11 @@ class CascadeJudge:
         self.dear.close(drain)
 
 
-def settle(cheap: Floats, ask: Ask, keep: int, error: float, blocks: Iterable[Sequence[int]]) -> Floats:
-    """The llm judge's grades [c, t] as far as the better `keep` hang on them, nan elsewhere; `cheap` [c, t] are the learned ones.
+def settle(
+    cheap: Floats, ask: Ask, keep: int, error: float, blocks: Iterable[Sequence[int]]
+) -> Floats:
+    """The llm judge's grades [c, t] as far as the better `keep` hang on them, nan elsewhere;
+    `cheap` [c, t] are the learned ones.
 
     The tasks come in `blocks`, the same for all candidates.
     """
@@ -88,39 +96,50 @@ def settle(cheap: Floats, ask: Ask, keep: int, error: float, blocks: Iterable[Se
 
 
 def effects(residual: Floats) -> tuple[Floats, Floats]:
-    """([c] shifts of the candidates, [t] of the tasks): the least squares fit of shift + task to the residuals that are there.
+    """([c] shifts of the candidates, [t] of the tasks): the least squares fit of shift + task to
+    the residuals that are there.
 
-    A task's shift is how the learned judge misjudges it in all of a generation's answers, which are much alike; it must not
-    count for those who were asked about the task alone. The shifts of the tasks that were asked average to 0, those of others are 0.
+    A task's shift is how the learned judge misjudges it in all of a generation's answers, which are
+    much alike; it must not count for those who were asked about the task alone. The shifts of the
+    tasks that were asked average to 0, those of others are 0.
     """
     asked = ~np.isnan(residual)
     r, there = np.where(asked, residual, 0.0), asked.astype(float)
     by_candidate, by_task = there.sum(axis=1), there.sum(axis=0)
     share = there / np.maximum(by_task, 1)
-    # tasks eliminated: (diag(n) - A diag(1/m) A') shift = row sums - A diag(1/m) column sums; singular along 1, lstsq takes the shortest
-    shift = np.linalg.lstsq(np.diag(by_candidate) - there @ share.T, r.sum(axis=1) - share @ r.sum(axis=0), rcond=1e-9)[0]
-    task = np.where(by_task > 0, (r - there * shift[:, None]).sum(axis=0) / np.maximum(by_task, 1), 0.0)
+    # tasks eliminated: (diag(n) - A diag(1/m) A') shift = row sums - A diag(1/m) column sums;
+    # singular along 1, lstsq takes the shortest
+    shift = np.linalg.lstsq(
+        np.diag(by_candidate) - there @ share.T, r.sum(axis=1) - share @ r.sum(axis=0), rcond=1e-9
+    )[0]
+    task = np.where(
+        by_task > 0, (r - there * shift[:, None]).sum(axis=0) / np.maximum(by_task, 1), 0.0
+    )
     level = float(task[by_task > 0].mean()) if asked.any() else 0.0
     return np.where(by_candidate > 0, shift, 0.0) + level, np.where(by_task > 0, task - level, 0.0)
 
 
 def completed(cheap: Floats, dear: Floats) -> Floats:
-    """[c, t]: the llm's grades, and where it was not asked the learned ones moved by the shifts of candidate and task.
+    """[c, t]: the llm's grades, and where it was not asked the learned ones moved by the shifts of
+    candidate and task.
 
-    The means of its rows estimate the llm's means without bias whatever the learned judge is worth (prediction-powered
-    inference, Angelopoulos et al. 2023, arXiv 2301.09633, with the fresh grades counted in).
+    The means of its rows estimate the llm's means without bias whatever the learned judge is worth
+    (prediction-powered inference, Angelopoulos et al. 2023, arXiv 2301.09633, with the fresh grades
+    counted in).
     """
     shift, task = effects(dear - cheap)
     return np.where(np.isnan(dear), cheap + shift[:, None] + task, dear)
 
 
 def undecided(cheap: Floats, dear: Floats, keep: int, error: float) -> set[int]:
-    """Candidates of whom it is open whether they are among the better `keep`; at first all, whose grades need a level.
+    """Candidates of whom it is open whether they are among the better `keep`; at first all, whose
+    grades need a level.
 
-    One is decided when its estimate is further from the border (midway between the estimates in places `keep` and `keep` + 1)
-    than z standard errors, so that each is wrong with a share of at most error / candidates / 2 (Bonferroni; the half
-    makes up for looking after every block). A standard error is s / √n √(1 - n / N), s of the candidate's n
-    residuals without the shifts, and that of the average candidate where its own is smaller.
+    One is decided when its estimate is further from the border (midway between the estimates in
+    places `keep` and `keep` + 1) than z standard errors, so that each is wrong with a share of at
+    most error / candidates / 2 (Bonferroni; the half makes up for looking after every block). A
+    standard error is s / √n √(1 - n / N), s of the candidate's n residuals without the shifts, and
+    that of the average candidate where its own is smaller.
     """
     count, tasks = cheap.shape
     residual = dear - cheap
@@ -132,7 +151,8 @@ def undecided(cheap: Floats, dear: Floats, keep: int, error: float) -> set[int]:
         return set()
     shift, task = effects(residual)
     left = np.nansum((residual - shift[:, None] - task) ** 2, axis=1)
-    spread = np.sqrt(left / np.maximum(n - 1, 1) * count / (count - 1))  # a task's shift takes one of `count` away
+    # a task's shift takes one of `count` away
+    spread = np.sqrt(left / np.maximum(n - 1, 1) * count / (count - 1))
     errors = np.maximum(spread, spread.mean()) / np.sqrt(n) * np.sqrt(1 - n / tasks)
     means = completed(cheap, dear).mean(axis=1)
     ordered = np.sort(means)[::-1]
@@ -141,12 +161,18 @@ def undecided(cheap: Floats, dear: Floats, keep: int, error: float) -> set[int]:
     return {i for i in unfinished if abs(means[i] - border) < z * errors[i] - EPSILON}
 
 
-def composed(cheap: Sequence[Grade], dear: Sequence[Grade | None], values: Sequence[float] | None = None) -> list[Grade]:
-    """A candidate's grades: the llm's where it was asked, else the learned one moved to its value of `completed`, so that the
-    grades' mean is the estimate; without `values`, moved by their mean difference. Such grades may leave 1 to 5."""
+def composed(
+    cheap: Sequence[Grade], dear: Sequence[Grade | None], values: Sequence[float] | None = None
+) -> list[Grade]:
+    """A candidate's grades: the llm's where it was asked, else the learned one moved to its value
+    of `completed`, so that the grades' mean is the estimate; without `values`, moved by their mean
+    difference. Such grades may leave 1 to 5.
+    """
     differences = [d.value - c.value for c, d in zip(cheap, dear, strict=True) if d is not None]
     shift = float(np.mean(differences)) if differences else 0.0
-    moved = [c.value + shift for c in cheap] if values is None else [round(float(v), 6) for v in values]
+    moved = (
+        [c.value + shift for c in cheap] if values is None else [round(float(v), 6) for v in values]
+    )
     return [
         d if d is not None else Grade(value, None, f"{c.reason}, moved by {value - c.value:+.2f}")
         for c, d, value in zip(cheap, dear, moved, strict=True)

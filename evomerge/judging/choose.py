@@ -16,19 +16,25 @@ CACHE = Path("storage/judge.grades.sqlite")  # of the commands, which belong to 
 
 
 def make_judge(
-    section: JudgeSection, cache: Path | None = None, seed: int = 0, total: bool = True, engine: EngineSection | None = None
+    section: JudgeSection,
+    cache: Path | None = None,
+    seed: int = 0,
+    total: bool = True,
+    engine: EngineSection | None = None,
 ) -> Judge:
-    """The judge that a section names. `cache` is where the llm judge keeps its grades (None: in memory); with `total`
-    what it spent before counts in the budget. `engine` says how the local judge's model is loaded. Raises InputError,
-    ModelError, EngineError, JudgeError before anything is graded."""
+    """The judge that a section names. `cache` is where the llm judge keeps its grades (None: in
+    memory); with `total` what it spent before counts in the budget. `engine` says how the local
+    judge's model is loaded. Raises InputError, ModelError, EngineError, JudgeError before anything
+    is graded.
+    """
     match section.kind:
         case "llm":
-            from evomerge.judging.llm import LlmJudge
+            from evomerge.judging.llm.judge import LlmJudge
 
             return LlmJudge(section, cache, seed, total)
         case "cascade":
             from evomerge.judging.cascade import CascadeJudge
-            from evomerge.judging.llm import LlmJudge
+            from evomerge.judging.llm.judge import LlmJudge
 
             cheap = _lazily("learned", "LearnedJudge")(section.file)
             return CascadeJudge(cheap, LlmJudge(section, cache, seed, total), section.error)
@@ -40,14 +46,19 @@ def make_judge(
 
             return make_local_judge(section, engine)
         case "rules":
-            from evomerge.judging.rules import RulesJudge
+            from evomerge.judging.rules.judge import RulesJudge
 
             return RulesJudge()
-    raise InputError("lm-eval tasks bring metrics of their own", where="judge", remedy="Use another judge.")
+    raise InputError(
+        "lm-eval tasks bring metrics of their own", where="judge", remedy="Use another judge."
+    )
 
 
-def judge_from_options(judge: str, settings: Sequence[str] = (), cache: Path | None = CACHE) -> Judge:
-    """The judge of a command: `judge` is rules, llm, local or learned:FILE, `settings` are KEY=VALUE texts of the section.
+def judge_from_options(
+    judge: str, settings: Sequence[str] = (), cache: Path | None = CACHE
+) -> Judge:
+    """The judge of a command: `judge` is rules, llm, local or learned:FILE, `settings` are
+    KEY=VALUE texts of the section.
 
     A budget is the command's own. Raises as `make_judge`, and StudyFileError for a setting.
     """
@@ -58,9 +69,21 @@ def section_from_options(judge: str, settings: Sequence[str] = ()) -> JudgeSecti
     """The same as a section."""
     kind, colon, file = judge.partition(":")
     if kind == "cascade":
-        raise InputError("the cascade judge ranks a study's candidates", where="--judge", found=judge, remedy="Write llm or learned:FILE.")
-    if kind not in ("rules", "llm", "local", "learned") or (kind == "learned") != bool(colon and file):
-        raise InputError("no such judge", where="--judge", found=judge, remedy="Write rules, llm, local or learned:FILE.")
+        raise InputError(
+            "the cascade judge ranks a study's candidates",
+            where="--judge",
+            found=judge,
+            remedy="Write llm or learned:FILE.",
+        )
+    if kind not in ("rules", "llm", "local", "learned") or (kind == "learned") != bool(
+        colon and file
+    ):
+        raise InputError(
+            "no such judge",
+            where="--judge",
+            found=judge,
+            remedy="Write rules, llm, local or learned:FILE.",
+        )
     data: dict[str, Any] = {"kind": kind} | ({"file": file} if file else {})
     for setting in settings:
         key, value = read_setting(setting)
@@ -69,7 +92,9 @@ def section_from_options(judge: str, settings: Sequence[str] = ()) -> JudgeSecti
 
 
 def check_tasks(judge: Judge, tasks: Iterable[Task]) -> None:
-    """Let a judge that was fitted on certain tasks refuse others before anything is paid for. Raises TaskError."""
+    """Let a judge that was fitted on certain tasks refuse others before anything is paid for.
+    Raises TaskError.
+    """
     check = getattr(judge, "check", None)
     if check is not None:
         check(tasks)
@@ -77,6 +102,10 @@ def check_tasks(judge: Judge, tasks: Iterable[Task]) -> None:
 
 def _lazily(module: str, name: str) -> Any:
     try:
-        return getattr(importlib.import_module(f"evomerge.judging.{module}"), name)
+        return getattr(importlib.import_module(f"evomerge.judging.{module}.judge"), name)
     except (ImportError, AttributeError) as error:
-        raise InputError(f"the {module} judge is not installed: {error}", where="judge.kind", remedy="Use rules or llm.") from error
+        raise InputError(
+            f"the {module} judge is not installed: {error}",
+            where="judge.kind",
+            remedy="Use rules or llm.",
+        ) from error

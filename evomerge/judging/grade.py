@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class Grade:
     """One judge's grade of one answer.
 
-    `value` is 1.0 to 5.0. `correct` is True or False for a closed task (a number, a word, a list, a label)
-    and None for an open one. `reason` says why, in one line.
+    `value` is 1.0 to 5.0. `correct` is True or False for a closed task (a number, a word, a list, a
+    label) and None for an open one. `reason` says why, in one line.
     """
 
     value: float
@@ -25,7 +25,9 @@ class Grade:
 
 
 class Judge(Protocol):
-    """Grades answers; `name` stands in every grade and verdict, `version` changes when the same answer may be graded otherwise."""
+    """Grades answers; `name` stands in every grade and verdict, `version` changes when the same
+    answer may be graded otherwise.
+    """
 
     name: str
     version: str
@@ -40,7 +42,9 @@ class PendingGrades(Protocol):
     def done(self) -> bool: ...
 
     def result(self) -> list[Grade]:
-        """Wait for them. Raises JudgeError; JudgePaused: some are missing, and the same command goes on."""
+        """Wait for them. Raises JudgeError; JudgePaused: some are missing, and the same command
+        goes on.
+        """
 
 
 @runtime_checkable
@@ -53,7 +57,9 @@ class BatchJudge(Protocol):
 
 @runtime_checkable
 class WaitingJudge(Protocol):
-    """A judge that spends its time waiting for others: it is asked, and meanwhile the next candidate answers."""
+    """A judge that spends its time waiting for others: it is asked, and meanwhile the next
+    candidate answers.
+    """
 
     def submit(self, tasks: Sequence[Task], answers: Sequence[Answer]) -> PendingGrades:
         """Ask for grades and return at once. Raises as the last failure did."""

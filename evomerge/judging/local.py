@@ -1,7 +1,9 @@
-"""Any model as a judge in process, for those without a server: how likely it finds each of the grades 1 to 5.
+"""Any model as a judge in process, for those without a server: how likely it finds each of the
+grades 1 to 5.
 
-The grade is the expectation of the digits under softmax over their five log-likelihoods: a weak model that would write
-3 every time still tells by its doubts which of two answers is better. Nothing is sampled.
+The grade is the expectation of the digits under softmax over their five log-likelihoods: a weak
+model that would write 3 every time still tells by its doubts which of two answers is better.
+Nothing is sampled.
 """
 
 from __future__ import annotations
@@ -13,10 +15,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from evomerge.answering.wire import whole
+from evomerge.answering.servers.openai_protocol import whole
 from evomerge.errors import EngineError, JudgeError, ModelError, StudyFileError
 from evomerge.judging.grade import Grade
-from evomerge.judging.rubric import GRADES, RUBRIC, Rubric
+from evomerge.judging.llm.rubric import GRADES, RUBRIC, Rubric
 from evomerge.tasks import Task
 
 if TYPE_CHECKING:
@@ -26,8 +28,13 @@ if TYPE_CHECKING:
 VERSION = "1"
 _ASKED = "上の回答を採点してください。"
 # the rubric without its order to write a reason and JSON: the digit has to come first
-TEMPLATE = RUBRIC.partition(_ASKED)[0] + _ASKED + "説明や記号を付けず、点数を表す1から5の数字を一つだけ返してください。"
-LEAD = "点数："  # the judge's turn is begun for it; a full-width colon, which no tokenizer glues to a digit
+TEMPLATE = (
+    RUBRIC.partition(_ASKED)[0]
+    + _ASKED
+    + "説明や記号を付けず、点数を表す1から5の数字を一つだけ返してください。"
+)
+# the judge's turn is begun for it; a full-width colon, which no tokenizer glues to a digit
+LEAD = "点数："
 ROOM = 8  # tokens kept free for the digit
 AT_ONCE = 256  # answers whose tokens are in memory together
 EXAMPLE = Task(0, "1+1は？", "2", "")  # what is tried before any answer is graded
@@ -55,12 +62,18 @@ class LikelihoodCapability(Protocol):
 class LocalJudge:
     """Grades 1.0 to 5.0 by an engine that it is given; `correct` is always None."""
 
-    def __init__(self, engine: LikelihoodCapability, model: str, template: str | None = None) -> None:
-        """`model` is what it is called. Raises ModelError: no digits in the vocabulary, a context or chat template that takes no rubric."""
+    def __init__(
+        self, engine: LikelihoodCapability, model: str, template: str | None = None
+    ) -> None:
+        """`model` is what it is called. Raises ModelError: no digits in the vocabulary, a context
+        or chat template that takes no rubric.
+        """
         self.engine, self.model = engine, model
         self.rubric = Rubric(template or TEMPLATE)
         self.name = f"local:{Path(model).name}"
-        self.version = sha256("\n".join([VERSION, LEAD, engine.fingerprint, self.rubric.digest]).encode()).hexdigest()[:12]
+        self.version = sha256(
+            "\n".join([VERSION, LEAD, engine.fingerprint, self.rubric.digest]).encode()
+        ).hexdigest()[:12]
         prompt = self._prompt(EXAMPLE, "2", False)
         if not self._fits(prompt):
             raise ModelError(
@@ -72,7 +85,10 @@ class LocalJudge:
         lacking = [digit for digit in map(str, GRADES) if not engine.can_write(prompt, digit)]
         if lacking:
             raise ModelError(
-                "cannot judge: its vocabulary lacks digits", where=model, found=" ".join(lacking), remedy="Use another model as the judge."
+                "cannot judge: its vocabulary lacks digits",
+                where=model,
+                found=" ".join(lacking),
+                remedy="Use another model as the judge.",
             )
 
     def grade(self, task: Task, answer: Answer) -> Grade:
@@ -80,23 +96,35 @@ class LocalJudge:
         return self.grade_all([task], [answer])[0]
 
     def grade_all(self, tasks: Sequence[Task], answers: Sequence[Answer]) -> list[Grade]:
-        """Grade answers in batches of similar length. Raises JudgeError: out of memory, a task too long for the judge's context."""
+        """Grade answers in batches of similar length. Raises JudgeError: out of memory, a task too
+        long for the judge's context.
+        """
         asked = list(zip(tasks, answers, strict=True))
         grades = [Grade(1.0, None, "answer without a word")] * len(asked)
-        said = [i for i, (_, answer) in enumerate(asked) if re.search(r"[^\s\u200b\ufeff]", answer.text)]
+        said = [
+            i for i, (_, answer) in enumerate(asked) if re.search(r"[^\s\u200b\ufeff]", answer.text)
+        ]
         try:
             for start in range(0, len(said), AT_ONCE):
                 part = said[start : start + AT_ONCE]
-                pairs = [(prompt, str(digit)) for prompt in (self.prompt(*asked[i]) for i in part) for digit in GRADES]
+                pairs = [
+                    (prompt, str(digit))
+                    for prompt in (self.prompt(*asked[i]) for i in part)
+                    for digit in GRADES
+                ]
                 found = self.engine.loglikelihood(pairs)
                 for place, i in enumerate(part):
                     grades[i] = self._grade(found[place * len(GRADES) :][: len(GRADES)])
         except EngineError as error:  # the judge's failure is no candidate's
-            raise JudgeError(f"the local judge failed: {error.what}", where=self.model, remedy=error.remedy) from error
+            raise JudgeError(
+                f"the local judge failed: {error.what}", where=self.model, remedy=error.remedy
+            ) from error
         return grades
 
     def prompt(self, task: Task, answer: Answer) -> str:
-        """The whole text before the digit. An answer that does not fit the context is cut, and the judge is told so."""
+        """The whole text before the digit. An answer that does not fit the context is cut, and the
+        judge is told so.
+        """
         text = whole(answer.text)
         prompt = self._prompt(task, text, answer.truncated)
         if self._fits(prompt):
@@ -110,11 +138,17 @@ class LocalJudge:
             )
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if self._fits(self._prompt(task, text[:middle], True)) else (low, middle)
+            low, high = (
+                (middle, high)
+                if self._fits(self._prompt(task, text[:middle], True))
+                else (low, middle)
+            )
         return self._prompt(task, text[:low], True)
 
     def _fits(self, prompt: str) -> bool:
-        return self.engine.context is None or self.engine.length(prompt) + ROOM <= self.engine.context
+        return (
+            self.engine.context is None or self.engine.length(prompt) + ROOM <= self.engine.context
+        )
 
     def _prompt(self, task: Task, text: str, truncated: bool) -> str:
         messages = self.rubric.messages(task, text, truncated)
@@ -124,29 +158,46 @@ class LocalJudge:
         """softmax over the five, then the mean of the digits."""
         top = max(logs)
         if not math.isfinite(top):
-            raise JudgeError("the model's likelihoods are no numbers", where=self.model, found=top, remedy="Check the model's weights.")
+            raise JudgeError(
+                "the model's likelihoods are no numbers",
+                where=self.model,
+                found=top,
+                remedy="Check the model's weights.",
+            )
         odds = [math.exp(value - top) for value in logs]
         shares = [value / sum(odds) for value in odds]
         value = sum(grade * share for grade, share in zip(GRADES, shares, strict=True))
-        told = ", ".join(f"{grade}: {share:.3f}" for grade, share in zip(GRADES, shares, strict=True))
+        told = ", ".join(
+            f"{grade}: {share:.3f}" for grade, share in zip(GRADES, shares, strict=True)
+        )
         held = sum(map(math.exp, logs))
-        return Grade(round(min(5.0, max(1.0, value)), 6), None, f"probabilities {told} (all five: {held:.3g} of what may come next)")
+        return Grade(
+            round(min(5.0, max(1.0, value)), 6),
+            None,
+            f"probabilities {told} (all five: {held:.3g} of what may come next)",
+        )
 
 
 def make_local_judge(section: JudgeSection, engine: EngineSection | None = None) -> LocalJudge:
-    """The judge of `section.model`, a folder or hub name, loaded by `engine` (device, 4 bits, batches; its kind is no matter).
+    """The judge of `section.model`, a folder or hub name, loaded by `engine` (device, 4 bits,
+    batches; its kind is no matter).
 
     Raises StudyFileError without a model, ModelError, EngineError.
     """
     if section.model is None:
-        raise StudyFileError("the local judge needs a model", where="judge.model", remedy="Name a model folder.")
-    from evomerge.answering.likelihood import open_likelihood_engine
+        raise StudyFileError(
+            "the local judge needs a model", where="judge.model", remedy="Name a model folder."
+        )
+    from evomerge.answering.hf.likelihood import open_likelihood_engine
 
-    return LocalJudge(open_likelihood_engine(section.model, engine), section.model, section.template)
+    return LocalJudge(
+        open_likelihood_engine(section.model, engine), section.model, section.template
+    )
 
 
 def as_prompt(tokenizer: Any, messages: Sequence[dict[str, str]], where: str) -> str:
-    """The turns in the tokenizer's chat template with the judge's turn begun, or one after the other where it has none.
+    """The turns in the tokenizer's chat template with the judge's turn begun, or one after the
+    other where it has none.
 
     A template that knows no system turn gets its text at the head of the user's. Raises ModelError.
     """
@@ -157,12 +208,20 @@ def as_prompt(tokenizer: Any, messages: Sequence[dict[str, str]], where: str) ->
 
     for turns in (list(messages), [{"role": "user", "content": joined}]):
         try:
-            text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False))
+            text = str(
+                tokenizer.apply_chat_template(
+                    turns, tokenize=False, add_generation_prompt=True, enable_thinking=False
+                )
+            )
         except TemplateError:
             continue
         if all(message["content"].strip() in text for message in messages):
             return f"{text}\n</think>\n\n" if text.rstrip().endswith("<think>") else text
-    raise ModelError("its chat template does not take the rubric", where=where, remedy="Use another model as the judge.")
+    raise ModelError(
+        "its chat template does not take the rubric",
+        where=where,
+        remedy="Use another model as the judge.",
+    )
 
 
 def _beginning(tokenizer: Any) -> str:

@@ -1,7 +1,9 @@
-"""The knowledge base: classes of tasks with their prompts and settings, examples, and documents to quote.
+"""The knowledge base: classes of tasks with their prompts and settings, examples, and documents to
+quote.
 
-It is an Excel file with the sheets `classes`, `examples` and `documents`, the same as YAML, or the same as CSV exports:
-a folder of classes.csv and examples.csv, or one file of examples. `evomerge knowledge new` writes a starter.
+It is an Excel file with the sheets `classes`, `examples` and `documents`, the same as YAML, or the
+same as CSV exports: a folder of classes.csv and examples.csv, or one file of examples. `evomerge
+knowledge new` writes a starter.
 """
 
 from __future__ import annotations
@@ -12,13 +14,22 @@ from pathlib import Path
 
 from evomerge.errors import KnowledgeError
 from evomerge.knowledge.assemble import assemble
-from evomerge.knowledge.csv_base import read_csv
+from evomerge.knowledge.formats.csv_base import read_csv
+from evomerge.knowledge.formats.sheets import read_sheets
+from evomerge.knowledge.formats.tables import Tables
+from evomerge.knowledge.formats.yaml_base import read_yaml
 from evomerge.knowledge.parts import Document, Example, Knowledge, KnowledgeClass, render
-from evomerge.knowledge.sheets import read_sheets
-from evomerge.knowledge.tables import Tables
-from evomerge.knowledge.yaml_base import read_yaml
 
-__all__ = ["Checked", "Document", "Example", "Knowledge", "KnowledgeClass", "check_knowledge", "read_knowledge", "render"]
+__all__ = [
+    "Checked",
+    "Document",
+    "Example",
+    "Knowledge",
+    "KnowledgeClass",
+    "check_knowledge",
+    "read_knowledge",
+    "render",
+]
 
 
 @dataclass(frozen=True)
@@ -41,10 +52,11 @@ def read_knowledge(path: str | Path) -> Knowledge:
 def check_knowledge(path: str | Path) -> Checked:
     """Read a base and find every mistake, each with its sheet, row and column (YAML: line and key).
 
-    The first row of a sheet names its columns, in any order; further columns and empty rows are skipped. Mistakes are: a
-    missing or hidden sheet, a missing column, a column whose name is nearly right, an empty cell (only `system` and settings
-    may be empty), merged cells, formulas, dates and error values where a text belongs, a class given twice, a template
-    without `{input}`, a setting out of its range, an example of an unknown class, a class without examples (unless its
+    The first row of a sheet names its columns, in any order; further columns and empty rows are
+    skipped. Mistakes are: a missing or hidden sheet, a missing column, a column whose name is
+    nearly right, an empty cell (only `system` and settings may be empty), merged cells, formulas,
+    dates and error values where a text belongs, a class given twice, a template without `{input}`,
+    a setting out of its range, an example of an unknown class, a class without examples (unless its
     settings say 0), no rows. Raises KnowledgeError where the file cannot be read at all.
     """
     path = Path(path)
@@ -52,7 +64,9 @@ def check_knowledge(path: str | Path) -> Checked:
     try:
         _reader(path)(path, tables)
     except OSError as error:
-        raise KnowledgeError(f"cannot be read: {error.strerror or error}", where=path, remedy="Check its rights.") from error
+        raise KnowledgeError(
+            f"cannot be read: {error.strerror or error}", where=path, remedy="Check its rights."
+        ) from error
     knowledge = assemble(tables)
     return Checked(knowledge, tuple(tables.mistakes), tuple(tables.notes))
 
@@ -62,5 +76,9 @@ def _reader(path: Path) -> Callable[[Path, Tables], None]:
     if path.is_dir() or suffix == ".csv":
         return read_csv
     if not path.is_file():
-        raise KnowledgeError("no such knowledge base", where=path, remedy="Name an Excel file (.xlsx), a .yaml or a .csv file.")
+        raise KnowledgeError(
+            "no such knowledge base",
+            where=path,
+            remedy="Name an Excel file (.xlsx), a .yaml or a .csv file.",
+        )
     return read_yaml if suffix in (".yaml", ".yml") else read_sheets

@@ -6,9 +6,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from evomerge.errors import KnowledgeError
-from evomerge.knowledge.csv_base import TEMPLATE
-from evomerge.knowledge.nearest import bare
+from evomerge.knowledge.formats.csv_base import TEMPLATE
 from evomerge.knowledge.parts import Example, Knowledge, KnowledgeClass
+from evomerge.knowledge.retrieval.nearest import bare
 from evomerge.tasks import Task
 
 ONLY_CLASS = "一般"  # of tasks that have no kind
@@ -32,12 +32,16 @@ class Draft:
     kept_out: int
 
 
-def draft(tasks: Sequence[Task], where: str, study: tuple[Sequence[Task], Collection[int | str]] | None = None) -> Draft:
+def draft(
+    tasks: Sequence[Task],
+    where: str,
+    study: tuple[Sequence[Task], Collection[int | str]] | None = None,
+) -> Draft:
     """A class for each `kind`, in the order of the file; an example for each task with a reference.
 
-    `study` holds all tasks of a study and the ids of its search split: a task becomes an example only where its input is
-    one of the split and of no other task of the study (Unicode NFKC, spaces apart). Raises KnowledgeError where no example
-    is left.
+    `study` holds all tasks of a study and the ids of its search split: a task becomes an example
+    only where its input is one of the split and of no other task of the study (Unicode NFKC, spaces
+    apart). Raises KnowledgeError where no example is left.
     """
     left = list(tasks)
     if study is not None:
@@ -48,9 +52,14 @@ def draft(tasks: Sequence[Task], where: str, study: tuple[Sequence[Task], Collec
     useful = [task for task in left if task.output.strip()]
     if not useful:
         raise KnowledgeError(
-            "no task has a reference to draft an example from", where=where, remedy="Give the tasks a field `output` with a good answer."
+            "no task has a reference to draft an example from",
+            where=where,
+            remedy="Give the tasks a field `output` with a good answer.",
         )
     names = [task.kind.strip() or ONLY_CLASS for task in useful]
     classes = tuple(KnowledgeClass(name, "", TEMPLATE) for name in dict.fromkeys(names))
-    examples = tuple(Example(i, name, t.input, t.output) for i, (name, t) in enumerate(zip(names, useful, strict=True), start=2))
+    examples = tuple(
+        Example(i, name, t.input, t.output)
+        for i, (name, t) in enumerate(zip(names, useful, strict=True), start=2)
+    )
     return Draft(Knowledge(classes, examples), len(left) - len(useful), len(tasks) - len(left))

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from evomerge.knowledge.base import Knowledge, read_knowledge
-from evomerge.knowledge.by_model import ModelClassifier
-from evomerge.knowledge.retrieve import Chooser
+from evomerge.knowledge.classification.by_model import ModelClassifier
+from evomerge.knowledge.retrieval.retrieve import Chooser
 
 if TYPE_CHECKING:
     from evomerge.study import PromptSection
@@ -19,7 +19,8 @@ def open_knowledge(
     classify: str = "neighbours",
     by_model: Callable[[Knowledge], ModelClassifier] | None = None,
 ) -> Chooser | None:
-    """What chooses classes and examples, if there is a base; `by_model` makes what classifies by a model.
+    """What chooses classes and examples, if there is a base; `by_model` makes what classifies by a
+    model.
 
     Raises KnowledgeError, and InputError for a retriever that is not there.
     """
@@ -28,4 +29,12 @@ def open_knowledge(
     knowledge = read_knowledge(prompt.knowledge)
     model = None if by_model is None else by_model(knowledge)
     threshold, default = prompt.threshold, prompt.default_class
-    return Chooser(knowledge, prompt.retriever, classify=classify, by_model=model, threshold=threshold, default=default, say=say)
+    return Chooser(
+        knowledge,
+        prompt.retriever,
+        classify=classify,
+        by_model=model,
+        threshold=threshold,
+        default=default,
+        say=say,
+    )

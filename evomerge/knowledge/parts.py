@@ -12,10 +12,11 @@ PLACEHOLDER = re.compile(r"\{(input|examples|documents)\}")
 
 @dataclass(frozen=True)
 class KnowledgeClass:
-    """A kind of task: `system` may be empty, `template` holds `{input}` and perhaps `{examples}` and `{documents}`.
+    """A kind of task: `system` may be empty, `template` holds `{input}` and perhaps `{examples}`
+    and `{documents}`.
 
-    The settings are None where the base says nothing: then those of the run hold. `shots` is the number of examples, `quotes`
-    that of documents.
+    The settings are None where the base says nothing: then those of the run hold. `shots` is the
+    number of examples, `quotes` that of documents.
     """
 
     name: str
@@ -31,7 +32,8 @@ class KnowledgeClass:
 
 @dataclass(frozen=True)
 class Example:
-    """A task with a good answer. `row` is its row in the sheet, as Excel shows it, and serves as its id.
+    """A task with a good answer. `row` is its row in the sheet, as Excel shows it, and serves as
+    its id.
 
     In YAML, the first example is row 2, as it would be in a sheet.
     """
@@ -68,8 +70,12 @@ class Knowledge:
         return sha256(repr(asdict(self)).encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def render(template: str, text: str, examples: Sequence[Example], documents: Sequence[Document] = ()) -> str:
-    """Fill a template in one pass, so that braces in the task, in an example or in a document stay text."""
+def render(
+    template: str, text: str, examples: Sequence[Example], documents: Sequence[Document] = ()
+) -> str:
+    """Fill a template in one pass, so that braces in the task, in an example or in a document stay
+    text.
+    """
     shown = "\n\n".join(f"指示: {example.input}\n回答: {example.output}" for example in examples)
     quoted = "\n\n".join(f"{document.title}\n{document.text}" for document in documents)
     values = {"input": text, "examples": shown, "documents": quoted}

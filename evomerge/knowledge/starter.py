@@ -1,4 +1,6 @@
-"""The starter base of `evomerge knowledge new`: the competition's 8 classes with examples, and how to change them."""
+"""The starter base of `evomerge knowledge new`: the competition's 8 classes with examples, and how
+to change them.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from evomerge.knowledge.base import Knowledge, read_knowledge
 
 SHIPPED = Path(__file__).with_name("examples_ja.yaml")
 
-# class -> (description, max_new_tokens): the longest answers are those that weigh, plan or tell a story
+# class -> (description, max_new_tokens): the longest answers are those that weigh, plan or tell a
+# story
 ABOUT = {
     "分析": ("分析 (analysis): 比較、原因、矛盾、傾向などを根拠とともに調べる課題。", 512),
     "創作": ("創作 (creative writing): 物語、詩、俳句、キャッチコピーなどを新しく作る課題。", 512),
@@ -57,8 +60,14 @@ README = (
         "that begins with = is fine where the cell is formatted as text), do not hide sheets.\n"
         "列の順序は自由です。セルの結合、数式、シートの非表示は使えません。",
     ),
-    ("Check", "evomerge knowledge check FILE  names every mistake by sheet, row and column.\nすべての誤りを場所とともに表示します。"),
-    ("Look", "evomerge infer --tasks TASKS --knowledge FILE --explain  shows each task's class and examples without answering."),
+    (
+        "Check",
+        "evomerge knowledge check FILE  names every mistake by sheet, row and column.\nすべての誤りを場所とともに表示します。",
+    ),
+    (
+        "Look",
+        "evomerge infer --tasks TASKS --knowledge FILE --explain  shows each task's class and examples without answering.",
+    ),
 )
 
 
@@ -66,6 +75,11 @@ def starter() -> Knowledge:
     """The classes and examples of the base that ships, with descriptions and lengths."""
     base = read_knowledge(SHIPPED)
     classes = (
-        replace(c, description=c.description or ABOUT[c.name][0], max_new_tokens=c.max_new_tokens or ABOUT[c.name][1]) for c in base.classes
+        replace(
+            c,
+            description=c.description or ABOUT[c.name][0],
+            max_new_tokens=c.max_new_tokens or ABOUT[c.name][1],
+        )
+        for c in base.classes
     )
     return replace(base, classes=tuple(classes))

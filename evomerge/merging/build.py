@@ -6,14 +6,14 @@ import json
 import shutil
 from pathlib import Path
 
-from evomerge.card import model_card
 from evomerge.console import parse_size, size
 from evomerge.errors import OutputError
-from evomerge.merging.folder import ModelFolder
-from evomerge.merging.new_folder import check_new, new_folder
-from evomerge.merging.shards import Progress, plan_shards, total_size, write_shards
+from evomerge.merging.checkpoints.model_folder import ModelFolder
+from evomerge.merging.checkpoints.new_folder import check_new, new_folder
+from evomerge.merging.checkpoints.shards import Progress, plan_shards, total_size, write_shards
 from evomerge.merging.stream import MergePlan, open_recipe
 from evomerge.recipe import Recipe
+from evomerge.reporting.card import model_card
 
 __all__ = ["build_model", "parse_size"]
 COPIED = (
@@ -26,7 +26,8 @@ COPIED = (
     "spiece.model",
     "chat_template*",
 )
-BY_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")  # lists in config.json with an item for each layer
+# lists in config.json with an item for each layer
+BY_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
 SPARE = 20_000_000  # bytes for what is copied beside the weights
 
 
@@ -39,10 +40,12 @@ def build_model(
     random_seed: int = 0,
     progress: Progress | None = None,
 ) -> Path:
-    """Write the merged model to the new folder `out`; `progress` gets (bytes written, bytes in all).
+    """Write the merged model to the new folder `out`; `progress` gets (bytes written, bytes in
+    all).
 
-    Tensors are merged and written piece by piece, to a temporary folder beside it that is renamed at the end. Raises
-    InputError when `out` is there already, ModelError and RecipeError as the merge does, OutputError on a full disk.
+    Tensors are merged and written piece by piece, to a temporary folder beside it that is renamed
+    at the end. Raises InputError when `out` is there already, ModelError and RecipeError as the
+    merge does, OutputError on a full disk.
     """
     out = Path(out).absolute()
     limit = parse_size(shard_size)
@@ -60,7 +63,9 @@ def build_model(
         else:
             plan.vocabulary.save(folder)
         (folder / "mergekit_config.yml").write_text(text, encoding="utf-8", newline="")
-        (folder / "README.md").write_text(model_card(recipe, out.name, recipe_text=text), encoding="utf-8")
+        (folder / "README.md").write_text(
+            model_card(recipe, out.name, recipe_text=text), encoding="utf-8"
+        )
     return out
 
 
@@ -69,7 +74,9 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OutputError(
-            f"the merged model needs {size(needed)}, and {size(free)} are free", where=folder.parent, remedy="Free some space."
+            f"the merged model needs {size(needed)}, and {size(free)} are free",
+            where=folder.parent,
+            remedy="Free some space.",
         )
 
 
@@ -81,12 +88,17 @@ def _write_config(plan: MergePlan, folder: Path) -> None:
         for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]:
             config[key] = dtype
     for setting in BY_LAYER:
-        if isinstance(config.get(setting), list) and len(config[setting]) == config["num_hidden_layers"]:
+        if (
+            isinstance(config.get(setting), list)
+            and len(config[setting]) == config["num_hidden_layers"]
+        ):
             config[setting] = [config[setting][layer] for layer in plan.layout.lenders]
     config["num_hidden_layers"] = plan.layout.n_layers
     if plan.vocabulary is not None:
         config["vocab_size"] = plan.vocabulary.size
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(
+        json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
 
 
 def _copy_tokenizer(base: ModelFolder, folder: Path) -> None:

@@ -1,8 +1,10 @@
-"""Writing a merged weight into a live 4-bit one: quantised again in place, bit for bit as a fresh load would.
+"""Writing a merged weight into a live 4-bit one: quantised again in place, bit for bit as a fresh
+load would.
 
-bitsandbytes cuts a weight into blocks (64 numbers), keeps each block's largest magnitude (absmax) and a 4-bit index
-into the table of NF4 (QLoRA, arXiv:2305.14314, section 3); with double quantisation the absmax are kept in 8 bits,
-around an offset. bitsandbytes is optional and never imported before a model that needs it is there.
+bitsandbytes cuts a weight into blocks (64 numbers), keeps each block's largest magnitude (absmax)
+and a 4-bit index into the table of NF4 (QLoRA, arXiv:2305.14314, section 3); with double
+quantisation the absmax are kept in 8 bits, around an offset. bitsandbytes is optional and never
+imported before a model that needs it is there.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 def is_quantized(parameter: torch.Tensor) -> bool:
     """Whether `parameter` is a 4-bit weight of bitsandbytes that holds quantised numbers."""
-    bitsandbytes: Any = sys.modules.get("bitsandbytes")  # without it in memory there is no such parameter
+    # without it in memory there is no such parameter
+    bitsandbytes: Any = sys.modules.get("bitsandbytes")
     return (
         bitsandbytes is not None
         and isinstance(parameter, bitsandbytes.nn.Params4bit)
@@ -44,13 +47,15 @@ def dtype(parameter: torch.Tensor) -> torch.dtype:
 
 @torch.no_grad()
 def write(parameter: torch.Tensor, merged: torch.Tensor) -> None:
-    """Quantise `merged` (of `shape(parameter)`, on its device) into `parameter`; an ordinary parameter is copied to.
+    """Quantise `merged` (of `shape(parameter)`, on its device) into `parameter`; an ordinary
+    parameter is copied to.
 
-    Equal in every bit to loading the merged weight in 4 bits: the same function of bitsandbytes with the parameter's
-    own settings, on the same device. The parameter, its state and, where they still fit, the state's tensors stay the
-    same objects. They do not fit after a forward pass on a CPU with AVX512-BF16: bitsandbytes then reorders the
-    packed bytes, un-nests and rounds the absmax to bfloat16, and leaves tensors that inference mode locks. Those are
-    replaced, and the marks of that layout removed, so that the next forward pass reorders the new bytes.
+    Equal in every bit to loading the merged weight in 4 bits: the same function of bitsandbytes
+    with the parameter's own settings, on the same device. The parameter, its state and, where they
+    still fit, the state's tensors stay the same objects. They do not fit after a forward pass on a
+    CPU with AVX512-BF16: bitsandbytes then reorders the packed bytes, un-nests and rounds the
+    absmax to bfloat16, and leaves tensors that inference mode locks. Those are replaced, and the
+    marks of that layout removed, so that the next forward pass reorders the new bytes.
     """
     assert tuple(merged.shape) == shape(parameter), (merged.shape, shape(parameter))
     assert merged.device == parameter.device, (merged.device, parameter.device)
@@ -76,7 +81,9 @@ def write(parameter: torch.Tensor, merged: torch.Tensor) -> None:
 
 
 def _renew(state: Any, fresh: Any) -> None:
-    """Make `state` equal to `fresh`, both a QuantState, keeping tensors and nested states where they fit."""
+    """Make `state` equal to `fresh`, both a QuantState, keeping tensors and nested states where
+    they fit.
+    """
     for name in vars(state).keys() - vars(fresh).keys():
         delattr(state, name)
     for name, new in vars(fresh).items():
@@ -91,7 +98,11 @@ def _renew(state: Any, fresh: Any) -> None:
 
 def _fits(old: torch.Tensor, new: torch.Tensor) -> bool:
     """Whether `new` can be copied into `old`: the same layout, and not locked by inference mode."""
-    return (old.shape, old.dtype, old.device) == (new.shape, new.dtype, new.device) and not old.is_inference()
+    return (old.shape, old.dtype, old.device) == (
+        new.shape,
+        new.dtype,
+        new.device,
+    ) and not old.is_inference()
 
 
 def _state(parameter: torch.Tensor) -> Any:
@@ -100,6 +111,8 @@ def _state(parameter: torch.Tensor) -> Any:
 
 
 def _is_transposed(parameter: torch.Tensor) -> bool:
-    """GPT-2's Conv1D keeps (in, out) in its files; transformers turns it round before quantising, as a linear is."""
+    """GPT-2's Conv1D keeps (in, out) in its files; transformers turns it round before quantising,
+    as a linear is.
+    """
     source = getattr(getattr(parameter, "module", None), "source_cls", None)
     return isinstance(source, type) and issubclass(source, Conv1D)

@@ -11,13 +11,20 @@ from typing import Any
 import torch
 
 from evomerge.errors import ModelError, RecipeError
-from evomerge.merging import methods
-from evomerge.merging.draws import Draws
-from evomerge.merging.folder import VOCABULARY, ModelFolder, check_fit, num_layers, open_model
+from evomerge.merging.checkpoints.model_folder import (
+    VOCABULARY,
+    ModelFolder,
+    check_fit,
+    num_layers,
+    open_model,
+)
 from evomerge.merging.layout import How, Layout
+from evomerge.merging.methods import functions as methods
+from evomerge.merging.methods.dare_draws import Draws
 from evomerge.recipe import Recipe
 
-CHUNK = 1 << 19  # elements that go through an element-wise method at once: 1 MB in bf16 stays in a core's cache
+# elements that go through an element-wise method at once: 1 MB in bf16 stays in a core's cache
+CHUNK = 1 << 19
 ELEMENTWISE = ("task_arithmetic", "linear")
 
 
@@ -30,10 +37,19 @@ def open_recipe(recipe: Recipe) -> dict[str, ModelFolder]:
 
 
 class MergePlan:
-    """What a recipe makes of its models: names, shapes and dtypes of the merged tensors, and each of them when asked for."""
+    """What a recipe makes of its models: names, shapes and dtypes of the merged tensors, and each
+    of them when asked for.
+    """
 
-    def __init__(self, recipe: Recipe, models: Mapping[str, ModelFolder], random_seed: int = 0, after: MergePlan | None = None) -> None:
-        """Raises RecipeError when the recipe does not fit the models; nothing is read or merged yet.
+    def __init__(
+        self,
+        recipe: Recipe,
+        models: Mapping[str, ModelFolder],
+        random_seed: int = 0,
+        after: MergePlan | None = None,
+    ) -> None:
+        """Raises RecipeError when the recipe does not fit the models; nothing is read or merged
+        yet.
 
         `after`: an earlier plan of the same models and seed, whose findings are used again.
         """
@@ -42,13 +58,26 @@ class MergePlan:
         architectures = self.donor.config.get("architectures") or [""]
         self.layout = Layout(recipe, num_layers(self.donor.config), architectures[0])
         self.names = self.layout.names([self.donor, *models.values()])
-        if after is not None and after.recipe.tokenizer == recipe.tokenizer and after.models == models:
+        if (
+            after is not None
+            and after.recipe.tokenizer == recipe.tokenizer
+            and after.models == models
+        ):
             self.vocabulary = after.vocabulary
         self.hows = {name: self.layout.how(name) for name in self.names}
         self._check_numbers()
-        order = sorted(self.hows, key=lambda name: (max(source for _, source in self.hows[name].inputs), name))  # as mergekit merges
-        counts = {n: self.hows[n].draws * torch.Size(self.shape(n)).numel() for n in order if self.hows[n].draws}
-        self.draws: Draws = Draws(random_seed, counts, None if after is None else after.draws.states)
+        # as mergekit merges
+        order = sorted(
+            self.hows, key=lambda name: (max(source for _, source in self.hows[name].inputs), name)
+        )
+        counts = {
+            n: self.hows[n].draws * torch.Size(self.shape(n)).numel()
+            for n in order
+            if self.hows[n].draws
+        }
+        self.draws: Draws = Draws(
+            random_seed, counts, None if after is None else after.draws.states
+        )
 
     @cached_property
     def vocabulary(self) -> Any:
@@ -60,19 +89,30 @@ class MergePlan:
         return make_vocabulary(self.recipe.tokenizer, self.recipe.base_model, self.models)
 
     def _check_numbers(self) -> None:
-        """Raise RecipeError where a weight would be infinite in the dtype that it is rounded to: the tensors would be NaN."""
+        """Raise RecipeError where a weight would be infinite in the dtype that it is rounded to:
+        the tensors would be NaN.
+        """
         for name, how in self.hows.items():
-            limit = torch.finfo(torch.float32 if how.method == "linear" else self.working_dtype(name)).max
+            limit = torch.finfo(
+                torch.float32 if how.method == "linear" else self.working_dtype(name)
+            ).max
             for number in (*how.weights, how.scale):
                 if abs(number) > limit:
                     raise RecipeError(
-                        f"a weight is infinite in {self.working_dtype(name)}", where=name, found=number, remedy="Write a smaller one."
+                        f"a weight is infinite in {self.working_dtype(name)}",
+                        where=name,
+                        found=number,
+                        remedy="Write a smaller one.",
                     )
 
     def shape(self, name: str) -> tuple[int, ...]:
         ref, source = self.hows[name].inputs[0]
         shape = self.models[ref].shape(source)
-        return (self.vocabulary.size, *shape[1:]) if name in VOCABULARY and self.vocabulary is not None else shape
+        return (
+            (self.vocabulary.size, *shape[1:])
+            if name in VOCABULARY and self.vocabulary is not None
+            else shape
+        )
 
     def dtype(self, name: str) -> torch.dtype:
         """Of the merged tensor: `out_dtype`, or the dtype it is merged in."""
@@ -81,7 +121,10 @@ class MergePlan:
     def working_dtype(self, name: str) -> torch.dtype:
         """The recipe's `dtype`; without one, the widest that the tensor has on disk."""
         named = dtype_named(self.recipe.dtype)
-        return named or reduce(torch.promote_types, (self.models[ref].dtype(source) for ref, source in self.hows[name].inputs))
+        return named or reduce(
+            torch.promote_types,
+            (self.models[ref].dtype(source) for ref, source in self.hows[name].inputs),
+        )
 
     def merge(self, name: str, device: Any = "cpu") -> torch.Tensor:
         """One merged tensor, computed on `device`. Raises ModelError on NaN or infinite weights."""
@@ -89,26 +132,41 @@ class MergePlan:
         if pieces is not None:
             return self._merge_in_chunks(name, pieces)
         how, dtype = self.hows[name], self.working_dtype(name)
-        tensors = {ref: load_finite(self.models[ref], source, dtype, device) for ref, source in how.inputs}
+        tensors = {
+            ref: load_finite(self.models[ref], source, dtype, device) for ref, source in how.inputs
+        }
         if name in VOCABULARY and self.vocabulary is not None:
             tensors = self.vocabulary.align(tensors, self.layout.place(name).piece.base_model)
-        return bounded(combine(how, tensors, self.draws.generator(name) if how.draws else None).to(self.dtype(name)), name)
+        return bounded(
+            combine(how, tensors, self.draws.generator(name) if how.draws else None).to(
+                self.dtype(name)
+            ),
+            name,
+        )
 
     def pure(self, name: str, dtype: torch.dtype) -> bool:
-        """Whether the tensor is merged in `dtype`, stays in it, and no row of it moves: then it needs no files beside its inputs."""
+        """Whether the tensor is merged in `dtype`, stays in it, and no row of it moves: then it
+        needs no files beside its inputs.
+        """
         moves = name in VOCABULARY and self.vocabulary is not None
         return not moves and self.working_dtype(name) == dtype == self.dtype(name)
 
     def elementwise(self, name: str) -> bool:
         """Whether every number of the merged tensor depends on its own place only."""
-        return self.hows[name].method in ELEMENTWISE and (name not in VOCABULARY or self.vocabulary is None)
+        return self.hows[name].method in ELEMENTWISE and (
+            name not in VOCABULARY or self.vocabulary is None
+        )
 
     def pieces(self, name: str) -> Pieces | None:
-        """The tensor as pieces that are merged one by one; None where the method, or a change of tokens, needs it whole."""
+        """The tensor as pieces that are merged one by one; None where the method, or a change of
+        tokens, needs it whole.
+        """
         how = self.hows[name]
         if not self.elementwise(name):
             return None
-        inputs = {ref: self.models[ref].get_tensor(source).reshape(-1) for ref, source in how.inputs}
+        inputs = {
+            ref: self.models[ref].get_tensor(source).reshape(-1) for ref, source in how.inputs
+        }
         return Pieces(how, self.models, inputs, self.working_dtype(name))
 
     def _merge_in_chunks(self, name: str, pieces: Pieces) -> torch.Tensor:
@@ -122,7 +180,9 @@ class MergePlan:
 
 @dataclass(frozen=True)
 class Pieces:
-    """A tensor on the CPU of which every number depends on its own place only: any part can be merged alone."""
+    """A tensor on the CPU of which every number depends on its own place only: any part can be
+    merged alone.
+    """
 
     how: How
     models: Mapping[str, ModelFolder]
@@ -130,10 +190,20 @@ class Pieces:
     dtype: torch.dtype  # to merge in
 
     def merge_into(self, out: torch.Tensor, start: int) -> None:
-        """Write the numbers from `start` on into `out`, (n,). Raises ModelError on NaN or infinite weights."""
+        """Write the numbers from `start` on into `out`, (n,). Raises ModelError on NaN or infinite
+        weights.
+        """
         end, how = start + out.numel(), self.how
-        tensors = {ref: finite(self.inputs[ref][start:end].to(self.dtype), self.models[ref], source) for ref, source in how.inputs}
-        plain = how.method == "task_arithmetic" and len(how.siblings) == 1 and not how.normalize and how.scale == 1
+        tensors = {
+            ref: finite(self.inputs[ref][start:end].to(self.dtype), self.models[ref], source)
+            for ref, source in how.inputs
+        }
+        plain = (
+            how.method == "task_arithmetic"
+            and len(how.siblings) == 1
+            and not how.normalize
+            and how.scale == 1
+        )
         if not plain or how.base is None or out.dtype != self.dtype:
             out.copy_(combine(how, tensors, None))
             bounded(out, how.inputs[0][1])
@@ -145,19 +215,29 @@ class Pieces:
         bounded(out, how.inputs[0][1])
 
 
-def merged_tensors(recipe: Recipe, models: Mapping[str, ModelFolder], random_seed: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
+def merged_tensors(
+    recipe: Recipe, models: Mapping[str, ModelFolder], random_seed: int = 0
+) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) on the CPU, sorted by name."""
     plan = MergePlan(recipe, models, random_seed)
     for name in plan.names:
         yield name, plan.merge(name)
 
 
-def combine(how: How, tensors: Mapping[str, torch.Tensor], generator: torch.Generator | None) -> torch.Tensor:
-    """One merged tensor from its inputs by model, all of one shape and dtype. Raises RecipeError on weights that sum to 0."""
+def combine(
+    how: How, tensors: Mapping[str, torch.Tensor], generator: torch.Generator | None
+) -> torch.Tensor:
+    """One merged tensor from its inputs by model, all of one shape and dtype. Raises RecipeError on
+    weights that sum to 0.
+    """
     siblings = [tensors[ref] for ref, _ in how.siblings]
     if how.method == "linear":
         if how.normalize and torch.tensor(how.weights).sum() == 0:
-            raise RecipeError("the weights sum to 0, so they cannot be normalised", found=how.weights, remedy="Change one of them.")
+            raise RecipeError(
+                "the weights sum to 0, so they cannot be normalised",
+                found=how.weights,
+                remedy="Change one of them.",
+            )
         return methods.linear(siblings, how.weights, how.normalize)
     assert how.base is not None
     base = tensors[how.base[0]]
@@ -166,12 +246,26 @@ def combine(how: How, tensors: Mapping[str, torch.Tensor], generator: torch.Gene
     return from_deltas(how, base, methods.differences(base, siblings), generator)
 
 
-def from_deltas(how: How, base: torch.Tensor, deltas: Iterable[torch.Tensor], generator: torch.Generator | None) -> torch.Tensor:
+def from_deltas(
+    how: How, base: torch.Tensor, deltas: Iterable[torch.Tensor], generator: torch.Generator | None
+) -> torch.Tensor:
     """The same for the methods that add deltas to a base, from deltas that are there."""
-    return methods.from_deltas(how.method, base, deltas, how.weights, how.densities, generator, how.normalize, how.scale, how.rescale)
+    return methods.from_deltas(
+        how.method,
+        base,
+        deltas,
+        how.weights,
+        how.densities,
+        generator,
+        how.normalize,
+        how.scale,
+        how.rescale,
+    )
 
 
-def load_finite(model: ModelFolder, name: str, dtype: torch.dtype, device: Any = "cpu") -> torch.Tensor:
+def load_finite(
+    model: ModelFolder, name: str, dtype: torch.dtype, device: Any = "cpu"
+) -> torch.Tensor:
     """A tensor in `dtype`. Raises ModelError when it holds NaN or infinite numbers."""
     return finite(model.get_tensor(name).to(device=device, dtype=dtype), model, name)
 
@@ -182,15 +276,26 @@ def finite(tensor: torch.Tensor, model: ModelFolder, name: str) -> torch.Tensor:
         low, high = torch.aminmax(tensor)  # NaN goes through both; a fraction of isfinite's cost
         if not (math.isfinite(low.item()) and math.isfinite(high.item())):
             raise ModelError(
-                f"tensor {name} holds NaN or infinite numbers", where=model.ref or model.path, remedy="Train or download the model again."
+                f"tensor {name} holds NaN or infinite numbers",
+                where=model.ref or model.path,
+                remedy="Train or download the model again.",
             )
     return tensor
 
 
 def bounded(merged: torch.Tensor, name: str) -> torch.Tensor:
-    """The tensor itself. Raises RecipeError when it passed the end of float16; the other dtypes end where no weights are."""
-    if merged.dtype == torch.float16 and merged.numel() and not all(math.isfinite(end.item()) for end in torch.aminmax(merged)):
-        raise RecipeError(f"merged tensor {name} passes float16's 65504", remedy="Write smaller weights, or out_dtype: bfloat16.")
+    """The tensor itself. Raises RecipeError when it passed the end of float16; the other dtypes end
+    where no weights are.
+    """
+    if (
+        merged.dtype == torch.float16
+        and merged.numel()
+        and not all(math.isfinite(end.item()) for end in torch.aminmax(merged))
+    ):
+        raise RecipeError(
+            f"merged tensor {name} passes float16's 65504",
+            remedy="Write smaller weights, or out_dtype: bfloat16.",
+        )
     return merged
 
 

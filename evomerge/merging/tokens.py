@@ -1,4 +1,5 @@
-"""The tokenizers of models to merge, cut to their embeddings and united, and a recipe's rules for single tokens.
+"""The tokenizers of models to merge, cut to their embeddings and united, and a recipe's rules for
+single tokens.
 
 What comes out has the meaning that mergekit 0.1.5 gives it.
 """
@@ -14,16 +15,25 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import ModelError, RecipeError
-from evomerge.merging.folder import ModelFolder
+from evomerge.merging.checkpoints.model_folder import ModelFolder
 
 log = logging.getLogger(__name__)
 
-FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "tekken.json")
+FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "tekken.json",
+)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What `tokens:` says of one token: `model`'s row for it, or that model's row `row`; no model means zeros."""
+    """What `tokens:` says of one token: `model`'s row for it, or that model's row `row`; no model
+    means zeros.
+    """
 
     token: str
     model: str | None
@@ -34,10 +44,13 @@ class Rule:
 def load_tokenizers(first: str, models: Mapping[str, ModelFolder]) -> dict[str, Any]:
     """Every model's tokenizer, `first`'s before the others and cut to its embeddings.
 
-    A model without tokenizer files is left out: its tokens are taken to be those of `first`.
-    Raises ModelError when a tokenizer cannot be loaded, RecipeError when one that is no BPE would have to be cut.
+    A model without tokenizer files is left out: its tokens are taken to be those of `first`. Raises
+    ModelError when a tokenizer cannot be loaded, RecipeError when one that is no BPE would have to
+    be cut.
     """
-    found = {first: _cut(load_tokenizer(models[first].path, first), vocab_size(models[first]), first)}
+    found = {
+        first: _cut(load_tokenizer(models[first].path, first), vocab_size(models[first]), first)
+    }
     for ref, model in models.items():
         if ref == first:
             continue
@@ -55,35 +68,51 @@ def load_tokenizer(path: str | Path, ref: str) -> Any:
     name, _, revision = str(path).partition("@") if not Path(path).is_dir() else (str(path), "", "")
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision or None)
-    except Exception as error:  # OSError, ValueError, KeyError and others, by what is wrong in the files
-        raise ModelError(f"the tokenizer cannot be loaded: {error}", where=ref, remedy="Copy or download its files again.") from error
+    except Exception as error:
+        # OSError, ValueError, KeyError and others, by what is wrong in the files
+        raise ModelError(
+            f"the tokenizer cannot be loaded: {error}",
+            where=ref,
+            remedy="Copy or download its files again.",
+        ) from error
 
 
 def vocab_size(model: ModelFolder) -> int:
     """Rows of the embeddings by config.json. Raises ModelError."""
     size = model.config.get("vocab_size")
     if not isinstance(size, int):
-        raise ModelError("config.json has no `vocab_size`", where=model.path, found=size, remedy="Add the rows of the embeddings.")
+        raise ModelError(
+            "config.json has no `vocab_size`",
+            where=model.path,
+            found=size,
+            remedy="Add the rows of the embeddings.",
+        )
     return size
 
 
 def unite(tokenizers: Mapping[str, Any], sizes: Mapping[str, int]) -> Any:
     """The first tokenizer plus every token that another has within its embeddings' `sizes`.
 
-    Plain tokens come before those that some model holds as added tokens; within each, by model and by number.
+    Plain tokens come before those that some model holds as added tokens; within each, by model and
+    by number.
     """
     plain: dict[str, None] = {}
     added: dict[str, Any] = {}  # the first model's settings (special, strip) of a token hold
     for ref, tokenizer in tokenizers.items():
         vocab = tokenizer.get_vocab()
-        plain |= {token: None for token in sorted(vocab, key=vocab.__getitem__) if vocab[token] < sizes[ref]}
+        plain |= {
+            token: None
+            for token in sorted(vocab, key=vocab.__getitem__)
+            if vocab[token] < sizes[ref]
+        }
         for number, token in sorted(tokenizer.added_tokens_decoder.items()):
             if number < sizes[ref]:
                 added.setdefault(token.content, token)
     first = next(iter(tokenizers.values()))
     present = first.get_vocab()
     with tempfile.TemporaryDirectory() as folder:
-        # A copy by way of its files, as mergekit makes it: loading names special tokens anew that were cut off.
+        # A copy by way of its files, as mergekit makes it: loading names special tokens anew that
+        # were cut off.
         first.save_pretrained(folder)
         united = load_tokenizer(folder, "the union's tokenizer")
     # All at once: token by token, each call rebuilds the matcher of the added ones.
@@ -93,32 +122,55 @@ def unite(tokenizers: Mapping[str, Any], sizes: Mapping[str, int]) -> Any:
 
 
 def read_rules(
-    tokens: Mapping[str, Any], vocab: Mapping[str, int], owned: Mapping[str, Mapping[str, int]], models: Iterable[str]
+    tokens: Mapping[str, Any],
+    vocab: Mapping[str, int],
+    owned: Mapping[str, Mapping[str, int]],
+    models: Iterable[str],
 ) -> dict[int, Rule]:
-    """The checked form of `tokens`: {token: {source: MODEL | {kind: zero} | {kind: model_token, …}, force}}."""
+    """The checked form of `tokens`: {token: {source: MODEL | {kind: zero} | {kind: model_token, …},
+    force}}.
+    """
     rules = {}
     for token, item in tokens.items():
         where = f"tokenizer.tokens[{token!r}]"
         if token not in vocab:
             raise RecipeError("cannot be a token", where=where, remedy="Write the token's text.")
-        if not isinstance(item, Mapping) or not item.keys() <= {"source", "force"} or not isinstance(item.get("force", False), bool):
-            raise RecipeError("is malformed", where=where, found=item, remedy="Write {source: MODEL, force: false}.")
+        if (
+            not isinstance(item, Mapping)
+            or not item.keys() <= {"source", "force"}
+            or not isinstance(item.get("force", False), bool)
+        ):
+            raise RecipeError(
+                "is malformed",
+                where=where,
+                found=item,
+                remedy="Write {source: MODEL, force: false}.",
+            )
         source, force = item.get("source"), item.get("force", False)
         model, row = source, None
         if source is None:
             if force:
-                raise RecipeError("`force` needs a `source`", where=where, remedy="Name a model, or {kind: zero}.")
+                raise RecipeError(
+                    "`force` needs a `source`", where=where, remedy="Name a model, or {kind: zero}."
+                )
             continue  # only makes sure that the token exists
         if isinstance(source, Mapping):
             model, row = _from_kind(source, where, owned)
         if model is not None and model not in models:
-            raise RecipeError("`source` is no model of the recipe", where=where, found=model, remedy="Name a model, or {kind: zero}.")
+            raise RecipeError(
+                "`source` is no model of the recipe",
+                where=where,
+                found=model,
+                remedy="Name a model, or {kind: zero}.",
+            )
         rules[vocab[token]] = Rule(token, model, row, force)
     return rules
 
 
 def _cut(tokenizer: Any, size: int, ref: str) -> Any:
-    """The tokenizer without the tokens that have no row in the embeddings. Raises RecipeError: it is no fast BPE."""
+    """The tokenizer without the tokens that have no row in the embeddings. Raises RecipeError: it
+    is no fast BPE.
+    """
     unused = {token for token, number in tokenizer.get_vocab().items() if number >= size}
     if not unused:
         return tokenizer
@@ -138,27 +190,47 @@ def _cut(tokenizer: Any, size: int, ref: str) -> Any:
     pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in bpe["merges"]]
     prefix = bpe.get("continuing_subword_prefix") or ""
     # A merge into a token that is cut goes too: there mergekit fails.
-    bpe["merges"] = [(a, b) for a, b in pairs if unused.isdisjoint((a, b, a + b.removeprefix(prefix)))]
+    bpe["merges"] = [
+        (a, b) for a, b in pairs if unused.isdisjoint((a, b, a + b.removeprefix(prefix)))
+    ]
     state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < size]
     try:
-        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))  # what backend_tokenizer shows; it has no setter
+        # what backend_tokenizer shows; it has no setter
+        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
     except Exception as error:  # the library raises plain Exceptions
         raise ModelError(
-            f"the tokenizer cannot be cut to {size} rows: {error}", where=ref, remedy="Remove the tokens past them."
+            f"the tokenizer cannot be cut to {size} rows: {error}",
+            where=ref,
+            remedy="Remove the tokens past them.",
         ) from error
     return tokenizer
 
 
-def _from_kind(source: Mapping[str, Any], where: str, owned: Mapping[str, Mapping[str, int]]) -> tuple[Any, int | None]:
+def _from_kind(
+    source: Mapping[str, Any], where: str, owned: Mapping[str, Mapping[str, int]]
+) -> tuple[Any, int | None]:
     """(model, row) of {kind: zero}, or of {kind: model_token, model, and token_id or token}."""
     if dict(source) == {"kind": "zero"}:
         return None, None
     model, token = source.get("model"), source.get("token")
     row = source.get("token_id", owned.get(str(model), {}).get(str(token), -1))
-    if source.get("kind") != "model_token" or len(source) != 3 or ("token_id" in source) == ("token" in source) or type(row) is not int:
+    if (
+        source.get("kind") != "model_token"
+        or len(source) != 3
+        or ("token_id" in source) == ("token" in source)
+        or type(row) is not int
+    ):
         raise RecipeError(
-            "`source` is malformed", where=where, found=dict(source), remedy="Write {kind: model_token, model: MODEL, token: TOKEN}."
+            "`source` is malformed",
+            where=where,
+            found=dict(source),
+            remedy="Write {kind: model_token, model: MODEL, token: TOKEN}.",
         )
     if row < 0:
-        raise RecipeError(f"{model} has no such token", where=where, found=token if "token" in source else row, remedy="Mend it.")
+        raise RecipeError(
+            f"{model} has no such token",
+            where=where,
+            found=token if "token" in source else row,
+            remedy="Mend it.",
+        )
     return model, row

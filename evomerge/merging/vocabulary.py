@@ -1,9 +1,11 @@
-"""Models with different tokens in one merge: the output's tokenizer, and its rows found in every model's embeddings.
+"""Models with different tokens in one merge: the output's tokenizer, and its rows found in every
+model's embeddings.
 
-The rules are those of mergekit 0.1.5 (`tokenizer_source`, `tokenizer`). Row i of an output tensor is a model's own row
-for token i where the model has that token. Where it has not, and for tokens that `tokens:` forces, it is the default row:
-what `tokens:` says; else the only owner's row, the base's, the other owners' mean, or zeros where no model has the token.
-mergekit numbers the tokens that a union adds in an order that changes from run to run; here it is each model's own order.
+The rules are those of mergekit 0.1.5 (`tokenizer_source`, `tokenizer`). Row i of an output tensor
+is a model's own row for token i where the model has that token. Where it has not, and for tokens
+that `tokens:` forces, it is the default row: what `tokens:` says; else the only owner's row, the
+base's, the other owners' mean, or zeros where no model has the token. mergekit numbers the tokens
+that a union adds in an order that changes from run to run; here it is each model's own order.
 """
 
 from __future__ import annotations
@@ -17,10 +19,18 @@ from typing import Any, Protocol
 import torch
 
 from evomerge.errors import ModelError, RecipeError
-from evomerge.merging.folder import ModelFolder
-from evomerge.merging.tokens import Rule, load_tokenizer, load_tokenizers, read_rules, unite, vocab_size
+from evomerge.merging.checkpoints.model_folder import ModelFolder
+from evomerge.merging.tokens import (
+    Rule,
+    load_tokenizer,
+    load_tokenizers,
+    read_rules,
+    unite,
+    vocab_size,
+)
 
-LACKING, BEYOND = -1, -2  # instead of a row: the model has no such token; it has, past the end of its embeddings
+# instead of a row: the model has no such token; it has, past the end of its embeddings
+LACKING, BEYOND = -1, -2
 ZEROS, MEAN = -1, -2  # instead of a donor
 
 
@@ -60,26 +70,40 @@ class Vocabulary:
         """The tokenizer's files, as transformers writes them. Raises OSError."""
         self.tokenizer.save_pretrained(str(folder))
 
-    def align(self, tensors: Mapping[str, torch.Tensor], base: str | None = None) -> dict[str, torch.Tensor]:
-        """One vocabulary tensor of each model, (model rows, ...) -> (size, ...), in the dtype that holds them all.
+    def align(
+        self, tensors: Mapping[str, torch.Tensor], base: str | None = None
+    ) -> dict[str, torch.Tensor]:
+        """One vocabulary tensor of each model, (model rows, ...) -> (size, ...), in the dtype that
+        holds them all.
 
-        The models must come in the order of the slice's sources: a mean is summed in it. `base` is the slice's base
-        where that is not the recipe's. A tensor that needs no new row comes back as it is, or as a view.
-        Raises ModelError and RecipeError where a row that is needed does not exist.
+        The models must come in the order of the slice's sources: a mean is summed in it. `base` is
+        the slice's base where that is not the recipe's. A tensor that needs no new row comes back
+        as it is, or as a view. Raises ModelError and RecipeError where a row that is needed does
+        not exist.
         """
         refs = tuple(tensors)
         found = [tensors[ref] for ref in refs]
         for ref, tensor in zip(refs, found, strict=True):
             if tensor.shape[1:] != found[0].shape[1:]:
-                raise ModelError("the embeddings' widths differ", where=ref, found=tuple(tensor.shape), remedy="Merge models of one width.")
+                raise ModelError(
+                    "the embeddings' widths differ",
+                    where=ref,
+                    found=tuple(tensor.shape),
+                    remedy="Merge models of one width.",
+                )
             if int(self.rows[ref].max()) >= len(tensor):
                 raise ModelError(
-                    f"config.json's `vocab_size` passes the {len(tensor)} rows of the embeddings", where=ref, remedy="Mend config.json."
+                    f"config.json's `vocab_size` passes the {len(tensor)} rows of the embeddings",
+                    where=ref,
+                    remedy="Mend config.json.",
                 )
         dtype = reduce(torch.promote_types, (tensor.dtype for tensor in found))
         defaults = self._defaults(refs, base or self.base)
         table = self._table(refs, found, defaults, dtype)
-        return {ref: self._moved(ref, tensor.to(dtype), defaults, table) for ref, tensor in zip(refs, found, strict=True)}
+        return {
+            ref: self._moved(ref, tensor.to(dtype), defaults, table)
+            for ref, tensor in zip(refs, found, strict=True)
+        }
 
     def keeps(self, model: str) -> bool:
         """Whether every token of the output has the row that it has in `model`."""
@@ -124,14 +148,30 @@ class Vocabulary:
             return ZEROS, LACKING
         where = f"tokenizer.tokens[{rule.token!r}]"
         if rule.model not in refs:
-            raise RecipeError("the model has no part in this tensor", where=where, found=rule.model, remedy="Name one of the slice's.")
+            raise RecipeError(
+                "the model has no part in this tensor",
+                where=where,
+                found=rule.model,
+                remedy="Name one of the slice's.",
+            )
         at = refs.index(rule.model)
         row = int(rows[at]) if rule.row is None else rule.row
         if row < 0:
-            raise RecipeError("the model lacks this token", where=where, found=rule.model, remedy="Name a model that has it.")
+            raise RecipeError(
+                "the model lacks this token",
+                where=where,
+                found=rule.model,
+                remedy="Name a model that has it.",
+            )
         return at, row
 
-    def _table(self, refs: tuple[str, ...], found: Sequence[torch.Tensor], defaults: Defaults, dtype: torch.dtype) -> torch.Tensor:
+    def _table(
+        self,
+        refs: tuple[str, ...],
+        found: Sequence[torch.Tensor],
+        defaults: Defaults,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
         """The default rows, (len(defaults.ids), ...)."""
         table = found[0].new_zeros((len(defaults.ids), *found[0].shape[1:]), dtype=dtype)
         mean = (defaults.donor == MEAN).nonzero().squeeze(1)
@@ -148,7 +188,8 @@ class Vocabulary:
                 )
             _put(table, given, tensor, defaults.row[given])
             rows = self.rows[ref][defaults.ids[mean]]
-            # From zero and model by model, for mergekit's rounding: a sum in the working dtype is not associative.
+            # From zero and model by model, for mergekit's rounding: a sum in the working dtype is
+            # not associative.
             owned = mean[rows >= 0]
             count[owned] += 1
             _put(table, owned, tensor, rows[rows >= 0], add=True)
@@ -158,15 +199,21 @@ class Vocabulary:
                 table[owned] = table[owned] / n
         return table
 
-    def _moved(self, ref: str, tensor: torch.Tensor, defaults: Defaults, table: torch.Tensor) -> torch.Tensor:
-        """(size, ...): the model's own rows, the default rows in their places, and mean rows at the end."""
+    def _moved(
+        self, ref: str, tensor: torch.Tensor, defaults: Defaults, table: torch.Tensor
+    ) -> torch.Tensor:
+        """(size, ...): the model's own rows, the default rows in their places, and mean rows at the
+        end.
+        """
         rows, n = self.rows[ref], len(self.tokens)
         new = (defaults.forced[defaults.ids] | (rows[defaults.ids] < 0)).nonzero().squeeze(1)
         if not len(new) and self.size == n and ref in self._in_place:
             return tensor if len(tensor) == n else tensor[:n]
         out = tensor.new_empty((self.size, *tensor.shape[1:]))
         torch.index_select(tensor, 0, rows.clamp_min(0).to(tensor.device), out=out[:n])
-        out.index_copy_(0, defaults.ids[new].to(out.device), table.index_select(0, new.to(out.device)))
+        out.index_copy_(
+            0, defaults.ids[new].to(out.device), table.index_select(0, new.to(out.device))
+        )
         if self.size > n:
             # the mean row for new tokens: https://nlp.stanford.edu/~johnhew/vocab-expansion.html
             out[n:] = out[:n].mean(dim=0)
@@ -179,17 +226,26 @@ class Vocabulary:
         return frozenset(ref for ref, rows in self.rows.items() if torch.equal(rows, same))
 
 
-def _put(table: torch.Tensor, places: torch.Tensor, tensor: torch.Tensor, rows: torch.Tensor, add: bool = False) -> None:
+def _put(
+    table: torch.Tensor,
+    places: torch.Tensor,
+    tensor: torch.Tensor,
+    rows: torch.Tensor,
+    add: bool = False,
+) -> None:
     """Copy (or add) rows of a tensor into places of the table; no place comes twice."""
     moved = tensor.index_select(0, rows.to(tensor.device)).to(table.dtype)
     places = places.to(table.device)
     table.index_copy_(0, places, table.index_select(0, places) + moved if add else moved)
 
 
-def make_vocabulary(section: Section, base: str | None, models: Mapping[str, ModelFolder]) -> Vocabulary:
+def make_vocabulary(
+    section: Section, base: str | None, models: Mapping[str, ModelFolder]
+) -> Vocabulary:
     """The output's vocabulary; without a base the first model's tokenizer stands for the base's.
 
-    Raises ModelError when a tokenizer cannot be loaded, RecipeError when `tokens` is wrong or the tokens cannot be numbered.
+    Raises ModelError when a tokenizer cannot be loaded, RecipeError when `tokens` is wrong or the
+    tokens cannot be numbered.
     """
     first = base if base is not None else next(iter(models))
     sizes = {ref: vocab_size(model) for ref, model in models.items()}
@@ -199,9 +255,14 @@ def make_vocabulary(section: Section, base: str | None, models: Mapping[str, Mod
     elif section.source == "union":
         tokenizer = unite(tokenizers, sizes)
     else:
-        path = models[section.source].path if section.source in models else section.source.partition("+")[0]
+        path = (
+            models[section.source].path
+            if section.source in models
+            else section.source.partition("+")[0]
+        )
         tokenizer = load_tokenizer(path, section.source)
-    # With `source: base` this changes the base's own tokenizer, so that the base's padding rows become the tokens': as in mergekit.
+    # With `source: base` this changes the base's own tokenizer, so that the base's padding rows
+    # become the tokens': as in mergekit.
     present = tokenizer.get_vocab()
     tokenizer.add_tokens([token for token in section.tokens if token not in present])
     vocab = tokenizer.get_vocab()
@@ -218,7 +279,8 @@ def make_vocabulary(section: Section, base: str | None, models: Mapping[str, Mod
     return Vocabulary(
         tokenizer=tokenizer,
         tokens=tuple(tokens),
-        size=-(-len(vocab) // (section.pad_to_multiple_of or 1)) * (section.pad_to_multiple_of or 1),
+        size=-(-len(vocab) // (section.pad_to_multiple_of or 1))
+        * (section.pad_to_multiple_of or 1),
         rows={ref: _rows(vocab, owned.get(ref, owned[first]), size) for ref, size in sizes.items()},
         rules=read_rules(section.tokens, vocab, owned, sizes),
         base=base,

@@ -1,7 +1,15 @@
-"""The study file: YAML in, one validated, frozen object out. Everything is checked here, once; a message names the key, the
-value found and the remedy."""
+"""The study file: YAML in, one validated, frozen object out. Everything is checked here, once; a
+message names the key, the value found and the remedy.
+"""
 
-from evomerge.study.reading import STOPPING_KEYS, changed_keys, overridden, read_judge, read_setting, read_study
+from evomerge.study.reading import (
+    STOPPING_KEYS,
+    changed_keys,
+    overridden,
+    read_judge,
+    read_setting,
+    read_study,
+)
 from evomerge.study.rules import check_judge
 from evomerge.study.sections import (
     BEFORE,

@@ -1,4 +1,6 @@
-"""Between plain lists and dicts, as YAML has them, and frozen dataclasses: each value is checked by its type hint."""
+"""Between plain lists and dicts, as YAML has them, and frozen dataclasses: each value is checked by
+its type hint.
+"""
 
 from __future__ import annotations
 
@@ -13,27 +15,53 @@ from evomerge.errors import StudyFileError
 
 
 def build(cls: type, data: Any, at: str, where: str) -> Any:
-    """The dataclass `cls` from a mapping; `at` is its dotted key in the file `where`. Raises StudyFileError for a key or a value."""
+    """The dataclass `cls` from a mapping; `at` is its dotted key in the file `where`. Raises
+    StudyFileError for a key or a value.
+    """
     if not isinstance(data, dict):
-        raise StudyFileError(f"`{at}` is not a mapping", where=where, found=data, remedy="Write its keys on indented lines.")
+        raise StudyFileError(
+            f"`{at}` is not a mapping",
+            where=where,
+            found=data,
+            remedy="Write its keys on indented lines.",
+        )
     hints = typing.get_type_hints(cls)
     known = {f.name: f for f in dataclasses.fields(cls)}
     for key in data:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
-            remedy = f"Did you mean `{join(at, near[0])}`?" if near else f"Known keys: {', '.join(known)}."
+            remedy = (
+                f"Did you mean `{join(at, near[0])}`?"
+                if near
+                else f"Known keys: {', '.join(known)}."
+            )
             raise StudyFileError(f"unknown key `{join(at, str(key))}`", where=where, remedy=remedy)
     missing = [
-        n for n, f in known.items() if n not in data and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        n
+        for n, f in known.items()
+        if n not in data
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
     ]
     if missing:
-        raise StudyFileError(f"`{join(at, missing[0])}` is missing", where=where, remedy="Add it; see search_spaces/demo.yaml.")
-    return cls(**{key: _convert(hints[key], value, join(at, key), where) for key, value in data.items()})
+        raise StudyFileError(
+            f"`{join(at, missing[0])}` is missing",
+            where=where,
+            remedy="Add it; see search_spaces/demo.yaml.",
+        )
+    return cls(
+        **{key: _convert(hints[key], value, join(at, key), where) for key, value in data.items()}
+    )
 
 
 def _convert(hint: Any, value: Any, at: str, where: str) -> Any:
     def wrong(wanted: str) -> StudyFileError:
-        return StudyFileError(f"`{at}` must be {wanted}", where=where, found=value, remedy="Change it, or leave it out for the default.")
+        return StudyFileError(
+            f"`{at}` must be {wanted}",
+            where=where,
+            found=value,
+            remedy="Change it, or leave it out for the default.",
+        )
 
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
@@ -56,11 +84,20 @@ def _convert(hint: Any, value: Any, at: str, where: str) -> Any:
         return value
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
         return value
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    if (
+        hint is float
+        and isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+    ):
         return float(value)
     if hint is str and isinstance(value, str | int):
         return str(value)
-    raise wrong({bool: "true or false", int: "a whole number", float: "a finite number", str: "a text"}[hint])
+    raise wrong(
+        {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text"}[
+            hint
+        ]
+    )
 
 
 def join(at: str, key: str) -> str:
@@ -75,5 +112,9 @@ def plain(value: Any) -> Any:
 
 def flatten(value: Any, at: str = "") -> dict[str, Any]:
     if isinstance(value, dict):
-        return {k: v for key, item in value.items() for k, v in flatten(item, join(at, str(key))).items()}
+        return {
+            k: v
+            for key, item in value.items()
+            for k, v in flatten(item, join(at, str(key))).items()
+        }
     return {at: value}

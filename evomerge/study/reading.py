@@ -18,15 +18,35 @@ from evomerge.study.convert import build, flatten, join
 from evomerge.study.rules import check_genome, check_judge, check_lm_eval, check_study_file
 from evomerge.study.sections import LM_EVAL_KEYS, JudgeSection, Study
 
-# Keys that a finished or running study may change: they say when to stop and how to reach the judge, not what is searched.
+# Keys that a finished or running study may change: they say when to stop and how to reach the
+# judge, not what is searched.
 STOPPING_KEYS = (
-    *(f"search.{key}" for key in ("trials", "time_limit", "max_cost", "hourly_price", "min_sigma", "patience")),
-    *(f"judge.{key}" for key in ("base_url", "concurrency", "requests_per_minute", "retries", "back_off", "timeout", "asks")),
-    *(f"judge.{key}" for key in ("max_requests", "max_tokens", "max_cost", "input_price", "output_price")),
+    *(
+        f"search.{key}"
+        for key in ("trials", "time_limit", "max_cost", "hourly_price", "min_sigma", "patience")
+    ),
+    *(
+        f"judge.{key}"
+        for key in (
+            "base_url",
+            "concurrency",
+            "requests_per_minute",
+            "retries",
+            "back_off",
+            "timeout",
+            "asks",
+        )
+    ),
+    *(
+        f"judge.{key}"
+        for key in ("max_requests", "max_tokens", "max_cost", "input_price", "output_price")
+    ),
 )
 
 
-def read_study(path: str | Path, overrides: Sequence[str] = (), environ: Mapping[str, str] = os.environ) -> Study:
+def read_study(
+    path: str | Path, overrides: Sequence[str] = (), environ: Mapping[str, str] = os.environ
+) -> Study:
     """Read, override, resolve and check a study file.
 
     `overrides` are "a.b=value" texts. Paths become absolute; `${NAME}` is taken from `environ`.
@@ -34,15 +54,24 @@ def read_study(path: str | Path, overrides: Sequence[str] = (), environ: Mapping
     """
     path = Path(path)
     if not path.is_file():
-        raise StudyFileError("no such study file", where=path, remedy="The files that ship lie in search_spaces/.")
+        raise StudyFileError(
+            "no such study file", where=path, remedy="The files that ship lie in search_spaces/."
+        )
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise StudyFileError(f"not valid YAML: {error}", where=path, remedy="Mend the line named.") from error
+        raise StudyFileError(
+            f"not valid YAML: {error}", where=path, remedy="Mend the line named."
+        ) from error
     except UnicodeDecodeError as error:
         raise StudyFileError("is not UTF-8", where=path, remedy="Save it as UTF-8.") from error
     if not isinstance(data, dict):
-        raise StudyFileError("is not a mapping of keys", where=path, found=data, remedy="See search_spaces/demo.yaml.")
+        raise StudyFileError(
+            "is not a mapping of keys",
+            where=path,
+            found=data,
+            remedy="See search_spaces/demo.yaml.",
+        )
     for override in overrides:
         _override(data, override)
     data = _expand(data, environ, str(path), "")
@@ -58,7 +87,8 @@ def read_study(path: str | Path, overrides: Sequence[str] = (), environ: Mapping
 
 
 def overridden(study: Study, overrides: Sequence[str], allowed: Sequence[str]) -> Study:
-    """A study with "a.b=value" texts on top, checked as a file is; keys that begin with none of `allowed` are refused.
+    """A study with "a.b=value" texts on top, checked as a file is; keys that begin with none of
+    `allowed` are refused.
 
     Paths are relative to the working directory. Raises InputError, StudyFileError.
     """
@@ -66,7 +96,11 @@ def overridden(study: Study, overrides: Sequence[str], allowed: Sequence[str]) -
     for override in overrides:
         key = override.partition("=")[0]
         if not any(key == known or key.startswith(f"{known}.") for known in allowed):
-            raise InputError("--set: the key changes nothing here", found=override, remedy=f"Keys are those of {', '.join(allowed)}.")
+            raise InputError(
+                "--set: the key changes nothing here",
+                found=override,
+                remedy=f"Keys are those of {', '.join(allowed)}.",
+            )
         _override(data, override)
     changed = typing.cast(Study, build(Study, data, "", "--set"))
     if overrides:
@@ -78,9 +112,14 @@ def overridden(study: Study, overrides: Sequence[str], allowed: Sequence[str]) -
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Dotted keys whose values differ between two `to_dict`s, stopping keys left out."""
     with contextlib.suppress(StudyFileError):  # it may hold what this version does not know
-        old = Study.from_dict(old).to_dict()  # keys that are younger than the study have their defaults
+        # keys that are younger than the study have their defaults
+        old = Study.from_dict(old).to_dict()
     a, b = flatten(old), flatten(new)
-    return [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key) and key not in STOPPING_KEYS]
+    return [
+        key
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key) != b.get(key) and key not in STOPPING_KEYS
+    ]
 
 
 def read_judge(settings: Mapping[str, Any], where: str) -> JudgeSection:
@@ -94,17 +133,25 @@ def read_setting(text: str) -> tuple[str, Any]:
     """KEY=VALUE of --set, the value as YAML. Raises InputError."""
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise InputError("--set wants KEY=VALUE", found=text, remedy="For example --set search.trials=24.")
+        raise InputError(
+            "--set wants KEY=VALUE", found=text, remedy="For example --set search.trials=24."
+        )
     try:
         return key, yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise InputError("--set: the value is no YAML", found=text, remedy="Quote it, and close what is open.") from error
+        raise InputError(
+            "--set: the value is no YAML", found=text, remedy="Quote it, and close what is open."
+        ) from error
 
 
 def read_mergekit_evolve(data: dict[str, Any], where: str) -> None:
-    """Task names and paths as plain texts become what we hold; keys that would change nothing are refused."""
+    """Task names and paths as plain texts become what we hold; keys that would change nothing are
+    refused.
+    """
     if isinstance(data.get("tasks"), list):
-        data["tasks"] = [{"name": entry} if isinstance(entry, str) else entry for entry in data["tasks"]]
+        data["tasks"] = [
+            {"name": entry} if isinstance(entry, str) else entry for entry in data["tasks"]
+        ]
     if isinstance(data.get("task_search_path"), str):
         data["task_search_path"] = [data["task_search_path"]]
     listed = data.get("tasks") if isinstance(data.get("tasks"), list) else []
@@ -112,19 +159,29 @@ def read_mergekit_evolve(data: dict[str, Any], where: str) -> None:
     if any("name" in entry for entry in sources):
         for key in ("judge", "prompt", "generation", "objective"):
             if key in data:
-                raise StudyFileError(f"`{key}` changes nothing: lm-eval tasks bring their own", where=where, remedy="Remove it.")
+                raise StudyFileError(
+                    f"`{key}` changes nothing: lm-eval tasks bring their own",
+                    where=where,
+                    remedy="Remove it.",
+                )
         data["judge"] = {"kind": "lm-eval", "metric": "score"}
-        for section, key, value in (("search", "ranking", "all"), ("split", "validation", 0.0)):  # metrics are over all documents
+        # metrics are over all documents
+        for section, key, value in (("search", "ranking", "all"), ("split", "validation", 0.0)):
             if isinstance(data.setdefault(section, {}), dict):
                 data[section].setdefault(key, value)
         return
     wrong = [key for key in LM_EVAL_KEYS if key in data]
     wrong += [f"tasks[{i}].metric" for i, entry in enumerate(sources) if "metric" in entry]
-    wrong += ["tasks[0].weight"] if len(sources) == 1 and "weight" in sources[0] else []  # of several, it says what each counts
+    # of several, it says what each counts
+    wrong += ["tasks[0].weight"] if len(sources) == 1 and "weight" in sources[0] else []
     judge = data["judge"] if isinstance(data.get("judge"), dict) else {}
     wrong += [f"judge.{key}" for key, value in judge.items() if value in ("lm-eval", "score")]
     if wrong:
-        raise StudyFileError(f"`{wrong[0]}` goes with lm-eval tasks, and there are none", where=where, remedy="Remove it.")
+        raise StudyFileError(
+            f"`{wrong[0]}` goes with lm-eval tasks, and there are none",
+            where=where,
+            remedy="Remove it.",
+        )
 
 
 def resolve_paths(study: Study, folder: Path) -> Study:
@@ -135,20 +192,27 @@ def resolve_paths(study: Study, folder: Path) -> Study:
         return str((folder / Path(ref).expanduser()).resolve()) if looks_local else ref
 
     def model(ref: str) -> str:
-        return place(ref) if (folder / ref).exists() else "+".join(map(place, ref.split("+")))  # MODEL+ADAPTER
+        # MODEL+ADAPTER
+        return place(ref) if (folder / ref).exists() else "+".join(map(place, ref.split("+")))
 
     g = study.genome
     genome = dataclasses.replace(
         g,
         base_model=None if g.base_model is None else model(g.base_model),
         models=tuple(map(model, g.models)),
-        tokenizer_source=g.tokenizer_source if g.tokenizer_source in (None, "base", "union") else model(g.tokenizer_source),
+        tokenizer_source=g.tokenizer_source
+        if g.tokenizer_source in (None, "base", "union")
+        else model(g.tokenizer_source),
     )
     tasks = tuple(
-        dataclasses.replace(source, file=str((folder / Path(source.file).expanduser()).resolve())) if source.file else source
+        dataclasses.replace(source, file=str((folder / Path(source.file).expanduser()).resolve()))
+        if source.file
+        else source
         for source in study.tasks
     )
-    folders = tuple(str((folder / Path(path).expanduser()).resolve()) for path in study.task_search_path)
+    folders = tuple(
+        str((folder / Path(path).expanduser()).resolve()) for path in study.task_search_path
+    )
     j = study.judge
     judge = dataclasses.replace(
         j,
@@ -156,10 +220,25 @@ def resolve_paths(study: Study, folder: Path) -> Study:
         model=place(j.model) if j.kind == "local" and j.model is not None else j.model,
     )
     p = study.prompt
-    prompt = dataclasses.replace(p, knowledge=None if p.knowledge is None else str((folder / Path(p.knowledge).expanduser()).resolve()))
-    recipes = tuple(str((folder / Path(path).expanduser()).resolve()) for path in study.search.recipes)
+    prompt = dataclasses.replace(
+        p,
+        knowledge=None
+        if p.knowledge is None
+        else str((folder / Path(p.knowledge).expanduser()).resolve()),
+    )
+    recipes = tuple(
+        str((folder / Path(path).expanduser()).resolve()) for path in study.search.recipes
+    )
     search = dataclasses.replace(study.search, recipes=recipes)
-    return dataclasses.replace(study, genome=genome, tasks=tasks, task_search_path=folders, judge=judge, search=search, prompt=prompt)
+    return dataclasses.replace(
+        study,
+        genome=genome,
+        tasks=tasks,
+        task_search_path=folders,
+        judge=judge,
+        search=search,
+        prompt=prompt,
+    )
 
 
 def _override(data: dict[str, Any], override: str) -> None:
@@ -169,7 +248,11 @@ def _override(data: dict[str, Any], override: str) -> None:
     for parent in parents:
         target = target.setdefault(parent, {})
         if not isinstance(target, dict):
-            raise InputError(f"--set: `{parent}` holds no keys", found=override, remedy="Name a key such as search.trials.")
+            raise InputError(
+                f"--set: `{parent}` holds no keys",
+                found=override,
+                remedy="Name a key such as search.trials.",
+            )
     target[last] = value
 
 
@@ -184,7 +267,9 @@ def _expand(value: Any, environ: Mapping[str, str], where: str, at: str) -> Any:
     def lookup(match: re.Match[str]) -> str:
         if match[1] not in environ:
             raise StudyFileError(
-                f"`{at}` uses ${{{match[1]}}}, which is not set", where=where, remedy=f"Set the environment variable {match[1]}."
+                f"`{at}` uses ${{{match[1]}}}, which is not set",
+                where=where,
+                remedy=f"Set the environment variable {match[1]}.",
             )
         return environ[match[1]]
 

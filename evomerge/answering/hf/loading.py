@@ -1,0 +1,119 @@
+"""Loading a model and its tokenizer with transformers: devices, 4 bits, what can go wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from evomerge.errors import EngineError, ModelError
+from evomerge.merging.checkpoints.model_folder import ModelFolder
+from evomerge.study import EngineSection
+
+
+def context_of(config: Any) -> int | None:
+    """How many tokens the model has positions for."""
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def load_tokenizer(folder: ModelFolder, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer, padding on the left; a missing pad token is the end token. Raises
+    ModelError.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(folder.path), trust_remote_code=trust_remote_code
+        )
+    except Exception as error:
+        # transformers raises OSError, ValueError, KeyError, … for a bad tokenizer
+        raise ModelError(
+            f"the tokenizer cannot be loaded: {error}",
+            where=folder.path,
+            remedy="Add the tokenizer's files.",
+        ) from error
+    tokenizer.padding_side = "left"
+    tokenizer.model_max_length = 10**9  # what is too long has our own words
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ModelError(
+                "the tokenizer has neither a pad nor an end token",
+                where=folder.path,
+                remedy="Set one in tokenizer_config.json.",
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    folder: ModelFolder, engine: EngineSection, dtype: torch.dtype
+) -> Any:  # a PreTrainedModel, whose own annotations hide `generate`
+    """The folder's model in `dtype`, on the section's device, spread by its device_map, or in 4
+    bits; ready to answer.
+
+    Raises EngineError: it does not fit the device, or bitsandbytes is missing. ModelError:
+    transformers cannot load it.
+    """
+    transformers_logging.disable_progress_bar()  # our own progress says what takes time
+    device = engine.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device_map: Any = engine.device_map
+    quantization = _quantization(engine)
+    if quantization is not None and device_map is None:
+        # tensor by tensor: the unquantised model is never there as a whole
+        device_map = {"": device}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder.path),
+            dtype=dtype,
+            device_map=device_map,
+            trust_remote_code=engine.trust_remote_code,
+            use_safetensors=True,
+            quantization_config=quantization,
+        )
+        if device_map is None:
+            model.to(torch.device(device))  # type: ignore[arg-type]
+    except torch.OutOfMemoryError as error:
+        raise EngineError(
+            "the model does not fit the device",
+            where=folder.path,
+            found=device,
+            remedy="Use engine.device_map: auto.",
+        ) from error
+    except Exception as error:  # as above: many kinds, none of them ours
+        raise ModelError(
+            f"transformers cannot load the model: {error}",
+            where=folder.path,
+            remedy="Check config.json.",
+        ) from error
+    model.eval()
+    return model
+
+
+def _quantization(engine: EngineSection) -> BitsAndBytesConfig | None:
+    """How the live model is quantised: NF4, computed in bfloat16. Raises EngineError without
+    bitsandbytes.
+    """
+    if engine.quantization is None:
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise EngineError(
+            "a live model in 4 bits needs bitsandbytes",
+            where="engine.quantization",
+            found=engine.quantization,
+            remedy="Run pip install 'evomerge[4bit]'.",
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_use_double_quant=engine.quantization == "4bit-double",
+    )

@@ -1,0 +1,198 @@
+"""Which of lm-eval's tasks a study names, and whether their metrics can be optimised."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib.util
+import io
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from evomerge.errors import InputError, TaskError
+
+if TYPE_CHECKING:
+    from evomerge.study import Study, TaskSource
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One entry of the study file: a metric over the documents of some leaves (lm-eval's single
+    tasks).
+    """
+
+    name: str
+    metric: str
+    weight: float
+    leaves: tuple[str, ...]
+    # a mean over all documents; else a mean of the leaves' means, as the group's YAML says
+    pooled: bool
+
+
+def load_objectives(study: Study) -> tuple[dict[str, Any], tuple[Objective, ...], list[str]]:
+    """lm-eval's single tasks by name, the objectives over them, and warnings.
+
+    Raises InputError without lm-eval, TaskError for an unknown task, metric or dataset.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise InputError(
+            "lm-eval tasks need lm-eval",
+            where="tasks",
+            remedy="Run pip install 'evomerge[lm-eval]'.",
+        )
+    names = list(dict.fromkeys(str(source.name) for source in study.tasks))
+    leaves: dict[str, Any] = {}
+    objectives: list[Objective] = []
+    warnings: list[str] = []
+    with quiet():
+        loaded = _load(names, list(study.task_search_path))
+        for source in study.tasks:
+            found = loaded[str(source.name)]
+            own = {
+                leaf.task_name: leaf
+                for leaf in (found.get_all_tasks() if hasattr(found, "get_all_tasks") else [found])
+            }
+            for name, leaf in own.items():
+                if name not in leaves:
+                    _check_runs(name, leaf)
+                    _set_fewshot(leaf, study.num_fewshot)
+                    leaves[name] = leaf
+            objective = _objective(source, found, own)
+            objectives.append(objective)
+            title = objective.metric.partition(",")[0]
+            if objective.weight > 0 and not all(
+                leaves[name].higher_is_better().get(title, True) for name in objective.leaves
+            ):
+                warnings.append(
+                    f"task {source.name}: of {source.metric} less is better, and a weight above 0 asks for more of it"
+                )
+    return leaves, tuple(objectives), warnings
+
+
+def _load(names: Sequence[str], folders: list[str]) -> dict[str, Any]:
+    """lm-eval's task or group by name: from the study's own folders where they hold all that is
+    needed.
+    """
+    from lm_eval.tasks import TaskManager
+
+    if folders:  # to index lm-eval's own thousands takes many seconds
+        own = TaskManager(include_path=folders, include_defaults=False)
+        if set(names) <= set(own.all_tasks):
+            try:
+                return {name: _load_one(own, name) for name in names}
+            except TaskError:
+                if not set(names) & set(own.all_groups):
+                    raise  # else a group may hold tasks of lm-eval's own
+    manager = TaskManager(include_path=folders or None)
+    return {name: _load_one(manager, name) for name in names}
+
+
+def _objective(source: TaskSource, found: Any, leaves: Mapping[str, Any]) -> Objective:
+    """Check the metric by name: it must be a mean over documents, or no document has a value of its
+    own.
+    """
+    from lm_eval.api.metrics import mean
+
+    name, metric, (title, _, filter_name) = (
+        str(source.name),
+        source.metric,
+        source.metric.partition(","),
+    )
+    known = {
+        key: [f"{m},{f.name}" for m in leaf.aggregation() for f in leaf._filters]
+        for key, leaf in leaves.items()
+    }
+    having = tuple(key for key in leaves if metric in known[key])
+    pooled = True
+    if hasattr(found, "get_all_tasks"):
+        rules = [
+            a
+            for a in found.aggregate_metric_list or []
+            if a.metric == title and filter_name in (a.filter_list or [filter_name])
+        ]
+        having, pooled = (having, rules[0].weight_by_size) if rules else ((), True)
+    if not having:
+        names = dict.fromkeys(m for metrics in known.values() for m in metrics)
+        raise TaskError(
+            "the task has no such metric",
+            where=f"task {name}",
+            found=metric,
+            remedy=f"Use one of {', '.join(names)}.",
+        )
+    if any(leaves[key].aggregation()[title] is not mean for key in having):
+        raise TaskError(
+            "this metric is no mean over documents, so no verdict can compare it document by document",
+            where=f"task {name}",
+            found=metric,
+            remedy="Use a metric such as acc or exact_match.",
+        )
+    return Objective(name, metric, source.weight, having, pooled)
+
+
+def _set_fewshot(leaf: Any, wanted: int | None) -> None:
+    """As lm-eval does: a task that says 0 keeps it."""
+    own = leaf.get_config("num_fewshot")
+    if own is None or (wanted is not None and own != 0):
+        leaf.set_config(key="num_fewshot", value=wanted or 0)
+
+
+def _load_one(manager: Any, name: str) -> Any:
+    """A task or group by name. Raises TaskError."""
+    known: list[str] = [*manager.all_subtasks, *manager.all_groups]
+    if name in manager.all_tags:
+        raise TaskError(
+            "this is a tag, which has no metric of its own",
+            where="tasks",
+            found=name,
+            remedy="Name its tasks one by one.",
+        )
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3)
+        remedy = (
+            f"Did you mean {' or '.join(near)}?"
+            if near
+            else "A task of your own needs `task_search_path`."
+        )
+        raise TaskError("lm-eval knows no such task", where="tasks", found=name, remedy=remedy)
+    try:
+        loaded = manager.load([name])
+    except Exception as error:  # datasets, its hub client and the tasks' own code raise many kinds
+        raise TaskError(
+            f"the task cannot be loaded: {line(error)}",
+            where=f"task {name}",
+            remedy="Check its YAML, and the network or the dataset's path.",
+        ) from error
+    return loaded["groups"].get(name) or loaded["tasks"][name]
+
+
+def _check_runs(name: str, leaf: Any) -> None:
+    if getattr(leaf, "UNSAFE_CODE", False):
+        raise TaskError(
+            "the task runs code that the model wrote",
+            where=f"task {name}",
+            remedy="evomerge does not; name another.",
+        )
+    if getattr(leaf, "MULTIMODAL", False):
+        raise TaskError(
+            "the task shows images or sound", where=f"task {name}", remedy="Name a text task."
+        )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """lm-eval's and datasets' bars and remarks would stand between our own lines."""
+    log = logging.getLogger("lm_eval")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        log.setLevel(level)
+
+
+def line(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

@@ -1,0 +1,1 @@
+"""The vLLM engine: takes each candidate's weights from memory."""

@@ -1,0 +1,108 @@
+"""A model's weights in memory that other processes can read as a safetensors file, written in place
+between candidates.
+
+For engines that keep weights in a layout of their own: a live model is merged here, and the engine
+loads it from here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from evomerge.errors import EngineError
+from evomerge.merging.checkpoints.model_folder import ModelFolder
+from evomerge.merging.placement import free_bytes
+
+# as safetensors writes them
+NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+
+
+class HostWeights:
+    """Tensors of `shapes` in one dtype. `module` holds them as parameters; `folder` holds them as
+    model.safetensors.
+
+    Both are the same memory. It belongs to no file system, so it has no size limit of its own and
+    goes with the process however that ends; the folder holds only a link, through which processes
+    of the same user can map it.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+        """Raises EngineError when there is no memory for it."""
+        header, starts, size = _layout(shapes, dtype)
+        free = free_bytes(torch.device("cpu"))
+        if size > free:
+            raise EngineError(
+                f"the merged weights need {size / 1e9:.1f} GB of host memory, and {free / 1e9:.1f} GB are free",
+                remedy="Free some, or use engine.kind: transformers.",
+            )
+        self._file = os.memfd_create("evomerge-weights", os.MFD_CLOEXEC)
+        # taken now: what keeps base and siblings counts what is left
+        os.posix_fallocate(self._file, 0, len(header) + size)
+        os.pwrite(self._file, header, 0)
+        self.folder = Path(tempfile.mkdtemp(prefix="evomerge-weights-"))
+        self.close = weakref.finalize(self, _close, self._file, self.folder)
+        (self.folder / "model.safetensors").symlink_to(f"/proc/{os.getpid()}/fd/{self._file}")
+        numbers = (len(header) + size) // dtype.itemsize
+        whole = torch.from_file(
+            f"/proc/self/fd/{self._file}", shared=True, size=numbers, dtype=dtype
+        )
+        at = len(header) // dtype.itemsize
+        self.module = torch.nn.Module()
+        for name, shape in shapes.items():
+            start = at + starts[name]
+            _register(self.module, name, whole[start : start + math.prod(shape)].view(shape))
+
+
+def host_weights_of(model: ModelFolder, dtype: torch.dtype) -> HostWeights:
+    """Room for the model's tensors, a tied head left out. Nothing is in it until it is merged into."""
+    tied = {"lm_head.weight"} if model.config.get("tie_word_embeddings") else set()
+    return HostWeights({name: model.shape(name) for name in sorted(model.keys - tied)}, dtype)
+
+
+def _layout(
+    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+) -> tuple[bytes, dict[str, int], int]:
+    """The file's header, each tensor's first number, and the bytes of all numbers.
+
+    The format: 8 bytes with the header's length, the header as JSON, the numbers without gaps
+    (https://huggingface.co/docs/safetensors). Padded with spaces to 64 bytes, so that every tensor
+    is aligned.
+    """
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    starts, at = {}, 0
+    for name, shape in shapes.items():
+        starts[name] = at
+        end = at + math.prod(shape)
+        entries[name] = {
+            "dtype": NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [at * dtype.itemsize, end * dtype.itemsize],
+        }
+        at = end
+    text = json.dumps(entries).encode()
+    text += b" " * (-(len(text) + 8) % 64)
+    return len(text).to_bytes(8, "little") + text, starts, at * dtype.itemsize
+
+
+def _register(root: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Make the tensor the parameter that `root.named_parameters()` calls `name`."""
+    *path, leaf = name.split(".")
+    for part in path:
+        if part not in root._modules:
+            root.add_module(part, torch.nn.Module())
+        root = root.get_submodule(part)
+    root.register_parameter(leaf, torch.nn.Parameter(tensor, requires_grad=False))
+
+
+def _close(file: int, folder: Path) -> None:
+    os.close(file)
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""Which numbers are searched: a vector to a recipe, and back."""

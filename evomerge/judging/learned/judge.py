@@ -1,0 +1,202 @@
+"""The learned judge: a ridge regression for each task, fitted on graded answers to that task
+(judging/ridge.py).
+
+It knows the tasks that it was fitted on and no others, by their whole text; another task is refused
+and not guessed.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evomerge.errors import InputError, TaskError
+from evomerge.files import replace_file
+from evomerge.judging.grade import Grade
+from evomerge.judging.learned import features
+from evomerge.judging.learned.features import Floats, Ints, in_english, look
+
+if TYPE_CHECKING:
+    from evomerge.answering.engine import Answer
+    from evomerge.tasks import Task
+
+FORMAT, FORMAT_VERSION = "evomerge-learned-judge", 2
+CLIP = 3.0  # standard deviations: an odd answer is no odder than that
+_ARRAYS = ("idf", "grams", "grams_scale", "measures", "mean", "scale", "bias", "asks_english")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The fitted numbers; T tasks, B buckets, M measures.
+
+    The grade is bias[g, t] + grams[t] · x + measures[t] · z, x the answer's n-grams times idf at
+    length 1, z its measures as
+    standard scores within the task and the group g: 1 for answers in English where the task does
+    not ask for that, else 0.
+    """
+
+    idf: Floats  # [B]
+    grams: Floats  # [T, B]
+    measures: Floats  # [T, M]
+    mean: Floats  # [2, T, M]
+    scale: Floats  # [2, T, M]
+    bias: Floats  # [2, T]
+    asks_english: NDArray[np.bool_]  # [T]
+
+    def predict(self, t: int, x: tuple[Ints, Floats], z: Floats) -> float:
+        """The unbounded grade of an answer to task number t, by its n-grams (buckets, weights) and
+        its measures [M].
+        """
+        buckets, values = x[0], x[1] * self.idf[x[0]]
+        values /= max(1e-9, float(np.sqrt(values @ values)))
+        g = int(in_english(z) and not self.asks_english[t])
+        score = ((z - self.mean[g, t]) / self.scale[g, t]).clip(-CLIP, CLIP)
+        return float(self.bias[g, t] + self.grams[t, buckets] @ values + self.measures[t] @ score)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a file tells about itself."""
+
+    tasks: tuple[str, ...]  # keys by `task_key`, in the weights' order
+    ids: tuple[str, ...]
+    answers: tuple[int, ...]  # graded answers to each task
+    judges: tuple[str, ...]
+    models: tuple[str, ...]
+    held_out: dict[str, Any] = field(default_factory=dict)
+
+
+class LearnedJudge:
+    """Grades 1 to 5 as its references would; `correct` is always None."""
+
+    name = "learned"
+
+    def __init__(self, file: str | Path) -> None:
+        """Raises InputError for a file that is missing, damaged, or of another version."""
+        self.file = Path(file)
+        self.weights, self.facts, digest = _read(self.file)
+        self.version = f"{features.VERSION}-{digest[:12]}"
+        self._places = {key: i for i, key in enumerate(self.facts.tasks)}
+
+    def check(self, tasks: Iterable[Task]) -> None:
+        """Raise TaskError for the first task that it was not fitted on."""
+        for task in tasks:
+            self._place(task)
+
+    def grade(self, task: Task, answer: Answer) -> Grade:
+        """Grade one answer, 1.0 to 5.0. Raises TaskError for a task that it was not fitted on."""
+        t = self._place(task)
+        if not re.search(r"\w", answer.text):
+            return Grade(1.0, None, "answer without a word")
+        value = self.weights.predict(t, *look(task, answer))
+        why = f"predicted from {self.facts.answers[t]} answers to this task graded by {', '.join(self.facts.judges)}"
+        return Grade(round(min(5.0, max(1.0, value)), 4), None, why)
+
+    def _place(self, task: Task) -> int:
+        place = self._places.get(task_key(task))
+        if place is None:
+            same = str(task.task_id) in self.facts.ids
+            raise TaskError(
+                "the learned judge was fitted on another text of this task"
+                if same
+                else "the learned judge was not fitted on this task",
+                where=self.file,
+                found=task.task_id,
+                remedy="Fit it on graded answers to this task (evomerge judge fit), or use another judge.",
+            )
+        return place
+
+
+def task_key(task: Task) -> str:
+    """A task by what it asks and how it is graded, whatever its id."""
+    return sha256(json.dumps([task.input, task.output, task.eval_aspect]).encode()).hexdigest()[:16]
+
+
+def save_judge(path: Path, weights: Weights, facts: Facts) -> None:
+    """Write an .npz file: arrays, and a JSON text; nothing in it runs on loading. Raises
+    OutputError.
+    """
+    # halves hold 1e-7 steps of it; ranks need no more
+    scale = np.abs(weights.grams).max(1, keepdims=True).clip(min=1e-12)
+    arrays = {
+        "idf": weights.idf, "grams": (weights.grams / scale).astype(np.float16), "grams_scale": scale[:, 0], "measures": weights.measures,
+        "mean": weights.mean, "scale": weights.scale, "bias": weights.bias, "asks_english": weights.asks_english,
+    }  # fmt: skip
+    about = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "features": features.VERSION,
+        "tasks": [
+            {"key": k, "task_id": i, "answers": n}
+            for k, i, n in zip(facts.tasks, facts.ids, facts.answers, strict=True)
+        ],
+        "judges": list(facts.judges),
+        "models": list(facts.models),
+        "held_out": facts.held_out,
+    }
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, about=np.array(json.dumps(about, ensure_ascii=False)), **arrays)
+    replace_file(path, lambda p: p.write_bytes(buffer.getvalue()), make_folder=False)
+
+
+def _read(path: Path) -> tuple[Weights, Facts, str]:
+    if not path.is_file():
+        raise InputError(
+            "no such file of a learned judge",
+            where=path,
+            remedy="Make one with evomerge judge fit.",
+        )
+    try:
+        data = path.read_bytes()
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            about = json.loads(str(file["about"]))
+            version = (about["format"], about["version"], about["features"])
+            arrays = (
+                {name: file[name] for name in _ARRAYS}
+                if version == (FORMAT, FORMAT_VERSION, features.VERSION)
+                else {}
+            )
+        if not arrays:
+            raise InputError(
+                "was fitted by another version",
+                where=path,
+                found="/".join(map(str, version)),
+                remedy=f"Fit it again: this is {FORMAT}/{FORMAT_VERSION}/{features.VERSION}.",
+            )
+        facts = Facts(
+            tuple(str(task["key"]) for task in about["tasks"]),
+            tuple(str(task["task_id"]) for task in about["tasks"]),
+            tuple(int(task["answers"]) for task in about["tasks"]),
+            tuple(about["judges"]),
+            tuple(about["models"]),
+            about["held_out"],
+        )
+        scale = arrays.pop("grams_scale")
+        weights = Weights(**arrays)
+        t, b, m = len(facts.tasks), 1 << features.BITS, len(features.NAMES)
+        found = {name: a.shape for name, a in (vars(weights) | {"grams_scale": scale}).items()}
+        asked: dict[str, tuple[int, ...]] = {
+            "idf": (b,), "grams": (t, b), "measures": (t, m), "mean": (2, t, m), "scale": (2, t, m), "bias": (2, t),
+            "asks_english": (t,), "grams_scale": (t,),
+        }  # fmt: skip
+        if found != asked:
+            raise ValueError("arrays of other shapes")
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(
+            f"is no learned judge: {error}", where=path, remedy="Make one with evomerge judge fit."
+        ) from error
+    return _scaled(weights, scale), facts, sha256(data).hexdigest()
+
+
+def _scaled(weights: Weights, scale: Floats) -> Weights:
+    return replace(weights, grams=weights.grams.astype(np.float32) * scale[:, None])

@@ -1,0 +1,225 @@
+"""How far a judge can be trusted: `evomerge judge validate` runs it on answers that a reference has
+graded.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evomerge.judging.answer_files import AnswerLine, grade_lines, read_answers
+from evomerge.judging.choose import check_tasks, judge_from_options
+from evomerge.judging.grade import Grade, Judge
+from evomerge.judging.validation.agreement import (
+    RESAMPLES,
+    Agreement,
+    Agreements,
+    compare,
+    spearman,
+)
+from evomerge.judging.validation.families import family, is_tuning, split_models, wanted_models
+from evomerge.judging.validation.reference import Joined, join, pick, read_grades
+from evomerge.tasks import load_tasks
+
+__all__ = ["Again", "Validation", "family", "is_tuning", "split_models", "validate_files"]
+
+AGAIN = 200  # answers that are graded a second time
+
+
+@dataclass(frozen=True)
+class Again:
+    """Two runs over the same n answers: the share of equal grades, the mean distance, and Spearman
+    over the answers (None: constant).
+    """
+
+    n: int
+    same: float
+    distance: float
+    spearman: float | None
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What was found; `cost_per_100` is None where the judge names no price."""
+
+    judge: str
+    reference: str
+    n_models: int
+    n_answers: int
+    n_tasks: int
+    agreements: Agreements
+    again: Again | None
+    reference_again: Again | None
+    seconds_per_100: float
+    cost_per_100: float | None
+    unmatched: str
+
+    def as_json(self) -> dict[str, Any]:
+        """The object that --json prints."""
+        a = self.agreements
+        return {
+            "judge": self.judge,
+            "reference": self.reference,
+            "n_models": self.n_models,
+            "n_answers": self.n_answers,
+            "within_task": a.within_task.as_json(),
+            "model_level": a.model_level.as_json(),
+            "within_model": a.within_model.as_json(),
+            "difficulty_baseline": a.difficulty_baseline.as_json(),
+            "pairs": {gap: pairs.as_json() for gap, pairs in a.pairs.items()},
+            "seconds_per_100": self.seconds_per_100,
+        }
+
+    def as_text(self) -> str:
+        """The table for people."""
+        a = self.agreements
+        lines = [
+            f"{self.judge} against {self.reference}: {self.n_answers} answers of {self.n_models} models to {self.n_tasks} tasks",
+            "",
+            "Spearman                                          value   95 % interval     n",
+            _row("within one task, across models (the honest one)", a.within_task, "tasks"),
+            _row("across the models' means", a.model_level, "models"),
+            _row("within a model, across tasks", a.within_model, "models"),
+            _row("  what task difficulty alone explains of it", a.difficulty_baseline, "models"),
+            "",
+            "Model pairs ordered right, by the gap of means",
+            *(_row(f"  {gap}", pairs, "pairs") for gap, pairs in a.pairs.items()),
+            "",
+            f"a second run of {self.judge}: {_again(self.again)}",
+            *(
+                [f"a second take of {self.reference}: {_again(self.reference_again)}"]
+                if self.reference_again
+                else []
+            ),
+            f"{self.seconds_per_100:.3g} s per 100 answers, "
+            + ("no cost" if not self.cost_per_100 else f"cost {self.cost_per_100:.4g}"),
+            "Intervals: the models resampled with replacement, " + f"{RESAMPLES:,} times.",
+        ]
+        return "\n".join(lines + ([self.unmatched] if self.unmatched else []))
+
+
+def validate_files(
+    tasks_path: str | Path,
+    answers_path: str | Path,
+    grades_path: str | Path,
+    reference: str,
+    judge: str,
+    settings: Sequence[str] = (),
+    again: int = AGAIN,
+    models: str = "all",
+) -> Validation:
+    """Grade the answers that `reference` has graded, and compare.
+
+    `judge` and `settings` are as for `judge_from_options`. `again` answers, drawn with a fixed
+    seed, are graded a second time by a judge that remembers nothing. `models` is all, tuning or
+    test: those families only. Raises TaskError and InputError for the files, and what the judge
+    raises.
+    """
+    tasks = load_tasks(tasks_path)
+    wanted = wanted_models(models)
+    graded = read_grades(grades_path, tasks)
+    grades = {
+        key: grade
+        for key, grade in pick(graded, [reference], grades_path).items()
+        if wanted(key[0])
+    }
+    joined = join(
+        [line for line in read_answers(answers_path, tasks) if wanted(line.model)], grades
+    )
+    chosen = judge_from_options(judge, settings)
+    check_tasks(chosen, (line.task for line in joined.lines))
+    cost, began = _cost(chosen), time.perf_counter()
+    given = grade_lines(chosen, joined.lines)
+    seconds, cost = time.perf_counter() - began, _cost(chosen) - cost
+    _close(chosen)
+    second = {
+        key: grade
+        for key, grade in pick(graded, [reference], grades_path, take=2).items()
+        if key in grades
+    }
+    n = len(given)
+    return Validation(
+        judge=chosen.name,
+        reference=reference,
+        n_models=len({line.model for line in joined.lines}),
+        n_answers=n,
+        n_tasks=len({str(line.task.task_id) for line in joined.lines}),
+        agreements=_compare(joined, given),
+        again=_second_run(judge, settings, joined.lines, given, again),
+        reference_again=_agree([grades[key] for key in second], list(second.values()))
+        if second
+        else None,
+        seconds_per_100=round(100 * seconds / n, 5),
+        cost_per_100=100 * cost / n if cost else None,
+        unmatched=joined.unmatched(),
+    )
+
+
+def _compare(joined: Joined, given: Sequence[Grade]) -> Agreements:
+    models = {
+        model: i for i, model in enumerate(sorted({line.model or "" for line in joined.lines}))
+    }
+    tasks = {
+        task_id: i
+        for i, task_id in enumerate(sorted({str(line.task.task_id) for line in joined.lines}))
+    }
+    judge, reference = np.full((2, len(models), len(tasks)), np.nan)
+    for line, grade, expected in zip(joined.lines, given, joined.grades, strict=True):
+        cell = models[line.model or ""], tasks[str(line.task.task_id)]
+        judge[cell], reference[cell] = grade.value, expected
+    return compare(judge, reference)
+
+
+def _second_run(
+    judge: str, settings: Sequence[str], lines: Sequence[AnswerLine], given: Sequence[Grade], n: int
+) -> Again | None:
+    """The judge once more, without its cache, on n answers."""
+    if n <= 0:
+        return None
+    rows = sorted(random.Random(0).sample(range(len(lines)), min(n, len(lines))))
+    fresh = judge_from_options(judge, settings, cache=None)
+    grades = grade_lines(fresh, [lines[i] for i in rows])
+    _close(fresh)
+    return _agree([given[i].value for i in rows], [grade.value for grade in grades])
+
+
+def _agree(first: Sequence[float], second: Sequence[float]) -> Again:
+    a, b = np.array(first, float), np.array(second, float)
+    rank = spearman(a, b)
+    return Again(
+        len(a),
+        float(np.mean(np.abs(a - b) < 1e-9)),
+        float(np.mean(np.abs(a - b))),
+        None if np.isnan(rank) else rank,
+    )
+
+
+def _cost(judge: Judge) -> float:
+    return float(getattr(judge, "cost", 0.0))
+
+
+def _close(judge: Judge) -> None:
+    close = getattr(judge, "close", None)
+    if close is not None:
+        close()
+
+
+def _row(name: str, agreement: Agreement, of: str) -> str:
+    show = [
+        "  –  " if v is None else f"{v:.3f}"
+        for v in (agreement.value, agreement.low, agreement.high)
+    ]
+    return f"{name:49} {show[0]}   {show[1]} to {show[2]}   {agreement.n} {of}"
+
+
+def _again(again: Again | None) -> str:
+    if again is None:
+        return "not asked for"
+    rank = "" if again.spearman is None else f", Spearman {again.spearman:.3f}"
+    return f"{again.same:.0%} of {again.n} grades the same, {again.distance:.3f} apart on average{rank}"

@@ -1,0 +1,101 @@
+"""A task's class, by how likely a model finds each class's name as the answer to the question which
+it is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from evomerge.errors import ModelError
+from evomerge.knowledge.parts import Knowledge
+from evomerge.knowledge.retrieval.nearest import Matrix
+
+Loglikelihood = Callable[[Sequence[tuple[str, str]]], list[float]]
+
+# Zhao et al. 2021, section 5: their probabilities are averaged
+CONTENT_FREE = ("N/A", "[MASK]", "")
+# characters of a task that are shown: what it asks for stands at its beginning or end
+LONGEST = 1000
+# tasks asked about at once, so that the texts of 10,000 never stand in memory together
+TOGETHER = 64
+# share of the votes that every class keeps in `both`: one without a neighbour is not out of the
+# question
+LEAST = 0.01
+
+JAPANESE = re.compile("[\u3040-\u30ff\u4e00-\u9fff]")
+ASKED_JA = "次の課題は、下の種類のどれに当たりますか。種類の名前だけを答えてください。\n\n種類:\n{classes}\n\n課題:\n{task}"
+ASKED = "Which of these classes does the task belong to? Answer with the name of the class alone.\n\nClasses:\n{classes}\n\nTask:\n{task}"
+
+
+class ModelClassifier:
+    """Likelihoods of class names with contextual calibration (Zhao et al. 2021, "Calibrate Before
+    Use").
+
+    share(c) = softmax over c of log P(c | question about the task) - log P_free(c), where P_free is
+    the mean share of c for tasks without content; so neither short names nor those that the model
+    likes anyway gain. `loglikelihood` gives log P(continuation | prompt) in nats, `render` the
+    whole prompt of a text (answering/prompts.py). Raises ModelError: a likelihood that is no
+    number.
+    """
+
+    def __init__(
+        self, knowledge: Knowledge, loglikelihood: Loglikelihood, render: Callable[[str], str]
+    ) -> None:
+        self.names = [c.name for c in knowledge.classes]
+        self.classes = "\n".join(
+            f"- {c.name}: {c.description.strip()}" if c.description.strip() else f"- {c.name}"
+            for c in knowledge.classes
+        )
+        self.asked = ASKED_JA if JAPANESE.search(self.classes) else ASKED
+        self.loglikelihood, self.render = loglikelihood, render
+        self.free: Matrix | None = None  # log P_free, (classes,)
+
+    def shares(self, texts: Sequence[str]) -> Matrix:
+        """(texts, classes), rows that sum to 1."""
+        if not texts:
+            return np.empty((0, len(self.names)))
+        if self.free is None:
+            self.free = np.log(softmax(self._likelihoods(CONTENT_FREE)).mean(0))
+        found = [self._likelihoods(texts[i : i + TOGETHER]) for i in range(0, len(texts), TOGETHER)]
+        return softmax(np.concatenate(found) - self.free)
+
+    def question(self, text: str) -> str:
+        """What the model is asked about one task, before it is rendered."""
+        half = LONGEST // 2
+        shown = text if len(text) <= LONGEST else f"{text[:half]}…{text[-half:]}"
+        parts = {"{classes}": self.classes, "{task}": shown}
+        return re.sub(r"\{classes\}|\{task\}", lambda match: parts[match[0]], self.asked)
+
+    def _likelihoods(self, texts: Sequence[str]) -> Matrix:
+        """log P(name | question), (texts, classes)."""
+        prompts = [self.render(self.question(text)) for text in texts]
+        found = np.array(
+            self.loglikelihood([(prompt, name) for prompt in prompts for name in self.names]), float
+        )
+        if not np.isfinite(found).all():
+            raise ModelError(
+                "gives class names likelihoods that are no numbers",
+                where="--classify",
+                remedy="Use --classify neighbours.",
+            )
+        return found.reshape(len(texts), len(self.names))
+
+
+def both(votes: Matrix, shares: Matrix) -> Matrix:
+    """The product of the neighbours' vote shares and the model's, normalised; both (texts,
+    classes).
+    """
+    product: Matrix = np.maximum(votes, LEAST) * shares
+    total: Matrix = product / product.sum(1, keepdims=True)
+    return total
+
+
+def softmax(scores: Matrix) -> Matrix:
+    """Over each row."""
+    powers = np.exp(scores - scores.max(1, keepdims=True))
+    # so that its logarithm is a number
+    shares: Matrix = np.maximum(powers / powers.sum(1, keepdims=True), np.finfo(float).tiny)
+    return shares

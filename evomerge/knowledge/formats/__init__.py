@@ -1,0 +1,1 @@
+"""The files a base is read from and written to."""

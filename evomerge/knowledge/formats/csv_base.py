@@ -1,0 +1,112 @@
+"""Reads CSV exports: a folder of classes.csv, examples.csv and perhaps documents.csv, or one file
+of examples.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+from evomerge.errors import KnowledgeError
+from evomerge.knowledge.formats.tables import REQUIRED, Row, Tables, find_columns
+
+TEMPLATE = "{input}"  # of a class that is known by its examples alone
+ENCODINGS = ("utf-8-sig", "cp932")  # Excel's "CSV UTF-8", and its plain "CSV" on a Japanese Windows
+LONGEST = 10_000_000  # characters of a field: csv's own limit is shorter than a document
+
+
+def read_csv(path: Path, tables: Tables) -> None:
+    """Fill `tables`. Of a single file, the classes are those that its examples name."""
+    if path.is_dir():
+        files = {entry.name.casefold(): entry for entry in sorted(path.iterdir())}
+        for sheet in REQUIRED:
+            if f"{sheet}.csv" in files:
+                _read(files[f"{sheet}.csv"], sheet, tables)
+            elif sheet == "examples":
+                raise KnowledgeError(
+                    "the folder has no examples.csv",
+                    where=path,
+                    remedy="Export the sheets by their names.",
+                )
+        if "classes.csv" in files:
+            return
+    elif path.is_file():
+        _read(path, "examples", tables)
+    else:
+        raise KnowledgeError(
+            "no such knowledge base",
+            where=path,
+            remedy="Name an Excel file (.xlsx), a .yaml or a .csv file.",
+        )
+    _classes_of_examples(tables)
+
+
+def _classes_of_examples(tables: Tables) -> None:
+    first: dict[str, Row] = {}
+    for row in tables.rows["examples"]:
+        if name := row.cells.get("class", "").strip():
+            first.setdefault(name, row)
+    tables.rows["classes"] = [
+        Row(row.number, {"class": name, "system": "", "template": TEMPLATE}, row.place)
+        for name, row in first.items()
+    ]
+    if "examples" in tables.missing or not first:
+        tables.missing.add("classes")
+    else:
+        tables.notes.append(
+            f"{tables.path}: no classes.csv: the classes of the examples get a plain template"
+        )
+
+
+def _read(path: Path, sheet: str, tables: Tables) -> None:
+    text = _decode(path)
+    first = text.partition("\n")[0]
+    delimiter = max(",\t;", key=first.count)  # Excel writes ; where the comma is the decimal sign
+    csv.field_size_limit(LONGEST)
+    try:
+        rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
+    except csv.Error as error:
+        raise KnowledgeError(
+            f"not a readable CSV file: {error}",
+            where=path,
+            remedy="Save it again from the spreadsheet.",
+        ) from error
+    at = find_columns(sheet, rows[0] if rows else [], f"{path}, row 1", tables)
+    read: list[Row] = []
+    for number, row in enumerate(rows[1:], start=2):
+        cells = {
+            column: row[i].replace("\r\n", "\n").replace("\r", "\n") if i < len(row) else ""
+            for column, i in at.items()
+        }
+        if any(cell.strip() for cell in cells.values()):
+            read.append(Row(number, cells, _Place(path, number)))
+    tables.rows[sheet] = read
+
+
+def _decode(path: Path) -> str:
+    data = path.read_bytes()
+    errors: list[UnicodeDecodeError] = []
+    for encoding in ENCODINGS:
+        try:
+            return data.decode(encoding)
+        except UnicodeDecodeError as error:
+            errors.append(error)
+    wrong = max(errors, key=lambda error: error.start)  # of the encoding that it most likely is
+    line = data.count(b"\n", 0, wrong.start) + 1
+    raise KnowledgeError(
+        "is neither UTF-8 nor Windows-31J",
+        where=f"{path}, line {line}",
+        found=data[wrong.start : wrong.start + 4],
+        remedy="Save it as CSV UTF-8.",
+    )
+
+
+class _Place:
+    """Names a column of one row, as a spreadsheet counts rows."""
+
+    def __init__(self, path: Path, number: int) -> None:
+        self.where = f"{path}, row {number}"
+
+    def __call__(self, column: str) -> str:
+        return f"{self.where}, column {column}"

@@ -1,0 +1,1 @@
+"""Which texts of the base are nearest to a task."""

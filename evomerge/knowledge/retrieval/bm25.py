@@ -1,0 +1,103 @@
+"""BM25 over the words that fugashi (MeCab) finds; needs `evomerge[bm25]`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from evomerge.errors import InputError
+from evomerge.knowledge.retrieval.nearest import Comparing, Matrix
+
+K1, B = 1.2, 0.75  # Robertson and Zaragoza 2009, section 3.5: the usual values
+
+Tokenizer = Callable[[str], list[str]]
+
+
+class Bm25Retriever(Comparing):
+    """Okapi BM25 (Robertson and Zaragoza 2009, equation 3.15), divided by what no text can exceed.
+
+    score(q, d) = sum over the words w of q of idf(w) * tf * (K1 + 1) / (tf + K1 * (1 - B + B * |d|
+    / average)), with idf = ln(1 + (n - df + 0.5) / (df + 0.5)), which is never negative. The bound
+    is the sum of idf(w) * (K1 + 1), in which a word that the base lacks has df = 0. Raises
+    InputError where fugashi or its dictionary is missing.
+    """
+
+    def __init__(
+        self, inputs: Sequence[str], tokenize: Tokenizer | None = None, itself: bool = False
+    ) -> None:
+        from scipy.sparse import csr_matrix
+
+        super().__init__(inputs, itself)
+        self.tokenize = tokenize or fugashi_tokens()
+        words = [self.tokenize(text) for text in self.inputs]
+        self.vocabulary = {
+            word: i for i, word in enumerate(dict.fromkeys(w for text in words for w in text))
+        }
+        counts = self._counts(words)
+        frequency = np.bincount(counts.indices, minlength=len(self.vocabulary))
+        self.idf = np.log1p((len(words) - frequency + 0.5) / (frequency + 0.5))
+        self.unknown = float(np.log1p((len(words) + 0.5) / 0.5))
+        lengths = np.array([len(text) for text in words], float)
+        norm = K1 * (1 - B + B * lengths / max(lengths.mean(), 1.0))
+        tf = counts.data
+        weights = (
+            self.idf[counts.indices]
+            * tf
+            * (K1 + 1)
+            / (tf + np.repeat(norm, np.diff(counts.indptr)))
+        )
+        # (words, base)
+        self.matrix = csr_matrix((weights, counts.indices, counts.indptr), counts.shape).T.tocsr()
+
+    def over(self, inputs: Sequence[str]) -> Bm25Retriever:
+        return Bm25Retriever(inputs, self.tokenize, itself=True)
+
+    def raw(self, texts: Sequence[str]) -> Matrix:
+        """The scores of the formula, (texts, base)."""
+        scores: Matrix = (
+            self._counts([self.tokenize(text) for text in texts]) @ self.matrix
+        ).toarray()
+        return scores
+
+    def similar(self, texts: Sequence[str]) -> Matrix:
+        words = [self.tokenize(text) for text in texts]
+        idf = [
+            sum(
+                self.idf[self.vocabulary[w]] if w in self.vocabulary else self.unknown for w in text
+            )
+            for text in words
+        ]
+        bound = np.maximum(np.array(idf, float), 1e-12) * (K1 + 1)
+        scores: Matrix = (self._counts(words) @ self.matrix).toarray() / bound[:, None]
+        return scores
+
+    def _counts(self, texts: Sequence[list[str]]) -> Any:
+        from scipy.sparse import csr_matrix
+
+        rows = [
+            (i, self.vocabulary[w])
+            for i, text in enumerate(texts)
+            for w in text
+            if w in self.vocabulary
+        ]
+        at = np.array(rows, np.int64).reshape(-1, 2)
+        return csr_matrix(
+            (np.ones(len(at)), (at[:, 0], at[:, 1])), (len(texts), len(self.vocabulary))
+        )
+
+
+def fugashi_tokens() -> Tokenizer:
+    """Surface forms in the order of the text. Raises InputError."""
+    try:
+        import fugashi
+
+        tagger = fugashi.Tagger()
+    except (ImportError, RuntimeError) as error:  # RuntimeError: no dictionary
+        raise InputError(
+            "BM25 needs fugashi and a dictionary",
+            where="retriever bm25",
+            remedy='Install them: pip install "evomerge[bm25]".',
+        ) from error
+    return lambda text: [word.surface for word in tagger(text)]

@@ -1,0 +1,56 @@
+"""Sentence embeddings of any sentence-transformers model; needs `evomerge[embeddings]`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from evomerge.errors import InputError, ModelError
+from evomerge.knowledge.retrieval.nearest import Comparing, Matrix
+
+
+class EmbeddingRetriever(Comparing):
+    """Cosine of embeddings; what points apart counts as 0.
+
+    `model` is a folder or a hub id, or anything with sentence-transformers' `encode`. Raises
+    InputError where the library is missing, ModelError where the model cannot be loaded.
+    """
+
+    def __init__(self, inputs: Sequence[str], model: Any, itself: bool = False) -> None:
+        super().__init__(inputs, itself)
+        self.model = _load(model) if isinstance(model, str) else model
+        self.matrix = self._embed(self.inputs)  # (base, dimensions), rows of length 1
+
+    def over(self, inputs: Sequence[str]) -> EmbeddingRetriever:
+        return EmbeddingRetriever(inputs, self.model, itself=True)
+
+    def similar(self, texts: Sequence[str]) -> Matrix:
+        return self._embed(texts) @ self.matrix.T
+
+    def _embed(self, texts: Sequence[str]) -> Matrix:
+        vectors = np.asarray(self.model.encode(list(texts), show_progress_bar=False), np.float64)
+        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+        unit: Matrix = vectors / np.maximum(lengths, 1e-12)
+        return unit
+
+
+def _load(name: str) -> Any:
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise InputError(
+            "embeddings need sentence-transformers",
+            where=f"retriever embeddings:{name}",
+            remedy='Install it: pip install "evomerge[embeddings]".',
+        ) from error
+    try:
+        return SentenceTransformer(name)
+    except Exception as error:  # the library lets the hub's, torch's and its own errors through
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(
+            f"cannot be loaded: {first}",
+            where=f"retriever embeddings:{name}",
+            remedy="Name a folder or a hub id.",
+        ) from error

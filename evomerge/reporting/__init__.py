@@ -1,0 +1,1 @@
+"""What a study gives: report, model card, export, runner."""
