@@ -21,7 +21,7 @@ def connect(
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        check(path)
+        check_integrity(path)
         db = sqlite3.connect(
             path, timeout=WAIT, isolation_level=None, check_same_thread=not any_thread
         )
@@ -31,7 +31,7 @@ def connect(
     return db
 
 
-def check(path: Path) -> None:
+def check_integrity(path: Path) -> None:
     """Read the whole file, so that damage is found before work is lost on it. Raises sqlite3.Error."""
     if not path.exists():
         return
