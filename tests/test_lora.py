@@ -349,7 +349,7 @@ BAD = {
         {"modules_to_save": ["lm_head"]},
         "`modules_to_save` names lm_head",
     ),
-    "another kind": (None, {"peft_type": "IA3"}, "no LoRA .*IA3"),
+    "another kind": (None, {"peft_type": "IA3"}, "not a LoRA .*IA3"),
     "no kind": (None, {"peft_type": None}, "the adapter is not a LoRA"),
     "target_parameters": (
         None,

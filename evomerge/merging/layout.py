@@ -152,7 +152,11 @@ class Layout:
         densities: tuple[float, ...] = ()
         if method.has_densities:
             densities = self._each("density", name, sources, 1.0)
-        scale, rescale = 1.0, False
+        weights: tuple[float, ...] = ()
+        normalize, scale, rescale = False, 1.0, False
+        if method.weighted:
+            weights = self._each("weight", name, sources)
+            normalize = bool(self.parameter("normalize", name, default=method.normalize))
         if method.takes_deltas:
             scale = float(self.parameter("lambda", name, default=1.0))
             rescale = bool(self.parameter("rescale", name, default=method.rescale))
@@ -160,9 +164,9 @@ class Layout:
             self.recipe.merge_method,
             base,
             tuple(_input(name, source, position) for source in sources),
-            self._each("weight", name, sources) if method.weighted else (),
+            weights,
             densities,
-            bool(self.parameter("normalize", name, default=method.normalize)),
+            normalize,
             scale,
             rescale,
             sum(density < 1 for density in densities) if method.draws else 0,
