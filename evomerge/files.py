@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and locks that end with the process that holds them."""
+"""Files that are written whole or not at all, and locks that end with their process."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def replace_file(path: Path, write: Callable[[Path], object], make_folder: bool 
 
 
 def replace_durably(path: Path, write: Callable[[Path], object]) -> None:
-    """`replace_file` for callers that explain an OSError themselves.
+    """`replace_file` for callers that report an OSError themselves.
 
-    File and rename are on the disk when this returns. Raises OSError, with `path` as it was.
+    File and rename are on the disk when this returns. Raises OSError and leaves `path` as it was.
     """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
@@ -72,8 +72,8 @@ class LockHeld(Exception):
 class ExclusiveLock:
     """The lock on a file that one holder has at a time, in this process or another.
 
-    The system drops it when the process ends, however it ends. The holder's process id lies beside
-    the lock, because Windows lets nobody read a locked file.
+    The system drops it when the process ends, however it ends. The holder's process id is in a file
+    of its own, because a locked file cannot be read on Windows.
     """
 
     def __init__(self, path: Path) -> None:

@@ -28,7 +28,7 @@ COPIED = (
 )
 # lists in config.json with an item for each layer
 BY_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
-SPARE = 20_000_000  # bytes for what is copied beside the weights
+SPARE = 20_000_000  # bytes for configuration and tokenizer
 
 
 class CardWriter(Protocol):
@@ -49,9 +49,9 @@ def build_model(
 ) -> Path:
     """Write the merged model to the new folder `out`, with a README.md where `write_card` is given.
 
-    Tensors are merged and written in chunks, to a temporary folder beside it that is renamed at the
-    end; `progress` gets (bytes written, bytes in all). Raises InputError when `out` exists,
-    ModelError and RecipeError as the merge does, OutputError on a full disk.
+    Tensors are merged and written in chunks, to a temporary folder that is renamed at the end;
+    `progress` gets (bytes written, bytes in all). Raises InputError when `out` exists, ModelError
+    and RecipeError as the merge does, OutputError on a full disk.
     """
     out = Path(out).absolute()
     limit = parse_size(shard_size)

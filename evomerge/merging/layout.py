@@ -61,7 +61,7 @@ class Layout:
     def __init__(
         self, recipe: Recipe, n_layers: int, architecture: str = "LlamaForCausalLM"
     ) -> None:
-        """`architecture` is the donor's class. Raises RecipeError for a slice past the last layer."""
+        """`architecture` is the donor's class. Raises RecipeError for a slice past the end."""
         self.recipe, self.known = recipe, architecture in KNOWN
         self.method: MergeMethod = get_method(recipe.merge_method)
         self._layers: list[LayerPosition] = []

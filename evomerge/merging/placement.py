@@ -48,7 +48,7 @@ class LiveParameter:
 
 
 class Resident:
-    """Base and siblings of a live model; `stream` brings their tensors to where each parameter is."""
+    """Base and siblings of a live model; `stream` brings their tensors to the parameters."""
 
     def __init__(
         self,

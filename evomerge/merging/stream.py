@@ -24,6 +24,7 @@ from evomerge.recipe import Recipe
 
 # numbers that go through an element-wise method at once: 1 MB in bf16 stays in a core's cache
 CHUNK = 1 << 19
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def open_recipe(recipe: Recipe) -> dict[str, ModelFolder]:
@@ -81,7 +82,7 @@ class MergePlan:
         rounds = self.layout.method.rounds_weights
         for name, plan in self.tensors.items():
             dtype = self.working_dtype(name)
-            limit = torch.finfo(dtype if rounds else torch.float32).max
+            limit = torch.finfo(dtype).max if rounds else FLOAT32_MAX
             for number in (*plan.weights, plan.scale):
                 if abs(number) > limit:
                     raise RecipeError(
@@ -136,7 +137,7 @@ class MergePlan:
         return merged
 
     def pure(self, name: str, dtype: torch.dtype) -> bool:
-        """Whether the tensor needs no files beside its inputs.
+        """Whether the tensor can be merged from its inputs alone.
 
         It is merged in `dtype`, stays in it, and none of its rows moves.
         """

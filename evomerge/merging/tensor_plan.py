@@ -1,4 +1,4 @@
-"""What decides one merged tensor's bits beside the models' contents."""
+"""All that decides one merged tensor's bits, except for the models' contents."""
 
 from __future__ import annotations
 
@@ -32,6 +32,9 @@ class TensorPlan:
 
     @property
     def is_single_delta(self) -> bool:
-        """Whether it is base + weight * delta: every candidate of a plain search with one sibling."""
+        """Whether it is base + weight * delta, nothing normalised or scaled.
+
+        Every candidate of a plain search with one sibling is.
+        """
         plain = not self.normalize and self.scale == 1
         return self.method == "task_arithmetic" and len(self.siblings) == 1 and plain

@@ -101,13 +101,12 @@ class Adapter:
         in_every_layer = isinstance(wanted, str) or module in wanted or layers in (None, [])
         if in_every_layer or not matched:
             return matched
-        layer = self._layer(module)
-        return layer is not None and layer in (layers if isinstance(layers, list) else [layers])
+        return self._layer(module) in _as_list(layers)
 
     def _layer(self, module: str) -> int | None:
         """The module's layer by `layers_pattern`; None outside the layers."""
         patterns = self.config.get("layers_pattern") or [r"[^.]*"]
-        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        for pattern in _as_list(patterns):
             match = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module)
             if match:
                 return int(match[1])
@@ -183,7 +182,7 @@ def _read_config(file: Path) -> dict[str, Any]:
 def _check_types(config: Mapping[str, Any], file: Path) -> None:
     """Raise ModelError unless names, regular expressions and layers have the types peft writes."""
     layers = config.get("layers_to_transform") or []
-    if not all(isinstance(n, int) for n in (layers if isinstance(layers, list) else [layers])):
+    if not all(isinstance(layer, int) for layer in _as_list(layers)):
         raise _wrong_type("layers_to_transform", layers, file)
     for key, types in NAME_TYPES.items():
         names = config.get(key)
@@ -192,10 +191,10 @@ def _check_types(config: Mapping[str, Any], file: Path) -> None:
 
 
 def _are_names(key: str, names: Any, types: tuple[type, ...]) -> bool:
-    """Whether a setting has the right type and, where it holds regular expressions, they compile."""
-    if not isinstance(names, types) or not isinstance(names, str | list | dict):
+    """Whether a setting has the right type, and its regular expressions compile."""
+    if not isinstance(names, types):
         return False
-    listed = [names] if isinstance(names, str) else list(names)
+    listed = list(names) if isinstance(names, dict) else _as_list(names)
     if not all(isinstance(name, str) for name in listed):
         return False
     if isinstance(names, list) and key != "layers_pattern":
@@ -206,6 +205,11 @@ def _are_names(key: str, names: Any, types: tuple[type, ...]) -> bool:
     except re.error:
         return False
     return True
+
+
+def _as_list(setting: Any) -> list[Any]:
+    """A setting that peft writes as one value or as a list of them."""
+    return setting if isinstance(setting, list) else [setting]
 
 
 def _wrong_type(key: str, found: object, file: Path) -> ModelError:

@@ -46,7 +46,7 @@ def check_new(out: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Unfinished]:
-    """A temporary folder beside `out`, which is renamed to it when the block ends well.
+    """A temporary folder next to `out`, which is renamed to it when the block ends well.
 
     Otherwise it is removed, with the parents made for it. What killed processes left of the same
     `out` is removed first. An OSError in the block becomes an OutputError.

@@ -1,4 +1,4 @@
-"""The one reader of safetensors files: mapped into memory, and every damage named."""
+"""The one reader of safetensors files, which maps them and names what is damaged."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class SafetensorsReader:
         return tuple(self._file.keys())
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Raises ModelError when there is no such tensor."""
+        """A tensor's shape. Raises ModelError when the file lacks it."""
         return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        """Raises ModelError when there is no such tensor, or its dtype is not supported."""
+        """A tensor's dtype. Raises ModelError when it is lacking or not supported."""
         found = self.dtype_or_none(name)
         if found is None:
             raise ModelError(

@@ -33,7 +33,7 @@ class Draws:
             self.starts[name] = at
             at += counts[name]
         self._generator = torch.Generator().manual_seed(seed)
-        self.states = {} if states is None else states
+        self.states: dict[int, torch.Tensor] = {} if states is None else states
         self.states.setdefault(0, self._generator.get_state())
 
     def generator(self, name: str) -> torch.Generator:

@@ -98,7 +98,10 @@ def dare_linear(
     scale: float = 1.0,
     rescale: bool = True,
 ) -> Tensor:
-    """Drop at random, rescale, then task arithmetic: Yu et al. 2024, arXiv 2311.03099, section 3."""
+    """Drop at random, rescale, then task arithmetic.
+
+    Yu et al. 2024, arXiv 2311.03099, section 3.
+    """
     thinned = _dropped(deltas, densities, generator, rescale)
     return _in_pieces(add_weighted, base, thinned, weights, normalize, scale)
 

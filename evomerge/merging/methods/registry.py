@@ -22,8 +22,8 @@ class MergeFunction(Protocol):
     """Merges one tensor. All tensors of a call have one shape, dtype and device.
 
     `base` is None for methods that need none; `others` come in the order of `plan.siblings`, and
-    may be read once only. The result has the inputs' shape and dtype. `generator` is given to methods
-    that draw, where a density is below 1.
+    may be read once only. The result has the inputs' shape and dtype. Methods that draw get a
+    `generator` where a density is below 1.
     """
 
     def __call__(

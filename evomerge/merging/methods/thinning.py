@@ -52,7 +52,7 @@ def pieces(numbers: int) -> list[slice]:
 
 
 def _rescaled(delta: Tensor, kept: Tensor, rescale: bool) -> Tensor:
-    """With `rescale`: `kept`, in place, times the factor that restores delta's sum of magnitudes."""
+    """With `rescale`, scale `kept` in place to delta's sum of magnitudes."""
     if not rescale:
         return kept
     before, after = delta.abs().sum(), kept.abs().sum()
