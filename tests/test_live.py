@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from evomerge.errors import EngineError, ModelError, RecipeError
 from evomerge.merging import placement as resident
 from evomerge.merging.build import build_model
-from evomerge.merging.checkpoints.opening import open_model
+from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.live import LiveModel
 from evomerge.merging.methods import fused
 from evomerge.merging.methods.deltas import add_weighted_into

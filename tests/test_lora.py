@@ -14,7 +14,7 @@ from evomerge.errors import ModelError
 from evomerge.merging.checkpoints.lora import add_to_embedding, add_to_linear
 from evomerge.merging.checkpoints.lora_plan import open_lora
 from evomerge.merging.checkpoints.model_folder import EMBED, HEAD, ModelFolder
-from evomerge.merging.checkpoints.opening import open_model
+from evomerge.merging.checkpoints.open_model import open_model
 
 PREFIX = "base_model.model."
 Q = "model.layers.0.self_attn.q_proj"

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from evomerge.errors import InputError, ModelError, OutputError, RecipeError, UnsupportedRecipe
 from evomerge.merging.build import build_model, parse_size
-from evomerge.merging.checkpoints.fit import check_fit
-from evomerge.merging.checkpoints.opening import open_model
+from evomerge.merging.checkpoints.compatibility import check_fit
+from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.layout import Layout
 from evomerge.merging.stream import merged_tensors, open_recipe
 from evomerge.recipe import Recipe, task_arithmetic_recipe

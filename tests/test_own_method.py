@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from evomerge.errors import InputError, RecipeError, UnsupportedRecipe
 from evomerge.merging.build import build_model
-from evomerge.merging.checkpoints.opening import open_model
+from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.live import LiveModel
 from evomerge.merging.methods import registry
 from evomerge.merging.methods.registry import MergeMethod, register_method

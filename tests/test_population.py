@@ -13,7 +13,7 @@ from evomerge.answering.hf.decode import decode
 from evomerge.answering.hf.population import PopulationEngine, PopulationModel, pays, suits
 from evomerge.answering.hf.sampling import Rules
 from evomerge.errors import RecipeError
-from evomerge.merging.checkpoints.opening import open_model
+from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.live import LiveModel
 from evomerge.merging.stream import MergePlan, merged_tensors, open_recipe
 from evomerge.recipe import Recipe, task_arithmetic_recipe

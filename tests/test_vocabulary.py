@@ -22,10 +22,10 @@ from vocabulary_tools import (
 )
 
 from evomerge.errors import InputError, ModelError, RecipeError
-from evomerge.merging.checkpoints.opening import open_model
+from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.methods.deltas import task_arithmetic
-from evomerge.merging.tokens import Rule
-from evomerge.merging.vocabulary import Vocabulary, make_vocabulary
+from evomerge.merging.vocabulary.alignment import Vocabulary, make_vocabulary
+from evomerge.merging.vocabulary.tokenizers import Rule
 
 MODELS = ("two", "base", "one", "three", "four")  # a slice's order, the base inside it
 

@@ -20,10 +20,10 @@ from vocabulary_tools import EMBEDDINGS, adding, byte_pairs, save_with, section,
 
 from evomerge.cli import main
 from evomerge.errors import RecipeError
-from evomerge.merging.checkpoints.opening import open_model
+from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.methods.averaging import linear
 from evomerge.merging.methods.deltas import differences, task_arithmetic
-from evomerge.merging.vocabulary import make_vocabulary
+from evomerge.merging.vocabulary.alignment import make_vocabulary
 
 SCRIPT = shutil.which("mergekit-yaml")
 PYTHON = os.environ.get("EVOMERGE_MERGEKIT_PYTHON") or (

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from evomerge.errors import RecipeError
-from evomerge.merging.checkpoints.fit import check_fit
+from evomerge.merging.checkpoints.compatibility import check_fit
 from evomerge.merging.checkpoints.model_folder import VOCABULARY, ModelFolder, num_layers
-from evomerge.merging.checkpoints.opening import open_model
+from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.layout import Layout
 from evomerge.merging.methods.dare_draws import Draws
 from evomerge.merging.tensor_merge import (
@@ -73,7 +73,7 @@ class MergePlan:
         """How rows of embeddings and head move to the output's tokenizer; None where they stay."""
         if self.recipe.tokenizer is None:
             return None
-        from evomerge.merging.vocabulary import make_vocabulary
+        from evomerge.merging.vocabulary.alignment import make_vocabulary
 
         return make_vocabulary(self.recipe.tokenizer, self.recipe.base_model, self.models)
 

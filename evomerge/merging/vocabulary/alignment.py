@@ -19,7 +19,7 @@ import torch
 
 from evomerge.errors import ModelError, RecipeError
 from evomerge.merging.checkpoints.model_folder import ModelFolder
-from evomerge.merging.tokens import (
+from evomerge.merging.vocabulary.tokenizers import (
     Rule,
     load_tokenizers,
     read_rules,
