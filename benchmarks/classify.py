@@ -24,11 +24,11 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from evomerge.errors import InputError
-from evomerge.knowledge.base import Knowledge, read_knowledge
+from evomerge.knowledge.read_base import Knowledge, read_knowledge
 from evomerge.knowledge.classification.by_model import ModelClassifier
-from evomerge.knowledge.classification.classify import confusion
-from evomerge.knowledge.parts import Example
-from evomerge.knowledge.retrieval.retrieve import Chooser
+from evomerge.knowledge.classification.by_neighbours import confusion
+from evomerge.knowledge.records import Example
+from evomerge.knowledge.chooser import Chooser
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = ROOT / "evomerge" / "knowledge" / "examples_ja.yaml"

@@ -172,14 +172,14 @@ def sentences(text: str) -> list[str]:
     return [stripped for piece in _SENTENCE_END.split(text) if (stripped := piece.strip())]
 
 
-def grams(text: str) -> frozenset[str]:
+def trigrams(text: str) -> frozenset[str]:
     """The different character trigrams of a text without white space and punctuation."""
     text = _NO_WORD.sub("", text).casefold()
     return frozenset(map("".join, zip(text, text[1:], text[2:], strict=False)))
 
 
 def f1(a: frozenset[str], b: frozenset[str]) -> float:
-    """Twice the shared n-grams over the n-grams of both (Dice), 0 to 1."""
+    """Twice the shared n-trigrams over the n-trigrams of both (Dice), 0 to 1."""
     return 2 * len(a & b) / max(1, len(a) + len(b))
 
 
@@ -212,7 +212,7 @@ def _in_cp932(c: str) -> bool:
 
 
 def repetition(text: str, n: int = 10) -> float:
-    """The share of character n-grams that occurred before in the text: prose has under 0.1, a loop
+    """The share of character n-trigrams that occurred before in the text: prose has under 0.1, a loop
     over 0.5.
     """
     text = re.sub(r"[\s|\-=_.・*#]+", " ", text)  # tables and rules repeat by nature

@@ -9,8 +9,8 @@ import yaml
 
 from evomerge.cli import main
 from evomerge.inference.part import Part
-from evomerge.knowledge.formats.writing import write_knowledge
-from evomerge.knowledge.parts import Example, Knowledge, KnowledgeClass
+from evomerge.knowledge.write_base import write_knowledge
+from evomerge.knowledge.records import Example, Knowledge, KnowledgeClass
 from evomerge.searching.session import load_finished
 
 KINDS = (

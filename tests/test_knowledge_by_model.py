@@ -11,8 +11,8 @@ from conftest import make_model, make_tokenizer
 from evomerge.answering.hf.likelihood import loglikelihood
 from evomerge.errors import InputError, ModelError
 from evomerge.knowledge.classification.by_model import LEAST, LONGEST, TOGETHER, ModelClassifier
-from evomerge.knowledge.parts import Example, Knowledge, KnowledgeClass
-from evomerge.knowledge.retrieval.retrieve import Chooser
+from evomerge.knowledge.records import Example, Knowledge, KnowledgeClass
+from evomerge.knowledge.chooser import Chooser
 
 NAMES = ("かさ", "くつ", "け")
 

@@ -13,7 +13,7 @@ from openpyxl.worksheet.formula import ArrayFormula
 
 from evomerge.cli import main
 from evomerge.errors import KnowledgeError
-from evomerge.knowledge.base import (
+from evomerge.knowledge.read_base import (
     Document,
     Example,
     KnowledgeClass,
@@ -21,7 +21,7 @@ from evomerge.knowledge.base import (
     read_knowledge,
     render,
 )
-from evomerge.knowledge.formats.writing import write_knowledge
+from evomerge.knowledge.write_base import write_knowledge
 from evomerge.knowledge.starter import starter
 
 HEADERS = {

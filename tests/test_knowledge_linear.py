@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from evomerge.knowledge.classification.classify import CLEAR, LEAST, ROOT
+from evomerge.knowledge.classification.by_neighbours import CLEAR, LEAST, ROOT
 from evomerge.knowledge.classification.linear import ALPHA, SHARP, LinearClassifier, asked
-from evomerge.knowledge.parts import Example, Knowledge, KnowledgeClass
-from evomerge.knowledge.retrieval.nearest import BATCH, plain
-from evomerge.knowledge.retrieval.retrieve import Chooser
+from evomerge.knowledge.records import Example, Knowledge, KnowledgeClass
+from evomerge.knowledge.retrieval.interface import BATCH, plain
+from evomerge.knowledge.chooser import Chooser
 
 TEXTS = [
     "春の詩を書いて",

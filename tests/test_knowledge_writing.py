@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from evomerge.cli import main
 from evomerge.errors import KnowledgeError
-from evomerge.knowledge.base import (
+from evomerge.knowledge.read_base import (
     Document,
     Example,
     Knowledge,
@@ -24,7 +24,7 @@ from evomerge.knowledge.base import (
     read_knowledge,
 )
 from evomerge.knowledge.drafting import draft
-from evomerge.knowledge.formats.writing import write_knowledge
+from evomerge.knowledge.write_base import write_knowledge
 from evomerge.knowledge.starter import starter
 from evomerge.searching.ledger import open_ledger
 from evomerge.study import read_study

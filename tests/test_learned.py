@@ -24,7 +24,7 @@ from evomerge.judging.learned.ridge import (
     ENGLISH_GRAMS,
     MEASURES_WEIGHT,
     RIDGE,
-    Examples,
+    GradedAnswers,
     centred,
     english_gap,
     fit,
@@ -200,7 +200,7 @@ def english_examples(latin):
     grams_of = [
         (np.array([model[i], 100 + task[i], 200 + i]), np.ones(3, np.float32)) for i in range(20)
     ]
-    return Examples(task, model, 1 + 4 * model / 9, grams_of, z, np.ones(20))
+    return GradedAnswers(task, model, 1 + 4 * model / 9, grams_of, z, np.ones(20))
 
 
 def test_an_english_answer_is_no_worse_for_being_english():

@@ -15,7 +15,7 @@ from fault_server import answer_of
 from evomerge.answering.engine import Answer
 from evomerge.cli import main
 from evomerge.errors import InputError, JudgePaused, ModelError, StudyFileError
-from evomerge.judging.choose import make_judge
+from evomerge.judging.factory import make_judge
 from evomerge.judging.llm.budget import retry_after
 from evomerge.judging.llm.judge import LlmJudge, NoGrade
 from evomerge.judging.llm.rubric import Rubric, fenced, read_reply

@@ -30,7 +30,7 @@ from evomerge.answering.hf.likelihood import (
 )
 from evomerge.cli import main
 from evomerge.errors import EngineError, JudgeError, ModelError, StudyFileError
-from evomerge.judging.choose import make_judge
+from evomerge.judging.factory import make_judge
 from evomerge.judging.llm.rubric import SYSTEM
 from evomerge.judging.local import LEAD, TEMPLATE, LocalJudge, make_local_judge
 from evomerge.searching.session import load_finished

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from evomerge.errors import InputError, KnowledgeError, ModelError
-from evomerge.knowledge.base import read_knowledge
-from evomerge.knowledge.classification.classify import Classifier, class_texts, confusion
-from evomerge.knowledge.parts import Example, Knowledge, KnowledgeClass
+from evomerge.knowledge.read_base import read_knowledge
+from evomerge.knowledge.classification.by_neighbours import Classifier, class_texts, confusion
+from evomerge.knowledge.records import Example, Knowledge, KnowledgeClass
 from evomerge.knowledge.retrieval.bm25 import Bm25Retriever
 from evomerge.knowledge.retrieval.embeddings import EmbeddingRetriever
 from evomerge.knowledge.retrieval.fusion import FusedRetriever, fuse
-from evomerge.knowledge.retrieval.nearest import BATCH, Nearest, plain
-from evomerge.knowledge.retrieval.retrieve import Chooser, make_retriever
+from evomerge.knowledge.retrieval.interface import BATCH, Nearest, plain
+from evomerge.knowledge.chooser import Chooser, make_retriever
 from evomerge.knowledge.retrieval.tfidf import TfidfRetriever
 
 ROOT = Path(__file__).resolve().parents[1]

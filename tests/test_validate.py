@@ -17,7 +17,7 @@ from evomerge.judging.answer_files import read_answers
 from evomerge.judging.validation.agreement import _task_spearman as weighted_spearman
 from evomerge.judging.validation.agreement import compare
 from evomerge.judging.validation.families import family, is_tuning, split_models
-from evomerge.judging.validation.reference import join, pick, read_grades
+from evomerge.judging.validation.reference import join_grades, pick, read_grades
 from evomerge.judging.validation.validate import validate_files
 from evomerge.tasks import load_tasks
 
@@ -256,7 +256,7 @@ def test_the_real_grades_join(shared):
     tasks = load_tasks(shared / "elyza/tasks.jsonl")
     grades = read_grades(shared / "elyza/grades.jsonl", tasks)
     assert len(grades) == 30348
-    joined = join(
+    joined = join_grades(
         read_answers(shared / "elyza/answers.jsonl", tasks), pick(grades, ["gpt-4-turbo"], "grades")
     )
     assert len(joined.lines) == 8776

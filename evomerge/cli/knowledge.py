@@ -12,7 +12,7 @@ from evomerge.console import Console
 from evomerge.errors import InputError, KnowledgeError, StudyError
 
 if TYPE_CHECKING:
-    from evomerge.knowledge.base import Knowledge
+    from evomerge.knowledge.read_base import Knowledge
     from evomerge.tasks import Task
 
 
@@ -70,7 +70,7 @@ def knowledge_commands(commands: Commands) -> None:
 
 
 def new(args: argparse.Namespace) -> None:
-    from evomerge.knowledge.formats.writing import write_knowledge
+    from evomerge.knowledge.write_base import write_knowledge
     from evomerge.knowledge.starter import README, starter
 
     _check_new(args.file)
@@ -79,7 +79,7 @@ def new(args: argparse.Namespace) -> None:
 
 def check(args: argparse.Namespace) -> int:
     """One line for each mistake; exit 2 where there are any."""
-    from evomerge.knowledge.base import check_knowledge
+    from evomerge.knowledge.read_base import check_knowledge
 
     console = Console()
     checked = check_knowledge(args.file)
@@ -98,7 +98,7 @@ def check(args: argparse.Namespace) -> int:
 def from_tasks(args: argparse.Namespace) -> None:
     """A base from tasks with references, and what was left out of it."""
     from evomerge.knowledge.drafting import DRAFTED, draft
-    from evomerge.knowledge.formats.writing import write_knowledge
+    from evomerge.knowledge.write_base import write_knowledge
     from evomerge.tasks import load_tasks
 
     _check_new(args.out)

@@ -216,7 +216,7 @@ def export(args: argparse.Namespace) -> None:
 
 def _export_runner(args: argparse.Namespace, finished: Finished) -> None:
     """A folder with all that answering needs, but for the models."""
-    from evomerge.knowledge.base import read_knowledge
+    from evomerge.knowledge.read_base import read_knowledge
     from evomerge.reporting.runner import write_runner
 
     base = args.knowledge or finished.study.prompt.knowledge

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import InputError, StudyError
-from evomerge.knowledge.base import read_knowledge
+from evomerge.knowledge.read_base import read_knowledge
 from evomerge.knowledge.classification.by_model import ModelClassifier
-from evomerge.knowledge.open import open_knowledge
+from evomerge.knowledge.chooser import open_knowledge
 from evomerge.study import GenomeSection, PromptSection, Study, TaskSource, overridden
 
 if TYPE_CHECKING:  # a server is asked without torch
     from evomerge.answering.engine import Engine
-    from evomerge.knowledge.retrieval.retrieve import Chooser
+    from evomerge.knowledge.chooser import Chooser
     from evomerge.merging.checkpoints.model_folder import ModelFolder
     from evomerge.recipe import Recipe
 

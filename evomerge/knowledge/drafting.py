@@ -6,9 +6,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from evomerge.errors import KnowledgeError
-from evomerge.knowledge.formats.csv_base import TEMPLATE
-from evomerge.knowledge.parts import Example, Knowledge, KnowledgeClass
-from evomerge.knowledge.retrieval.nearest import bare
+from evomerge.knowledge.formats.csv_format import TEMPLATE
+from evomerge.knowledge.records import Example, Knowledge, KnowledgeClass
+from evomerge.knowledge.retrieval.interface import comparison_key
 from evomerge.tasks import Task
 
 ONLY_CLASS = "一般"  # of tasks that have no kind
@@ -46,9 +46,9 @@ def draft(
     left = list(tasks)
     if study is not None:
         own, search = study
-        seen = {bare(task.input) for task in own if task.task_id in search}
-        unseen = {bare(task.input) for task in own if task.task_id not in search}
-        left = [task for task in tasks if bare(task.input) in seen - unseen]
+        seen = {comparison_key(task.input) for task in own if task.task_id in search}
+        unseen = {comparison_key(task.input) for task in own if task.task_id not in search}
+        left = [task for task in tasks if comparison_key(task.input) in seen - unseen]
     useful = [task for task in left if task.output.strip()]
     if not useful:
         raise KnowledgeError(

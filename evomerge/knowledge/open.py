@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from evomerge.knowledge.base import Knowledge, read_knowledge
+from evomerge.knowledge.read_base import Knowledge, read_knowledge
 from evomerge.knowledge.classification.by_model import ModelClassifier
-from evomerge.knowledge.retrieval.retrieve import Chooser
+from evomerge.knowledge.chooser import Chooser
 
 if TYPE_CHECKING:
     from evomerge.study import PromptSection

@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from evomerge.knowledge.base import Knowledge, read_knowledge
+from evomerge.knowledge.read_base import Knowledge, read_knowledge
 
 SHIPPED = Path(__file__).with_name("examples_ja.yaml")
 

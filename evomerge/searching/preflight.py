@@ -126,7 +126,7 @@ def _check_models(study: Study, lines: list[Line]) -> dict[str, Any] | None:
 
 def _check_knowledge(study: Study, lines: list[Line]) -> None:
     """The base that the prompts come from. Raises KnowledgeError, InputError."""
-    from evomerge.knowledge.open import open_knowledge
+    from evomerge.knowledge.chooser import open_knowledge
 
     chooser = open_knowledge(
         study.prompt, lambda note: lines.append(Line("unknown", "knowledge", note))

@@ -18,11 +18,11 @@ from evomerge.answering.prompts import Prompter, make_prompter
 from evomerge.console import Console
 from evomerge.errors import StudyError, StudyFileError
 from evomerge.genome.weights import Genome, make_genome
-from evomerge.judging.choose import check_tasks, make_judge
+from evomerge.judging.factory import check_tasks, make_judge
 from evomerge.judging.grade import Judge, WaitingJudge
-from evomerge.knowledge.open import open_knowledge
-from evomerge.knowledge.parts import Knowledge
-from evomerge.knowledge.retrieval.nearest import bare
+from evomerge.knowledge.chooser import open_knowledge
+from evomerge.knowledge.records import Knowledge
+from evomerge.knowledge.retrieval.interface import comparison_key
 from evomerge.merging.checkpoints.fingerprint import combined, fingerprint
 from evomerge.merging.checkpoints.lora import AdaptedModel
 from evomerge.merging.checkpoints.model_folder import ModelFolder, check_fit, num_layers, open_model
@@ -120,8 +120,8 @@ def open_search(study: Study, url: str, console: Console) -> Iterator[Search]:
 
 def held_out_examples(knowledge: Knowledge, split: Split) -> int:
     """How many of the base's examples are tasks that the search must not see."""
-    unseen = {bare(task.input) for task in (*split.held_out, *split.validation)}
-    return sum(bare(example.input) in unseen for example in knowledge.examples)
+    unseen = {comparison_key(task.input) for task in (*split.held_out, *split.validation)}
+    return sum(comparison_key(example.input) in unseen for example in knowledge.examples)
 
 
 def _open_judge(study: Study, url: str, ledger: Ledger, tasks: Sequence[Task]) -> Judge:

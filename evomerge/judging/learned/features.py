@@ -50,7 +50,7 @@ _LEAK = re.compile(r"<\||\|>|###|human:|user:|assistant:", re.IGNORECASE)
 _PRIME, _GOLDEN = np.uint64(1099511628211), np.uint64(0x9E3779B97F4A7C15)
 
 Ints: TypeAlias = NDArray[np.int64]
-Floats: TypeAlias = NDArray[np.float32]
+Float32s: TypeAlias = NDArray[np.float32]
 
 
 def normalise(text: str) -> str:
@@ -60,7 +60,7 @@ def normalise(text: str) -> str:
     ]
 
 
-def grams(text: str) -> tuple[Ints, Floats]:
+def grams(text: str) -> tuple[Ints, Float32s]:
     """(buckets, weights) of a normalised text's n-grams and words: ascending buckets, and (1 +
     ln(times)) x the kind's weight.
     """
@@ -83,13 +83,13 @@ def grams(text: str) -> tuple[Ints, Floats]:
     return buckets, (weight * (1 + np.log(times))).astype(np.float32)
 
 
-def look(task: Task, answer: Answer) -> tuple[tuple[Ints, Floats], Floats]:
+def look(task: Task, answer: Answer) -> tuple[tuple[Ints, Float32s], Float32s]:
     """(n-grams, measures) of an answer to a task."""
     text = normalise(answer.text)
     return grams(text), measures(text, task.output, _RULES.grade(task, answer).value)
 
 
-def measures(text: str, reference: str, rules: float = 3.0) -> Floats:
+def measures(text: str, reference: str, rules: float = 3.0) -> Float32s:
     """[len(NAMES)] numbers about a normalised answer; the reference may be empty, `rules` is the
     grade by the rules.
     """
@@ -115,7 +115,7 @@ def measures(text: str, reference: str, rules: float = 3.0) -> Floats:
     return np.array(values, np.float32)
 
 
-def in_english(z: Floats) -> NDArray[np.bool_]:
+def in_english(z: Float32s) -> NDArray[np.bool_]:
     """Whether answers of measures [..., M] are in English, or another language in Latin letters:
     [...].
     """

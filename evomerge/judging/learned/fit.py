@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from evomerge.errors import InputError
 from evomerge.judging.answer_files import read_answers
 from evomerge.judging.learned.features import look
-from evomerge.judging.learned.judge import Facts, Weights, save_judge, task_key
-from evomerge.judging.learned.ridge import Examples, fit, predict
+from evomerge.judging.learned.judge import Facts, JudgeWeights, save_judge, task_key
+from evomerge.judging.learned.ridge import GradedAnswers, fit, predict
 from evomerge.judging.validation.agreement import Agreements, compare
 from evomerge.judging.validation.families import family
-from evomerge.judging.validation.reference import join, pick, read_grades
+from evomerge.judging.validation.reference import join_grades, pick, read_grades
 from evomerge.tasks import Task, load_tasks
 
 FAMILY_POWER = 0.5  # a family of n models counts like sqrt(n): 0 is each model alike, 1 each family
@@ -96,7 +96,7 @@ def fit_file(
     tasks = load_tasks(tasks_path)
     grades = pick(read_grades(grades_path, tasks), judges, grades_path)
     grades = {key: grade for key, grade in grades.items() if wanted(key[0])}
-    joined = join(
+    joined = join_grades(
         [line for line in read_answers(answers_path, tasks) if wanted(line.model)], grades
     )
     counts = Counter(str(line.task.task_id) for line in joined.lines)
@@ -122,7 +122,7 @@ def fit_file(
         for line, grade in zip(joined.lines, joined.grades, strict=True)
         if str(line.task.task_id) in place
     ]
-    examples = Examples(
+    examples = GradedAnswers(
         np.array([row[0] for row in rows]),
         np.array([row[1] for row in rows]),
         np.array([row[2] for row in rows], float),
@@ -162,7 +162,7 @@ def _folds(models: Sequence[str]) -> tuple[NDArray[np.int64], bool]:
     return np.array([fold[family(m) if by_family else m] for m in models]), by_family
 
 
-def _held_out(examples: Examples, folds: NDArray[np.int64], n_tasks: int) -> Agreements:
+def _held_out(examples: GradedAnswers, folds: NDArray[np.int64], n_tasks: int) -> Agreements:
     """Agreement with the grades of models that a fit did not see, each fold in turn."""
     shape = (len(folds), n_tasks)
     predicted, expected = np.full(shape, np.nan), np.full(shape, np.nan)
@@ -177,9 +177,9 @@ def _held_out(examples: Examples, folds: NDArray[np.int64], n_tasks: int) -> Agr
 
 def _save(
     out: Path,
-    weights: Weights,
+    weights: JudgeWeights,
     tasks: Sequence[Task],
-    examples: Examples,
+    examples: GradedAnswers,
     judges: Sequence[str],
     models: Sequence[str],
     held_out: Agreements | None,

@@ -24,7 +24,7 @@ from evomerge.errors import InputError, TaskError
 from evomerge.files import replace_file
 from evomerge.judging.grade import Grade
 from evomerge.judging.learned import features
-from evomerge.judging.learned.features import Floats, Ints, in_english, look
+from evomerge.judging.learned.features import Float32s, Ints, in_english, look
 
 if TYPE_CHECKING:
     from evomerge.answering.engine import Answer
@@ -36,7 +36,7 @@ _ARRAYS = ("idf", "grams", "grams_scale", "measures", "mean", "scale", "bias", "
 
 
 @dataclass(frozen=True)
-class Weights:
+class JudgeWeights:
     """The fitted numbers; T tasks, B buckets, M measures.
 
     The grade is bias[g, t] + grams[t] · x + measures[t] · z, x the answer's n-grams times idf at
@@ -45,15 +45,15 @@ class Weights:
     not ask for that, else 0.
     """
 
-    idf: Floats  # [B]
-    grams: Floats  # [T, B]
-    measures: Floats  # [T, M]
-    mean: Floats  # [2, T, M]
-    scale: Floats  # [2, T, M]
-    bias: Floats  # [2, T]
+    idf: Float32s  # [B]
+    grams: Float32s  # [T, B]
+    measures: Float32s  # [T, M]
+    mean: Float32s  # [2, T, M]
+    scale: Float32s  # [2, T, M]
+    bias: Float32s  # [2, T]
     asks_english: NDArray[np.bool_]  # [T]
 
-    def predict(self, t: int, x: tuple[Ints, Floats], z: Floats) -> float:
+    def predict(self, t: int, x: tuple[Ints, Float32s], z: Float32s) -> float:
         """The unbounded grade of an answer to task number t, by its n-grams (buckets, weights) and
         its measures [M].
         """
@@ -122,7 +122,7 @@ def task_key(task: Task) -> str:
     return sha256(json.dumps([task.input, task.output, task.eval_aspect]).encode()).hexdigest()[:16]
 
 
-def save_judge(path: Path, weights: Weights, facts: Facts) -> None:
+def save_judge(path: Path, weights: JudgeWeights, facts: Facts) -> None:
     """Write an .npz file: arrays, and a JSON text; nothing in it runs on loading. Raises
     OutputError.
     """
@@ -149,7 +149,7 @@ def save_judge(path: Path, weights: Weights, facts: Facts) -> None:
     replace_file(path, lambda p: p.write_bytes(buffer.getvalue()), make_folder=False)
 
 
-def _read(path: Path) -> tuple[Weights, Facts, str]:
+def _read(path: Path) -> tuple[JudgeWeights, Facts, str]:
     if not path.is_file():
         raise InputError(
             "no such file of a learned judge",
@@ -182,7 +182,7 @@ def _read(path: Path) -> tuple[Weights, Facts, str]:
             about["held_out"],
         )
         scale = arrays.pop("grams_scale")
-        weights = Weights(**arrays)
+        weights = JudgeWeights(**arrays)
         t, b, m = len(facts.tasks), 1 << features.BITS, len(features.NAMES)
         found = {name: a.shape for name, a in (vars(weights) | {"grams_scale": scale}).items()}
         asked: dict[str, tuple[int, ...]] = {
@@ -198,5 +198,5 @@ def _read(path: Path) -> tuple[Weights, Facts, str]:
     return _scaled(weights, scale), facts, sha256(data).hexdigest()
 
 
-def _scaled(weights: Weights, scale: Floats) -> Weights:
+def _scaled(weights: JudgeWeights, scale: Float32s) -> JudgeWeights:
     return replace(weights, grams=weights.grams.astype(np.float32) * scale[:, None])

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.judging.learned.features import BITS, NAMES, Floats, in_english
-from evomerge.judging.learned.judge import CLIP, Weights
+from evomerge.judging.learned.features import BITS, NAMES, Float32s, in_english
+from evomerge.judging.learned.judge import CLIP, JudgeWeights
 
 RIDGE = 0.02  # the kernel's diagonal is about 1
 MEASURES_WEIGHT = 0.1  # of the measures' kernel beside the n-grams' in a task
@@ -32,11 +32,11 @@ MOST = 0.5  # a task with this share of English answers asks for English
 # answers that the common value counts like: mean n-grams, measures, gap
 ENGLISH_GRAMS, ENGLISH_MEASURES, ENGLISH_GAP = 3.0, 4.0, 20.0
 
-Rows = NDArray[np.float64]
+Float64s = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Examples:
+class GradedAnswers:
     """Graded answers: n rows over T tasks. `x` are their n-grams and words (buckets, weights), `z`
     their measures [n, M].
 
@@ -45,14 +45,14 @@ class Examples:
 
     task: NDArray[np.int64]
     model: NDArray[np.int64]
-    grade: Rows
-    x: list[tuple[NDArray[np.int64], Floats]]
-    z: Floats
-    weight: Rows
+    grade: Float64s
+    x: list[tuple[NDArray[np.int64], Float32s]]
+    z: Float32s
+    weight: Float64s
 
-    def at(self, rows: NDArray[np.bool_]) -> Examples:
+    def at(self, rows: NDArray[np.bool_]) -> GradedAnswers:
         """Some of the rows."""
-        return Examples(
+        return GradedAnswers(
             self.task[rows],
             self.model[rows],
             self.grade[rows],
@@ -62,7 +62,7 @@ class Examples:
         )
 
 
-def fit(examples: Examples, n_tasks: int) -> Weights:
+def fit(examples: GradedAnswers, n_tasks: int) -> JudgeWeights:
     """The weights for T = n_tasks tasks; a task without examples predicts the mean of all."""
     e, m = examples, len(NAMES)
     idf, x = _rare(e.x)
@@ -110,10 +110,10 @@ def fit(examples: Examples, n_tasks: int) -> Weights:
     if not english.any():
         bias[1] = bias[0]
     small = [np.asarray(a, np.float32) for a in (by_measures * stretch, mean, scale, bias)]
-    return Weights(idf, by_grams, small[0], small[1], small[2], small[3], _asks_english(e, n_tasks))
+    return JudgeWeights(idf, by_grams, small[0], small[1], small[2], small[3], _asks_english(e, n_tasks))
 
 
-def english_gap(above: Rows, english: NDArray[np.bool_], model: NDArray[np.int64]) -> float:
+def english_gap(above: Float64s, english: NDArray[np.bool_], model: NDArray[np.int64]) -> float:
     """How much better English answers are graded than the same model's others: a regression with
     models as fixed effects.
     """
@@ -121,7 +121,7 @@ def english_gap(above: Rows, english: NDArray[np.bool_], model: NDArray[np.int64
     return float(inside @ above / (inside @ inside + ENGLISH_GAP))
 
 
-def centred(x: Rows, english: NDArray[np.bool_], common: Rows) -> tuple[Rows, Rows]:
+def centred(x: Float64s, english: NDArray[np.bool_], common: Float64s) -> tuple[Float64s, Float64s]:
     """(rows [n, B] less the mean of their group, the two means [2, B]).
 
     A task has few English answers: their mean is drawn to the `common` one of all tasks [B].
@@ -137,7 +137,7 @@ def centred(x: Rows, english: NDArray[np.bool_], common: Rows) -> tuple[Rows, Ro
     return x - means[english.astype(int)], means
 
 
-def _rare(grams: list[tuple[NDArray[np.int64], Floats]]) -> tuple[Floats, Any]:
+def _rare(grams: list[tuple[NDArray[np.int64], Float32s]]) -> tuple[Float32s, Any]:
     """(idf [B], sparse rows [n, B] of the n-grams times idf, at length 1)."""
     from scipy import sparse  # comes with scikit-learn; needed here alone
 
@@ -154,17 +154,17 @@ def _rare(grams: list[tuple[NDArray[np.int64], Floats]]) -> tuple[Floats, Any]:
     return idf, (sparse.diags(1 / length) @ x).tocsr()
 
 
-def _asks_english(e: Examples, n_tasks: int) -> NDArray[np.bool_]:
+def _asks_english(e: GradedAnswers, n_tasks: int) -> NDArray[np.bool_]:
     """[T] whether most answers to a task are in English: there it is no group of its own."""
     counts = np.bincount(e.task, minlength=n_tasks).clip(min=1)
     return np.asarray(np.bincount(e.task, in_english(e.z), n_tasks) / counts >= MOST)
 
 
-def _apart(e: Examples, n_tasks: int) -> NDArray[np.bool_]:
+def _apart(e: GradedAnswers, n_tasks: int) -> NDArray[np.bool_]:
     return np.asarray(in_english(e.z) & ~_asks_english(e, n_tasks)[e.task])
 
 
-def _standards(e: Examples, english: NDArray[np.bool_], n_tasks: int) -> tuple[Rows, Rows]:
+def _standards(e: GradedAnswers, english: NDArray[np.bool_], n_tasks: int) -> tuple[Float64s, Float64s]:
     """(means, deviations) [2, T, M] of the measures of both groups, English ones by their common
     distance from the others.
     """
@@ -189,12 +189,12 @@ def _standards(e: Examples, english: NDArray[np.bool_], n_tasks: int) -> tuple[R
     return mean, scale
 
 
-def _by_model(values: Rows, model: NDArray[np.int64]) -> Rows:
+def _by_model(values: Float64s, model: NDArray[np.int64]) -> Float64s:
     """[n] the mean of each row's model."""
     return np.asarray((np.bincount(model, values) / np.bincount(model).clip(min=1))[model])
 
 
-def _ridge(x: Rows, z: Rows, target: Rows, weight: Rows) -> tuple[Rows, Rows, float]:
+def _ridge(x: Float64s, z: Float64s, target: Float64s, weight: Float64s) -> tuple[Float64s, Float64s, float]:
     """(weights of the n-grams [B], of the measures [M], bias) of a ridge with a free bias and a
     weight for each of n rows.
 
@@ -209,7 +209,7 @@ def _ridge(x: Rows, z: Rows, target: Rows, weight: Rows) -> tuple[Rows, Rows, fl
     return w, v, float(part @ (target - x @ w - z @ v))
 
 
-def predict(weights: Weights, examples: Examples) -> Rows:
+def predict(weights: JudgeWeights, examples: GradedAnswers) -> Float64s:
     """[n] grades of the examples, 1 to 5."""
     e = examples
     return np.array(

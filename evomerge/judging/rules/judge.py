@@ -14,8 +14,8 @@ import re
 
 from evomerge.answering.engine import Answer
 from evomerge.judging.grade import Grade
-from evomerge.judging.rules.closed import is_closed, judge_closed
-from evomerge.judging.rules.prose import Expected, Measured, expected_of, measure
+from evomerge.judging.rules.closed_tasks.grading import is_closed, judge_closed
+from evomerge.judging.rules.open_tasks.measures import Expected, Measured, expected_of, measure
 from evomerge.tasks import Task
 from evomerge.text import clean, repetition
 

@@ -117,7 +117,7 @@ def pick(
     return {key: math.fsum(grades) / len(grades) for key, grades in sums.items()}
 
 
-def join(answers: Iterable[AnswerLine], grades: dict[Key, float]) -> Joined:
+def join_grades(answers: Iterable[AnswerLine], grades: dict[Key, float]) -> Joined:
     """Answers that have a grade, in their order. Raises InputError where there is none."""
     answers = list(answers)
     lines = [line for line in answers if answer_key(line) in grades]

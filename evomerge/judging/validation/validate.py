@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from evomerge.judging.answer_files import AnswerLine, grade_lines, read_answers
-from evomerge.judging.choose import check_tasks, judge_from_options
+from evomerge.judging.factory import check_tasks, judge_from_options
 from evomerge.judging.grade import Grade, Judge
 from evomerge.judging.validation.agreement import (
     RESAMPLES,
@@ -24,16 +24,16 @@ from evomerge.judging.validation.agreement import (
     spearman,
 )
 from evomerge.judging.validation.families import family, is_tuning, split_models, wanted_models
-from evomerge.judging.validation.reference import Joined, join, pick, read_grades
+from evomerge.judging.validation.reference import Joined, join_grades, pick, read_grades
 from evomerge.tasks import load_tasks
 
-__all__ = ["Again", "Validation", "family", "is_tuning", "split_models", "validate_files"]
+__all__ = ["Repeatability", "Validation", "family", "is_tuning", "split_models", "validate_files"]
 
 AGAIN = 200  # answers that are graded a second time
 
 
 @dataclass(frozen=True)
-class Again:
+class Repeatability:
     """Two runs over the same n answers: the share of equal grades, the mean distance, and Spearman
     over the answers (None: constant).
     """
@@ -54,8 +54,8 @@ class Validation:
     n_answers: int
     n_tasks: int
     agreements: Agreements
-    again: Again | None
-    reference_again: Again | None
+    again: Repeatability | None
+    reference_again: Repeatability | None
     seconds_per_100: float
     cost_per_100: float | None
     unmatched: str
@@ -129,7 +129,7 @@ def validate_files(
         for key, grade in pick(graded, [reference], grades_path).items()
         if wanted(key[0])
     }
-    joined = join(
+    joined = join_grades(
         [line for line in read_answers(answers_path, tasks) if wanted(line.model)], grades
     )
     chosen = judge_from_options(judge, settings)
@@ -178,7 +178,7 @@ def _compare(joined: Joined, given: Sequence[Grade]) -> Agreements:
 
 def _second_run(
     judge: str, settings: Sequence[str], lines: Sequence[AnswerLine], given: Sequence[Grade], n: int
-) -> Again | None:
+) -> Repeatability | None:
     """The judge once more, without its cache, on n answers."""
     if n <= 0:
         return None
@@ -189,10 +189,10 @@ def _second_run(
     return _agree([given[i].value for i in rows], [grade.value for grade in grades])
 
 
-def _agree(first: Sequence[float], second: Sequence[float]) -> Again:
+def _agree(first: Sequence[float], second: Sequence[float]) -> Repeatability:
     a, b = np.array(first, float), np.array(second, float)
     rank = spearman(a, b)
-    return Again(
+    return Repeatability(
         len(a),
         float(np.mean(np.abs(a - b) < 1e-9)),
         float(np.mean(np.abs(a - b))),
@@ -218,7 +218,7 @@ def _row(name: str, agreement: Agreement, of: str) -> str:
     return f"{name:49} {show[0]}   {show[1]} to {show[2]}   {agreement.n} {of}"
 
 
-def _again(again: Again | None) -> str:
+def _again(again: Repeatability | None) -> str:
     if again is None:
         return "not asked for"
     rank = "" if again.spearman is None else f", Spearman {again.spearman:.3f}"

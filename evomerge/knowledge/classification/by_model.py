@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from evomerge.errors import ModelError
-from evomerge.knowledge.parts import Knowledge
-from evomerge.knowledge.retrieval.nearest import Matrix
+from evomerge.knowledge.records import Knowledge
+from evomerge.knowledge.retrieval.interface import Matrix
 
 Loglikelihood = Callable[[Sequence[tuple[str, str]]], list[float]]
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.knowledge.retrieval.nearest import BATCH, Matrix, plain
+from evomerge.knowledge.retrieval.interface import BATCH, Matrix, normal_form
 
 # Chosen by leaving out a tenth of the shipped base at a time, tests/labelled_tasks.jsonl in view;
 # docs/INFERENCE.md.
@@ -46,7 +46,7 @@ class LinearClassifier:
         }
         self.vectors = FeatureUnion(
             [
-                ("whole", TfidfVectorizer(preprocessor=plain, **settings)),
+                ("whole", TfidfVectorizer(preprocessor=normal_form, **settings)),
                 ("asked", TfidfVectorizer(preprocessor=asked, **settings)),
             ]
         )
@@ -68,7 +68,7 @@ class LinearClassifier:
 
 
 def asked(text: str) -> str:
-    """The first and the last paragraph, plain, with long quotations emptied."""
+    """The first and the last paragraph, normal_form, with long quotations emptied."""
     text = QUOTED.sub(lambda match: match[0][0] + match[0][-1], unicodedata.normalize("NFKC", text))
     lines = [line for line in text.split("\n") if line.strip()]
-    return plain("\n".join(dict.fromkeys([*lines[:1], *lines[-1:]])))
+    return normal_form("\n".join(dict.fromkeys([*lines[:1], *lines[-1:]])))

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 
 from evomerge.errors import InputError
-from evomerge.knowledge.retrieval.nearest import Comparing, Matrix
+from evomerge.knowledge.retrieval.interface import VectorRetriever, Matrix
 
 K1, B = 1.2, 0.75  # Robertson and Zaragoza 2009, section 3.5: the usual values
 
 Tokenizer = Callable[[str], list[str]]
 
 
-class Bm25Retriever(Comparing):
+class Bm25Retriever(VectorRetriever):
     """Okapi BM25 (Robertson and Zaragoza 2009, equation 3.15), divided by what no text can exceed.
 
     score(q, d) = sum over the words w of q of idf(w) * tf * (K1 + 1) / (tf + K1 * (1 - B + B * |d|

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from evomerge.errors import InputError, ModelError
-from evomerge.knowledge.retrieval.nearest import Comparing, Matrix
+from evomerge.knowledge.retrieval.interface import VectorRetriever, Matrix
 
 
-class EmbeddingRetriever(Comparing):
+class EmbeddingRetriever(VectorRetriever):
     """Cosine of embeddings; what points apart counts as 0.
 
     `model` is a folder or a hub id, or anything with sentence-transformers' `encode`. Raises

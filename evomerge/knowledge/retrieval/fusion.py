@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from evomerge.knowledge.retrieval.nearest import Matrix, Nearest, Retriever, in_batches, largest
+from evomerge.knowledge.retrieval.interface import Matrix, Nearest, Retriever, in_batches, largest
 
 K = 60  # Cormack, Clarke and Büttcher 2009: the constant of reciprocal rank fusion
 DEPTH = 100  # ranks of each retriever that count, unless more are asked for

@@ -6,12 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from evomerge.knowledge.retrieval.nearest import Comparing, Matrix
+from evomerge.knowledge.retrieval.interface import VectorRetriever, Matrix
 
 LENGTHS = (1, 4)  # characters of an n-gram
 
 
-class TfidfRetriever(Comparing):
+class TfidfRetriever(VectorRetriever):
     """Cosine of TF-IDF vectors over character 1- to 4-grams, as scikit-learn's user guide, 7.2.3.4,
     defines them.
 

@@ -12,11 +12,11 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 
-from evomerge.judging.rules.facts import Reading, compact
+from evomerge.judging.rules.open_tasks.parsed_text import ParsedText, compact
 from evomerge.text import QUOTED
 
-Verdict = tuple[float, str]
-Check = Callable[[Reading], Verdict]
+CheckResult = tuple[float, str]
+Check = Callable[[ParsedText], CheckResult]
 
 # kinds without one right conclusion
 INVENTED = frozenset(["translation", "summary", "rewriting", "creative", "role play"])
@@ -44,7 +44,7 @@ _FAR = 10**9
 
 
 def checks_for(
-    question: str, reference: Reading, right: tuple[str, ...], kind: str, *, polar: bool
+    question: str, reference: ParsedText, right: tuple[str, ...], kind: str, *, polar: bool
 ) -> tuple[Check, ...]:
     """The checks that apply to a task, from its cleaned question, its reference, and what its
     points call right.
@@ -69,7 +69,7 @@ def checks_for(
 def _named(right: tuple[str, ...]) -> Check:
     """What the grading points call right (「左が正解」) must be named."""
 
-    def look(answer: Reading) -> Verdict:
+    def look(answer: ParsedText) -> CheckResult:
         lacking = [word for word in right if word not in answer.text]
         return 1 - 2 * len(lacking) / len(
             right
@@ -78,7 +78,7 @@ def _named(right: tuple[str, ...]) -> Check:
     return look
 
 
-def _unit(question: str, reference: Reading) -> Check | None:
+def _unit(question: str, reference: ParsedText) -> Check | None:
     """何曜日, 何個, 何県: the last value with that unit is the answer."""
     asked = _ASKED_UNIT.search(question)
     if not asked:
@@ -92,7 +92,7 @@ def _unit(question: str, reference: Reading) -> Check | None:
         return None
     expected = values[-1]
 
-    def look(answer: Reading) -> Verdict:
+    def look(answer: ParsedText) -> CheckResult:
         said = [
             v
             for v in pattern.findall(answer.ends) or pattern.findall(answer.text)
@@ -112,7 +112,7 @@ def _unit(question: str, reference: Reading) -> Check | None:
     return look
 
 
-def _choice(question: str, reference: Reading) -> Check | None:
+def _choice(question: str, reference: ParsedText) -> Check | None:
     """Among options that the question names, the answer chooses those that the reference chooses."""
     if (
         not re.search(r"どちら|どれ|いずれ|選|入れるの|誰[がを]|choose|which", question)
@@ -141,7 +141,7 @@ def _choice(question: str, reference: Reading) -> Check | None:
         {label for label, name in options if name.strip() in wrong},
     )
 
-    def look(answer: Reading) -> Verdict:
+    def look(answer: ParsedText) -> CheckResult:
         chosen = preferred.search(answer.text)
         if chosen:
             value = 1.0 if chosen.group(1) in right else -1.0
@@ -172,7 +172,7 @@ def _side(text: str, right: list[str], wrong: list[str]) -> float:
     return weight if a < b else -weight
 
 
-def _polarity(question: str, reference: Reading) -> Check | None:
+def _polarity(question: str, reference: ParsedText) -> Check | None:
     """A question of yes or no is answered as the reference answers it."""
     verbs = re.findall(r"([\u3400-\u9fff])[ぁ-ん]*か[?。」]*(?:\n|$)", question)
     verb = verbs[0] if verbs else ""
@@ -187,7 +187,7 @@ def _polarity(question: str, reference: Reading) -> Check | None:
     if not expected or len(reference.text) > 400:
         return None
 
-    def look(answer: Reading) -> Verdict:
+    def look(answer: ParsedText) -> CheckResult:
         said = answer.polarity(verb)
         return float(said * expected), f"answers {('no', 'nothing', 'yes')[said + 1]}" + (
             "" if said == expected else ", unlike the reference"
@@ -202,7 +202,7 @@ def _yes_and_no(text: str) -> list[str]:
     return [word for i, word in enumerate(words) if not i or word != words[i - 1]]
 
 
-def _symbols(question: str, reference: Reading) -> Check | None:
+def _symbols(question: str, reference: ParsedText) -> Check | None:
     """A formula, a list or a string of symbols that the reference concludes with stands in the
     answer as it is.
     """
@@ -216,7 +216,7 @@ def _symbols(question: str, reference: Reading) -> Check | None:
 
     value = _value(symbols[0])
 
-    def look(answer: Reading) -> Verdict:
+    def look(answer: ParsedText) -> CheckResult:
         right = any(s in answer.compact for s in symbols) or (
             value is not None and value in map(_value, _FORMULA.findall(answer.compact))
         )
@@ -254,13 +254,13 @@ def _worked_out(node: ast.expr) -> Fraction:
     raise ValueError("no formula")
 
 
-def _pairs(reference: Reading) -> Check | None:
+def _pairs(reference: ParsedText) -> Check | None:
     """Numbers matched with letters: (1, B), (2, C)."""
     expected = dict(_PAIR.findall(reference.text))
     if len(expected) < 3:
         return None
 
-    def look(answer: Reading) -> Verdict:
+    def look(answer: ParsedText) -> CheckResult:
         said = dict(_PAIR.findall(answer.text))
         right = sum(said.get(number) == letter for number, letter in expected.items())
         return 2 * right / len(expected) - 1, f"{right} of {len(expected)} pairs are right"
@@ -268,7 +268,7 @@ def _pairs(reference: Reading) -> Check | None:
     return look
 
 
-def _order(question: str, reference: Reading) -> Check | None:
+def _order(question: str, reference: ParsedText) -> Check | None:
     """An order of single numbers: in a row, at the beginnings of lines, or by the order in which
     the question's lines come.
     """
@@ -278,7 +278,7 @@ def _order(question: str, reference: Reading) -> Check | None:
     expected = re.findall("[0-9]", runs[-1])
     starts = [(label, name[:10]) for label, name in _OPTION_LINE.findall(question)]
 
-    def look(answer: Reading) -> Verdict:
+    def look(answer: ParsedText) -> CheckResult:
         said = [re.findall("[0-9]", run) for run in _ORDER.findall(answer.text)] + [
             _LINE_NUMBER.findall(answer.text)
         ]
@@ -290,7 +290,7 @@ def _order(question: str, reference: Reading) -> Check | None:
     return look
 
 
-def _numbers(question: str, reference: Reading, kind: str) -> Check | None:
+def _numbers(question: str, reference: ParsedText, kind: str) -> Check | None:
     """Where nothing else can be checked, the conclusion's own numbers."""
     known = {n.rstrip(".,") for n in _NUMBER.findall(question)}
     numbers = [
@@ -301,7 +301,7 @@ def _numbers(question: str, reference: Reading, kind: str) -> Check | None:
     if not numbers or len(reference.conclusions) == 0 or len(numbers) > 3:
         return None
 
-    def look(answer: Reading) -> Verdict:
+    def look(answer: ParsedText) -> CheckResult:
         said = {n.rstrip(".,") for n in _NUMBER.findall(answer.ends)}
         right = sum(n in said for n in numbers)
         return 2 * right / len(numbers) - 1, f"{right} of the conclusion's {len(numbers)} numbers"

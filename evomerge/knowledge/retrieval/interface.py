@@ -47,29 +47,29 @@ class Retriever(Protocol):
         ...
 
 
-class Comparing:
+class VectorRetriever:
     """The retrievers that compare by a product of vectors; a subclass gives the products.
 
     `itself`: may a text be found that equals the asked one.
     """
 
     def __init__(self, inputs: Sequence[str], itself: bool = False) -> None:
-        self.inputs = [plain(text) for text in inputs]
+        self.inputs = [normal_form(text) for text in inputs]
         self.places: dict[str, list[int]] = {}
         for i, text in enumerate(self.inputs if not itself else ()):
-            self.places.setdefault(bare(text), []).append(i)
+            self.places.setdefault(comparison_key(text), []).append(i)
 
     def similar(self, texts: Sequence[str]) -> Matrix:
-        """Similarities (texts, base), 0 to 1; the texts are plain."""
+        """Similarities (texts, base), 0 to 1; the texts are normal_form."""
         raise NotImplementedError
 
     def nearest(self, texts: Sequence[str], k: int) -> Nearest:
-        return in_batches(self._batch, [plain(text) for text in texts], min(k, len(self.inputs)))
+        return in_batches(self._batch, [normal_form(text) for text in texts], min(k, len(self.inputs)))
 
     def _batch(self, texts: Sequence[str], k: int) -> Nearest:
         scores: Matrix = np.clip(self.similar(texts), 0.0, 1.0).round(DIGITS)
         for row, text in zip(scores, texts, strict=True):
-            row[self.places.get(bare(text), [])] = -np.inf
+            row[self.places.get(comparison_key(text), [])] = -np.inf
         return largest(scores, k)
 
 
@@ -97,13 +97,13 @@ def largest(scores: Matrix, k: int) -> Nearest:
     return Nearest(indices, kept)
 
 
-def bare(text: str) -> str:
+def comparison_key(text: str) -> str:
     """What two texts have in common that are the same but for spaces and the width of their
     characters.
     """
-    return plain(text).replace(" ", "")
+    return normal_form(text).replace(" ", "")
 
 
-def plain(text: str) -> str:
+def normal_form(text: str) -> str:
     """Unicode NFKC, so that full-width and half-width forms are the same, and single spaces."""
     return " ".join(unicodedata.normalize("NFKC", text).split())

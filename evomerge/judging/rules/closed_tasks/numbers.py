@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from difflib import SequenceMatcher
 
-from evomerge.judging.rules.claims import (
+from evomerge.judging.rules.closed_tasks.claims import (
     HEDGE,
     MARKER,
     Finding,
     after_correction,
     denied,
-    shortened,
+    abbreviated,
 )
 from evomerge.text import CJK, LIST_MARK, Number, find_numbers
 
@@ -30,7 +30,7 @@ _REASON = re.compile(
 _UNIT_LINES = (
     "s sec second seconds 秒 秒です|min minute minutes 分 分です 分間|h hour hours 時間 時間です|day days 日 日です|week weeks 週間|"
     "mm millimeters ミリ|cm centimeters センチ|m meter meters metre metres メートル メートルです|"
-    "km kilometer kilometers kilometres キロメートル|g gram grams グラム|kg kilogram kilograms キログラム|円 円です yen|ドル dollars dollar"
+    "km kilometer kilometers kilometres キロメートル|g gram trigrams グラム|kg kilogram kilograms キログラム|円 円です yen|ドル dollars dollar"
 )
 _UNIT_NAMES = {name: i for i, names in enumerate(_UNIT_LINES.split("|")) for name in names.split()}
 
@@ -66,7 +66,7 @@ def judge_numbers(question: str, expected: list[str], said: str) -> Finding:
         return Finding(True, 1.0, "gives the expected list in order")
     near = SequenceMatcher(None, chosen[:50], expected, autojunk=False).ratio()
     return Finding(
-        False, near, f"the list is {shortened(', '.join(chosen))}, not {', '.join(expected)}"
+        False, near, f"the list is {abbreviated(', '.join(chosen))}, not {', '.join(expected)}"
     )
 
 
@@ -109,7 +109,7 @@ def judge_number(question: str, expected: str, said: str, unit: str) -> Finding:
         return Finding(False, 0.4, f"states {expected} {given}, another unit")
     if value == expected:
         return Finding(True, 1.0, f"states {expected}")
-    return Finding(False, _closeness(value, expected), f"states {shortened(value)}, not {expected}")
+    return Finding(False, _closeness(value, expected), f"states {abbreviated(value)}, not {expected}")
 
 
 def _stated(question: str, text: str, numbers: list[Number]) -> int:

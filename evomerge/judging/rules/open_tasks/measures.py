@@ -9,17 +9,17 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-from evomerge.judging.rules.checks import Check, checks_for
-from evomerge.judging.rules.facts import Reading, key_words, share
-from evomerge.judging.rules.kinds import is_polar, kind_of
-from evomerge.judging.rules.points import read_points
+from evomerge.judging.rules.open_tasks.checks import Check, checks_for
+from evomerge.judging.rules.open_tasks.parsed_text import ParsedText, key_words, weighted_share
+from evomerge.judging.rules.open_tasks.kinds import is_polar, kind_of
+from evomerge.judging.rules.open_tasks.points import read_points
 from evomerge.text import (
     TERM,
     clean,
     count_items,
     f1,
     foreign_letters,
-    grams,
+    trigrams,
     language,
     named_count,
     repetition,
@@ -32,7 +32,7 @@ _REFUSES = re.compile(
     r"申し訳|できません|[分わ]かりません|お答えできない|AI(?:として|アシスタント|なので|言語)|言語モデル|\bI (?:cannot|can't)\b"
 )
 _MID_SENTENCE = re.compile(r"[、,はがをにと]$")
-# an answer in another language shares no more n-grams with the reference than this
+# an answer in another language shares no more n-trigrams with the reference than this
 _FAR_FROM_REFERENCE = 0.05
 
 
@@ -43,7 +43,7 @@ class Expected:
     question: str
     reference: str
     kind: str
-    grams: frozenset[str]
+    trigrams: frozenset[str]
     question_grams: frozenset[str]
     language: str
     items: int | None
@@ -71,7 +71,7 @@ class Measured:
 def expected_of(question: str, reference: str, points: str) -> Expected:
     """Read a task. The reference may be empty: then there is nothing to compare with."""
     question, text = clean(question), clean(reference)
-    kind, reading = kind_of(question), Reading(text)
+    kind, reading = kind_of(question), ParsedText(text)
     spoken = language(text) or ("" if _OTHER_LANGUAGE.search(question) else language(question))
     items, listed = named_count(question), count_items(text)
     if items is not None and listed and listed != items:
@@ -81,8 +81,8 @@ def expected_of(question: str, reference: str, points: str) -> Expected:
         question=question,
         reference=text,
         kind=kind,
-        grams=grams(text),
-        question_grams=grams(question),
+        trigrams=trigrams(text),
+        question_grams=trigrams(question),
         language=spoken,
         items=items,
         repetition=repetition(text),
@@ -100,7 +100,7 @@ def measure(task: Expected, raw: str, text: str, *, truncated: bool) -> Measured
     """Measure a raw answer, of which `text` is the cleaned form. What has no meaning for a task is
     0.
     """
-    said, reading = grams(text), Reading(text)
+    said, reading = trigrams(text), ParsedText(text)
     overlap = f1(said, task.grams)
     verdicts = [check(reading) for check in task.checks]
     listed = count_items(text) if task.items is not None else 0
@@ -108,9 +108,9 @@ def measure(task: Expected, raw: str, text: str, *, truncated: bool) -> Measured
     values = {
         "overlap": overlap,
         "overlap, unchecked": 0.0 if verdicts else overlap,
-        "facts": share(task.facts, text),
-        "conclusion": share(task.conclusion, text),
-        "points": share(task.points, text),
+        "facts": weighted_share(task.facts, text),
+        "conclusion": weighted_share(task.conclusion, text),
+        "points": weighted_share(task.points, text),
         "check": sum(value for value, _ in verdicts) / len(verdicts) if verdicts else 0.0,
         "lines": math.log1p(min(30, text.count("\n"))),
         "copied": len(said & task.question_grams) / max(1, len(said)),

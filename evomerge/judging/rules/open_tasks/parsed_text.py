@@ -1,4 +1,4 @@
-"""Reading a text for what it concludes: its final sentence, the words and quotations in it, yes or
+"""ParsedText a text for what it concludes: its final sentence, the words and quotations in it, yes or
 no.
 """
 
@@ -38,7 +38,7 @@ _COMMON = frozenset(
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
+class ParsedText:
     """A cleaned text and its parts, each worked out when it is first asked for."""
 
     text: str
@@ -116,8 +116,8 @@ def key_words(sentence: str, question: str) -> dict[str, float]:
     return weights
 
 
-def share(words: dict[str, float], text: str) -> float:
-    """The weighted share of the words that a text holds; a half when there are no words to look
+def weighted_share(words: dict[str, float], text: str) -> float:
+    """The weighted weighted_share of the words that a text holds; a half when there are no words to look
     for.
     """
     total = sum(words.values())

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from evomerge.errors import KnowledgeError
 from evomerge.knowledge.classification.linear import LinearClassifier
-from evomerge.knowledge.parts import Knowledge
-from evomerge.knowledge.retrieval.nearest import Nearest, Retriever, bare
+from evomerge.knowledge.records import Knowledge
+from evomerge.knowledge.retrieval.interface import Nearest, Retriever, comparison_key
 
 # Chosen on the development half of tests/labelled_tasks.jsonl (benchmarks/classify.py).
 VOTERS = 20  # nearest examples that vote
@@ -26,7 +26,7 @@ THRESHOLD = 0.35  # confidence below which a task gets the default class, where 
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Classification:
     """`confidence`, 0 to 1: the class's share, times similarity / CLEAR where even the nearest
     voter is far.
 
@@ -93,16 +93,16 @@ class Classifier:
             [example.weight for example in knowledge.examples] + [DESCRIPTION] * len(described)
         )
         known = class_texts(knowledge, descriptions)
-        self.known = {bare(text) for text in known}
+        self.known = {comparison_key(text) for text in known}
         self.linear = (
             LinearClassifier(known, self.classes, self.weights, len(self.names)) if linear else None
         )
 
-    def classify(self, texts: Sequence[str]) -> list[Verdict]:
+    def classify(self, texts: Sequence[str]) -> list[Classification]:
         """A verdict for each text; a tie goes to the class that stands first in the base."""
         return self.classify_near(texts, self.retriever.nearest(texts, self.voters))
 
-    def classify_near(self, texts: Sequence[str], near: Nearest) -> list[Verdict]:
+    def classify_near(self, texts: Sequence[str], near: Nearest) -> list[Classification]:
         """As `classify`, of neighbours that are already found, at least `voters` for each text."""
         if not texts:
             return []
@@ -112,7 +112,7 @@ class Classifier:
             if self.linear is not None
             else np.ones((len(texts), len(self.names)))
         )
-        alone = [self.linear is None or bare(text) in self.known for text in texts]
+        alone = [self.linear is None or comparison_key(text) in self.known for text in texts]
         return [
             self._vote(i, s, None if a else shares)
             for (i, s), a, shares in zip(rows, alone, learned, strict=True)
@@ -123,7 +123,7 @@ class Classifier:
         indices: NDArray[np.int64],
         scores: NDArray[np.float64],
         learned: NDArray[np.float64] | None,
-    ) -> Verdict:
+    ) -> Classification:
         there = (indices >= 0) & (scores > 0)
         indices, scores = indices[there], scores[there]
         votes = np.bincount(
@@ -131,7 +131,7 @@ class Classifier:
         ).round(12)
         voters = tuple(map(int, indices))
         if not votes.any():
-            return Verdict(self.default, 0.0, voters, (0.0,) * len(self.names))
+            return Classification(self.default, 0.0, voters, (0.0,) * len(self.names))
         shares = votes / votes.sum()
         if learned is not None:
             shares = np.maximum(shares, LEAST) ** ROOT * learned
@@ -140,14 +140,14 @@ class Classifier:
 
     def decide(
         self, shares: NDArray[np.float64], voters: tuple[int, ...], nearness: float = 1.0
-    ) -> Verdict:
+    ) -> Classification:
         """The class of the largest share, (classes,), or the default where `nearness` times that
         share is too little.
         """
         best = int(shares.argmax())  # the first of equals
         confidence = float(shares[best]) * nearness
         name = self.names[best] if confidence >= self.threshold else self.default
-        return Verdict(name, confidence, voters, tuple(map(float, shares)))
+        return Classification(name, confidence, voters, tuple(map(float, shares)))
 
 
 def confusion(true: Sequence[str], found: Sequence[str], names: Sequence[str]) -> NDArray[np.int64]:

@@ -10,7 +10,7 @@ import yaml
 
 from evomerge.errors import KnowledgeError
 from evomerge.knowledge.formats.tables import OPTIONAL, REQUIRED, Row, Tables
-from evomerge.knowledge.parts import Knowledge
+from evomerge.knowledge.records import Knowledge
 
 # PyYAML folds the line breaks among them where they are not escaped
 ODD = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufeff]")

@@ -7,7 +7,7 @@ import unicodedata
 from collections import Counter
 
 from evomerge.knowledge.formats.tables import REQUIRED, Row, Tables, columns
-from evomerge.knowledge.parts import Document, Example, Knowledge, KnowledgeClass
+from evomerge.knowledge.records import Document, Example, Knowledge, KnowledgeClass
 
 # column -> (lowest value, may it be that value, is it a whole number)
 NUMBERS = {

@@ -37,7 +37,7 @@ class Finding:
     why: str
 
 
-def bounded(piece: str) -> re.Pattern[str]:
+def whole_word(piece: str) -> re.Pattern[str]:
     """Where a word stands as a whole: by word boundaries, by change of script, or, all kana, beside
     punctuation and です.
     """
@@ -80,5 +80,5 @@ def after_correction(text: str) -> str:
     return text[last:] if re.search(r"\w{2}", text[last:]) else text
 
 
-def shortened(text: str) -> str:
+def abbreviated(text: str) -> str:
     return text if len(text) <= 60 else text[:59] + "…"

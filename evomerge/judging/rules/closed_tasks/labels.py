@@ -7,8 +7,8 @@ from __future__ import annotations
 import re
 from difflib import SequenceMatcher
 
-from evomerge.judging.rules.claims import HEDGE, Finding, after_correction, bounded, denied
-from evomerge.judging.rules.places import without_region
+from evomerge.judging.rules.closed_tasks.claims import HEDGE, Finding, after_correction, whole_word, denied
+from evomerge.judging.rules.closed_tasks.places import without_region
 from evomerge.text import LIST_MARK, bare
 
 _COPULA = re.compile(
@@ -61,7 +61,7 @@ _COMMON = {
 
 def judge_label(question: str, expected: str, said: str, *, capital: bool) -> Finding:
     """A word or name as the answer's conclusion."""
-    pattern = bounded(expected)
+    pattern = whole_word(expected)
     lines = [line for line in without_region(said, pattern).split("\n") if line.strip()]
     text = without_region(_ASIDE.sub("", after_correction(said)), pattern)
     if not pattern.search(text):

@@ -11,8 +11,8 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from evomerge.judging.rules.claims import Finding
-from evomerge.judging.rules.items import (
+from evomerge.judging.rules.closed_tasks.claims import Finding
+from evomerge.judging.rules.closed_tasks.items import (
     NO,
     YES,
     judge_choice,
@@ -20,8 +20,8 @@ from evomerge.judging.rules.items import (
     judge_polarity,
     split_items,
 )
-from evomerge.judging.rules.labels import judge_label
-from evomerge.judging.rules.quantities import BARE_NUMBER, judge_number, judge_numbers, number_list
+from evomerge.judging.rules.closed_tasks.labels import judge_label
+from evomerge.judging.rules.closed_tasks.numbers import BARE_NUMBER, judge_number, judge_numbers, number_list
 from evomerge.text import CJK, bare, clean, find_numbers
 
 

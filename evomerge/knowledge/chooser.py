@@ -12,19 +12,19 @@ import numpy as np
 
 from evomerge.errors import InputError
 from evomerge.knowledge.classification.by_model import ModelClassifier, both
-from evomerge.knowledge.classification.classify import (
+from evomerge.knowledge.classification.by_neighbours import (
     THRESHOLD,
     VOTERS,
     Classifier,
-    Verdict,
+    Classification,
     class_texts,
 )
-from evomerge.knowledge.parts import Document, Example, Knowledge, KnowledgeClass
+from evomerge.knowledge.records import Document, Example, Knowledge, KnowledgeClass
 from evomerge.knowledge.retrieval.bm25 import Bm25Retriever
 from evomerge.knowledge.retrieval.embeddings import EmbeddingRetriever
 from evomerge.knowledge.retrieval.fusion import FusedRetriever
-from evomerge.knowledge.retrieval.nearest import BATCH, Nearest
-from evomerge.knowledge.retrieval.nearest import Retriever as NearestRetriever
+from evomerge.knowledge.retrieval.interface import BATCH, Nearest
+from evomerge.knowledge.retrieval.interface import Retriever as NearestRetriever
 from evomerge.knowledge.retrieval.tfidf import TfidfRetriever
 
 SHOTS = 3  # examples of the class that its prompt shows, where the class does not say
@@ -37,7 +37,7 @@ RETRIEVERS = "tfidf, bm25, embeddings:MODEL, or several joined by +"
 
 
 @dataclass(frozen=True)
-class Choice:
+class TaskKnowledge:
     """What a task got from the base.
 
     `similarity` is that of the nearest example of the class, 0 to 1, and `confidence` that in the
@@ -127,15 +127,15 @@ class Chooser:
     def classify(self, text: str) -> str:
         return self.verdicts([text])[0].class_name
 
-    def verdicts(self, texts: Sequence[str]) -> list[Verdict]:
+    def verdicts(self, texts: Sequence[str]) -> list[Classification]:
         """The classes of many tasks, without examples."""
         return self._verdicts(texts, self.retriever.nearest(texts, self.classifier.voters))
 
-    def choose(self, text: str) -> Choice:
+    def choose(self, text: str) -> TaskKnowledge:
         """Class, examples and documents for one task."""
         return self.choose_all([text])[0]
 
-    def choose_all(self, texts: Sequence[str]) -> list[Choice]:
+    def choose_all(self, texts: Sequence[str]) -> list[TaskKnowledge]:
         """As `choose`, for many tasks at once, which is far faster."""
         near = self.retriever.nearest(texts, WIDE)
         verdicts = self._verdicts(texts, near)
@@ -163,7 +163,7 @@ class Chooser:
             for v, own, documents in zip(verdicts, owns, quoted, strict=True)
         ]
 
-    def _verdicts(self, texts: Sequence[str], near: Nearest) -> list[Verdict]:
+    def _verdicts(self, texts: Sequence[str], near: Nearest) -> list[Classification]:
         verdicts = self.classifier.classify_near(texts, near)
         if self.way == "neighbours" or self.by_model is None or not texts:
             return verdicts
@@ -195,7 +195,7 @@ class Chooser:
         return min(max(_many(self.knowledge[class_name].shots, SHOTS), 1), self.own[class_name])
 
     def _documents(
-        self, texts: Sequence[str], verdicts: Sequence[Verdict]
+        self, texts: Sequence[str], verdicts: Sequence[Classification]
     ) -> list[tuple[Document, ...]]:
         """For each task the documents that its template quotes, nearest first; those that share
         nothing keep the base's order.
@@ -217,13 +217,13 @@ class Chooser:
 
     def _choice(
         self,
-        verdict: Verdict,
+        verdict: Classification,
         own: Sequence[tuple[Example, float]],
         documents: tuple[Document, ...],
-    ) -> Choice:
+    ) -> TaskKnowledge:
         kind = self.knowledge[verdict.class_name]
         shown = own[: _many(kind.shots, SHOTS)]
-        return Choice(
+        return TaskKnowledge(
             kind=kind,
             similarity=own[0][1] if own else 0.0,
             examples=tuple(example for example, _ in reversed(shown)),
@@ -237,7 +237,7 @@ def _many(number: int | None, default: int) -> int:
 
 
 def _of_class(
-    verdict: Verdict, ranked: Sequence[tuple[Example, float]]
+    verdict: Classification, ranked: Sequence[tuple[Example, float]]
 ) -> list[tuple[Example, float]]:
     return [pair for pair in ranked if pair[0].class_name == verdict.class_name]
 

@@ -13,8 +13,8 @@ from typing import Any
 from evomerge.errors import KnowledgeError
 from evomerge.files import replace_file
 from evomerge.knowledge.formats.tables import OPTIONAL, REQUIRED
-from evomerge.knowledge.formats.yaml_base import to_yaml
-from evomerge.knowledge.parts import Knowledge
+from evomerge.knowledge.formats.yaml_format import to_yaml
+from evomerge.knowledge.records import Knowledge
 
 LONGEST = 32767  # UTF-16 units of an Excel cell ("Excel specifications and limits")
 # ECMA-376 22.9.2.19: what looks like a stored character is escaped itself

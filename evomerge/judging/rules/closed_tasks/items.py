@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from difflib import SequenceMatcher
 
-from evomerge.judging.rules.claims import HEDGE, MARKER, Finding, bounded, shortened
+from evomerge.judging.rules.closed_tasks.claims import HEDGE, MARKER, Finding, whole_word, abbreviated
 from evomerge.text import CJK, LIST_MARK, bare
 
 YES = {"はい", "yes", "true", "正しい", "真", "ok", "正", "yeah"}
@@ -73,7 +73,7 @@ def judge_pieces(question: str, expected: list[str], said: str) -> Finding:
     spans = [
         (m.start(), m.end(), piece)
         for piece in set(expected)
-        for m in bounded(piece).finditer(text)
+        for m in whole_word(piece).finditer(text)
     ]
     spans.sort()
     letters = all(re.fullmatch("[a-z0-9\u3041-\u30ff]", piece) for piece in expected)
@@ -96,7 +96,7 @@ def judge_pieces(question: str, expected: list[str], said: str) -> Finding:
         if near > best:
             best, why = (
                 near,
-                f"gives {shortened(', '.join(names))}{' and others' if extra else ''}, not {', '.join(expected)}",
+                f"gives {abbreviated(', '.join(names))}{' and others' if extra else ''}, not {', '.join(expected)}",
             )
     if letters:  # "garden: g, button: b": the letters that stand alone, in order
         alone = re.findall(r"(?<![\w'])\w(?![\w'])", text)

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evomerge.errors import KnowledgeError
-from evomerge.knowledge.assemble import assemble
-from evomerge.knowledge.formats.csv_base import read_csv
-from evomerge.knowledge.formats.sheets import read_sheets
+from evomerge.knowledge.from_tables import assemble
+from evomerge.knowledge.formats.csv_format import read_csv
+from evomerge.knowledge.formats.excel_reader import read_sheets
 from evomerge.knowledge.formats.tables import Tables
-from evomerge.knowledge.formats.yaml_base import read_yaml
-from evomerge.knowledge.parts import Document, Example, Knowledge, KnowledgeClass, render
+from evomerge.knowledge.formats.yaml_format import read_yaml
+from evomerge.knowledge.records import Document, Example, Knowledge, KnowledgeClass, render
 
 __all__ = [
     "Checked",
