@@ -1,11 +1,9 @@
-"""Which judge grades: from a study's `judge:` section, or from what a command was given."""
+"""Makes the judge that a study's `judge:` section or a command's options name."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from evomerge.errors import InputError
 from evomerge.judging.grade import Judge
@@ -22,10 +20,11 @@ def make_judge(
     total: bool = True,
     engine: EngineSection | None = None,
 ) -> Judge:
-    """The judge that a section names. `cache` is where the llm judge keeps its grades (None: in
-    memory); with `total` what it spent before counts in the budget. `engine` says how the local
-    judge's model is loaded. Raises InputError, ModelError, EngineError, JudgeError before anything
-    is graded.
+    """The judge that a section names.
+
+    `cache` is where the llm judge keeps its grades (None: in memory); with `total` its budget
+    includes what it spent in earlier runs. `engine` says how the local judge's model is loaded.
+    Raises InputError, ModelError, EngineError or JudgeError before anything is graded.
     """
     match section.kind:
         case "llm":
@@ -34,13 +33,15 @@ def make_judge(
             return LlmJudge(section, cache, seed, total)
         case "cascade":
             from evomerge.judging.cascade import CascadeJudge
+            from evomerge.judging.learned.judge import LearnedJudge
             from evomerge.judging.llm.judge import LlmJudge
 
-            cheap = _lazily("learned", "LearnedJudge")(section.file)
-            return CascadeJudge(cheap, LlmJudge(section, cache, seed, total), section.error)
+            proxy = LearnedJudge(_file_of(section))
+            return CascadeJudge(proxy, LlmJudge(section, cache, seed, total), section.error)
         case "learned":
-            judge: Judge = _lazily("learned", "LearnedJudge")(section.file)
-            return judge
+            from evomerge.judging.learned.judge import LearnedJudge
+
+            return LearnedJudge(_file_of(section))
         case "local":
             from evomerge.judging.local import make_local_judge
 
@@ -57,16 +58,17 @@ def make_judge(
 def judge_from_options(
     judge: str, settings: Sequence[str] = (), cache: Path | None = CACHE
 ) -> Judge:
-    """The judge of a command: `judge` is rules, llm, local or learned:FILE, `settings` are
-    KEY=VALUE texts of the section.
+    """The judge of a command line.
 
-    A budget is the command's own. Raises as `make_judge`, and StudyFileError for a setting.
+    `judge` is rules, llm, local or learned:FILE; `settings` are KEY=VALUE texts of the `judge:`
+    section. A budget covers this command alone. Raises as `make_judge`, and StudyFileError for a
+    bad setting.
     """
     return make_judge(section_from_options(judge, settings), cache, total=False)
 
 
 def section_from_options(judge: str, settings: Sequence[str] = ()) -> JudgeSection:
-    """The same as a section."""
+    """The `judge:` section that a command's options stand for. Raises as `judge_from_options`."""
     kind, colon, file = judge.partition(":")
     if kind == "cascade":
         raise InputError(
@@ -75,16 +77,18 @@ def section_from_options(judge: str, settings: Sequence[str] = ()) -> JudgeSecti
             found=judge,
             remedy="Write llm or learned:FILE.",
         )
-    if kind not in ("rules", "llm", "local", "learned") or (kind == "learned") != bool(
-        colon and file
-    ):
+    takes_file = kind == "learned"
+    has_file = bool(colon and file)
+    if kind not in ("rules", "llm", "local", "learned") or takes_file != has_file:
         raise InputError(
             "no such judge",
             where="--judge",
             found=judge,
             remedy="Write rules, llm, local or learned:FILE.",
         )
-    data: dict[str, Any] = {"kind": kind} | ({"file": file} if file else {})
+    data: dict[str, object] = {"kind": kind}
+    if file:
+        data["file"] = file
     for setting in settings:
         key, value = read_setting(setting)
         data[key.removeprefix("judge.")] = value
@@ -92,7 +96,8 @@ def section_from_options(judge: str, settings: Sequence[str] = ()) -> JudgeSecti
 
 
 def check_tasks(judge: Judge, tasks: Iterable[Task]) -> None:
-    """Let a judge that was fitted on certain tasks refuse others before anything is paid for.
+    """Let a judge that only knows certain tasks reject others before anything is paid for.
+
     Raises TaskError.
     """
     check = getattr(judge, "check", None)
@@ -100,12 +105,6 @@ def check_tasks(judge: Judge, tasks: Iterable[Task]) -> None:
         check(tasks)
 
 
-def _lazily(module: str, name: str) -> Any:
-    try:
-        return getattr(importlib.import_module(f"evomerge.judging.{module}.judge"), name)
-    except (ImportError, AttributeError) as error:
-        raise InputError(
-            f"the {module} judge is not installed: {error}",
-            where="judge.kind",
-            remedy="Use rules or llm.",
-        ) from error
+def _file_of(section: JudgeSection) -> str:
+    assert section.file is not None, "read_judge requires a file of these kinds"
+    return section.file

@@ -12,7 +12,7 @@ from evomerge.errors import KnowledgeError
 from evomerge.knowledge.formats.tables import REQUIRED, Row, Tables, find_columns
 
 TEMPLATE = "{input}"  # of a class that is known by its examples alone
-ENCODINGS = ("utf-8-sig", "cp932")  # Excel's "CSV UTF-8", and its normal_form "CSV" on a Japanese Windows
+ENCODINGS = ("utf-8-sig", "cp932")  # Excel's "CSV UTF-8", and its plain "CSV" on a Japanese Windows
 LONGEST = 10_000_000  # characters of a field: csv's own limit is shorter than a document
 
 
@@ -55,7 +55,7 @@ def _classes_of_examples(tables: Tables) -> None:
         tables.missing.add("classes")
     else:
         tables.notes.append(
-            f"{tables.path}: no classes.csv: the classes of the examples get a normal_form template"
+            f"{tables.path}: no classes.csv: the classes of the examples get a plain template"
         )
 
 

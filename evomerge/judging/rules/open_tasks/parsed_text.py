@@ -1,17 +1,17 @@
-"""ParsedText a text for what it concludes: its final sentence, the words and quotations in it, yes or
-no.
-"""
+"""What a text concludes: its final sentence, the words and quotations in it, yes or no."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 from evomerge.text import QUOTED, TERM, sentences
 
 _CONCLUDES = re.compile(
-    r"よって|従って|したがって|ゆえに|つまり|以上(?:より|から|のこと)|結論|(?:答え?|正解|解答|回答|結果)[はが:]|そのため、|適切|最終的|ふさわし|相応し"
+    r"よって|従って|したがって|ゆえに|つまり|以上(?:より|から|のこと)|結論"
+    r"|(?:答え?|正解|解答|回答|結果)[はが:]|そのため、|適切|最終的|ふさわし|相応し"
     r"|\b(?:therefore|thus|hence|so the|the answer)\b",
     re.IGNORECASE,
 )
@@ -19,27 +19,28 @@ _THEREFORE = re.compile(
     r"よって|従って|したがって|ゆえに|結論|\b(?:therefore|thus|hence)\b", re.IGNORECASE
 )
 _ANNOUNCES = re.compile(
-    r"(?:考えます|考えてみます|整理します|示します|以下の(?:よう|通り|とおり)|説明します|想像します|してみます|行います|あげます|次のよう)|^(?:わかり|分かり|かしこまり|承知)"
+    r"(?:考えます|考えてみます|整理します|示します|以下の(?:よう|通り|とおり)|説明します|想像します"
+    r"|してみます|行います|あげます|次のよう)|^(?:わかり|分かり|かしこまり|承知)"
 )
 YES_OR_NO = re.compile(
     r"(?<![ぁ-ん])(?:いいえ|いえ、|はい(?![ぁ-ん]))|違います|そうです|\b(?:yes|no)\b", re.IGNORECASE
 )
 _NO_WORDS = frozenset(["いいえ", "いえ、", "違います", "no"])
 _DENIES = re.compile(
-    r"(?:ません|ないです|ない|ずに)(?:でした|でしょう|と(?:考え|思|い|言)|ん|という|こと|もの|ため|が、|。|、|」|$)|不適切|正しくない|誤り|間違|不可能"
+    r"(?:ません|ないです|ない|ずに)"
+    r"(?:でした|でしょう|と(?:考え|思|い|言)|ん|という|こと|もの|ため|が、|。|、|」|$)"
+    r"|不適切|正しくない|誤り|間違|不可能"
     r"|\b(?:not|cannot|never)\b|n't\b"
 )
 _COMMON = frozenset(
-    re.findall(
-        r"\S+",
-        "場合 以下 考慮 適切 意味 選択肢 文章 理由 回答 正解 答 文中 可能性 内容 言葉 表現 次 上記 質問 説明 以上 一般的 最 必要 対応 相応",
-    )
+    "場合 以下 考慮 適切 意味 選択肢 文章 理由 回答 正解 答 文中 可能性 内容 言葉 表現 次 上記 "
+    "質問 説明 以上 一般的 最 必要 対応 相応".split()
 )
 
 
 @dataclass(frozen=True, eq=False)
 class ParsedText:
-    """A cleaned text and its parts, each worked out when it is first asked for."""
+    """A cleaned text and its parts, each worked out when it is first needed."""
 
     text: str
 
@@ -65,7 +66,7 @@ class ParsedText:
 
     @cached_property
     def ends(self) -> str:
-        """Where an answer stands: the first sentence, the last two conclusions, the last sentence."""
+        """Where answers are: first sentence, last two conclusions, last sentence."""
         return " ".join([*self.body[:1], *self.conclusions[-2:], *self.sentences[-1:]])
 
     @cached_property
@@ -74,30 +75,41 @@ class ParsedText:
         return compact(self.text)
 
     def polarity(self, verb: str) -> int:
-        """1 for yes, -1 for no, 0 when nothing is said: はい or いいえ first, else whether what is said
-        of `verb` denies.
+        """1 for yes, -1 for no, 0 when neither is said.
+
+        はい or いいえ decides; without them, whether the first claim about `verb` is a negation.
         """
-        for sentence in self.body[:2]:
+        opening = self.body[:2]
+        for sentence in opening:
             word = YES_OR_NO.search(sentence)
             if word:
                 return -1 if word.group().lower() in _NO_WORDS else 1
-        claims = (
-            [s for s in self.conclusions[::-1] if verb in s and _THEREFORE.search(s)]
-            if verb
-            else []
-        )
-        claims += [s for s in self.body[:2] if len(s) >= 4 and verb in s] + [
-            s for s in self.body[:2] if len(s) >= 4
-        ]
-        if not claims:
+        claim = self._claim_about(verb, [s for s in opening if len(s) >= 4])
+        if claim is None:
             return 0
-        return -1 if _DENIES.search(claims[0]) else 1
+        return -1 if _DENIES.search(claim) else 1
+
+    def _claim_about(self, verb: str, opening: list[str]) -> str | None:
+        """The last conclusion about a verb, or else the opening sentence about it, or any."""
+        if verb:
+            for sentence in reversed(self.conclusions):
+                if verb in sentence and _THEREFORE.search(sentence):
+                    return sentence
+        for sentence in opening:
+            if verb in sentence:
+                return sentence
+        return opening[0] if opening else None
 
     @property
     def conclusion(self) -> str:
-        """The last sentence that concludes, else the first that says something, else the first."""
+        """The last conclusion, or else the first sentence that says something, or any first."""
         found = self.conclusions[-1:] or self.body[:1] or self.sentences[:1]
         return found[0] if found else ""
+
+
+# (-1 to 1, why): made by a check, which is made once for a task and looks at each answer
+CheckResult = tuple[float, str]
+Check = Callable[[ParsedText], CheckResult]
 
 
 def compact(text: str) -> str:
@@ -106,8 +118,9 @@ def compact(text: str) -> str:
 
 
 def key_words(sentence: str, question: str) -> dict[str, float]:
-    """The words that carry a sentence with their weights: a quotation 2, a word that the question
-    lacks 1, one it has 0.4.
+    """The content words of a sentence with their weights.
+
+    A quotation weighs 2, a word that the question lacks 1, and one that it has 0.4.
     """
     weights = dict.fromkeys(QUOTED.findall(sentence), 2.0)
     for word in TERM.findall(sentence):
@@ -117,8 +130,8 @@ def key_words(sentence: str, question: str) -> dict[str, float]:
 
 
 def weighted_share(words: dict[str, float], text: str) -> float:
-    """The weighted weighted_share of the words that a text holds; a half when there are no words to look
-    for.
-    """
+    """The weighted share of the words that a text holds; 0.5 without any words to look for."""
     total = sum(words.values())
-    return sum(weight for word, weight in words.items() if word in text) / total if total else 0.5
+    if not total:
+        return 0.5
+    return sum(weight for word, weight in words.items() if word in text) / total
