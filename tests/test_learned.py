@@ -16,7 +16,7 @@ from evomerge.cli import main
 from evomerge.errors import InputError, TaskError
 from evomerge.judging.learned import features
 from evomerge.judging.learned import judge as learned
-from evomerge.judging.learned.features import grams, measures, normalise
+from evomerge.judging.learned.features import hashed_grams, measures, normalise
 from evomerge.judging.learned.fit import FEWEST, fit_file
 from evomerge.judging.learned.judge import LearnedJudge
 from evomerge.judging.learned.ridge import (
@@ -239,7 +239,7 @@ def test_grams_count_every_n_gram_and_word(text, words):
         for lengths in ((3, 4), (1, 2))
     ]
     counts.append(Counter(words))
-    buckets, weights = grams(text)
+    buckets, weights = hashed_grams(text)
     assert (np.diff(buckets) > 0).all()
     for kind, (low, high), weight in zip(
         counts, ((0, 32768), (32768, 49152), (49152, 65536)), (1, 2, 2), strict=True
@@ -257,7 +257,7 @@ def test_any_text_has_finite_features(text):
         found = measures(normalise(text), reference)
         assert found.shape == (len(features.NAMES),)
         assert np.isfinite(found).all()
-    assert np.isfinite(grams(normalise(text))[1]).all()
+    assert np.isfinite(hashed_grams(normalise(text))[1]).all()
 
 
 def test_overlap_with_the_reference_is_that_of_bigrams():
