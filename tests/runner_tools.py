@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from evomerge.answering.hf.engine import TransformersEngine
 from evomerge.answering.prompts import make_prompter
 from evomerge.inference import run_inference
-from evomerge.knowledge.records import Document, Example, Knowledge, KnowledgeClass
 from evomerge.knowledge.chooser import Chooser
+from evomerge.knowledge.records import Document, Example, Knowledge, KnowledgeClass
 from evomerge.merging.checkpoints.model_folder import open_model
 from evomerge.recipe import Recipe
 from evomerge.searching.session import Finished

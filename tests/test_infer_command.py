@@ -6,10 +6,10 @@ import json
 
 import pytest
 import yaml
+from evomerge.knowledge.write_base import write_knowledge
 
 from evomerge.cli import main
 from evomerge.inference.part import Part
-from evomerge.knowledge.write_base import write_knowledge
 from evomerge.knowledge.records import Example, Knowledge, KnowledgeClass
 from evomerge.searching.session import load_finished
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from test_retrieval import RETRIEVERS, Letters
 
-from evomerge.knowledge.read_base import Document, Example, Knowledge, KnowledgeClass
+from evomerge.knowledge.chooser import QUOTES, Chooser
+from evomerge.knowledge.records import Document, Example, Knowledge, KnowledgeClass
 from evomerge.knowledge.retrieval import retrieve
 from evomerge.knowledge.retrieval.embeddings import EmbeddingRetriever
-from evomerge.knowledge.chooser import QUOTES, Chooser
 
 TITLES = [("a b", "c d"), ("e e", "f"), ("g", "h a"), ("b", "c b c"), ("ん", "を")]
 

@@ -13,16 +13,10 @@ from openpyxl.worksheet.formula import ArrayFormula
 
 from evomerge.cli import main
 from evomerge.errors import KnowledgeError
-from evomerge.knowledge.read_base import (
-    Document,
-    Example,
-    KnowledgeClass,
-    check_knowledge,
-    read_knowledge,
-    render,
-)
-from evomerge.knowledge.write_base import write_knowledge
+from evomerge.knowledge.read_base import check_knowledge, read_knowledge
+from evomerge.knowledge.records import Document, Example, KnowledgeClass, render
 from evomerge.knowledge.starter import starter
+from evomerge.knowledge.write_base import write_knowledge
 
 HEADERS = {
     "classes": [

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 
 from evomerge.answering.engine import Answer
 from evomerge.judging.grade import Grade
-from evomerge.judging.rules.open_tasks.parsed_text import ParsedText, key_words, weighted_share
 from evomerge.judging.rules.judge import RulesJudge
 from evomerge.judging.rules.open_tasks.kinds import is_polar, kind_of
+from evomerge.judging.rules.open_tasks.parsed_text import ParsedText, key_words, weighted_share
 from evomerge.judging.rules.open_tasks.points import read_points
 from evomerge.judging.validation.families import is_tuning
 from evomerge.tasks import Task, load_tasks
-from evomerge.text import clean, f1, foreign_letters, trigrams, sentences
+from evomerge.text import clean, f1, foreign_letters, sentences, trigrams
 
 ELYZA = Path(__file__).resolve().parents[2] / "shared" / "elyza"
 

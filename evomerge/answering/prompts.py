@@ -19,7 +19,7 @@ from evomerge.study import GenerationSection
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from evomerge.knowledge.chooser import TaskKnowledge, Chooser
+    from evomerge.knowledge.chooser import Chooser, TaskKnowledge
     from evomerge.study import PromptSection
 
 # The competition's template; it is tokenised without special tokens.

@@ -12,7 +12,7 @@ from evomerge.console import Console
 from evomerge.tasks import Task, load_tasks
 
 if TYPE_CHECKING:
-    from evomerge.knowledge.chooser import TaskKnowledge, Chooser
+    from evomerge.knowledge.chooser import Chooser, TaskKnowledge
 
 WIDTH = 80  # columns of a terminal
 WIDTHS = (10, 14, 5, 14)  # task_id, class, confidence, examples; the input gets the rest

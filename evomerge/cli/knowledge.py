@@ -12,7 +12,7 @@ from evomerge.console import Console
 from evomerge.errors import InputError, KnowledgeError, StudyError
 
 if TYPE_CHECKING:
-    from evomerge.knowledge.read_base import Knowledge
+    from evomerge.knowledge.records import Knowledge
     from evomerge.tasks import Task
 
 
@@ -70,8 +70,8 @@ def knowledge_commands(commands: Commands) -> None:
 
 
 def new(args: argparse.Namespace) -> None:
-    from evomerge.knowledge.write_base import write_knowledge
     from evomerge.knowledge.starter import README, starter
+    from evomerge.knowledge.write_base import write_knowledge
 
     _check_new(args.file)
     say_written(Console(), [write_knowledge(starter(), args.file, README)])

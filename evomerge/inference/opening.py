@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import InputError, StudyError
-from evomerge.knowledge.read_base import read_knowledge
-from evomerge.knowledge.classification.by_model import ModelClassifier
 from evomerge.knowledge.chooser import open_knowledge
+from evomerge.knowledge.classification.by_model import ModelClassifier
+from evomerge.knowledge.read_base import read_knowledge
 from evomerge.study import GenomeSection, PromptSection, Study, TaskSource, overridden
 
 if TYPE_CHECKING:  # a server is asked without torch

@@ -66,4 +66,4 @@ class WaitingJudge(Protocol):
         """Request grades and return at once. Raises as the last failure did."""
 
     def close(self, drain: bool = True) -> None:
-        """Send no more requests; `drain` waits for those in flight, so that their grades are kept."""
+        """Send no more requests; `drain` waits for those in flight and keeps their grades."""

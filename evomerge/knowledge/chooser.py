@@ -1,12 +1,11 @@
-"""What a task gets from a knowledge base: its class, the nearest examples of that class, and
-documents.
-"""
+"""Chooses what a task's prompt gets from a knowledge base: class, examples and documents."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,35 +14,37 @@ from evomerge.knowledge.classification.by_model import ModelClassifier, both
 from evomerge.knowledge.classification.by_neighbours import (
     THRESHOLD,
     VOTERS,
-    Classifier,
     Classification,
+    Classifier,
     class_texts,
 )
+from evomerge.knowledge.read_base import read_knowledge
 from evomerge.knowledge.records import Document, Example, Knowledge, KnowledgeClass
-from evomerge.knowledge.retrieval.bm25 import Bm25Retriever
-from evomerge.knowledge.retrieval.embeddings import EmbeddingRetriever
 from evomerge.knowledge.retrieval.fusion import FusedRetriever
 from evomerge.knowledge.retrieval.interface import BATCH, Nearest
-from evomerge.knowledge.retrieval.interface import Retriever as NearestRetriever
-from evomerge.knowledge.retrieval.tfidf import TfidfRetriever
+from evomerge.knowledge.retrieval.retrievers import make_retriever
+
+if TYPE_CHECKING:
+    from evomerge.study import PromptSection
 
 SHOTS = 3  # examples of the class that its prompt shows, where the class does not say
 QUOTES = 3  # documents that {documents} quotes, where the class does not say
 WIDE = 64  # neighbours among which they are looked for first
-FUSED_VOTERS = 5  # ranks fall off slowly: more voters would all but count heads
+FUSED_VOTERS = 5  # fused scores fall off slowly: more voters would nearly count alike
 
 WAYS = ("neighbours", "model", "both")  # of classification
-RETRIEVERS = "tfidf, bm25, embeddings:MODEL, or several joined by +"
+
+Ranked = list[tuple[Example, float]]  # examples with their similarities, nearest first
 
 
 @dataclass(frozen=True)
 class TaskKnowledge:
-    """What a task got from the base.
+    """What a task gets from the base.
 
     `similarity` is that of the nearest example of the class, 0 to 1, and `confidence` that in the
-    class; `examples` are in the order of the prompt, the nearest last, where a model heeds it most;
-    `documents` have the nearest first, and are empty where the class's template does not ask for
-    them.
+    class. `examples` are in the order of the prompt, with the nearest last, where a model heeds it
+    most. `documents` have the nearest first; there are none where the class's template does not
+    quote any.
     """
 
     kind: KnowledgeClass
@@ -59,14 +60,12 @@ class TaskKnowledge:
 
 
 class Chooser:
-    """Classes, examples and documents for tasks, by any retriever; `retriever` is a name of
-    RETRIEVERS.
+    """Chooses classes, examples and documents for tasks, with any retriever.
 
-    `classify`, one of WAYS: by the examples, by the model that `by_model` asks, or by the product
-    of both. `descriptions`: those of the classes count as weak examples; `linear`: see Classifier.
-    `threshold` and `default`: see Classifier. `say` gets the line that tells of a retriever that
-    another stands in for.
-    Raises InputError: an unknown retriever or way, or a way that needs a model and has none.
+    `retriever` is a name as in `make_retriever`. `classify` is one of WAYS: by the examples, by the
+    model of `by_model`, or by the product of both. `descriptions`: those of the classes count as
+    weak examples. `linear`, `threshold`, `default`: see Classifier. `say` gets a line where another
+    retriever is used. Raises InputError: an unknown retriever or way, or a way without its model.
     """
 
     def __init__(
@@ -91,45 +90,46 @@ class Chooser:
             )
         if classify != "neighbours" and by_model is None:
             raise InputError(
-                "this way to classify asks a model",
+                "this way to classify needs a model",
                 where="--classify",
                 found=classify,
                 remedy="Name one, or use neighbours.",
             )
-        self.knowledge, self.way, self.by_model = knowledge, classify, by_model
+        self.knowledge = knowledge
+        self.way = classify
+        self.by_model = by_model
         self.retriever = make_retriever(retriever, class_texts(knowledge, descriptions), say)
-        voters = FUSED_VOTERS if isinstance(self.retriever, FusedRetriever) else VOTERS
         self.classifier = Classifier(
             knowledge,
             self.retriever,
             descriptions=descriptions,
-            voters=voters,
+            voters=FUSED_VOTERS if isinstance(self.retriever, FusedRetriever) else VOTERS,
             threshold=threshold,
             default=default,
             linear=linear,
         )
-
-        self.quoting = any(
-            "{documents}" in c.template and _many(c.quotes, QUOTES) for c in knowledge.classes
-        )
-        documents = [f"{document.title}\n{document.text}" for document in knowledge.documents]
-        self.document_retriever = (
-            self.retriever.over(documents) if documents and self.quoting else None
-        )
+        self.quoting = any(map(_quotes, knowledge.classes))
+        self.document_retriever = None
+        if knowledge.documents and self.quoting:
+            texts = [f"{document.title}\n{document.text}" for document in knowledge.documents]
+            self.document_retriever = self.retriever.over(texts)
         self.own = Counter(example.class_name for example in knowledge.examples)
 
-    def nearest(self, text: str, k: int) -> list[tuple[Example, float]]:
-        """The k nearest examples, nearest first, each with its similarity, 0 to 1; never one that
-        equals the text.
+    def nearest(self, text: str, k: int) -> Ranked:
+        """The k nearest examples, nearest first, each with its similarity, 0 to 1.
+
+        An example that equals the text is never among them.
         """
-        return self._ranked(self.retriever.nearest([text], k + len(self.knowledge.classes)))[0][:k]
+        near = self.retriever.nearest([text], k + len(self.knowledge.classes))
+        return self._ranked(near)[0][:k]
 
     def classify(self, text: str) -> str:
-        return self.verdicts([text])[0].class_name
+        """The name of a task's class."""
+        return self.classify_all([text])[0].class_name
 
-    def verdicts(self, texts: Sequence[str]) -> list[Classification]:
+    def classify_all(self, texts: Sequence[str]) -> list[Classification]:
         """The classes of many tasks, without examples."""
-        return self._verdicts(texts, self.retriever.nearest(texts, self.classifier.voters))
+        return self._classified(texts, self.retriever.nearest(texts, self.classifier.voters))
 
     def choose(self, text: str) -> TaskKnowledge:
         """Class, examples and documents for one task."""
@@ -138,135 +138,118 @@ class Chooser:
     def choose_all(self, texts: Sequence[str]) -> list[TaskKnowledge]:
         """As `choose`, for many tasks at once, which is far faster."""
         near = self.retriever.nearest(texts, WIDE)
-        verdicts = self._verdicts(texts, near)
-        owns = [
-            _of_class(v, ranked) for v, ranked in zip(verdicts, self._ranked(near), strict=True)
-        ]
-        thin = [
-            i
-            for i, (own, v) in enumerate(zip(owns, verdicts, strict=True))
-            if len(own) < self._wanted(v.class_name)
-        ]
-        whole = len(self.knowledge.examples) + len(self.knowledge.classes)
-        # all examples of some tasks at a time: those of 10,000 take gigabytes
-        for at in range(0, len(thin), BATCH):
-            some = thin[at : at + BATCH]
-            for i, ranked in zip(
-                some,
-                self._ranked(self.retriever.nearest([texts[i] for i in some], whole)),
-                strict=True,
-            ):
-                owns[i] = _of_class(verdicts[i], ranked)
-        quoted = self._documents(texts, verdicts)
-        return [
-            self._choice(v, own, documents)
-            for v, own, documents in zip(verdicts, owns, quoted, strict=True)
-        ]
+        classified = self._classified(texts, near)
+        kinds = [self.knowledge[found.class_name] for found in classified]
+        own = [_of_class(kind, r) for kind, r in zip(kinds, self._ranked(near), strict=True)]
+        self._complete(texts, kinds, own)
+        quoted = self._documents(texts, kinds)
+        chosen = []
+        for i, kind in enumerate(kinds):
+            shown = [example for example, _ in own[i][: _shots(kind)]]
+            chosen.append(
+                TaskKnowledge(
+                    kind=kind,
+                    similarity=own[i][0][1] if own[i] else 0.0,
+                    examples=tuple(reversed(shown)),
+                    documents=quoted[i],
+                    confidence=classified[i].confidence,
+                )
+            )
+        return chosen
 
-    def _verdicts(self, texts: Sequence[str], near: Nearest) -> list[Classification]:
-        verdicts = self.classifier.classify_near(texts, near)
+    def _classified(self, texts: Sequence[str], near: Nearest) -> list[Classification]:
+        by_votes = self.classifier.classify_near(texts, near)
         if self.way == "neighbours" or self.by_model is None or not texts:
-            return verdicts
+            return by_votes
         shares = self.by_model.shares(texts)
         if self.way == "both":
-            shares = both(np.array([v.shares for v in verdicts]), shares)
-        return [
-            self.classifier.decide(row, v.voters) for row, v in zip(shares, verdicts, strict=True)
-        ]
+            shares = both(np.array([found.shares for found in by_votes]), shares)
+        decide = self.classifier.decide
+        return [decide(row, found.voters) for row, found in zip(shares, by_votes, strict=True)]
 
-    def _ranked(self, near: Nearest) -> list[list[tuple[Example, float]]]:
-        """The nearest examples of each text; descriptions, which come after the examples, are left
-        out.
-        """
+    def _ranked(self, near: Nearest) -> list[Ranked]:
+        """The nearest examples of each text, without the descriptions, which come after them."""
         examples = self.knowledge.examples
-        return [
-            [
-                (examples[i], float(s))
-                for i, s in zip(indices, scores, strict=True)
-                if 0 <= i < len(examples)
-            ]
-            for indices, scores in zip(near.indices, near.scores, strict=True)
-        ]
+        ranked = []
+        for indices, scores in zip(near.indices, near.scores, strict=True):
+            pairs = zip(indices, scores, strict=True)
+            ranked.append([(examples[i], float(s)) for i, s in pairs if 0 <= i < len(examples)])
+        return ranked
 
-    def _wanted(self, class_name: str) -> int:
-        """Examples of the class that must be found: those shown, and one for the similarity; or all
-        that there are.
-        """
-        return min(max(_many(self.knowledge[class_name].shots, SHOTS), 1), self.own[class_name])
+    def _complete(
+        self, texts: Sequence[str], kinds: Sequence[KnowledgeClass], own: list[Ranked]
+    ) -> None:
+        """Search all examples for tasks that found too few of their class among the nearest."""
+        thin = [i for i, kind in enumerate(kinds) if len(own[i]) < self._needed(kind)]
+        whole = len(self.knowledge.examples) + len(self.knowledge.classes)
+        # all examples of some tasks at a time: those of 10,000 take gigabytes
+        for start in range(0, len(thin), BATCH):
+            some = thin[start : start + BATCH]
+            near = self.retriever.nearest([texts[i] for i in some], whole)
+            for i, ranked in zip(some, self._ranked(near), strict=True):
+                own[i] = _of_class(kinds[i], ranked)
+
+    def _needed(self, kind: KnowledgeClass) -> int:
+        """Examples of the class that must be found: those shown, one for the similarity, or all."""
+        return min(max(_shots(kind), 1), self.own[kind.name])
 
     def _documents(
-        self, texts: Sequence[str], verdicts: Sequence[Classification]
+        self, texts: Sequence[str], kinds: Sequence[KnowledgeClass]
     ) -> list[tuple[Document, ...]]:
-        """For each task the documents that its template quotes, nearest first; those that share
-        nothing keep the base's order.
+        """For each task the documents that its template quotes, nearest first.
+
+        Those that share nothing with the task keep the base's order.
         """
-        kinds = [self.knowledge[v.class_name] for v in verdicts]
-        counts = [
-            _many(kind.quotes, QUOTES) if "{documents}" in kind.template else 0 for kind in kinds
-        ]
+        counts = [_quotes(kind) for kind in kinds]
         found: list[tuple[Document, ...]] = [()] * len(texts)
-        asking = [i for i, count in enumerate(counts) if count]
-        if self.document_retriever is None or not asking:
+        quoting = [i for i, count in enumerate(counts) if count]
+        if self.document_retriever is None or not quoting:
             return found
-        near = self.document_retriever.nearest([texts[i] for i in asking], max(counts))
-        every = range(len(self.knowledge.documents))
-        for i, indices in zip(asking, near.indices, strict=True):
-            order = dict.fromkeys([*(int(at) for at in indices if at >= 0), *every])
-            found[i] = tuple(self.knowledge.documents[at] for at in list(order)[: counts[i]])
+        documents = self.knowledge.documents
+        near = self.document_retriever.nearest([texts[i] for i in quoting], max(counts))
+        for i, indices in zip(quoting, near.indices, strict=True):
+            places = [int(at) for at in indices if at >= 0]
+            order = list(dict.fromkeys([*places, *range(len(documents))]))
+            found[i] = tuple(documents[at] for at in order[: counts[i]])
         return found
 
-    def _choice(
-        self,
-        verdict: Classification,
-        own: Sequence[tuple[Example, float]],
-        documents: tuple[Document, ...],
-    ) -> TaskKnowledge:
-        kind = self.knowledge[verdict.class_name]
-        shown = own[: _many(kind.shots, SHOTS)]
-        return TaskKnowledge(
-            kind=kind,
-            similarity=own[0][1] if own else 0.0,
-            examples=tuple(example for example, _ in reversed(shown)),
-            documents=documents,
-            confidence=verdict.confidence,
-        )
+
+def _shots(kind: KnowledgeClass) -> int:
+    """How many examples a class's prompt shows."""
+    return SHOTS if kind.shots is None else kind.shots
 
 
-def _many(number: int | None, default: int) -> int:
-    return default if number is None else number
+def _quotes(kind: KnowledgeClass) -> int:
+    """How many documents a class's template quotes."""
+    if "{documents}" not in kind.template:
+        return 0
+    return QUOTES if kind.quotes is None else kind.quotes
 
 
-def _of_class(
-    verdict: Classification, ranked: Sequence[tuple[Example, float]]
-) -> list[tuple[Example, float]]:
-    return [pair for pair in ranked if pair[0].class_name == verdict.class_name]
+def _of_class(kind: KnowledgeClass, ranked: Ranked) -> Ranked:
+    return [pair for pair in ranked if pair[0].class_name == kind.name]
 
 
-def make_retriever(
-    name: str, inputs: Sequence[str], say: Callable[[str], None] | None = None
-) -> NearestRetriever:
-    """A retriever over `inputs`: tfidf, bm25, embeddings:MODEL, or several joined by + (reciprocal
-    rank fusion).
+def open_knowledge(
+    prompt: PromptSection,
+    say: Callable[[str], None],
+    classify: str = "neighbours",
+    by_model: Callable[[Knowledge], ModelClassifier] | None = None,
+) -> Chooser | None:
+    """The chooser over the base of a study's `prompt:` section, if it names one.
 
-    Where fugashi is missing, TF-IDF stands in for BM25, and `say` gets a line about it. Raises
-    InputError: an unknown name, or embeddings without sentence-transformers; ModelError: an
-    embedding model that cannot be loaded.
+    `by_model` makes the classifier by a model. Raises KnowledgeError, and InputError for an
+    unknown retriever.
     """
-    parts = [part.strip() for part in name.split("+")]
-    if len(parts) > 1:
-        return FusedRetriever([make_retriever(part, inputs, say) for part in parts], len(inputs))
-    kind, _, model = parts[0].partition(":")
-    if kind == "tfidf" and not model:
-        return TfidfRetriever(inputs)
-    if kind == "bm25" and not model:
-        try:
-            return Bm25Retriever(inputs)
-        except InputError as error:
-            if say is not None:
-                say(f"{error} TF-IDF stands in for it")
-            return TfidfRetriever(inputs)
-    if kind == "embeddings" and model:
-        return EmbeddingRetriever(inputs, model)
-    raise InputError(
-        "unknown retriever", where="--retriever", found=parts[0], remedy=f"Use {RETRIEVERS}."
+    if prompt.knowledge is None:
+        return None
+    knowledge = read_knowledge(prompt.knowledge)
+    return Chooser(
+        knowledge,
+        prompt.retriever,
+        classify=classify,
+        by_model=None if by_model is None else by_model(knowledge),
+        threshold=prompt.threshold,
+        default=prompt.default_class,
+        say=say,
     )

@@ -1,5 +1,4 @@
-"""The knowledge base: classes of tasks with their prompts and settings, examples, and documents to
-quote.
+"""Reads a knowledge base: classes of tasks with their prompts and settings, examples, documents.
 
 It is an Excel file with the sheets `classes`, `examples` and `documents`, the same as YAML, or the
 same as CSV exports: a folder of classes.csv and examples.csv, or one file of examples. `evomerge
@@ -13,28 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evomerge.errors import KnowledgeError
-from evomerge.knowledge.from_tables import assemble
 from evomerge.knowledge.formats.csv_format import read_csv
-from evomerge.knowledge.formats.excel_reader import read_sheets
-from evomerge.knowledge.formats.tables import Tables
+from evomerge.knowledge.formats.excel_reader import read_excel
+from evomerge.knowledge.formats.tables import Tables, no_such_base
 from evomerge.knowledge.formats.yaml_format import read_yaml
-from evomerge.knowledge.records import Document, Example, Knowledge, KnowledgeClass, render
-
-__all__ = [
-    "Checked",
-    "Document",
-    "Example",
-    "Knowledge",
-    "KnowledgeClass",
-    "check_knowledge",
-    "read_knowledge",
-    "render",
-]
+from evomerge.knowledge.from_tables import knowledge_from
+from evomerge.knowledge.records import Knowledge
 
 
 @dataclass(frozen=True)
 class Checked:
-    """A base or its mistakes, those of the reading first, and what is no mistake but good to know."""
+    """A base or its mistakes (those of the reading first), and notes that are no mistakes."""
 
     knowledge: Knowledge | None
     mistakes: tuple[KnowledgeError, ...]
@@ -52,7 +40,7 @@ def read_knowledge(path: str | Path) -> Knowledge:
 def check_knowledge(path: str | Path) -> Checked:
     """Read a base and find every mistake, each with its sheet, row and column (YAML: line and key).
 
-    The first row of a sheet names its columns, in any order; further columns and empty rows are
+    The first row of a sheet names its columns, in any order; other columns and empty rows are
     skipped. Mistakes are: a missing or hidden sheet, a missing column, a column whose name is
     nearly right, an empty cell (only `system` and settings may be empty), merged cells, formulas,
     dates and error values where a text belongs, a class given twice, a template without `{input}`,
@@ -65,9 +53,11 @@ def check_knowledge(path: str | Path) -> Checked:
         _reader(path)(path, tables)
     except OSError as error:
         raise KnowledgeError(
-            f"cannot be read: {error.strerror or error}", where=path, remedy="Check its rights."
+            f"cannot be read: {error.strerror or error}",
+            where=path,
+            remedy="Check its permissions.",
         ) from error
-    knowledge = assemble(tables)
+    knowledge = knowledge_from(tables)
     return Checked(knowledge, tuple(tables.mistakes), tuple(tables.notes))
 
 
@@ -76,9 +66,5 @@ def _reader(path: Path) -> Callable[[Path, Tables], None]:
     if path.is_dir() or suffix == ".csv":
         return read_csv
     if not path.is_file():
-        raise KnowledgeError(
-            "no such knowledge base",
-            where=path,
-            remedy="Name an Excel file (.xlsx), a .yaml or a .csv file.",
-        )
-    return read_yaml if suffix in (".yaml", ".yml") else read_sheets
+        raise no_such_base(path)
+    return read_yaml if suffix in (".yaml", ".yml") else read_excel

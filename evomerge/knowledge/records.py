@@ -1,4 +1,4 @@
-"""What a knowledge base is made of, whatever file it came from, and how a template is filled."""
+"""What a knowledge base consists of, whatever file it came from, and how a template is filled."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ PLACEHOLDER = re.compile(r"\{(input|examples|documents)\}")
 
 @dataclass(frozen=True)
 class KnowledgeClass:
-    """A kind of task: `system` may be empty, `template` holds `{input}` and perhaps `{examples}`
-    and `{documents}`.
+    """A kind of task with its prompt and settings.
 
-    The settings are None where the base says nothing: then those of the run hold. `shots` is the
-    number of examples, `quotes` that of documents.
+    `system` may be empty; `template` holds `{input}` and optionally `{examples}` and `{documents}`.
+    Settings that the base leaves open are None: then those of the run apply. `shots` is the number
+    of examples, `quotes` that of documents.
     """
 
     name: str
@@ -32,10 +32,10 @@ class KnowledgeClass:
 
 @dataclass(frozen=True)
 class Example:
-    """A task with a good answer. `row` is its row in the sheet, as Excel shows it, and serves as
-    its id.
+    """A task with a good answer.
 
-    In YAML, the first example is row 2, as it would be in a sheet.
+    `row` is its row in the sheet, as Excel shows it, and serves as its id. In YAML, the first
+    example is row 2, as it would be in a sheet.
     """
 
     row: int
@@ -47,7 +47,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Document:
-    """A text to quote; `row` as of an example."""
+    """A text to quote; `row` is as in an example."""
 
     row: int
     title: str
@@ -56,7 +56,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Knowledge:
-    """A whole base; class names are unique, and every example is of one of the classes."""
+    """A whole base; class names are unique, and every example belongs to one of the classes."""
 
     classes: tuple[KnowledgeClass, ...]
     examples: tuple[Example, ...]
@@ -73,9 +73,7 @@ class Knowledge:
 def render(
     template: str, text: str, examples: Sequence[Example], documents: Sequence[Document] = ()
 ) -> str:
-    """Fill a template in one pass, so that braces in the task, in an example or in a document stay
-    text.
-    """
+    """Fill a template in one pass, so that braces in tasks, examples and documents stay text."""
     shown = "\n\n".join(f"指示: {example.input}\n回答: {example.output}" for example in examples)
     quoted = "\n\n".join(f"{document.title}\n{document.text}" for document in documents)
     values = {"input": text, "examples": shown, "documents": quoted}

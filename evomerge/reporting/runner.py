@@ -13,12 +13,12 @@ import yaml
 
 from evomerge.answering.prompts import COMPETITION
 from evomerge.errors import KnowledgeError
+from evomerge.knowledge.chooser import QUOTES, SHOTS
 from evomerge.knowledge.classification import linear
 from evomerge.knowledge.classification.by_neighbours import CLEAR, LEAST, POWER, ROOT, VOTERS
 from evomerge.knowledge.formats.yaml_format import to_yaml
 from evomerge.knowledge.records import PLACEHOLDER, Knowledge, KnowledgeClass
 from evomerge.knowledge.retrieval import tfidf
-from evomerge.knowledge.chooser import QUOTES, SHOTS
 from evomerge.merging.checkpoints.new_folder import check_new, new_folder
 from evomerge.merging.layout import KNOWN
 from evomerge.recipe import Recipe

@@ -418,7 +418,7 @@ class Search:
         verdict = make_verdict(held_out, metric, self.study.search.seed, self.scorer.group)
         if self.lm_eval is None:
             # of a cascade; a judge that was fitted knows how far it agrees
-            learned = getattr(self.judge, "cheap", self.judge)
+            learned = getattr(self.judge, "proxy", self.judge)
             held = getattr(getattr(learned, "facts", None), "held_out", None)
             self.ledger.remember(
                 "judge_report",

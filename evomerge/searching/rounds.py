@@ -188,17 +188,17 @@ class Rounds:
         if not answered:
             return
         rows = list(answered)
-        cheap = [
-            [judge.cheap.grade(t, a) for t, a in zip(tasks, answered[i].answers, strict=True)]
+        proxy = [
+            [judge.proxy.grade(t, a) for t, a in zip(tasks, answered[i].answers, strict=True)]
             for i in rows
         ]
-        dear: list[list[Grade | None]] = [[None] * len(tasks) for _ in rows]
+        expensive: list[list[Grade | None]] = [[None] * len(tasks) for _ in rows]
 
         def values(row: int) -> list[float]:
             """What the generation is ranked by, of the grades that are known: with an objective
             more than grades.
             """
-            grades = [d or c for d, c in zip(dear[row], cheap[row], strict=True)]
+            grades = [d or c for d, c in zip(expensive[row], proxy[row], strict=True)]
             examined = Examined(
                 tasks, answered[rows[row]].answers, grades, {}, likelihoods=likelihoods[rows[row]]
             )
@@ -215,7 +215,7 @@ class Rounds:
                 )
             for row, waited in pending.items():
                 for t, grade in zip(chosen, waited.result(), strict=True):
-                    dear[row][t] = grade
+                    expensive[row][t] = grade
             return np.array([values(row) for row in asked])[:, chosen]
 
         # the same tasks for all: differences are paired
@@ -229,11 +229,11 @@ class Rounds:
             looks,
         )
         known = np.array(
-            [[np.nan if grade is None else grade.value for grade in row] for row in dear]
+            [[np.nan if grade is None else grade.value for grade in row] for row in expensive]
         )
-        moved = completed(np.array([[grade.value for grade in row] for row in cheap]), known)
+        moved = completed(np.array([[grade.value for grade in row] for row in proxy]), known)
         for row, i in enumerate(rows):
-            grades = composed(cheap[row], dear[row], moved[row])
+            grades = composed(proxy[row], expensive[row], moved[row])
             decided.grades[recipes[i].digest()] = {
                 str(t.task_id): g for t, g in zip(tasks, grades, strict=True)
             }

@@ -31,10 +31,32 @@ LONG, SHORT = (3, 4), (1, 2)
 SHORT_WEIGHT = 2.0
 LONGEST = 20_000  # characters that are measured
 LONGEST_GRAMS = 4_000  # characters whose n-grams are taken
-NAMES = tuple(
-    "length length_ratio length_distance precision recall f1 repetition kana kanji latin digits "
-    "lines bold items sentences exclamations headings distinct_characters distinct_4_grams ends "
-    "polite apologies commas leaks rules".split()
+NAMES = (
+    "length",
+    "length_ratio",
+    "length_distance",
+    "precision",
+    "recall",
+    "f1",
+    "repetition",
+    "kana",
+    "kanji",
+    "latin",
+    "digits",
+    "lines",
+    "bold",
+    "items",
+    "sentences",
+    "exclamations",
+    "headings",
+    "distinct_characters",
+    "distinct_4_grams",
+    "ends",
+    "polite",
+    "apologies",
+    "commas",
+    "leaks",
+    "rules",
 )
 
 _LATIN, _KANA = NAMES.index("latin"), NAMES.index("kana")

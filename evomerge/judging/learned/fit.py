@@ -52,7 +52,7 @@ class Fitted:
             lines.append(self.unmatched)
         if self.dropped:
             lines.append(
-                f"not fitted, and refused by this judge, for having under {FEWEST} graded answers: "
+                f"not fitted for lack of {FEWEST} graded answers, and refused by this judge: "
                 f"tasks {', '.join(self.dropped)}"
             )
         if self.held_out is None:
@@ -139,9 +139,7 @@ def fit_file(
     )
 
 
-def _graded_answers(
-    joined: Joined, tasks: Sequence[Task], models: Sequence[str]
-) -> GradedAnswers:
+def _graded_answers(joined: Joined, tasks: Sequence[Task], models: Sequence[str]) -> GradedAnswers:
     """The answers to `tasks`, with tasks and models by their places and families weighed."""
     place = {str(task.task_id): i for i, task in enumerate(tasks)}
     number = {model: i for i, model in enumerate(models)}

@@ -134,9 +134,7 @@ def english_gap(above: Float64s, english: NDArray[np.bool_], model: NDArray[np.i
     return float(inside @ above / (inside @ inside + ENGLISH_GAP))
 
 
-def centred(
-    x: Float64s, english: NDArray[np.bool_], common: Float64s
-) -> tuple[Float64s, Float64s]:
+def centred(x: Float64s, english: NDArray[np.bool_], common: Float64s) -> tuple[Float64s, Float64s]:
     """(rows [n, B] less the mean of their group, the two means [2, B]).
 
     A task has few English answers, so their mean is drawn towards the `common` one of all tasks

@@ -127,7 +127,9 @@ def _ordered(
     ahead = means[:, None] - means[None]
     right = pair * ((ahead > 1e-9) + 0.5 * (np.abs(ahead) <= 1e-9))
     with np.errstate(invalid="ignore", divide="ignore"):
-        shares: Table = _of_pairs(right, weights) / _of_pairs(pair.astype(np.float64), weights)
+        shares: Table = _of_pairs(right.astype(np.float64), weights) / _of_pairs(
+            pair.astype(np.float64), weights
+        )
     return shares, int(pair.sum())
 
 

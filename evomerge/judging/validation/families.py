@@ -73,13 +73,13 @@ def is_tuning(model: str) -> bool:
 
 
 def split_models(models: Iterable[str]) -> tuple[list[str], list[str]]:
-    """(models of the tuning families, models of the test families), each sorted, without doubles."""
+    """(models of the tuning families, of the test families), each sorted, without doubles."""
     names = sorted(set(models))
     return list(filter(is_tuning, names)), [name for name in names if not is_tuning(name)]
 
 
 def wanted_models(which: str) -> Callable[[str | None], bool]:
-    """A filter of models by `which`: all, tuning or test. None stands for a model without a name."""
+    """A filter of models by `which`: all, tuning or test. None is a model without a name."""
     if which == "all":
         return lambda model: True
     return lambda model: is_tuning(model or "") == (which == "tuning")

@@ -1,6 +1,4 @@
-"""A task's class, from the examples that are nearest to it, and from what all examples of a class
-have in common.
-"""
+"""A task's class by a vote of its nearest examples, combined with the linear classifier."""
 
 from __future__ import annotations
 
@@ -12,26 +10,26 @@ from numpy.typing import NDArray
 
 from evomerge.errors import KnowledgeError
 from evomerge.knowledge.classification.linear import LinearClassifier
-from evomerge.knowledge.records import Knowledge
+from evomerge.knowledge.records import Knowledge, KnowledgeClass
 from evomerge.knowledge.retrieval.interface import Nearest, Retriever, comparison_key
 
 # Chosen on the development half of tests/labelled_tasks.jsonl (benchmarks/classify.py).
 VOTERS = 20  # nearest examples that vote
 POWER = 2.0  # a voter's weight is its similarity to this power
 DESCRIPTION = 0.5  # weight of a class's description, which counts as an example that is never shown
-# vote shares, none below the first, count by this power beside the linear classifier's shares
+# shares of votes, at least the first, to this power are multiplied by the linear classifier's
 LEAST, ROOT = 0.01, 0.5
-CLEAR = 0.1  # similarity of the nearest voter from which on the confidence is not lowered
+CLEAR = 0.1  # similarity of the nearest voter below which the confidence is lowered
 THRESHOLD = 0.35  # confidence below which a task gets the default class, where one is named
 
 
 @dataclass(frozen=True)
 class Classification:
-    """`confidence`, 0 to 1: the class's share, times similarity / CLEAR where even the nearest
-    voter is far.
+    """The class of a task.
 
-    `shares`: those of all classes, in the base's order; they sum to 1, or are all 0 where no
-    example shares anything.
+    `confidence`, 0 to 1, is the class's share, times similarity / CLEAR where even the nearest
+    voter is far. `shares` are those of all classes, in the base's order; they sum to 1, or are all
+    0 where no example shares anything with the task.
     """
 
     class_name: str
@@ -41,25 +39,27 @@ class Classification:
 
 
 def class_texts(knowledge: Knowledge, descriptions: bool = False) -> list[str]:
-    """What a retriever must know for the vote: the inputs of all examples, then the descriptions of
-    the classes that have one.
-    """
-    described = (
-        [c.description for c in knowledge.classes if c.description.strip()] if descriptions else []
-    )
-    return [example.input for example in knowledge.examples] + described
+    """What a retriever must know for the vote: the inputs of all examples, then descriptions."""
+    texts = [example.input for example in knowledge.examples]
+    if descriptions:
+        texts += [c.description for c in _described(knowledge)]
+    return texts
+
+
+def _described(knowledge: Knowledge) -> list[KnowledgeClass]:
+    return [c for c in knowledge.classes if c.description.strip()]
 
 
 class Classifier:
-    """Weighted nearest neighbours: each of the `voters` nearest gives its class weight * similarity
-    ** POWER.
+    """Weighted nearest neighbours: each of the `voters` nearest adds weight * similarity ** POWER.
 
-    With `linear`, a class's share is that of the votes to the power of ROOT times the linear
-    classifier's, normalised; but a task that equals an example has the votes alone, among which
-    that example is none, so no example judges itself. `retriever` knows `class_texts(knowledge,
-    descriptions)`. A task with a confidence below `threshold` gets the `default` class; where none
-    is named, its best guess stands. A task that shares nothing with any example gets the default,
-    or the base's first class. Raises KnowledgeError where the default is no class.
+    With `linear`, a class's share is its share of the votes to the power of ROOT times the linear
+    classifier's share, normalised; but a task that equals an example gets the votes alone, which
+    that example does not take part in, so no example judges itself. `retriever` knows
+    `class_texts(knowledge, descriptions)`. A task with a confidence below `threshold` gets the
+    `default` class; where none is named, its best guess stays. A task that shares nothing with any
+    example gets the default, or the base's first class. Raises KnowledgeError for a default that is
+    not a class.
     """
 
     def __init__(
@@ -78,45 +78,43 @@ class Classifier:
             raise KnowledgeError(
                 "the default class is none of the base's",
                 found=default,
-                remedy=f"Classes are: {', '.join(self.names)}.",
+                remedy=f"Use one of: {', '.join(self.names)}.",
             )
-        self.retriever, self.voters = retriever, voters
+        self.retriever = retriever
+        self.voters = voters
         self.threshold = 0.0 if default is None else threshold
         self.default = self.names[0] if default is None else default
-        described = (
-            [c.name for c in knowledge.classes if c.description.strip()] if descriptions else []
-        )
-        owners = [example.class_name for example in knowledge.examples] + described
+        owners = [example.class_name for example in knowledge.examples]
+        weights = [example.weight for example in knowledge.examples]
+        if descriptions:
+            described = _described(knowledge)
+            owners += [c.name for c in described]
+            weights += [DESCRIPTION] * len(described)
         place = {name: i for i, name in enumerate(self.names)}
         self.classes = np.array([place[name] for name in owners])
-        self.weights = np.array(
-            [example.weight for example in knowledge.examples] + [DESCRIPTION] * len(described)
-        )
+        self.weights = np.array(weights)
         known = class_texts(knowledge, descriptions)
-        self.known = {comparison_key(text) for text in known}
-        self.linear = (
-            LinearClassifier(known, self.classes, self.weights, len(self.names)) if linear else None
-        )
+        self.known = set(map(comparison_key, known))
+        self.linear: LinearClassifier | None = None
+        if linear:
+            self.linear = LinearClassifier(known, self.classes, self.weights, len(self.names))
 
     def classify(self, texts: Sequence[str]) -> list[Classification]:
-        """A verdict for each text; a tie goes to the class that stands first in the base."""
+        """The class of each text; a tie goes to the class that comes first in the base."""
         return self.classify_near(texts, self.retriever.nearest(texts, self.voters))
 
     def classify_near(self, texts: Sequence[str], near: Nearest) -> list[Classification]:
-        """As `classify`, of neighbours that are already found, at least `voters` for each text."""
+        """As `classify`, with neighbours already found, at least `voters` for each text."""
         if not texts:
             return []
-        rows = zip(near.indices[:, : self.voters], near.scores[:, : self.voters], strict=True)
-        learned = (
-            self.linear.shares(texts)
-            if self.linear is not None
-            else np.ones((len(texts), len(self.names)))
-        )
-        alone = [self.linear is None or comparison_key(text) in self.known for text in texts]
-        return [
-            self._vote(i, s, None if a else shares)
-            for (i, s), a, shares in zip(rows, alone, learned, strict=True)
-        ]
+        learned = None if self.linear is None else self.linear.shares(texts)
+        found = []
+        for i, text in enumerate(texts):
+            indices = near.indices[i, : self.voters]
+            scores = near.scores[i, : self.voters]
+            alone = learned is None or comparison_key(text) in self.known
+            found.append(self._vote(indices, scores, None if alone else learned[i]))
+        return found
 
     def _vote(
         self,
@@ -125,10 +123,10 @@ class Classifier:
         learned: NDArray[np.float64] | None,
     ) -> Classification:
         there = (indices >= 0) & (scores > 0)
-        indices, scores = indices[there], scores[there]
-        votes = np.bincount(
-            self.classes[indices], self.weights[indices] * scores**POWER, len(self.names)
-        ).round(12)
+        indices = indices[there]
+        scores = scores[there]
+        weights = self.weights[indices] * scores**POWER
+        votes = np.bincount(self.classes[indices], weights, len(self.names)).round(12)
         voters = tuple(map(int, indices))
         if not votes.any():
             return Classification(self.default, 0.0, voters, (0.0,) * len(self.names))
@@ -141,8 +139,9 @@ class Classifier:
     def decide(
         self, shares: NDArray[np.float64], voters: tuple[int, ...], nearness: float = 1.0
     ) -> Classification:
-        """The class of the largest share, (classes,), or the default where `nearness` times that
-        share is too little.
+        """The class of the largest share, (classes,), or the default.
+
+        The default is for a confidence, `nearness` times that share, below the threshold.
         """
         best = int(shares.argmax())  # the first of equals
         confidence = float(shares[best]) * nearness
@@ -151,11 +150,13 @@ class Classifier:
 
 
 def confusion(true: Sequence[str], found: Sequence[str], names: Sequence[str]) -> NDArray[np.int64]:
-    """How often each true class (row) got each class (column). Names that `true` alone holds come
-    after `names`, sorted.
+    """How often each true class (row) was found as each class (column).
+
+    Names that only `true` holds come after `names`, sorted.
     """
     rows = [*names, *sorted(set(true) - set(names))]
+    columns = list(names)
     table = np.zeros((len(rows), len(names)), np.int64)
     for a, b in zip(true, found, strict=True):
-        table[rows.index(a), list(names).index(b)] += 1
+        table[rows.index(a), columns.index(b)] += 1
     return table

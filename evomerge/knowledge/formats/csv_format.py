@@ -1,6 +1,4 @@
-"""Reads CSV exports: a folder of classes.csv, examples.csv and perhaps documents.csv, or one file
-of examples.
-"""
+"""Reads CSV exports: a folder of one file for each sheet, or one file of examples."""
 
 from __future__ import annotations
 
@@ -9,7 +7,14 @@ import io
 from pathlib import Path
 
 from evomerge.errors import KnowledgeError
-from evomerge.knowledge.formats.tables import REQUIRED, Row, Tables, find_columns
+from evomerge.knowledge.formats.tables import (
+    REQUIRED,
+    CellPlace,
+    Row,
+    Tables,
+    find_columns,
+    no_such_base,
+)
 
 TEMPLATE = "{input}"  # of a class that is known by its examples alone
 ENCODINGS = ("utf-8-sig", "cp932")  # Excel's "CSV UTF-8", and its plain "CSV" on a Japanese Windows
@@ -17,35 +22,32 @@ LONGEST = 10_000_000  # characters of a field: csv's own limit is shorter than a
 
 
 def read_csv(path: Path, tables: Tables) -> None:
-    """Fill `tables`. Of a single file, the classes are those that its examples name."""
+    """Fill `tables`. Without a classes.csv, the classes are those that the examples name."""
     if path.is_dir():
         files = {entry.name.casefold(): entry for entry in sorted(path.iterdir())}
         for sheet in REQUIRED:
             if f"{sheet}.csv" in files:
-                _read(files[f"{sheet}.csv"], sheet, tables)
+                _read_sheet(files[f"{sheet}.csv"], sheet, tables)
             elif sheet == "examples":
                 raise KnowledgeError(
                     "the folder has no examples.csv",
                     where=path,
-                    remedy="Export the sheets by their names.",
+                    remedy="Export the sheets under their names.",
                 )
         if "classes.csv" in files:
             return
     elif path.is_file():
-        _read(path, "examples", tables)
+        _read_sheet(path, "examples", tables)
     else:
-        raise KnowledgeError(
-            "no such knowledge base",
-            where=path,
-            remedy="Name an Excel file (.xlsx), a .yaml or a .csv file.",
-        )
+        raise no_such_base(path)
     _classes_of_examples(tables)
 
 
 def _classes_of_examples(tables: Tables) -> None:
     first: dict[str, Row] = {}
     for row in tables.rows["examples"]:
-        if name := row.cells.get("class", "").strip():
+        name = row.cells.get("class", "").strip()
+        if name:
             first.setdefault(name, row)
     tables.rows["classes"] = [
         Row(row.number, {"class": name, "system": "", "template": TEMPLATE}, row.place)
@@ -59,7 +61,7 @@ def _classes_of_examples(tables: Tables) -> None:
         )
 
 
-def _read(path: Path, sheet: str, tables: Tables) -> None:
+def _read_sheet(path: Path, sheet: str, tables: Tables) -> None:
     text = _decode(path)
     first = text.partition("\n")[0]
     delimiter = max(",\t;", key=first.count)  # Excel writes ; where the comma is the decimal sign
@@ -72,16 +74,21 @@ def _read(path: Path, sheet: str, tables: Tables) -> None:
             where=path,
             remedy="Save it again from the spreadsheet.",
         ) from error
-    at = find_columns(sheet, rows[0] if rows else [], f"{path}, row 1", tables)
+    header = rows[0] if rows else []
+    at = find_columns(sheet, header, f"{path}, row 1", tables)
     read: list[Row] = []
     for number, row in enumerate(rows[1:], start=2):
-        cells = {
-            column: row[i].replace("\r\n", "\n").replace("\r", "\n") if i < len(row) else ""
-            for column, i in at.items()
-        }
+        cells = {column: _cell(row, i) for column, i in at.items()}
         if any(cell.strip() for cell in cells.values()):
-            read.append(Row(number, cells, _Place(path, number)))
+            read.append(Row(number, cells, CellPlace(str(path), number)))
     tables.rows[sheet] = read
+
+
+def _cell(row: list[str], i: int) -> str:
+    """Cell i of a row that may be too short, with plain line breaks."""
+    if i >= len(row):
+        return ""
+    return row[i].replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _decode(path: Path) -> str:
@@ -100,13 +107,3 @@ def _decode(path: Path) -> str:
         found=data[wrong.start : wrong.start + 4],
         remedy="Save it as CSV UTF-8.",
     )
-
-
-class _Place:
-    """Names a column of one row, as a spreadsheet counts rows."""
-
-    def __init__(self, path: Path, number: int) -> None:
-        self.where = f"{path}, row {number}"
-
-    def __call__(self, column: str) -> str:
-        return f"{self.where}, column {column}"

@@ -1,6 +1,4 @@
-"""The one interface of retrieval: which of the base's texts are nearest to given texts, many at
-once.
-"""
+"""The interface of all retrievers: which texts of a base are nearest to given texts."""
 
 from __future__ import annotations
 
@@ -20,9 +18,9 @@ Matrix = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Nearest:
-    """For each of n texts its k nearest, nearest first: `indices` (n, k) into the base's texts,
-    `scores` (n, k) from 0 to 1.
+    """The k nearest of each of n texts, nearest first.
 
+    `indices` (n, k) are places among the base's texts, `scores` (n, k) similarities from 0 to 1.
     Where a text has fewer than k, because one equals it, the index is -1 and the score 0.
     """
 
@@ -31,40 +29,43 @@ class Nearest:
 
 
 class Retriever(Protocol):
-    """Knows the texts of a base. A text of the base that equals the asked one is never found: it
-    would hand over the answer.
+    """Knows the texts of a base.
 
-    Equal scores keep the base's order, so every result is a function of the base and the text
-    alone.
+    A text of the base that equals the given one is never found: it would give away the answer.
+    Equal scores keep the base's order, so every result is a function of the base and the text.
     """
 
     def nearest(self, texts: Sequence[str], k: int) -> Nearest: ...
 
     def over(self, inputs: Sequence[str]) -> Retriever:
-        """One of the same kind for other texts, which finds also what equals the asked one: a
-        document hands over no answer.
+        """One of the same kind for other texts, which also finds what equals the given text.
+
+        It is for documents, which give away no answer.
         """
         ...
 
 
 class VectorRetriever:
-    """The retrievers that compare by a product of vectors; a subclass gives the products.
+    """The base of the retrievers that compare by a product of vectors, which subclasses compute.
 
-    `itself`: may a text be found that equals the asked one.
+    `itself`: a text that equals the given one may be found.
     """
 
     def __init__(self, inputs: Sequence[str], itself: bool = False) -> None:
         self.inputs = [normal_form(text) for text in inputs]
         self.places: dict[str, list[int]] = {}
-        for i, text in enumerate(self.inputs if not itself else ()):
-            self.places.setdefault(comparison_key(text), []).append(i)
+        if not itself:
+            for i, text in enumerate(self.inputs):
+                self.places.setdefault(comparison_key(text), []).append(i)
 
     def similar(self, texts: Sequence[str]) -> Matrix:
-        """Similarities (texts, base), 0 to 1; the texts are normal_form."""
+        """Similarities (texts, base), 0 to 1, of texts in normal form."""
         raise NotImplementedError
 
     def nearest(self, texts: Sequence[str], k: int) -> Nearest:
-        return in_batches(self._batch, [normal_form(text) for text in texts], min(k, len(self.inputs)))
+        """The k nearest of each text."""
+        k = min(k, len(self.inputs))
+        return in_batches(self._batch, [normal_form(text) for text in texts], k)
 
     def _batch(self, texts: Sequence[str], k: int) -> Nearest:
         scores: Matrix = np.clip(self.similar(texts), 0.0, 1.0).round(DIGITS)
@@ -80,27 +81,28 @@ def in_batches(
     found = [search(texts[i : i + BATCH], k) for i in range(0, len(texts), BATCH)]
     if not found:
         return Nearest(np.empty((0, k), np.int64), np.empty((0, k)))
-    return Nearest(
-        np.concatenate([f.indices for f in found]), np.concatenate([f.scores for f in found])
-    )
+    indices = np.concatenate([part.indices for part in found])
+    scores = np.concatenate([part.scores for part in found])
+    return Nearest(indices, scores)
 
 
 def largest(scores: Matrix, k: int) -> Nearest:
-    """The k largest of each row, equal ones in order; -inf marks what may not be found."""
+    """The k largest of each row, equal ones in order; -inf marks what must not be found."""
     indices = np.full((len(scores), k), -1, np.int64)
     kept = np.zeros((len(scores), k))
     for i, row in enumerate(scores):
-        least = np.partition(row, len(row) - k)[len(row) - k] if 0 < k < len(row) else -np.inf
+        least = -np.inf
+        if 0 < k < len(row):
+            least = np.partition(row, len(row) - k)[len(row) - k]
         candidates = np.flatnonzero((row >= least) & (row > -np.inf))
         best = candidates[np.argsort(-row[candidates], kind="stable")][:k]
-        indices[i, : len(best)], kept[i, : len(best)] = best, row[best]
+        indices[i, : len(best)] = best
+        kept[i, : len(best)] = row[best]
     return Nearest(indices, kept)
 
 
 def comparison_key(text: str) -> str:
-    """What two texts have in common that are the same but for spaces and the width of their
-    characters.
-    """
+    """Equal for texts that differ only in spaces and in the width of their characters."""
     return normal_form(text).replace(" ", "")
 
 

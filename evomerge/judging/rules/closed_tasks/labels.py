@@ -29,9 +29,7 @@ _ASIDE = re.compile(
 )
 _CLAUSE_END = re.compile(r"[,、;()]|\b(?:which|where|while|who|because|since)\b")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|。|\n+|(?<=[!?])")
-_BUT = re.compile(
-    r"[,、]?\s*(?:\bbut\b|\bhowever\b|しかし|けれど|(?<=です)が[、,])", re.IGNORECASE
-)
+_BUT = re.compile(r"[,、]?\s*(?:\bbut\b|\bhowever\b|しかし|けれど|(?<=です)が[、,])", re.IGNORECASE)
 _REFERS_BACK = re.compile(r"(?:it|that|this)(?:'s| is)\b|それは", re.IGNORECASE)
 _ITEM = r"[\"'「」(]*\s*"
 _OR_AFTER = re.compile(rf"{_ITEM}(?:[^.。]{{0,4}}\s*{HEDGE}|か|や|/)", re.IGNORECASE)
@@ -41,12 +39,17 @@ _LEAD = re.compile(rf"(?:[\"'「]|\b{_FILLER}\b\s*)*$", re.IGNORECASE)
 _OPENING = re.compile(rf"(?:[\"']|\b{_FILLER}\b|\s|-)*", re.IGNORECASE)
 _LIST_SEPARATOR = re.compile(r"[,、・;]|\band\b|と(?=[^い])")
 _TERM = re.compile("[a-z]{3,}|[\u30a1-\u30ff]{2,}|[\u3400-\u9fff]{2,}")
-_STOP = set(
-    "the what which who how are for this that and answer name with one word was does".split()
+_STOP = frozenset(
+    re.findall(
+        r"\S+",
+        "the what which who how are for this that and answer name with one word was does",
+    )
 )
-_COMMON = set(
-    "the its this that sure yes answer here with republic city there today for and "
-    "certainly".split()
+_COMMON = frozenset(
+    re.findall(
+        r"\S+",
+        "the its this that sure yes answer here with republic city there today for and certainly",
+    )
 )
 
 

@@ -29,9 +29,7 @@ _REASON = re.compile(
     re.IGNORECASE,
 )
 _SENTENCE_END = re.compile(r"[。\n]|\.\s")
-_HOW_MANY = re.compile(
-    r"\bhow many (\w+)|何([分時秒日年人個本円文字回枚匹冊歳])", re.IGNORECASE
-)
+_HOW_MANY = re.compile(r"\bhow many (\w+)|何([分時秒日年人個本円文字回枚匹冊歳])", re.IGNORECASE)
 _SIMPLE_NUMBER = re.compile(r"-?[0-9]{1,15}(?:\.[0-9]{1,15})?")
 # each line: names of one unit
 _UNITS = """

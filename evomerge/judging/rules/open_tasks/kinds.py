@@ -10,9 +10,7 @@ from evomerge.text import sentences
 # comes before what has a right answer, because a story's setting may hold questions.
 _PATTERNS = {
     "translation": r"翻訳|英訳|和訳して|英語に(?:し|直|訳)|日本語に(?:し|訳)|\btranslate\b",
-    "summary": (
-        r"要約して|要約を?(?:より|書|作)|まとめて(?:ください|下さい|$)|\bsummari[sz]e\b"
-    ),
+    "summary": (r"要約して|要約を?(?:より|書|作)|まとめて(?:ください|下さい|$)|\bsummari[sz]e\b"),
     "rewriting": (
         r"言い換えて|書き換えて|パラフレーズ"
         r"|(?:自然な|正しい)[^。\n]{0,8}(?:に|へ)直して|向けて説明して"
@@ -27,9 +25,7 @@ _PATTERNS = {
     ),
     "order": r"並[びべ]替え|順番に(?:並|し)|昇順|降順|\b(?:sort|reorder|rank)\b",
     "matching": r"ペアを|それぞれの選択肢|対応する(?:数字|意味|記号)|\bmatch each\b",
-    "choice": (
-        r"選択肢|選[びんべ]|どちら|どれ(?:です|で|が|を)|いずれ|\b(?:choose|which of)\b"
-    ),
+    "choice": (r"選択肢|選[びんべ]|どちら|どれ(?:です|で|が|を)|いずれ|\b(?:choose|which of)\b"),
     "extraction": r"抽出|書き出し|抜き出|リストアップ|\bextract\b",
     "calculation": (
         r"計算|何[個回分人円本匹枚秒歳冊日]|数式|長さを求め|いくつ|合計"
@@ -66,7 +62,7 @@ def kind_of(question: str) -> str:
 
 
 def is_polar(question: str) -> bool:
-    """Whether an input's first question takes yes or no, or any asks for that (「はいかいいえで」)."""
+    """Whether an input's first question takes yes or no, or any says so (「はいかいいえで」)."""
     asked = [sentence for sentence in sentences(question) if _QUESTION.search(sentence)]
     if not asked:
         return False

@@ -1,8 +1,8 @@
 """The grading points of a task (`eval_aspect`), read for what a rule can check.
 
-Lines look like "- 三重県と答えられている: 5点", "- Xが抜けている場合: -2点", "問題1は左が正解". What a good
-answer must hold stands on lines with four or five points, on lines that deduct for something
-missing, and before 正解.
+Lines look like "- 三重県と答えられている: 5点", "- Xが抜けている場合: -2点", "問題1は左が正解".
+What a good answer must hold stands on lines with four or five points, on lines that deduct for
+something missing, and before 正解.
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ _DEDUCTION = re.compile(r"-\s*[0-9]点|減点")
 _MISSING = re.compile(r"抜け|欠け|ない場合|ていない|できてい|不足")
 _RIGHT = re.compile(r"([^\s、。はがをの・:-]{1,12})が正解")
 _WORDS_OF_GRADING = frozenset(
-    "場合 以下 適切 意味 選択肢 文章 理由 回答 正解 不正解 答 文中 可能性 内容 言葉 表現 次 上記 質問 "
-    "説明 一般的 最 必要 対応 減点 減点項目 得点 点 要素 指示 記述 出題意図 補足 注意事項 間違 誤 "
-    "自然 不自然 全 文体 回答例 正解例 該当".split()
+    re.findall(
+        r"\S+",
+        "場合 以下 適切 意味 選択肢 文章 理由 回答 正解 不正解 答 文中 可能性 内容 言葉 表現 "
+        "次 上記 質問 説明 一般的 最 必要 対応 減点 減点項目 得点 点 要素 指示 記述 出題意図 "
+        "補足 注意事項 間違 誤 自然 不自然 全 文体 回答例 正解例 該当",
+    )
 )
 
 
