@@ -106,7 +106,7 @@ def test_many_tasks_are_asked_in_parts_and_the_rest_once():
 
 @pytest.mark.parametrize("wrong", [math.nan, -math.inf])
 def test_likelihoods_that_are_no_numbers(wrong):
-    with pytest.raises(ModelError, match="no numbers") as caught:
+    with pytest.raises(ModelError, match="not numbers") as caught:
         ModelClassifier(base(), Table(anyway=(0.0, wrong, 0.0)), render).shares(["x"])
     assert "\n" not in str(caught.value)
 
@@ -180,5 +180,5 @@ def test_bad_ways_are_said():
     with pytest.raises(InputError, match="unknown way to classify"):
         Chooser(base(), classify="votes")
     for way in ("model", "both"):
-        with pytest.raises(InputError, match="asks a model"):
+        with pytest.raises(InputError, match="needs a model"):
             Chooser(base(), classify=way)

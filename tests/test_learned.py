@@ -283,17 +283,17 @@ def test_files_that_are_no_judges(files, tmp_path, monkeypatch):
 
     for data in (b"", b"PK\x03\x04", pickle.dumps({"a": 1}), b"x" * 100):
         path.write_bytes(data)
-        refused("is no learned judge")
+        refused("is not a learned judge")
     np.savez(path, about=np.array({"format": 1}, dtype=object))
-    refused("is no learned judge")
+    refused("is not a learned judge")
     np.savez(path, about=np.array("{}"))
-    refused("is no learned judge")
+    refused("is not a learned judge")
     fit_file(*files, ["p"], path)
     with zipfile.ZipFile(path) as file:
         assert {name.removesuffix(".npy") for name in file.namelist()} >= {"about", "grams", "bias"}
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    refused("is no learned judge")
+    refused("is not a learned judge")
     path.write_bytes(whole)
     monkeypatch.setattr(learned.features, "VERSION", 99)
     refused("fitted by another version")

@@ -1,7 +1,7 @@
 """Open tasks in the rule-based judge: what it reads from a task, what it checks in an answer, and
 how far it agrees with strong judges.
 
-The agreement is measured on models of families that no weight was tuned on (judging/families.py).
+The agreement is measured on models of families that no weight was tuned on (judging/validation/families.py).
 """
 
 from __future__ import annotations

@@ -112,8 +112,10 @@ class Classifier:
         for i, text in enumerate(texts):
             indices = near.indices[i, : self.voters]
             scores = near.scores[i, : self.voters]
-            alone = learned is None or comparison_key(text) in self.known
-            found.append(self._vote(indices, scores, None if alone else learned[i]))
+            shares = None
+            if learned is not None and comparison_key(text) not in self.known:
+                shares = learned[i]
+            found.append(self._vote(indices, scores, shares))
         return found
 
     def _vote(

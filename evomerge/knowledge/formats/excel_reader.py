@@ -31,7 +31,7 @@ def read_excel(path: Path, tables: Tables) -> None:
     book = _workbook(path)
     titles = {title.strip().casefold(): title for title in book.sheetnames}
     for sheet in REQUIRED:
-        found = book[titles[sheet]] if sheet in titles else None
+        found: Any = book[titles[sheet]] if sheet in titles else None
         if found is None and sheet == "documents":
             continue
         if not hasattr(found, "iter_rows"):  # missing, or a chart, which has no rows

@@ -107,7 +107,7 @@ def find_columns(sheet: str, header: Sequence[str], where: str, tables: Tables) 
                 f"unknown column {name}",
                 where,
                 None,
-                f"Rename it: {near[0]} may be meant. Other columns may have any other name.",
+                f"Did you mean {near[0]}? Further columns may have any other name.",
             )
         else:
             tables.notes.append(f"{where}: the column {name} is not read")
