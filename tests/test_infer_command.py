@@ -6,11 +6,11 @@ import json
 
 import pytest
 import yaml
-from evomerge.knowledge.write_base import write_knowledge
 
 from evomerge.cli import main
 from evomerge.inference.part import Part
 from evomerge.knowledge.records import Example, Knowledge, KnowledgeClass
+from evomerge.knowledge.write_base import write_knowledge
 from evomerge.searching.session import load_finished
 
 KINDS = (
