@@ -223,7 +223,9 @@ def as_prompt(tokenizer: Any, messages: Sequence[dict[str, str]], where: str) ->
         except TemplateError:
             continue
         if all(message["content"].strip() in text for message in messages):
-            return f"{text}\n</think>\n\n" if text.rstrip().endswith("<think>") else text
+            if text.rstrip().endswith("<think>"):
+                text += "\n</think>\n\n"
+            return text
     raise ModelError(
         "its chat template does not take the rubric",
         where=where,

@@ -200,7 +200,7 @@ class Chooser:
 
         Those that share nothing with the task keep the base's order.
         """
-        counts = [_quotes(kind) for kind in kinds]
+        counts = list(map(_quotes, kinds))
         found: list[tuple[Document, ...]] = [()] * len(texts)
         quoting = [i for i, count in enumerate(counts) if count]
         if self.document_retriever is None or not quoting:

@@ -26,7 +26,7 @@ README = (
     ("evomerge", "Knowledge base of `evomerge infer --knowledge` / 知識ベース"),
     (
         "What it does",
-        "Each task gets the class of the examples that are most like it, and is asked with that "
+        "Each task gets the class of the examples that are most like it, and is answered with that "
         "class's prompt and a few of its examples.\n"
         "課題ごとに、似た手本から種類を決め、その種類のプロンプトと手本で回答させます。",
     ),
@@ -41,7 +41,7 @@ README = (
         "Two ways to show examples",
         "A template without {examples}, as here: each example is a turn of the chat before the "
         "task, the template filled with its input and then its output as the answer; models that "
-        "follow a chat do best with it. A template with {examples}: they stand there as text, "
+        "follow a chat do best with it. A template with {examples}: they are put there as text, "
         "指示: … 回答: …, in one turn with the task. The column examples says how many; 0 shows "
         "none.\n"
         "テンプレートに {examples} がなければ、手本は課題の前の対話として示されます。"
@@ -61,7 +61,7 @@ README = (
     ),
     (
         "Rules",
-        "Columns may stand in any order, and columns with other names are not read. Do not merge "
+        "Columns may be in any order, and columns with other names are not read. Do not merge "
         "cells, do not use formulas (a text that begins with = is fine where the cell is formatted "
         "as text), do not hide sheets.\n"
         "列の順序は自由です。セルの結合、数式、シートの非表示は使えません。",

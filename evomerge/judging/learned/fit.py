@@ -171,7 +171,7 @@ def _folds(models: Sequence[str]) -> tuple[NDArray[np.int64], bool]:
 
     By family where there are enough of them; the largest are placed first.
     """
-    groups = [family(model) for model in models]
+    groups = list(map(family, models))
     by_family = len(set(groups)) >= FOLDS
     if not by_family:
         groups = list(models)

@@ -153,10 +153,10 @@ def _tfidf(grams: list[tuple[NDArray[np.int64], Float32s]]) -> tuple[Float32s, A
     """(idf [B], sparse rows [n, B] of the n-grams times idf, at length 1)."""
     from scipy import sparse  # comes with scikit-learn; needed here alone
 
-    starts = np.cumsum([0] + [len(buckets) for buckets, _ in grams])
-    values = np.concatenate([weights for _, weights in grams])
-    columns = np.concatenate([buckets for buckets, _ in grams])
-    x = sparse.csr_matrix((values, columns, starts), shape=(len(grams), 1 << BITS))
+    buckets, weights = zip(*grams, strict=True)
+    starts = np.cumsum([0, *map(len, buckets)])
+    entries = (np.concatenate(weights), np.concatenate(buckets), starts)
+    x = sparse.csr_matrix(entries, shape=(len(grams), 1 << BITS))
     seen = np.bincount(x.indices, minlength=1 << BITS)
     idf = np.log(len(grams) / (1.0 + seen)).clip(min=0).astype(np.float32)
     x = x @ sparse.diags(idf)

@@ -80,16 +80,19 @@ def _grade_open(task: Task, raw: str, *, truncated: bool) -> Grade:
     expected = expected_of(task.input, task.output, task.eval_aspect)
     found = measure(expected, raw, clean(raw), truncated=truncated)
     if expected.reference:
-        merits = sum(weight * found.values[name] for name, weight in MERITS.items())
         # capped first: a fault always shows
-        value = min(5.0, BASE + merits)
+        value = min(5.0, BASE + _weighted_sum(MERITS, found))
         reasons = _merits(expected, found)
     else:
         value = WITHOUT_REFERENCE
         reasons = ["no reference to compare with"]
-    value -= sum(weight * found.values[name] for name, weight in FAULTS.items())
+    value -= _weighted_sum(FAULTS, found)
     reasons += _faults(expected, found)
     return Grade(round(min(5.0, max(1.0, value)), 2), None, "; ".join(reasons))
+
+
+def _weighted_sum(weights: dict[str, float], found: Measured) -> float:
+    return sum(weight * found.values[name] for name, weight in weights.items())
 
 
 def _empty_reason(text: str) -> str:

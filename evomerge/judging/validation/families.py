@@ -1,9 +1,9 @@
 """Model families, by name, and the split of families that keeps tuning a judge from testing it.
 
 Two models of one family answer alike, so a judge fitted on one has practically seen the other. A
-family is whoever trained the model to answer: Shisa's fine-tunes of Llama and Mistral are one
-family, since the training data decides how an answer reads. Where the name does not tell, it is the
-base's family, and else the organisation or the name itself.
+family is the organisation that trained the model to answer: Shisa's fine-tunes of Llama and Mistral
+are one family, since the training data decides how an answer reads. Where the name does not tell,
+it is the base's family, and else the organisation or the name itself.
 """
 
 from __future__ import annotations

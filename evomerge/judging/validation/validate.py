@@ -136,10 +136,8 @@ def validate_files(
     cost = _cost(chosen) - cost_before
     _close(chosen)
     second = pick(graded, [reference], grades_path, take=2)
-    both = [key for key in second if key in grades]
-    reference_again = None
-    if both:
-        reference_again = _repeatability([grades[k] for k in both], [second[k] for k in both])
+    takes = [(grades[key], grade) for key, grade in second.items() if key in grades]
+    reference_again = _repeatability(*zip(*takes, strict=True)) if takes else None
     n = len(given)
     return Validation(
         judge=chosen.name,

@@ -31,7 +31,7 @@ class Bm25Retriever(VectorRetriever):
 
         super().__init__(inputs, itself)
         self.tokenize = tokenize or fugashi_tokens()
-        words = [self.tokenize(text) for text in self.inputs]
+        words = list(map(self.tokenize, self.inputs))
         self.vocabulary: dict[str, int] = {}
         for text in words:
             for word in text:
@@ -40,7 +40,7 @@ class Bm25Retriever(VectorRetriever):
         frequency = np.bincount(counts.indices, minlength=len(self.vocabulary))
         self.idf = np.log1p((len(words) - frequency + 0.5) / (frequency + 0.5))
         self.unknown = float(np.log1p((len(words) + 0.5) / 0.5))
-        lengths = np.array([len(text) for text in words], float)
+        lengths = np.array(list(map(len, words)), float)
         norm = K1 * (1 - B + B * lengths / max(lengths.mean(), 1.0))
         tf = counts.data
         norms = np.repeat(norm, np.diff(counts.indptr))
@@ -54,13 +54,13 @@ class Bm25Retriever(VectorRetriever):
 
     def raw(self, texts: Sequence[str]) -> Matrix:
         """The scores of the formula, (texts, base)."""
-        words = [self.tokenize(text) for text in texts]
+        words = list(map(self.tokenize, texts))
         scores: Matrix = (self._counts(words) @ self.matrix).toarray()
         return scores
 
     def similar(self, texts: Sequence[str]) -> Matrix:
         """The scores over their bounds, (texts, base)."""
-        words = [self.tokenize(text) for text in texts]
+        words = list(map(self.tokenize, texts))
         idf = [sum(map(self._idf_of, text)) for text in words]
         bound = np.maximum(np.array(idf, float), 1e-12) * (K1 + 1)
         scores: Matrix = (self._counts(words) @ self.matrix).toarray() / bound[:, None]

@@ -52,7 +52,7 @@ class VectorRetriever:
     """
 
     def __init__(self, inputs: Sequence[str], itself: bool = False) -> None:
-        self.inputs = [normal_form(text) for text in inputs]
+        self.inputs = list(map(normal_form, inputs))
         self.places: dict[str, list[int]] = {}
         if not itself:
             for i, text in enumerate(self.inputs):
@@ -65,7 +65,7 @@ class VectorRetriever:
     def nearest(self, texts: Sequence[str], k: int) -> Nearest:
         """The k nearest of each text."""
         k = min(k, len(self.inputs))
-        return in_batches(self._batch, [normal_form(text) for text in texts], k)
+        return in_batches(self._batch, list(map(normal_form, texts)), k)
 
     def _batch(self, texts: Sequence[str], k: int) -> Nearest:
         scores: Matrix = np.clip(self.similar(texts), 0.0, 1.0).round(DIGITS)

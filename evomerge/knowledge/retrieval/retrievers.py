@@ -23,7 +23,7 @@ def make_retriever(
     and `say` gets a line about it. Raises InputError: an unknown name, or embeddings without
     sentence-transformers; ModelError: an embedding model that cannot be loaded.
     """
-    parts = [part.strip() for part in name.split("+")]
+    parts = list(map(str.strip, name.split("+")))
     if len(parts) > 1:
         return FusedRetriever([make_retriever(part, inputs, say) for part in parts], len(inputs))
     kind, _, model = parts[0].partition(":")

@@ -31,9 +31,7 @@ Span = tuple[int, int, str]  # start, end, expected item
 
 def judge_polarity(yes: bool, said: str) -> Finding:
     """Yes or no, by the word after the last marked answer, or else the first such word."""
-    marked = [m.end() for m in MARKER.finditer(said)]
-    found = _YES_OR_NO.search(said, marked[-1]) if marked else None
-    found = found or _YES_OR_NO.search(said)
+    found = _after_mark(_YES_OR_NO, said) or _YES_OR_NO.search(said)
     if found is None:
         return Finding(False, 0.0, "says neither yes nor no")
     if re.match(rf"\s*(?:{HEDGE}|と|か)", said[found.end() :], re.IGNORECASE):
@@ -60,13 +58,18 @@ def _chosen_letter(said: str, letters: set[str]) -> str:
     several = rf"\n\s*\(?[A-J][).]|^.{{0,40}}{HEDGE}\s*\(?[A-J]\b"
     if lead and re.search(several, said):
         return ""
-    marked = [m.end() for m in MARKER.finditer(said)]
-    after = _LETTER.search(said, marked[-1]) if marked else None
+    after = _after_mark(_LETTER, said)
     if after:
         return after.group(1)
     if lead:
         return lead.group(1).upper()
-    return next(iter(letters)) if len(letters) == 1 else ""
+    return "".join(letters) if len(letters) == 1 else ""
+
+
+def _after_mark(pattern: re.Pattern[str], said: str) -> re.Match[str] | None:
+    """The first match after the last marked answer, if any is marked."""
+    marks = list(MARKER.finditer(said))
+    return pattern.search(said, marks[-1].end()) if marks else None
 
 
 def split_items(text: str) -> list[str]:

@@ -142,7 +142,8 @@ def _stated(question: str, text: str, numbers: Sequence[Number]) -> int:
     """Which number is the answer: a marked one, the last with the noun asked for, or the last."""
     noun = _asked_noun(question)
     named = [i for i, n in enumerate(numbers) if noun and _unit(text, n).startswith(noun)]
-    for mark in reversed([m.end() for m in MARKER.finditer(text)]):
+    for match in reversed(list(MARKER.finditer(text))):
+        mark = match.end()
         after = []
         for i, n in enumerate(numbers):
             if n.start >= mark and not _SENTENCE_END.search(text[mark : n.start].strip()):

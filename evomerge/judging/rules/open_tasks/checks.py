@@ -146,7 +146,9 @@ def _symbols(question: str, reference: ParsedText) -> Check | None:
         right = any(symbol in answer.compact for symbol in symbols)
         if not right and value is not None:
             right = value in map(formula_value, FORMULA.findall(answer.compact))
-        return (1.0, f"holds {symbols[0]}") if right else (-1.0, f"lacks {symbols[0]}")
+        if right:
+            return 1.0, f"holds {symbols[0]}"
+        return -1.0, f"lacks {symbols[0]}"
 
     return look
 
@@ -181,8 +183,9 @@ def _order(question: str, reference: ParsedText) -> Check | None:
         said.append(_LINE_NUMBER.findall(answer.text))
         places = sorted((answer.text.rfind(start), label) for label, start in starts)
         said.append([label for place, label in places if place >= 0])
-        right = expected in said
-        return (1.0, "gives the expected order") if right else (-1.0, "gives another order")
+        if expected in said:
+            return 1.0, "gives the expected order"
+        return -1.0, "gives another order"
 
     return look
 

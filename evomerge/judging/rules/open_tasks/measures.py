@@ -116,7 +116,9 @@ def _expected_items(question: str, reference: str) -> int | None:
     """How many items the question asks for; None where the reference lists another number."""
     items = named_count(question)
     listed = count_items(reference)
-    return None if listed and listed != items else items
+    if listed and listed != items:
+        return None
+    return items
 
 
 def measure(task: Expected, raw: str, text: str, *, truncated: bool) -> Measured:

@@ -65,10 +65,14 @@ def _right_and_wrong(names: list[str], reference: ParsedText) -> tuple[list[str]
     right = [name for name in names if name in reference.conclusion]
     if not right:
         right = [name for name in names if name in reference.text]
-    # 円 is part of 円柱
-    right = [n for n in right if not any(n != other and n in other for other in right)]
-    wrong = [n for n in names if not any(n in r for r in right)]
+    right = [name for name in right if not _is_part(name, right)]
+    wrong = [name for name in names if name not in right and not _is_part(name, right)]
     return right, wrong
+
+
+def _is_part(name: str, others: list[str]) -> bool:
+    """Whether a name is part of another one: 円 of 円柱."""
+    return any(name != other and name in other for other in others)
 
 
 def _side(text: str, right: list[str], wrong: list[str]) -> float:
