@@ -51,7 +51,7 @@ def test_a_hub_name_stays_a_hub_name(tmp_path):
         (MINIMAL + "serch: {}\n", ["unknown key `serch`", "`search`"]),
         (MINIMAL + "search: {trails: 3}\n", ["`search.trails`", "`search.trials`"]),
         (MINIMAL + "search: {trials: many}\n", ["`search.trials`", "'many'"]),
-        (MINIMAL + "search: {trials: 0}\n", ["`search.trials`", "At least 1"]),
+        (MINIMAL + "search: {trials: 0}\n", ["`search.trials`", "at least 1"]),
         (MINIMAL + "search: {sigma: .nan}\n", ["`search.sigma`", "finite"]),
         (MINIMAL + "search: {start: 3}\n", ["`search.start`", "bounds"]),
         (MINIMAL + "search: {bounds: [1, 0]}\n", ["`search.bounds`"]),
