@@ -85,7 +85,7 @@ class GenomeSection(Section):
             need = f"Add the model that the siblings come from: {method} needs it."
             require(base is not None, "base_model", "is missing", None, need)
         twice = [model for model in self.models if self.models.count(model) > 1]
-        require(not twice, "models", "names a model twice", twice[:1], "Keep one.")
+        require(not twice, "models", "names a model twice", next(iter(twice), None), "Keep one.")
         require(
             method in MIXING or base not in self.models,
             "models",

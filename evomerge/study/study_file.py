@@ -18,7 +18,7 @@ from evomerge.study.prompt_keys import (
     TaskSource,
 )
 from evomerge.study.search_keys import ObjectiveSection, SearchSection
-from evomerge.study.section import PathText, Section, StudyName, as_tuple, require
+from evomerge.study.section import PathText, Remedy, Section, StudyName, as_tuple, require
 
 # What studies did before they named it.
 BEFORE: dict[str, dict[str, Any]] = {
@@ -48,6 +48,7 @@ class Study(Section):
             _named_tasks,
             json_schema_input_type=Annotated[list[TaskSource | str], Field(min_length=1)],
         ),
+        Remedy("Name at least one task file or dataset."),
     ] = Field(
         min_length=1,
         description="What the merged model must answer; a plain text is the name of an lm-eval "
@@ -260,7 +261,7 @@ class Study(Section):
             not files,
             "tasks",
             "mixes lm-eval tasks with files, whose grades differ in scale",
-            files[:1],
+            next(iter(files), None),
             "Make two studies.",
         )
         everything = "does not go with lm-eval tasks, whose metrics are over all documents"
