@@ -45,7 +45,7 @@ class Genome(SearchSpace):
         return references.parent_vector(self, sibling)
 
     def uniform(self, weight: float) -> tuple[tuple[float, ...], ...]:
-        """The vectors with one weight for all slices and siblings: none, one, or several (slerp)."""
+        """The vectors with one weight for all slices and siblings; several for slerp."""
         return references.uniform_vectors(self, weight)
 
     def is_uniform(self, vector: Sequence[float]) -> bool:

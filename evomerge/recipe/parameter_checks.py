@@ -19,7 +19,7 @@ class ParameterChecks:
     dtype: str | None
 
     def parameters(self, value: Any, where: str) -> Mapping[str, Any]:
-        """The mapping as it is, or an empty one. Raises RecipeError naming the key and its place."""
+        """The mapping, or an empty one. Raises RecipeError naming the key and its place."""
         if value is None:
             return {}
         if not isinstance(value, Mapping):

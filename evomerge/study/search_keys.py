@@ -1,4 +1,4 @@
-"""`search:` and `objective:` CMA-ES, what each candidate answers, what is maximised, when it ends."""
+"""`search:` and `objective:` how CMA-ES searches, what is maximised, and when it ends."""
 
 from __future__ import annotations
 

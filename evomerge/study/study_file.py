@@ -1,4 +1,4 @@
-"""The whole study file: its sections, mergekit-evolve's other keys, and what concerns several sections."""
+"""The whole study file: its sections, top-level keys, and the rules between sections."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class Study(Section):
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """Lowest and highest weight; for slerp, the range that `start` and `sigma` are shares of."""
+        """Lowest and highest weight; for slerp, what `start` and `sigma` are shares of."""
         negative = self.genome.allow_negative_weights and self.genome.merge_method != "slerp"
         return self.search.bounds or ((-2.0, 2.0) if negative else (0.0, 2.0))
 
