@@ -65,10 +65,10 @@ def size(number: float) -> str:
     """Bytes as 512 B, 20.4 kB, 852.6 MB or 26.4 GB."""
     if number < 1000:
         return f"{number:.0f} B"
-    for unit in ("kB", "MB", "GB"):
-        number /= 1000
-        if number < 1000:
-            break
+    number, unit = number / 1000, "kB"
+    for larger in ("MB", "GB"):
+        if number >= 1000:
+            number, unit = number / 1000, larger
     return f"{number:.1f} {unit}"
 
 
@@ -101,6 +101,7 @@ def byte_progress(console: Console, doing: str) -> Callable[[int, int], None]:
     shown = -REDRAW_EVERY
 
     def progress(done: int, total: int) -> None:
+        """Show how far it is."""
         nonlocal shown
         now = time.monotonic()
         if now - shown < REDRAW_EVERY and done < total:

@@ -45,7 +45,7 @@ def _slerp_slice(space: SearchSpace, start: int, end: int, u: float) -> dict[str
 def _task_arithmetic(space: SearchSpace, x: Sequence[float]) -> Recipe:
     """In the shape of mergekit-evolve's own recipes, which its users know."""
     n = len(space.models)
-    rows = [x[s * n : (s + 1) * n] for s in range(len(space.slices))]
+    rows = [x[i : i + n] for i in range(0, len(x), n)]
     return task_arithmetic_recipe(
         str(space.base_model), space.models, space.slices, rows, space.dtype, space.normalize
     )

@@ -21,5 +21,6 @@ def walk(n: int) -> tuple[tuple[int, int], ...]:
     if n % 2 == 0:
         last = n - 1
         for i in range(last):
-            edges.append((i, last) if i % 2 == 0 else (last, i))
+            edge = (i, last) if i % 2 == 0 else (last, i)
+            edges.append(edge)
     return tuple(edges)

@@ -96,8 +96,8 @@ def _slerp_genes(space: SearchSpace) -> Iterator[Gene]:
     low, high = space.weight_bounds
     length = float(len(walk(len(space.models))))
     middle = length * (space.start - low) / (high - low)
-    for start, end in space.slices:
-        name, label = _layers(start, end)
+    for g in range(len(space.slices)):
+        name, label = _group(space, g)
         yield Gene(name, label, 0.0, length, middle, length / (high - low))
 
 
@@ -105,14 +105,14 @@ def _weight_genes(space: SearchSpace) -> Iterator[Gene]:
     low, high = space.weight_bounds
     sparse, dense = space.density_bounds
     scale = (dense - sparse) / (high - low)
-    for g, layers in enumerate(space.slices):
-        group, group_label = (f"point_{g}", f"point {g}") if space.smooth else _layers(*layers)
+    for g in range(len(space.slices)):
+        group, group_label = _group(space, g)
         for m, ref in enumerate(space.models):
             model, model_label = "", ""
             if len(space.models) > 1:
                 model, model_label = f"_model_{m}", f" {Path(ref).name}"
             for text in space.filter_sets:
-                tail, tail_label = _filter(text, space)
+                tail, tail_label = _filter(space, text)
                 name, label = group + model, group_label + model_label
                 yield Gene(name + tail, label + tail_label, low, high, space.start, 1.0)
                 if "density" in space.parameters:
@@ -120,13 +120,18 @@ def _weight_genes(space: SearchSpace) -> Iterator[Gene]:
                     yield Gene(name, label, sparse, dense, space.start_density, scale)
 
 
-def _layers(start: int, end: int) -> tuple[str, str]:
-    """Name and label of a slice."""
+def _group(space: SearchSpace, g: int) -> tuple[str, str]:
+    """Name and label of a slice, or of a point of the lines."""
+    if space.smooth:
+        return f"point_{g}", f"point {g}"
+    start, end = space.slices[g]
     return f"layers_{start}_{end - 1}", f"{start}–{end - 1}"
 
 
-def _filter(text: str | None, space: SearchSpace) -> tuple[str, str]:
+def _filter(space: SearchSpace, text: str | None) -> tuple[str, str]:
     """Name and label of a filter set."""
     if text is not None:
         return f"_filter_{text}", f" {text}"
-    return ("_rest", " rest") if space.filters else ("", "")
+    if space.filters:
+        return "_rest", " rest"
+    return "", ""

@@ -17,16 +17,16 @@ one sibling: its whole weight), or slerp comes to a model again along another ed
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from evomerge.errors import StudyFileError
-from evomerge.genome import references
 from evomerge.genome.decoding import vector_to_recipe
 from evomerge.genome.model_walk import walk
 from evomerge.genome.search_space import Gene, SearchSpace
 from evomerge.recipe import Recipe
 from evomerge.study import MIXING, Study
 
+Vector = tuple[float, ...]
 __all__ = ["Gene", "Genome", "make_genome", "walk"]
 
 # methods that mergekit-evolve normalises unless told otherwise
@@ -40,21 +40,78 @@ class Genome(SearchSpace):
         """(d,) numbers -> recipe."""
         return vector_to_recipe(self, vector)
 
-    def parent(self, sibling: int | None) -> tuple[float, ...]:
+    def parent(self, sibling: int | None) -> Vector:
         """The vector of one sibling alone, or of the base (None): weights 1 and 0, densities 1."""
-        return references.parent_vector(self, sibling)
+        ref = self.base_model
+        if sibling is not None:
+            ref = self.siblings[sibling]
+        if self.method != "slerp":
+            return self._fill(lambda model: float(model == ref), density=1.0)
+        for edge, (first, _) in enumerate(walk(len(self.models))):
+            if self.models[first] == ref:
+                return (float(edge),) * self.dimensions
+        # of two models, the second is the walk's end
+        return tuple(gene.high for gene in self.genes)
 
-    def uniform(self, weight: float) -> tuple[tuple[float, ...], ...]:
-        """The vectors with one weight for all slices and siblings; several for slerp."""
-        return references.uniform_vectors(self, weight)
+    def uniform(self, weight: float) -> tuple[Vector, ...]:
+        """The merges with one weight for all slices and siblings.
+
+        There is none, one, or for slerp one for each pair of models. The weight is t for slerp; for
+        linear it is what the siblings share, and the base has the rest. Without a base the
+        siblings' mean is all there is. Weights that the method does not reach are left out.
+        """
+        if self.method == "slerp":
+            if not 0 < weight < 1:  # at the ends are the parents
+                return ()
+            edges = range(len(walk(len(self.models))))
+            return tuple((edge + weight,) * self.dimensions for edge in edges)
+        if self.method != "linear":
+            return (self._fill(lambda _: weight),)
+        if self.base_model is None:
+            return (self._fill(lambda _: 1 / len(self.models)),)
+        if 1 - weight < self.weight_bounds[0]:
+            return ()
+        shares = dict.fromkeys(self.siblings, weight / len(self.siblings))
+        shares[self.base_model] = 1 - weight
+        return (self._fill(lambda model: shares[model]),)
 
     def is_uniform(self, vector: Sequence[float]) -> bool:
-        """Whether all slices and siblings have one weight, whatever the densities."""
-        return references.is_uniform(self, vector)
+        """Whether all slices and siblings have one weight, whatever the densities: a parent can."""
+        if self.method == "slerp":
+            return len(set(vector)) == 1
+        shared: set[float] = set()
+        for m, ref in enumerate(self.models):
+            weights = set()
+            for g in range(len(self.slices)):
+                for f in range(len(self.filter_sets)):
+                    weights.add(vector[self.position(g, m, f, 0)])
+            if len(weights) > 1:
+                return False
+            if ref in self.siblings:
+                shared |= weights
+        return len(shared) == 1
 
-    def references(self, weights: Sequence[float]) -> list[tuple[str, tuple[float, ...]]]:
-        """(role, vector) of what a search is compared with: parents and uniform weights."""
-        return references.reference_vectors(self, weights)
+    def references(self, weights: Sequence[float]) -> list[tuple[str, Vector]]:
+        """(role, vector) of what a search is compared with: parents, and each uniform weight."""
+        found: list[tuple[str, Vector]] = []
+        if self.has_base:
+            found.append(("parent", self.parent(None)))
+        found += [("parent", self.parent(m)) for m in range(len(self.siblings))]
+        if len(self.siblings) > 1:
+            weights = (*weights, 1.0)  # of one sibling, weight 1 is the sibling
+        for weight in weights:
+            found += [("uniform", vector) for vector in self.uniform(weight)]
+        return list(dict.fromkeys(found))
+
+    def _fill(self, weight: Callable[[str], float], density: float | None = None) -> Vector:
+        """One weight per model in every slice and filter set, one density for all."""
+        if density is None:
+            density = self.start_density
+        numbers: list[float] = []
+        for ref in self.models:
+            entry = [weight(ref), density][: len(self.parameters)]
+            numbers += entry * len(self.filter_sets)
+        return tuple(numbers) * len(self.slices)
 
 
 def make_genome(study: Study, n_layers: int) -> Genome:

@@ -48,5 +48,8 @@ def _flat(data: Mapping[str, Any], at: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in data.items():
         path = join(at, str(key))
-        flat |= _flat(value, path) if isinstance(value, Mapping) else {path: value}
+        if isinstance(value, Mapping):
+            flat |= _flat(value, path)
+        else:
+            flat[path] = value
     return flat

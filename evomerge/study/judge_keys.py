@@ -54,7 +54,9 @@ class JudgeSection(Section):
     votes: int = Field(
         default=1, ge=1, description="Times an answer is graded; the grade is their median."
     )
-    temperature: float = Field(default=0.0, ge=0, description="Of the judge's replies.")
+    temperature: float = Field(
+        default=0.0, ge=0, description="Sampling temperature of the replies."
+    )
     reply_tokens: int = Field(
         default=1024, ge=1, description="Longest reply; a model that thinks first needs more."
     )
@@ -76,13 +78,17 @@ class JudgeSection(Section):
     max_cost: float | None = Field(
         default=None, gt=0, description="A budget likewise, in the currency of the prices."
     )
-    input_price: float = Field(default=0.0, ge=0, description="For a million tokens of prompts.")
-    output_price: float = Field(default=0.0, ge=0, description="For a million tokens of replies.")
+    input_price: float = Field(
+        default=0.0, ge=0, description="Price of a million tokens of prompts."
+    )
+    output_price: float = Field(
+        default=0.0, ge=0, description="Price of a million tokens of replies."
+    )
     retries: int = Field(
         default=6,
         ge=0,
-        description="Of a request after 408, 409, 429, 5xx, a timeout or a broken connection; then "
-        "the run pauses.",
+        description="Retries of a request after 408, 409, 429, 5xx, a timeout or a broken "
+        "connection; then the run pauses.",
     )
     back_off: float = Field(
         default=1.0,

@@ -58,7 +58,8 @@ def _explained(
         return _unknown_key(_section_at(section, loc[:-1]), _dotted(at, loc[:-1]), loc[-1], where)
     if kind == "study_rule":
         rule = detail["ctx"]
-        key = join(key, rule["key"]) if rule["key"] else key
+        if rule["key"]:
+            key = join(key, rule["key"])
         return _error(f"`{key}` {rule['what']}", where, rule["found"], rule["remedy"])
     if kind == "missing" and isinstance(loc[-1], str):
         remedy = "Add it; search_spaces/demo.yaml shows how."
@@ -72,12 +73,11 @@ def _explained(
         return _error(f"`{key}` is empty", where, found, _remedy(field, "Fill it in, or remove it"))
     if kind in OUT_OF_RANGE:
         return _error(f"`{key}` is out of range", where, found, _remedy(field, _limits(field)))
+    wanted = WANTED.get(kind, detail["msg"])
     if kind == "literal_error":
         wanted = " or ".join(_choices(field.annotation))
-    else:
-        wanted = WANTED.get(kind, detail["msg"])
-        # a list that is too short is reported at the item that it lacks
-        key = _dotted(at, loc[:-1]) if kind == "missing" else key
+    if kind == "missing":  # a list that is too short is reported at the item that it lacks
+        key = _dotted(at, loc[:-1])
     remedy = "Change it." if field.is_required() else "Change it, or leave it out for the default."
     return _error(f"`{key}` must be {wanted}", where, found, remedy)
 
@@ -92,8 +92,8 @@ def _unknown_key(section: type[Section], at: str, key: object, where: str) -> St
 
 
 def _error(what: str, where: str, found: object, remedy: str) -> StudyFileError:
-    # as it was written: a list, not the tuple that would be held
-    found = list(found) if isinstance(found, tuple) else found
+    if isinstance(found, tuple):
+        found = list(found)  # as it was written, not as it would be held
     return StudyFileError(what, where=where, found=found, remedy=remedy)
 
 
@@ -135,8 +135,10 @@ def _choices(annotation: object) -> list[str]:
 
 
 def _remedy(field: FieldInfo, default: str) -> str:
-    own = [entry.text for entry in field.metadata if isinstance(entry, Remedy)]
-    return own[0] if own else f"{default}."
+    for entry in field.metadata:
+        if isinstance(entry, Remedy):
+            return entry.text
+    return f"{default}."
 
 
 def _limits(field: FieldInfo) -> str:

@@ -84,15 +84,15 @@ class SearchSection(Section):
         gt=0,
         description="A limit likewise, in the currency of the judge's prices and of hourly_price.",
     )
-    hourly_price: float = Field(default=0.0, ge=0, description="Of the machine.")
+    hourly_price: float = Field(default=0.0, ge=0, description="Price of the machine for an hour.")
     min_sigma: float | None = Field(
         default=None, gt=0, description="Ends the search once the step size is smaller."
     )
     patience: int | None = Field(
         default=None,
         gt=0,
-        description="Ends the search after as many generations whose mean gained nothing beyond "
-        "noise.",
+        description="Ends the search after this many generations whose mean gained nothing "
+        "beyond noise.",
     )
     sigma: float = Field(
         default=0.3,

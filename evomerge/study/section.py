@@ -73,16 +73,17 @@ def _name(value: str) -> str:
 
 def _absolute(path: str, info: ValidationInfo) -> str:
     folder: Path | None = info.context
-    return path if folder is None else str((folder / Path(path).expanduser()).resolve())
+    if folder is None:
+        return path
+    return str((folder / Path(path).expanduser()).resolve())
 
 
 def folder_or_name(ref: str, info: ValidationInfo) -> str:
     """A local folder as an absolute path; a name on the hub stays as it is."""
     folder: Path | None = info.context
-    if folder is None:
-        return ref
-    looks_local = ref.startswith((".", "/", "~")) or (folder / ref).exists()
-    return _absolute(ref, info) if looks_local else ref
+    if folder is not None and (ref.startswith((".", "/", "~")) or (folder / ref).exists()):
+        return _absolute(ref, info)
+    return ref
 
 
 def model_path(ref: str, info: ValidationInfo) -> str:
