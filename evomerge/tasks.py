@@ -19,10 +19,10 @@ FILE_TYPES = (".jsonl", ".json", ".csv", ".xlsx", ".parquet")
 
 @dataclass(frozen=True)
 class Task:
-    """One task; the fields are those of ELYZA-tasks-100.
+    """One task; the fields are those of ELYZA-tasks-100, and where the task comes from.
 
     `output` is the reference and may be empty; `eval_aspect` holds the grading points, `kind` a
-    group's name.
+    group's name. `source` is a number, None where all tasks come from one source.
     """
 
     task_id: int | str
@@ -30,6 +30,17 @@ class Task:
     output: str = ""
     eval_aspect: str = ""
     kind: str = ""
+    source: int | None = None
+
+    @property
+    def stored_id(self) -> int | str:
+        """The task's name in a study's storage, unique over all of the study's sources."""
+        return self.task_id if self.source is None else f"{self.source}-{self.task_id}"
+
+    @property
+    def key(self) -> str:
+        """The stored name as text: what grades are kept by."""
+        return str(self.stored_id)
 
 
 @dataclass(frozen=True)
@@ -121,8 +132,8 @@ def tasks_from_rows(rows: Iterable[tuple[str, Mapping[str, Any]]], where: str) -
                 remedy="Give each task its own id.",
             )
         seen[str(task_id)] = place
-        others = {key: _text(row, key, at) for key in ("output", "eval_aspect", "kind")}
-        tasks.append(Task(task_id, text, **others))
+        output, aspect = _text(row, "output", at), _text(row, "eval_aspect", at)
+        tasks.append(Task(task_id, text, output, aspect, _text(row, "kind", at)))
     if not tasks:
         raise TaskError(
             "holds no tasks", where=where, remedy="Add at least one record with a field `input`."
@@ -185,9 +196,12 @@ def _part(
 
 def tasks_hash(tasks: Sequence[Task]) -> str:
     """A SHA-256 over every field of every task, in order."""
-    return sha256(
-        json.dumps([asdict(task) for task in tasks], ensure_ascii=False).encode()
-    ).hexdigest()
+    records = []
+    for task in tasks:
+        record = asdict(task) | {"task_id": task.stored_id}
+        del record["source"]  # the stored name holds it
+        records.append(record)
+    return sha256(json.dumps(records, ensure_ascii=False).encode()).hexdigest()
 
 
 def read_json_records(path: Path) -> list[tuple[str, dict[str, Any]]]:

@@ -17,8 +17,8 @@ from evomerge.cli import main
 from evomerge.errors import OutputError
 from evomerge.judging.llm.grades_cache import GradesCache, Spent
 from evomerge.judging.llm.rubric import Reading
+from evomerge.searching.finished import load_finished
 from evomerge.searching.ledger import Ledger
-from evomerge.searching.session import load_finished
 
 
 def arguments(pair, folder, trials=8):

@@ -152,7 +152,7 @@ def _check_chat(study: Study, has_template: bool) -> Line:
 
 def _check_tasks(study: Study, lines: list[Line]) -> tuple[int, int, int] | None:
     """Numbers of search, validation and held-out tasks."""
-    from evomerge.searching.session import study_tasks
+    from evomerge.searching.prepare import study_tasks
     from evomerge.tasks import split_tasks
 
     try:
@@ -240,7 +240,7 @@ def _live_bytes(study: Study, config: Mapping[str, Any], parameters: int) -> flo
 
 
 def _cost(study: Study, genome: Genome, n_tasks: tuple[int, int, int] | None) -> str:
-    from evomerge.searching.sampler import default_population
+    from evomerge.searching.samplers.cmaes_adapter import default_population
 
     s = study.search
     population = s.population or default_population(genome.dimensions)

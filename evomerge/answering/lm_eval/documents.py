@@ -53,11 +53,13 @@ class LmEvalTasks:
         self.leaves, self.objectives, self.warnings = load_objectives(study)
         self.documents = {name: self._chosen(name, leaf) for name, leaf in self.leaves.items()}
         self.configs = {name: _digest(leaf.dump_config()) for name, leaf in self.leaves.items()}
-        self.tasks = tuple(
-            self._task(name, leaf, i)
-            for name, leaf in self.leaves.items()
-            for i in self.documents[name]
-        )
+        tasks: list[Task] = []
+        self._numbers: dict[str, int] = {}  # task key -> number of its document in its leaf
+        for name, leaf in self.leaves.items():
+            for number in self.documents[name]:
+                tasks.append(self._task(name, leaf, number))
+                self._numbers[tasks[-1].key] = number
+        self.tasks = tuple(tasks)
         # leaf -> document -> lm-eval's instances, without responses
         self._requests: dict[str, dict[int, list[Any]]] = {}
 
@@ -195,9 +197,8 @@ class LmEvalTasks:
         found: dict[str, Outcome] = {}
         applied = False
         for name in self.leaves:
-            numbers = [
-                int(str(task.task_id).rpartition("/")[2]) for task in tasks if task.kind == name
-            ]
+            own = [task for task in tasks if task.kind == name]
+            numbers = [self._numbers[task.key] for task in own]
             if not numbers:
                 continue
             key = cache.key(
@@ -226,12 +227,10 @@ class LmEvalTasks:
                     Outcome(replace(a, text=text), values)
                     for a, (text, values) in zip(kept, texts, strict=True)
                 ]
-            found |= {
-                f"{name}/{number}": outcome
-                for number, outcome in zip(numbers, outcomes, strict=True)
-            }
+            for task, outcome in zip(own, outcomes, strict=True):
+                found[task.key] = outcome
             progress(len(found))
-        return [found[str(task.task_id)] for task in tasks]
+        return [found[task.key] for task in tasks]
 
     def _run(self, name: str, numbers: Sequence[int]) -> list[Outcome]:
         """One leaf's documents through the live model and lm-eval's filters and metrics."""

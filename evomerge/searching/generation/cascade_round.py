@@ -1,0 +1,126 @@
+"""A generation before the cascade judge: who is graded by its expensive judge, and the grades."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from evomerge.errors import EngineError
+from evomerge.judging.cascade import CascadeJudge, Floats, completed, composed, settle
+from evomerge.judging.grade import Grade
+from evomerge.recipe import Recipe
+from evomerge.searching.examine import Examined, JudgedExaminer
+from evomerge.searching.generation.racing import BLOCK, blocks, task_order
+from evomerge.searching.records.study_facts import CascadeSavings
+from evomerge.searching.scoring import Scorer
+from evomerge.study import Study
+from evomerge.tasks import Task
+
+
+@dataclass
+class Row:
+    """One candidate of the generation: answers and grades in the tasks' order."""
+
+    recipe: Recipe
+    examined: Examined  # with the learned judge's grades
+    expensive: list[Grade | None] = field(default_factory=list)  # the llm judge's
+
+
+@dataclass(frozen=True)
+class CascadeOutcome:
+    """The candidates' grades by recipe digest and task key, and how many the llm judge gave."""
+
+    grades: Mapping[str, Mapping[str, Grade]]
+    savings: CascadeSavings
+
+
+@dataclass
+class CascadeRound:
+    """All candidates answer and the learned judge grades all; the llm judge grades, block by block,
+    those that may be in the better half or not.
+    """
+
+    judge: CascadeJudge
+    study: Study
+    examiner: JudgedExaminer
+    scorer: Scorer
+
+    def run(
+        self, recipes: Sequence[Recipe], tasks: Sequence[Task], keep: int, mode: str, label: str
+    ) -> CascadeOutcome | None:
+        """The outcome of a generation; None when no candidate could answer. Raises JudgeError.
+
+        The tasks are graded in the same blocks for all candidates, because differences are paired.
+        """
+        rows = self._answered(recipes, tuple(tasks), mode, label)
+        if not rows:
+            return None
+        order = task_order(self.study.search.seed, 0, len(tasks))
+        looks = []
+        for places in blocks(len(tasks), BLOCK // 2):
+            looks.append([order[place] for place in places])
+
+        def ask(asked: list[int], chosen: list[int]) -> Floats:
+            return self._ask([rows[row] for row in asked], chosen)
+
+        learned = np.array([self._values(row) for row in rows])
+        settle(learned, ask, keep, self.judge.error, looks)
+        return self._outcome(rows)
+
+    def _answered(
+        self, recipes: Sequence[Recipe], tasks: tuple[Task, ...], mode: str, label: str
+    ) -> list[Row]:
+        """The candidates that answer; the others fail again in their own turn, and are recorded."""
+        rows = []
+        for recipe in recipes:
+            item = (recipe, tasks, mode)
+            try:
+                evaluation = self.examiner.evaluation(item, label, graded=False)
+                self.examiner.prefetcher.keep(item, evaluation)
+                likelihoods = self.examiner.likelihoods(recipe, tasks)
+            except EngineError:
+                continue
+            answers, grades = evaluation.answers, []
+            for task, answer in zip(tasks, answers, strict=True):
+                grades.append(self.judge.cheap.grade(task, answer))
+            examined = Examined(tasks, answers, grades, {}, likelihoods=likelihoods)
+            rows.append(Row(recipe, examined, [None] * len(tasks)))
+        return rows
+
+    def _values(self, row: Row) -> list[float]:
+        """What the generation is ranked by, of the grades that are known so far."""
+        known = row.examined
+        grades = [e or c for e, c in zip(row.expensive, known.grades, strict=True)]
+        examined = Examined(known.tasks, known.answers, grades, {}, likelihoods=known.likelihoods)
+        return self.scorer.task_values(examined, missing=0.0)
+
+    def _ask(self, rows: Sequence[Row], chosen: Sequence[int]) -> Floats:
+        """The llm judge's view of some rows on some tasks: [rows, tasks] of what is ranked by."""
+        pending = []
+        for row in rows:
+            tasks = [row.examined.tasks[t] for t in chosen]
+            answers = [row.examined.answers[t] for t in chosen]
+            pending.append(self.judge.submit(tasks, answers))
+        for row, waited in zip(rows, pending, strict=True):
+            for t, grade in zip(chosen, waited.result(), strict=True):
+                row.expensive[t] = grade
+        return np.array([self._values(row) for row in rows])[:, chosen]
+
+    def _outcome(self, rows: Sequence[Row]) -> CascadeOutcome:
+        """The rows' grades: the llm judge's, and the learned one's moved to its level."""
+        cheap = np.array([[grade.value for grade in row.examined.grades] for row in rows])
+        known = np.full(cheap.shape, np.nan)
+        for place, row in enumerate(rows):
+            for t, grade in enumerate(row.expensive):
+                if grade is not None:
+                    known[place, t] = grade.value
+        moved = completed(cheap, known)
+        found = {}
+        for place, row in enumerate(rows):
+            grades = composed(row.examined.grades, row.expensive, moved[place])
+            by_task = zip(row.examined.tasks, grades, strict=True)
+            found[row.recipe.digest()] = {task.key: grade for task, grade in by_task}
+        asked = int((~np.isnan(known)).sum())
+        return CascadeOutcome(found, CascadeSavings(known.size, asked))
