@@ -15,7 +15,8 @@ from evomerge.answering.engine import Answer
 from evomerge.errors import InputError, TaskError
 from evomerge.files import replace_file
 from evomerge.judging.grade import Grade, Judge
-from evomerge.tasks import Task, load_tasks, read_json_records
+from evomerge.task_files import read_json_records
+from evomerge.tasks import Task, load_tasks
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from evomerge.answering.cache import AnswerCache
 from evomerge.answering.engine import Engine
 from evomerge.answering.hf.engine import TransformersEngine
-from evomerge.answering.lm_eval.documents import LmEvalTasks
+from evomerge.answering.lm_eval.harness import LmEvalRunner
 from evomerge.answering.prompts import Prompter
 from evomerge.console import Console
 from evomerge.judging.grade import Judge
@@ -64,12 +64,12 @@ def lm_eval_search(
     ledger: Ledger,
     console: Console,
     engine: Engine,
-    lm_eval: LmEvalTasks,
+    runner: LmEvalRunner,
     cache: AnswerCache,
 ) -> Search:
     """A search over tasks of lm-eval, whose prompts are prepared."""
     engine.limits.update(ledger.facts.limits)
-    examiner = LmEvalExaminer(engine, lm_eval, cache, console)
+    examiner = LmEvalExaminer(engine, runner, cache, console)
     study = problem.study
     scorer = make_scorer(study, problem.split, lambda task: study.generation.max_new_tokens)
     plan = EveryTask(examiner, problem.split.search)

@@ -15,7 +15,7 @@ from evomerge.answering.cache import MERGED, AnswerCache, answer_all
 from evomerge.answering.engine import Answer, Engine
 from evomerge.answering.hf.engine import TransformersEngine
 from evomerge.answering.hf.likelihood import loglikelihood, spoken
-from evomerge.answering.lm_eval.documents import LmEvalTasks
+from evomerge.answering.lm_eval.harness import LmEvalRunner
 from evomerge.answering.pace import Pace
 from evomerge.answering.prompts import Prompter
 from evomerge.console import Console
@@ -172,7 +172,7 @@ class LmEvalExaminer:
     """The examiner of lm-eval's tasks: lm-eval builds the prompts and computes the metrics."""
 
     engine: Engine
-    lm_eval: LmEvalTasks
+    runner: LmEvalRunner
     cache: AnswerCache
     console: Console
     judge: Judge | None = None
@@ -200,10 +200,11 @@ class LmEvalExaminer:
             self.console.status(f"{label}  answered {n}/{len(tasks)}", detail=True)
 
         began = time.perf_counter()
-        outcomes = self.lm_eval.examine(recipe.digest(), tasks, self.cache, apply, progress)
+        outcomes = self.runner.examine(recipe.digest(), tasks, self.cache, apply, progress)
         answering = time.perf_counter() - began - merging
         given = []
-        for score, outcome in zip(self.lm_eval.scores(tasks, outcomes), outcomes, strict=True):
+        scores = self.runner.lm_eval.scores(tasks, outcomes)
+        for score, outcome in zip(scores, outcomes, strict=True):
             given.append(Grade(score, None, str(outcome.values)))
         seconds = {"merge": round(merging, 4), "answer": round(answering, 4), "judge": 0.0}
         answers = [outcome.answer for outcome in outcomes]

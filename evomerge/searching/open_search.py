@@ -14,6 +14,7 @@ from typing import Any
 from evomerge.answering.cache import AnswerCache, cache_scope
 from evomerge.answering.engine import Engine, make_engine
 from evomerge.answering.hf.engine import TransformersEngine
+from evomerge.answering.lm_eval.harness import LmEvalRunner
 from evomerge.answering.prompts import make_prompter
 from evomerge.console import Console
 from evomerge.errors import StudyError, StudyFileError
@@ -126,8 +127,7 @@ def _resume_lm_eval(
     prepared: Prepared, ledger: Ledger, console: Console, engine: Engine, cache: AnswerCache
 ) -> Search:
     """Build lm-eval's prompts; refuse a study whose prompts have changed since it began."""
-    lm_eval = prepared.lm_eval
-    assert lm_eval is not None
+    assert prepared.lm_eval is not None
     if not isinstance(engine, TransformersEngine):
         raise StudyFileError(
             "lm-eval needs a transformers model",
@@ -135,17 +135,17 @@ def _resume_lm_eval(
             found=prepared.study.engine.kind,
             remedy="Leave it out.",
         )
-    prompts = lm_eval.prepare(engine)
-    for warning in lm_eval.warnings:
+    runner = LmEvalRunner(prepared.lm_eval, engine)
+    for warning in runner.warnings:
         console.say(f"warning: {warning}")
-    if ledger.facts.prompts not in (None, prompts):
+    if ledger.facts.prompts not in (None, runner.prompts):
         raise StudyError(
             "the prompts have changed since the study began",
             where=ledger.name,
             remedy="Start anew with --study NEW_NAME.",
         )
-    ledger.remember("prompts", prompts)
-    return lm_eval_search(prepared, ledger, console, engine, lm_eval, cache)
+    ledger.remember("prompts", runner.prompts)
+    return lm_eval_search(prepared, ledger, console, engine, runner, cache)
 
 
 def _open_judge(prepared: Prepared, url: str, ledger: Ledger) -> Judge:
