@@ -42,7 +42,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Split:
-    """What the search sees, what only the verdict sees, and what only the choice of a winner sees."""
+    """Which tasks are for the search, which for the verdict, and which for the winner's choice."""
 
     search: tuple[Task, ...]
     held_out: tuple[Task, ...]

@@ -136,13 +136,23 @@ def make_verdict(
         cut = float(np.mean([grade.truncated for grade in grades.values()]))
         candidates[name] = HeldOutScore(mean, error, cut)
         if name != "winner":
-            shared = [task for task in winner if task in values]
-            differences = [winner[task] - values[task] for task in shared]
-            groups = [sources[task] for task in shared] if sources else None
-            low, high = bootstrap_interval(differences, seed, groups)
-            mean = float(np.mean(differences))
-            paired[f"winner-{name}"] = PairedDifference(mean, low, high)
+            paired[f"winner-{name}"] = _paired_difference(winner, values, seed, sources)
     return Verdict(metric, len(winner), candidates, paired)
+
+
+def _paired_difference(
+    winner: Mapping[str, float],
+    other: Mapping[str, float],
+    seed: int,
+    sources: Mapping[str, int] | None,
+) -> PairedDifference:
+    differences, groups = [], []
+    for task, value in winner.items():
+        if task in other:
+            differences.append(value - other[task])
+            groups.append(sources[task] if sources else 0)
+    low, high = bootstrap_interval(differences, seed, groups)
+    return PairedDifference(float(np.mean(differences)), low, high)
 
 
 @dataclass(frozen=True)
@@ -241,8 +251,8 @@ def samples(tasks: Sequence[Task], examined: Mapping[str, Examined]) -> list[Sam
     """Held-out answers side by side, those first on which the candidates' grades differ most."""
     spreads = []
     for i in range(len(tasks)):
-        grades = [found.grades[i].value for found in examined.values()]
-        spreads.append(max(grades) - min(grades))
+        values = [found.grades[i].value for found in examined.values()]
+        spreads.append(max(values) - min(values))
     found = []
     for i in sorted(range(len(tasks)), key=lambda i: (-spreads[i], i))[:SAMPLES]:
         task, answers = tasks[i], {}

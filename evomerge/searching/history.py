@@ -52,11 +52,11 @@ class History:
 
     def has(self, role: str, weights: Sequence[float]) -> bool:
         """Whether a complete trial has this role and these weights."""
-        return any(t.weights == tuple(weights) for t in self._complete(role))
+        return tuple(weights) in [t.weights for t in self._complete(role)]
 
     def trial(self, number: int) -> TrialRecord | None:
         """A trial by its number."""
-        return next((t for t in self.trials if t.number == number), None)
+        return {t.number: t for t in self.trials}.get(number)
 
     def generation(self, generation: int) -> list[TrialRecord]:
         """The generation's complete candidates, in the order of their trials."""
@@ -64,10 +64,7 @@ class History:
 
     def complete_generations(self, population: int) -> int:
         """How many generations have all their candidates, counted from the first one on."""
-        generation = 0
-        while all((generation, index) in self.finished for index in range(population)):
-            generation += 1
-        return generation
+        return self.next_place(population)[0]
 
     def next_place(self, population: int) -> tuple[int, int]:
         """The first (generation, index) without a complete candidate."""
@@ -87,7 +84,10 @@ class History:
 
     def last_failure(self) -> str | None:
         """The reason of the latest failed trial."""
-        return next((t.reason for t in reversed(self.trials) if t.state == "failed"), None)
+        for t in reversed(self.trials):
+            if t.state == "failed":
+                return t.reason
+        return None
 
     def best_candidate(self) -> TrialRecord:
         """The complete candidate with the highest score; there must be one."""
@@ -103,9 +103,9 @@ class History:
     def task_levels(self, metric: str) -> dict[str, float]:
         """Task key -> its mean value by the references, which answer every search task."""
         found: dict[str, list[float]] = {}
-        values = [metric_values(t.grades, metric) for t in self.references]
-        for task in values[0] if values else ():
-            found[task] = [by_task[task] for by_task in values if task in by_task]
+        for t in self.references:
+            for task, value in metric_values(t.grades, metric).items():
+                found.setdefault(task, []).append(value)
         return {task: float(np.mean(known)) for task, known in found.items()}
 
     def _complete(self, *roles: str) -> tuple[TrialRecord, ...]:

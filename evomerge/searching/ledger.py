@@ -170,7 +170,8 @@ def only_worker(url: str, name: str) -> Iterator[None]:
     file = path.with_name(f"{path.stem}.{name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(file, "a+", encoding="utf-8")  # noqa: SIM115 (closed below: its errors are not the search's)
+        # closed below, where errors are the search's own
+        lock = open(file, "a+", encoding="utf-8")  # noqa: SIM115
     except OSError as error:
         raise sqlite_file.explained(error, "the study", path) from error
     with lock:

@@ -116,10 +116,9 @@ class Search:
         history = self.ledger.history()
         generation, mean = self.sampler.mean(history)
         if not generation:
+            none = f"no generation of {self.sampler.population} is complete"
             self.console.say(
-                f"no generation of {self.sampler.population} is complete, so there is no mean of "
-                "the distribution: the best trial wins, and the best of few noisy trials is mostly "
-                "lucky"
+                f"{none}: the best trial wins, and of few noisy ones it is mostly lucky"
             )
         elif not history.has("mean", mean.tolist()):
             trial = self.ledger.start("mean", mean.tolist(), generation)
@@ -128,13 +127,11 @@ class Search:
 
     def _examine_whole(self, trial: TrialRecord, label: str, upcoming: Iterable[Item]) -> None:
         """A trial that answers every search task."""
-        tasks = self.split.search
-        self._trial(
-            trial, label, lambda r: self.examiner.examine(r, [tasks], label, upcoming=upcoming)
-        )
+        examine, tasks = self.examiner.examine, [self.split.search]
+        self._trial(trial, label, lambda r: examine(r, tasks, label, upcoming=upcoming))
 
     def _trial(self, trial: TrialRecord, label: str, examine: Callable[[Recipe], Examined]) -> None:
-        """Examine, score, record. A candidate that fails is recorded too; all else stops the run."""
+        """Examine, score, record. A candidate may fail; all else stops the run."""
         try:
             examined = examine(self.genome.decode(trial.weights))
         except EngineError as error:

@@ -74,9 +74,9 @@ def open_study(prepared: Prepared, url: str, console: Console) -> Ledger:
 
 @contextmanager
 def resume(prepared: Prepared, ledger: Ledger, url: str, console: Console) -> Iterator[Search]:
-    """Step three: engine, judge and cache, ready where the ledger stops; they are closed at the end.
+    """Step three: engine, judge and cache, ready where the ledger stops.
 
-    Raises InputError, EngineError, JudgeError.
+    They are closed at the end. Raises InputError, EngineError, JudgeError.
     """
     study, judge = prepared.study, None
     if prepared.lm_eval is None:

@@ -29,7 +29,7 @@ Reference: TypeAlias = tuple[str, tuple[float, ...]]  # role and weights
 
 @dataclass
 class PendingEvaluation:
-    """A recipe's answers to some tasks, and their grades, known or pending, by the tasks' places."""
+    """A recipe's answers to some tasks, and their grades, known or pending, by place."""
 
     judge: Judge | None  # None: only the answers are wanted
     tasks: Sequence[Task]

@@ -93,9 +93,10 @@ def open_models(study: Study) -> tuple[ModelFolder, list[ModelFolder]]:
 
 
 def check_filters(genome: Genome, base: ModelFolder) -> None:
-    """Raise StudyFileError for a filter that matches no tensor: its numbers would change nothing."""
+    """Raise StudyFileError for a filter that matches no tensor, whose numbers change nothing."""
+    names = "\n".join(base.keys)
     for text in genome.filters:
-        if not any(text in name for name in base.keys):
+        if text not in names:
             raise StudyFileError(
                 "no tensor has this in its name",
                 where="genome.filters",
@@ -107,4 +108,4 @@ def check_filters(genome: Genome, base: ModelFolder) -> None:
 def held_out_examples(knowledge: Knowledge, split: Split) -> int:
     """How many examples of a knowledge base are tasks that the search must not see."""
     unseen = {bare(task.input) for task in (*split.held_out, *split.validation)}
-    return sum(bare(example.input) in unseen for example in knowledge.examples)
+    return len([example for example in knowledge.examples if bare(example.input) in unseen])

@@ -48,7 +48,7 @@ def stratified_error(values: Mapping[str, float], group: Mapping[str, int]) -> f
 
 
 def bootstrap_interval(
-    differences: Sequence[float], seed: int = 0, groups: Sequence[int] | None = None
+    differences: Sequence[float], seed: int = 0, groups: Sequence[int] = ()
 ) -> tuple[float, float]:
     """95 % percentile interval of the mean of paired differences (Efron and Tibshirani 1993, 13.3).
 
@@ -57,12 +57,10 @@ def bootstrap_interval(
     """
     array = np.asarray(differences, dtype=float)
     rng = np.random.default_rng(seed)
-    parts = [array]
-    if groups is not None:
-        of = np.array(groups)
-        parts = [array[of == name] for name in dict.fromkeys(groups)]
+    of = np.array(groups or [0] * len(array))
     sums = []
-    for part in parts:
+    for group in dict.fromkeys(of.tolist()):
+        part = array[of == group]
         drawn = rng.integers(0, len(part), (RESAMPLES, len(part)))
         sums.append(part[drawn].sum(axis=1))
     means = np.sum(sums, axis=0) / len(array)

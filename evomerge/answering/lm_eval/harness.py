@@ -10,7 +10,9 @@ import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,13 +62,15 @@ class LmEvalRunner:
                 self._requests[name] = self._built(name, leaf)
         too_long = 0
         for requests in self._requests.values():
-            too_long += sum(any(map(self._too_long, own)) for own in requests.values())
+            for own in requests.values():
+                too_long += any(map(self._too_long, own))
         if too_long:
             self.warnings.append(
                 f"{too_long} of {len(lm_eval.tasks)} documents are longer than the context; lm-eval "
                 "cuts them on the left"
             )
-        self.prompts = digest([self._prints(name, ids) for name, ids in lm_eval.documents.items()])
+        prints = [self._prints(name, ids) for name, ids in lm_eval.documents.items()]
+        self.prompts = digest(prints)
 
     def _built(self, name: str, leaf: Any) -> dict[int, list[Any]]:
         """A leaf's instances by document. Raises TaskError."""
@@ -139,7 +143,7 @@ class LmEvalRunner:
         wanted = {o.metric for o in self.lm_eval.of(name)}
         try:
             with quiet(), self._seeded():
-                self._answer([instance for own in requests.values() for instance in own])
+                self._answer(list(chain(*requests.values())))
                 values = self._metrics(self.lm_eval.leaves[name], requests, wanted)
         except torch.OutOfMemoryError as error:
             size = self.study.engine.batch_size
@@ -169,11 +173,11 @@ class LmEvalRunner:
 
     def _answer(self, instances: Sequence[Any]) -> None:
         """Append lm-eval's responses to the instances, one kind of request after another."""
-        for kind in dict.fromkeys(instance.request_type for instance in instances):
-            repeated = []
-            for instance in instances:
-                if instance.request_type == kind:
-                    repeated += [instance] * (instance.repeats or 1)
+        by_kind: dict[str, list[Any]] = {}
+        for instance in instances:
+            copies = [instance] * (instance.repeats or 1)
+            by_kind.setdefault(instance.request_type, []).extend(copies)
+        for kind, repeated in by_kind.items():
             responses = getattr(self.lm, kind)(repeated, disable_tqdm=True)
             for instance, response in zip(repeated, responses, strict=True):
                 instance.resps.append(response)
@@ -182,7 +186,7 @@ class LmEvalRunner:
         self, leaf: Any, requests: Mapping[int, Sequence[Any]], wanted: set[str]
     ) -> dict[int, dict[str, float]]:
         """document -> "metric,filter" -> value of what is wanted."""
-        leaf._instances = [instance for own in requests.values() for instance in own]
+        leaf._instances = list(chain(*requests.values()))
         leaf.apply_filters()
         values: dict[int, dict[str, float]] = {number: {} for number in requests}
         for number, own in requests.items():
@@ -236,7 +240,7 @@ def _read(answer: Answer) -> Outcome:
 
 def _fresh(instance: Any) -> Any:
     """A request without responses; its settings are a copy, for lm-eval may change them."""
-    arguments = tuple(dict(a) if isinstance(a, dict) else a for a in instance.arguments)
+    arguments = tuple(map(copy, instance.arguments))
     return replace(instance, arguments=arguments, resps=[], filtered_resps={})
 
 

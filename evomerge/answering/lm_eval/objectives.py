@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Objective:
-    """One entry of the study file: a metric over the documents of some of lm-eval's single tasks."""
+    """One entry of the study file: a metric over the documents of some leaves.
+
+    A leaf is one of lm-eval's single tasks.
+    """
 
     name: str
     metric: str

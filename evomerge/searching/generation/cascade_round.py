@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -60,13 +60,12 @@ class CascadeRound:
         order = task_order(self.study.search.seed, 0, len(tasks))
         looks = []
         for places in blocks(len(tasks), BLOCK // 2):
-            looks.append([order[place] for place in places])
+            looks.append(order[places.start : places.stop])
 
         def ask(asked: list[int], chosen: list[int]) -> Floats:
             return self._ask([rows[row] for row in asked], chosen)
 
-        learned = np.array([self._values(row) for row in rows])
-        settle(learned, ask, keep, self.judge.error, looks)
+        settle(self._values(rows), ask, keep, self.judge.error, looks)
         return self._outcome(rows)
 
     def _answered(
@@ -89,12 +88,16 @@ class CascadeRound:
             rows.append(Row(recipe, examined, [None] * len(tasks)))
         return rows
 
-    def _values(self, row: Row) -> list[float]:
-        """What the generation is ranked by, of the grades that are known so far."""
-        known = row.examined
-        grades = [e or c for e, c in zip(row.expensive, known.grades, strict=True)]
-        examined = Examined(known.tasks, known.answers, grades, {}, likelihoods=known.likelihoods)
-        return self.scorer.task_values(examined, missing=0.0)
+    def _values(self, rows: Sequence[Row]) -> Floats:
+        """What the generation is ranked by, of the grades that are known so far: [rows, tasks]."""
+        found = []
+        for row in rows:
+            grades = list(row.examined.grades)
+            for t, grade in enumerate(row.expensive):
+                grades[t] = grade or grades[t]
+            known = replace(row.examined, grades=grades)
+            found.append(self.scorer.task_values(known, missing=0.0))
+        return np.array(found)
 
     def _ask(self, rows: Sequence[Row], chosen: Sequence[int]) -> Floats:
         """The llm judge's view of some rows on some tasks: [rows, tasks] of what is ranked by."""
@@ -106,13 +109,14 @@ class CascadeRound:
         for row, waited in zip(rows, pending, strict=True):
             for t, grade in zip(chosen, waited.result(), strict=True):
                 row.expensive[t] = grade
-        return np.array([self._values(row) for row in rows])[:, chosen]
+        return self._values(rows)[:, chosen]
 
     def _outcome(self, rows: Sequence[Row]) -> CascadeOutcome:
         """The rows' grades: the llm judge's, and the learned one's moved to its level."""
-        cheap = np.array([[grade.value for grade in row.examined.grades] for row in rows])
+        cheap = np.empty((len(rows), len(rows[0].expensive)))
         known = np.full(cheap.shape, np.nan)
         for place, row in enumerate(rows):
+            cheap[place] = [grade.value for grade in row.examined.grades]
             for t, grade in enumerate(row.expensive):
                 if grade is not None:
                     known[place, t] = grade.value
@@ -120,7 +124,7 @@ class CascadeRound:
         found = {}
         for place, row in enumerate(rows):
             grades = composed(row.examined.grades, row.expensive, moved[place])
-            by_task = zip(row.examined.tasks, grades, strict=True)
-            found[row.recipe.digest()] = {task.key: grade for task, grade in by_task}
+            keys = [task.key for task in row.examined.tasks]
+            found[row.recipe.digest()] = dict(zip(keys, grades, strict=True))
         asked = int((~np.isnan(known)).sum())
         return CascadeOutcome(found, CascadeSavings(known.size, asked))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 from evomerge.answering.cache import AnswerCache, watched
 from evomerge.answering.engine import Engine, Settings
@@ -79,14 +80,14 @@ class OnePass:
             texts = [prompts[i] for i in batch]
             own = None if settings is None else [settings[i] for i in batch]
             keys = [self.cache.key(recipe.digest(), texts, MODE, own) for recipe in recipes]
-            if all(self.cache.get(key, len(batch)) is not None for key in keys):
+            if None not in [self.cache.get(key, len(batch)) for key in keys]:
                 pace.found(len(recipes) * len(batch))
                 continue
             began = time.perf_counter()
             with watched(engine, pace, lambda limits: self.ledger.remember("limits", dict(limits))):
                 answers = engine.answer_all(recipes, texts, own)
             share = (time.perf_counter() - began) / len(recipes)
-            tokens = sum(answer.tokens for found in answers for answer in found)
+            tokens = sum(answer.tokens for answer in chain(*answers))
             pace.end(len(recipes) * len(batch), tokens)
             for recipe, key, found in zip(recipes, keys, answers, strict=True):
                 self.seconds[recipe.digest()] = self.seconds.get(recipe.digest(), 0.0) + share

@@ -229,8 +229,5 @@ class Rounds:
         known = dict(self.ledger.facts.cascade_generations)
         known[generation] = (savings.graded, savings.asked)
         self.ledger.remember("cascade_generations", known)
-        total = CascadeSavings(
-            graded=sum(count for count, _ in known.values()),
-            asked=sum(count for _, count in known.values()),
-        )
-        self.ledger.remember("cascade", total)
+        graded, asked = map(sum, zip(*known.values(), strict=True))
+        self.ledger.remember("cascade", CascadeSavings(graded, asked))

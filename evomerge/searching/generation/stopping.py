@@ -21,7 +21,7 @@ NOISE = 2.0  # standard errors that a generation's mean must gain to count as be
 
 @dataclass(frozen=True)
 class Spending:
-    """What all runs of a study have cost: seconds, and the judge's money in its prices' currency."""
+    """What all runs of a study have cost; `money` is the judge's, in the currency of its prices."""
 
     seconds: float = 0.0
     money: float = 0.0
@@ -110,8 +110,10 @@ def _gained(
     answered n of the N tasks that of the tasks it happened to get, s_d² (1/n - 1/N), s_d² the
     variance of grade - level: tasks that all answer are no noise.
     """
-    means = [float(np.mean([r.score for r in generation])) for generation in generations]
-    errors = [_error(generation, levels, metric) for generation in generations]
+    means, errors = [], []
+    for generation in generations:
+        means.append(float(np.mean([r.score for r in generation])))
+        errors.append(_error(generation, levels, metric))
     before = int(np.argmax(means[:-patience]))
     for mean, error in zip(means[-patience:], errors[-patience:], strict=True):
         if mean - means[before] > NOISE * float(np.hypot(error, errors[before])):

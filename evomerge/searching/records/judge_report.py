@@ -66,7 +66,7 @@ def judge_facts(
 
 
 def known_agreement(judge: Judge) -> Mapping[str, Any] | None:
-    """How far a learned judge, alone or in a cascade, agreed with its references when it was fitted."""
+    """How far a learned judge, alone or in a cascade, agreed with references when it was fitted."""
     from evomerge.judging.learned.judge import LearnedJudge
 
     learned = judge.cheap if isinstance(judge, CascadeJudge) else judge
@@ -127,15 +127,11 @@ def _two_answers(
 def _pair(
     task: Task, sides: list[dict[str, Any]], who: str | None = None, answer: Answer | None = None
 ) -> dict[str, Any]:
-    """`who` gave the `answer` that both sides are about; without it each side has a text of its
-    own.
-    """
-    told = {
+    """`who` gave the `answer` that both sides are about, or each side has a text of its own."""
+    return {
         "task_id": task.stored_id,
         "input": _cut(task.input, TEXT),
         "reference": _cut(task.output, TEXT),
-    }
-    return told | {
         "who": who,
         "text": None if answer is None else _cut(answer.text, TEXT),
         "sides": sides,

@@ -152,7 +152,7 @@ def known_error(stored: float | None, n: int) -> float | None:
 
 
 def metric_values(grades: Mapping[str, TaskGrade], metric: str) -> dict[str, float]:
-    """Task key -> the metric's value, without the tasks that have none (open ones for `correct`)."""
+    """Task key -> the metric's value; tasks without one are left out (open ones for `correct`)."""
     values = {}
     for task, grade in grades.items():
         value = grade.value(metric)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+import numpy as np
+
 from evomerge.genome.weights import Genome
 from evomerge.searching.samplers.cma import CmaSampler
 from evomerge.searching.starting.known_candidates import first_vectors
@@ -21,13 +23,11 @@ def make_sampler(
     s = study.search
     if first is None:
         first = first_vectors(study, genome)
-    vectors = [*(vector for _, vector in genome.references(s.uniform)), *first]
-    bounds, declared = [], []
-    for i, gene in enumerate(genome.genes):
-        # the declared range also holds the parents, the uniform weights and known candidates
-        numbers = [vector[i] for vector in vectors]
-        bounds.append((gene.low, gene.high))
-        declared.append((min(gene.low, *numbers), max(gene.high, *numbers)))
+    bounds = [(gene.low, gene.high) for gene in genome.genes]
+    # the declared range also holds the parents, the uniform weights and known candidates
+    vectors = [vector for _, vector in genome.references(s.uniform)]
+    numbers = np.array([*vectors, *first, *np.transpose(bounds)], dtype=float)
+    declared = list(zip(numbers.min(axis=0).tolist(), numbers.max(axis=0).tolist(), strict=True))
     starts = [gene.start for gene in genome.genes]
     if study.random_init:
         rng = random.Random(f"start/{s.seed}")

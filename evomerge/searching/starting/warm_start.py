@@ -1,8 +1,9 @@
 """The likelihood warm start: gradient steps give CMA-ES its first mean and scales.
 
-The steps are taken in the genome's numbers. What is climbed is the mean log-likelihood of the references, on search tasks only: each reference's
-mean per token, and the mean of that over tasks. AdaMerging (Yang et al. 2024, arXiv 2310.02575)
-climbs the entropy of unlabelled answers in the same way; here there are references.
+The steps are taken in the genome's numbers. What is climbed is the mean log-likelihood of the
+references, on search tasks only: each reference's mean per token, and the mean of that over tasks.
+AdaMerging (Yang et al. 2024, arXiv 2310.02575) climbs the entropy of unlabelled answers in the same
+way; here there are references.
 
 Nothing is kept between steps but what is recorded: a step is a function of the study's seed, its
 number, and the gradients before it. So a run that was killed continues as if it had not been.
@@ -56,7 +57,7 @@ class GradientEngine(Protocol):
 
 @dataclass(frozen=True)
 class WarmStart:
-    """Where CMA-ES begins: a mean (d,) within the bounds, and factors (d,) of the first step size."""
+    """Where CMA-ES begins: a mean (d,) within bounds, and factors (d,) of the first step size."""
 
     mean: tuple[float, ...]
     scales: tuple[float, ...]  # geometric mean NARROWED
@@ -198,8 +199,8 @@ def average(vectors: Sequence[np.ndarray]) -> np.ndarray:
 def scales(gradients: Sequence[Sequence[float]]) -> np.ndarray:
     """(d,) factors of the first step size, large where the likelihood is flat.
 
-    Their geometric mean is NARROWED. A log-likelihood's curvature is the mean square of its gradient (Fisher's information), and the
-    width of a bowl is the root of its inverse.
+    Their geometric mean is NARROWED. A log-likelihood's curvature is the mean square of its
+    gradient (Fisher's information), and the width of a bowl is the root of its inverse.
     """
     # the first steps say little of where the walk ends
     late = np.array(gradients, dtype=float)[len(gradients) // 2 :]
