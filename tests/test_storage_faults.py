@@ -98,7 +98,10 @@ def test_a_damaged_study_is_named_and_its_answers_are_found_again(
     for command in (arguments(pair, folder), ["show", "tiny", "--storage", f"sqlite:///{file}"]):
         line = complaint(capsys, command)
         assert line.startswith(f"evomerge: {file}: the study tiny is damaged or cut short")
-        assert "tiny.answers.sqlite: move s.db away, and `evomerge search` starts anew" in line
+        assert (
+            "tiny.answers.sqlite: move s.db away, and `evomerge search` starts over with them"
+            in line
+        )
     assert file.read_bytes() == damaged
     file.rename(folder / "away")
     monkeypatch.delattr(TransformersEngine, "answer")  # whatever is not in the cache stops the run

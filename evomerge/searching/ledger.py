@@ -41,7 +41,7 @@ class Ledger:
 
     @property
     def facts(self) -> StudyFacts:
-        """What the study remembers beside its trials. Raises StudyError for a newer format."""
+        """What the study remembers besides its trials. Raises StudyError for a newer format."""
         return read_facts(self.storage.attributes(), self.name)
 
     def remember(self, key: str, value: object) -> None:
@@ -129,7 +129,7 @@ def check_unchanged(ledger: Ledger, facts: StudyFacts) -> None:
             raise StudyError(
                 f"the study has changed since it began: {', '.join(changed)}",
                 where=ledger.name,
-                remedy=f"{_undo(old.study_file, changed)}, or start anew with --study NEW_NAME.",
+                remedy=f"{_undo(old.study_file, changed)}, or start a new study with --study NEW_NAME.",
             )
     else:
         ledger.remember("version", facts.version)

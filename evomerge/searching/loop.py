@@ -1,8 +1,8 @@
 """A study's story: references, generations, the mean, the choice of the winner, the verdict.
 
 A trial is drawn, decoded into a recipe, examined (merge, answer, judge), scored and recorded; the
-next generation is drawn from what the ledger holds. So a run that is cut anywhere goes on as if it
-had not been.
+next generation is drawn from what the ledger holds. So a run that is cut anywhere continues as if
+it had not been.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def open_study(prepared: Prepared, url: str, console: Console) -> Ledger:
         raise StudyError(
             "a file of search.recipes has changed",
             where=ledger.name,
-            remedy="Undo it, or start anew with --study NEW_NAME.",
+            remedy="Undo it, or start a new study with --study NEW_NAME.",
         )
     ledger.remember("first", first)
     start_from_source(study, url, genome, ledger)
@@ -142,7 +142,7 @@ def _resume_lm_eval(
         raise StudyError(
             "the prompts have changed since the study began",
             where=ledger.name,
-            remedy="Start anew with --study NEW_NAME.",
+            remedy="Start a new study with --study NEW_NAME.",
         )
     ledger.remember("prompts", runner.prompts)
     return lm_eval_search(prepared, ledger, console, engine, runner, cache)
@@ -167,7 +167,7 @@ def _open_judge(prepared: Prepared, url: str, ledger: Ledger) -> Judge:
             "the judge is not the one that the study began with",
             where=ledger.name,
             found=f"{named}, before: {before}",
-            remedy="Undo the change, or start anew with --study NEW_NAME.",
+            remedy="Undo the change, or start a new study with --study NEW_NAME.",
         )
     ledger.remember("judge", named)
     return judge

@@ -18,7 +18,7 @@ from evomerge.study import JUDGE_MODEL, SUBSET, Study
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 WAITING = {
     "auto": "on the device where they fit, else on the host, else on disk",
-    "device": "beside it",
+    "device": "on the device too",
     "host": "in host memory, streamed",
     "disk": "streamed from disk",
 }
@@ -186,7 +186,7 @@ class Preflight:
         )
 
     def memory_and_disk(self, config: Mapping[str, Any]) -> None:
-        """The live model, its cache, the models beside it, and an exported one."""
+        """The live model, its cache, the other models, and an exported one."""
         from evomerge.merging.checkpoints.size import count_parameters, kv_cache_bytes
 
         study, engine = self.study, self.study.engine

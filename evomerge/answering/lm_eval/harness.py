@@ -199,7 +199,7 @@ class LmEvalRunner:
         return values
 
     def _prints(self, name: str, numbers: Sequence[int]) -> list[str]:
-        """All that the outcomes of some documents depend on beside recipe and engine."""
+        """All that the outcomes of some documents depend on besides recipe and engine."""
         texts = []
         for number in numbers:
             own = self._requests[name][number]

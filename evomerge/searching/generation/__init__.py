@@ -1,1 +1,1 @@
-"""One generation: the tasks it answers, who stops early, who grades, and when the search ends."""
+"""One generation: its tasks, what stops early, which judge grades, and when the search ends."""

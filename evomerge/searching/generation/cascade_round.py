@@ -1,4 +1,4 @@
-"""A generation before the cascade judge: who is graded by its expensive judge, and the grades."""
+"""A generation graded by the cascade judge: which answers its expensive judge grades."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each candidate of a generation answers, and who grades it.
+"""What each candidate of a generation answers, and which judge grades it.
 
 Everything here is a function of the study and of the generation's candidates; answers and grades
 come from their caches when it is worked out again. So a run that was killed in the middle of a

@@ -108,7 +108,7 @@ def _gained(
 
     A generation's variance is that of its candidates' scores over their number, and where it
     answered n of the N tasks that of the tasks it happened to get, s_d² (1/n - 1/N), s_d² the
-    variance of grade - level: tasks that all answer are no noise.
+    variance of grade - level: tasks that all candidates answer add no noise.
     """
     means, errors = [], []
     for generation in generations:

@@ -1,7 +1,7 @@
 """What a study remembers of its judge at the verdict, for the report page.
 
-The second judge is the rules judge, which is always there: it is no authority, but what two judges
-see alike is seldom a whim of one of them.
+The rules judge, which is always available, is the second judge. It is not an authority, but two
+judges seldom agree by chance.
 """
 
 from __future__ import annotations

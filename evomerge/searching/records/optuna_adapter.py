@@ -127,7 +127,7 @@ def storage_errors(url: str, name: str) -> Iterator[None]:
         if path is not None:
             remedy = (
                 f"The answers that were generated are kept in another file, {name}.answers.sqlite: "
-                f"move {path.name} away, and `evomerge search` starts anew with them."
+                f"move {path.name} away, and `evomerge search` starts over with them."
             )
         where = path or shown_url(url)
         raise sqlite_file.explained(cause, f"the study {name}", where, remedy) from error

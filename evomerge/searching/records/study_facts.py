@@ -1,4 +1,4 @@
-"""What a study remembers beside its trials: the attributes of its storage, typed.
+"""What a study remembers besides its trials: the attributes of its storage, typed.
 
 Format 1 is that of evomerge 0.1, which wrote no `version`. In format 0 (before 0.1) `verdict`,
 `finalists` and `look` are attributes of their own.

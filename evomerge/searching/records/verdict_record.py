@@ -29,7 +29,7 @@ class PairedDifference:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The winner beside its parents and the best uniform weight.
+    """The winner compared with its parents and the best uniform weight.
 
     `candidates` are by name, "winner" among them; `paired` by "winner-NAME". `n` counts the
     held-out tasks that have a value.

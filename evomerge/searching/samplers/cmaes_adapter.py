@@ -48,7 +48,8 @@ def make_cma(
 
 def state(optimizer: CMA) -> Distribution:
     """The distribution that the optimizer draws from now."""
-    return Distribution(optimizer.mean, float(optimizer._sigma), np.array(optimizer._C))
+    mean, cov = np.array(optimizer.mean), np.array(optimizer._C)
+    return Distribution(mean, float(optimizer._sigma), cov)
 
 
 def default_population(dimensions: int) -> int:

@@ -59,10 +59,10 @@ def as_start(distribution: Distribution, first: bool = False) -> Start:
 def source_url(url: str, study: Study) -> str:
     """The source study's storage.
 
-    An SQLite study has a file of its own; the source's lies beside it, unless one file holds both.
+    An SQLite study has a file of its own; the source's is next to it, unless one file holds both.
     """
     path = sqlite_path(url)
     if path is None:
         return url
-    beside = path.with_name(f"{study.search.source_study}.db")
-    return f"sqlite:///{beside}" if beside.exists() else url
+    neighbour = path.with_name(f"{study.search.source_study}.db")
+    return f"sqlite:///{neighbour}" if neighbour.exists() else url
