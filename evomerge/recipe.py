@@ -26,6 +26,7 @@ class Method:
     link: str  # for a model card
     base: bool  # a base model among the sources: needed, or (linear) a source like the others
     settings: tuple[str, ...]  # needed for each sibling, or (slerp) for the slice
+    parameters: tuple[str, ...] = ()  # of a user's own method, beside PARAMETERS
 
 
 METHODS = {
@@ -38,6 +39,7 @@ METHODS = {
     "linear": Method("[Linear](https://arxiv.org/abs/2203.05482)", False, ("weight",)),
     "slerp": Method("[SLERP](https://en.wikipedia.org/wiki/Slerp)", True, ()),
 }
+BUILT_IN = frozenset(METHODS)  # without the methods that users register
 DARE = ("dare_ties", "dare_linear")  # these drop numbers at random
 DTYPES = ("bfloat16", "float16", "float32")
 KEYS = (
@@ -225,7 +227,11 @@ class Recipe:
 
     def digest(self) -> str:
         """SHA-256 of what decides the merged bits: numbers are rounded to the dtype first."""
-        dtype = "float32" if self.merge_method in ("linear", "slerp") else self.dtype
+        dtype = self.dtype
+        if self.merge_method in ("linear", "slerp"):
+            dtype = "float32"
+        elif self.merge_method not in BUILT_IN:
+            dtype = None  # a user's own method may use every digit
         rounded = _rounded(self.to_dict(), dtype)
         return hashlib.sha256(json.dumps(rounded, sort_keys=True).encode()).hexdigest()
 
@@ -459,12 +465,13 @@ class _Checker:
                 found=value,
                 remedy="Write parameters: {weight: 1.0}.",
             )
+        known = (*PARAMETERS, *METHODS[self.method].parameters)
         for key, setting in value.items():
-            if key not in PARAMETERS:
+            if key not in known:
                 raise RecipeError(
                     f"parameter `{key}` is not supported",
                     where=where,
-                    remedy=f"Known: {', '.join(PARAMETERS)}.",
+                    remedy=f"Known: {', '.join(known)}.",
                 )
             self._setting(key, setting, f"{where}, {key}")
         return dict(value)

@@ -20,7 +20,7 @@ from evomerge.answering.prompts import make_prompter
 from evomerge.inference import run_inference
 from evomerge.knowledge.parts import Document, Example, Knowledge, KnowledgeClass
 from evomerge.knowledge.retrieval.retrieve import Chooser
-from evomerge.merging.checkpoints.model_folder import open_model
+from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.recipe import Recipe
 from evomerge.searching.finished import Finished
 from evomerge.searching.records.study_facts import StudyFacts

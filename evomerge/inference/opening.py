@@ -75,7 +75,7 @@ def open_folder(ref: str, overrides: Sequence[str]) -> Opened:
     Raises ModelError.
     """
     from evomerge.merging.checkpoints.fingerprint import combined, fingerprint
-    from evomerge.merging.checkpoints.model_folder import open_model
+    from evomerge.merging.checkpoints.open_model import open_model
 
     folder = open_model(ref)
     dtype = str(folder.config.get("dtype") or folder.config.get("torch_dtype") or "bfloat16")

@@ -6,17 +6,16 @@ the trial ends. So a run that is killed leaves trials that are whole or marked a
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from optuna.trial import FrozenTrial
 
 from evomerge import sqlite_file
 from evomerge.errors import StudyError
+from evomerge.files import ExclusiveLock, LockHeld
 from evomerge.searching.history import History
 from evomerge.searching.records.optuna_adapter import STATES, StoredStudy, open_stored, sqlite_path
 from evomerge.searching.records.study_facts import StudyFacts, read_facts, stored
@@ -170,25 +169,17 @@ def only_worker(url: str, name: str) -> Iterator[None]:
     file = path.with_name(f"{path.stem}.{name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # closed below, where errors are the search's own
-        lock = open(file, "a+", encoding="utf-8")  # noqa: SIM115
+        lock = ExclusiveLock(file)
+    except LockHeld as held:
+        raise StudyError(
+            "the study is being searched by another process",
+            where=name,
+            found=held.holder,
+            remedy="Wait for it, or stop it.",
+        ) from None
     except OSError as error:
         raise sqlite_file.explained(error, "the study", path) from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise StudyError(
-                "the study is being searched by another process",
-                where=name,
-                found=lock.read(),
-                remedy="Wait for it, or stop it.",
-            ) from None
-        lock.truncate(0)
-        with suppress(OSError):  # a full disk: the text only helps other processes
-            lock.write(f"pid {os.getpid()}")
-            lock.flush()
         yield
 
 

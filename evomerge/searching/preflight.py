@@ -12,7 +12,9 @@ from typing import Any
 
 from evomerge.errors import EvomergeError, ModelError
 from evomerge.genome.weights import Genome, make_genome
-from evomerge.merging.checkpoints.model_folder import ModelFolder, check_fit, open_model
+from evomerge.merging.checkpoints.compatibility import check_fit
+from evomerge.merging.checkpoints.model_folder import ModelFolder
+from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.study import JUDGE_MODEL, SUBSET, Study
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}

@@ -15,7 +15,9 @@ from evomerge.knowledge.open import open_knowledge
 from evomerge.knowledge.parts import Knowledge
 from evomerge.knowledge.retrieval.nearest import bare
 from evomerge.knowledge.retrieval.retrieve import Chooser
-from evomerge.merging.checkpoints.model_folder import ModelFolder, check_fit, num_layers, open_model
+from evomerge.merging.checkpoints.compatibility import check_fit
+from evomerge.merging.checkpoints.model_folder import ModelFolder, num_layers
+from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.searching.samplers.cma import CmaSampler
 from evomerge.searching.starting.study_sampler import make_sampler
 from evomerge.study import Study

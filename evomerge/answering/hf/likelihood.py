@@ -22,7 +22,7 @@ from evomerge.answering.hf.decode import decodable
 from evomerge.answering.servers.openai_protocol import whole
 from evomerge.errors import EngineError, ModelError
 from evomerge.merging.checkpoints.fingerprint import combined, fingerprint
-from evomerge.merging.checkpoints.model_folder import open_model
+from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.placement import is_out_of_memory
 from evomerge.study import EngineSection, GenerationSection
 

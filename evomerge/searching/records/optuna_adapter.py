@@ -91,7 +91,7 @@ def open_stored(url: str, name: str, create: bool = False) -> StoredStudy:
     with storage_errors(url, name):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            sqlite_file.check(path)
+            sqlite_file.check_integrity(path)
         storage = _storage(url)
         summaries = optuna.get_all_study_summaries(storage, include_best_trial=False)
         known = sorted(summary.study_name for summary in summaries)

@@ -113,21 +113,21 @@ def _tensor(layer: int, text: str) -> str:
 
 def _settings(layout: Layout, name: str, models: Sequence[str]) -> list[tuple[float, float]]:
     """(weight, density) of each model in a tensor; 0 and 1 for a model that has no part in it."""
-    how = layout.how(name)
-    ones = (1.0,) * len(how.siblings)
+    plan = layout.plan(name)
+    ones = (1.0,) * len(plan.siblings)
     found: Mapping[str, tuple[float, float]] = {
         _place(ref): (float(w), float(d))
         for (ref, _), w, d in zip(
-            how.siblings, how.weights or ones, how.densities or ones, strict=True
+            plan.siblings, plan.weights or ones, plan.densities or ones, strict=True
         )
     }
     return [found.get(_place(ref), (0.0, 1.0)) for ref in models]
 
 
 def _all_settings(layout: Layout, name: str, models: Sequence[str]) -> tuple[object, ...]:
-    how = layout.how(name)
-    base = None if how.base is None else _place(how.base[0])
-    return (_settings(layout, name, models), base, how.normalize, how.scale, how.rescale)
+    plan = layout.plan(name)
+    base = None if plan.base is None else _place(plan.base[0])
+    return (_settings(layout, name, models), base, plan.normalize, plan.scale, plan.rescale)
 
 
 def _place(ref: str) -> str:
