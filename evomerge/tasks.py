@@ -194,6 +194,11 @@ def _part(
     return others, tuple(t for i, t in enumerate(tasks) if i in kept)
 
 
+def stored_ids(tasks: Sequence[Task]) -> tuple[int | str, ...]:
+    """The tasks' names in a study's storage."""
+    return tuple(task.stored_id for task in tasks)
+
+
 def tasks_hash(tasks: Sequence[Task]) -> str:
     """A SHA-256 over every field of every task, in order."""
     records = []

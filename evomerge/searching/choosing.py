@@ -58,9 +58,8 @@ def choose(
     """
     if default not in grades:
         return max(grades, key=lambda name: float(np.mean(list(grades[name].values()))))
-    tasks = [
-        task for task in grades[default] if all(task in by_task for by_task in grades.values())
-    ]
+    shared = set(grades[default]).intersection(*grades.values())
+    tasks = [task for task in grades[default] if task in shared]
     if len(tasks) < 2 or len(grades) < 2:
         return default
     rows = {}
@@ -174,11 +173,13 @@ class FinalTest:
         history, facts = self.ledger.history(), self.ledger.facts
         winner = self._choose(history)
         compared = {"winner": winner, **compared_with(history, self.problem.genome)}
-        finalists = {name: trial.number for name, trial in compared.items()}
-        if facts.verdict is not None and facts.finalists == finalists:
+        numbers = {name: trial.number for name, trial in compared.items()}
+        if facts.verdict is not None and facts.finalists == numbers:
             return facts.verdict
         examined = self._examine(compared, self.problem.split.held_out, "verdict: {name}")
-        grades = {name: self.scorer.by_task(found) for name, found in examined.items()}
+        grades = {}
+        for name, found in examined.items():
+            grades[name] = self.scorer.by_task(found)
         metric, seed = self.problem.study.metric, self.problem.study.search.seed
         if not metric_values(grades["winner"], metric):
             raise StudyFileError(
@@ -190,7 +191,7 @@ class FinalTest:
         verdict = make_verdict(grades, metric, seed, self.scorer.sources)
         self._remember_answers(examined)
         look = 1 if facts.verdict is None else facts.look + 1
-        self.ledger.remember("verdict", Decision(verdict, finalists, look))
+        self.ledger.remember("verdict", Decision(verdict, numbers, look))
         return verdict
 
     def _choose(self, history: History) -> TrialRecord:

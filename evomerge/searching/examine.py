@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Protocol
 
 from evomerge.answering.cache import MERGED, AnswerCache, answer_all
@@ -97,7 +98,7 @@ class JudgedExaminer:
         self.prefetcher.while_waiting(
             evaluations, upcoming, lambda item: self.begin(item, f"{label}, ahead")
         )
-        tasks = tuple(task for block in blocks for task in block)
+        tasks = tuple(chain(*blocks))
         given: list[Grade] = []
         if grades is not None:
             given = [grades[task.key] for task in tasks]
@@ -187,7 +188,7 @@ class LmEvalExaminer:
         grades: Mapping[str, Grade] | None = None,
     ) -> Examined:
         """As `Examiner.examine`; nothing is done ahead, and no grades are given."""
-        tasks = tuple(task for block in blocks for task in block)
+        tasks = tuple(chain(*blocks))
         merging = 0.0
 
         def apply() -> None:
@@ -224,20 +225,22 @@ class LikelihoodPart:
 
         The recipe is merged when one of the numbers is not in the cache.
         """
-        pairs = [(self.prompter.render(task.input), task.output) for task in tasks]
-        keys = [self.cache.key(recipe.digest(), pair, LIKELIHOOD) for pair in pairs]
-        values: dict[int, float] = {}
-        for i, key in enumerate(keys):
-            kept = self.cache.get(key, 1)
-            if kept is not None:
-                values[i] = float(kept[0].text)
-        missing = [i for i in range(len(tasks)) if i not in values]
+        values: dict[str, float | None] = {}  # by the cache's key
+        missing: dict[str, tuple[str, str]] = {}
+        keys = []
+        for task in tasks:
+            pair = (self.prompter.render(task.input), task.output)
+            keys.append(self.cache.key(recipe.digest(), pair, LIKELIHOOD))
+            kept = self.cache.get(keys[-1], 1)
+            if kept is None:
+                missing[keys[-1]] = pair
+            else:
+                values[keys[-1]] = float(kept[0].text)
         if missing:
             self.engine.apply(recipe)
-            wanted = [pairs[i] for i in missing]
-            sums = loglikelihood(self.engine.model, self.engine.tokenizer, wanted)
-            encoded = spoken(self.engine.tokenizer, wanted)
-            for i, total, (_, said) in zip(missing, sums, encoded, strict=True):
-                values[i] = total / max(1, len(said))
-                self.cache.put(keys[i], [Answer(repr(values[i]), False, 0)])
-        return [values[i] if task.output else None for i, task in enumerate(tasks)]
+            model, tokenizer, pairs = self.engine.model, self.engine.tokenizer, [*missing.values()]
+            sums = loglikelihood(model, tokenizer, pairs)
+            for key, total, (_, said) in zip(missing, sums, spoken(tokenizer, pairs), strict=True):
+                values[key] = total / max(1, len(said))
+                self.cache.put(key, [Answer(repr(values[key]), False, 0)])
+        return [values[key] if task.output else None for key, task in zip(keys, tasks, strict=True)]

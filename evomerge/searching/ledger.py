@@ -120,15 +120,16 @@ def check_unchanged(ledger: Ledger, facts: StudyFacts) -> None:
         for ref, digest in facts.models.items():
             if old.models.get(ref, digest) != digest:
                 changed.append(f"the model {ref}")
-        if old.tasks != facts.tasks:
+        if old.tasks not in (None, facts.tasks):
             changed.append("the tasks")
         if old.knowledge != facts.knowledge:
             changed.append("the knowledge base")
         if changed:
+            undo = _undo(old.study_file, changed)
             raise StudyError(
                 f"the study has changed since it began: {', '.join(changed)}",
                 where=ledger.name,
-                remedy=f"{_undo(old.study_file, changed)}, or start a new study with --study NEW_NAME.",
+                remedy=f"{undo}, or start a new study with --study NEW_NAME.",
             )
     else:
         ledger.remember("version", facts.version)

@@ -38,7 +38,7 @@ from evomerge.searching.records.study_facts import SplitKeys, StudyFacts
 from evomerge.searching.starting.source_study import start_from_source
 from evomerge.searching.starting.warm_start import check_warm_start
 from evomerge.study import Study
-from evomerge.tasks import tasks_hash
+from evomerge.tasks import stored_ids, tasks_hash
 
 
 @contextmanager
@@ -186,9 +186,7 @@ def _facts(prepared: Prepared, known: StudyFacts) -> StudyFacts:
         files=files,
         tasks=tasks_hash(prepared.tasks),
         split=SplitKeys(
-            search=tuple(task.stored_id for task in split.search),
-            validation=tuple(task.stored_id for task in split.validation),
-            held_out=tuple(task.stored_id for task in split.held_out),
+            stored_ids(split.search), stored_ids(split.validation), stored_ids(split.held_out)
         ),
         names=tuple(prepared.genome.names),
         n_layers=prepared.genome.slices[-1][1],

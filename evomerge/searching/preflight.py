@@ -196,11 +196,12 @@ class Preflight:
         model = parameters * BYTES[study.search.dtype]
         positions = engine.batch_size * (study.generation.max_new_tokens + 512)
         copies = len(study.genome.all_models)
+        live = _gb(live_bytes(study, config, parameters))
         self.add(
             "ok",
             "memory",
-            f"{_millions(parameters)} parameters, {_gb(live_bytes(study, config, parameters))} live "
-            f"in {engine.quantization or study.search.dtype}, about "
+            f"{_millions(parameters)} parameters, {live} live in "
+            f"{engine.quantization or study.search.dtype}, about "
             f"{_gb(kv_cache_bytes(config, positions))} of keys and values ({engine.batch_size} "
             f"answers at once); base and siblings: {_gb(copies * model)}, "
             f"{WAITING[engine.residency]}",

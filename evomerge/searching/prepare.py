@@ -110,4 +110,5 @@ def check_filters(genome: Genome, base: ModelFolder) -> None:
 def held_out_examples(knowledge: Knowledge, split: Split) -> int:
     """How many examples of a knowledge base are tasks that the search must not see."""
     unseen = {bare(task.input) for task in (*split.held_out, *split.validation)}
-    return len([example for example in knowledge.examples if bare(example.input) in unseen])
+    known = [bare(example.input) for example in knowledge.examples]
+    return len([text for text in known if text in unseen])

@@ -206,9 +206,9 @@ def task_shares(study: Study, split: Split) -> dict[str, float]:
         return {}
     shares: dict[str, float] = {}
     for part in (split.search, split.held_out, split.validation):
-        counts = Counter(task.source or 0 for task in part)
+        sources = [task.source or 0 for task in part]
+        counts = Counter(sources)
         total = sum(abs(weights[source]) for source in counts) or 1.0
-        for task in part:
-            source = task.source or 0
+        for task, source in zip(part, sources, strict=True):
             shares[task.key] = weights[source] * len(part) / (counts[source] * total)
     return shares

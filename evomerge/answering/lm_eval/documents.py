@@ -11,6 +11,7 @@ import hashlib
 import json
 import random
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -78,6 +79,10 @@ class LmEvalTasks:
         """The objectives that a leaf's documents count for."""
         return [o for o in self.objectives if name in o.leaves]
 
+    def metrics(self, name: str) -> set[str]:
+        """Each "metric,filter" that some objective wants of a leaf's documents."""
+        return {o.metric for o in self.of(name)}
+
     def coefficients(self, tasks: Sequence[Task]) -> dict[str, dict[str, float]]:
         """leaf -> metric -> factor of a document's metric; the plain mean over `tasks` is the score
 
@@ -86,7 +91,7 @@ class LmEvalTasks:
 
         Raises TaskError when an objective has none among them.
         """
-        counts = {name: sum(task.kind == name for task in tasks) for name in self.leaves}
+        counts = Counter(task.kind for task in tasks)
         scale = len(tasks) / sum(abs(o.weight) for o in self.objectives)
         result: dict[str, dict[str, float]] = {name: {} for name in self.leaves}
         for o in self.objectives:
@@ -115,8 +120,10 @@ class LmEvalTasks:
         by_leaf = self.coefficients(tasks)
         scores = []
         for task, outcome in zip(tasks, outcomes, strict=True):
-            factors = by_leaf[task.kind].items()
-            scores.append(sum(factor * outcome.values[metric] for metric, factor in factors))
+            score = 0.0
+            for metric, factor in by_leaf[task.kind].items():
+                score += factor * outcome.values[metric]
+            scores.append(score)
         return scores
 
 

@@ -66,8 +66,8 @@ class LmEvalRunner:
                 too_long += any(map(self._too_long, own))
         if too_long:
             self.warnings.append(
-                f"{too_long} of {len(lm_eval.tasks)} documents are longer than the context; lm-eval "
-                "cuts them on the left"
+                f"{too_long} of {len(lm_eval.tasks)} documents are longer than the context; "
+                "lm-eval cuts them on the left"
             )
         prints = [self._prints(name, ids) for name, ids in lm_eval.documents.items()]
         self.prompts = digest(prints)
@@ -140,7 +140,7 @@ class LmEvalRunner:
         requests = {}
         for number in numbers:
             requests[number] = [_fresh(instance) for instance in self._requests[name][number]]
-        wanted = {o.metric for o in self.lm_eval.of(name)}
+        wanted = self.lm_eval.metrics(name)
         try:
             with quiet(), self._seeded():
                 self._answer(list(chain(*requests.values())))
@@ -188,8 +188,9 @@ class LmEvalRunner:
         """document -> "metric,filter" -> value of what is wanted."""
         leaf._instances = list(chain(*requests.values()))
         leaf.apply_filters()
-        values: dict[int, dict[str, float]] = {number: {} for number in requests}
+        values: dict[int, dict[str, float]] = {}
         for number, own in requests.items():
+            values[number] = {}
             for filter_name in own[0].filtered_resps:
                 responses = [instance.filtered_resps[filter_name] for instance in own]
                 for metric, value in leaf.process_results(own[0].doc, responses).items():
@@ -205,7 +206,7 @@ class LmEvalRunner:
             own = self._requests[name][number]
             asked = [[i.request_type, i.arguments, i.repeats] for i in own]
             texts.append(digest([own[0].doc, asked]))
-        metrics = sorted({o.metric for o in self.lm_eval.of(name)})
+        metrics = sorted(self.lm_eval.metrics(name))
         return ["lm-eval", version(), name, self.lm_eval.configs[name], *metrics, *texts]
 
     def _too_long(self, instance: Any) -> bool:

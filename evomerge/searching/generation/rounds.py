@@ -122,7 +122,7 @@ class Rounds:
         tasks = self.tasks(generation)
         if self.study.search.ranking != "race":
             return [tasks]
-        return [tuple(tasks[i] for i in block) for block in blocks(len(tasks))]
+        return [tasks[block.start : block.stop] for block in blocks(len(tasks))]
 
     def examine(
         self, slot: Slot, recipe: Recipe, label: str, upcoming: Iterable[Item] = ()

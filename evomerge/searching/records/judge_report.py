@@ -7,6 +7,7 @@ judges seldom agree by chance.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any, Protocol
 
 import numpy as np
@@ -47,7 +48,7 @@ def judge_facts(
     reference, who, text, "sides": two of {name, grade, reason, text}}, "held_out"}: two judges of
     the answer `text` of `who`, or the winner and a parent with texts of their own.
     """
-    grades = {name: [float(grade.value) for grade in e.grades] for name, e in examined.items()}
+    grades = {name: _values(found.grades) for name, found in examined.items()}
     facts: dict[str, Any] = {
         "name": judge_name,
         "version": judge_version,
@@ -61,7 +62,7 @@ def judge_facts(
     judge, rules = RulesJudge(), {}
     for name, e in examined.items():
         rules[name] = [judge.grade(t, a) for t, a in zip(tasks, e.answers, strict=True)]
-    values = {name: [float(grade.value) for grade in found] for name, found in rules.items()}
+    values = {name: _values(found) for name, found in rules.items()}
     return facts | {"rules": values, "pairs": _two_judges(judge_name, tasks, examined, rules)}
 
 
@@ -87,7 +88,7 @@ def _two_judges(
 
     worst = []
     for i in range(len(tasks) if examined else 0):
-        worst.append(max(((i, name) for name in examined), key=gap))
+        worst.append(max(product([i], examined), key=gap))
     differing = [place for place in worst if gap(place) > 0]
     pairs = []
     for i, name in sorted(differing, key=lambda place: (-gap(place), place[0]))[:SHOWN]:
@@ -146,6 +147,10 @@ def _side(name: str, grade: Grade, answer: Answer | None = None) -> dict[str, An
         "reason": _cut(grade.reason, REASON),
         "text": text,
     }
+
+
+def _values(grades: Sequence[Grade]) -> list[float]:
+    return [float(grade.value) for grade in grades]
 
 
 def _cut(text: str, limit: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from evomerge.errors import StudyFileError
@@ -59,12 +59,13 @@ def encode(genome: Genome, recipe: Recipe, where: str) -> tuple[float, ...]:
             for by_model in found:
                 vector += by_model[m][: len(genome.parameters)]
     ours = Layout(genome.decode(vector), n_layers)
-    names = [_tensor(layer, text) for layer in range(n_layers) for text in kinds]
-    for name in [*names, *OUTSIDE]:
+    names = list(OUTSIDE)
+    for layer in range(n_layers):
+        names += [_tensor(layer, text) for text in kinds]
+    for name in names:
         if _all_settings(layout, name, genome.models) != _all_settings(ours, name, genome.models):
             raise _not_a_merge(where, name)
-    models = {_place(ref) for ref in genome.models}
-    if not {_place(ref) for ref in recipe.siblings} <= models:
+    if not set(map(_place, recipe.siblings)) <= set(map(_place, genome.models)):
         raise _not_a_merge(where, "its models")
     return tuple(vector)
 
@@ -114,13 +115,11 @@ def _tensor(layer: int, text: str) -> str:
 def _settings(layout: Layout, name: str, models: Sequence[str]) -> list[tuple[float, float]]:
     """(weight, density) of each model in a tensor; 0 and 1 for a model that has no part in it."""
     plan = layout.plan(name)
-    ones = (1.0,) * len(plan.siblings)
-    found: Mapping[str, tuple[float, float]] = {
-        _place(ref): (float(w), float(d))
-        for (ref, _), w, d in zip(
-            plan.siblings, plan.weights or ones, plan.densities or ones, strict=True
-        )
-    }
+    found: dict[str, tuple[float, float]] = {}
+    for i, (ref, _) in enumerate(plan.siblings):
+        weight = plan.weights[i] if plan.weights else 1.0
+        density = plan.densities[i] if plan.densities else 1.0
+        found[_place(ref)] = (float(weight), float(density))
     return [found.get(_place(ref), (0.0, 1.0)) for ref in models]
 
 
