@@ -164,9 +164,9 @@ def finish(family, recipe=None, dtype="float32", prompt=None, verdict=VERDICT, *
     """A finished study whose winner is the recipe."""
     siblings = tuple(str(family / name) for name in ("one", "two"))
     study = Study(
-        GenomeSection(siblings, str(family / "base")),
-        (TaskSource(file="none"),),
-        "demo",
+        genome=GenomeSection(models=siblings, base_model=str(family / "base")),
+        tasks=(TaskSource(file="none"),),
+        study="demo",
         prompt=prompt or PromptSection(),
         generation=GenerationSection(**{"max_new_tokens": 14, **generation}),
         search=SearchSection(dtype=dtype),
