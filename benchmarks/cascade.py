@@ -33,7 +33,7 @@ from evomerge.judging.learned.fit import fit_file
 from evomerge.judging.learned.judge import LearnedJudge
 from evomerge.judging.validation.families import is_tuning
 from evomerge.judging.validation.reference import pick, read_grades
-from evomerge.searching.racing import blocks
+from evomerge.searching.generation.racing import blocks
 from evomerge.tasks import load_tasks
 
 if TYPE_CHECKING:

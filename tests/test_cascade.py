@@ -33,9 +33,11 @@ from evomerge.judging.cascade import (
 )
 from evomerge.judging.grade import Grade
 from evomerge.judging.learned.fit import fit_file
+from evomerge.searching.finished import load_finished
+from evomerge.searching.generation.racing import blocks
+from evomerge.searching.history import History
 from evomerge.searching.ledger import open_ledger
-from evomerge.searching.racing import blocks
-from evomerge.searching.session import load_finished, make_sampler
+from evomerge.searching.starting.study_sampler import make_sampler
 
 
 def residuals(seed, shared=0.5, candidates=12, tasks=48):
@@ -301,14 +303,16 @@ def halves(search, judge):
         rows = sorted((r for r in done if r.generation == g), key=lambda r: r.index)
         whole = []
         for r in rows:
-            search.engine.apply(search.genome.decode(r.weights))
+            search.examiner.engine.apply(search.genome.decode(r.weights))
             tasks = [every[t] for t in r.grades]
             whole.append(
                 np.mean(
                     [
                         judge.given(t, a).value
                         for t, a in zip(
-                            tasks, search.engine.answer([t.input for t in tasks]), strict=True
+                            tasks,
+                            search.examiner.engine.answer([t.input for t in tasks]),
+                            strict=True,
                         )
                     ]
                 )
@@ -329,10 +333,10 @@ def test_a_search_has_the_better_halves_of_the_expensive_judge_for_fewer_grades(
 ):
     search, _, expensive = cascade_search(tmp_path, population=population, trials=3 * population)
     search.run()
-    saved = search.ledger.facts["cascade"]
-    assert saved["graded"] == 3 * population * 48
-    assert FEWEST / 48 <= saved["asked"] / saved["graded"] < 0.7
-    assert sum(expensive.asked.values()) <= saved["asked"] + 16 * 48, (
+    saved = search.ledger.facts.cascade
+    assert saved.graded == 3 * population * 48
+    assert FEWEST / 48 <= saved.asked / saved.graded < 0.7
+    assert sum(expensive.asked.values()) <= saved.asked + 16 * 48, (
         "references, the mean and the verdict come on top"
     )
     assert set(expensive.asked.values()) == {1}
@@ -340,11 +344,11 @@ def test_a_search_has_the_better_halves_of_the_expensive_judge_for_fewer_grades(
     assert len(pairs) == 3
     assert sum(a != b for a, b in pairs) <= 1, "0.3 are expected at most"
     others = [r for r in search.ledger.records() if r.role != "candidate" and r.state == "complete"]
-    assert all(1 <= g["grade"] <= 5 for r in others for g in r.grades.values())
+    assert all(1 <= g.grade <= 5 for r in others for g in r.grades.values())
 
 
 def test_scores_stand_on_the_expensive_judge_s_level(tmp_path):
-    """The proxy one is 0.3 too high, which would lift candidates over the references."""
+    """The proxy is 0.3 too high, which would lift candidates over the references."""
     search, engine, _ = cascade_search(tmp_path, trials=16)
     search.run()
     every, gaps = {str(task.task_id): task for task in search.split.search}, []
@@ -386,8 +390,8 @@ def test_a_run_that_ends_anywhere_goes_on_as_if_it_had_not(tmp_path, ranking, st
             answered += cut_engine.answered
     assert paused >= 2
     assert trials(search) == trials(whole)
-    for key in ("verdict", "cascade"):
-        assert search.ledger.facts[key] == whole.ledger.facts[key]
+    assert search.ledger.facts.verdict == whole.ledger.facts.verdict
+    assert search.ledger.facts.cascade == whole.ledger.facts.cascade
     assert asked == expensive.asked
     assert sorted(answered) == sorted(engine.answered), "nothing is answered twice"
 
@@ -414,7 +418,7 @@ def test_a_run_that_is_cut_while_it_answers_goes_on_too(tmp_path):
 def test_a_failing_candidate_is_replaced(tmp_path, place):
     study = make_study("cascade", trials=8, sigma=0.5)
     sampler = make_sampler(study, make_genome(study, LAYERS))
-    doomed = sampler.draw([], sampler.slot([], 0, place))
+    doomed = sampler.draw(History(), sampler.slot(History(), 0, place))
     search, _, expensive = cascade_search(tmp_path, engine=TaskEngine(fails=[doomed]), trials=8)
     search.run()
     records = [r for r in search.ledger.records() if r.role == "candidate"]
@@ -502,9 +506,9 @@ def test_a_study_by_the_command_line_reports_what_it_saved(pair, learned, tmp_pa
     )
     assert trials(finished) == trials(other)
     assert finished.verdict == other.verdict
-    saved = open_ledger(f"sqlite:///{tmp_path}/s.db", "tiny", None, create=False).facts["cascade"]
-    assert saved["graded"] == 8 * 20
-    assert 8 * FEWEST <= saved["asked"] < saved["graded"]
+    saved = open_ledger(f"sqlite:///{tmp_path}/s.db", "tiny").facts.cascade
+    assert saved.graded == 8 * 20
+    assert 8 * FEWEST <= saved.asked < saved.graded
     page = next((tmp_path / "results").rglob("report.html")).read_text(encoding="utf-8")
     assert "cascade:llm:m" in page
     assert f"{saved['asked']:,}" in page

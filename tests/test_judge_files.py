@@ -116,7 +116,7 @@ GOOD = '{"task_id": 0, "output": "Cairo"}\n'
         (GOOD + GOOD, InputError, "line 2: a second answer to this task; the first is in line 1"),
         (GOOD + '{"task_id": "0", "output": "x"}', InputError, "a second answer"),
         (GOOD + "[1, 2]", TaskError, "line 2"),
-        (GOOD + "{oops", TaskError, "line 2: no valid JSON"),
+        (GOOD + "{oops", TaskError, "line 2: not valid JSON"),
         ("\n", InputError, "holds no answers"),
     ],
 )

@@ -222,7 +222,7 @@ def test_text_names_the_honest_figure_the_baseline_and_second_runs(files, capsys
             '{"model": "m0", "task_id": 0, "judge": "j", "take": 0, "grade": 5}',
             "`take` is not a count",
         ),
-        ("oops", "no valid JSON"),
+        ("oops", "not valid JSON"),
     ],
 )
 def test_bad_grades_are_one_line(files, line, says):

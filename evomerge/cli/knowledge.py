@@ -124,27 +124,22 @@ def _study_tasks(
     Raises StudyError where they cannot be told for certain.
     """
     from evomerge.searching.ledger import open_ledger
-    from evomerge.searching.session import study_tasks
-    from evomerge.study import Study
+    from evomerge.searching.prepare import study_tasks
     from evomerge.tasks import tasks_hash
 
     facts = open_ledger(storage_url(args.storage, args.study), args.study).facts
-    if "split" not in facts:
+    if facts.split is None:
         raise StudyError(
             "the study has no split yet", where=args.study, remedy="Run `evomerge search` first."
         )
-    own = (
-        tasks
-        if tasks_hash(tasks) == facts["tasks"]
-        else study_tasks(Study.from_dict(facts["study_file"]))
-    )
-    if tasks_hash(own) != facts["tasks"]:
+    own = tasks if tasks_hash(tasks) == facts.tasks else study_tasks(facts.study)
+    if tasks_hash(own) != facts.tasks:
         raise StudyError(
             "its task files have changed, so that nobody can tell which tasks it holds out",
             where=args.study,
             remedy="Put them back as they were, or leave --study out.",
         )
-    return own, set(facts["split"]["search"])
+    return own, set(facts.split.search)
 
 
 def _counts(found: Knowledge) -> str:

@@ -15,7 +15,8 @@ from evomerge.answering.engine import Answer
 from evomerge.errors import InputError, TaskError
 from evomerge.files import replace_file
 from evomerge.judging.grade import BatchJudge, Grade, Judge
-from evomerge.tasks import Task, load_tasks, read_json_records
+from evomerge.task_files import read_json_records
+from evomerge.tasks import Task, load_tasks
 
 # Half a surrogate pair is a valid JSON escape and cannot be written as UTF-8.
 _SURROGATES = dict.fromkeys(range(55296, 57344), "�")

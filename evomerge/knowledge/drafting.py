@@ -47,8 +47,8 @@ def draft(
     left = list(tasks)
     if study is not None:
         own, search = study
-        seen = {comparison_key(task.input) for task in own if task.task_id in search}
-        unseen = {comparison_key(task.input) for task in own if task.task_id not in search}
+        seen = {comparison_key(task.input) for task in own if task.stored_id in search}
+        unseen = {comparison_key(task.input) for task in own if task.stored_id not in search}
         left = [task for task in tasks if comparison_key(task.input) in seen - unseen]
     useful = [task for task in left if task.output.strip()]
     if not useful:

@@ -24,7 +24,7 @@ from evomerge.merging.layout import KNOWN
 from evomerge.recipe import Recipe
 from evomerge.reporting.export import recipe_text, verdict_markdown
 from evomerge.reporting.report import notes
-from evomerge.searching.session import Finished
+from evomerge.searching.finished import Finished
 from evomerge.study import GenerationSection, PromptSection, Study
 
 TEMPLATES = Path(__file__).with_name("templates") / "runner"

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from evomerge.errors import InputError, TaskError
 from evomerge.judging.answer_files import AnswerLine
-from evomerge.tasks import Task, read_json_records
+from evomerge.task_files import read_json_records
+from evomerge.tasks import Task
 
 Key = tuple[str | None, str]  # model, task id
 

@@ -1,29 +1,36 @@
-"""The likelihood warm start: a few gradient steps by the genome's numbers give CMA-ES its first
-mean and scales.
+"""The likelihood warm start: gradient steps give CMA-ES its first mean and scales.
 
-What is climbed is the mean log-likelihood of the references, on search tasks only: each reference's
-mean per token, and the mean of that over tasks. AdaMerging (Yang et al. 2024, arXiv 2310.02575)
-climbs the entropy of unlabelled answers in the same way; here there are references.
+The steps are taken in the genome's numbers. What is climbed is the mean log-likelihood of the
+references, on search tasks only: each reference's mean per token, and the mean of that over tasks.
+AdaMerging (Yang et al. 2024, arXiv 2310.02575) climbs the entropy of unlabelled answers in the same
+way; here there are references.
 
 Nothing is kept between steps but what is recorded: a step is a function of the study's seed, its
-number, and the gradients before it. So a run that was killed goes on as if it had not been.
+number, and the gradients before it. So a run that was killed continues as if it had not been.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from evomerge.answering.engine import Engine
 from evomerge.answering.hf.gradient import Likelihood, check_gradient
 from evomerge.answering.prompts import Prompter
+from evomerge.console import Console
 from evomerge.errors import StudyFileError
 from evomerge.genome.weights import Genome
+from evomerge.searching.generation.stopping import StudyClock
+from evomerge.searching.ledger import Ledger
+from evomerge.searching.prepare import Problem
+from evomerge.searching.records.study_facts import GradientStep
+from evomerge.searching.samplers.cmaes_adapter import Distribution
+from evomerge.searching.starting.source_study import as_start
 from evomerge.study import Study
 from evomerge.tasks import Task
 
@@ -49,39 +56,63 @@ class GradientEngine(Protocol):
 
 
 @dataclass(frozen=True)
-class Step:
-    """What is recorded of one step: where it was, and what it found there. `loss` is in nats per
-    token.
-    """
-
-    number: int  # from 0
-    vector: tuple[float, ...]  # (d,)
-    loss: float
-    gradient: tuple[float, ...]  # (d,), of the loss
-    tasks: int
-    seconds: float
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Step:
-        """The inverse of `dataclasses.asdict`, also after JSON."""
-        return cls(**{**data, "vector": tuple(data["vector"]), "gradient": tuple(data["gradient"])})
-
-
-@dataclass(frozen=True)
 class WarmStart:
-    """Where CMA-ES begins: mean (d,) within the bounds, and the first step size's factor for each
-    number, (d,).
-    """
+    """Where CMA-ES begins: a mean (d,) within bounds, and factors (d,) of the first step size."""
 
     mean: tuple[float, ...]
     scales: tuple[float, ...]  # geometric mean NARROWED
-    steps: tuple[Step, ...]
+    steps: tuple[GradientStep, ...]
     seconds: float  # of all steps, those of earlier runs included
 
 
+@dataclass(frozen=True)
+class LikelihoodStart:
+    """The warm start of one study."""
+
+    problem: Problem
+    engine: Engine
+    prompter: Prompter
+
+    def run(self, ledger: Ledger, console: Console, clock: StudyClock) -> None:
+        """Climb, each step recorded, and remember where the first generation is drawn; once.
+
+        Raises as `warm_start`.
+        """
+        facts = ledger.facts
+        if facts.start is not None:
+            return
+        done = list(facts.warm_start)
+
+        def record(step: GradientStep) -> None:
+            done.append(step)
+            ledger.remember("warm_start", done)
+            clock.remember()
+
+        def report(line: str) -> None:
+            console.status(f"warm start  {line}")
+
+        found = warm_start(
+            self.engine,
+            self.problem.genome,
+            self.problem.split.search,
+            self.prompter,
+            self.problem.study,
+            facts.warm_start,
+            record,
+            report,
+        )
+        # the scales' size is that of the first steps, and the rest is their form
+        size = float(np.exp(np.log(found.scales).mean()))
+        default = self.problem.sampler.default
+        cov = default.cov * np.outer(found.scales, found.scales) / size**2
+        start = Distribution(np.array(found.mean), default.sigma * size, cov)
+        ledger.remember("start", as_start(start, first=True))
+
+
 def check_warm_start(genome: Genome, tasks: Sequence[Task], engine: Engine | None = None) -> None:
-    """Raise StudyFileError where no likelihood warm start can be: another method or engine, no
-    references.
+    """Raise StudyFileError where there can be no warm start.
+
+    So it is with another method or engine, or without references.
     """
     check_gradient(genome)
     if not any(task.output for task in tasks):
@@ -104,15 +135,15 @@ def warm_start(
     tasks: Sequence[Task],
     prompter: Prompter,
     study: Study,
-    done: Sequence[Step] = (),
-    record: Callable[[Step], None] = lambda step: None,
+    done: Sequence[GradientStep] = (),
+    record: Callable[[GradientStep], None] = lambda step: None,
     report: Callable[[str], None] = lambda line: None,
 ) -> WarmStart:
-    """`search.warm_start_steps` steps on the search tasks that have references, the first of them
-    `done` before.
+    """`search.warm_start_steps` steps on the search tasks that have references.
 
-    `record` gets each new step before the next one begins, `report` a line on it. Raises
-    StudyFileError as `check_warm_start` does, EngineError where memory does not suffice.
+    The first of them are `done` already. `record` gets each new step before the next one begins,
+    `report` a line on it. Raises StudyFileError as `check_warm_start` does, EngineError where
+    memory does not suffice.
     """
     check_warm_start(genome, tasks, engine)
     assert isinstance(engine, GradientEngine)
@@ -125,7 +156,9 @@ def warm_start(
         found = engine.gradient(genome, vector.tolist(), [pairs[i] for i in chosen])
         seconds = round(time.perf_counter() - began, 4)
         down = tuple(-g for g in found.gradient)
-        steps.append(Step(number, tuple(vector.tolist()), -found.mean, down, len(chosen), seconds))
+        steps.append(
+            GradientStep(number, tuple(vector.tolist()), -found.mean, down, len(chosen), seconds)
+        )
         record(steps[-1])
         report(f"{number + 1}/{count}  loss {steps[-1].loss:.3f} nats a token  {seconds:.1f} s")
     gradients = [step.gradient for step in steps[:count]]
@@ -138,14 +171,15 @@ def warm_start(
 
 
 def walked(genome: Genome, gradients: Sequence[Sequence[float]], count: int) -> list[np.ndarray]:
-    """Every vector (d,) of a walk of `count` Adam steps, the start first: one more than there are
-    gradients.
+    """Every vector (d,) of a walk of `count` Adam steps: the start, and one for each gradient.
 
     The rate falls along a line to 0 after the last step. Numbers stay within their bounds.
     """
-    low, high = (np.array([getattr(gene, end) for gene in genome.genes]) for end in ("low", "high"))
+    low = np.array([gene.low for gene in genome.genes])
+    high = np.array([gene.high for gene in genome.genes])
     x = np.clip(np.array([gene.start for gene in genome.genes], dtype=float), low, high)
-    first, second, vectors = np.zeros_like(x), np.zeros_like(x), [x]
+    first, second = np.zeros_like(x), np.zeros_like(x)
+    vectors = [x]
     for t, gradient in enumerate(np.array(gradients, dtype=float).reshape(-1, len(x)), start=1):
         first = BETAS[0] * first + (1 - BETAS[0]) * gradient
         second = BETAS[1] * second + (1 - BETAS[1]) * gradient**2
@@ -157,28 +191,31 @@ def walked(genome: Genome, gradients: Sequence[Sequence[float]], count: int) -> 
 
 def average(vectors: Sequence[np.ndarray]) -> np.ndarray:
     """The mean of a walk's last vectors, (d,)."""
-    return np.mean(vectors[-max(1, round(AVERAGED * (len(vectors) - 1))) :], axis=0)
+    late = max(1, round(AVERAGED * (len(vectors) - 1)))
+    mean: np.ndarray = np.mean(vectors[-late:], axis=0)
+    return mean
 
 
 def scales(gradients: Sequence[Sequence[float]]) -> np.ndarray:
-    """(d,) factors of the first step size: large where the likelihood is flat. Their geometric mean
-    is NARROWED.
+    """(d,) factors of the first step size, large where the likelihood is flat.
 
-    A log-likelihood's curvature is the mean square of its gradient (Fisher's information), and the
-    width of a bowl is the root of its inverse.
+    Their geometric mean is NARROWED. A log-likelihood's curvature is the mean square of its
+    gradient (Fisher's information), and the width of a bowl is the root of its inverse.
     """
-    # the way there says little of where it ends
+    # the first steps say little of where the walk ends
     late = np.array(gradients, dtype=float)[len(gradients) // 2 :]
     square = np.mean(np.square(late), axis=0)
     width = -0.5 * np.log(np.maximum(square, max(square.max(), 1e-300) * 1e-12))
     for _ in range(20):  # what is cut off moves the mean of the rest
         width = np.clip(width - width.mean(), -np.log(WIDEST), np.log(WIDEST))
-    return np.exp(width - width.mean()) * NARROWED
+    factors: np.ndarray = np.exp(width - width.mean()) * NARROWED
+    return factors
 
 
 def drawn(seed: int, step: int, count: int, size: int) -> list[int]:
-    """Which of `count` tasks a step sees: a part of an endless row of shuffled decks, so that all
-    come equally often.
+    """Which of `count` tasks a step sees.
+
+    It is a part of an endless row of shuffled decks, so that all come equally often.
     """
     size = min(size, count)
     places = range(step * size, (step + 1) * size)

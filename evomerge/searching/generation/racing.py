@@ -1,15 +1,12 @@
-"""Cheaper rankings: which tasks a generation's candidates answer, and which candidates may stop
-early.
+"""Cheaper rankings: which tasks a generation answers, and which of its candidates may stop early.
 
-Pure functions of grades; who answers what, and when, is the loop's business. What each is worth:
-docs/SEARCH.md.
+Pure functions of grades; docs/SEARCH.md says what each is worth.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -21,16 +18,16 @@ BLOCK = 8  # tasks between two looks of a race
 
 
 def task_order(seed: int, generation: int, n: int) -> list[int]:
-    """The generation's random order of the n search tasks: a function of the study's seed and the
-    generation alone.
-    """
+    """The generation's random order of n tasks: a function of seed and generation alone."""
     digest = hashlib.sha256(f"{seed}/{generation}/tasks".encode()).digest()
-    return [int(i) for i in np.random.default_rng(int.from_bytes(digest[:8], "big")).permutation(n)]
+    order: list[int] = (
+        np.random.default_rng(int.from_bytes(digest[:8], "big")).permutation(n).tolist()
+    )
+    return order
 
 
 def subset_size(n_tasks: int, first: int, sigma_ratio: float) -> int:
-    """How many of the n_tasks a generation's candidates answer: first / sigma_ratio², from `first`
-    up to n_tasks.
+    """How many of the n_tasks a generation answers: first / sigma_ratio², from `first` to n_tasks.
 
     sigma_ratio is the step size over the first one. Differences between candidates shrink with the
     step size and a mean's variance with the number of answers, so that the square keeps signal over
@@ -41,18 +38,16 @@ def subset_size(n_tasks: int, first: int, sigma_ratio: float) -> int:
 
 
 def blocks(size: int, block: int = BLOCK) -> list[range]:
-    """The positions 0 to size - 1 in blocks; a rest smaller than half a block joins the one before
-    it.
-    """
+    """The positions 0 to size - 1 in blocks; a rest below half a block joins the one before it."""
     count = max(1, round(size / block))
     edges = [round(i * size / count) for i in range(count + 1)]
     return [range(low, high) for low, high in pairwise(edges)]
 
 
 def hopeless(grades: NDArray[Any], keep: int, error: float, looks: int = 1) -> set[int]:
-    """Candidates that cannot enter the better `keep` any more; grades are (candidates, tasks), nan
-    where unseen.
+    """Candidates that cannot enter the better `keep` any more.
 
+    Grades are (candidates, tasks), nan where unseen.
     Candidate i is out when at least `keep` others are better than it by a one-sided paired t test
     over the tasks that both saw. Where i does belong to the better `keep`, one of these others does
     not, and that test alone erred: of such pairs there are keep * (candidates - keep), each tested
@@ -78,39 +73,16 @@ def hopeless(grades: NDArray[Any], keep: int, error: float, looks: int = 1) -> s
     if not pairs.any():
         return set()
     variance = np.maximum(variance, variance[pairs].mean())
-    needed = np.array(
-        [[t_quantile(level, int(m) - 1) if m > 1 else np.inf for m in row] for row in n]
-    )
+    needed = np.full(n.shape, np.inf)
+    for count_seen in np.unique(n[n > 1]):
+        needed[n == count_seen] = t_quantile(level, int(count_seen) - 1)
     better = pairs & (mean > needed * np.sqrt(variance / np.maximum(n, 1)))
     return {i for i in range(count) if better[i].sum() >= keep}
 
 
-def corrected(grades: Mapping[str, float], levels: Mapping[str, float]) -> tuple[float, float]:
-    """A candidate's score over all search tasks, and its standard error, from the tasks it saw.
-
-    `levels` are the tasks' mean grades by the references, who answered all: easy tasks must not
-    flatter who drew them. score = mean(grade - level over the n tasks seen) + mean(level over all
-    N); the error, of tasks like these, is that of two-phase sampling, s_d² (1/n - 1/N) + s_g² / N,
-    with s_d² the variance of grade - level and s_g² that of the grade (Cochran 1977, chapter 12).
-    With every task seen this is s_g / √N, the error of a plain mean.
-    """
-    values = np.array([grades[task] for task in grades], dtype=float)
-    above = values - np.array([levels[task] for task in grades], dtype=float)
-    n, total = len(values), len(levels)
-    score = float(above.mean() + np.mean(list(levels.values())))
-    if n < 2:  # one grade has no spread of its own: that of the levels stands for it
-        return score, float(np.std(list(levels.values()), ddof=1)) if total > 1 else 0.0
-    return score, math.sqrt(above.var(ddof=1) * (1 / n - 1 / total) + values.var(ddof=1) / total)
-
-
 @lru_cache(maxsize=4096)
 def t_quantile(level: float, freedom: int) -> float:
-    """What Student's t exceeds with probability `level` (below one half), by quadrature.
+    """What Student's t exceeds with probability `level`."""
+    from scipy.stats import t
 
-    With t = √freedom tan θ the density is proportional to cos(θ)^(freedom - 1).
-    """
-    angles = np.linspace(0.0, np.pi / 2, 20_001)
-    density = np.cos(angles) ** (freedom - 1)
-    pieces = (density[1:] + density[:-1]) / 2
-    tail = np.concatenate([np.cumsum(pieces[::-1])[::-1], [0.0]]) / (2 * pieces.sum())
-    return float(math.sqrt(freedom) * np.tan(np.interp(-level, -tail, angles)))
+    return float(t.isf(level, freedom))
