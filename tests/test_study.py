@@ -107,7 +107,10 @@ def test_a_hub_name_stays_a_hub_name(tmp_path):
         (MINIMAL.replace("[./instruct]", "[]"), ["`genome.models` is empty", "at least one"]),
         (MINIMAL.replace("[./instruct]", "./a"), ["`genome.models` must be a list", "'./a'"]),
         (MINIMAL + "judge: {1: x}\n", ["unknown key `judge.1`"]),
-        (MINIMAL + "engine: {vllm: {tensor_paralel_size: 1}}\n", ["`engine.vllm.tensor_parallel_size`"]),
+        (
+            MINIMAL + "engine: {vllm: {tensor_paralel_size: 1}}\n",
+            ["`engine.vllm.tensor_parallel_size`"],
+        ),
         (MINIMAL + "engine: {vllm: 3}\n", ["`engine.vllm` is not a mapping", "found: 3"]),
         (MINIMAL + "search: {bounds: [1]}\n", ["`search.bounds`", "list of 2", "found: [1]"]),
         (MINIMAL + "search: {uniform: [1, x]}\n", ["`search.uniform[1]`", "number", "'x'"]),
