@@ -69,17 +69,21 @@ from mergekit.evo.helpers import evaluate_model, merge_model
 from mergekit.evo import helpers
 from mergekit.options import MergeOptions
 
-helpers.monkeypatch_lmeval_vllm = lambda: None  # wants vLLM to be there, although it is not asked for
+# it would import vLLM, which is not used here
+helpers.monkeypatch_lmeval_vllm = lambda: None
 folder, rounds, clock = sys.argv[1], int(sys.argv[2]), getattr(time, sys.argv[3])
 with open(f"{folder}/evolve.yaml") as file:
     config = EvolMergeConfiguration.model_validate(yaml.safe_load(file))
-genome, manager, times = ModelGenome(config.genome), lm_eval.tasks.TaskManager(include_path=folder), []
+genome, times = ModelGenome(config.genome), []
+manager = lm_eval.tasks.TaskManager(include_path=folder)
 for i in range(rounds + 1):
     began = clock()
     gc.collect()
-    merged = merge_model(genome.initial_genotype() + i / 1000, genome, f"{folder}/merged", MergeOptions())
+    vector = genome.initial_genotype() + i / 1000
+    merged = merge_model(vector, genome, f"{folder}/merged", MergeOptions())
     how = dict(num_fewshot=None, limit=None, vllm=False, batch_size=20, task_manager=manager)
-    evaluate_model(merged, config.tasks, **how, apply_chat_template=False, model_kwargs={"device": "cpu"})
+    how |= dict(apply_chat_template=False, model_kwargs={"device": "cpu"})
+    evaluate_model(merged, config.tasks, **how)
     times.append(clock() - began)
 print(statistics.median(times[1:]))
 """
@@ -129,7 +133,8 @@ def answer_figures(folder: Path, dtype: str, clock: Clock) -> dict[str, float | 
         [lambda: engine.answer(half), lambda: [generate(engine, [prompt], 64) for prompt in half]],
     )
     print(
-        f"{parameters / 1e6:.0f} M, {dtype}, 32 x 64 tokens: {2048 / ours:.0f} tokens/s, a prompt at a time {2048 / loop:.0f}",
+        f"{parameters / 1e6:.0f} M, {dtype}, 32 x 64 tokens: {2048 / ours:.0f} tokens/s, a "
+        f"prompt at a time {2048 / loop:.0f}",
         flush=True,
     )
     ending, plain = medians(
@@ -141,7 +146,8 @@ def answer_figures(folder: Path, dtype: str, clock: Clock) -> dict[str, float | 
     )
     total = sum(lengths)
     print(
-        f"64 answers of {SHORTEST} to {LONGEST} tokens: {total / ending:.0f} tokens/s, plain generate {total / plain:.0f}",
+        f"64 answers of {SHORTEST} to {LONGEST} tokens: {total / ending:.0f} tokens/s, plain "
+        f"generate {total / plain:.0f}",
         flush=True,
     )
     return {
@@ -232,7 +238,8 @@ def candidate_figure(folder: Path, clock: Clock) -> float | None:
 
     (ours,) = medians(clock, [candidate])
     print(
-        f"a candidate with 20 prompts x 64 tokens: {ours:.2f} s, mergekit-evolve on disk {theirs:.2f} s",
+        f"a candidate with 20 prompts x 64 tokens: {ours:.2f} s, mergekit-evolve on disk "
+        f"{theirs:.2f} s",
         flush=True,
     )
     return round(theirs / ours, 2)

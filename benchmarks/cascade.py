@@ -155,7 +155,8 @@ def main() -> None:
     for half, fitted_on in halves:
         cheap, dear = tables(args.data, args.judge, args.references.split(","), fitted_on)
         print(
-            f"{half} families: {dear.shape[0]} models, {dear.shape[1]} tasks that all have grades of"
+            f"{half} families: {dear.shape[0]} models, {dear.shape[1]} tasks that all have "
+            "grades of"
         )
         for tasks in (16, 48, dear.shape[1]):
             for window in (14, 24):

@@ -69,7 +69,8 @@ def large(knowledge: Knowledge, seed: int = 0) -> Knowledge:
     made = []
     for row in range(EXAMPLES):
         a, b = rng.sample(knowledge.examples, 2)
-        text = f"{a.input[: len(a.input) // 2]}{b.input[: len(b.input) // 2]}{a.input[len(a.input) // 2 :]}"
+        half = len(a.input) // 2
+        text = a.input[:half] + b.input[: len(b.input) // 2] + a.input[half:]
         made.append(Example(row + 2, a.class_name, text, a.output))
     return Knowledge(knowledge.classes, tuple(made))
 

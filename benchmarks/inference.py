@@ -101,7 +101,8 @@ def tasks_vs_template(folder: Path, dtype: str, threads: int, batch_size: int) -
     first, slow, second = (answering.seconds(clock, work) for work in (ours, template, ours))
     fast, slow = (first + second) / 2, slow * EVERY
     print(
-        f"{folder.name}, {dtype}: {TASKS / fast:.1f} tasks/s, the template's loop {TASKS / slow:.2f}",
+        f"{folder.name}, {dtype}: {TASKS / fast:.1f} tasks/s, the template's loop "
+        f"{TASKS / slow:.2f}",
         flush=True,
     )
     return round(slow / fast, 2)

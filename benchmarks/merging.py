@@ -73,7 +73,9 @@ def main() -> None:
         figures = live_figures(Path(folder)) | build_figures(recipe)
         if args.deep:
             print(
-                f"{3 * LAYERS} layers: {peak_mb(make_pair(Path(folder) / 'deep', 3 * LAYERS)):.0f} MB over the imports"
+                f"{3 * LAYERS} layers: "
+                f"{peak_mb(make_pair(Path(folder) / 'deep', 3 * LAYERS)):.0f} MB over the "
+                "imports"
             )
         if args.peaks:
             print_peaks(Path(folder))
@@ -111,7 +113,8 @@ def live_figures(folder: Path) -> dict[str, float | None]:
     fast, plain, slow = medians([timed(in_place), timed(copy), timed(naive)])
     numbers = sum(p.numel() for p in parameters.values())
     print(
-        f"{numbers / 1e6:.0f} M parameters: in place {fast:.3f} s, copy {plain:.3f} s, with temporaries {slow:.3f} s"
+        f"{numbers / 1e6:.0f} M parameters: in place {fast:.3f} s, copy {plain:.3f} s, with "
+        f"temporaries {slow:.3f} s"
     )
     return {
         "live_vs_copy": round((3 / fast) / (2 / plain), 3),
@@ -149,7 +152,8 @@ def print_peaks(folder: Path) -> None:
     for method in ("linear", "slerp", "dare_linear", "dare_ties", "ties"):
         recipe = write_recipe(folder, method)
         print(
-            f"{method}: {(peak := peak_mb(recipe)):.0f} MB over the imports, {peak / largest:.1f} largest tensors"
+            f"{method}: {(peak := peak_mb(recipe)):.0f} MB over the imports, "
+            f"{peak / largest:.1f} largest tensors"
         )
 
 

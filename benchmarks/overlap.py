@@ -51,7 +51,7 @@ BUDGET = 1.15
 
 
 class TimedEngine:
-    """Answers a batch after `seconds`; another recipe gives other answers. Counts its working time."""
+    """Answers a batch after `seconds`, each recipe differently, and counts its working time."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self.busy = seconds, 0.0

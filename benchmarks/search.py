@@ -236,11 +236,13 @@ def main() -> None:
     if importlib.util.find_spec("cma") is None:
         del contenders["mergekit_evolve"]
         print(
-            "mergekit_evolve is left out: the package `cma` is not installed (pip install 'cma>=4,<5')"
+            "mergekit_evolve is left out: the package `cma` is not installed (pip install "
+            "'cma>=4,<5')"
         )
     with ProcessPoolExecutor(arguments.processes) as pool:
         print(
-            f"| search | {' | '.join(LANDSCAPES)} | gain at {BUDGET:,} answers |\n|---|{'---|' * (len(LANDSCAPES) + 1)}"
+            f"| search | {' | '.join(LANDSCAPES)} | gain at {BUDGET:,} answers |\n"
+            f"|---|{'---|' * (len(LANDSCAPES) + 1)}"
         )
         found = {}
         for name, who in contenders.items():
@@ -249,7 +251,10 @@ def main() -> None:
         for name, options in OPTIONS.items() if arguments.table else ():
             print(row(name, measure_all(pool, options)), flush=True)
         if arguments.table:
-            head = f"{SMALL_CANDIDATES} candidates, 4 numbers | answers | gain | at {SMALL_ANSWERS:,} answers"
+            head = (
+                f"{SMALL_CANDIDATES} candidates, 4 numbers | answers | gain | at "
+                f"{SMALL_ANSWERS:,} answers"
+            )
             print(f"\n| {head} |\n|---|---|---|---|")
             for name, small in SMALL.items():
                 jobs = [(small, landscape, seed) for landscape in LANDSCAPES for seed in SEEDS]

@@ -83,7 +83,8 @@ def gain(
                 search.run()
                 found.append(unseen(search, winner(search)))
                 say(
-                    f"seed {seed}, warm start {arm}: {mean(found[-1]):.3f} on {len(found[-1])} unseen tasks"
+                    f"seed {seed}, warm start {arm}: {mean(found[-1]):.3f} on {len(found[-1])} "
+                    "unseen tasks"
                 )
     tasks = list(scores["none"][0])
     each = [
@@ -199,7 +200,8 @@ def reached(search: Search, start: Distribution, goal: float) -> int:
         at = np.clip(optimizer.mean, *sampler.bounds.T).tolist()
         score = mean(unseen(search, at))
         say(
-            f"generation {generation}: the mean has {score:.3f} on unseen tasks, the goal is {goal:.3f}"
+            f"generation {generation}: the mean has {score:.3f} on unseen tasks, the goal is "
+            f"{goal:.3f}"
         )
         if score >= goal:
             return generation * sampler.population * len(tasks)

@@ -124,7 +124,8 @@ def choices(folder: Path) -> dict[str, Any]:
         fit_file(*files, FITTED, out, wanted_models("tuning"))
         ways = _ways(LearnedJudge(out))
     print(
-        f"gain of choosing 1 of {N} over their mean, {REFERENCE}'s grades, {len(ranked)} models of the test families, {len(cells)} tasks"
+        f"gain of choosing 1 of {N} over their mean, {REFERENCE}'s grades, {len(ranked)} models "
+        f"of the test families, {len(cells)} tasks"
     )
     found = {}
     for kind in ("any", "near"):
@@ -203,7 +204,8 @@ def pair(folder: Path, count: int, new_tokens: int) -> dict[str, Any]:
         prompts = prompter.prepare([task.input for task in tasks])
         first = _ask(engine, prompter, prompts)
         print(
-            f"{form} prompts, {len(tasks)} tasks, {new_tokens} new tokens: mean grade {fmean(_grades(tasks, first)):.2f}"
+            f"{form} prompts, {len(tasks)} tasks, {new_tokens} new tokens: mean grade "
+            f"{fmean(_grades(tasks, first)):.2f}"
         )
         found[form] = {
             kind: _again(kind, engine, prompter, tasks, prompts, first) for kind in SERIOUS
@@ -245,7 +247,8 @@ def _again(
     )
     gains = [b - a for a, b in zip(before, after, strict=True)]
     told = _told(
-        f"  {kind:10} {len(flagged):3} flagged, {mended:3} without it after, mean {fmean(before):.2f} to {fmean(after):.2f}",
+        f"  {kind:10} {len(flagged):3} flagged, {mended:3} without it after, mean "
+        f"{fmean(before):.2f} to {fmean(after):.2f}",
         gains,
     )
     return {

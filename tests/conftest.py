@@ -89,7 +89,8 @@ def pair(tmp_path_factory):
     )
     (folder / "study.yaml").write_text(
         "study: tiny\n"
-        "genome: {base_model: ./base, models: [./instruct], merge_method: task_arithmetic, layer_granularity: 1}\n"
+        "genome: {base_model: ./base, models: [./instruct], merge_method: task_arithmetic, "
+        "layer_granularity: 1}\n"
         "tasks: [{file: tasks.jsonl}]\n"
         "generation: {max_new_tokens: 12}\n"
         "judge: {metric: grade}\n"

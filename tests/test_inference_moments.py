@@ -50,7 +50,10 @@ def part_of(out):
 
 def test_killed_at_20_random_moments_no_task_is_answered_twice(tmp_path):
     out, log, rng = tmp_path / "a.jsonl", tmp_path / "log", random.Random(7)
-    code = f"import sys; sys.path.insert(0, {str(HERE.parent)!r}); import test_inference_moments as t; "
+    code = (
+        f"import sys; sys.path.insert(0, {str(HERE.parent)!r}); "
+        "import test_inference_moments as t; "
+    )
     code += f"t.child({str(out)!r}, {str(log)!r}, 0.02)"
     kills = 0
     for _ in range(20):
@@ -184,7 +187,7 @@ def test_ten_thousand_tasks(tmp_path):
 
 
 def test_a_time_that_is_up_while_asking_again_keeps_what_is_there(tmp_path):
-    """Best of 3: the limit strikes in its rounds, and the same command asks only for what is left."""
+    """Best of 3: the limit strikes in its rounds; the same command then asks only for the rest."""
     tasks, out = some_tasks(12), tmp_path / "a.jsonl"
     engine = Streaming(seconds=0.02)
     done = run_inference(

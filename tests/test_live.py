@@ -280,7 +280,7 @@ def test_out_of_memory_with_nothing_left_to_give_up(family, monkeypatch):
 
 
 def test_an_adapter_and_its_base_are_two_models(family):
-    """`one+lora` beside `one`: same folder, other weights (tests/test_lora.py has the arithmetic)."""
+    """`one+lora` beside `one`: the same folder, other weights (test_lora.py tests them)."""
     adapter = family / "lora"
     adapter.mkdir()
     names = [

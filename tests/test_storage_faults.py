@@ -130,7 +130,8 @@ def test_a_locked_file_is_waited_for_and_named(
         other.execute("BEGIN EXCLUSIVE")
         line = complaint(capsys, arguments(pair, under_way))
     assert line.startswith(
-        f"evomerge: {under_way / name}: {what} is in use by another process: database is locked. Wait"
+        f"evomerge: {under_way / name}: {what} is in use by another process: database is "
+        "locked. Wait"
     )
     assert f"`fuser {under_way / name}`" in line
     assert main(arguments(pair, under_way)) == 0

@@ -1,4 +1,4 @@
-"""Models with different tokens: every row against a plain loop, and mergekit's own stored output."""
+"""Models with different tokens: every row against a plain loop and mergekit's stored output."""
 
 import json
 import random

@@ -30,7 +30,9 @@ PYTHON = os.environ.get("EVOMERGE_MERGEKIT_PYTHON") or (
 )
 pytestmark = pytest.mark.skipif(
     not PYTHON,
-    reason="mergekit is not here: install mergekit==0.1.5 elsewhere and set EVOMERGE_MERGEKIT_PYTHON",
+    reason=(
+        "mergekit is not here: install mergekit==0.1.5 elsewhere and set EVOMERGE_MERGEKIT_PYTHON"
+    ),
 )
 
 MERGE_ALL = """
@@ -40,7 +42,8 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 for name, recipe in json.loads(pathlib.Path("recipes.json").read_text()).items():
     try:
-        run_merge(MergeConfiguration.model_validate(recipe), name, MergeOptions(quiet=True), yaml.safe_dump(recipe))
+        config, options = MergeConfiguration.model_validate(recipe), MergeOptions(quiet=True)
+        run_merge(config, name, options, yaml.safe_dump(recipe))
     except Exception as error:
         pathlib.Path(name + ".error").write_text(repr(error))
 """
