@@ -18,12 +18,12 @@ from vocabulary_tools import (
     byte_pairs,
     save_with,
     section,
+    task_arithmetic,
     word_level,
 )
 
 from evomerge.errors import InputError, ModelError, RecipeError
 from evomerge.merging.checkpoints.model_folder import open_model
-from evomerge.merging.methods.functions import task_arithmetic
 from evomerge.merging.tokens import Rule
 from evomerge.merging.vocabulary import Vocabulary, make_vocabulary
 

@@ -16,12 +16,20 @@ import torch
 import yaml
 from merging_tools import load_all, same_bits
 from transformers import AutoTokenizer
-from vocabulary_tools import EMBEDDINGS, adding, byte_pairs, save_with, section, word_level
+from vocabulary_tools import (
+    EMBEDDINGS,
+    adding,
+    byte_pairs,
+    linear,
+    save_with,
+    section,
+    task_arithmetic,
+    word_level,
+)
 
 from evomerge.cli import main
 from evomerge.errors import RecipeError
 from evomerge.merging.checkpoints.model_folder import open_model
-from evomerge.merging.methods.functions import linear, task_arithmetic
 from evomerge.merging.vocabulary import make_vocabulary
 
 SCRIPT = shutil.which("mergekit-yaml")
