@@ -6,8 +6,9 @@ import json
 import os
 from pathlib import Path
 
-# read when the hub's client is imported, so before all that follows
+# read when the libraries are imported, so before all that follows; subprocesses inherit them
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

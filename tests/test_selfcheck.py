@@ -102,7 +102,7 @@ def test_tables_and_numbers_are_not(text):
     assert faults(said(text), JA) == ()
 
 
-def test_who_is_asked_to_repeat_may():
+def test_repetition_that_the_task_asks_for_is_no_fault():
     assert faults(said("ありがとう。" * 100), "「ありがとう」を100回繰り返してください。") == ()
     assert (
         faults(

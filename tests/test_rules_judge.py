@@ -443,5 +443,5 @@ def test_it_agrees_with_a_strong_judge_within_tasks_on_real_answers() -> None:
         ("", "six ", "six and hundred six"),
     ],
 )
-def test_odd_references_that_a_fuzzer_found(question: str, reference: str, answer: str) -> None:
+def test_unusual_references_get_a_grade(question: str, reference: str, answer: str) -> None:
     assert 1 <= grade(question, reference, answer).value <= 5
