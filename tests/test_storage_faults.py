@@ -232,7 +232,10 @@ def test_a_damaged_or_locked_grades_cache(tmp_path, monkeypatch):
     file.write_bytes(data[: len(data) // 2])
     with pytest.raises(
         OutputError,
-        match=r"the grades cache is damaged or cut short.*move the file away.*asks for the remaining grades",
+        match=(
+            r"the grades cache is damaged or cut short.*move the file away"
+            r".*asks for the remaining grades"
+        ),
     ):
         GradesCache(file)
 
