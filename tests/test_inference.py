@@ -1,5 +1,6 @@
 """Tasks in, answers out: order, exact texts, and going on after a kill at any moment."""
 
+import errno
 import json
 import os
 import resource
@@ -16,8 +17,8 @@ from evomerge.answering.engine import Answer
 from evomerge.answering.prompts import Prompter
 from evomerge.errors import EngineError, InputError, OutputError, TaskError
 from evomerge.inference import run_inference
-from evomerge.knowledge.base import read_knowledge
-from evomerge.knowledge.retrieval.retrieve import Chooser
+from evomerge.knowledge.chooser import Chooser
+from evomerge.knowledge.read_base import read_knowledge
 from evomerge.study import PromptSection
 from evomerge.tasks import Task, load_tasks
 
@@ -271,12 +272,16 @@ except OutputError as error: sys.exit(str(error))
     assert len(engine.prompts) == COUNT - len(survived)
 
 
-def test_no_space_for_the_final_file_keeps_the_part(tmp_path):
+def test_no_space_for_the_final_file_keeps_the_part(tmp_path, monkeypatch):
+    def full(*_args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     out = tmp_path / "a.jsonl"
-    (tmp_path / "a.jsonl.tmp").mkdir()
-    with pytest.raises(OutputError, match=f"{COUNT} of {COUNT} answers are kept"):
-        run_inference(ReversingEngine(), marked(), some_tasks(), out)
-    (tmp_path / "a.jsonl.tmp").rmdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", full)
+        with pytest.raises(OutputError, match=f"{COUNT} of {COUNT} answers are kept"):
+            run_inference(ReversingEngine(), marked(), some_tasks(), out)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl.part"]
     run_inference(ReversingEngine(fail_at=0), marked(), some_tasks(), out)
     assert rows(out) == expected(some_tasks())
 

@@ -29,8 +29,8 @@ from vocabulary_tools import (
 
 from evomerge.cli import main
 from evomerge.errors import RecipeError
-from evomerge.merging.checkpoints.model_folder import open_model
-from evomerge.merging.vocabulary import make_vocabulary
+from evomerge.merging.checkpoints.open_model import open_model
+from evomerge.merging.vocabulary.alignment import make_vocabulary
 
 SCRIPT = shutil.which("mergekit-yaml")
 PYTHON = os.environ.get("EVOMERGE_MERGEKIT_PYTHON") or (

@@ -64,11 +64,11 @@ def task_arithmetic(base, siblings, weights):
 
 
 def linear(tensors, weights):
-    """The weighted mean, in fp32 and rounded once."""
+    """The weighted mean in fp32, each product added without being rounded, as mergekit has it."""
     rounded = torch.tensor(weights, dtype=torch.float32)
     total = torch.zeros_like(tensors[0], dtype=torch.float32)
     for tensor, weight in zip(tensors, rounded, strict=True):
-        total = total + tensor.float() * weight
+        total = torch.addcmul(total, tensor.float(), weight)
     return (total / rounded.sum()).to(tensors[0].dtype)
 
 

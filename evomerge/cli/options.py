@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from evomerge.console import Console, byte_progress
 
 if TYPE_CHECKING:
-    from evomerge.searching.session import Finished
+    from evomerge.searching.finished import Finished
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -92,7 +92,7 @@ def results_folder(results: Path | str | None, name: str) -> Path:
 
 
 def load(args: argparse.Namespace) -> Finished:
-    from evomerge.searching.session import load_finished
+    from evomerge.searching.finished import load_finished
 
     return load_finished(storage_url(args.storage, args.study), args.study)
 
@@ -103,12 +103,14 @@ def build(recipe: object, out: Path, shard_size: str, text: str, random_seed: in
     """
     from evomerge.merging.build import build_model
     from evomerge.recipe import Recipe
+    from evomerge.reporting.card import model_card
 
     assert isinstance(recipe, Recipe)
     console = Console()
     build_model(
         recipe,
         out,
+        write_card=model_card,
         recipe_text=text,
         shard_size=shard_size,
         random_seed=random_seed,
