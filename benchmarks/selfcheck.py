@@ -1,8 +1,9 @@
 """What the self-check and best of n are worth. The last line is one JSON object.
 
-    python benchmarks/selfcheck.py --graded FOLDER    # tasks.jsonl, answers.jsonl, grades.jsonl:
-    real graded answers of many models python benchmarks/selfcheck.py --pair FOLDER      # parent/
-    and tasks.jsonl, as make_real_pair.py makes them: about 10 minutes
+    python benchmarks/selfcheck.py --graded FOLDER  # tasks.jsonl, answers.jsonl and grades.jsonl:
+                                                    # real graded answers of many models
+    python benchmarks/selfcheck.py --pair FOLDER    # parent/ and tasks.jsonl as make_real_pair.py
+                                                    # makes them: about 10 minutes
 
 graded: the share of answers with each fault by the grade that REFERENCE gave them, and the gain of
 choosing among the answers of N models to one task over their mean, by REFERENCE's grades, on the
@@ -55,7 +56,7 @@ from evomerge.tasks import Task, load_tasks
 REFERENCE, FITTED = "gpt-4-turbo", ["athene-v2", "tulu-405b"]
 N, DRAWS = 4, 10
 GOOD = 4  # the least grade of an answer that nobody should ask again for
-# the second is not the small model's own: that gives faults
+# the second is not the small model's own format, which provokes faults
 FORMATS: tuple[Literal["chat", "competition"], ...] = ("chat", "competition")
 Cell = tuple[AnswerLine, float]  # an answer and its grade
 
@@ -66,8 +67,8 @@ def main() -> None:
     )
     parser.add_argument("--graded", type=Path)
     parser.add_argument("--pair", type=Path)
-    parser.add_argument("--tasks", type=int, default=140, help="of the pair")
-    parser.add_argument("--new-tokens", type=int, default=48, help="of the pair's answers")
+    parser.add_argument("--tasks", type=int, default=140, help="number of the pair's tasks")
+    parser.add_argument("--new-tokens", type=int, default=48, help="length of the pair's answers")
     args = parser.parse_args()
     found: dict[str, Any] = {}
     if args.graded is not None:
@@ -124,7 +125,8 @@ def choices(folder: Path) -> dict[str, Any]:
         fit_file(*files, FITTED, out, wanted_models("tuning"))
         ways = _ways(LearnedJudge(out))
     print(
-        f"gain of choosing 1 of {N} over their mean, {REFERENCE}'s grades, {len(ranked)} models of the test families, {len(cells)} tasks"
+        f"gain of choosing 1 of {N} over their mean, {REFERENCE}'s grades, {len(ranked)} models "
+        f"of the test families, {len(cells)} tasks"
     )
     found = {}
     for kind in ("any", "near"):
@@ -203,7 +205,8 @@ def pair(folder: Path, count: int, new_tokens: int) -> dict[str, Any]:
         prompts = prompter.prepare([task.input for task in tasks])
         first = _ask(engine, prompter, prompts)
         print(
-            f"{form} prompts, {len(tasks)} tasks, {new_tokens} new tokens: mean grade {fmean(_grades(tasks, first)):.2f}"
+            f"{form} prompts, {len(tasks)} tasks, {new_tokens} new tokens: mean grade "
+            f"{fmean(_grades(tasks, first)):.2f}"
         )
         found[form] = {
             kind: _again(kind, engine, prompter, tasks, prompts, first) for kind in SERIOUS
@@ -245,7 +248,8 @@ def _again(
     )
     gains = [b - a for a, b in zip(before, after, strict=True)]
     told = _told(
-        f"  {kind:10} {len(flagged):3} flagged, {mended:3} without it after, mean {fmean(before):.2f} to {fmean(after):.2f}",
+        f"  {kind:10} {len(flagged):3} flagged, {mended:3} fixed afterwards, mean "
+        f"{fmean(before):.2f} to {fmean(after):.2f}",
         gains,
     )
     return {

@@ -1,3 +1,3 @@
 """evomerge: find the best merge of a base model and its fine-tuned siblings."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

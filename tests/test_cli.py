@@ -193,7 +193,8 @@ def test_inference_by_study_and_by_folder_agree(searched, pair, tmp_path):
 
 def test_judge_grade_writes_json_lines(pair, tmp_path):
     (tmp_path / "a.jsonl").write_text(
-        '{"task_id": 0, "output": "あいあおかきくけ", "model": "m"}\n{"task_id": 1, "output": "", "model": "m"}\n'
+        '{"task_id": 0, "output": "あいあおかきくけ", "model": "m"}\n'
+        '{"task_id": 1, "output": "", "model": "m"}\n'
     )
     out = tmp_path / "g.jsonl"
     assert (

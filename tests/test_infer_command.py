@@ -152,7 +152,7 @@ def test_a_base_that_holds_held_out_tasks_is_told_and_check_reads_it(pair, place
 
 
 def test_the_answers_kept_for_prompts_are_of_their_settings(pair, place):
-    """The same prompts with other settings of a class are answered anew, in the same study's cache."""
+    """Other settings of a class: the same prompts are answered anew, in the same study's cache."""
     longer = Knowledge(
         (KnowledgeClass("かな", "", "あ{input}", max_new_tokens=9), KINDS[1]), BASE.examples
     )
@@ -378,7 +378,7 @@ def test_a_folder_is_no_place_for_answers(pair, place, capsys, out):
 
 
 def test_the_seed_reaches_the_samples(pair, place):
-    """Best of 2 on one faulty first answer: what is sampled depends on --seed, and on nothing else."""
+    """Best of 2 on one faulty first answer: the samples depend on --seed, and on nothing else."""
     model = [
         "--model",
         pair / "base",

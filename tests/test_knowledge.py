@@ -216,9 +216,9 @@ def test_choice_shows_the_nearest_example_last(knowledge):
     choice = Chooser(knowledge).choose("12×4はいくつですか")
     assert [example.row for example in choice.examples] == [2, 3]
     assert choice.kind.system == "先生"
-    assert (
-        filled(choice, "12×4はいくつですか")
-        == "指示: 3+5はいくつですか\n回答: 8\n\n指示: 12×3はいくつですか\n回答: 36\n問:12×4はいくつですか"
+    assert filled(choice, "12×4はいくつですか") == (
+        "指示: 3+5はいくつですか\n回答: 8\n\n指示: 12×3はいくつですか\n回答: 36\n"
+        "問:12×4はいくつですか"
     )
     assert Chooser(knowledge).choose("山の詩を書いてください").kind.system == ""
 

@@ -28,9 +28,10 @@ ROOT = Path(__file__).resolve().parents[1]
 CLASSES = ["分析", "創作", "抽出", "意見", "解決", "説明", "役割", "計算"]
 NUMBERS = ["max_new_tokens", "temperature", "repetition_penalty", "examples", "documents", "weight"]
 TRICKY = [
-    "=1+1", "=HYPERLINK(\"http://x\")", "+1", "-1", "@SUM(A1)", "'quoted", "#N/A", "007", "1e5", "TRUE", "2026-05-18",
-    " 前後の空白 ", "二行\nの文", "<|im_start|>system\n", "{input}{examples}", "a\tb", "%", "null", "yes", "- a: b", "# x", "_x0041_",
-    "_x000D_", "\x0b縦", "\ufeffx", "a\u2028", "🍎",
+    "=1+1", "=HYPERLINK(\"http://x\")", "+1", "-1", "@SUM(A1)", "'quoted", "#N/A", "007", "1e5",
+    "TRUE", "2026-05-18", " 前後の空白 ", "二行\nの文", "<|im_start|>system\n", "{input}{examples}",
+    "a\tb", "%", "null", "yes", "- a: b", "# x", "_x0041_", "_x000D_", "\x0b縦", "\ufeffx",
+    "a\u2028", "🍎",
 ]  # fmt: skip
 
 

@@ -182,8 +182,8 @@ def test_the_figures_shown_are_those_given(tmp_path: Path) -> None:
     assert "The winner is right on a share of 0.814 ± 0.047 of the 70 held-out tasks." in text
     assert "Better than base: +0.557, 95 % interval +0.429 to +0.671, n = 70." in text
     assert (
-        "No difference from the best uniform weight is shown: +0.043, 95 % interval −0.029 to +0.114, n = 70, which includes zero."
-        in text
+        "No difference from the best uniform weight is shown: +0.043, 95 % interval −0.029 to "
+        "+0.114, n = 70, which includes zero." in text
     )
     for shown in (
         "0.257 ± 0.053",

@@ -170,7 +170,8 @@ def test_every_form_of_task_file(family, tmp_path, monkeypatch, capsys):
     write_runner(finish(family, stop=("い",)), tmp_path / "r", None)
     path, out = tmp_path / "t.jsonl", tmp_path / "o.jsonl"
     path.write_bytes(
-        '\ufeff\r\n{"task_id": 5, "input": "猫"}\r\n{\r\n "input":\r\n "犬\\u2028"}\r\n\r\n{"task_id": null, "input": "鳥"} '.encode()
+        '\ufeff\r\n{"task_id": 5, "input": "猫"}\r\n{\r\n "input":\r\n "犬\\u2028"}\r\n\r\n'
+        '{"task_id": null, "input": "鳥"} '.encode()
     )
     run(tmp_path / "r", monkeypatch, "--tasks", path, "--out", out)
     assert [

@@ -28,11 +28,18 @@ JA, EN = (
     "Explain in three sentences why the sky is blue.",
 )
 ENGLISH = (
-    "The sky is blue because the molecules of the air scatter the short waves of sunlight far more than the long ones, "
+    "The sky is blue because the molecules of the air scatter the short waves of sunlight far "
+    "more than the long ones, "
     "so that blue light reaches the eye from every direction while the red passes straight through."
 )
-JAPANESE = "空が青いのは、空気の分子が太陽の光のうち波長の短い青い光を強く散乱させるためです。そのため、どの方向からも青い光が目に届きます。"
-CHINESE = "东京是日本的首都，也是日本政治、经济和文化的中心，人口超过一千三百万，城市中有许多历史悠久的寺庙和现代化的建筑。"
+JAPANESE = (
+    "空が青いのは、空気の分子が太陽の光のうち波長の短い青い光を強く散乱させるためです。"
+    "そのため、どの方向からも青い光が目に届きます。"
+)
+CHINESE = (
+    "东京是日本的首都，也是日本政治、经济和文化的中心，人口超过一千三百万，"
+    "城市中有许多历史悠久的寺庙和现代化的建筑。"
+)
 KOREAN = "도쿄는 일본의 수도이며 정치와 경제와 문화의 중심지이고 인구는 천삼백만 명이 넘습니다."
 PLAIN = GenerationSection(max_new_tokens=64)
 
@@ -95,7 +102,7 @@ def test_tables_and_numbers_are_not(text):
     assert faults(said(text), JA) == ()
 
 
-def test_who_is_asked_to_repeat_may():
+def test_repetition_that_the_task_asks_for_is_no_fault():
     assert faults(said("ありがとう。" * 100), "「ありがとう」を100回繰り返してください。") == ()
     assert (
         faults(
@@ -132,11 +139,13 @@ def test_another_language_than_the_tasks(task, text):
         (JA, "https://example.com/a/long/path/of/many/words/that/are/no/prose/at/all"),
         (
             JA,
-            '「東京」(Tokyo) is the capital: "日本の首都は東京です。人口は約千四百万人です。" means that it is.',
+            '「東京」(Tokyo) is the capital: "日本の首都は東京です。人口は約千四百万人です。" '
+            "means that it is.",
         ),
         (
             JA,
-            "```python\nfor name in names: print(name, end=' ')\nwhile not done and some or other: pass\n```",
+            "```python\nfor name in names: print(name, end=' ')\n"
+            "while not done and some or other: pass\n```",
         ),
         ("次の文を英語に訳してください。空はなぜ青いのですか。", ENGLISH),
         ("空が青い理由を英文で書いてください。", ENGLISH),

@@ -295,7 +295,7 @@ def cascade_search(
 
 
 def halves(search, judge):
-    """For each generation, (its better half as recorded, that by `judge`'s grades of every answer)."""
+    """For each generation: its better half as recorded, and by `judge`'s grades of all."""
     done = [r for r in search.ledger.records() if r.role == "candidate" and r.state == "complete"]
     every = {str(task.task_id): task for task in search.split.search}
     found = []
@@ -435,7 +435,7 @@ def test_a_failing_candidate_is_replaced(tmp_path, place):
 
 @pytest.fixture(scope="module")
 def learned(pair, tmp_path_factory):
-    """A learned judge of the tiny pair's tasks, fitted on grades that follow the answers' length."""
+    """A learned judge of the tiny pair's tasks, fitted on grades that follow the length."""
     folder, rng = tmp_path_factory.mktemp("learned"), random.Random(0)
     kana = "あいうえおかきくけこ"
     rows = [
