@@ -22,8 +22,8 @@ from evomerge.console import Console, duration
 from evomerge.errors import EngineError, StudyFileError
 from evomerge.genome.weights import Genome
 from evomerge.judging.grade import Judge, WaitingJudge
+from evomerge.judging.judge_facts import judge_facts
 from evomerge.recipe import Recipe
-from evomerge.reporting.judge_section import judge_facts
 from evomerge.searching import warm_start
 from evomerge.searching.ahead import Item
 from evomerge.searching.choosing import choose, finalists

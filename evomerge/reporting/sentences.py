@@ -1,0 +1,120 @@
+"""A study's figures in words: the page's headline and remarks, and notes beside the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from evomerge.searching.ledger import TrialRecord
+
+METRICS = {
+    "grade": "mean grade, 1 to 5",
+    "correct": "share of answers that are right",
+    "score": "weighted mean of lm-eval's metrics",
+    "objective": "weighted sum of the objective's parts",
+}
+HEADLINES = {
+    "correct": "The winner answers a share of {figure} of the {n} held-out tasks correctly.",
+    "objective": "The winner reaches an objective of {figure} on the {n} held-out tasks.",
+    "score": "The winner has a score of {figure} on the {n} held-out documents.",
+    "grade": "The winner has a mean grade of {figure} on the {n} held-out tasks.",
+}
+MINUS = "−"
+
+
+@dataclass(frozen=True)
+class Remark:
+    """One sentence; `kind` is better, worse or open (no difference is shown)."""
+
+    kind: str
+    text: str
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A figure with a true minus sign; an en dash where there is none."""
+    return "–" if value is None else f"{value:.{digits}f}".replace("-", MINUS)
+
+
+def signed(value: float | None, digits: int = 3) -> str:
+    """The same, with its sign always shown."""
+    return "–" if value is None else f"{value:+.{digits}f}".replace("-", MINUS)
+
+
+def share(value: float | None) -> str:
+    """A share as a percentage."""
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def model_title(name: str) -> str:
+    """What the verdict calls a candidate, in words."""
+    return "best uniform weight" if name == "uniform" else name.removeprefix("sibling:")
+
+
+def headline(
+    verdict: Mapping[str, Any] | None, trials: Sequence[TrialRecord], winner: TrialRecord | None
+) -> str:
+    """The first sentence: the winner on the held-out tasks, or how far the search has come."""
+    if verdict is not None:
+        mean = verdict["candidates"]["winner"]
+        figure = f"{number(mean['mean'])}\u00a0±\u00a0{number(mean['stderr'])}"
+        sentence = HEADLINES.get(verdict["metric"], HEADLINES["grade"])
+        return sentence.format(figure=figure, n=verdict["n"])
+    done = sum(t.state == "complete" for t in trials)
+    text = f"The search is not finished: {done} trials are complete, and there is no verdict yet."
+    if winner is not None and winner.score is not None:
+        figure = f"{number(winner.score)} ± {number(winner.stderr)} (n = {winner.n})"
+        text += f" Best on the search tasks so far: trial {winner.number}, {figure}."
+    return text
+
+
+def remarks(verdict: Mapping[str, Any] | None) -> list[Remark]:
+    """One sentence per paired difference, which tells when the interval includes zero."""
+    if verdict is None:
+        return []
+    found = []
+    for key, pair in verdict["paired"].items():
+        name = model_title(key.removeprefix("winner-"))
+        if key == "winner-uniform":
+            name = f"the {name}"
+        interval = f"{signed(pair['low'])} to {signed(pair['high'])}"
+        figures = f"{signed(pair['diff'])}, 95 % interval {interval}, n = {verdict['n']}"
+        if pair["low"] > 0:
+            found.append(Remark("better", f"Better than {name}: {figures}."))
+        elif pair["high"] < 0:
+            found.append(Remark("worse", f"Worse than {name}: {figures}."))
+        else:
+            text = f"No difference from {name} is shown: {figures}, which includes zero."
+            found.append(Remark("open", text))
+    return found
+
+
+def notes(facts: Mapping[str, Any]) -> list[str]:
+    """What a reader of the verdict must know beside its figures, one sentence each.
+
+    `facts` are a study's stored attributes.
+    """
+    told = []
+    look = facts.get("look", 1)
+    if facts.get("stopped"):
+        told.append(f"The search ended because {facts['stopped'].removeprefix('converged: ')}.")
+    chosen = facts.get("validation")
+    if chosen:
+        blind = "; the held-out tasks had no part in it" if look == 1 else ""
+        told.append(
+            f"The winner was chosen among {len(chosen['means'])} finalists on {chosen['n']} tasks "
+            f"that no candidate was ranked on{blind}."
+        )
+    if look > 1:
+        told.append(
+            f"This is look number {look} at the held-out tasks: the search went on after a verdict, "
+            "so its intervals are too narrow."
+        )
+    saved = facts.get("cascade")
+    if saved and saved["graded"]:
+        told.append(
+            f"The cascade judge asked the language model about {saved['asked']:,} of "
+            f"{saved['graded']:,} answers of candidates ({saved['asked'] / saved['graded']:.0%})."
+        )
+    return told
