@@ -184,7 +184,7 @@ def prompt(
     if len(ids) > room and documents:
         return prompt(tokenizer, room, text, kind, examples, documents[:-1])
     if len(ids) > room and (room < 1 or SETTINGS["too_long"] == "refuse"):
-        raise SystemExit(f"a task of {len(ids)} tokens does not fit into {room}: {text[:60]}")
+        raise SystemExit(f"a task of {len(ids)} tokens is too long for {room}: {text[:60]}")
     return whole, ids[-room:]
 
 
