@@ -362,7 +362,9 @@ def test_a_run_asks_again_for_what_has_a_fault(tmp_path):
     )
     assert outputs(tmp_path / "out.jsonl") == [JAPANESE, "はい。", "太郎です。"]
     assert len(engine.asked) == 5
-    assert done.told == ("self-check (empty, language): 2 of 3 answers had a fault, 0 still have one",)
+    assert done.told == (
+        "self-check (empty, language): 2 of 3 answers had a fault, 0 still have one",
+    )
 
     engine = Scripted(table)
     done = run_inference(

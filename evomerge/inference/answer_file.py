@@ -18,8 +18,7 @@ from evomerge.tasks import Task
 
 UNFINISHED = "time limit"  # the mark of an unfinished task
 LATE = (
-    "the time limit came before everything was asked again: "
-    "run the same command again to finish it"
+    "the time limit came before everything was asked again: run the same command again to finish it"
 )
 
 

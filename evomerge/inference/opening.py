@@ -87,21 +87,23 @@ def open_folder(ref: str, overrides: Sequence[str]) -> Opened:
     )
 
 
-def open_yaml(path: Path, overrides: Sequence[str]) -> Opened:
-    """A mergekit configuration, merged in place; its models' paths resolve as in `evomerge merge`.
-    Raises RecipeError, ModelError.
+def open_merged(recipe: Recipe | Path, overrides: Sequence[str]) -> Opened:
+    """A recipe, or the mergekit configuration in a file, merged in place.
+
+    Its models' paths resolve as in `evomerge merge`. Raises RecipeError, ModelError.
     """
     from evomerge.merging.checkpoints.fingerprint import combined, fingerprint
     from evomerge.merging.stream import open_recipe
     from evomerge.recipe import read_recipe
 
-    if not path.is_file():
-        raise InputError("no such recipe", where=path, remedy="Name a mergekit YAML.")
-    recipe = read_recipe(path)
+    if isinstance(recipe, Path):
+        if not recipe.is_file():
+            raise InputError("no such recipe", where=recipe, remedy="Name a mergekit YAML.")
+        recipe = read_recipe(recipe)
     models = open_recipe(recipe)
     base, *siblings = models.values()
     study = _seeded(overridden(_study(recipe.models, _dtype(recipe), base.config), overrides, USED))
-    # one model too is merged: scaled, or its layers moved
+    # a single model is merged too: scaled, or with its layers moved
     engine = _engine(base, siblings or [base], study)
     engine.apply(recipe)
     prints = {ref: combined(fingerprint(model.path)) for ref, model in models.items()}
