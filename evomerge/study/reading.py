@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import os
 import re
@@ -72,17 +73,30 @@ def read_study(
             found=data,
             remedy="See search_spaces/demo.yaml.",
         )
+    data.setdefault("study", path.stem)
+    return study_from_mapping(data, path.resolve().parent, overrides, environ, str(path))
+
+
+def study_from_mapping(
+    content: Mapping[str, Any],
+    folder: Path,
+    overrides: Sequence[str] = (),
+    environ: Mapping[str, str] = os.environ,
+    where: str = "study",
+) -> Study:
+    """As `read_study`, from a study file's content; paths are relative to `folder`."""
+    data = copy.deepcopy(dict(content))
     for override in overrides:
         _override(data, override)
-    data = _expand(data, environ, str(path), "")
-    data.setdefault("study", path.stem)
-    read_mergekit_evolve(data, str(path))
-    study = typing.cast(Study, build(Study, data, "", str(path)))
-    study = resolve_paths(study, path.resolve().parent)
-    check_study_file(study, str(path))
-    check_genome(study, str(path))
-    check_lm_eval(study, str(path))
-    check_judge(study.judge, str(path))
+    data = _expand(data, environ, where, "")
+    data.setdefault("study", "study")
+    read_mergekit_evolve(data, where)
+    study = typing.cast(Study, build(Study, data, "", where))
+    study = resolve_paths(study, folder)
+    check_study_file(study, where)
+    check_genome(study, where)
+    check_lm_eval(study, where)
+    check_judge(study.judge, where)
     return study
 
 
