@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,8 +80,7 @@ def search(
     with open_search(checked, url, console or Console()) as running:
         running.run()
     found = load_study(checked.study, storage=url)
-    found.write_results(results)
-    return found
+    return replace(found, written=tuple(found.write_results(results)))
 
 
 def check(
@@ -176,7 +176,7 @@ def infer(
     overrides: Overrides = None,
     best_of: int | None = None,
     judge: Judge | str | None = None,
-    self_check: Sequence[str] = (),
+    self_check: Sequence[str] | str = (),
     time_limit: float | None = None,
     console: Console | None = None,
 ) -> InferenceResult:
@@ -193,7 +193,7 @@ def infer(
         "both".
     max_new_tokens: the longest answer. overrides: settings of a study file, for this run.
     best_of, judge: answer that often, keep the best by "rules", "learned:FILE", …, or agreement.
-    self_check: the faults for which a task is asked again: empty, repetitive, language, cut.
+    self_check: faults for which a task is asked again: "all", or empty, repetitive, language, cut.
     time_limit: in seconds; then what exists is returned.
 
     Returns

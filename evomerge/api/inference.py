@@ -34,7 +34,7 @@ def make_request(
     max_new_tokens: int | None,
     best_of: int | None,
     judge: Judge | str | None,
-    self_check: Sequence[str],
+    self_check: Sequence[str] | str,
     time_limit: float | None,
 ) -> InferenceRequest:
     """The parameters of `infer` as a request, not yet checked."""
@@ -58,9 +58,20 @@ def make_request(
         classify=classify,
         best_of=best_of,
         judge=judge,
-        self_check=tuple(self_check),
+        self_check=_fault_names(self_check),
         time_limit=time_limit,
     )
+
+
+def _fault_names(faults: Sequence[str] | str) -> tuple[str, ...]:
+    """Names of faults from a list, or from "all" or "empty,cut"."""
+    if not isinstance(faults, str):
+        return tuple(faults)
+    if faults == "all":
+        from evomerge.inference.selfcheck import SERIOUS
+
+        return tuple(SERIOUS)
+    return tuple(faults.split(","))
 
 
 def run_request(

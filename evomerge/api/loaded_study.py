@@ -30,6 +30,7 @@ class LoadedStudy:
 
     finished: Finished
     storage: str  # its URL
+    written: tuple[Path, ...] = ()  # the result files, where `search` returned it
 
     def __repr__(self) -> str:
         state = "running" if self.verdict is None else "finished"
@@ -87,7 +88,7 @@ class LoadedStudy:
 
     @property
     def best(self) -> TrialRecord:
-        """The candidate with the highest score on the search tasks, which owes some of it to luck."""
+        """The candidate with the highest score on the search tasks: good, and lucky as well."""
         scored = [r for r in self.records if r.role == "candidate" and r.state == "complete"]
         return max(scored, key=lambda r: (r.score or 0.0, -r.number))
 
@@ -102,6 +103,13 @@ class LoadedStudy:
         from evomerge.reporting.export import recipe_text
 
         return recipe_text(self.finished)
+
+    @property
+    def answer_cache(self) -> Path:
+        """Where the answers lie that the study keeps."""
+        from evomerge.searching.session import cache_path
+
+        return cache_path(self.storage, self.name)
 
     def plot_history(self) -> plotly.graph_objects.Figure:
         """Every trial's score and the best so far. Raises InputError without Plotly."""
