@@ -194,7 +194,7 @@ def infer(
     max_new_tokens: the longest answer. overrides: settings of a study file, for this run.
     best_of, judge: answer that often, keep the best by "rules", "learned:FILE", …, or agreement.
     self_check: faults for which a task is asked again: "all", or empty, repetitive, language, cut.
-    time_limit: in seconds; then what exists is returned.
+    time_limit: in seconds; then what exists is returned. console: as for `merge`.
 
     Returns
     -------
