@@ -185,13 +185,16 @@ def open_ledger(
         if name not in known and not create:
             others = f"There are: {', '.join(sorted(known))}." if known else "The storage is empty."
             raise StudyError(f"there is no study {name!r}", where=_shown(url), remedy=others)
-        study = optuna.create_study(
-            storage=storage,
-            study_name=name,
-            sampler=sampler,
-            direction="maximize",
-            load_if_exists=True,
-        )
+        if name in known:  # loading writes nothing, so that a read-only copy can be shown
+            study = optuna.load_study(storage=storage, study_name=name, sampler=sampler)
+        else:
+            study = optuna.create_study(
+                storage=storage,
+                study_name=name,
+                sampler=sampler,
+                direction="maximize",
+                load_if_exists=True,
+            )
     return Ledger(study, url)
 
 
