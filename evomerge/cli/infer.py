@@ -75,6 +75,7 @@ def _report(console: Console, args: argparse.Namespace, result: InferenceResult)
         begun = f", {result.partial} of them begun" if result.partial else ""
         console.say(
             f"the time limit of {args.time_limit} left {result.unfinished} of {len(result)} tasks "
-            f"unfinished{begun}: they are marked in the file; run the same command again to continue"
+            f"unfinished{begun}: they are marked in the file; "
+            "run the same command again to continue"
         )
     say_written(console, [args.out])

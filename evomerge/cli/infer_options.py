@@ -14,11 +14,11 @@ from evomerge.errors import InputError
 if TYPE_CHECKING:
     from evomerge.inference.request import InferenceRequest
 
-EXAMPLES = """evomerge infer --model merged/ --tasks tasks.jsonl --out answers.jsonl --time-limit 55m
-evomerge infer --study demo --tasks tasks.jsonl --out answers.jsonl --knowledge base.xlsx
-evomerge infer --recipe best.yaml --tasks tasks.jsonl --out answers.jsonl --quantization 4bit
+EXAMPLES = """evomerge infer --study demo --tasks t.jsonl --out a.jsonl --knowledge base.xlsx
+evomerge infer --model merged/ --tasks t.jsonl --out a.jsonl --time-limit 55m
+evomerge infer --recipe best.yaml --tasks t.jsonl --out a.jsonl --quantization 4bit
 evomerge infer --server http://localhost:8000/v1 --model NAME --tasks t.jsonl --out a.jsonl
-evomerge infer --explain --tasks tasks.jsonl --knowledge base.xlsx"""
+evomerge infer --explain --tasks t.jsonl --knowledge base.xlsx"""
 # option -> the key of a study file that it sets
 KEYS = {
     "format": "prompt.format",

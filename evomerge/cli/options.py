@@ -73,7 +73,7 @@ def results_option(p: argparse.ArgumentParser) -> None:
         "--results",
         type=Path,
         metavar="DIR",
-        help="where the folder NAME/ with the results goes (default: $EVOMERGE_RESULTS, or results/)",
+        help="where the folder NAME/ goes (default: $EVOMERGE_RESULTS, or results/)",
     )
 
 

@@ -116,4 +116,5 @@ class BestOf:
             changed += best > 0
             chosen[i] = answers[best]
         by = "agreement" if self.judge is None else self.judge.name
-        return f"best of {self.n} by {by}: replaced the first answer to {changed} of {len(chosen)} tasks"
+        count = f"{changed} of {len(chosen)} tasks"
+        return f"best of {self.n} by {by}: replaced the first answer to {count}"

@@ -1,6 +1,4 @@
-"""Who answers: a model as it lies on disk, a recipe or a study's winner merged in place, or a
-server.
-"""
+"""Opening what answers: a model folder, a recipe or a study's winner in memory, or a server."""
 
 from __future__ import annotations
 
@@ -16,21 +14,22 @@ from evomerge.knowledge.classification.by_model import ModelClassifier
 from evomerge.knowledge.open import open_knowledge
 from evomerge.study import GenomeSection, PromptSection, Study, TaskSource, overridden
 
-if TYPE_CHECKING:  # a server is asked without torch
+if TYPE_CHECKING:  # answers of a server need no torch
     from evomerge.answering.engine import Engine
     from evomerge.knowledge.retrieval.retrieve import Chooser
     from evomerge.merging.checkpoints.model_folder import ModelFolder
     from evomerge.recipe import Recipe
 
-BATCH_SIZE = 64  # prompts answered at once, where no study says; out of memory it is halved
-# what of a study file inference heeds
+BATCH_SIZE = 64  # prompts answered at once, without a study; halved when memory runs out
+# the keys of a study file that inference uses
 USED = ("prompt", "generation", "engine", "search.dtype", "search.seed")
 
 
 @dataclass(frozen=True)
 class Opened:
-    """An engine ready to answer, the settings that it answers by, and all that its answers depend
-    on beside the prompts.
+    """An engine ready to answer, and its settings.
+
+    `identity` names all that its answers depend on beside the prompts.
     """
 
     engine: Engine
@@ -42,7 +41,8 @@ class Opened:
 def open_study(
     url: str, name: str, overrides: Sequence[str], say: Callable[[str], None] = lambda line: None
 ) -> Opened:
-    """The study's own engine and prompts with the winner's weights; no merged folder is needed.
+    """A study's engine and prompts with the winner's weights; no merged folder is needed.
+
     Raises StudyError.
     """
     from evomerge.searching.session import load_finished, open_models
@@ -53,7 +53,8 @@ def open_study(
     if any(override.startswith("prompt.knowledge=") for override in overrides):
         if study.prompt.knowledge != finished.study.prompt.knowledge:
             say(
-                f"note: study {name} was searched with other prompts: its verdict does not hold for answers by this base"
+                f"note: study {name} was searched with other prompts: "
+                "its verdict does not hold for answers with this knowledge base"
             )
     elif study.prompt.knowledge is not None:
         check_unchanged_base(study.prompt.knowledge, facts.get("knowledge"), name)
@@ -62,7 +63,7 @@ def open_study(
     if study.engine == finished.study.engine:
         engine.limits.update(facts.get("limits", {}))
     if finished.verdict is None:
-        say(f"study {name} is not finished: its best trial so far answers")
+        say(f"study {name} is not finished: the best trial so far is used")
     engine.apply(finished.recipe)
     return Opened(
         engine, study.prompt, study, _identity(finished.recipe.digest(), facts["models"], study)
@@ -70,7 +71,8 @@ def open_study(
 
 
 def open_folder(ref: str, overrides: Sequence[str]) -> Opened:
-    """A model folder or hub name in the precision it has on disk, unless search.dtype says another.
+    """A model folder or hub name, in its own precision unless search.dtype sets another.
+
     Raises ModelError.
     """
     from evomerge.merging.checkpoints.fingerprint import combined, fingerprint
@@ -126,10 +128,10 @@ def open_server_at(
 
 
 def open_chooser(opened: Opened, classify: str, say: Callable[[str], None]) -> Chooser | None:
-    """What chooses classes and examples, where there is a base: by `neighbours`, by the `model`
-    that answers, or by `both`.
+    """What chooses classes and examples, where there is a knowledge base.
 
-    Raises KnowledgeError, InputError.
+    Classes are chosen by the nearest examples (`neighbours`), by the `model` that answers, or by
+    `both`. Raises KnowledgeError, InputError.
     """
     if classify == "neighbours":
         return open_knowledge(opened.prompt, say)
@@ -140,7 +142,7 @@ def open_chooser(opened: Opened, classify: str, say: Callable[[str], None]) -> C
     engine = opened.engine
     if not isinstance(engine, TransformersEngine):
         raise InputError(
-            "asks a transformers model",
+            "needs a transformers model",
             where="--classify",
             found=classify,
             remedy="Use --classify neighbours.",
@@ -158,7 +160,7 @@ def open_chooser(opened: Opened, classify: str, say: Callable[[str], None]) -> C
 def open_prompt(
     overrides: Sequence[str], url: str | None = None, name: str | None = None
 ) -> PromptSection:
-    """The prompts alone, of a study or of none, without any model. Raises StudyError, InputError."""
+    """The prompt settings alone, of a study or the defaults. Raises StudyError, InputError."""
     if url is None or name is None:
         return overridden(_study(("-",), "bfloat16"), overrides, USED).prompt
     from evomerge.searching.session import load_finished
@@ -216,11 +218,11 @@ def _identity(recipe: str, models: Mapping[str, Any] | str, study: Study) -> str
 
 
 def check_unchanged_base(path: str, digest: str | None, name: str) -> None:
-    """What was optimised is what answers."""
+    """Raise StudyError unless the knowledge base is the one that the search used."""
     if read_knowledge(path).digest() != digest:
         raise StudyError(
             "the knowledge base has changed since the search",
             where=name,
             found=path,
-            remedy="Put it back, or name it with --knowledge.",
+            remedy="Restore it, or name it with --knowledge.",
         )

@@ -92,7 +92,7 @@ def _judge_pairs(
     examined: Mapping[str, GradedAnswers],
     rules: Mapping[str, Sequence[Grade]],
 ) -> list[dict[str, Any]]:
-    """For each task the answer on which the two judges differ most, the largest difference first."""
+    """Per task the answer on which the two judges differ most, the largest difference first."""
     if not examined:
         return []
 
@@ -142,7 +142,7 @@ def _pair(
         "input": _cut(task.input, TEXT),
         "reference": _cut(task.output, TEXT),
         "who": who,
-        "text": None if answer is None else _cut(answer.text, TEXT),
+        "text": _text(answer),
         "sides": sides,
     }
 
@@ -152,8 +152,12 @@ def _side(name: str, grade: Grade, answer: Answer | None = None) -> dict[str, An
         "name": name,
         "grade": float(grade.value),
         "reason": _cut(grade.reason, REASON),
-        "text": None if answer is None else _cut(answer.text, TEXT),
+        "text": _text(answer),
     }
+
+
+def _text(answer: Answer | None) -> str | None:
+    return None if answer is None else _cut(answer.text, TEXT)
 
 
 def _cut(text: str, limit: int) -> str:

@@ -122,8 +122,10 @@ class WeightChart:
     height: float
 
 
-def verdict_rows(verdict: Mapping[str, Any]) -> list[VerdictRow]:
+def verdict_rows(verdict: Mapping[str, Any] | None) -> list[VerdictRow]:
     """A row per candidate with its figures and the geometry of its two interval bars."""
+    if verdict is None:
+        return []
     candidates, paired = verdict["candidates"], verdict["paired"]
     means: dict[str, tuple[float, float, float]] = {}
     for name, c in candidates.items():
@@ -193,8 +195,12 @@ def running_best(shown: Sequence[TrialRecord], x: Axis, y: Axis) -> str:
             continue
         if t.role == "candidate" and (top is None or t.score > top):
             top = t.score
-        if top is not None:
-            path += f"H{x(place)}V{y(top)}" if path else f"M{x(place)} {y(top)}"
+        if top is None:
+            continue
+        if path:
+            path += f"H{x(place)}V{y(top)}"
+        else:
+            path = f"M{x(place)} {y(top)}"
     return path
 
 
@@ -209,9 +215,11 @@ def reference_lines(
     lines = []
     for t in shown:
         name = labels.get(t.number, t.role)
-        kind = "base" if name == "base" else "sibling"
+        kind = "sibling"
         if t.role == "uniform":
             kind = "uniform"
+        elif name == "base":
+            kind = "base"
         lines.append(LevelLine(kind, f"{name}: {number(t.score)}", y(t.score or 0.0)))
     lines.sort(key=lambda line: line.y)
     lowest = PLOT.bottom - LABEL_GAP * (len(lines) - 1)
@@ -223,10 +231,13 @@ def reference_lines(
     return spaced
 
 
-def weight_chart(weights: Sequence[float], slices: Sequence[str]) -> WeightChart:
+def weight_chart(winner: TrialRecord | None, slices: Sequence[str]) -> WeightChart | None:
     """Horizontal bars, one row per slice from the first layers to the last; lines at 0 and 1."""
-    labels = [slices[i] if i < len(slices) else str(i) for i in range(len(weights))]
-    left = 54 + 7.0 * max(map(len, labels), default=0)
+    if winner is None:
+        return None
+    weights = winner.weights
+    labels = [*slices, *map(str, range(len(slices), len(weights)))]
+    left = 54 + 7.0 * max(map(len, labels[: len(weights)]), default=0)
     x = scale([0.0, 1.0, *weights], left, 560, pad=0.02)
     bars = []
     for i, weight in enumerate(weights):

@@ -108,19 +108,22 @@ def judge_section(facts: Mapping[str, Any] | None) -> JudgeView | None:
     if facts is None:
         return None
     grades, rules = facts["grades"], facts.get("rules")
+    by_rules: dict[str, MeanFigure] = {}
+    agreement = None
+    if rules:
+        by_rules = {name: mean_figure(rules[name]) for name in grades}
+        agreement = compare_judges(grades, rules)
     rows = []
     for name, values in grades.items():
-        figure = mean_figure(values)
-        by_rules = mean_figure(rules[name]) if rules else None
-        row = CandidateRow(name, figure.mean, figure.stderr, figure.n, grade_bars(values), by_rules)
-        rows.append(row)
+        own, bars = mean_figure(values), grade_bars(values)
+        rows.append(CandidateRow(name, own.mean, own.stderr, own.n, bars, by_rules.get(name)))
     highest = max((bar.share for row in rows for bar in row.bars), default=0.0)
     return JudgeView(
         name=facts["name"],
         version=facts["version"],
         rows=rows,
         top=highest or 1.0,
-        agreement=compare_judges(grades, rules) if rules else None,
+        agreement=agreement,
         held_out=fitted_figures(facts.get("held_out")),
         savings=cascade_savings(facts.get("cascade")),
         pairs=facts["pairs"],
@@ -133,18 +136,18 @@ def mean_figure(values: Sequence[float]) -> MeanFigure:
     n = len(values)
     if n == 0:
         return MeanFigure(None, None, 0)
-    error = float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else None
-    return MeanFigure(float(np.mean(values)), error, n)
+    mean = float(np.mean(values))
+    if n == 1:
+        return MeanFigure(mean, None, 1)
+    return MeanFigure(mean, float(np.std(values, ddof=1)) / math.sqrt(n), n)
 
 
 def grade_bars(grades: Sequence[float]) -> list[GradeBar]:
     """The share of grades nearest to each of 1 to 5; halves round up, outliers go to the ends."""
     nearest = [min(5, max(1, math.floor(grade + 0.5))) for grade in grades]
-    bars = []
-    for level in LEVELS:
-        count = nearest.count(level)
-        bars.append(GradeBar(level, count, count / len(grades) if grades else 0.0))
-    return bars
+    counts = [nearest.count(level) for level in LEVELS]
+    total = len(grades) or 1
+    return [GradeBar(level, n, n / total) for level, n in zip(LEVELS, counts, strict=True)]
 
 
 def compare_judges(

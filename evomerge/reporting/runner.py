@@ -122,10 +122,9 @@ def settings(study: Study, recipe: Recipe, knowledge: Knowledge | None) -> dict[
     else:
         classes = {kind.name: _numbers_of(kind, study.generation) for kind in knowledge.classes}
         voting |= _default_class(study.prompt, list(classes))
-    own_seed = study.generation.seed
     return {
         "batch_size": study.engine.batch_size,
-        "seed": study.search.seed if own_seed is None else own_seed,
+        "seed": _or(study.generation.seed, study.search.seed),
         "stop": list(study.generation.stop),
         "too_long": study.prompt.too_long,
         "chat_template": chat_template(study.prompt),
@@ -172,9 +171,11 @@ def _literal(text: str) -> str:
 
 def _texts_of(kind: KnowledgeClass, prompt: PromptSection) -> KnowledgeClass:
     """The class's texts with the system text of its prompt; the numbers go to settings.yaml."""
-    system = kind.system
-    if not system.strip():
-        system = (prompt.system or "") if prompt.format == "chat" else ""
+    system = ""
+    if kind.system.strip():
+        system = kind.system
+    elif prompt.format == "chat" and prompt.system is not None:
+        system = prompt.system
     return KnowledgeClass(kind.name, system, kind.template, kind.description)
 
 
@@ -208,9 +209,16 @@ def _numbers_of(kind: KnowledgeClass, run: GenerationSection) -> dict[str, Any]:
         generation["top_k"] = 0
     documents = 0
     if "{documents}" in kind.template:
-        documents = QUOTES if kind.quotes is None else kind.quotes
-    examples = SHOTS if kind.shots is None else kind.shots
-    return {"examples": examples, "documents": documents, "generation": generation}
+        documents = _or(kind.quotes, QUOTES)
+    return {
+        "examples": _or(kind.shots, SHOTS),
+        "documents": documents,
+        "generation": generation,
+    }
+
+
+def _or(number: int | None, default: int) -> int:
+    return default if number is None else number
 
 
 def _rendered(name: str, **values: Any) -> str:

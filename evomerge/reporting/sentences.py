@@ -21,7 +21,7 @@ HEADLINES = {
     "score": "The winner has a score of {figure} on the {n} held-out documents.",
     "grade": "The winner has a mean grade of {figure} on the {n} held-out tasks.",
 }
-MINUS = "−"
+MINUS, NONE = "−", "–"
 
 
 @dataclass(frozen=True)
@@ -34,22 +34,24 @@ class Remark:
 
 def number(value: float | None, digits: int = 3) -> str:
     """A figure with a true minus sign; an en dash where there is none."""
-    return "–" if value is None else f"{value:.{digits}f}".replace("-", MINUS)
+    return _formatted(value, f".{digits}f")
 
 
 def signed(value: float | None, digits: int = 3) -> str:
     """The same, with its sign always shown."""
-    return "–" if value is None else f"{value:+.{digits}f}".replace("-", MINUS)
+    return _formatted(value, f"+.{digits}f")
 
 
 def share(value: float | None) -> str:
     """A share as a percentage."""
-    return "–" if value is None else f"{100 * value:.1f} %"
+    return NONE if value is None else f"{100 * value:.1f} %"
 
 
 def model_title(name: str) -> str:
     """What the verdict calls a candidate, in words."""
-    return "best uniform weight" if name == "uniform" else name.removeprefix("sibling:")
+    if name == "uniform":
+        return "best uniform weight"
+    return name.removeprefix("sibling:")
 
 
 def headline(
@@ -101,15 +103,17 @@ def notes(facts: Mapping[str, Any]) -> list[str]:
         told.append(f"The search ended because {facts['stopped'].removeprefix('converged: ')}.")
     chosen = facts.get("validation")
     if chosen:
-        blind = "; the held-out tasks had no part in it" if look == 1 else ""
-        told.append(
+        sentence = (
             f"The winner was chosen among {len(chosen['means'])} finalists on {chosen['n']} tasks "
-            f"that no candidate was ranked on{blind}."
+            "that no candidate was ranked on"
         )
+        if look == 1:
+            sentence += "; the held-out tasks had no part in it"
+        told.append(f"{sentence}.")
     if look > 1:
         told.append(
-            f"This is look number {look} at the held-out tasks: the search went on after a verdict, "
-            "so its intervals are too narrow."
+            f"This is look number {look} at the held-out tasks: the search went on after a "
+            "verdict, so its intervals are too narrow."
         )
     saved = facts.get("cascade")
     if saved and saved["graded"]:
@@ -118,3 +122,7 @@ def notes(facts: Mapping[str, Any]) -> list[str]:
             f"{saved['graded']:,} answers of candidates ({saved['asked'] / saved['graded']:.0%})."
         )
     return told
+
+
+def _formatted(value: float | None, spec: str) -> str:
+    return NONE if value is None else format(value, spec).replace("-", MINUS)

@@ -41,16 +41,18 @@ def trial_rows(trials: Sequence[TrialRecord], slices: Sequence[str]) -> list[dic
     Columns: those of COLUMNS, seconds_merge, seconds_answer, seconds_judge, reason, `weight LABEL`
     for each of `slices`, and `part NAME` for each part of an objective.
     """
-    parts = list(dict.fromkeys(part for t in trials for part in t.parts))
-    headings = [f"weight {label}" for label in slices]
+    parts = _part_names(trials)
+    headings = _headings(slices, parts)
     rows = []
     for t in trials:
-        row: dict[str, Cell] = {column: getattr(t, column) for column in COLUMNS}
+        row: dict[str, Cell] = dict.fromkeys(headings)
+        for column in COLUMNS:
+            row[column] = getattr(t, column)
         for phase in PHASES:
             row[f"seconds_{phase}"] = t.seconds.get(phase)
         row["reason"] = t.reason
-        row.update(dict.fromkeys(headings))
-        row.update(zip(headings, t.weights, strict=False))
+        for label, weight in zip(slices, t.weights, strict=False):
+            row[f"weight {label}"] = weight
         for part in parts:
             row[f"part {part}"] = t.parts.get(part)
         rows.append(row)
@@ -60,7 +62,7 @@ def trial_rows(trials: Sequence[TrialRecord], slices: Sequence[str]) -> list[dic
 def write_trials_csv(out: Path, trials: Sequence[TrialRecord], slices: Sequence[str]) -> Path:
     """Write `trial_rows` as CSV."""
     rows = trial_rows(trials, slices)
-    headings = list(rows[0]) if rows else _headings(slices)
+    headings = _headings(slices, _part_names(trials))
     with out.open("w", encoding="utf-8", newline="") as file:
         table = csv.DictWriter(file, headings)
         table.writeheader()
@@ -76,13 +78,17 @@ def write_trials_csv(out: Path, trials: Sequence[TrialRecord], slices: Sequence[
 def seconds_by_phase(trials: Sequence[TrialRecord]) -> list[PhaseTime]:
     """The seconds of each phase over the complete trials."""
     done = [t for t in trials if t.state == "complete"]
-    found = dict.fromkeys(phase for t in done for phase in t.seconds)
-    names = [name for name in dict.fromkeys((*PHASES, *found)) if name in found]
-    totals = {name: sum(t.seconds.get(name, 0.0) for t in done) for name in names}
+    totals: dict[str, float] = {}
+    for t in done:
+        for phase, seconds in t.seconds.items():
+            totals[phase] = totals.get(phase, 0.0) + seconds
     everything = sum(totals.values()) or 1.0
+    order = [phase for phase in PHASES if phase in totals]
+    order += [phase for phase in totals if phase not in PHASES]
     phases = []
-    for name, total in totals.items():
-        phases.append(PhaseTime(name, total / len(done), total, total / everything))
+    for phase in order:
+        total = totals[phase]
+        phases.append(PhaseTime(phase, total / len(done), total, total / everything))
     return phases
 
 
@@ -96,7 +102,16 @@ def truncation(trials: Sequence[TrialRecord]) -> Truncation | None:
     return Truncation(mean, worst.truncated, worst.number)
 
 
-def _headings(slices: Sequence[str]) -> list[str]:
-    """The columns of a table without rows."""
-    seconds = [f"seconds_{phase}" for phase in PHASES]
-    return [*COLUMNS, *seconds, "reason", *(f"weight {label}" for label in slices)]
+def _headings(slices: Sequence[str], parts: Sequence[str]) -> list[str]:
+    """The columns of the table."""
+    headings = list(COLUMNS)
+    headings += [f"seconds_{phase}" for phase in PHASES]
+    headings.append("reason")
+    headings += [f"weight {label}" for label in slices]
+    headings += [f"part {part}" for part in parts]
+    return headings
+
+
+def _part_names(trials: Sequence[TrialRecord]) -> list[str]:
+    """The objective's parts, in the order of their first appearance."""
+    return list(dict.fromkeys(part for t in trials for part in t.parts))
