@@ -202,7 +202,7 @@ def infer(
 
     >>> [a.output for a in evomerge.infer([{"input": "逆順:あいう"}], model="demo/base")]
     """
-    from evomerge.api.inference import make_request, run_request
+    from evomerge.api.infer_steps import make_request, run_request
 
     request = make_request(
         model=model, recipe=recipe, study=study, storage=storage, server=server,

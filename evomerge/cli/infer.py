@@ -29,7 +29,7 @@ def infer(args: argparse.Namespace) -> None:
         _explain(args, request)
         return
     check_options(args, request)
-    from evomerge.api.inference import run_request
+    from evomerge.api.infer_steps import run_request
     from evomerge.tasks import load_tasks
 
     if not args.tasks.is_file():

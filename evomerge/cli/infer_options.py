@@ -193,7 +193,7 @@ def overrides_of(args: argparse.Namespace) -> list[str]:
 
 def request_of(args: argparse.Namespace) -> InferenceRequest:
     """The request that the options make. Raises InputError for a duration that cannot be read."""
-    from evomerge.api.inference import make_request
+    from evomerge.api.infer_steps import make_request
 
     limit = None
     if args.time_limit is not None:
