@@ -71,7 +71,9 @@ def check_request(request: InferenceRequest, called: Callable[[str], str] = para
         )
     if request.server is None and request.concurrency is not None:
         raise InputError(
-            "applies to a server only", where=called("concurrency"), remedy="Set the batch size."
+            "applies to a server only",
+            where=called("concurrency"),
+            remedy="Set engine.batch_size (--batch-size).",
         )
     for name, value, least in (
         ("concurrency", request.concurrency, 1),
@@ -99,9 +101,10 @@ def check_answerer(request: InferenceRequest, called: Callable[[str], str] = par
     }
     given = [name for name, value in named.items() if value is not None]
     if len(given) != 1 and given != ["model", "server"]:
-        names = ", ".join(map(called, named))
+        *names, last = map(called, named)
         raise InputError(
-            "it is not clear which model answers", remedy=f"Give exactly one of {names}."
+            "it is not clear which model answers",
+            remedy=f"Give exactly one of {', '.join(names)} and {last}.",
         )
     uses_vllm = any("engine.kind" in text and "vllm" in text for text in request.overrides)
     if request.classify != "neighbours" and (request.server is not None or uses_vllm):
