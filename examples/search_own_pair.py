@@ -4,7 +4,7 @@
     python examples/search_own_pair.py demo/base demo/instruct demo/tasks.jsonl
 
 The tasks are JSON lines: task_id, input, output (the reference). The rules judge grades the
-answers by the references, offline. Run it again with more --trials and the study goes on.
+answers by the references, offline. Run it again with more --trials to continue the study.
 """
 
 import argparse

@@ -76,7 +76,7 @@ class LoadedStudy:
 
     @property
     def notes(self) -> list[str]:
-        """What a reader of the verdict must know beside its figures, one sentence each."""
+        """What a reader of the verdict must know besides its figures, one sentence each."""
         from evomerge.reporting.sentences import notes
 
         return notes(self.finished.ledger.facts)
@@ -106,7 +106,7 @@ class LoadedStudy:
 
     @property
     def answer_cache(self) -> Path:
-        """Where the answers lie that the study keeps."""
+        """The file with the answers that the study keeps."""
         from evomerge.searching.session import cache_path
 
         return cache_path(self.storage, self.name)

@@ -1,5 +1,5 @@
 """Tasks in, a file of answers out: every answer is kept as soon as it exists, and a run that was
-killed goes on where it stopped.
+killed continues where it stopped.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Done:
     answered: int
     unfinished: int = 0
     partial: int = 0
-    told: tuple[str, ...] = ()  # lines on what was done beside answering
+    told: tuple[str, ...] = ()  # lines on what was done besides answering
 
 
 def run_inference(
@@ -47,7 +47,7 @@ def run_inference(
 
     With a knowledge base, `out` with the suffix .classes.jsonl holds `task_id`, `class`,
     `similarity`, `examples` (rows of the sheet). `model` identifies all that the answers depend on
-    beside the prompts: a run is continued only under the same one. `progress` gets (answered,
+    besides the prompts: a run is continued only under the same one. `progress` gets (answered,
     total). At `deadline`, a time.monotonic(), `out` is written with what exists: a task without an
     answer has an empty or cut `output` and a fourth key `unfinished`; running again finishes it.
     The steps of `refine` may answer tasks again and choose, one after the other.

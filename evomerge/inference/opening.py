@@ -29,7 +29,7 @@ USED = ("prompt", "generation", "engine", "search.dtype", "search.seed")
 class Opened:
     """An engine ready to answer, and its settings.
 
-    `identity` names all that its answers depend on beside the prompts.
+    `identity` names all that its answers depend on besides the prompts.
     """
 
     engine: Engine

@@ -29,7 +29,7 @@ class AnswerRecord:
 
 @dataclass(frozen=True)
 class InferenceResult(Sequence[AnswerRecord]):
-    """The answers in the order of the tasks; `notes` tell what was done beside answering.
+    """The answers in the order of the tasks; `notes` tell what was done besides answering.
 
     `partial` of the `unfinished` tasks have the beginning of an answer. `out` is the file with the
     answers, None where none was asked for.

@@ -181,7 +181,7 @@ def _loops(text: str, task: str) -> bool:
     """Whether a cleaned text repeats itself in a loop without being asked to."""
     if _ASKS_REPEATS.search(task):
         return False
-    text = LIST_MARK.sub("", text)  # a list's numbers go on while its items are the same
+    text = LIST_MARK.sub("", text)  # a list's numbers differ even where its items repeat
     n = GRAMS if len(text) >= SHORT else SHORT_GRAMS
     return repetition(text, n) > LOOPS or repetition(text[-TAIL:], n) > LOOPS
 

@@ -1,6 +1,6 @@
 """What a search remembers of its judge when it takes the verdict, for the report page.
 
-Two judges' grades stand side by side: those of the study's judge, and those of the rules judge,
+It holds two judges' grades: those of the study's judge, and those of the rules judge,
 which needs no model and is always available. It is not an authority, but a difference that two
 judges both see is seldom an artefact of one of them.
 """

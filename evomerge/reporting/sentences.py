@@ -1,4 +1,4 @@
-"""A study's figures in words: the page's headline and remarks, and notes beside the verdict."""
+"""A study's figures in words: the page's headline and remarks, and notes on the verdict."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def remarks(verdict: Mapping[str, Any] | None) -> list[Remark]:
 
 
 def notes(facts: Mapping[str, Any]) -> list[str]:
-    """What a reader of the verdict must know beside its figures, one sentence each.
+    """What a reader of the verdict must know besides its figures, one sentence each.
 
     `facts` are a study's stored attributes.
     """
