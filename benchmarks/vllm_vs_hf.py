@@ -75,7 +75,7 @@ def compare(command: list[str], folder: str) -> float:
 def child(kind: str, folder: Path, dtype: str, eager: bool) -> None:
     """Print one engine's figures: tokens per second, seconds of loading and of applying a recipe."""
     from evomerge.answering.engine import make_engine
-    from evomerge.merging.checkpoints.model_folder import open_model
+    from evomerge.merging.checkpoints.open_model import open_model
     from evomerge.recipe import task_arithmetic_recipe
     from evomerge.study import EngineSection, GenerationSection, VllmSection
 

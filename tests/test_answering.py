@@ -12,7 +12,7 @@ from evomerge.answering.pace import Pace
 from evomerge.answering.prompts import make_prompter
 from evomerge.errors import EngineError, InputError, ModelError
 from evomerge.merging.build import build_model
-from evomerge.merging.checkpoints.model_folder import open_model
+from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.recipe import task_arithmetic_recipe
 from evomerge.study import EngineSection, GenerationSection, PromptSection
 

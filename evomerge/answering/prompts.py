@@ -202,12 +202,12 @@ class Prompter:
                 None if self.context is None else max(1, self.context // 2),
             ]
             # half of a small context is for the prompt
-            own = replace(own, max_new_tokens=min(n for n in most if n is not None))
+            own = own.replace(max_new_tokens=min(n for n in most if n is not None))
         if kind.repetition_penalty is not None:
-            own = replace(own, repetition_penalty=kind.repetition_penalty)
+            own = own.replace(repetition_penalty=kind.repetition_penalty)
         if kind.temperature is not None:
-            own = replace(
-                own, do_sample=kind.temperature > 0, temperature=kind.temperature or own.temperature
+            own = own.replace(
+                do_sample=kind.temperature > 0, temperature=kind.temperature or own.temperature
             )
         return own
 

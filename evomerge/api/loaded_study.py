@@ -203,10 +203,12 @@ def build_model_folder(
     """Build a recipe's model folder with a progress bar; `text` is its configuration as written."""
     from evomerge.console import byte_progress
     from evomerge.merging.build import build_model
+    from evomerge.reporting.card import model_card
 
     return build_model(
         recipe,
         out,
+        write_card=model_card,
         recipe_text=text,
         shard_size=shard_size,
         random_seed=random_seed,

@@ -5,7 +5,7 @@ killed continues where it stopped.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,7 @@ def _header(
     texts, settings = [prompt.text for prompt in prompts], prompter.settings(prompts)
     made_from: list[Any] = texts
     if settings is not None:
-        made_from = [texts, [asdict(own) for own in settings]]
+        made_from = [texts, [own.model_dump() for own in settings]]
     return {
         "tasks": digest([[task.task_id, task.input] for task in tasks]),
         "prompts": digest(made_from),

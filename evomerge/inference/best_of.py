@@ -39,9 +39,9 @@ def sample_settings(n: int, settings: GenerationSection) -> list[GenerationSecti
     """
     drawn = settings
     if not settings.do_sample:
-        drawn = replace(settings, do_sample=True, temperature=TEMPERATURE, top_p=TOP_P)
+        drawn = settings.replace(do_sample=True, temperature=TEMPERATURE, top_p=TOP_P)
     seed = settings.seed or 0
-    return [settings, *(replace(drawn, seed=seed + SEED_STEP * i) for i in range(1, n))]
+    return [settings, *(drawn.replace(seed=seed + SEED_STEP * i) for i in range(1, n))]
 
 
 def best_answer(task: Task, answers: Sequence[Answer], judge: Judge | None = None) -> int:

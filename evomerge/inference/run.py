@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Protocol, runtime_checkable
 
@@ -73,7 +73,7 @@ class Run:
         places, prompts = list(asked), list(asked.values())
         # answers to other prompts, or with other settings, belong to another round
         if name != FIRST:
-            made_from = [[prompt.text, asdict(prompt.settings)] for prompt in prompts]
+            made_from = [[prompt.text, prompt.settings.model_dump()] for prompt in prompts]
             name = f"{name} {digest(made_from)[:12]}"
         kept = self.part.of(name)
         texts, settings = [prompt.text for prompt in prompts], self.prompter.settings(prompts)

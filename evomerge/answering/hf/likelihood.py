@@ -12,7 +12,7 @@ import gc
 import inspect
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from evomerge.answering.hf.decode import decodable
 from evomerge.answering.servers.openai_protocol import whole
 from evomerge.errors import EngineError, ModelError
 from evomerge.merging.checkpoints.fingerprint import combined, fingerprint
-from evomerge.merging.checkpoints.model_folder import open_model
+from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.placement import is_out_of_memory
 from evomerge.study import EngineSection, GenerationSection
 
@@ -81,7 +81,7 @@ def open_likelihood_engine(
             where=ref,
             remedy="Write the merge of both with evomerge merge.",
         )
-    section = replace(section or EngineSection(), kind="transformers")
+    section = (section or EngineSection()).replace(kind="transformers")
     on_cpu = section.device_map is None and (
         section.device == "cpu" or (section.device == "auto" and not torch.cuda.is_available())
     )

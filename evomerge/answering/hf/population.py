@@ -34,7 +34,7 @@ from evomerge.answering.hf.sampling import Rules
 from evomerge.errors import RecipeError
 from evomerge.merging import quantized
 from evomerge.merging.live import LiveModel
-from evomerge.merging.methods import functions as methods
+from evomerge.merging.methods.deltas import add_weighted
 from evomerge.merging.placement import Inputs, is_out_of_memory
 from evomerge.merging.stream import MergePlan
 from evomerge.recipe import Recipe, scalar
@@ -225,7 +225,7 @@ class PopulationModel:
         if plan.layout.restacked or not decodable(self.model) or set(plan.names) != set(live.names):
             return False
         for name in live.names:
-            how = plan.hows[name]
+            how = plan.tensors[name]
             at_home = (
                 how.base is not None
                 and plan.models[how.base[0]] is live.base
@@ -234,7 +234,7 @@ class PopulationModel:
             kept = live.resident.places[name] == "device" and not quantized.is_quantized(
                 live.live[name]
             )
-            if not (at_home and kept and plan.pure(name, live.resident.slots[name].dtype)):
+            if not (at_home and kept and plan.pure(name, live.resident.parameters[name].dtype)):
                 return False
         return all(
             _forward_for(module) is not None for module in self.model.modules() if _own(module)
@@ -279,9 +279,9 @@ class Weights:
         self._last: tuple[Tensor | None, Tensor | None, list[Tensor]] = (None, None, [])
         known: dict[object, int] = {}
         for name in live.names:
-            columns, slot = [], live.resident.slots[name]
+            columns, slot = [], live.resident.parameters[name]
             for plan in plans:
-                how = plan.hows[name]
+                how = plan.tensors[name]
                 given = {
                     id(plan.models[ref]): weight
                     for (ref, _), weight in zip(how.siblings, how.weights, strict=True)
@@ -337,7 +337,7 @@ class PerRow:
         """
         weights = [weight.view(-1, *[1] * (dims - 1)) for weight in self.weights.of(self.name)]
         parts = [take(delta) * weight for delta, weight in zip(self.deltas, weights, strict=True)]
-        # as methods.combine rounds
+        # as add_weighted rounds
         total = parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)
         return total.add_(take(self.base))
 
@@ -347,7 +347,7 @@ class PerRow:
         """
         for rows in self.weights.groups:
             weights = self.weights.of(self.name)[:, rows[0]].tolist()
-            yield rows.to(self.base.device), methods.combine(self.base, self.deltas, weights)
+            yield rows.to(self.base.device), add_weighted(self.base, self.deltas, weights)
 
 
 def _linear(module: nn.Module, tensors: Mapping[str, PerRow]) -> Forward:
