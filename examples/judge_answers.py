@@ -13,7 +13,7 @@ from statistics import fmean, stdev
 
 import evomerge
 from evomerge.answering.engine import Answer
-from evomerge.judging.choose import judge_from_options
+from evomerge.judging.factory import judge_from_options
 from evomerge.tasks import load_tasks
 
 

@@ -43,8 +43,8 @@ def main() -> None:
         study_file, storage=args.out / "studies.db", results=args.out, trials=args.trials
     )
     print(found.trials[["number", "role", "score", "stderr"]].nlargest(5, "score"))
-    for name, figures in found.verdict["candidates"].items():
-        print(f"{name:10} {figures['mean']:.3f} ± {figures['stderr']:.3f} on held-out tasks")
+    for name, figures in found.verdict.candidates.items():
+        print(f"{name:10} {figures.mean:.3f} ± {figures.stderr:.3f} on held-out tasks")
     print(found.recipe_yaml)
     print("report:", args.out / found.name / "report.html")
 

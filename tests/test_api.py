@@ -78,7 +78,7 @@ def test_search_returns_what_load_study_loads(searched):
         "best.yaml", "README.md", "verdict.json", "report.html", "trials.csv",
     }  # fmt: skip
     assert again.name == found.name == "tiny"
-    assert again.verdict == json.loads((folder / "results/tiny/verdict.json").read_text())
+    assert again.verdict.to_dict() == json.loads((folder / "results/tiny/verdict.json").read_text())
     assert again.recipe_yaml == (folder / "results/tiny/best.yaml").read_text()
     assert again.recipe.to_yaml() == again.recipe_yaml
     assert again.study.search.trials == 8

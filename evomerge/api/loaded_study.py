@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +14,9 @@ if TYPE_CHECKING:
 
     from evomerge.console import Console
     from evomerge.recipe import Recipe
-    from evomerge.searching.ledger import TrialRecord
-    from evomerge.searching.session import Finished
+    from evomerge.searching.finished import Finished
+    from evomerge.searching.records.trial_record import TrialRecord
+    from evomerge.searching.records.verdict_record import Verdict
     from evomerge.study import Study
 
 
@@ -67,7 +67,7 @@ class LoadedStudy:
         return frame.astype({"generation": "Int64", "index": "Int64", "score": "float64"})
 
     @property
-    def verdict(self) -> Mapping[str, Any] | None:
+    def verdict(self) -> Verdict | None:
         """The winner against its parents and the best uniform weight on the held-out tasks.
 
         None while the search is not finished.
@@ -107,7 +107,7 @@ class LoadedStudy:
     @property
     def answer_cache(self) -> Path:
         """The file with the answers that the study keeps."""
-        from evomerge.searching.session import cache_path
+        from evomerge.searching.ledger import cache_path
 
         return cache_path(self.storage, self.name)
 
@@ -181,12 +181,12 @@ class LoadedStudy:
         the folder exists, StudyError where the study's knowledge base has changed, KnowledgeError.
         """
         from evomerge.inference.opening import check_unchanged_base
-        from evomerge.knowledge.base import read_knowledge
+        from evomerge.knowledge.read_base import read_knowledge
         from evomerge.reporting.runner import write_runner
 
         base = knowledge or self.study.prompt.knowledge
         if base is not None and knowledge is None:
-            known = self.finished.ledger.facts.get("knowledge")
+            known = self.finished.ledger.facts.knowledge
             check_unchanged_base(str(base), known, self.name)
         read = None if base is None else read_knowledge(base)
         return write_runner(self.finished, Path(out), read)

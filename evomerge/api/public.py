@@ -74,7 +74,7 @@ def search(
     checked = to_study(study_file, settings)
     # seconds of imports, which a mistake in the file need not wait for
     from evomerge.console import Console
-    from evomerge.searching.session import open_search
+    from evomerge.searching.open_search import open_search
 
     url = storage_url(storage, checked.study)
     with open_search(checked, url, console or Console()) as running:
@@ -231,7 +231,7 @@ def load_study(name: str, *, storage: str | Path | None = None) -> LoadedStudy:
 
     >>> evomerge.load_study("demo").trials.nlargest(3, "score")
     """
-    from evomerge.searching.session import load_finished
+    from evomerge.searching.finished import load_finished
 
     url = storage_url(storage, name)
     return LoadedStudy(load_finished(url, name), url)

@@ -48,7 +48,7 @@ def _explain(args: argparse.Namespace, request: InferenceRequest) -> None:
     from evomerge.cli.explaining import explain
     from evomerge.inference.opening import open_chooser, open_prompt
     from evomerge.inference.request import check_answerer, open_request
-    from evomerge.knowledge.open import open_knowledge
+    from evomerge.knowledge.chooser import open_knowledge
 
     console = Console()
     if request.classify == "neighbours":

@@ -139,7 +139,7 @@ def _judge_options(p: argparse.ArgumentParser) -> None:
 def judge_grade(args: argparse.Namespace) -> None:
     """Grade the answers, and say their mean."""
     from evomerge.judging.answer_files import grade_file
-    from evomerge.judging.choose import judge_from_options
+    from evomerge.judging.factory import judge_from_options
 
     judge = judge_from_options(args.judge, args.set)
     summary = grade_file(args.tasks, args.answers, judge, args.out)

@@ -6,11 +6,11 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evomerge.console import size
+from evomerge.console import plus_minus, size
 
 if TYPE_CHECKING:
     from evomerge.api import LoadedStudy
-    from evomerge.searching.ledger import TrialRecord
+    from evomerge.searching.records.trial_record import TrialRecord
 
 WIDTH = 100  # columns of a sentence
 HEADINGS = "trial  gen  idx  role       state     score            n   cut"
@@ -28,7 +28,7 @@ def trial_line(r: TrialRecord) -> str:
     """A row of the table; a failed trial shows its reason instead of a score."""
     score = (r.reason or "")[:15]
     if r.score is not None:
-        score = f"{r.score:.3f} ± {r.stderr or 0:.3f}"
+        score = plus_minus(r.score, r.stderr)
     generation, index = _number(r.generation), _number(r.index)
     return (
         f"{r.number:>5}  {generation:>3}  {index:>3}  {r.role:9}  {r.state:8}  {score:15}  "
@@ -42,19 +42,19 @@ def print_verdict(found: LoadedStudy) -> None:
     if verdict is None:
         print(
             f"best so far: trial {winner.number} ({winner.role}), "
-            f"{winner.score:.3f} ± {winner.stderr:.3f} on its tasks; no verdict yet"
+            f"{plus_minus(winner.score or 0.0, winner.stderr)} on its tasks; no verdict yet"
         )
         return
     print(
-        f"verdict on {verdict['n']} held-out tasks, metric {verdict['metric']}; "
+        f"verdict on {verdict.n} held-out tasks, metric {verdict.metric}; "
         f"winner: trial {winner.number} ({winner.role})"
     )
-    for name, c in verdict["candidates"].items():
-        line = f"  {name:12} {c['mean']:.3f} ± {c['stderr']:.3f}  cut {c['truncated']:>4.0%}"
-        paired = verdict["paired"].get(f"winner-{name}")
+    for name, c in verdict.candidates.items():
+        line = f"  {name:12} {plus_minus(c.mean, c.stderr)}  cut {c.truncated:>4.0%}"
+        paired = verdict.paired.get(f"winner-{name}")
         if paired:
-            interval = f"[{paired['low']:+.3f}, {paired['high']:+.3f}]"
-            line += f"  winner ahead by {paired['diff']:+.3f} {interval}"
+            interval = f"[{paired.low:+.3f}, {paired.high:+.3f}]"
+            line += f"  winner ahead by {paired.diff:+.3f} {interval}"
         print(line)
     for sentence in found.notes:
         print(textwrap.fill(sentence, WIDTH))

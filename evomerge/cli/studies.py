@@ -208,8 +208,7 @@ def cache(args: argparse.Namespace) -> None:
     from evomerge.answering.cache import clear
     from evomerge.api.inputs import storage_url
     from evomerge.cli.showing import cache_line
-    from evomerge.searching.ledger import only_worker, open_ledger
-    from evomerge.searching.session import cache_path
+    from evomerge.searching.ledger import cache_path, only_worker, open_ledger
 
     url = storage_url(args.storage, args.study)
     open_ledger(url, args.study)  # an unknown name is an error

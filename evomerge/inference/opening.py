@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import InputError, StudyError
-from evomerge.knowledge.base import read_knowledge
+from evomerge.knowledge.chooser import open_knowledge
 from evomerge.knowledge.classification.by_model import ModelClassifier
-from evomerge.knowledge.open import open_knowledge
+from evomerge.knowledge.read_base import read_knowledge
 from evomerge.study import GenomeSection, PromptSection, Study, TaskSource, overridden
 
 if TYPE_CHECKING:  # answers of a server need no torch
     from evomerge.answering.engine import Engine
-    from evomerge.knowledge.retrieval.retrieve import Chooser
+    from evomerge.knowledge.chooser import Chooser
     from evomerge.merging.checkpoints.model_folder import ModelFolder
     from evomerge.recipe import Recipe
 
@@ -45,7 +45,8 @@ def open_study(
 
     Raises StudyError.
     """
-    from evomerge.searching.session import load_finished, open_models
+    from evomerge.searching.finished import load_finished
+    from evomerge.searching.prepare import open_models
 
     finished = load_finished(url, name)
     study = _seeded(overridden(finished.study, overrides, USED))
@@ -57,16 +58,16 @@ def open_study(
                 "its verdict does not hold for answers with this knowledge base"
             )
     elif study.prompt.knowledge is not None:
-        check_unchanged_base(study.prompt.knowledge, facts.get("knowledge"), name)
+        check_unchanged_base(study.prompt.knowledge, facts.knowledge, name)
     base, siblings = open_models(finished.study)
     engine = _engine(base, siblings, study)
     if study.engine == finished.study.engine:
-        engine.limits.update(facts.get("limits", {}))
+        engine.limits.update(facts.limits)
     if finished.verdict is None:
         say(f"study {name} is not finished: the best trial so far is used")
     engine.apply(finished.recipe)
     return Opened(
-        engine, study.prompt, study, _identity(finished.recipe.digest(), facts["models"], study)
+        engine, study.prompt, study, _identity(finished.recipe.digest(), dict(facts.models), study)
     )
 
 
@@ -161,7 +162,7 @@ def open_prompt(
     """The prompt settings alone, of a study or the defaults. Raises StudyError, InputError."""
     if url is None or name is None:
         return overridden(_study("bfloat16"), overrides, USED).prompt
-    from evomerge.searching.session import load_finished
+    from evomerge.searching.finished import load_finished
 
     return overridden(load_finished(url, name).study, overrides, USED).prompt
 

@@ -191,7 +191,7 @@ def _refining_steps(request: InferenceRequest, tasks: Sequence[Task], say: Say) 
     """The steps that answer again: best of n first, so that the self-check sees what it chose."""
     from evomerge.inference.best_of import BestOf
     from evomerge.inference.selfcheck import SelfCheck
-    from evomerge.judging.choose import check_tasks
+    from evomerge.judging.factory import check_tasks
 
     steps: list[Refining] = []
     if request.best_of is not None:
@@ -211,7 +211,7 @@ def _refining_steps(request: InferenceRequest, tasks: Sequence[Task], say: Say) 
 
 def _make_judge(judge: Judge | str | None) -> Judge | None:
     """None: the agreement of the answers. Raises InputError, JudgeError, ModelError."""
-    from evomerge.judging.choose import judge_from_options
+    from evomerge.judging.factory import judge_from_options
 
     if judge is None or judge == "agreement":
         return None

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from evomerge.reporting.sentences import number
 
 if TYPE_CHECKING:
-    from evomerge.searching.ledger import TrialRecord
+    from evomerge.searching.records.trial_record import TrialRecord
+    from evomerge.searching.records.verdict_record import PairedDifference, Verdict
 
 Axis = Callable[[float], float]  # a value -> its place in pixels
 
@@ -40,10 +41,10 @@ class VerdictRow:
 
     name: str
     mean: float
-    stderr: float
-    truncated: float | None
+    stderr: float | None
+    truncated: float
     bar: list[float]
-    pair: Mapping[str, float] | None
+    pair: PairedDifference | None
     pair_bar: list[float] | None
     zero: float
 
@@ -122,26 +123,26 @@ class WeightChart:
     height: float
 
 
-def verdict_rows(verdict: Mapping[str, Any] | None) -> list[VerdictRow]:
+def verdict_rows(verdict: Verdict | None) -> list[VerdictRow]:
     """A row per candidate with its figures and the geometry of its two interval bars."""
     if verdict is None:
         return []
-    candidates, paired = verdict["candidates"], verdict["paired"]
+    candidates, paired = verdict.candidates, verdict.paired
     means: dict[str, tuple[float, float, float]] = {}
     for name, c in candidates.items():
-        error = Z95 * c["stderr"]
-        means[name] = (c["mean"] - error, c["mean"], c["mean"] + error)
+        error = Z95 * (c.stderr or 0.0)
+        means[name] = (c.mean - error, c.mean, c.mean + error)
     x_mean = scale(flattened(means.values()), 6, CELL_WIDTH - 6)
-    pairs = {key: (p["low"], p["diff"], p["high"]) for key, p in paired.items()}
+    pairs = {key: (p.low, p.diff, p.high) for key, p in paired.items()}
     x_pair = scale([0.0, *flattened(pairs.values())], 6, CELL_WIDTH - 6)
     rows = []
     for name, c in candidates.items():
         key = f"winner-{name}"
         row = VerdictRow(
             name=name,
-            mean=c["mean"],
-            stderr=c["stderr"],
-            truncated=c.get("truncated"),
+            mean=c.mean,
+            stderr=c.stderr,
+            truncated=c.truncated,
             bar=[x_mean(value) for value in means[name]],
             pair=paired.get(key),
             pair_bar=[x_pair(value) for value in pairs[key]] if key in pairs else None,

@@ -17,9 +17,10 @@ from evomerge.reporting.card import model_card
 from evomerge.reporting.report import write_report
 from evomerge.reporting.sentences import notes
 from evomerge.reporting.trial_table import write_trials_csv
-from evomerge.searching.ledger import TrialRecord
-from evomerge.searching.session import Finished
-from evomerge.searching.verdict import sibling_names
+from evomerge.searching.choosing import sibling_names
+from evomerge.searching.finished import Finished
+from evomerge.searching.records.trial_record import TrialRecord
+from evomerge.searching.records.verdict_record import Verdict
 from evomerge.study import Study
 
 SEED_COMMENT = "# The same numbers are dropped with: mergekit-yaml --random-seed {seed}\n"
@@ -43,7 +44,7 @@ def write_results(finished: Finished, folder: Path) -> list[Path]:
     slices = slice_labels(finished)
     texts = {"best.yaml": recipe_text(finished), "README.md": card(finished)}
     if finished.verdict is not None:
-        verdict = json.dumps(finished.verdict, indent=2, ensure_ascii=False)
+        verdict = json.dumps(finished.verdict.to_dict(), indent=2, ensure_ascii=False)
         texts["verdict.json"] = f"{verdict}\n"
     written = [replace_file(folder / name, _writer(text)) for name, text in texts.items()]
     written.append(
@@ -58,9 +59,6 @@ def write_results(finished: Finished, folder: Path) -> list[Path]:
 def write_page(finished: Finished, out: Path) -> Path:
     """Write the report page of a study to `out`. Raises OSError."""
     facts = finished.ledger.facts
-    judge = facts.get("judge_report")
-    if judge is not None:
-        judge = judge | {"cascade": facts.get("cascade")}
     return write_report(
         out,
         study=finished.ledger.name,
@@ -70,10 +68,11 @@ def write_page(finished: Finished, out: Path) -> Path:
         best=finished.winner.number,
         slices=slice_labels(finished),
         labels=reference_labels(finished),
-        samples=facts.get("samples", []),
+        samples=facts.samples,
         told=notes(facts),
-        judge=judge,
-        study_file=yaml.safe_dump(facts["study_file"], allow_unicode=True, sort_keys=False),
+        judge=facts.judge_report,
+        cascade=facts.cascade,
+        study_file=yaml.safe_dump(facts.study_file, allow_unicode=True, sort_keys=False),
     )
 
 
@@ -107,9 +106,7 @@ def card(finished: Finished) -> str:
     return model_card(finished.recipe, finished.ledger.name, verdict, recipe_text(finished))
 
 
-def verdict_markdown(
-    verdict: dict[str, Any] | None, winner: TrialRecord, told: Sequence[str] = ()
-) -> str:
+def verdict_markdown(verdict: Verdict | None, winner: TrialRecord, told: Sequence[str] = ()) -> str:
     """The verdict as a Markdown section; `told` are sentences below its tables."""
     if verdict is None:
         return (
@@ -119,18 +116,19 @@ def verdict_markdown(
     lines = [
         "## Verdict",
         "",
-        f"On {verdict['n']} tasks that the search never saw, metric `{verdict['metric']}` "
+        f"On {verdict.n} tasks that the search never saw, metric `{verdict.metric}` "
         f"(trial {winner.number}, {winner.role}):",
         "",
         "| model | mean | standard error | cut off |",
         "|---|---|---|---|",
     ]
-    for name, c in verdict["candidates"].items():
-        lines.append(f"| {name} | {c['mean']:.3f} | {c['stderr']:.3f} | {c['truncated']:.0%} |")
+    for name, c in verdict.candidates.items():
+        error = "n = 1" if c.stderr is None else f"{c.stderr:.3f}"
+        lines.append(f"| {name} | {c.mean:.3f} | {error} | {c.truncated:.0%} |")
     lines += ["", "| paired difference | mean | 95 % interval |", "|---|---|---|"]
-    for name, p in verdict["paired"].items():
-        pair, interval = name.replace("-", " − ", 1), f"{p['low']:+.3f} to {p['high']:+.3f}"
-        lines.append(f"| {pair} | {p['diff']:+.3f} | {interval} |")
+    for name, p in verdict.paired.items():
+        pair, interval = name.replace("-", " − ", 1), f"{p.low:+.3f} to {p.high:+.3f}"
+        lines.append(f"| {pair} | {p.diff:+.3f} | {interval} |")
     if told:
         lines += ["", " ".join(told)]
     return "\n".join(lines) + "\n"
@@ -160,7 +158,7 @@ def as_json(finished: Finished) -> dict[str, Any]:
         "study": finished.ledger.name,
         "best": finished.winner.number,
         "trials": [{key: getattr(r, key) for key in SHOWN} for r in finished.records],
-        "verdict": finished.verdict,
+        "verdict": None if finished.verdict is None else finished.verdict.to_dict(),
     }
 
 

@@ -1,6 +1,6 @@
 """The report's section on the judge: who graded, and how far the grades can be believed.
 
-It is computed from the facts that a search remembers at the verdict: judging/judge_facts.py.
+It is computed from what a search remembers at the verdict: searching/records/judge_report.py.
 """
 
 from __future__ import annotations
@@ -8,11 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from evomerge.judging.validation.agreement import spearman
+
+if TYPE_CHECKING:
+    from evomerge.searching.records.study_facts import CascadeSavings
 
 LEVELS = (1, 2, 3, 4, 5)
 FITTED = {
@@ -77,7 +80,7 @@ class FittedFigure:
 
 
 @dataclass(frozen=True)
-class CascadeSavings:
+class SavedGrades:
     """Of `graded` answers the expensive judge graded `asked`; `saved` is the share it did not."""
 
     graded: int
@@ -95,16 +98,15 @@ class JudgeView:
     top: float
     agreement: JudgeComparison | None
     held_out: list[FittedFigure]
-    savings: CascadeSavings | None
+    savings: SavedGrades | None
     pairs: Sequence[Mapping[str, Any]]
     by_rules: bool
 
 
-def judge_section(facts: Mapping[str, Any] | None) -> JudgeView | None:
-    """What the page shows of `judge_facts`; None without them.
-
-    A key "cascade" beside the facts, {"graded", "asked"}, holds what a cascade saved.
-    """
+def judge_section(
+    facts: Mapping[str, Any] | None, cascade: CascadeSavings | None = None
+) -> JudgeView | None:
+    """What the page shows of `judge_facts`, and of what a cascade judge saved."""
     if facts is None:
         return None
     grades, rules = facts["grades"], facts.get("rules")
@@ -125,7 +127,7 @@ def judge_section(facts: Mapping[str, Any] | None) -> JudgeView | None:
         top=highest or 1.0,
         agreement=agreement,
         held_out=fitted_figures(facts.get("held_out")),
-        savings=cascade_savings(facts.get("cascade")),
+        savings=saved_grades(cascade),
         pairs=facts["pairs"],
         by_rules=rules is None,
     )
@@ -186,9 +188,8 @@ def fitted_figures(held_out: Mapping[str, Any] | None) -> list[FittedFigure]:
     return figures
 
 
-def cascade_savings(cascade: Mapping[str, Any] | None) -> CascadeSavings | None:
-    """How many grades of the expensive judge a cascade saved."""
-    if not cascade or not cascade["graded"]:
+def saved_grades(cascade: CascadeSavings | None) -> SavedGrades | None:
+    """How many grades of the expensive judge a cascade saved; None without a cascade judge."""
+    if cascade is None or not cascade.graded:
         return None
-    graded, asked = int(cascade["graded"]), int(cascade["asked"])
-    return CascadeSavings(graded, asked, 1 - asked / graded)
+    return SavedGrades(cascade.graded, cascade.asked, 1 - cascade.asked / cascade.graded)

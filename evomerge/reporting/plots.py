@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import optuna
     import plotly.graph_objects
 
-    from evomerge.searching.session import Finished
+    from evomerge.searching.finished import Finished
 
 SCORE = "score"
 
@@ -56,4 +56,4 @@ def _trials(finished: Finished) -> optuna.Study:
         raise InputError(
             "plots need Plotly", where="plot", remedy="Run: pip install 'evomerge[plot]'."
         )
-    return finished.ledger.study
+    return finished.ledger.storage.study

@@ -21,13 +21,16 @@ from evomerge.reporting.sentences import (
     remarks,
     share,
     signed,
+    with_error,
 )
 from evomerge.reporting.trial_table import seconds_by_phase, truncation
 
 if TYPE_CHECKING:
     import jinja2
 
-    from evomerge.searching.ledger import TrialRecord
+    from evomerge.searching.records.study_facts import CascadeSavings
+    from evomerge.searching.records.trial_record import TrialRecord
+    from evomerge.searching.records.verdict_record import Sample, Verdict
 
 
 def write_report(
@@ -36,21 +39,22 @@ def write_report(
     study: str,
     metric: str,
     trials: Sequence[TrialRecord],
-    verdict: Mapping[str, Any] | None,
+    verdict: Verdict | None,
     best: int | None,
     slices: Sequence[str],
     labels: Mapping[int, str] | None = None,
-    samples: Sequence[Mapping[str, Any]] = (),
+    samples: Sequence[Sample] = (),
     study_file: str = "",
     judge: Mapping[str, Any] | None = None,
+    cascade: CascadeSavings | None = None,
     told: Sequence[str] = (),
 ) -> Path:
     """Write the page of a study, finished or not, to `out`, and return `out`. Raises OSError.
 
     `best` is the winner's trial number. `slices` holds a label per weight, such as "0–2". `labels`
     names parents and uniform trials by their numbers: "base", "uniform 0.5". `samples` are held-out
-    answers side by side: {task_id, input, reference, answers: {"winner": {text, grade}, …}}.
-    `judge` is the result of judging.judge_facts, `told` that of sentences.notes.
+    answers side by side. `judge` is the result of judge_facts, `cascade` what a cascade judge
+    saved, `told` the result of sentences.notes.
     """
     winner = next((t for t in trials if t.number == best), None)
     page = (
@@ -73,7 +77,7 @@ def write_report(
             slices=slices,
             samples=samples,
             study_file=study_file,
-            judge=judge_section(judge),
+            judge=judge_section(judge, cascade),
         )
     )
     out.write_text(page, encoding="utf-8")
@@ -90,5 +94,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=number, signed=signed, share=share, title=model_title)
+    environment.filters.update(
+        number=number, signed=signed, share=share, title=model_title, with_error=with_error
+    )
     return environment

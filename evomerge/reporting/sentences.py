@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from evomerge.searching.ledger import TrialRecord
+    from evomerge.searching.records.study_facts import StudyFacts
+    from evomerge.searching.records.trial_record import TrialRecord
+    from evomerge.searching.records.verdict_record import Verdict
 
 METRICS = {
     "grade": "mean grade, 1 to 5",
@@ -42,6 +44,14 @@ def signed(value: float | None, digits: int = 3) -> str:
     return _formatted(value, f"+.{digits}f")
 
 
+def with_error(value: float | None, error: float | None, sign: bool = False) -> str:
+    """A figure and its standard error; a single value has none."""
+    text = signed(value) if sign else number(value)
+    if value is not None and error is None:
+        return f"{text} (n = 1)"
+    return f"{text} ± {number(error)}"
+
+
 def share(value: float | None) -> str:
     """A share as a percentage."""
     return NONE if value is None else f"{100 * value:.1f} %"
@@ -55,36 +65,38 @@ def model_title(name: str) -> str:
 
 
 def headline(
-    verdict: Mapping[str, Any] | None, trials: Sequence[TrialRecord], winner: TrialRecord | None
+    verdict: Verdict | None, trials: Sequence[TrialRecord], winner: TrialRecord | None
 ) -> str:
     """The first sentence: the winner on the held-out tasks, or how far the search has come."""
     if verdict is not None:
-        mean = verdict["candidates"]["winner"]
-        figure = f"{number(mean['mean'])}\u00a0±\u00a0{number(mean['stderr'])}"
-        sentence = HEADLINES.get(verdict["metric"], HEADLINES["grade"])
-        return sentence.format(figure=figure, n=verdict["n"])
+        mean = verdict.candidates["winner"]
+        figure = with_error(mean.mean, mean.stderr).replace(" ", "\u00a0")
+        sentence = HEADLINES.get(verdict.metric, HEADLINES["grade"])
+        return sentence.format(figure=figure, n=verdict.n)
     done = sum(t.state == "complete" for t in trials)
     text = f"The search is not finished: {done} trials are complete, and there is no verdict yet."
     if winner is not None and winner.score is not None:
-        figure = f"{number(winner.score)} ± {number(winner.stderr)} (n = {winner.n})"
+        figure = with_error(winner.score, winner.stderr)
+        if winner.stderr is not None:
+            figure += f" (n = {winner.n})"
         text += f" Best on the search tasks so far: trial {winner.number}, {figure}."
     return text
 
 
-def remarks(verdict: Mapping[str, Any] | None) -> list[Remark]:
+def remarks(verdict: Verdict | None) -> list[Remark]:
     """One sentence per paired difference, which tells when the interval includes zero."""
     if verdict is None:
         return []
     found = []
-    for key, pair in verdict["paired"].items():
+    for key, pair in verdict.paired.items():
         name = model_title(key.removeprefix("winner-"))
         if key == "winner-uniform":
             name = f"the {name}"
-        interval = f"{signed(pair['low'])} to {signed(pair['high'])}"
-        figures = f"{signed(pair['diff'])}, 95 % interval {interval}, n = {verdict['n']}"
-        if pair["low"] > 0:
+        interval = f"{signed(pair.low)} to {signed(pair.high)}"
+        figures = f"{signed(pair.diff)}, 95 % interval {interval}, n = {verdict.n}"
+        if pair.low > 0:
             found.append(Remark("better", f"Better than {name}: {figures}."))
-        elif pair["high"] < 0:
+        elif pair.high < 0:
             found.append(Remark("worse", f"Worse than {name}: {figures}."))
         else:
             text = f"No difference from {name} is shown: {figures}, which includes zero."
@@ -92,19 +104,16 @@ def remarks(verdict: Mapping[str, Any] | None) -> list[Remark]:
     return found
 
 
-def notes(facts: Mapping[str, Any]) -> list[str]:
-    """What a reader of the verdict must know besides its figures, one sentence each.
-
-    `facts` are a study's stored attributes.
-    """
+def notes(facts: StudyFacts) -> list[str]:
+    """What a reader of the verdict must know besides its figures, one sentence each."""
     told = []
-    look = facts.get("look", 1)
-    if facts.get("stopped"):
-        told.append(f"The search ended because {facts['stopped'].removeprefix('converged: ')}.")
-    chosen = facts.get("validation")
-    if chosen:
+    look = facts.look
+    if facts.stopped:
+        told.append(f"The search ended because {facts.stopped.removeprefix('converged: ')}.")
+    chosen = facts.validation
+    if chosen is not None:
         sentence = (
-            f"The winner was chosen among {len(chosen['means'])} finalists on {chosen['n']} tasks "
+            f"The winner was chosen among {len(chosen.means)} finalists on {chosen.n} tasks "
             "that no candidate was ranked on"
         )
         if look == 1:
@@ -115,11 +124,11 @@ def notes(facts: Mapping[str, Any]) -> list[str]:
             f"This is look number {look} at the held-out tasks: the search went on after a "
             "verdict, so its intervals are too narrow."
         )
-    saved = facts.get("cascade")
-    if saved and saved["graded"]:
+    saved = facts.cascade
+    if saved is not None and saved.graded:
         told.append(
-            f"The cascade judge asked the language model about {saved['asked']:,} of "
-            f"{saved['graded']:,} answers of candidates ({saved['asked'] / saved['graded']:.0%})."
+            f"The cascade judge asked the language model about {saved.asked:,} of "
+            f"{saved.graded:,} answers of candidates ({saved.asked / saved.graded:.0%})."
         )
     return told
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from evomerge.searching.ledger import TrialRecord
+    from evomerge.searching.records.trial_record import TrialRecord
 
 PHASES = ("merge", "answer", "judge")
 COLUMNS = ("number", "generation", "index", "role", "state", "score", "stderr", "n", "truncated")
