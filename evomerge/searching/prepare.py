@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 from evomerge.answering.lm_eval.documents import LmEvalTasks
 from evomerge.errors import StudyFileError
 from evomerge.genome.weights import Genome, make_genome
-from evomerge.knowledge.chooser import open_knowledge
+from evomerge.knowledge.chooser import Chooser, open_knowledge
 from evomerge.knowledge.records import Knowledge
 from evomerge.knowledge.retrieval.interface import comparison_key
-from evomerge.knowledge.retrieval.retrieve import Chooser
 from evomerge.merging.checkpoints.compatibility import check_fit
 from evomerge.merging.checkpoints.model_folder import ModelFolder, num_layers
 from evomerge.merging.checkpoints.open_model import open_model
