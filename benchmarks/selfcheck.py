@@ -33,7 +33,7 @@ from typing import Any, Literal
 from evomerge.answering.engine import Answer
 from evomerge.answering.hf.engine import TransformersEngine
 from evomerge.answering.prompts import Prompt, Prompter, make_prompter
-from evomerge.inference.best_of import choose, grade, samples
+from evomerge.inference.best_of import best_answer, grade_answers, sample_settings
 from evomerge.inference.selfcheck import (
     SERIOUS,
     asked_for,
@@ -151,12 +151,12 @@ def _ways(learned: LearnedJudge) -> dict[str, Callable[[Task, Sequence[Answer]],
             [-float(seriousness(faults(a, task.input))) for a in said]
         ),
         "the longest": lambda task, said: top([float(len(a.text)) for a in said]),
-        "agreement, bare": lambda task, said: top(grade(blind(task), said)),
-        "agreement": lambda task, said: choose(blind(task), said),
-        "rules with the reference, bare": lambda task, said: top(grade(task, said, rules)),
-        "rules with the reference": lambda task, said: choose(task, said, rules),
-        "learned, bare": lambda task, said: top(grade(task, said, learned)),
-        "learned": lambda task, said: choose(task, said, learned),
+        "agreement, bare": lambda task, said: top(grade_answers(blind(task), said)),
+        "agreement": lambda task, said: best_answer(blind(task), said),
+        "rules with the reference, bare": lambda task, said: top(grade_answers(task, said, rules)),
+        "rules with the reference": lambda task, said: best_answer(task, said, rules),
+        "learned, bare": lambda task, said: top(grade_answers(task, said, learned)),
+        "learned": lambda task, said: best_answer(task, said, learned),
     }
 
 
@@ -271,7 +271,7 @@ def _best_of(
     """N answers to each task, chosen by agreement, against the first ones; and the other answers'
     mean beside them.
     """
-    drawn = samples(N, prompter.generation)
+    drawn = sample_settings(N, prompter.generation)
     rounds = [
         first,
         *(
@@ -284,9 +284,9 @@ def _best_of(
     before = _grades(tasks, first)
     found = {}
     for way, answers in {
-        "agreement": [a[choose(task, a)] for task, a in zip(blind, said, strict=True)],
+        "agreement": [a[best_answer(task, a)] for task, a in zip(blind, said, strict=True)],
         "the reference (the most there is)": [
-            a[choose(task, a, RulesJudge())] for task, a in zip(tasks, said, strict=True)
+            a[best_answer(task, a, RulesJudge())] for task, a in zip(tasks, said, strict=True)
         ],
         "the first sampled": [a[1] for a in said],
     }.items():

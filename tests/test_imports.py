@@ -23,6 +23,7 @@ ORDER = [
     ["inference"],
     ["reporting"],
     ["demo"],
+    ["api"],
     ["cli"],
     ["__main__"],
 ]
@@ -30,7 +31,7 @@ RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 MAY_IMPORT = {
     "transformers": ("answering", "merging", "demo"),
     "lm_eval": ("answering",),
-    "optuna": ("searching",),
+    "optuna": ("searching", "reporting"),  # reporting: Optuna's plots
     "cmaes": ("searching",),
 }
 MANY_MEANINGS = {

@@ -185,7 +185,7 @@ def test_a_time_that_is_up_while_asking_again_keeps_what_is_there(tmp_path):
     first = len(engine.prompts)
     assert 12 < first < 36
     assert (done.answered, done.unfinished) == (12, 0)
-    assert "the same command goes on" in done.told[-1]
+    assert "run the same command again" in done.told[-1]
     assert part_of(out).exists()
     again = Streaming()
     run_inference(again, marked(), tasks, out, refine=[BestOf(3)])

@@ -265,7 +265,7 @@ def test_demo_base_knows_every_skill():
     retriever = Chooser(base)
     assert [c.name for c in base.classes] == list(SKILLS)
     assert all(
-        e.output == SKILLS[e.class_name].do(e.input.partition(":")[2]) for e in base.examples
+        e.output == SKILLS[e.class_name].apply(e.input.partition(":")[2]) for e in base.examples
     )
     for task in make_tasks():
         choice = retriever.choose(task["input"])

@@ -235,7 +235,7 @@ def test_a_study_whose_tasks_have_changed_drafts_nothing(tmp_path, study, capsys
     lines = file.read_text().splitlines()
     file.write_text("\n".join(lines[1:]))
     assert from_study(file, url, tmp_path / "b.yaml") == 2
-    assert "its task files have changed" in capsys.readouterr().err
+    assert "the study's task files have changed" in capsys.readouterr().err
     assert not (tmp_path / "b.yaml").exists()
 
 

@@ -43,8 +43,8 @@ from evomerge.study import PromptSection
 
 def test_one_readable_file_of_few_packages():
     text = ANSWER.read_text(encoding="utf-8")
-    assert len(text.splitlines()) < 150
-    assert max(map(len, text.splitlines())) <= 140
+    assert len(text.splitlines()) <= 300
+    assert max(map(len, text.splitlines())) <= 100
     tree = ast.parse(text)
     found = {
         alias.name.split(".")[0]
@@ -86,7 +86,7 @@ def test_the_folder(family, tmp_path):
     readme = (out / "README.md").read_text(encoding="utf-8")
     assert "| winner | 0.500 | 0.100 | 0% |" in readme
     assert str(family / "one") in readme
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="exists already"):
         write_runner(finish(family), out, None)
     write_runner(finish(family), tmp_path / "plain", None)
     assert not (tmp_path / "plain" / "knowledge.yaml").exists()

@@ -17,7 +17,7 @@ from evomerge.errors import EngineError, EvomergeError, InputError, StudyError, 
 from evomerge.genome.weights import make_genome
 from evomerge.judging.grade import Grade
 from evomerge.recipe import Recipe
-from evomerge.reporting.report import notes
+from evomerge.reporting.sentences import notes
 from evomerge.searching.choosing import choose
 from evomerge.searching.history import History
 from evomerge.searching.open_search import open_search

@@ -9,7 +9,7 @@ from evomerge.answering.engine import Answer
 from evomerge.answering.prompts import Prompter
 from evomerge.errors import TaskError
 from evomerge.inference import run_inference
-from evomerge.inference.best_of import BestOf, agreement, choose, samples
+from evomerge.inference.best_of import BestOf, best_answer, mutual_grades, sample_settings
 from evomerge.inference.selfcheck import (
     SelfCheck,
     asked_for,
@@ -240,15 +240,15 @@ def test_the_better_of_two():
 
 
 def test_samples_differ_in_their_seeds():
-    first, *others = samples(4, PLAIN)
+    first, *others = sample_settings(4, PLAIN)
     assert first == PLAIN
     assert {(s.do_sample, s.temperature, s.top_p, s.max_new_tokens) for s in others} == {
         (True, 0.7, 0.95, 64)
     }
     assert len({s.seed for s in others}) == 3
     own = PLAIN.replace(do_sample=True, temperature=1.2, top_p=0.5)
-    assert [(s.temperature, s.top_p) for s in samples(2, own)] == [(1.2, 0.5)] * 2
-    assert samples(1, PLAIN) == [PLAIN]
+    assert [(s.temperature, s.top_p) for s in sample_settings(2, own)] == [(1.2, 0.5)] * 2
+    assert sample_settings(1, PLAIN) == [PLAIN]
 
 
 def test_the_answer_that_the_others_agree_with():
@@ -264,12 +264,12 @@ def test_the_answer_that_the_others_agree_with():
         / 3
         for i, a in enumerate(answers)
     ]
-    assert agreement(task, answers) == pytest.approx(expected)
-    assert choose(task, answers) == choose(task, answers, RulesJudge()) == 1
-    assert choose(replace(task, output="Lima"), answers, RulesJudge()) == 0, (
+    assert mutual_grades(task, answers) == pytest.approx(expected)
+    assert best_answer(task, answers) == best_answer(task, answers, RulesJudge()) == 1
+    assert best_answer(replace(task, output="Lima"), answers, RulesJudge()) == 0, (
         "rules with a reference heed it"
     )
-    assert choose(replace(task, output="Lima"), answers) == 1, "agreement never does"
+    assert best_answer(replace(task, output="Lima"), answers) == 1, "agreement never does"
 
 
 def test_faults_lose_before_any_judge_is_asked():
@@ -285,9 +285,9 @@ def test_faults_lose_before_any_judge_is_asked():
         said("燃えない。" * 50),
         said("東京は日本の首都です。"),
     ]
-    assert choose(Task(0, JA), answers, Longest()) == 3
-    assert choose(Task(0, JA), [said(""), said("")], Longest()) == 0
-    assert choose(Task(0, JA), [said("東京です。"), said("大阪です。")], Longest()) == 0, (
+    assert best_answer(Task(0, JA), answers, Longest()) == 3
+    assert best_answer(Task(0, JA), [said(""), said("")], Longest()) == 0
+    assert best_answer(Task(0, JA), [said("東京です。"), said("大阪です。")], Longest()) == 0, (
         "the first of equals"
     )
 
@@ -307,9 +307,9 @@ def test_a_judge_that_takes_all_at_once_and_one_that_refuses():
             raise TaskError("was not fitted on this task")
 
     two = [said("東京です。"), said("京都です。")]
-    assert choose(Task(0, JA), two, AtOnce()) == 1
+    assert best_answer(Task(0, JA), two, AtOnce()) == 1
     with pytest.raises(TaskError):
-        choose(Task(0, JA), two, Refuses())
+        best_answer(Task(0, JA), two, Refuses())
 
 
 class Scripted:
@@ -367,7 +367,9 @@ def test_a_run_asks_again_for_what_has_a_fault(tmp_path):
     )
     assert outputs(tmp_path / "out.jsonl") == [JAPANESE, "はい。", "太郎です。"]
     assert len(engine.asked) == 5
-    assert done.told == ("self-check (empty, language): 2 of 3 answers had a fault, 0 still have",)
+    assert done.told == (
+        "self-check (empty, language): 2 of 3 answers had a fault, 0 still have one",
+    )
 
     engine = Scripted(table)
     done = run_inference(
@@ -406,7 +408,7 @@ def test_a_run_keeps_the_best_of_three(tmp_path):
     )
     assert outputs(tmp_path / "out.jsonl") == ["Cairo"]
     assert len({settings.seed for _, settings in engine.asked}) == 3
-    assert done.told == ("best of 3 by agreement: another than the first answer to 1 of 1 tasks",)
+    assert done.told == ("best of 3 by agreement: replaced the first answer to 1 of 1 tasks",)
 
 
 def test_a_judge_that_does_not_know_a_task_refuses_before_more_is_paid_for(tmp_path):
