@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from evomerge.demo import SKILLS
-from evomerge.knowledge.formats.writing import write_knowledge
-from evomerge.knowledge.parts import Example, Knowledge, KnowledgeClass
+from evomerge.knowledge.records import Example, Knowledge, KnowledgeClass
+from evomerge.knowledge.write_base import write_knowledge
 
 FOLDER = Path(__file__).resolve().parents[1] / "evomerge" / "knowledge"
 KNOWN = 5  # examples of each skill, by which tasks are told apart
@@ -27,7 +27,7 @@ def demo() -> Knowledge:
     for name, skill in SKILLS.items():
         for _ in range(KNOWN):
             text = "".join(rng.sample(skill.alphabet, rng.randint(3, 6)))
-            examples.append(Example(len(examples) + 2, name, f"{name}:{text}", skill.do(text)))
+            examples.append(Example(len(examples) + 2, name, f"{name}:{text}", skill.apply(text)))
     return Knowledge(
         tuple(KnowledgeClass(name, "", "{input}", shots=0) for name in SKILLS), tuple(examples)
     )

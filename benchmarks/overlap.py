@@ -2,13 +2,12 @@
 
 The real loop runs on a stand-in engine that answers after a fixed time and on a real local server
 that grades after a fixed time, with a number of connections. `python -m benchmarks.overlap` prints
-the ratio; 1.15 is the most wanted.
+the ratio, which should be at most 1.15.
 
 The study is small: 16 trials on 48 tasks, where users have 96 or more on 100. What does not overlap
-is about the same
-in any study: the first batch of all (0.5 s and a judge's reply), the mean that waits for the last
-generation's grades, the winner that waits for the mean's (1 s each); and 0.08 s a candidate for its
-record. So a larger study overlaps better.
+is about the same in any study: the very first batch (0.5 s and a judge's reply), the mean that
+waits for the last generation's grades, the winner that waits for the mean's (1 s each), and 0.08 s
+to record each candidate. So a larger study overlaps better.
 """
 
 from __future__ import annotations
@@ -32,9 +31,10 @@ from evomerge.console import Console
 from evomerge.genome.weights import make_genome
 from evomerge.judging.llm.judge import LlmJudge
 from evomerge.recipe import Recipe
+from evomerge.searching.assemble import judged_search
 from evomerge.searching.ledger import open_ledger
-from evomerge.searching.loop import Search
-from evomerge.searching.session import make_sampler
+from evomerge.searching.prepare import Problem
+from evomerge.searching.starting.study_sampler import make_sampler
 from evomerge.study import (
     GenomeSection,
     JudgeSection,
@@ -51,7 +51,7 @@ BUDGET = 1.15
 
 
 class TimedEngine:
-    """Answers a batch after `seconds`; another recipe gives other answers. Counts its working time."""
+    """Answers a batch after `seconds`, each recipe differently, and counts its working time."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self.busy = seconds, 0.0
@@ -86,7 +86,7 @@ def server(latency: float) -> Iterator[tuple[str, list[int]]]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
-        # else the second write of a reply waits 40 ms for the first one's acknowledgement
+        # otherwise a reply's second write waits 40 ms for the first one's acknowledgement
         disable_nagle_algorithm = True
 
         def do_GET(self) -> None:
@@ -134,8 +134,8 @@ def run_study(
     requests x latency / connections.
     """
     study = Study(
-        GenomeSection(models=("sibling",), base_model="base"),
-        (TaskSource(file="none"),),
+        genome=GenomeSection(models=("sibling",), base_model="base"),
+        tasks=(TaskSource(file="none"),),
         study="overlap",
         judge=JudgeSection(kind="llm", concurrency=CONNECTIONS),
         search=SearchSection(trials=trials, population=population, uniform=(0.5,)),
@@ -145,9 +145,9 @@ def run_study(
     split = Split(tasks[:TASKS], tasks[TASKS:])
     engine = TimedEngine(batch_seconds)
     prompter: Any = Prompter(engine.tokenizer, PromptSection(format="template", template="{input}"))
-    ledger = open_ledger(
-        f"sqlite:///{folder}/overlap.db", "overlap", make_sampler(study, genome), create=True
-    )
+    problem = Problem(study, genome, split, make_sampler(study, genome))
+    url = f"sqlite:///{folder}/overlap.db"
+    ledger = open_ledger(url, "overlap", problem.sampler.space, create=True)
     ledger.remember("names", list(genome.names))
     cache = AnswerCache(folder / "answers.sqlite", "overlap")
     with server(latency) as (url, graded):
@@ -157,7 +157,7 @@ def run_study(
         )
         timed: Any = engine
         console = Console(StringIO())
-        search = Search(study, genome, split, timed, prompter, judge, ledger, cache, console)
+        search = judged_search(problem, ledger, console, timed, prompter, judge, cache)
         began = time.perf_counter()
         search.run()
         wall = time.perf_counter() - began

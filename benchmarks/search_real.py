@@ -1,12 +1,10 @@
-"""The search on real answers: what the likelihood warm start gains, and how many answers the stock
-sampler needs more.
+"""The search on real models: the gain of the likelihood warm start, and the stock sampler's cost.
 
-    python benchmarks/search_real.py gain PAIR KEPT     # PAIR: parent/, sibling/, tasks.jsonl
-    (make_real_pair.py); hours on 2 cores python benchmarks/search_real.py demo DEMO KEPT     #
-    DEMO: what `evomerge demo` makes; about an hour
+    python benchmarks/search_real.py gain PAIR KEPT  # PAIR as make_real_pair.py makes it; hours
+    python benchmarks/search_real.py demo DEMO KEPT  # DEMO as `evomerge demo` makes it; an hour
 
-KEPT is a folder for the studies: a run that was stopped goes on where it was. The last line is one
-JSON object.
+KEPT is a folder for the studies: an interrupted run continues where it stopped. The last line is
+one JSON object.
 
 gain: the score on tasks that the search never saw, of the winner after 24 candidates, with the warm
 start and without, in 3 seeds. The difference and its 95 % interval by bootstrap over tasks, each
@@ -27,7 +25,7 @@ import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +34,17 @@ import optuna
 import yaml
 
 from evomerge.console import Console
+from evomerge.searching.examine import JudgedExaminer
 from evomerge.searching.loop import Search
-from evomerge.searching.sampler import Distribution, make_cma
-from evomerge.searching.session import open_search
-from evomerge.searching.verdict import bootstrap_interval
-from evomerge.searching.warm_start import Step, warm_start
+from evomerge.searching.open_search import open_search
+from evomerge.searching.records.study_facts import GradientStep
+from evomerge.searching.samplers.cmaes_adapter import Distribution, make_cma
+from evomerge.searching.scoring import bootstrap_interval
+from evomerge.searching.starting.warm_start import warm_start
 from evomerge.study import Study, read_study
 from evomerge.tasks import Task
 
-# answers that a task's gradient costs: a forward pass and a backward pass of twice its price
+# a task's gradient in answers: a forward pass, and a backward pass at twice its cost
 GRADIENT = 3
 STOCK = 100  # candidates of the stock sampler
 GENERATIONS = 8  # of ours, at most
@@ -58,7 +58,7 @@ def gain(
     steps: int = 24,
     dtype: str = "bfloat16",
 ) -> dict[str, Any]:
-    """Warm start against none on a real pair, 15 slices."""
+    """Likelihood warm start against none, on a real pair with 15 slices."""
     scores: dict[str, list[dict[str, float]]] = {"none": [], "likelihood": []}
     for seed in range(seeds):
         for arm, found in scores.items():
@@ -83,7 +83,8 @@ def gain(
                 search.run()
                 found.append(unseen(search, winner(search)))
                 say(
-                    f"seed {seed}, warm start {arm}: {mean(found[-1]):.3f} on {len(found[-1])} unseen tasks"
+                    f"seed {seed}, warm start {arm}: {mean(found[-1]):.3f} on {len(found[-1])} "
+                    "unseen tasks"
                 )
     tasks = list(scores["none"][0])
     each = [
@@ -121,7 +122,7 @@ def demo(folder: Path, kept: Path, seeds: int = 5, steps: int = 16) -> dict[str,
         with search_of(settings, kept / f"demo-{seed}") as search:
             tasks = len(search.split.search)
             goal = mean(unseen(search, stock(search, seed)))
-            plain = reached(search, search.sampler.start, goal)
+            plain = reached(search, search.sampler.default, goal)
             warm, spent = warmed(search, steps, kept / f"demo-{seed}" / "warm_start.jsonl")
             rows.append(
                 {
@@ -145,27 +146,32 @@ def warmed(search: Search, steps: int, file: Path) -> tuple[Distribution, int]:
     file.
     """
     done = (
-        [Step.from_dict(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
+        [
+            GradientStep.from_dict(json.loads(line))
+            for line in file.read_text(encoding="utf-8").splitlines()
+        ]
         if file.exists()
         else []
     )
 
-    def record(step: Step) -> None:
+    def record(step: GradientStep) -> None:
         with file.open("a", encoding="utf-8") as kept:
             kept.write(json.dumps(asdict(step)) + "\n")
 
-    study = replace(search.study, search=replace(search.study.search, warm_start_steps=steps))
+    study = search.study.replace(search=search.study.search.replace(warm_start_steps=steps))
+    examiner = search.examiner
+    assert isinstance(examiner, JudgedExaminer)
     found = warm_start(
-        search.engine,
+        examiner.engine,
         search.genome,
         search.split.search,
-        search.prompter,
+        examiner.prompter,
         study,
         done,
         record,
         lambda line: say(f"warm start {line}"),
     )
-    start = search.sampler.start
+    start = search.sampler.default
     cov = start.cov * np.outer(found.scales, found.scales)
     return Distribution(np.array(found.mean), start.sigma, cov), GRADIENT * sum(
         step.tasks for step in found.steps
@@ -173,7 +179,7 @@ def warmed(search: Search, steps: int, file: Path) -> tuple[Distribution, int]:
 
 
 def stock(search: Search, seed: int) -> tuple[float, ...]:
-    """The best trial of Optuna's CmaEsSampler as it comes, by the score on all search tasks."""
+    """The best trial of Optuna's CmaEsSampler with its defaults, scored on all search tasks."""
     genes = search.genome.genes
 
     def objective(trial: optuna.Trial) -> float:
@@ -199,7 +205,8 @@ def reached(search: Search, start: Distribution, goal: float) -> int:
         at = np.clip(optimizer.mean, *sampler.bounds.T).tolist()
         score = mean(unseen(search, at))
         say(
-            f"generation {generation}: the mean has {score:.3f} on unseen tasks, the goal is {goal:.3f}"
+            f"generation {generation}: the mean has {score:.3f} on unseen tasks, the goal is "
+            f"{goal:.3f}"
         )
         if score >= goal:
             return generation * sampler.population * len(tasks)
@@ -215,8 +222,9 @@ def reached(search: Search, start: Distribution, goal: float) -> int:
 
 def winner(search: Search) -> tuple[float, ...]:
     """The vector that the verdict was about."""
-    number = search.ledger.facts["finalists"]["winner"]
-    return next(record.weights for record in search.ledger.records() if record.number == number)
+    found = search.ledger.history().trial(search.ledger.facts.finalists["winner"])
+    assert found is not None
+    return found.weights
 
 
 def unseen(search: Search, vector: Sequence[float]) -> dict[str, float]:
@@ -258,7 +266,7 @@ def _settings(
 
 @contextmanager
 def search_of(settings: dict[str, Any], kept: Path) -> Iterator[Search]:
-    """A search by a study file of its own in `kept`."""
+    """A search with its own study file in `kept`."""
     kept.mkdir(parents=True, exist_ok=True)
     file = kept / "study.yaml"
     file.write_text(yaml.safe_dump(settings), encoding="utf-8")

@@ -16,8 +16,13 @@ import optuna
 from search_landscapes import BOUNDS, Array, World
 
 from evomerge.searching.choosing import choose
-from evomerge.searching.racing import blocks, hopeless, subset_size, task_order
-from evomerge.searching.sampler import Distribution, default_population, make_cma
+from evomerge.searching.generation.racing import blocks, hopeless, subset_size, task_order
+from evomerge.searching.samplers.cmaes_adapter import (
+    Distribution,
+    default_population,
+    make_cma,
+    state,
+)
 
 Step = tuple[int, Array]
 # the references of a study: parents and uniform weights
@@ -46,7 +51,7 @@ class Options:
 
 
 def ours(world: World, seed: int, o: Options) -> Iterator[Step]:
-    """CMA-ES as the loop runs it, and what it would say if it ended after each generation."""
+    """CMA-ES as the loop runs it, with the winner it would choose after each generation."""
     rng = np.random.default_rng([seed, 1])
     d, n = world.tilt.shape[1], len(world.search)
     kept = round(n * o.validation)
@@ -71,7 +76,7 @@ def ours(world: World, seed: int, o: Options) -> Iterator[Step]:
     while True:
         size = len(search)
         if o.ranking != "all":
-            size = subset_size(size, o.subset, float(optimizer._sigma / o.sigma) ** (o.growth / 2))
+            size = subset_size(size, o.subset, (state(optimizer).sigma / o.sigma) ** (o.growth / 2))
         chosen = search[np.array(task_order(seed, generation, len(search))[:size])]
         drawn = np.array([optimizer.ask() for _ in range(optimizer.population_size)])
         grades = world.grades(drawn, chosen, rng)
@@ -106,7 +111,7 @@ def ours(world: World, seed: int, o: Options) -> Iterator[Step]:
 
 
 def _race(grades: Array, error: float) -> None:
-    """Strike out (nan) what a race would not have asked."""
+    """Set to nan what a race would not have asked for."""
     parts, out = blocks(grades.shape[1]), set[int]()
     for part in parts[:-1]:
         seen = grades.copy()

@@ -18,11 +18,13 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from evomerge.answering.hf.engine import TransformersEngine
 from evomerge.answering.prompts import make_prompter
 from evomerge.inference import run_inference
-from evomerge.knowledge.parts import Document, Example, Knowledge, KnowledgeClass
-from evomerge.knowledge.retrieval.retrieve import Chooser
+from evomerge.knowledge.chooser import Chooser
+from evomerge.knowledge.records import Document, Example, Knowledge, KnowledgeClass
 from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.recipe import Recipe
-from evomerge.searching.session import Finished
+from evomerge.searching.finished import Finished
+from evomerge.searching.records.study_facts import StudyFacts
+from evomerge.searching.records.verdict_record import HeldOutScore, Verdict
 from evomerge.study import (
     EngineSection,
     GenerationSection,
@@ -49,12 +51,7 @@ ALLOWED = {
 TEXT = (
     "".join(map(chr, range(32, 127))) + "\nあいうえおかきくけこさしすせそ指示回答猫犬鳥魚色数。、"
 )
-VERDICT = {
-    "n": 3,
-    "metric": "correct",
-    "candidates": {"winner": {"mean": 0.5, "stderr": 0.1, "truncated": 0.0}},
-    "paired": {},
-}
+VERDICT = Verdict("correct", 3, {"winner": HeldOutScore(0.5, 0.1, 0.0)}, {})
 FORBID = """
 import runpy, sys
 class Forbid:
@@ -81,7 +78,10 @@ def save_tokenizer(folder):
         tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     )
     tokenizer.add_special_tokens({"additional_special_tokens": special[2:]})
-    tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
     tokenizer.save_pretrained(folder)
     return len(vocab)
 
@@ -167,9 +167,9 @@ def finish(family, recipe=None, dtype="float32", prompt=None, verdict=VERDICT, *
     """A finished study whose winner is the recipe."""
     siblings = tuple(str(family / name) for name in ("one", "two"))
     study = Study(
-        GenomeSection(siblings, str(family / "base")),
-        (TaskSource(file="none"),),
-        "demo",
+        genome=GenomeSection(models=siblings, base_model=str(family / "base")),
+        tasks=(TaskSource(file="none"),),
+        study="demo",
         prompt=prompt or PromptSection(),
         generation=GenerationSection(**{"max_new_tokens": 14, **generation}),
         search=SearchSection(dtype=dtype),
@@ -180,7 +180,9 @@ def finish(family, recipe=None, dtype="float32", prompt=None, verdict=VERDICT, *
     )
     genome = SimpleNamespace(decode=lambda weights: recipe)
     winner = SimpleNamespace(number=7, role="candidate", weights=())
-    return Finished(SimpleNamespace(name="demo", facts={}), study, genome, [], winner, verdict)
+    return Finished(
+        SimpleNamespace(name="demo", facts=StudyFacts()), study, genome, [], winner, verdict
+    )
 
 
 def loaded(folder):

@@ -17,8 +17,8 @@ from evomerge.answering.engine import Answer
 from evomerge.answering.prompts import Prompter
 from evomerge.errors import EngineError, InputError, OutputError, TaskError
 from evomerge.inference import run_inference
-from evomerge.knowledge.base import read_knowledge
-from evomerge.knowledge.retrieval.retrieve import Chooser
+from evomerge.knowledge.chooser import Chooser
+from evomerge.knowledge.read_base import read_knowledge
 from evomerge.study import PromptSection
 from evomerge.tasks import Task, load_tasks
 
@@ -78,7 +78,10 @@ def child(out, log):
 
 
 def start_child(out, log, **options):
-    code = f"import sys; sys.path.insert(0, {str(HERE.parent)!r}); import test_inference as t; t.child({str(out)!r}, {str(log)!r})"
+    code = (
+        f"import sys; sys.path.insert(0, {str(HERE.parent)!r}); import test_inference as t; "
+        f"t.child({str(out)!r}, {str(log)!r})"
+    )
     paths = {"PYTHONPATH": str(HERE.parents[1])}
     return subprocess.Popen(
         [sys.executable, "-c", code],

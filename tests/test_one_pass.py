@@ -8,7 +8,7 @@ import pytest
 
 from evomerge.answering.hf.population import PopulationEngine
 from evomerge.cli import main
-from evomerge.searching.session import load_finished
+from evomerge.searching.finished import load_finished
 
 
 def search(pair, tmp_path, name, *settings):
@@ -83,7 +83,9 @@ def test_going_on_answers_nothing_twice(pair, tmp_path, passes):
     ("dtype", "tasks", "wanted"),
     [("float32", 4, True), ("bfloat16", 4, False), ("float32", 40, False)],
 )
-def test_unsaid_it_is_for_few_prompts_in_fp32(pair, tmp_path, passes, dtype, tasks, wanted):
+def test_by_default_it_is_chosen_for_few_prompts_in_fp32(
+    pair, tmp_path, passes, dtype, tasks, wanted
+):
     rows = (pair / "tasks.jsonl").read_text(encoding="utf-8").splitlines()[:tasks]
     (tmp_path / "few.jsonl").write_text("\n".join(rows), encoding="utf-8")
     few = f"tasks=[{{file: {tmp_path}/few.jsonl}}]"
@@ -141,7 +143,7 @@ def test_a_killed_pass_loses_a_batch_and_a_full_memory_is_remembered(
     assert main(command) == 0
     assert len(passes) == wanted // 2 - 1  # the first batch was kept
     cut = load_finished(f"sqlite:///{tmp_path}/cut.db", "cut")
-    assert cut.ledger.facts["limits"]["batch_tokens"] > 0
+    assert cut.ledger.facts.limits["batch_tokens"] > 0
     done = [[o for o in outcomes(f) if o[4] is not None] for f in (cut, whole)]
     assert done[0] == done[1]
 

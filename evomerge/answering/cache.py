@@ -10,7 +10,7 @@ import json
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, astuple
+from dataclasses import astuple
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ class AnswerCache:
         they have any.
         """
         parts: list[object] = [self.scope, mode, recipe, list(prompts)]
-        parts += [] if settings is None else [[asdict(own) for own in settings]]
+        parts += [] if settings is None else [[own.model_dump() for own in settings]]
         return sha256(json.dumps(parts).encode()).hexdigest()
 
     def get(self, key: str, count: int | None = None) -> list[Answer] | None:

@@ -13,13 +13,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import InputError
-from evomerge.knowledge.parts import Document, Example, KnowledgeClass, render
+from evomerge.knowledge.records import Document, Example, KnowledgeClass, render
 from evomerge.study import GenerationSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from evomerge.knowledge.retrieval.retrieve import Choice, Chooser
+    from evomerge.knowledge.chooser import Chooser, TaskKnowledge
     from evomerge.study import PromptSection
 
 # The competition's template; it is tokenised without special tokens.
@@ -43,7 +43,7 @@ class Prompt:
     task: str
     text: str
     settings: GenerationSection
-    choice: Choice | None = None
+    choice: TaskKnowledge | None = None
     examples: tuple[Example, ...] = ()
     documents: tuple[Document, ...] = ()
 
@@ -71,7 +71,7 @@ class Prompter:
         least similar first, then documents; the task itself is the engine's to refuse or to cut.
         """
         new = [text for text in dict.fromkeys(texts) if text not in self._known]
-        choices: Sequence[Choice | None] = (
+        choices: Sequence[TaskKnowledge | None] = (
             [None] * len(new) if self.chooser is None else self.chooser.choose_all(new)
         )
         found = [self._prompt(text, choice) for text, choice in zip(new, choices, strict=True)]
@@ -122,7 +122,7 @@ class Prompter:
             prompt, text=self._class_text(prompt.task, kind, prompt.examples, prompt.documents)
         )
 
-    def _prompt(self, text: str, choice: Choice | None) -> Prompt:
+    def _prompt(self, text: str, choice: TaskKnowledge | None) -> Prompt:
         if choice is None:
             return Prompt(text, self._whole(self._plain(text), self._system(None)), self.generation)
         documents = choice.documents if "{documents}" in choice.kind.template else ()
@@ -202,12 +202,12 @@ class Prompter:
                 None if self.context is None else max(1, self.context // 2),
             ]
             # half of a small context is for the prompt
-            own = replace(own, max_new_tokens=min(n for n in most if n is not None))
+            own = own.replace(max_new_tokens=min(n for n in most if n is not None))
         if kind.repetition_penalty is not None:
-            own = replace(own, repetition_penalty=kind.repetition_penalty)
+            own = own.replace(repetition_penalty=kind.repetition_penalty)
         if kind.temperature is not None:
-            own = replace(
-                own, do_sample=kind.temperature > 0, temperature=kind.temperature or own.temperature
+            own = own.replace(
+                do_sample=kind.temperature > 0, temperature=kind.temperature or own.temperature
             )
         return own
 

@@ -1,36 +1,35 @@
-"""Who answers: a model as it lies on disk, a recipe or a study's winner merged in place, or a
-server.
-"""
+"""Opening what answers: a model folder, a recipe or a study's winner in memory, or a server."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import InputError, StudyError
-from evomerge.knowledge.base import read_knowledge
+from evomerge.knowledge.chooser import open_knowledge
 from evomerge.knowledge.classification.by_model import ModelClassifier
-from evomerge.knowledge.open import open_knowledge
+from evomerge.knowledge.read_base import read_knowledge
 from evomerge.study import GenomeSection, PromptSection, Study, TaskSource, overridden
 
-if TYPE_CHECKING:  # a server is asked without torch
+if TYPE_CHECKING:  # answers of a server need no torch
     from evomerge.answering.engine import Engine
-    from evomerge.knowledge.retrieval.retrieve import Chooser
+    from evomerge.knowledge.chooser import Chooser
     from evomerge.merging.checkpoints.model_folder import ModelFolder
     from evomerge.recipe import Recipe
 
-BATCH_SIZE = 64  # prompts answered at once, where no study says; out of memory it is halved
-# what of a study file inference heeds
+BATCH_SIZE = 64  # prompts answered at once, without a study; halved when memory runs out
+# the keys of a study file that inference uses
 USED = ("prompt", "generation", "engine", "search.dtype", "search.seed")
 
 
 @dataclass(frozen=True)
 class Opened:
-    """An engine ready to answer, the settings that it answers by, and all that its answers depend
-    on beside the prompts.
+    """An engine ready to answer, and its settings.
+
+    `identity` names all that its answers depend on besides the prompts.
     """
 
     engine: Engine
@@ -42,10 +41,12 @@ class Opened:
 def open_study(
     url: str, name: str, overrides: Sequence[str], say: Callable[[str], None] = lambda line: None
 ) -> Opened:
-    """The study's own engine and prompts with the winner's weights; no merged folder is needed.
+    """A study's engine and prompts with the winner's weights; no merged folder is needed.
+
     Raises StudyError.
     """
-    from evomerge.searching.session import load_finished, open_models
+    from evomerge.searching.finished import load_finished
+    from evomerge.searching.prepare import open_models
 
     finished = load_finished(url, name)
     study = _seeded(overridden(finished.study, overrides, USED))
@@ -53,24 +54,26 @@ def open_study(
     if any(override.startswith("prompt.knowledge=") for override in overrides):
         if study.prompt.knowledge != finished.study.prompt.knowledge:
             say(
-                f"note: study {name} was searched with other prompts: its verdict does not hold for answers by this base"
+                f"note: study {name} was searched with other prompts: "
+                "its verdict does not hold for answers with this knowledge base"
             )
     elif study.prompt.knowledge is not None:
-        check_unchanged_base(study.prompt.knowledge, facts.get("knowledge"), name)
+        check_unchanged_base(study.prompt.knowledge, facts.knowledge, name)
     base, siblings = open_models(finished.study)
     engine = _engine(base, siblings, study)
     if study.engine == finished.study.engine:
-        engine.limits.update(facts.get("limits", {}))
+        engine.limits.update(facts.limits)
     if finished.verdict is None:
-        say(f"study {name} is not finished: its best trial so far answers")
+        say(f"study {name} is not finished: the best trial so far is used")
     engine.apply(finished.recipe)
     return Opened(
-        engine, study.prompt, study, _identity(finished.recipe.digest(), facts["models"], study)
+        engine, study.prompt, study, _identity(finished.recipe.digest(), dict(facts.models), study)
     )
 
 
 def open_folder(ref: str, overrides: Sequence[str]) -> Opened:
-    """A model folder or hub name in the precision it has on disk, unless search.dtype says another.
+    """A model folder or hub name, in its own precision unless search.dtype sets another.
+
     Raises ModelError.
     """
     from evomerge.merging.checkpoints.fingerprint import combined, fingerprint
@@ -78,7 +81,7 @@ def open_folder(ref: str, overrides: Sequence[str]) -> Opened:
 
     folder = open_model(ref)
     dtype = str(folder.config.get("dtype") or folder.config.get("torch_dtype") or "bfloat16")
-    study = _seeded(overridden(_study((ref,), dtype, folder.config), overrides, USED))
+    study = _seeded(overridden(_study(dtype, folder.config), overrides, USED))
     return Opened(
         _engine(folder, [], study),
         study.prompt,
@@ -87,21 +90,23 @@ def open_folder(ref: str, overrides: Sequence[str]) -> Opened:
     )
 
 
-def open_yaml(path: Path, overrides: Sequence[str]) -> Opened:
-    """A mergekit configuration, merged in place; its models' paths resolve as in `evomerge merge`.
-    Raises RecipeError, ModelError.
+def open_merged(recipe: Recipe | Path, overrides: Sequence[str]) -> Opened:
+    """A recipe, or the mergekit configuration in a file, merged in place.
+
+    Its models' paths resolve as in `evomerge merge`. Raises RecipeError, ModelError.
     """
     from evomerge.merging.checkpoints.fingerprint import combined, fingerprint
     from evomerge.merging.stream import open_recipe
     from evomerge.recipe import read_recipe
 
-    if not path.is_file():
-        raise InputError("no such recipe", where=path, remedy="Name a mergekit YAML.")
-    recipe = read_recipe(path)
+    if isinstance(recipe, Path):
+        if not recipe.is_file():
+            raise InputError("no such recipe", where=recipe, remedy="Name a mergekit YAML.")
+        recipe = read_recipe(recipe)
     models = open_recipe(recipe)
     base, *siblings = models.values()
-    study = _seeded(overridden(_study(recipe.models, _dtype(recipe), base.config), overrides, USED))
-    # one model too is merged: scaled, or its layers moved
+    study = _seeded(overridden(_study(_dtype(recipe), base.config), overrides, USED))
+    # a single model is merged too: scaled, or with its layers moved
     engine = _engine(base, siblings or [base], study)
     engine.apply(recipe)
     prints = {ref: combined(fingerprint(model.path)) for ref, model in models.items()}
@@ -114,9 +119,7 @@ def open_server_at(
     """An OpenAI-compatible server. Raises InputError, ModelError, EngineError."""
     from evomerge.answering.servers.engine import CONCURRENCY, ServerEngine
 
-    study = overridden(
-        _study((model or "served",), "bfloat16"), overrides, ("prompt", "generation")
-    )
+    study = overridden(_study("bfloat16"), overrides, ("prompt", "generation"))
     engine = ServerEngine(
         url, model, study.generation, study.prompt.format == "chat", concurrency or CONCURRENCY
     )
@@ -124,10 +127,10 @@ def open_server_at(
 
 
 def open_chooser(opened: Opened, classify: str, say: Callable[[str], None]) -> Chooser | None:
-    """What chooses classes and examples, where there is a base: by `neighbours`, by the `model`
-    that answers, or by `both`.
+    """What chooses classes and examples, where there is a knowledge base.
 
-    Raises KnowledgeError, InputError.
+    Classes are chosen by the nearest examples (`neighbours`), by the `model` that answers, or by
+    `both`. Raises KnowledgeError, InputError.
     """
     if classify == "neighbours":
         return open_knowledge(opened.prompt, say)
@@ -138,7 +141,7 @@ def open_chooser(opened: Opened, classify: str, say: Callable[[str], None]) -> C
     engine = opened.engine
     if not isinstance(engine, TransformersEngine):
         raise InputError(
-            "asks a transformers model",
+            "needs a transformers model",
             where="--classify",
             found=classify,
             remedy="Use --classify neighbours.",
@@ -156,10 +159,10 @@ def open_chooser(opened: Opened, classify: str, say: Callable[[str], None]) -> C
 def open_prompt(
     overrides: Sequence[str], url: str | None = None, name: str | None = None
 ) -> PromptSection:
-    """The prompts alone, of a study or of none, without any model. Raises StudyError, InputError."""
+    """The prompt settings alone, of a study or the defaults. Raises StudyError, InputError."""
     if url is None or name is None:
-        return overridden(_study(("-",), "bfloat16"), overrides, USED).prompt
-    from evomerge.searching.session import load_finished
+        return overridden(_study("bfloat16"), overrides, USED).prompt
+    from evomerge.searching.finished import load_finished
 
     return overridden(load_finished(url, name).study, overrides, USED).prompt
 
@@ -167,25 +170,22 @@ def open_prompt(
 def _seeded(study: Study) -> Study:
     """With the seed of the draws said: what answers again takes others from there."""
     own = study.generation.seed
-    return replace(
-        study, generation=replace(study.generation, seed=study.search.seed if own is None else own)
-    )
+    seed = study.search.seed if own is None else own
+    return study.replace(generation=study.generation.replace(seed=seed))
 
 
-def _study(models: tuple[str, ...], dtype: str, config: Mapping[str, Any] | None = None) -> Study:
-    """Settings alone: the defaults of a study file around models that nobody searches; answers
-    leave half of a small context.
-    """
-    study = Study(GenomeSection(models), (TaskSource(file="-"),), "inference")
+def _study(dtype: str, config: Mapping[str, Any] | None = None) -> Study:
+    """The defaults of a study file, without a search; answers leave half of a small context."""
+    # a study needs a genome; inference reads nothing of it
+    genome = GenomeSection(models=("-",), base_model="none")
+    study = Study(genome=genome, tasks=(TaskSource(file="-"),), study="inference")
     context = (config or {}).get("max_position_embeddings")
     if isinstance(context, int):
-        own = replace(
-            study.generation,
-            max_new_tokens=max(1, min(study.generation.max_new_tokens, context // 2)),
-        )
-        study = replace(study, generation=own)
-    engine = replace(study.engine, batch_size=BATCH_SIZE)
-    return replace(study, engine=engine, search=replace(study.search, dtype=dtype))  # type: ignore[arg-type]  # torch's names; others are refused there
+        longest = max(1, min(study.generation.max_new_tokens, context // 2))
+        study = study.replace(generation=study.generation.replace(max_new_tokens=longest))
+    # any of torch's names, not validated yet: `overridden` refuses those that are not supported
+    search = study.search.model_copy(update={"dtype": dtype})
+    return study.replace(engine=study.engine.replace(batch_size=BATCH_SIZE), search=search)
 
 
 def _engine(base: ModelFolder, siblings: Sequence[ModelFolder], study: Study) -> Engine:
@@ -214,11 +214,11 @@ def _identity(recipe: str, models: Mapping[str, Any] | str, study: Study) -> str
 
 
 def check_unchanged_base(path: str, digest: str | None, name: str) -> None:
-    """What was optimised is what answers."""
+    """Raise StudyError unless the knowledge base is the one that the search used."""
     if read_knowledge(path).digest() != digest:
         raise StudyError(
             "the knowledge base has changed since the search",
             where=name,
             found=path,
-            remedy="Put it back, or name it with --knowledge.",
+            remedy="Restore it, or name it with --knowledge.",
         )

@@ -12,7 +12,7 @@ import gc
 import inspect
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -81,7 +81,7 @@ def open_likelihood_engine(
             where=ref,
             remedy="Write the merge of both with evomerge merge.",
         )
-    section = replace(section or EngineSection(), kind="transformers")
+    section = (section or EngineSection()).replace(kind="transformers")
     on_cpu = section.device_map is None and (
         section.device == "cpu" or (section.device == "auto" and not torch.cuda.is_available())
     )
