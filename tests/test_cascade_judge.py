@@ -511,8 +511,8 @@ def test_a_study_by_the_command_line_reports_what_it_saved(pair, learned, tmp_pa
     assert 8 * FEWEST <= saved.asked < saved.graded
     page = next((tmp_path / "results").rglob("report.html")).read_text(encoding="utf-8")
     assert "cascade:llm:m" in page
-    assert f"{saved['asked']:,}" in page
-    assert f"{saved['graded']:,}" in page
+    assert f"{saved.asked:,}" in page
+    assert f"{saved.graded:,}" in page
 
 
 def test_no_study_no_cascade(pair, tmp_path, capsys):

@@ -1,8 +1,8 @@
 """The cascade judge: a fast proxy grades every answer, the llm judge only those that matter.
 
-The proxy is the learned judge. The llm judge grades the answers that decide which
-candidates of a generation belong to the better half. This file holds the pure decisions over a
-generation's grades; searching/rounds.py requests the grades. Everything else (references, the
+The proxy is the learned judge. The llm judge grades the answers that decide which candidates of a
+generation belong to the better half. This file holds the pure decisions over a generation's grades;
+searching/generation/cascade_round.py requests the grades. Everything else (references, the
 distribution's mean, validation and verdict) is graded by the llm judge alone. docs/JUDGES.md
 reports what this saves and how often it errs.
 """

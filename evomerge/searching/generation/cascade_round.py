@@ -20,7 +20,7 @@ from evomerge.tasks import Task
 
 
 @dataclass
-class Row:
+class CascadeRow:
     """One candidate of the generation: answers and grades in the tasks' order."""
 
     recipe: Recipe
@@ -70,7 +70,7 @@ class CascadeRound:
 
     def _answered(
         self, recipes: Sequence[Recipe], tasks: tuple[Task, ...], mode: str, label: str
-    ) -> list[Row]:
+    ) -> list[CascadeRow]:
         """The candidates that answer; the others fail again in their own turn, and are recorded."""
         rows = []
         for recipe in recipes:
@@ -85,10 +85,10 @@ class CascadeRound:
             for task, answer in zip(tasks, answers, strict=True):
                 grades.append(self.judge.proxy.grade(task, answer))
             examined = Examined(tasks, answers, grades, {}, likelihoods=likelihoods)
-            rows.append(Row(recipe, examined, [None] * len(tasks)))
+            rows.append(CascadeRow(recipe, examined, [None] * len(tasks)))
         return rows
 
-    def _values(self, rows: Sequence[Row]) -> Floats:
+    def _values(self, rows: Sequence[CascadeRow]) -> Floats:
         """What the generation is ranked by, of the grades that are known so far: [rows, tasks]."""
         found = []
         for row in rows:
@@ -99,7 +99,7 @@ class CascadeRound:
             found.append(self.scorer.task_values(known, missing=0.0))
         return np.array(found)
 
-    def _ask(self, rows: Sequence[Row], chosen: Sequence[int]) -> Floats:
+    def _ask(self, rows: Sequence[CascadeRow], chosen: Sequence[int]) -> Floats:
         """The llm judge's view of some rows on some tasks: [rows, tasks] of what is ranked by."""
         pending = []
         for row in rows:
@@ -111,7 +111,7 @@ class CascadeRound:
                 row.expensive[t] = grade
         return self._values(rows)[:, chosen]
 
-    def _outcome(self, rows: Sequence[Row]) -> CascadeOutcome:
+    def _outcome(self, rows: Sequence[CascadeRow]) -> CascadeOutcome:
         """The rows' grades: the llm judge's, and the learned one's moved to its level."""
         proxy = np.empty((len(rows), len(rows[0].expensive)))
         known = np.full(proxy.shape, np.nan)

@@ -22,7 +22,7 @@ SHOWN = 8  # answers side by side
 TEXT, REASON = 600, 300  # characters kept of a text and of a reason
 
 
-class GradedAnswers(Protocol):
+class JudgedAnswers(Protocol):
     """What one candidate did on the tasks, in their order."""
 
     @property
@@ -36,7 +36,7 @@ def judge_facts(
     judge_name: str,
     judge_version: str,
     tasks: Sequence[Task],
-    examined: Mapping[str, GradedAnswers],
+    examined: Mapping[str, JudgedAnswers],
     held_out: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What a search remembers of its judge at the verdict, ready for JSON.
@@ -77,7 +77,7 @@ def known_agreement(judge: Judge) -> Mapping[str, Any] | None:
 def _two_judges(
     judge: str,
     tasks: Sequence[Task],
-    examined: Mapping[str, GradedAnswers],
+    examined: Mapping[str, JudgedAnswers],
     rules: Mapping[str, Sequence[Grade]],
 ) -> list[dict[str, Any]]:
     """One answer per task on which the two judges differ most, largest first."""
@@ -100,7 +100,7 @@ def _two_judges(
 
 def _two_answers(
     tasks: Sequence[Task],
-    examined: Mapping[str, GradedAnswers],
+    examined: Mapping[str, JudgedAnswers],
     grades: Mapping[str, Sequence[float]],
 ) -> list[dict[str, Any]]:
     """The tasks on which the winner and the best parent differ most, either way, largest first.
