@@ -1,4 +1,4 @@
-"""The public API: what it returns, that it does what the commands do, and that importing is cheap."""
+"""The public API: what it returns, that the commands do the same, that importing is cheap."""
 
 import inspect
 import io

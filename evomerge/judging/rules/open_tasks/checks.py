@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from evomerge.judging.rules.open_tasks.formulas import FORMULA, formula_value
-from evomerge.judging.rules.open_tasks.options import OPTION_LINE, choice_check, listed
+from evomerge.judging.rules.open_tasks.option_checks import OPTION_LINE, choice_check, listed
 from evomerge.judging.rules.open_tasks.parsed_text import Check, CheckResult, ParsedText, compact
 
 # kinds without one right conclusion
