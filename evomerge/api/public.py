@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from evomerge.inference.request import Classify
     from evomerge.inference.result import InferenceResult
     from evomerge.judging.grade import Judge
-    from evomerge.searching.preflight import Line as Finding
+    from evomerge.searching.preflight import Finding
 
 
 def search(
