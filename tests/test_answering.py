@@ -6,7 +6,7 @@ from conftest import make_tokenizer
 from transformers import AutoModelForCausalLM
 
 from evomerge.answering.cache import AnswerCache, answer_all
-from evomerge.answering.engine import Answer
+from evomerge.answering.engine import Answer, EngineSpec
 from evomerge.answering.hf.engine import TransformersEngine
 from evomerge.answering.pace import Pace
 from evomerge.answering.prompts import make_prompter
@@ -22,7 +22,9 @@ PROMPTS = ["あ\n", "いうえおか\n", "", "12345:\n", "くけこ\n", "😀あ
 def make_engine(pair, batch_size=4, **generation):
     settings = GenerationSection(**({"max_new_tokens": 8} | generation))
     folders = open_model(str(pair / "base")), [open_model(str(pair / "instruct"))]
-    return TransformersEngine(*folders, EngineSection(batch_size=batch_size), settings, "float32")
+    return TransformersEngine(
+        EngineSpec(*folders, EngineSection(batch_size=batch_size), settings, "float32")
+    )
 
 
 def recipe_of(pair, weight=0.7):
@@ -106,7 +108,13 @@ def test_a_model_without_tokenizer_is_named(pair, tmp_path):
     shutil.copytree(pair / "base", tmp_path / "bare", ignore=shutil.ignore_patterns("token*"))
     with pytest.raises(ModelError, match="tokenizer cannot be loaded"):
         TransformersEngine(
-            open_model(str(tmp_path / "bare")), [], EngineSection(), GenerationSection(), "bfloat16"
+            EngineSpec(
+                open_model(str(tmp_path / "bare")),
+                [],
+                EngineSection(),
+                GenerationSection(),
+                "bfloat16",
+            )
         )
 
 

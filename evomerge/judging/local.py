@@ -40,7 +40,7 @@ AT_ONCE = 256  # answers whose tokens are in memory together
 EXAMPLE = Task(0, "1+1は？", "2", "")  # what is tried before any answer is graded
 
 
-class LikelihoodCapability(Protocol):
+class DigitModel(Protocol):
     """What the judge asks of an engine."""
 
     @property
@@ -62,9 +62,7 @@ class LikelihoodCapability(Protocol):
 class LocalJudge:
     """Grades 1.0 to 5.0 by an engine that it is given; `correct` is always None."""
 
-    def __init__(
-        self, engine: LikelihoodCapability, model: str, template: str | None = None
-    ) -> None:
+    def __init__(self, engine: DigitModel, model: str, template: str | None = None) -> None:
         """`model` is what it is called. Raises ModelError: no digits in the vocabulary, a context
         or chat template that takes no rubric.
         """

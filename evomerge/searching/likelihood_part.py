@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from evomerge.answering.cache import AnswerCache
-from evomerge.answering.engine import Answer
-from evomerge.answering.hf.engine import TransformersEngine
-from evomerge.answering.hf.likelihood import loglikelihood, spoken
+from evomerge.answering.engine import Answer, Engine, LikelihoodCapability
 from evomerge.answering.prompts import Prompter
 from evomerge.recipe import Recipe
 from evomerge.tasks import Task
@@ -21,7 +18,8 @@ MODE = "likelihood"  # of the cache's keys
 class LikelihoodPart:
     """log P(reference | prompt) in nats per token; None for a task without a reference."""
 
-    engine: TransformersEngine
+    engine: Engine
+    likelihood: LikelihoodCapability
     prompter: Prompter
     cache: AnswerCache
 
@@ -37,18 +35,14 @@ class LikelihoodPart:
         if missing:
             self.engine.apply(recipe)
             asked = [pairs[i] for i in missing]
-            model, tokenizer = self.engine.model, self.engine.tokenizer
-            sums, lengths = (
-                loglikelihood(model, tokenizer, asked),
-                [len(said) for _, said in spoken(tokenizer, asked)],
-            )
+            sums, lengths = self.likelihood(asked), self.likelihood.count_tokens(asked)
             for i, total, length in zip(missing, sums, lengths, strict=True):
                 values[i] = total / max(1, length)
                 self.cache.put(keys[i], [Answer(repr(values[i]), False, 0)])
         return [value if task.output else None for task, value in zip(tasks, values, strict=True)]
 
 
-def make_likelihood_part(engine: Any, prompter: Prompter, cache: AnswerCache) -> LikelihoodPart:
+def make_likelihood_part(engine: Engine, prompter: Prompter, cache: AnswerCache) -> LikelihoodPart:
     """For an engine whose kind the study file's check has allowed."""
-    assert isinstance(engine, TransformersEngine)
-    return LikelihoodPart(engine, prompter, cache)
+    assert engine.likelihood is not None
+    return LikelihoodPart(engine, engine.likelihood, prompter, cache)

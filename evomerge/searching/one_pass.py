@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 
 from evomerge.answering.cache import AnswerCache, watched
 from evomerge.answering.engine import Engine, Settings
-from evomerge.answering.hf.population import PopulationEngine, pays
 from evomerge.answering.pace import Pace
 from evomerge.errors import StudyFileError
 from evomerge.genome.weights import Genome
@@ -42,18 +41,13 @@ class OnePass:
         """As `engine.population` says; unsaid, in fp32, where the tokens are the merged model's,
         and where it surely pays.
         """
-        if (
-            not isinstance(self.engine, PopulationEngine)
-            or self.engine.live is None
-            or self.study.engine.population is False
-        ):
+        population = self.engine.population
+        if population is None or self.study.engine.population is False:
             return False
-        parameters = sum(p.numel() for p in self.engine.model.parameters())
-        device = next(iter(self.engine.model.parameters())).device.type
-        sure = self.study.search.dtype == "float32" and pays(
-            self.sampler.population, prompts, parameters, device
+        sure = self.study.search.dtype == "float32" and population.pays(
+            self.sampler.population, prompts
         )
-        suits = (self.study.engine.population or sure) and self.engine.suits(
+        suits = (self.study.engine.population or sure) and population.suits(
             [self.genome.decode(self.genome.parent(0))]
         )
         if self.study.engine.population and not suits:
@@ -75,7 +69,8 @@ class OnePass:
         """Answer for every candidate of the generation, batch of prompts by batch, what is not kept
         yet. Raises EngineError.
         """
-        assert isinstance(self.engine, PopulationEngine)
+        population = self.engine.population
+        assert population is not None
         recipes = [self.genome.decode(vector) for vector in self.vectors(generation)]
         pace = Pace(len(recipes) * len(prompts), report)
         for batch in self.engine.batches(prompts, settings):
@@ -89,7 +84,7 @@ class OnePass:
             with watched(
                 self.engine, pace, lambda limits: self.ledger.remember("limits", dict(limits))
             ):
-                answers = self.engine.answer_all(recipes, texts, own)
+                answers = population(recipes, texts, own)
             share = (time.perf_counter() - began) / len(recipes)
             pace.end(
                 len(recipes) * len(batch),

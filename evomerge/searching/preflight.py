@@ -92,7 +92,7 @@ def _config_file(path: Path, lines: list[Line]) -> dict[str, Any] | None:
 
 def _check_models(study: Study, lines: list[Line]) -> dict[str, Any] | None:
     """The base's configuration, when it can be reached."""
-    from evomerge.answering.hf.loading import load_tokenizer
+    from evomerge.answering.hf.loading import load_engine_tokenizer
     from evomerge.answering.prompts import make_prompter
     from evomerge.merging.checkpoints.model_folder import check_fit, open_model
 
@@ -112,7 +112,7 @@ def _check_models(study: Study, lines: list[Line]) -> dict[str, Any] | None:
         lines.append(
             Line("ok", "shapes", f"{len(opened[0].keys)} tensors, the same in every model")
         )
-        tokenizer = load_tokenizer(opened[0], study.engine.trust_remote_code)
+        tokenizer = load_engine_tokenizer(opened[0], study.engine.trust_remote_code)
         if study.lm_eval:
             lines.append(_check_chat(study, bool(tokenizer.chat_template)))
         else:

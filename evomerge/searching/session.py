@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.answering.cache import AnswerCache, cache_scope
-from evomerge.answering.engine import make_engine
-from evomerge.answering.hf.engine import TransformersEngine
+from evomerge.answering.choose import make_engine
+from evomerge.answering.engine import Engine, EngineSpec
 from evomerge.answering.lm_eval.documents import LmEvalTasks
 from evomerge.answering.prompts import Prompter, make_prompter
 from evomerge.console import Console
@@ -77,12 +77,9 @@ def open_search(study: Study, url: str, console: Console) -> Iterator[Search]:
                 f"note: {known} example(s) of the knowledge base are held-out tasks, which it shows to other tasks"
             )
         judge = None if lm_eval is not None else _open_judge(study, url, ledger, tasks)
-        s = study.search
-        engine = make_engine(
-            base, siblings, study.engine, study.generation, s.dtype, s.seed, study.prompt.too_long
-        )
+        engine = make_engine(EngineSpec.of_study(study, base, siblings))
         if lm_eval is not None:
-            if not isinstance(engine, TransformersEngine):
+            if engine.likelihood is None:
                 raise StudyFileError(
                     "lm-eval asks a transformers model",
                     where="engine.kind",
@@ -147,9 +144,7 @@ def _open_judge(study: Study, url: str, ledger: Ledger, tasks: Sequence[Task]) -
     return judge
 
 
-def _prepare(
-    lm_eval: LmEvalTasks, engine: TransformersEngine, ledger: Ledger, console: Console
-) -> None:
+def _prepare(lm_eval: LmEvalTasks, engine: Engine, ledger: Ledger, console: Console) -> None:
     """Build the prompts; refuse a study whose examples, chat template or lm-eval ask otherwise than
     when it began.
     """

@@ -28,7 +28,7 @@ from evomerge.tasks import Split, Task
 
 if TYPE_CHECKING:
     from evomerge.answering.cache import AnswerCache
-    from evomerge.answering.hf.engine import TransformersEngine
+    from evomerge.answering.engine import Engine
     from evomerge.study import Study
 
 FEWSHOT_SEED = 1234  # lm-eval's own default: the examples are those that it would draw
@@ -128,10 +128,11 @@ class LmEvalTasks:
             for task, outcome in zip(tasks, outcomes, strict=True)
         ]
 
-    def prepare(self, engine: TransformersEngine) -> str:
+    def prepare(self, engine: Engine) -> str:
         """Build every prompt with the engine's tokenizer. Returns a hash of them; raises TaskError."""
         from lm_eval.models.huggingface import HFLM
 
+        assert engine.likelihood is not None
         chat = self.study.apply_chat_template
         if chat and not engine.tokenizer.chat_template:
             raise TaskError(
@@ -142,7 +143,7 @@ class LmEvalTasks:
             )
         with quiet():
             self.lm = HFLM(
-                pretrained=engine.model,
+                pretrained=engine.likelihood.model,
                 tokenizer=engine.tokenizer,
                 batch_size=self.study.engine.batch_size,
             )

@@ -52,6 +52,10 @@ class ServerEngine:
     for twice.
     """
 
+    population = None
+    gradient = None
+    likelihood = None
+
     def __init__(
         self,
         url: str,
