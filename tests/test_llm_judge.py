@@ -13,12 +13,12 @@ from chat_server import Server, raw, status
 from fault_server import answer_of
 
 from evomerge.answering.engine import Answer
+from evomerge.answering.servers.client import retry_after
 from evomerge.cli import main
 from evomerge.errors import InputError, JudgePaused, ModelError, StudyFileError
 from evomerge.judging.choose import make_judge
-from evomerge.judging.llm.budget import retry_after
 from evomerge.judging.llm.judge import LlmJudge, NoGrade
-from evomerge.judging.llm.rubric import Rubric, fenced, read_reply
+from evomerge.judging.llm.rubric import Rubric, fenced, read_vote
 from evomerge.study import JudgeSection, read_judge
 from evomerge.tasks import Task
 
@@ -74,7 +74,7 @@ def judging(url, cache=None, **settings):
     ],
 )
 def test_a_reply_gives_one_grade_or_none(text, grade):
-    found = read_reply(text)
+    found = read_vote(text)
     assert (found and found.grade) == grade
 
 

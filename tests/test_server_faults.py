@@ -58,7 +58,7 @@ def test_too_many_requests_waits_as_told(tmp_path):
     [
         (
             status(500, "CUDA out of memory"),
-            ["status 500", "CUDA out of memory", "the same command goes on"],
+            ["status 500", "CUDA out of memory", "run the same command again"],
         ),
         (
             status(429, "slow down", Retry_After="0.01"),
@@ -125,7 +125,7 @@ def test_a_server_that_goes_down_and_comes_back(tmp_path, capsys):
             1,
             infer(tmp_path, url, "--concurrency", "3"),
             "cannot be reached",
-            "the same command goes on",
+            "run the same command again",
         )
     assert len(kept(tmp_path)) == 7
     first = server.answered.copy()
@@ -331,7 +331,7 @@ def test_without_the_package(tmp_path, capsys, monkeypatch):
 
 
 def test_it_merges_nothing():
-    with Server().running() as url, pytest.raises(EngineError, match="its own"):
+    with Server().running() as url, pytest.raises(EngineError, match="cannot be replaced"):
         ServerEngine(url, "m", GenerationSection(), chat=True).apply(None)
 
 

@@ -15,8 +15,8 @@ from evomerge import sqlite_file
 from evomerge.answering.hf.engine import TransformersEngine
 from evomerge.cli import main
 from evomerge.errors import OutputError
-from evomerge.judging.llm.grades_cache import GradesCache, Spent
-from evomerge.judging.llm.rubric import Reading
+from evomerge.judging.llm.grades_cache import GradesCache, Usage
+from evomerge.judging.llm.rubric import Vote
 from evomerge.searching.ledger import Ledger
 from evomerge.searching.session import load_finished
 
@@ -209,24 +209,24 @@ def test_a_damaged_or_locked_grades_cache(tmp_path, monkeypatch):
     cache = GradesCache(file)
     cache.db.execute("PRAGMA synchronous = OFF")
     for i in range(400):
-        cache.put(Spent(1, 2, 3), f"key {i}", 0, Reading(4, "a reason " * 10))
+        cache.put(Usage(1, 2, 3), f"key {i}", 0, Vote(4, "a reason " * 10))
     with closing(sqlite3.connect(file, isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
         for use in (
             lambda: cache.get(["key 0"], 1),
             lambda: cache.spent,
-            lambda: cache.put(Spent()),
+            lambda: cache.put(Usage()),
             lambda: GradesCache(file),
         ):
             with pytest.raises(OutputError, match="the grades cache is in use by another process"):
                 use()
-    assert cache.spent == Spent(400, 800, 1200)
+    assert cache.spent == Usage(400, 800, 1200)
     cache.close()
     data = file.read_bytes()
     file.write_bytes(data[: len(data) // 2])
     with pytest.raises(
         OutputError,
-        match=r"the grades cache is damaged or cut short.*move the file away.*asks anew",
+        match=r"the grades cache is damaged or cut short.*move the file away.*asks for the remaining grades",
     ):
         GradesCache(file)
 

@@ -1,4 +1,4 @@
-"""Threads that ask for answers one by one, and give each when it comes."""
+"""Threads that send requests one by one and yield each result as it arrives."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from evomerge.answering.engine import Answer
 from evomerge.errors import EvomergeError
 
 
-class Asking:
-    """Calls `ask(index)` for so many indices, `concurrency` at once; an error of ours ends the
-    asking.
+class ConcurrentRequests:
+    """Calls `ask(index)` for every index below `count`, `concurrency` at a time.
+
+    After an EvomergeError no further call begins. The threads are daemons: neither Ctrl-C nor a
+    deadline waits for a server.
     """
 
     def __init__(self, ask: Callable[[int], Answer], count: int, concurrency: int) -> None:
-        self.ask, self.waiting = ask, deque(range(count))
+        self.ask = ask
+        self.waiting = deque(range(count))
         self.found = SimpleQueue[tuple[int, Answer | EvomergeError] | None]()
-        self.running = min(concurrency, count)  # threads whose end is not yet known here
-        for _ in range(self.running):  # daemons: neither Ctrl-C nor a deadline waits for a server
+        self.running = min(concurrency, count)  # threads that have not reported their end
+        for _ in range(self.running):
             threading.Thread(target=self._work, daemon=True).start()
 
     def results(
         self, deadline: float | None = None
     ) -> Iterator[tuple[int, Answer | EvomergeError]]:
-        """(index, what came of it) as it comes; at the deadline, a time.monotonic(), what has come
-        by then, and no more.
-        """
+        """(index, result) as they arrive; none after `deadline`, a time.monotonic()."""
         while self.running:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             if left == 0.0:
@@ -44,7 +45,7 @@ class Asking:
                 yield found
 
     def leave(self) -> bool:
-        """Ask nothing more; whether something is still under way."""
+        """Begin no further call; returns whether some are still running."""
         self.waiting.clear()
         return self.running > 0
 
@@ -60,7 +61,7 @@ class Asking:
             self.found.put(None)
 
     def _next(self) -> int | None:
-        """The next place, unless another thread has taken the last one."""
+        """The next index, unless another thread has taken the last one."""
         try:
             return self.waiting.popleft()
         except IndexError:

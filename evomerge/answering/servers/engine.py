@@ -1,9 +1,8 @@
-"""Any OpenAI-compatible server as an engine, for inference alone: its weights are its own, so
-nothing is merged.
+"""Any OpenAI-compatible server as an engine, for inference only: its weights cannot be merged.
 
-Every prompt is a request of its own, so no answer depends on what is asked beside it. With `format:
-chat` a prompt is the turns as JSON, which the server's own template renders; otherwise it is the
-whole text, for the completions endpoint, where most servers put a begin token in front if the
+Every prompt is one request, so no answer depends on what else is asked at the same time. With
+`format: chat` a prompt is the turns as JSON, which the server's own template renders. Otherwise it
+is the whole text, for the completions endpoint, where most servers prepend a begin token if the
 model's tokenizer does (the other engines do not).
 """
 
@@ -15,13 +14,17 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from evomerge.answering.engine import Answer, Got, Settings, Watch
-from evomerge.answering.servers.concurrency import Asking
+from evomerge.answering.servers.client import (
+    OpenAIClient,
+    RetryPolicy,
+    ServerFailure,
+    names,
+    only_model,
+)
+from evomerge.answering.servers.concurrency import ConcurrentRequests
 from evomerge.answering.servers.openai_protocol import (
     KEY,
     TurnsAsJson,
-    api_key,
-    is_too_long,
-    message_of,
     read_reply,
     server_url,
     whole,
@@ -30,26 +33,22 @@ from evomerge.errors import EngineError, EvomergeError, ModelError
 from evomerge.recipe import Recipe
 from evomerge.study import GenerationSection
 
-# a prompt's index -> the same with less in it, None where nothing can go
+# a prompt's index -> the same prompt with less in it, None where nothing can be dropped
 Shorter = Callable[[int], str | None]
 
-CONCURRENCY = 8  # requests under way at once
-# of a request, after 0.5 to 8 s or what Retry-After says: no connection, 408, 409, 429, 5xx
-RETRIES = 5
-# of a reply with status 200 that holds no answer, which the client does not repeat
-UNREADABLE_RETRIES = 2
-FIRST_RETRIES = 1  # of the very first request: a server that is down shall not keep a user waiting
-CONNECT, READ = 10.0, 600.0  # seconds
-LISTED = 20  # models that an error names
-SHORTEN = "Shorten the task, or lower generation.max_new_tokens. What was answered is kept."
-GOES_ON = "What was answered is kept: the same command goes on."
+CONCURRENCY = 8  # requests at the same time
+RETRIES = 5  # of a request, after 0.5 to 8 s or as long as Retry-After says
+READ = 600.0  # seconds for a whole reply
+SHORTEN = "Shorten the task, or lower generation.max_new_tokens. Finished answers are kept."
+NO_COMPLETIONS = "Check --server, or use --format chat: completions are not offered everywhere."
+GOES_ON = "Finished answers are kept: run the same command again to go on."
 
 
 class ServerEngine:
-    """Asks a server, `concurrency` prompts at once.
+    """Asks a server, `concurrency` prompts at a time.
 
-    `answer_each` is what inference uses: it gives every answer when it comes, so that none is asked
-    for twice.
+    Inference uses `answer_each`, which yields every answer as it arrives, so that none is asked for
+    twice.
     """
 
     population = None
@@ -64,32 +63,32 @@ class ServerEngine:
         chat: bool,
         concurrency: int = CONCURRENCY,
     ) -> None:
-        """`model` None takes the only one that the server lists. Raises InputError, ModelError;
-        EngineError: the server is down.
+        """With `model` None the only model that the server lists is used.
+
+        Raises InputError, ModelError; EngineError: the server is down, or openai is not installed.
         """
-        self.url, self.generation, self.chat, self.concurrency = (
-            server_url(url),
-            generation,
-            chat,
-            concurrency,
-        )
+        self.url = server_url(url)
+        self.generation, self.chat, self.concurrency = generation, chat, concurrency
         self.tokenizer: Any = TurnsAsJson()
-        self.limits: dict[str, int] = {}  # no memory of ours is short
-        self.context: int | None = None  # not known: a prompt that is too long is refused
-        self.watch: Watch | None = None  # a server tells nothing before its answers
-        self.key = api_key()
-        self.client, self.errors = _connect(self.url, self.key)
+        self.limits: dict[str, int] = {}  # the server's memory is not ours to manage
+        self.context: int | None = None  # unknown: the server refuses a prompt that is too long
+        self.watch: Watch | None = None  # a server reports no progress within an answer
+        self.model: str | None = None
+        self.client = _connect(self.url)
         listed = self._list(needed=model is None)
-        self.model = _only(listed, self.url) if model is None else model
+        self.model = (
+            only_model(listed, self.url, "Name one with --model.") if model is None else model
+        )
 
     @property
     def identity(self) -> str:
-        """What the answers depend on beside the prompts; the key is no part of it."""
+        """What the answers depend on besides the prompts; the key is not part of it."""
         return repr((self.url, self.model, self.generation, self.chat))
 
     def apply(self, recipe: Recipe) -> None:
+        """Raises EngineError: nothing can be merged on a server."""
         raise EngineError(
-            "a server's weights are its own: it cannot search",
+            "a server's weights cannot be replaced, so it cannot search",
             where=self.url,
             remedy="Use another engine.",
         )
@@ -97,9 +96,8 @@ class ServerEngine:
     def batches(self, prompts: Sequence[str], settings: Settings = None) -> list[list[int]]:
         """`concurrency` prompts each, in their order."""
         indices = list(range(len(prompts)))
-        return [
-            indices[at : at + self.concurrency] for at in range(0, len(indices), self.concurrency)
-        ]
+        starts = range(0, len(indices), self.concurrency)
+        return [indices[start : start + self.concurrency] for start in starts]
 
     def answer(
         self,
@@ -108,10 +106,10 @@ class ServerEngine:
         got: Got | None = None,
         deadline: float | None = None,
     ) -> list[Answer]:
-        """Answer all prompts, in their order; see `Engine.answer`. Of what the deadline ends there
-        is nothing.
+        """Answer all prompts, in their order; see `Engine.answer`.
 
-        Raises EngineError; ModelError: the server does not know the model.
+        A request that the deadline cuts off leaves an empty answer. Raises EngineError; ModelError:
+        the server does not know the model.
         """
         answers = [Answer("", True, 0)] * len(prompts)
         for index, answer in self.answer_each(prompts, settings, deadline):
@@ -127,228 +125,181 @@ class ServerEngine:
         deadline: float | None = None,
         shorter: Shorter | None = None,
     ) -> Iterator[tuple[int, Answer]]:
-        """(index of the prompt, answer) as they come. After a failure nothing new is asked, what is
-        under way is still given, and the first failure is raised at the end.
+        """(index of the prompt, answer) as they arrive.
 
-        At `deadline`, a time.monotonic(), what is under way is left. `shorter`, never called twice
-        at once, is asked for another prompt where the server says that one is too long, as often as
-        it does.
+        After a failure no further prompt is sent, running requests are still yielded, and the first
+        failure is raised at the end. At `deadline`, a time.monotonic(), running requests are
+        abandoned. `shorter`, never called twice at the same time, gives another prompt where the
+        server says that one is too long, as often as it says so.
         """
-        own, client, one = (
-            [self.generation] * len(prompts) if settings is None else settings,
-            self.client,
-            threading.Lock(),
-        )
+        own = [self.generation] * len(prompts) if settings is None else settings
+        client, stop, one = self.client, threading.Event(), threading.Lock()
 
         def less(index: int) -> str | None:
             with one:
                 return None if shorter is None else shorter(index)
 
         def ask(index: int) -> Answer:
-            return self._ask(client, whole(prompts[index]), own[index], lambda: less(index))
+            prompt = whole(prompts[index])
+            return self._ask(client, prompt, own[index], lambda: less(index), stop)
 
-        asking, failure = Asking(ask, len(prompts), self.concurrency), None
+        requests = ConcurrentRequests(ask, len(prompts), self.concurrency)
+        failures: list[EvomergeError] = []
         try:
-            for index, found in asking.results(deadline):
+            for index, found in requests.results(deadline):
                 if isinstance(found, Answer):
                     yield index, found
                 else:
-                    failure = failure or found
+                    failures.append(found)
         finally:
-            if asking.leave():  # its threads end when their connections do
+            stop.set()
+            if requests.leave():  # its threads end when their connections do
                 client.close()
-                self.client, self.errors = _connect(self.url, self.key)
-        if failure is not None:
-            raise failure
+                self.client = _connect(self.url)
+        if failures:
+            raise failures[0]
 
     def _ask(
-        self, client: Any, prompt: str, g: GenerationSection, shorter: Callable[[], str | None]
+        self,
+        client: OpenAIClient,
+        prompt: str,
+        g: GenerationSection,
+        shorter: Callable[[], str | None],
+        stop: threading.Event,
     ) -> Answer:
         """One answer. Raises EngineError, ModelError.
 
-        vLLM and llama.cpp refuse no prompt that leaves little room: they cut the answer short. One
-        that has fewer tokens than we allow is asked again with a shorter prompt, as long as that
-        makes it longer; where it does not, the server has a limit of its own.
+        vLLM and llama.cpp accept a prompt that leaves little room and cut the answer short. An
+        answer with fewer tokens than we allow is asked for again with a shorter prompt, as long as
+        that makes it longer; where it does not, the server has a limit of its own.
         """
         cut = Answer("", True, 0)  # the best of those
         while True:
             try:
-                answer = self._reply(client, prompt, g)
-            except self.errors.OpenAIError as error:
-                less = shorter() if is_too_long(error) else None
+                answer = self._reply(client, prompt, g, stop)
+            except ServerFailure as failure:
+                less = shorter() if failure.too_long else None
                 if less is None:
-                    raise self._failure(error) from error
+                    raise self._error(failure) from failure
             else:
                 if not answer.truncated or not 0 < answer.tokens < g.max_new_tokens:
                     return answer
-                if answer.tokens <= cut.tokens or (less := shorter()) is None:
-                    return cut if answer.tokens <= cut.tokens else answer
+                if answer.tokens <= cut.tokens:
+                    return cut
+                less = shorter()
+                if less is None:
+                    return answer
                 cut = answer
             prompt = whole(less)
 
-    def _reply(self, client: Any, prompt: str, g: GenerationSection) -> Answer:
-        """What the server says to one prompt. Raises openai.OpenAIError, EngineError."""
-        for left in reversed(range(UNREADABLE_RETRIES + 1)):
-            try:
-                return read_reply(self._request(client, prompt, g))
-            except self.errors.OpenAIError:
-                raise
-            except ValueError as error:  # no JSON, or JSON of another shape
-                if not left:
-                    what = f"the server's reply holds no answer: {self._hidden(str(error))}"
-                    raise EngineError(what, where=self.url, remedy=GOES_ON) from error
-            except Exception as error:  # a worker must not end without a word
-                raise EngineError(
-                    f"{type(error).__name__}: {self._hidden(str(error))}",
-                    where=self.url,
-                    remedy=GOES_ON,
-                ) from error
-        raise AssertionError("the loop returns or raises")
+    def _reply(
+        self, client: OpenAIClient, prompt: str, g: GenerationSection, stop: threading.Event
+    ) -> Answer:
+        """What the server says to one prompt. Raises ServerFailure, EngineError."""
 
-    def _request(self, client: Any, prompt: str, g: GenerationSection) -> Any:
+        def pause(asked: float | None, delay: float) -> bool:
+            return not stop.wait(delay if asked is None else asked)
+
+        def send(sdk: Any) -> Answer:
+            return read_reply(self._request(sdk, prompt, g))
+
+        try:
+            return client.request(send, RetryPolicy(RETRIES), pause)
+        except (ServerFailure, EvomergeError):
+            raise
+        except Exception as error:  # a thread must not end without a message
+            said = client.hidden(str(error))
+            raise EngineError(
+                f"{type(error).__name__}: {said}", where=self.url, remedy=GOES_ON
+            ) from error
+
+    def _request(self, sdk: Any, prompt: str, g: GenerationSection) -> Any:
         """One request. Raises openai.OpenAIError, ValueError."""
-        temperature = g.temperature if g.do_sample else 0.0
         settings: dict[str, Any] = {
             "model": self.model,
             "max_tokens": g.max_new_tokens,
-            "temperature": temperature,
+            "temperature": g.temperature if g.do_sample else 0.0,
         }
         if g.stop:
             settings["stop"] = list(g.stop)
         if g.do_sample:
             settings |= {"top_p": g.top_p, "seed": g.seed or 0}
-        if g.repetition_penalty != 1.0:  # no field of OpenAI's; vLLM, SGLang and others know it
+        if g.repetition_penalty != 1.0:  # not a field of OpenAI's; vLLM, SGLang and others know it
             settings["extra_body"] = {"repetition_penalty": g.repetition_penalty}
         if self.chat:
-            return client.chat.completions.create(messages=json.loads(prompt), **settings)
-        return client.completions.create(prompt=prompt, **settings)
+            return sdk.chat.completions.create(messages=json.loads(prompt), **settings)
+        return sdk.completions.create(prompt=prompt, **settings)
 
     def _list(self, needed: bool = False) -> list[str]:
-        """The models that the server lists; none where it lists none. Raises EngineError: it is
-        down, or `needed` and refused.
+        """The models that the server lists; none where it lists none.
+
+        Raises EngineError: it is down, or the list is `needed` and refused.
         """
         try:
-            page = self.client.with_options(
-                max_retries=FIRST_RETRIES, timeout=2 * CONNECT
-            ).models.list()
-            return [
-                m.id
-                for m in getattr(page, "data", None) or []
-                if isinstance(getattr(m, "id", None), str)
-            ]
-        except self.errors.APIStatusError as error:
-            if needed or error.status_code == 401:
-                raise self._failure(error) from error
-        except self.errors.OpenAIError as error:
-            raise self._failure(error) from error
-        except (ValueError, TypeError, AttributeError):  # not JSON, or of another shape
-            pass
+            return self.client.models()
+        except ServerFailure as failure:
+            if failure.status is None or needed or failure.status == 401:
+                raise self._error(failure) from failure
         return []
 
-    def _failure(self, error: Exception) -> EvomergeError:
-        """The client's error as one of ours; its retries are over."""
-        e = self.errors
-        if isinstance(error, e.APITimeoutError):
-            return EngineError(
-                f"the server gave no answer within {READ:.0f} s", where=self.url, remedy=GOES_ON
-            )
-        if isinstance(error, e.APIConnectionError):
-            cause = self._hidden(str(error.__cause__ or error))
-            return EngineError(
-                f"the server cannot be reached: {cause}",
-                where=self.url,
-                remedy=f"Start it, or check --server. {GOES_ON}",
-            )
-        if not isinstance(error, e.APIStatusError):
-            return EngineError(
-                f"{type(error).__name__}: {self._hidden(str(error))}",
-                where=self.url,
-                remedy=GOES_ON,
-            )
-        said, status = self._hidden(message_of(error)), error.status_code
-        if status in (401, 403):
-            remedy = f"Check the key in {KEY}." if self.key else f"Set {KEY}."
-            return EngineError(
-                f"the server refused us with status {status}: {said}", where=self.url, remedy=remedy
-            )
-        if status in (400, 404, 422) and (unknown := self._unknown_model(status, said)) is not None:
-            return unknown
-        if status == 404:
-            remedy = "Check --server" + (
-                "."
-                if self.chat
-                else ", or use --format chat: not every server has the completions endpoint."
-            )
-            return EngineError(
-                f"the server answered with status 404: {said}",
-                where=error.request.url,
-                remedy=remedy,
-            )
-        remedy = (
-            f"Lower --concurrency. {GOES_ON}"
-            if status == 429
-            else SHORTEN
-            if is_too_long(error)
-            else GOES_ON
-        )
-        if "repetition_penalty" in said:  # OpenAI's own, transformers'
-            remedy = "Set repetition_penalty to 1: this server does not take it."
-        return EngineError(
-            f"the server answered with status {status}: {said}", where=self.url, remedy=remedy
-        )
+    def _error(self, failure: ServerFailure) -> EvomergeError:
+        """A failed request as an error for the user; its retries are over."""
+        status, said = failure.status, failure.said
+        if status in (400, 404, 422):
+            unknown = self._unknown_model(status, said)
+            if unknown is not None:
+                return unknown
+        if failure.kind == "timeout":
+            what, remedy = f"the server gave no answer within {READ:.0f} s", GOES_ON
+        elif failure.kind in ("unreachable", "broken"):
+            what = f"the server cannot be reached: {said}"
+            remedy = f"Start it, or check --server. {GOES_ON}"
+        elif failure.kind == "unreadable":
+            what, remedy = f"the server's reply holds no answer: {said}", GOES_ON
+        elif failure.refused:
+            what = f"the server refused access with status {status}: {said}"
+            remedy = f"Check the key in {KEY}." if self.client.key else f"Set {KEY}."
+        else:
+            what = f"the server answered with status {status}: {said}"
+            remedy = self._remedy(failure)
+        path = ("/chat" if self.chat else "") + "/completions" if status == 404 else ""
+        return EngineError(what, where=self.url + path, remedy=remedy)
+
+    def _remedy(self, failure: ServerFailure) -> str:
+        """What to do about a status that is neither a refused key nor an unknown model."""
+        if "repetition_penalty" in failure.said:  # OpenAI's own server, transformers'
+            return "Set repetition_penalty to 1: this server does not accept it."
+        if failure.status == 404:
+            return "Check --server." if self.chat else NO_COMPLETIONS
+        if failure.status == 429:
+            return f"Lower --concurrency. {GOES_ON}"
+        return SHORTEN if failure.too_long else GOES_ON
 
     def _unknown_model(self, status: int, said: str) -> ModelError | None:
-        """An error that names the server's models, where the status or the words are about a model
-        that it does not list.
-        """
-        model = getattr(self, "model", None)  # not there yet while the list itself is asked for
-        if model is None or (status != 404 and model not in said):
+        """An error that names the server's models, where it does not list the one asked for."""
+        if self.model is None or (status != 404 and self.model not in said):
             return None
         try:
             listed = self._list()
         except EvomergeError:
             return None
-        if not listed or model in listed:
+        if not listed or self.model in listed:
             return None
         return ModelError(
-            f"the server knows no such model: {said}",
+            f"the server does not know this model: {said}",
             where=self.url,
-            found=model,
-            remedy=f"It lists: {_names(listed)}.",
+            found=self.model,
+            remedy=f"It lists: {names(listed)}.",
         )
 
-    def _hidden(self, text: str) -> str:
-        """The text without the key, and not longer than a line may be."""
-        text = " ".join((text.replace(self.key, "***") if self.key else text).split())
-        return text if len(text) <= 300 else text[:299] + "…"
 
-
-def _connect(url: str, key: str) -> tuple[Any, Any]:
-    """(client, the package with its errors). Raises EngineError without the package."""
+def _connect(url: str) -> OpenAIClient:
+    """A client of the server. Raises EngineError without the package openai, InputError."""
     try:
-        import openai
+        return OpenAIClient(url, READ)
     except ImportError as error:
         raise EngineError(
             "asking a server needs the package openai",
             where="--server",
             remedy="Run pip install 'evomerge[server]'.",
         ) from error
-    timeout = openai.Timeout(READ, connect=CONNECT)
-    # a server without keys takes any; without one the client would not start
-    return openai.OpenAI(
-        base_url=url, api_key=key or "none", max_retries=RETRIES, timeout=timeout
-    ), openai
-
-
-def _only(listed: Sequence[str], url: str) -> str:
-    if len(listed) == 1:
-        return listed[0]
-    found = f"the server lists {len(listed)} models" if listed else "the server lists no model"
-    remedy = f"Name one with --model: {_names(listed)}." if listed else "Name one with --model."
-    raise ModelError(found, where=url, remedy=remedy)
-
-
-def _names(listed: Sequence[str]) -> str:
-    return ", ".join(listed[:LISTED]) + (
-        f" and {len(listed) - LISTED} more" if len(listed) > LISTED else ""
-    )

@@ -1,6 +1,4 @@
-"""What goes between us and a server: its address, the key, texts that UTF-8 can hold, and replies
-that may be anything.
-"""
+"""The OpenAI protocol as servers speak it: addresses, keys, UTF-8, replies, refusals."""
 
 from __future__ import annotations
 
@@ -15,11 +13,12 @@ from evomerge.errors import InputError
 
 KEY = "OPENAI_API_KEY"
 # How servers say that a prompt is too long: OpenAI, vLLM, llama.cpp, SGLang, TGI, LM Studio,
-# Mistral, xAI, Anthropic's and Google's gateways. (transformers' own server refuses no length.)
+# Mistral, xAI, Anthropic's and Google's gateways. (transformers' own server accepts any length.)
 TOO_LONG_CODES = ("context_length_exceeded", "exceed_context_size_error")
 TOO_LONG = re.compile(
-    r"context[ _-]?(length|window|size|limit)|maximum (prompt|model|input|sequence) length|max_model_len"
-    r"|maximum allowed (input )?length|(prompt|input|request) is too (long|large)|too many (input )?tokens"
+    r"context[ _-]?(length|window|size|limit)|maximum (prompt|model|input|sequence) length"
+    r"|max_model_len|must be <= ?\d|maximum allowed (input )?length"
+    r"|(prompt|input|request) is too (long|large)|too many (input )?tokens"
     r"|`?inputs`? (tokens|must have less than)|input token count"
     # vLLM, of a prompt that fills the context to the last token
     r"|max_tokens must be at least 1, got",
@@ -28,7 +27,7 @@ TOO_LONG = re.compile(
 
 
 class TurnsAsJson:
-    """Stands where a tokenizer stands in a Prompter: the turns stay turns."""
+    """Takes a tokenizer's place in a Prompter and leaves the turns as they are, in JSON."""
 
     chat_template = "the server's"
 
@@ -39,7 +38,7 @@ class TurnsAsJson:
 
 
 def server_url(url: str, where: str = "--server") -> str:
-    """The address that the client takes: `/v1` is added where there is no path. Raises InputError."""
+    """The address for the client: `/v1` is added where there is no path. Raises InputError."""
     try:
         parts = urlsplit(url)
         fine = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -47,74 +46,74 @@ def server_url(url: str, where: str = "--server") -> str:
         fine = False
     if "@" in url or "?" in url or "#" in url:  # not shown: it may hold a key
         raise InputError(
-            "the address holds more than host and path",
+            "the address holds more than a host and a path",
             where=where,
             remedy=f"Write http://HOST:PORT/v1; a key belongs in {KEY}.",
         )
     if not fine:
         raise InputError(
-            "no address of a server", where=where, found=url, remedy="Write http://HOST:PORT/v1."
+            "not a server's address", where=where, found=url, remedy="Write http://HOST:PORT/v1."
         )
     path = parts.path.rstrip("/") or "/v1"
     return f"{parts.scheme}://{parts.netloc}{path}"
 
 
 def api_key() -> str:
-    """The key of the environment, empty where there is none. Raises InputError."""
+    """The key from the environment, empty if there is none. Raises InputError."""
     key = os.environ.get(KEY, "").strip()
     if not (key.isascii() and key.isprintable()):
         raise InputError(
-            "the key holds characters that no request can carry", where=KEY, remedy="Set it again."
+            "the key holds characters that no request header can carry",
+            where=KEY,
+            remedy="Set it again.",
         )
     return key
 
 
 def whole(text: str) -> str:
-    """The text with halves of surrogate pairs joined, or replaced by U+FFFD: JSON can hold what
-    UTF-8 cannot.
-    """
+    """The text with surrogate pairs joined, and lone surrogates, which UTF-8 lacks, as U+FFFD."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def read_reply(reply: Any) -> Answer:
-    """The answer of a reply of either endpoint. Raises ValueError when there is none in it."""
+    """The answer in a reply of either endpoint. Raises ValueError if it holds none."""
     choices = getattr(reply, "choices", None)
     if not isinstance(choices, list) or not choices:
         _no_answer(reply)
-    message = getattr(choices[0], "message", None)
-    text = (
-        getattr(choices[0], "text", None) if message is None else getattr(message, "content", None)
-    )
-    if text is None and message is not None:
-        text = ""  # a model that only thought, or called a tool
+    choice = choices[0]
+    message = getattr(choice, "message", None)
+    if message is None:
+        text = getattr(choice, "text", None)
+    else:  # the content is None where a model only thought, or called a tool
+        text = getattr(message, "content", None)
+        text = "" if text is None else text
     if not isinstance(text, str):
         _no_answer(reply)
     tokens = getattr(getattr(reply, "usage", None), "completion_tokens", None)
-    return Answer(
-        whole(text),
-        getattr(choices[0], "finish_reason", None) == "length",
-        tokens if isinstance(tokens, int) else 0,
-    )
+    if not isinstance(tokens, int):
+        tokens = 0
+    return Answer(whole(text), getattr(choice, "finish_reason", None) == "length", tokens)
 
 
 def message_of(error: Any) -> str:
-    """The server's own words, of {"error": {"message": …}}, {"detail": …} or any other body."""
+    """The server's own words: of {"error": {"message": …}}, {"detail": …} or any other body."""
     body = error.body
     for key in ("error", "message", "detail"):
-        body = body.get(key, body) if isinstance(body, dict) else body
-    return (
-        body
-        if isinstance(body, str)
-        else json.dumps(body, ensure_ascii=False, default=str)
-        if body
-        else "no reason given"
-    )
+        if isinstance(body, dict):
+            body = body.get(key, body)
+    if isinstance(body, str):
+        return body
+    if not body:
+        return "no reason given"
+    return json.dumps(body, ensure_ascii=False, default=str)
 
 
 def is_too_long(error: Any) -> bool:
-    """Whether a client's error is a refusal because prompt and answer do not fit the context."""
+    """Whether a server refuses a request because prompt and answer do not fit its context."""
     status = getattr(error, "status_code", None)
-    if status not in (400, 413, 422, 500):  # 500: older llama.cpp
+    if status == 413:
+        return True
+    if status not in (400, 422, 500):  # 500: older llama.cpp
         return False
     codes = {getattr(error, "code", None), getattr(error, "type", None)}
     return bool(codes & set(TOO_LONG_CODES)) or TOO_LONG.search(message_of(error)) is not None

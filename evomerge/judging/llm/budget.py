@@ -1,86 +1,74 @@
-"""When the next request may go: the rate, the server's own Retry-After, and what may be spent."""
+"""When the next request may be sent: the rate, the server's Retry-After, and the budget."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC
-from email.utils import parsedate_to_datetime
 
 from evomerge.errors import JudgePaused
-from evomerge.judging.llm.grades_cache import Spent
+from evomerge.judging.llm.grades_cache import Usage
 
-GOES_ON = "All grades are kept, and the same command goes on."
+GOES_ON = "All grades are kept: run the same command again to go on."
 MILLION = 1_000_000
 
 
 @dataclass
 class Budget:
-    """Limits of what is spent. A request is let through while what was spent, and what is under way
-    at the mean cost so far, lies below every limit; so a limit of tokens or money is overrun by
-    less than what the first requests cost.
+    """Limits of requests, tokens and money.
+
+    A request may be sent while what was spent, plus running requests at the mean usage so far, is
+    below every limit. So a limit of tokens or money is exceeded by at most the first requests.
     """
 
     max_requests: int | None = None
     max_tokens: int | None = None
     max_cost: float | None = None
-    input_price: float = 0.0  # for a million tokens
+    input_price: float = 0.0  # per million tokens
     output_price: float = 0.0
-    spent: Spent = field(default_factory=Spent)
-    under_way: int = 0
-    replies: int = 0  # with a known cost, in this run
-    replied: Spent = field(default_factory=Spent)
+    spent: Usage = field(default_factory=Usage)
+    running: int = 0
+    replies: int = 0  # with known usage, in this run
+    replied: Usage = field(default_factory=Usage)  # the usage of those
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def cost(self, spent: Spent) -> float:
+    def cost(self, usage: Usage) -> float:
         """In the currency of the prices."""
-        return (
-            spent.prompt_tokens * self.input_price + spent.reply_tokens * self.output_price
-        ) / MILLION
+        prompts = usage.prompt_tokens * self.input_price
+        replies = usage.reply_tokens * self.output_price
+        return (prompts + replies) / MILLION
 
     def take(self) -> None:
-        """Count a request in before it is sent. Raises JudgePaused: a limit is reached."""
+        """Count a request before it is sent. Raises JudgePaused: a limit is reached."""
         with self.lock:
-            mean = 1 / self.replies if self.replies else 0.0
-            tokens, money = _tokens(self.spent), self.cost(self.spent)
-            tokens_ahead, money_ahead = (
-                self.under_way * mean * each
-                for each in (_tokens(self.replied), self.cost(self.replied))
-            )
-            for key, limit, now, ahead, unit in (
-                (
-                    "max_requests",
-                    self.max_requests,
-                    self.spent.requests + self.under_way,
-                    0,
-                    "requests",
-                ),
-                ("max_tokens", self.max_tokens, tokens, tokens_ahead, "tokens"),
-                ("max_cost", self.max_cost, money, money_ahead, "of cost"),
-            ):
-                if limit is not None and now + ahead >= limit:
-                    raise JudgePaused(
-                        f"paused: the judge's budget of {limit:g} {unit} is spent",
-                        remedy=f"Raise judge.{key} and go on: all is kept.",
-                    )
-            self.under_way += 1
+            share = self.running / self.replies if self.replies else 0.0
+            requests = self.spent.requests + self.running
+            tokens = _tokens(self.spent) + share * _tokens(self.replied)
+            money = self.cost(self.spent) + share * self.cost(self.replied)
+            self._check("max_requests", requests, self.max_requests, "requests")
+            self._check("max_tokens", tokens, self.max_tokens, "tokens")
+            self._check("max_cost", money, self.max_cost, "of cost")
+            self.running += 1
 
-    def give(self, cost: Spent) -> None:
-        """A request is over; what it has cost."""
+    def give(self, usage: Usage) -> None:
+        """A request has ended; `usage` is what it used."""
         with self.lock:
-            self.under_way -= 1
-            self.spent += cost
-            if _tokens(cost):
+            self.running -= 1
+            self.spent += usage
+            if _tokens(usage):
                 self.replies += 1
-                self.replied += cost
+                self.replied += usage
+
+    def _check(self, key: str, expected: float, limit: float | None, unit: str) -> None:
+        if limit is not None and expected >= limit:
+            raise JudgePaused(
+                f"paused: the judge's budget of {limit:g} {unit} is spent",
+                remedy=f"Raise judge.{key} and run the same command: all grades are kept.",
+            )
 
 
-class Gate:
-    """Lets requests through one after another, `per_minute` at most, and none while the server asks
-    us to wait.
-    """
+class RateLimit:
+    """At most `per_minute` requests, and none while the server asks us to wait."""
 
     def __init__(self, per_minute: float | None) -> None:
         self.gap = 60.0 / per_minute if per_minute else 0.0
@@ -88,7 +76,7 @@ class Gate:
         self.lock = threading.Lock()
 
     def wait(self, stop: threading.Event) -> bool:
-        """Until it is our turn; False when `stop` was set before that."""
+        """Wait for our turn; False if `stop` was set before it came."""
         while True:
             with self.lock:
                 now = time.monotonic()
@@ -100,34 +88,10 @@ class Gate:
                 return False
 
     def hold(self, seconds: float) -> None:
-        """Nothing goes for so long."""
+        """Let no request through for so many seconds."""
         with self.lock:
             self.next = max(self.next, time.monotonic() + seconds)
 
 
-def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that the server asks us to wait: of retry-after-ms, or Retry-After as a number or a
-    date; None if it says nothing.
-    """
-    text = headers.get("retry-after-ms")
-    try:
-        if text is not None:
-            return max(0.0, float(text) / 1000)
-    except ValueError:
-        pass
-    text = headers.get("retry-after")
-    if text is None:
-        return None
-    try:
-        seconds = float(text)
-    except ValueError:
-        try:
-            date = parsedate_to_datetime(text)  # in GMT by RFC 9110, whether or not it says so
-            seconds = (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - time.time()
-        except ValueError:
-            return None
-    return max(0.0, seconds) if seconds == seconds else None
-
-
-def _tokens(spent: Spent) -> int:
-    return spent.prompt_tokens + spent.reply_tokens
+def _tokens(usage: Usage) -> int:
+    return usage.prompt_tokens + usage.reply_tokens

@@ -1,6 +1,6 @@
-"""Grades already paid for: an SQLite file of its own beside the study, and what they have cost.
+"""Grades already paid for, and what they cost: an SQLite file beside the study's.
 
-A vote is one grade that a judge gave; it is kept in the same transaction as its cost, once, and
+A vote is one grade that a judge gave. It is stored once, in the same transaction as its cost, and
 never changed.
 """
 
@@ -17,36 +17,44 @@ from pathlib import Path
 
 from evomerge import sqlite_file
 from evomerge.answering.engine import Answer
-from evomerge.judging.llm.rubric import Reading
+from evomerge.judging.llm.rubric import Vote
 from evomerge.tasks import Task
 
 SCHEMA = """
-CREATE TABLE IF NOT EXISTS votes (key TEXT, vote INTEGER, grade INTEGER NOT NULL, reason TEXT NOT NULL, PRIMARY KEY (key, vote));
-CREATE TABLE IF NOT EXISTS spent (id INTEGER PRIMARY KEY CHECK (id = 1), requests INTEGER, prompt_tokens INTEGER, reply_tokens INTEGER);
+CREATE TABLE IF NOT EXISTS votes (
+    key TEXT, vote INTEGER, grade INTEGER NOT NULL, reason TEXT NOT NULL, PRIMARY KEY (key, vote)
+);
+CREATE TABLE IF NOT EXISTS spent (
+    id INTEGER PRIMARY KEY CHECK (id = 1), requests INTEGER, prompt_tokens INTEGER,
+    reply_tokens INTEGER
+);
 INSERT OR IGNORE INTO spent VALUES (1, 0, 0, 0);
 """
 
 WHAT = "the grades cache"
-DAMAGED = "Finished trials are kept in the study: move the file away, and the same command asks anew for the grades that are left."
+DAMAGED = (
+    "Finished trials are kept in the study: move the file away, and the same command asks for the "
+    "remaining grades again."
+)
 
 
 @dataclass(frozen=True)
-class Spent:
-    """What was asked so far: requests sent, tokens of prompts and of replies."""
+class Usage:
+    """What a server was asked for: requests, and tokens of prompts and of replies."""
 
     requests: int = 0
     prompt_tokens: int = 0
     reply_tokens: int = 0
 
-    def __add__(self, other: Spent) -> Spent:
-        return Spent(
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
             self.requests + other.requests,
             self.prompt_tokens + other.prompt_tokens,
             self.reply_tokens + other.reply_tokens,
         )
 
-    def __sub__(self, other: Spent) -> Spent:
-        return self + Spent(-other.requests, -other.prompt_tokens, -other.reply_tokens)
+    def __sub__(self, other: Usage) -> Usage:
+        return self + Usage(-other.requests, -other.prompt_tokens, -other.reply_tokens)
 
 
 class GradesCache:
@@ -60,45 +68,38 @@ class GradesCache:
             path or Path(":memory:"), WHAT, DAMAGED, SCHEMA, any_thread=True
         )
 
-    def get(self, keys: Sequence[str], votes: int) -> list[dict[int, Reading]]:
-        """For each key, the votes 0 to `votes` - 1 that are there. Waits for a write under way
-        once, not for each key.
-        """
+    def get(self, keys: Sequence[str], votes: int) -> list[dict[int, Vote]]:
+        """For each key, those of the votes 0 to `votes` - 1 that are stored."""
         query = "SELECT vote, grade, reason FROM votes WHERE key = ? AND vote < ?"
         with self._open():
             found = [self.db.execute(query, (key, votes)).fetchall() for key in keys]
-        return [{vote: Reading(grade, reason) for vote, grade, reason in rows} for rows in found]
+        return [{vote: Vote(grade, reason) for vote, grade, reason in rows} for rows in found]
 
-    def put(
-        self, cost: Spent, key: str = "", vote: int = 0, reading: Reading | None = None
-    ) -> None:
-        """Keep what a request has cost, and the vote that it gave if it gave one. Raises
-        OutputError, on a full disk for example.
-        """
+    def put(self, usage: Usage, key: str = "", number: int = 0, vote: Vote | None = None) -> None:
+        """Store what a request used and the vote it gave, if any. Raises OutputError."""
         with self._open(), self.db:
             self.db.execute("BEGIN IMMEDIATE")
             self.db.execute(
-                "UPDATE spent SET requests = requests + ?, prompt_tokens = prompt_tokens + ?, reply_tokens = reply_tokens + ?",
-                (cost.requests, cost.prompt_tokens, cost.reply_tokens),
+                "UPDATE spent SET requests = requests + ?, prompt_tokens = prompt_tokens + ?, "
+                "reply_tokens = reply_tokens + ?",
+                (usage.requests, usage.prompt_tokens, usage.reply_tokens),
             )
-            if reading is not None:
+            if vote is not None:
                 self.db.execute(
                     "INSERT OR IGNORE INTO votes VALUES (?, ?, ?, ?)",
-                    (key, vote, reading.grade, reading.reason),
+                    (key, number, vote.grade, vote.reason),
                 )
 
     @property
-    def spent(self) -> Spent:
+    def spent(self) -> Usage:
+        """What all requests used so far, in this run and earlier ones."""
+        query = "SELECT requests, prompt_tokens, reply_tokens FROM spent"
         with self._open():
-            return Spent(
-                *self.db.execute(
-                    "SELECT requests, prompt_tokens, reply_tokens FROM spent"
-                ).fetchone()
-            )
+            return Usage(*self.db.execute(query).fetchone())
 
     @contextmanager
     def _open(self) -> Iterator[None]:
-        """One thread at a time; SQLite's errors in words of ours."""
+        """One thread at a time; SQLite's errors become OutputError."""
         try:
             with self.lock:
                 yield
@@ -111,16 +112,10 @@ class GradesCache:
 
 
 def grade_key(judge: str, rubric: str, task: Task, answer: Answer) -> str:
-    """SHA-256 of all that a grade depends on; `judge` is the model and its settings, `rubric` the
-    prompt's digest.
+    """SHA-256 of everything a grade depends on.
+
+    `judge` is the model with its settings, `rubric` the prompt's digest.
     """
-    parts = [
-        judge,
-        rubric,
-        task.input,
-        task.output,
-        task.eval_aspect,
-        answer.text,
-        answer.truncated,
-    ]
+    asked = [judge, rubric, task.input, task.output, task.eval_aspect]
+    parts = [*asked, answer.text, answer.truncated]
     return sha256(json.dumps(parts).encode()).hexdigest()

@@ -1,9 +1,9 @@
 """A language model on any OpenAI-compatible server as a judge.
 
-Answers are graded blind and on their own: a request holds a task and one answer, never who gave it,
-and the order in which answers are sent is a hash. `submit` returns at once, so that a search merges
-and answers meanwhile. A grade is the median of the votes that the server gave; where one is missing
-there is no grade, and the run pauses.
+Answers are graded blind and one by one: a request holds a task and one answer, never the model it
+came from, and the order in which answers are sent is a hash. `submit` returns at once, so that a
+search can merge and answer in the meantime. A grade is the median of the votes that the server
+gave; where one is missing there is no grade, and the run pauses.
 """
 
 from __future__ import annotations
@@ -11,23 +11,25 @@ from __future__ import annotations
 import json
 import statistics
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import TypeAlias
 
 from evomerge.answering.engine import Answer
 from evomerge.errors import EvomergeError, JudgeError, JudgePaused
 from evomerge.judging.grade import Grade
-from evomerge.judging.llm.asker import Asker, Stopped, TooLong
 from evomerge.judging.llm.budget import GOES_ON, Budget
-from evomerge.judging.llm.grades_cache import GradesCache, Spent, grade_key
-from evomerge.judging.llm.rubric import RUBRIC, Reading, Rubric, one_line, read_reply
+from evomerge.judging.llm.grades_cache import GradesCache, Usage, grade_key
+from evomerge.judging.llm.judge_client import JudgeClient, Stopped, TooLong
+from evomerge.judging.llm.rubric import RUBRIC, Rubric, Vote, one_line, read_vote
 from evomerge.study import JudgeSection
 from evomerge.tasks import Task
+
+Votes: TypeAlias = "dict[int, Future[Vote] | Vote]"  # by the vote's number: expected or there
 
 
 class NoGrade(JudgePaused):
@@ -35,90 +37,87 @@ class NoGrade(JudgePaused):
 
 
 @dataclass(frozen=True)
-class Job:
-    """One vote on one answer, wanted."""
+class VoteRequest:
+    """One vote on one answer, still to be given."""
 
     key: str
-    vote: int
+    number: int
     task: Task
     answer: Answer
-    future: Future[Reading]
+    future: Future[Vote]
+
+    def order(self, seed: int) -> bytes:
+        """Where it comes in the queue: a hash, so that the order carries no information."""
+        return sha256(f"{seed}/{self.number}/{self.key}".encode()).digest()
 
 
 @dataclass(frozen=True)
-class Pending:
-    """The grades of some answers, on their way."""
+class PendingVotes:
+    """Grades of some answers, not all there yet; `votes` are by answer."""
 
-    votes: list[dict[int, Future[Reading] | Reading]]  # by answer, by vote
+    votes: list[Votes]
 
     @property
-    def _futures(self) -> list[Future[Reading]]:
+    def _futures(self) -> list[Future[Vote]]:
         return [vote for votes in self.votes for vote in votes.values() if isinstance(vote, Future)]
 
     def done(self) -> bool:
+        """Whether every vote is there, or will never be."""
         return all(future.done() for future in self._futures)
 
     def result(self) -> list[Grade]:
-        """The grades, in the answers' order, when all are there. Raises JudgePaused and what else
-        ends a run, after everything that was under way is kept.
+        """Wait for all grades, in the order of the answers.
+
+        Raises JudgePaused and whatever else ends a run, after all that was running is stored.
         """
         futures = self._futures
         wait(futures)
-        errors = [error for future in futures if (error := future.exception()) is not None]
-        if errors:
-            fatal = next((e for e in errors if not isinstance(e, NoGrade | Stopped)), None)
-            missing = [e for e in errors if isinstance(e, NoGrade)]
-            if fatal is None and len(missing) > 1:
-                raise NoGrade(
-                    f"paused: {len(missing)} grades are missing; {missing[0].what.removeprefix('paused: ')}",
-                    remedy=GOES_ON,
-                )
-            raise fatal or (missing[0] if missing else JudgePaused("paused", remedy=GOES_ON))
-        return [
-            _median([v.result() if isinstance(v, Future) else v for v in votes.values()])
-            for votes in self.votes
-        ]
+        errors = [future.exception() for future in futures]
+        _raise_first([error for error in errors if error is not None])
+        grades = []
+        for votes in self.votes:
+            given = [v.result() if isinstance(v, Future) else v for v in votes.values()]
+            grades.append(_median(given))
+        return grades
 
 
 class LlmJudge:
-    """See the module. `close` it when done: what is under way is waited for and kept."""
+    """See the module. `close` it when done: running requests are waited for, their votes kept."""
 
     def __init__(
         self, section: JudgeSection, cache: Path | None = None, seed: int = 0, total: bool = True
     ) -> None:
-        """`cache` None keeps the grades in memory. `total`: what earlier runs spent counts in the
-        budget.
+        """With `cache` None the grades are kept in memory.
 
-        Raises InputError, ModelError, OutputError; nothing is graded before the server has answered
-        once.
+        `total`: what earlier runs spent counts towards the budget. Raises InputError, ModelError,
+        OutputError; nothing is graded before the server has replied once.
         """
         self.section, self.seed = section, seed
         self.rubric = Rubric(section.template or RUBRIC)
         self.cache = GradesCache(cache)
         s = section
-        before = self.cache.spent if total else Spent()
+        before = self.cache.spent if total else Usage()
         self.budget = Budget(
             s.max_requests, s.max_tokens, s.max_cost, s.input_price, s.output_price, before
         )
         try:
-            self.asker = Asker(section, self.budget, self.cache.put)
+            self.client = JudgeClient(section, self.budget, self.cache.put)
         except EvomergeError:
             self.cache.close()
             raise
-        self.name = f"llm:{self.asker.model}"
-        self.identity = json.dumps([self.asker.model, s.temperature, s.reply_tokens])
-        self.version = sha256(
-            json.dumps([self.identity, self.rubric.digest, s.votes]).encode()
-        ).hexdigest()[:12]
+        self.name = f"llm:{self.client.model}"
+        self.identity = json.dumps([self.client.model, s.temperature, s.reply_tokens])
+        identity = json.dumps([self.identity, self.rubric.digest, s.votes])
+        self.version = sha256(identity.encode()).hexdigest()[:12]
         self.failure: EvomergeError | None = None  # the first that ended the run
-        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
-        self._wanted: dict[tuple[str, int], Future[Reading]] = {}  # queued or under way
+        self._queue: SimpleQueue[VoteRequest | None] = SimpleQueue()
+        self._wanted: dict[tuple[str, int], Future[Vote]] = {}  # queued or running
         self._workers: list[threading.Thread] = []
         self._stop, self._lock = threading.Event(), threading.Lock()
 
     @property
-    def spent(self) -> Spent:
-        """What was asked so far, earlier runs included where the budget is a total."""
+    def spent(self) -> Usage:
+        """What was used so far, including earlier runs where the budget is a total."""
         return self.budget.spent
 
     @property
@@ -127,12 +126,13 @@ class LlmJudge:
         return self.budget.cost(self.budget.spent)
 
     def grade(self, task: Task, answer: Answer) -> Grade:
-        """Grade one answer. Raises as `Pending.result`."""
+        """Grade one answer. Raises as `PendingVotes.result`."""
         return self.grade_all([task], [answer])[0]
 
     def grade_all(self, tasks: Sequence[Task], answers: Sequence[Answer]) -> list[Grade]:
-        """Grade answers, `concurrency` at once; after a failure it is a new attempt. Raises as
-        `Pending.result`.
+        """Grade answers, `concurrency` at a time. Raises as `PendingVotes.result`.
+
+        After a failure this is a new attempt.
         """
         with self._lock:
             if not self._wanted:
@@ -140,112 +140,123 @@ class LlmJudge:
                 self.failure = None
         return self.submit(tasks, answers).result()
 
-    def submit(self, tasks: Sequence[Task], answers: Sequence[Answer]) -> Pending:
-        """Ask for the grades that are not there yet. Raises what has ended the run, if it has."""
+    def submit(self, tasks: Sequence[Task], answers: Sequence[Answer]) -> PendingVotes:
+        """Request the grades that are not stored yet. Raises what has ended the run, if any."""
         if self.failure is not None:
             raise self.failure
-        keys = [
-            grade_key(self.identity, self.rubric.digest, t, a)
-            for t, a in zip(tasks, answers, strict=True)
-        ]
-        votes: list[dict[int, Future[Reading] | Reading]] = [{} for _ in keys]
-        jobs: list[Job] = []
+        keys = []
+        for task, answer in zip(tasks, answers, strict=True):
+            keys.append(grade_key(self.identity, self.rubric.digest, task, answer))
+        votes: list[Votes] = []
+        requests: list[VoteRequest] = []
         with self._lock:
-            for i, (key, found) in enumerate(
-                zip(keys, self.cache.get(keys, self.section.votes), strict=True)
-            ):
-                for vote in range(self.section.votes):
-                    if (future := self._wanted.get((key, vote))) is not None or (
-                        reading := found.get(vote)
-                    ) is None:
-                        if future is None:
-                            future = self._wanted[key, vote] = Future()
-                            jobs.append(Job(key, vote, tasks[i], answers[i], future))
-                        votes[i][vote] = future
-                    else:
-                        votes[i][vote] = reading
-            for job in sorted(
-                jobs, key=lambda job: sha256(f"{self.seed}/{job.vote}/{job.key}".encode()).digest()
-            ):
-                self._jobs.put(job)
+            stored = self.cache.get(keys, self.section.votes)
+            for key, found, task, answer in zip(keys, stored, tasks, answers, strict=True):
+                own: Votes = {}
+                for number in range(self.section.votes):
+                    future = self._wanted.get((key, number))
+                    if future is None and number in found:
+                        own[number] = found[number]
+                        continue
+                    if future is None:
+                        future = self._wanted[key, number] = Future()
+                        requests.append(VoteRequest(key, number, task, answer, future))
+                    own[number] = future
+                votes.append(own)
+            for request in sorted(requests, key=lambda request: request.order(self.seed)):
+                self._queue.put(request)
             while len(self._workers) < min(self.section.concurrency, len(self._wanted)):
-                # daemons: Ctrl-C waits for no server
-                self._workers.append(threading.Thread(target=self._work, daemon=True))
-                self._workers[-1].start()
-        return Pending(votes)
+                worker = threading.Thread(target=self._work, daemon=True)  # Ctrl-C must not wait
+                self._workers.append(worker)
+                worker.start()
+        return PendingVotes(votes)
 
     def close(self, drain: bool = True) -> None:
-        """Nothing new is asked. `drain` waits for the requests under way, whose grades are paid
-        for.
-        """
+        """Send no further request. `drain` waits for running ones, whose grades are paid for."""
         self._stop.set()
         for _ in self._workers:
-            self._jobs.put(None)
+            self._queue.put(None)
         if drain:
             for worker in self._workers:
                 worker.join()
             self.cache.close()
 
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            done: Callable[[Any], None]
-            outcome: Any
-            try:
-                done, outcome = job.future.set_result, self._vote(job)
-            except Stopped as error:
-                done, outcome = job.future.set_exception, self.failure or error
-            except EvomergeError as error:
-                done, outcome = job.future.set_exception, error
-            except Exception as error:  # a worker must not end without a word
-                done, outcome = (
-                    job.future.set_exception,
-                    JudgeError(f"{type(error).__name__}: {error}", where=self.name, remedy=GOES_ON),
-                )
+        while (request := self._queue.get()) is not None:
+            outcome = self._outcome(request)
             with self._lock:
                 if isinstance(outcome, EvomergeError) and not isinstance(outcome, NoGrade):
                     self.failure = self.failure or outcome
                     self._stop.set()
-                del self._wanted[job.key, job.vote]
-            done(outcome)
+                del self._wanted[request.key, request.number]
+            if isinstance(outcome, Vote):
+                request.future.set_result(outcome)
+            else:
+                request.future.set_exception(outcome)
 
-    def _vote(self, job: Job) -> Reading:
-        """Ask until a reply can be read; every cost is kept, and the vote with the cost of its own
-        request.
-        """
-        text = ""
+    def _outcome(self, request: VoteRequest) -> Vote | Exception:
+        """The vote, or why there is none."""
+        try:
+            return self._vote(request)
+        except Stopped as error:
+            return self.failure or error
+        except EvomergeError as error:
+            return error
+        except Exception as error:  # a thread must not end without a message
+            what = f"{type(error).__name__}: {error}"
+            return JudgeError(what, where=self.name, remedy=GOES_ON)
+
+    def _vote(self, request: VoteRequest) -> Vote:
+        """Ask until a reply can be read; the usage of every request is stored, with its vote."""
+        task, answer, text = request.task, request.answer, ""
         for ask in range(self.section.asks):
-            messages = self.rubric.messages(
-                job.task, job.answer.text, job.answer.truncated, again=ask > 0
-            )
-            seed = job.vote + ask * self.section.votes
+            messages = self.rubric.messages(task, answer.text, answer.truncated, again=ask > 0)
+            seed = request.number + ask * self.section.votes
             try:
-                # the first vote as without votes
-                reply = self.asker.ask(messages, seed or None, self._stop)
+                # 0, the first vote's, is not sent: it is the request of a judge without votes
+                reply = self.client.ask(messages, seed or None, self._stop)
             except TooLong as error:
                 raise NoGrade(
-                    f"paused: task {job.task.task_id} with its answer is too long for the judge: {error}",
+                    f"paused: task {task.task_id} with its answer is too long for the judge: "
+                    f"{error}",
                     where=self.name,
-                    remedy=f"Give the server a longer context, or lower judge.reply_tokens. {GOES_ON}",
+                    remedy="Give the server a longer context, or lower judge.reply_tokens. "
+                    + GOES_ON,
                 ) from error
-            reading, text = read_reply(reply.text), reply.text
-            self.cache.put(reply.cost, job.key, job.vote, reading)
-            if reading is not None:
-                return reading
+            text = reply.text
+            vote = read_vote(text)
+            self.cache.put(reply.usage, request.key, request.number, vote)
+            if vote is not None:
+                return vote
         raise NoGrade(
-            f"paused: no grade can be read in {self.section.asks} replies on task {job.task.task_id}",
+            f"paused: no grade can be read in {self.section.asks} replies on task {task.task_id}",
             where=self.name,
             found=one_line(text, 60),
-            remedy=f"It has no grade. {GOES_ON}",
+            remedy=f"The answer has no grade. {GOES_ON}",
         )
 
 
-def _median(readings: Sequence[Reading]) -> Grade:
-    """The votes' median with the reason of a vote next to it."""
-    value = float(statistics.median(reading.grade for reading in readings))
-    nearest = min(readings, key=lambda reading: abs(reading.grade - value))
-    votes = (
-        f"votes {', '.join(str(reading.grade) for reading in readings)}: "
-        if len(readings) > 1
-        else ""
-    )
-    return Grade(value, None, votes + nearest.reason)
+def _raise_first(errors: Sequence[BaseException]) -> None:
+    """Raise what ended the run, else that grades are missing, else that it was stopped."""
+    if not errors:
+        return
+    for error in errors:
+        if not isinstance(error, NoGrade | Stopped):
+            raise error
+    missing = [error for error in errors if isinstance(error, NoGrade)]
+    if not missing:
+        raise JudgePaused("paused", remedy=GOES_ON)
+    if len(missing) == 1:
+        raise missing[0]
+    reason = missing[0].what.removeprefix("paused: ")
+    raise NoGrade(f"paused: {len(missing)} grades are missing; {reason}", remedy=GOES_ON)
+
+
+def _median(votes: Sequence[Vote]) -> Grade:
+    """The median of the votes, with the reason of a vote closest to it."""
+    value = float(statistics.median(vote.grade for vote in votes))
+    nearest = min(votes, key=lambda vote: abs(vote.grade - value))
+    if len(votes) == 1:
+        return Grade(value, None, nearest.reason)
+    listed = ", ".join(str(vote.grade) for vote in votes)
+    return Grade(value, None, f"votes {listed}: {nearest.reason}")

@@ -1,9 +1,7 @@
 """What an LLM judge is asked, and how its reply is read.
 
-The rubric has five points and is written in Japanese, as the tasks are; a task's own grading points
-stand beside it.
-The answer is fenced: it stands between two lines that hold a number which its author cannot have
-known.
+The rubric has five points and is written in Japanese, as the tasks are; it includes a task's own
+grading points. The answer is fenced by two lines with a number that its author cannot have known.
 """
 
 from __future__ import annotations
@@ -70,9 +68,10 @@ RESPONSE_FORMAT: dict[str, Any] = {
     },
 }
 
-# What chat templates use to end a turn: some servers read it even inside a message.
+# Marks that end a turn in chat templates: some servers obey them even inside a message.
 _CONTROL = re.compile(
-    r"<(?=\|[^<>|]{1,40}\|>)|<(?=/?(?:s|start_of_turn|end_of_turn|bos|eos|think)>)|\[(?=/?(?:INST|SYSTEM_PROMPT)\])|<(?=</?SYS>>)"
+    r"<(?=\|[^<>|]{1,40}\|>)|<(?=/?(?:s|start_of_turn|end_of_turn|bos|eos|think)>)"
+    r"|\[(?=/?(?:INST|SYSTEM_PROMPT)\])|<(?=</?SYS>>)"
 )
 _THOUGHT = re.compile(r"<think>.*?</think>|^.*</think>", re.DOTALL)
 _BLOCK = re.compile(r"```(?:json)?\s*(.*?)```", re.DOTALL)
@@ -80,14 +79,15 @@ _FIELD = re.compile(
     r"""["'“”]?\bgrade["'“”]?\s*[:：=]\s*["']?([0-9.+-]+)["']?\s*(?=[,}\n])""", re.IGNORECASE
 )
 _WORDS = re.compile(
-    r"(?:評点|点数|得点|採点|スコア|評価|\bscore|\bgrade|\brating)\s*(?:は|is)?\s*[:：=]?\s*\**([0-9.+-]+)",
+    r"(?:評点|点数|得点|採点|スコア|評価|\bscore|\bgrade|\brating)"
+    r"\s*(?:は|is)?\s*[:：=]?\s*\**([0-9.+-]+)",
     re.IGNORECASE,
 )
 
 
 @dataclass(frozen=True)
-class Reading:
-    """A grade that a reply gives, 1 to 5, and its reason in one line."""
+class Vote:
+    """A grade from one reply, 1 to 5, with its reason in one line."""
 
     grade: int
     reason: str
@@ -95,84 +95,85 @@ class Reading:
 
 @dataclass(frozen=True)
 class Rubric:
-    """The judge's prompt: the one above, or a template of the user's own with the same names in
-    braces.
-    """
+    """The judge's prompt: the one above, or the user's own with the same names in braces."""
 
     template: str = RUBRIC
 
     @property
     def digest(self) -> str:
-        """What the grades depend on beside model, task and answer."""
+        """What the grades depend on besides model, task and answer."""
         return sha256(json.dumps([VERSION, SYSTEM, self.template]).encode()).hexdigest()
 
     def messages(
         self, task: Task, answer: str, truncated: bool = False, again: bool = False
     ) -> list[dict[str, str]]:
-        """The turns of one request. Nothing in them tells who answered."""
+        """The turns of one request. Nothing in them reveals which model answered."""
         fields = {
             "input": task.input,
             "output": task.output or "（なし）",
             "eval_aspect": task.eval_aspect or "（なし）",
             "answer": fenced(answer, truncated),
         }
-        # one pass: braces inside a task or an answer stay what they are
-        text = re.sub(
-            r"\{(input|output|eval_aspect|answer)\}", lambda match: fields[match[1]], self.template
-        )
-        return [
-            {"role": "system", "content": SYSTEM},
-            {"role": "user", "content": whole(text) + (AGAIN if again else "")},
-        ]
+        # in one pass: braces inside a task or an answer are left alone
+        named = r"\{(input|output|eval_aspect|answer)\}"
+        text = whole(re.sub(named, lambda match: fields[match[1]], self.template))
+        if again:
+            text += AGAIN
+        return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
 
 
 def fenced(answer: str, truncated: bool = False) -> str:
-    """The answer between two lines with a number that does not occur in it; turn marks of chat
-    templates are broken up.
+    """The answer between two lines with a number that does not occur in it.
+
+    Marks that end a turn in chat templates are broken up.
     """
     text = whole(answer)
     cut = len(text) > LONGEST
     text = _CONTROL.sub(lambda match: match[0] + " ", text[:LONGEST])
-    number, tries = sha256(text.encode()).hexdigest()[:16], 0
-    while number in text:  # it is no secret to one who can compute a fixed point
+    number = sha256(text.encode()).hexdigest()[:16]
+    tries = 0
+    while number in text:  # an author could have computed such a text
         tries += 1
         number = sha256(f"{tries}/{text}".encode()).hexdigest()[:16]
     note = "\n（回答は長さの上限で途中で切れています。）" if truncated or cut else ""
     return f"<<<回答 {number}>>>\n{text}\n<<<回答終わり {number}>>>{note}"
 
 
-def read_reply(text: str) -> Reading | None:
-    """The one grade that a reply gives; None where it gives none, several that differ, or one
-    outside 1 to 5.
+def read_vote(text: str) -> Vote | None:
+    """The one grade in a reply; None if there is none, several that differ, or one outside 1 to 5.
 
-    First the reply as JSON, then JSON in a code block, then a field `grade` or a word such as 点数
-    with a number.
+    The reply is read as JSON, then a code block in it as JSON, then a field `grade` or a word such
+    as 点数 with a number.
     """
     text = _THOUGHT.sub("", text).strip()
-    for candidate in (text, *(block.strip() for block in _BLOCK.findall(text))):
+    for candidate in (text, *_BLOCK.findall(text)):
         try:
-            value = json.loads(candidate)
+            value = json.loads(candidate.strip())
         except (ValueError, RecursionError):
             continue
+        reason = ""
         if isinstance(value, dict) and "grade" in value:
-            grade = _grade(value["grade"])
-            return None if grade is None else Reading(grade, one_line(str(value.get("reason", ""))))
-        if (grade := _grade(value)) is not None:
-            return Reading(grade, "")
-    found = _FIELD.findall(text) or _WORDS.findall(text)
-    grades = {_grade(number) for number in found}
-    if len(grades) != 1 or (grade := grades.pop()) is None:
+            reason, value = one_line(str(value.get("reason", ""))), value["grade"]
+            if _grade(value) is None:
+                return None
+        grade = _grade(value)
+        if grade is not None:
+            return Vote(grade, reason)
+    grades = {_grade(number) for number in _FIELD.findall(text) or _WORDS.findall(text)}
+    if len(grades) != 1:
         return None
-    return Reading(grade, one_line(text))
+    grade = grades.pop()
+    return None if grade is None else Vote(grade, one_line(text))
 
 
 def one_line(text: str, limit: int = 500) -> str:
+    """The text on one line, cut to `limit` characters."""
     text = " ".join(whole(text).split())
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def _grade(value: Any) -> int | None:
-    """4, 4.0, "4" and "4." are 4; all that is no whole number from 1 to 5 is no grade."""
+    """4, 4.0, "4" and "4." are 4; anything but a whole number from 1 to 5 is None."""
     if isinstance(value, str):
         match = re.fullmatch(r"([1-5])(?:\.0*)?", value.strip())
         return int(match[1]) if match else None

@@ -1,0 +1,216 @@
+"""One client of OpenAI-compatible servers, for answers and for grades.
+
+It holds the connection and the key, lists models, sends a request again after a passing failure,
+and says in words why a request failed. What a failure means to the user is the caller's to say.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC
+from email.utils import parsedate_to_datetime
+from typing import Any, Literal, TypeVar
+
+from evomerge.answering.servers.openai_protocol import api_key, is_too_long, message_of
+from evomerge.errors import ModelError
+
+T = TypeVar("T")
+# Waits before the next attempt, given the server's Retry-After and our own delay, both in
+# seconds; False: do not try again.
+Pause = Callable[[float | None, float], bool]
+Kind = Literal["timeout", "unreachable", "broken", "status", "unreadable"]
+
+CONNECT = 10.0  # seconds
+LONGEST_WAIT = 600.0  # seconds of a Retry-After that are waited for
+PASSING = (408, 409, 425, 429)  # statuses that may pass, and all from 500 on
+LISTED = 20  # models that a message names
+LINE = 300  # characters of a server's words that a message shows
+REFUSED = (401, 403)
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """How often a failed request is repeated; the delay starts at `back_off` s and doubles."""
+
+    retries: int
+    back_off: float = 0.5
+    longest_pause: float = 8.0
+
+    def delay(self, attempt: int) -> float:
+        """Seconds before the next attempt, with jitter so that requests do not fail in step."""
+        seconds = min(self.longest_pause, self.back_off * 2.0**attempt)
+        return seconds * random.uniform(0.75, 1.25)
+
+
+@dataclass
+class ServerFailure(Exception):
+    """Why a request failed.
+
+    `said` is one line without the key. `unreachable` means that no connection was made, `broken`
+    that one was lost, `unreadable` that the reply has not the protocol's shape.
+    """
+
+    kind: Kind
+    said: str
+    status: int | None = None
+    retry_after: float | None = None
+    too_long: bool = False
+    attempts: int = 1
+
+    @property
+    def refused(self) -> bool:
+        """Whether the key is missing or wrong."""
+        return self.status in REFUSED
+
+    @property
+    def passes(self) -> bool:
+        """Whether another attempt may succeed."""
+        if self.too_long:
+            return False
+        return self.status is None or self.status in PASSING or self.status >= 500
+
+
+class OpenAIClient:
+    """The `openai` package's client with our retries; safe among threads."""
+
+    def __init__(self, url: str, timeout: float) -> None:
+        """`timeout` is in seconds, for a whole reply. The key comes from the environment.
+
+        Raises ImportError without the package openai, InputError for a key that no header can
+        carry.
+        """
+        import openai
+
+        self.url, self.timeout = url, timeout
+        self.key = api_key()
+        self.errors: Any = openai
+        limits = openai.Timeout(timeout, connect=min(CONNECT, timeout))
+        # A server without keys accepts any, and without one the client would not start.
+        self.sdk: Any = openai.OpenAI(
+            base_url=url, api_key=self.key or "none", max_retries=0, timeout=limits
+        )
+
+    def request(self, send: Callable[[Any], T], policy: RetryPolicy, pause: Pause) -> T:
+        """The result of `send(sdk)`, which is repeated after failures that may pass.
+
+        Raises ServerFailure; whatever else `send` raises passes through.
+        """
+        attempt = 0
+        while True:
+            try:
+                return send(self.sdk)
+            except self.request_errors as error:
+                failure = self.failure(error)
+                failure.attempts = attempt + 1
+                asked = failure.retry_after
+                given_up = attempt >= policy.retries or (asked or 0.0) > LONGEST_WAIT
+                if given_up or not failure.passes or not pause(asked, policy.delay(attempt)):
+                    raise failure from error
+            attempt += 1
+
+    @property
+    def request_errors(self) -> tuple[type[Exception], ...]:
+        """What a request raises: the package's errors, and those of replies of another shape."""
+        return (self.errors.OpenAIError, ValueError, TypeError, AttributeError)
+
+    def models(self) -> list[str]:
+        """The models that the server lists; none where its list cannot be read.
+
+        Raises ServerFailure.
+        """
+        quick = self.sdk.with_options(timeout=min(self.timeout, 2 * CONNECT))
+        try:
+            page = self.request(lambda _: quick.models.list(), RetryPolicy(1), waiting)
+        except ServerFailure as failure:
+            if failure.kind == "unreadable":
+                return []
+            raise
+        names = [getattr(model, "id", None) for model in getattr(page, "data", None) or []]
+        return [name for name in names if isinstance(name, str)]
+
+    def failure(self, error: Exception) -> ServerFailure:
+        """An exception of a request in words."""
+        e = self.errors
+        if isinstance(error, e.APIStatusError):
+            return ServerFailure(
+                "status",
+                self.hidden(message_of(error)),
+                status=error.status_code,
+                retry_after=retry_after(error.response.headers),
+                too_long=is_too_long(error),
+            )
+        if isinstance(error, e.APITimeoutError):
+            return ServerFailure("timeout", f"no reply within {self.timeout:g} s")
+        if isinstance(error, e.APIConnectionError):
+            said = self.hidden(str(error.__cause__ or error))
+            return ServerFailure("unreachable" if _never_connected(error) else "broken", said)
+        return ServerFailure("unreadable", self.hidden(str(error)))
+
+    def hidden(self, text: str) -> str:
+        """The text as one line of at most 300 characters, without the key."""
+        if self.key:
+            text = text.replace(self.key, "***")
+        text = " ".join(text.split())
+        return text if len(text) <= LINE else text[: LINE - 1] + "…"
+
+    def close(self) -> None:
+        """End what is under way: its threads fail at once."""
+        self.sdk.close()
+
+
+def waiting(asked: float | None, delay: float) -> bool:
+    """Sleep as long as the server asks, or for our own delay."""
+    time.sleep(delay if asked is None else asked)
+    return True
+
+
+def names(listed: Sequence[str]) -> str:
+    """Models for a message: twenty at most, and how many more there are."""
+    shown = ", ".join(listed[:LISTED])
+    more = len(listed) - LISTED
+    return f"{shown} and {more} more" if more > 0 else shown
+
+
+def only_model(listed: Sequence[str], url: str, remedy: str) -> str:
+    """The only model of a list. Raises ModelError for none or several; `remedy` says what to do."""
+    if len(listed) == 1:
+        return listed[0]
+    if not listed:
+        raise ModelError("the server lists no model", where=url, remedy=remedy)
+    what = f"the server lists {len(listed)} models"
+    raise ModelError(what, where=url, remedy=f"{remedy} It lists: {names(listed)}.")
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds that the server asks us to wait, or None if it does not say.
+
+    Reads retry-after-ms, then Retry-After as a number or as a date (RFC 9110, section 10.2.3).
+    """
+    text = headers.get("retry-after-ms")
+    try:
+        if text is not None:
+            return max(0.0, float(text) / 1000)
+    except ValueError:
+        pass
+    text = headers.get("retry-after")
+    if text is None:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        try:
+            date = parsedate_to_datetime(text)  # in GMT, whether or not it says so
+        except ValueError:
+            return None
+        aware = date if date.tzinfo else date.replace(tzinfo=UTC)
+        seconds = aware.timestamp() - time.time()
+    return max(0.0, seconds) if seconds == seconds else None
+
+
+def _never_connected(error: Any) -> bool:
+    """Whether no server listens there, rather than a connection that broke."""
+    cause = type(error.__cause__).__name__
+    return cause in ("ConnectError", "UnsupportedProtocol", "ConnectTimeout")
