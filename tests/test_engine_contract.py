@@ -22,7 +22,7 @@ from transformers import (
 import evomerge.answering.hf.engine
 from evomerge.answering.encode import Encoder
 from evomerge.answering.engine import Answer, EngineSpec
-from evomerge.answering.hf.batching import pack
+from evomerge.answering.hf.batching import pack, pad_rows, shrink_to_fit
 from evomerge.answering.hf.decode import Hooks, decode, shared_prefix
 from evomerge.answering.hf.engine import TransformersEngine
 from evomerge.answering.hf.kv_cache import filled
@@ -268,6 +268,31 @@ def test_out_of_memory_with_one_prompt_is_one_line(family, monkeypatch):
     ) as caught:
         engine.answer(["あいう", "か"])
     assert "\n" not in str(caught.value)
+
+
+def test_work_is_tried_again_only_while_memory_runs_out():
+    sizes, size = [], [8]
+
+    def work():
+        sizes.append(size[0])
+        if size[0] > 2:
+            raise torch.OutOfMemoryError
+        return size[0]
+
+    def shrink():
+        size[0] //= 2
+
+    assert shrink_to_fit(work, shrink) == 2
+    assert sizes == [8, 4, 2]
+    with pytest.raises(ZeroDivisionError):
+        shrink_to_fit(lambda: 1 // 0, shrink)
+
+
+def test_rows_are_padded_on_either_side():
+    ids, mask = pad_rows([[5, 6, 7], [8]], 0, True, torch.device("cpu"))
+    assert (ids.tolist(), mask.tolist()) == ([[5, 6, 7], [0, 0, 8]], [[1, 1, 1], [0, 0, 1]])
+    ids, mask = pad_rows([[5, 6, 7], [8]], None, False, torch.device("cpu"))
+    assert (ids.tolist(), mask.tolist()) == ([[5, 6, 7], [8, 8, 8]], [[1, 1, 1], [1, 0, 0]])
 
 
 def test_other_errors_are_not_taken_for_it(family, monkeypatch):

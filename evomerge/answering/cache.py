@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge import sqlite_file
-from evomerge.answering.engine import Answer, Engine, Settings
+from evomerge.answering.engine import Answer, Engine, Settings, pick
 from evomerge.answering.pace import Pace
 from evomerge.errors import OutputError
 from evomerge.study import Study
@@ -140,11 +140,11 @@ def answer_all(
     are kept; `got` gets the prompts' indices and the answers of each batch as it is complete.
     `settings` are the prompts' own, if they have any.
     """
-    answers: list[Answer | None] = [None] * len(prompts)
+    answers: dict[int, Answer] = {}
     applied = False
     for batch in engine.batches(prompts, settings):
-        texts = [prompts[i] for i in batch]
-        own = None if settings is None else [settings[i] for i in batch]
+        texts = pick(prompts, batch)
+        own = None if settings is None else pick(settings, batch)
         key = cache.key(recipe, texts, mode, own)
         found = cache.get(key, len(batch))
         if found is not None:
@@ -158,9 +158,8 @@ def answer_all(
             pace.end(len(batch), sum(answer.tokens for answer in found))
             cache.put(key, found)
         got(batch, found)
-        for i, answer in zip(batch, found, strict=True):
-            answers[i] = answer
-    return [answer for answer in answers if answer is not None]
+        answers.update(zip(batch, found, strict=True))
+    return [answers[i] for i in range(len(prompts))]
 
 
 def cache_scope(study: Study, models: Mapping[str, Any]) -> str:

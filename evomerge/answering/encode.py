@@ -48,7 +48,7 @@ class Encoder:
             self._known.clear()
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
         if new:
-            texts = [whole(prompt) for prompt in new]
+            texts = list(map(whole, new))
             rows = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
             for prompt, row in zip(new, rows, strict=True):
                 # an empty prompt becomes one token, as in transformers' `generate`
@@ -102,5 +102,4 @@ def prompt_seed(seed: int, prompt: str) -> int:
 
 def first_stop(text: str, stops: Sequence[str]) -> int | None:
     """Where the earliest stop string begins."""
-    found = [text.find(stop) for stop in stops]
-    return min((at for at in found if at >= 0), default=None)
+    return min((text.find(stop) for stop in stops if stop in text), default=None)

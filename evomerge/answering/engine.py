@@ -6,9 +6,9 @@ What only some engines can do is an object that they have, or None: see the capa
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
     from evomerge.genome.weights import Genome
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from evomerge.recipe import Recipe
     from evomerge.study import EngineSection, GenerationSection, Study
 
+T = TypeVar("T")
 Watch = Callable[[int, int], None]  # (finished answers, new tokens) of the current batch
 # one per prompt; None: the engine's own for all of them
 Settings: TypeAlias = "Sequence[GenerationSection] | None"
@@ -173,6 +174,11 @@ class Engine(Protocol):
         answers end with what they have and `got` is not called for them; one that was not started
         is empty, and both are truncated. Raises EngineError.
         """
+
+
+def pick(items: Sequence[T], indices: Iterable[int]) -> list[T]:
+    """The items with these indices, in their order."""
+    return [items[i] for i in indices]
 
 
 def has_passed(deadline: float | None) -> bool:

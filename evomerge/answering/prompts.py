@@ -117,7 +117,9 @@ class Prompter:
     def _prompt(self, text: str, choice: Choice | None) -> Prompt:
         if choice is None:
             return Prompt(text, self._whole(self._plain(text), self._system(None)), self.generation)
-        documents = choice.documents if "{documents}" in choice.kind.template else ()
+        documents: tuple[Document, ...] = ()
+        if "{documents}" in choice.kind.template:
+            documents = choice.documents
         whole = self._class_text(text, choice.kind, choice.examples, documents)
         return Prompt(text, whole, self._settings(choice.kind), choice, choice.examples, documents)
 
@@ -218,7 +220,7 @@ class Prompter:
         if not texts:
             return []
         rows = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-        return [len(row) for row in rows]
+        return list(map(len, rows))
 
     def _plain(self, text: str) -> str:
         """The text with a space after the first character of whatever reads as a control token."""

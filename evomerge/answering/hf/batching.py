@@ -12,7 +12,15 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from evomerge.answering.encode import Encoder, first_stop, prompt_seed
-from evomerge.answering.engine import Answer, EngineSpec, Got, Settings, Watch, has_passed
+from evomerge.answering.engine import (
+    Answer,
+    EngineSpec,
+    Got,
+    Settings,
+    Watch,
+    has_passed,
+    pick,
+)
 from evomerge.answering.hf.decode import Hooks, Output
 from evomerge.answering.hf.sampling import SamplingParams
 from evomerge.errors import EngineError
@@ -32,18 +40,19 @@ def pack(
     A batch has at most `rows` prompts, and prompts x (longest + most new_tokens) is at most
     `tokens`, except for a batch of one.
     """
-    new = [new_tokens] * len(lengths) if isinstance(new_tokens, int) else new_tokens
+    if isinstance(new_tokens, int):
+        new_tokens = [new_tokens] * len(lengths)
     batches: list[list[int]] = []
     longest = most = 0  # of the last batch
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         size = len(batches[-1]) + 1 if batches else 1
-        needed = size * (longest + max(most, new[i]))
+        needed = size * (longest + max(most, new_tokens[i]))
         if batches and size <= rows and (tokens is None or needed <= tokens):
             batches[-1].append(i)
-            most = max(most, new[i])
+            most = max(most, new_tokens[i])
         else:
             batches.append([i])
-            longest, most = lengths[i], new[i]
+            longest, most = lengths[i], new_tokens[i]
     return batches
 
 
@@ -63,6 +72,27 @@ def shrink_to_fit(work: Callable[[], T], shrink: Callable[[], None]) -> T:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         shrink()
+
+
+def pad_rows(
+    rows: Sequence[Sequence[int]], pad: int | None, left: bool, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token lists as (ids, mask), both (rows, columns), padded on the left or on the right.
+
+    `pad` None repeats a row's own first token.
+    """
+    width = max(map(len, rows))
+    ids, mask = [], []
+    for row in rows:
+        gap, ones = width - len(row), [1] * len(row)
+        padding = [row[0] if pad is None else pad] * gap
+        if left:
+            ids.append([*padding, *row])
+            mask.append([0] * gap + ones)
+        else:
+            ids.append([*row, *padding])
+            mask.append(ones + [0] * gap)
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 @dataclass(frozen=True)
@@ -141,30 +171,33 @@ class BatchRunner:
             batch.clear()
             if not waiting or has_passed(deadline):
                 return []
-            chosen = self._first_batch([requests[i] for i in waiting], rows)
-            batch.extend(waiting[place] for place in chosen)
-            hooks = Hooks(
-                self._stopped_of([requests[i] for i in batch]),
-                self._watch_after(outputs.values()),
-                done=done,
-                over=None if deadline is None else lambda: has_passed(deadline),
-            )
-            return run_batch(batch, hooks)
+            batch.extend(pick(waiting, self._first_batch(pick(requests, waiting), rows)))
+            stopped = self._stopped_of(pick(requests, batch))
+            watch = self._watch_after(outputs.values())
+            over = None if deadline is None else lambda: has_passed(deadline)
+            return run_batch(batch, Hooks(stopped, watch, done=done, over=over))
 
         def shrink() -> None:
-            self._halve([requests[i] for i in batch])
+            self._halve(pick(requests, batch))
 
         while len(outputs) < len(requests) and not has_passed(deadline):
             found = shrink_to_fit(run_next, shrink)
             outputs.update(zip(batch, found, strict=True))
         return [self.answer_of(outputs.get(i, Output()), r) for i, r in enumerate(requests)]
 
-    def sampling(self, requests: Sequence[Request]) -> tuple[list[SamplingParams], list[int]]:
-        """The sampling parameters of each request, and its seed where any of them samples."""
+    def inputs_of(
+        self, requests: Sequence[Request]
+    ) -> tuple[list[list[int]], list[SamplingParams], list[int]]:
+        """What `decode` takes: tokens, sampling parameters, and seeds if any request is sampled."""
+        tokens = [request.tokens for request in requests]
         params = [self.params_of(request.settings) for request in requests]
         if not any(p.do_sample for p in params):
-            return params, []
-        return params, [self._seed_of(request) for request in requests]
+            return tokens, params, []
+        seeds = []
+        for request in requests:
+            own = request.settings.seed
+            seeds.append(prompt_seed(self.seed if own is None else own, request.prompt))
+        return tokens, params, seeds
 
     def params_of(self, g: GenerationSection) -> SamplingParams:
         """A prompt's own settings with the model's end tokens."""
@@ -190,14 +223,11 @@ class BatchRunner:
         truncated = not output.ended and stop is None
         return Answer(text[:stop], truncated, len(output.tokens))
 
-    def _seed_of(self, request: Request) -> int:
-        own = request.settings.seed
-        return prompt_seed(self.seed if own is None else own, request.prompt)
-
     def _first_batch(self, requests: Sequence[Request], rows: int) -> list[int]:
         """Indices of the first batch, within section and limits."""
-        budgets = (self.section.batch_tokens, self.limits.get("batch_tokens"))
-        tokens = min((budget for budget in budgets if budget is not None), default=None)
+        tokens = self.limits.get("batch_tokens", self.section.batch_tokens)
+        if tokens is not None and self.section.batch_tokens is not None:
+            tokens = min(tokens, self.section.batch_tokens)
         return _packed(requests, rows, tokens)[0]
 
     def _halve(self, requests: Sequence[Request]) -> None:

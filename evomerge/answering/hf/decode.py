@@ -30,6 +30,7 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
 )
 
+from evomerge.answering.engine import pick
 from evomerge.answering.hf.kv_cache import SlotKVCache, filled, group_by_padding
 from evomerge.answering.hf.sampling import SamplingParams, TokenSampler
 
@@ -79,12 +80,13 @@ def decode(
     hooks = hooks or Hooks()
     outputs = [Output() for _ in prompts]
     alive = list(range(len(prompts)))  # the prompt of each row
-    own = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-    most = max(p.max_new_tokens for p in own)
+    if isinstance(params, SamplingParams):
+        params = [params] * len(prompts)
+    most = max(p.max_new_tokens for p in params)
     forward = Forward(model, prompts, most)
     if hooks.rows:
         hooks.rows(alive)
-    sample = TokenSampler(own, seeds, forward.device)
+    sample = TokenSampler(params, seeds, forward.device)
     logits = forward.start(SHARED if share else None)  # (rows, vocabulary)
     for step in range(most):
         chosen = sample(logits, forward.ids, step)  # (rows,)
@@ -92,11 +94,11 @@ def decode(
         for row, token in enumerate(chosen.tolist()):
             place = alive[row]
             output = outputs[place]
-            output.ended = token in own[place].ends
+            output.ended = token in params[place].ends
             if not output.ended:
                 output.tokens.append(token)
                 output.ended = hooks.stopped is not None and hooks.stopped(place, output.tokens)
-            if not output.ended and step + 1 < own[place].max_new_tokens:
+            if not output.ended and step + 1 < params[place].max_new_tokens:
                 keep.append(row)
             elif hooks.done:
                 hooks.done(place, output)
@@ -106,7 +108,7 @@ def decode(
             break
         if len(keep) < len(alive):
             order = filled(keep)
-            alive = [alive[row] for row in order]
+            alive = pick(alive, order)
             chosen = chosen[torch.tensor(order, device=chosen.device)]
             forward.keep(order)
             sample.keep(order)
@@ -144,7 +146,10 @@ class Forward:
         self.device = model.get_input_embeddings().weight.device
         known = inspect.signature(model.forward).parameters
         self.positioned = "position_ids" in known
-        self.extra = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+        # arguments of every pass
+        self.extra: dict[str, Any] = {"use_cache": True}
+        if "logits_to_keep" in known:
+            self.extra["logits_to_keep"] = 1
         layers = DynamicCache(config=model.config).layers
         # A sliding window counts columns, gaps too; GPT-Neo's does, though its layers look plain.
         self.plain = model.config.model_type != "gpt_neo" and all(
@@ -172,13 +177,16 @@ class Forward:
             prefix = 0
         width = max(map(len, prompts))
         self._cache = self._make_cache(rows, width + self.max_new_tokens)
-        gaps = [width - len(prompt) for prompt in prompts]
-        self._fill(prefix, width, torch.tensor(gaps))
+        lengths = torch.tensor(list(map(len, prompts)))
+        gaps = (width - lengths).tolist()
+        self._fill(prefix, width, width - lengths)
         # columns that could be cut off on the left
-        self._gaps = [0] * rows if prefix else gaps
+        self._gaps = gaps
+        if prefix:
+            self._gaps = [0] * rows
         self._at, self._end = 0, width
         # positions of the answers' tokens
-        self._next = torch.tensor([[len(prompt)] for prompt in prompts], device=self.device)
+        self._next = lengths[:, None].to(self.device)
         positions = (self._mask.cumsum(-1) - 1).clamp(min=0)[:, :width]
         if prefix:
             self._run(self._ids[:1, :prefix], self._mask[:1, :prefix], positions[:1, :prefix])
@@ -235,7 +243,7 @@ class Forward:
         """Only these rows stay, in this order."""
         index = torch.tensor(order, device=self.device)
         self._mask, self._ids, self._next = self._mask[index], self._ids[index], self._next[index]
-        self._gaps = [self._gaps[row] for row in order]
+        self._gaps = pick(self._gaps, order)
         if self.plain:
             self._at = min(self._gaps)
         for layer in self._cache.layers:
@@ -252,15 +260,10 @@ class Forward:
         return layers
 
     def _run(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        placed = {"position_ids": positions} if self.positioned else {}
-        out = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            past_key_values=self._cache,
-            use_cache=True,
-            **placed,
-            **self.extra,
-        )
+        extra = self.extra
+        if self.positioned:
+            extra = {**extra, "position_ids": positions}
+        out = self.model(input_ids=ids, attention_mask=mask, past_key_values=self._cache, **extra)
         logits: Tensor = out.logits[:, -1]
         return logits.to(self.device)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from evomerge.answering.engine import Answer, EngineSpec, Got, Settings, Watch
+from evomerge.answering.engine import Answer, EngineSpec, Got, Settings, Watch, pick
 from evomerge.answering.hf.batching import BatchRunner
 from evomerge.answering.hf.decode import Hooks, Output, decodable, decode
 from evomerge.answering.hf.generate import generate_all
@@ -81,11 +81,10 @@ class TransformersEngine:
         requests = self.runner.requests(prompts, settings)
 
         def run_batch(batch: Sequence[int], hooks: Hooks) -> list[Output]:
-            part = [requests[i] for i in batch]
+            part = pick(requests, batch)
             if not decodable(self.model):
                 return generate_all(self.model, self.runner, part, hooks)
-            params, seeds = self.runner.sampling(part)
-            return decode(self.model, [request.tokens for request in part], params, seeds, hooks)
+            return decode(self.model, *self.runner.inputs_of(part), hooks)
 
         rows = self.runner.section.batch_size
         return self.runner.run(requests, rows, run_batch, got, deadline)
@@ -105,10 +104,9 @@ def _open_live(model: Any, spec: EngineSpec) -> LiveModel:
 
 def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """The model's own end tokens; nothing else of its generation_config.json is used."""
-    config = model.generation_config
-    ends: Any = None if config is None else config.eos_token_id
+    ends: Any = getattr(model.generation_config, "eos_token_id", None)
     if ends is None:
         ends = tokenizer.eos_token_id
-    if ends is None:
-        return frozenset()
-    return frozenset(ends if isinstance(ends, list) else [ends])
+    if isinstance(ends, list):
+        return frozenset(ends)
+    return frozenset() if ends is None else frozenset([ends])

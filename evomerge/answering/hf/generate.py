@@ -9,7 +9,8 @@ import torch
 from transformers import GenerationConfig, StoppingCriteriaList, set_seed
 
 from evomerge.answering.encode import prompt_seed
-from evomerge.answering.hf.batching import BatchRunner, Request
+from evomerge.answering.engine import pick
+from evomerge.answering.hf.batching import BatchRunner, Request, pad_rows
 from evomerge.answering.hf.decode import Hooks, Output
 from evomerge.answering.hf.sampling import SamplingParams
 from evomerge.study import GenerationSection
@@ -23,11 +24,13 @@ def generate_all(
     Of the hooks `done` and `over` are called.
     """
     outputs = [Output() for _ in requests]
-    for settings in dict.fromkeys(request.settings for request in requests):
+    groups: dict[GenerationSection, list[int]] = {}
+    for place, request in enumerate(requests):
+        groups.setdefault(request.settings, []).append(place)
+    for settings, places in groups.items():
         if hooks.over is not None and hooks.over():
             break
-        places = [i for i, request in enumerate(requests) if request.settings == settings]
-        found = _generate(model, runner, [requests[i] for i in places], settings, hooks)
+        found = _generate(model, runner, pick(requests, places), settings, hooks)
         for place, output in zip(places, found, strict=True):
             outputs[place] = output
             complete = output.ended or len(output.tokens) == settings.max_new_tokens
@@ -46,12 +49,9 @@ def _generate(
 ) -> list[Output]:
     """One call of `generate`: all rows run to the end of the longest answer."""
     pad = runner.tokenizer.pad_token_id
-    rows = [request.tokens for request in requests]
-    width = max(map(len, rows))
     device = model.get_input_embeddings().weight.device
-    gaps = [width - len(row) for row in rows]
-    padded = [[pad] * gap + row for gap, row in zip(gaps, rows, strict=True)]
-    marked = [[0] * gap + [1] * (width - gap) for gap in gaps]
+    input_ids, mask = pad_rows([request.tokens for request in requests], pad, True, device)
+    width = input_ids.shape[1]
 
     def stop(ids: torch.Tensor, scores: object) -> torch.Tensor:
         # transformers' own `stop_strings` fail with tokenizers that have no rule for joining tokens
@@ -70,8 +70,8 @@ def _generate(
             seed = runner.seed if settings.seed is None else settings.seed
             set_seed(prompt_seed(seed, "\0".join(request.prompt for request in requests)))
         output = model.generate(
-            input_ids=torch.tensor(padded, device=device),
-            attention_mask=torch.tensor(marked, device=device),
+            input_ids=input_ids,
+            attention_mask=mask,
             generation_config=_config(runner.params_of(settings), pad),
             stopping_criteria=stopping,
         )

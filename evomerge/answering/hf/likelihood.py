@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from evomerge.answering.encode import first_token
-from evomerge.answering.engine import Pairs
-from evomerge.answering.hf.batching import pack, shrink_to_fit
+from evomerge.answering.engine import Pairs, pick
+from evomerge.answering.hf.batching import pack, pad_rows, shrink_to_fit
 from evomerge.answering.hf.decode import decodable
 from evomerge.answering.hf.loading import context_of, load_engine_tokenizer, load_model
 from evomerge.answering.servers.openai_protocol import whole
@@ -143,13 +143,17 @@ def loglikelihood(
     batch: list[int] = []  # the rows that are being computed
 
     def run_next() -> None:
-        lengths = [len(rows[i]) for i in waiting]
-        first = [waiting[i] for i in pack(lengths, 0, batch_size, batch_tokens)[0]]
+        lengths = list(map(len, pick(rows, waiting)))
+        first = pick(waiting, pack(lengths, 0, batch_size, batch_tokens)[0])
         batch[:] = [i for i in first if padded or len(rows[i]) == len(rows[first[0]])]
-        asked = [(place, i) for place, row in enumerate(batch) for i in by_row[rows[row]]]
-        wanted = [(place, parts[i][1]) for place, i in asked]
-        values = _sums(model, [rows[i] for i in batch], wanted)
-        for (_, i), value in zip(asked, values, strict=True):
+        asked: list[int] = []  # pairs, and for each of them its row in the batch and what follows
+        wanted = []
+        for place, row in enumerate(pick(rows, batch)):
+            for i in by_row[row]:
+                asked.append(i)
+                wanted.append((place, parts[i][1]))
+        values = _sums(model, pick(rows, batch), wanted)
+        for i, value in zip(asked, values, strict=True):
             found[i] = value
 
     def shrink() -> None:
@@ -190,7 +194,7 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _tokens(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    return list(tokenizer([whole(text) for text in texts], add_special_tokens=False)["input_ids"])
+    return list(tokenizer(list(map(whole, texts)), add_special_tokens=False)["input_ids"])
 
 
 @torch.inference_mode()
@@ -199,12 +203,8 @@ def _sums(
 ) -> list[float]:
     """The log-likelihood of each (index of a row, tokens that end it), in one forward pass."""
     device = model.get_input_embeddings().weight.device
-    width = max(map(len, rows))
     keep = max(len(continuation) for _, continuation in wanted)
-    gaps = [width - len(row) for row in rows]
-    padded = [[0] * gap + list(row) for gap, row in zip(gaps, rows, strict=True)]
-    ids = torch.tensor(padded, device=device)  # (rows, width)
-    mask = torch.tensor([[0] * gap + [1] * (width - gap) for gap in gaps], device=device)
+    ids, mask = pad_rows(rows, 0, True, device)
     known = inspect.signature(model.forward).parameters
     extra: dict[str, Any] = {}
     if "position_ids" in known:

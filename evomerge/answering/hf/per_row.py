@@ -73,10 +73,12 @@ class RowWeights:
 def _sibling_weights(plan: MergePlan, name: str, live: LiveModel) -> tuple[float, ...]:
     """The weight that a candidate gives to each sibling's delta of one tensor."""
     how = plan.hows[name]
-    given = {}
+    weights = [0.0] * len(live.siblings)
     for (ref, _), weight in zip(how.siblings, how.weights, strict=True):
-        given[id(plan.models[ref])] = weight
-    return tuple(given.get(id(sibling), 0.0) for sibling in live.siblings)
+        for m, sibling in enumerate(live.siblings):
+            if sibling is plan.models[ref]:
+                weights[m] = weight
+    return tuple(weights)
 
 
 class PerRow:
@@ -88,7 +90,8 @@ class PerRow:
 
     def merged(self, dims: int, take: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
         """The merged bits of every row, (rows, 1…, n), of a small parameter or of what is taken."""
-        weights = [weight.view(-1, *[1] * (dims - 1)) for weight in self.weights.of(self.name)]
+        weights = self.weights.of(self.name)
+        weights = weights.view(*weights.shape, *[1] * (dims - 1))  # (siblings, rows, 1…)
         parts = [take(delta) * weight for delta, weight in zip(self.deltas, weights, strict=True)]
         # rounded as in merging/methods
         total = parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from evomerge.answering.engine import Answer, Settings
+from evomerge.answering.engine import Answer, Settings, pick
 from evomerge.answering.hf.batching import BatchRunner
 from evomerge.answering.hf.decode import Hooks, Output, decodable, decode
 from evomerge.answering.hf.per_row import PerRow, RowWeights, forward_maker, own_parameters
@@ -110,10 +110,8 @@ class TransformersPopulation:
         with PopulationModel(self.model, self.live).of(recipes) as answer_rows:
 
             def run_batch(batch: Sequence[int], hooks: Hooks) -> list[Output]:
-                part = [rows[i] for i in batch]
-                params, seeds = self.runner.sampling(part)
-                tokens = [request.tokens for request in part]
-                return answer_rows([i % count for i in batch], tokens, params, seeds, hooks)
+                candidates = [i % count for i in batch]
+                return answer_rows(candidates, *self.runner.inputs_of(pick(rows, batch)), hooks)
 
             answers = self.runner.run(rows, self.runner.section.batch_size * count, run_batch)
         return [answers[candidate::count] for candidate in range(count)]
@@ -161,7 +159,7 @@ class PopulationModel:
             given = hooks or Hooks()
 
             def select(order: list[int]) -> None:
-                weights.select([candidates[row] for row in order])
+                weights.select(pick(candidates, order))
 
             selecting = Hooks(given.stopped, given.watch, select, given.done, given.over)
             return decode(self.model, prompts, params, seeds, selecting, share=False)
@@ -184,10 +182,10 @@ class PopulationModel:
         names = self.live.names
         if plan.layout.restacked or not decodable(self.model) or set(plan.names) != set(names):
             return False
-        if not all(self._tensor_fits(plan, name) for name in names):
-            return False
-        with_own = [module for module in self.model.modules() if own_parameters(module)]
-        return all(forward_maker(module) is not None for module in with_own)
+        for module in self.model.modules():
+            if own_parameters(module) and forward_maker(module) is None:
+                return False
+        return all(self._tensor_fits(plan, name) for name in names)
 
     def _tensor_fits(self, plan: MergePlan, name: str) -> bool:
         live, how = self.live, plan.hows[name]

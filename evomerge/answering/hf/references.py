@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from evomerge.answering.encode import Encoder
-from evomerge.answering.hf.batching import pack
+from evomerge.answering.hf.batching import pack, pad_rows
 from evomerge.answering.hf.decode import SHARED, decodable, shared_prefix
 
 TokenPair = tuple[list[int], list[int]]  # tokens of a prompt, and of the reference after it
@@ -47,12 +47,9 @@ def likelihoods(model: Any, pairs: Sequence[TokenPair]) -> Tensor:
     """Each reference's mean log-likelihood per token, (rows,) in fp32, in nats, differentiable."""
     device = model.get_input_embeddings().weight.device
     rows = [prompt + reference for prompt, reference in pairs]
-    width = max(map(len, rows))
     first = min(len(prompt) for prompt, _ in pairs) - 1  # the first column whose logits count
-    gaps = [width - len(row) for row in rows]
-    padded = [row + [row[0]] * gap for row, gap in zip(rows, gaps, strict=True)]
-    ids = torch.tensor(padded, device=device)
-    mask = torch.tensor([[1] * (width - gap) + [0] * gap for gap in gaps], device=device)
+    ids, mask = pad_rows(rows, None, False, device)
+    width = ids.shape[1]
     extra: dict[str, Any] = {}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         extra["logits_to_keep"] = width - first  # the head is a large part of a small model
@@ -83,8 +80,7 @@ def _token_weights(pairs: Sequence[TokenPair], first: int, width: int) -> Tensor
     for prompt, reference in pairs:
         before = len(prompt) - 1 - first
         after = width - len(prompt) - len(reference)
-        share = 1 / len(reference) if reference else 0.0
-        shares.append([0.0] * before + [share] * len(reference) + [0.0] * after)
+        shares.append([0.0] * before + [1 / len(reference)] * len(reference) + [0.0] * after)
     return torch.tensor(shares)
 
 

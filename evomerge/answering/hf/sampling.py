@@ -14,6 +14,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from evomerge.answering.engine import pick
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -70,7 +72,7 @@ class TokenSampler:
     def keep(self, order: Iterable[int]) -> None:
         """Only these rows stay, in this order."""
         rows = list(order)
-        self.kinds = [self.kinds[row] for row in rows]
+        self.kinds = pick(self.kinds, rows)
         if self.draws is not None:
             self.draws = self.draws[rows]
         self._group()
@@ -79,9 +81,9 @@ class TokenSampler:
         rows_of: dict[SamplingParams, list[int]] = {}
         for row, kind in enumerate(self.kinds):
             rows_of.setdefault(kind, []).append(row)
-        self.groups = {
-            kind: torch.tensor(rows, device=self.device) for kind, rows in rows_of.items()
-        }
+        self.groups: dict[SamplingParams, Tensor] = {}
+        for kind, rows in rows_of.items():
+            self.groups[kind] = torch.tensor(rows, device=self.device)
 
     def _choose(
         self, kind: SamplingParams, logits: Tensor, ids: Tensor, draws: Tensor | None

@@ -159,7 +159,9 @@ class VllmEngine:
     def _finish(self, tokens: Sequence[int], g: GenerationSection) -> Answer:
         """The text up to an end token or a stop string."""
         ended = bool(tokens) and tokens[-1] in self.ends
-        kept = list(tokens[:-1] if ended else tokens)
+        kept = list(tokens)
+        if ended:
+            kept.pop()
         text = str(self.tokenizer.decode(kept, skip_special_tokens=True))
         stop = first_stop(text, g.stop)
         return Answer(text[:stop], truncated=not ended and stop is None, tokens=len(kept))

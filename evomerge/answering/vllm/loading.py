@@ -133,9 +133,9 @@ def end_tokens(base: ModelFolder, tokenizer: PreTrainedTokenizerBase) -> list[in
             ) from error
     if ends is None:
         ends = tokenizer.eos_token_id
-    if ends is None:
-        return []
-    return list(ends) if isinstance(ends, list) else [ends]
+    if isinstance(ends, list):
+        return list(ends)
+    return [] if ends is None else [ends]
 
 
 @contextmanager
