@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge import sqlite_file
-from evomerge.answering.engine import Answer, Engine, Settings, pick
+from evomerge.answering.engine import Answer, Engine, Settings, items_at
 from evomerge.answering.pace import Pace
 from evomerge.errors import OutputError
 from evomerge.study import Study
@@ -35,18 +35,14 @@ class AnswerCache:
     """Batches of answers by key; every write is durable when `put` returns."""
 
     def __init__(self, path: Path, scope: str) -> None:
-        """`scope` stands for what answers depend on beside recipe, prompts and mode; see
-        `cache_scope`.
-        """
+        """`scope`: the rest of what answers depend on; see `cache_scope`."""
         self.path, self.scope = path, scope
         self.db = sqlite_file.connect(path, WHAT, DAMAGED, SCHEMA)
 
     def key(
         self, recipe: str, prompts: Sequence[str], mode: str = MERGED, settings: Settings = None
     ) -> str:
-        """SHA-256 of scope, mode, recipe digest, the batch's prompts, and their own settings, if
-        any.
-        """
+        """SHA-256 of scope, mode, recipe digest, the batch's prompts and their own settings."""
         parts: list[object] = [self.scope, mode, recipe, list(prompts)]
         if settings is not None:
             parts.append([asdict(own) for own in settings])
@@ -143,8 +139,8 @@ def answer_all(
     answers: dict[int, Answer] = {}
     applied = False
     for batch in engine.batches(prompts, settings):
-        texts = pick(prompts, batch)
-        own = None if settings is None else pick(settings, batch)
+        texts = items_at(prompts, batch)
+        own = None if settings is None else items_at(settings, batch)
         key = cache.key(recipe, texts, mode, own)
         found = cache.get(key, len(batch))
         if found is not None:
@@ -163,7 +159,7 @@ def answer_all(
 
 
 def cache_scope(study: Study, models: Mapping[str, Any]) -> str:
-    """SHA-256 of what answers depend on beside recipe, mode and prompts.
+    """SHA-256 of what answers depend on besides recipe, mode and prompts.
 
     A batch is identified by its prompts, however it was packed: see UNKEYED.
     """

@@ -176,7 +176,7 @@ class Engine(Protocol):
         """
 
 
-def pick(items: Sequence[T], indices: Iterable[int]) -> list[T]:
+def items_at(items: Sequence[T], indices: Iterable[int]) -> list[T]:
     """The items with these indices, in their order."""
     return [items[i] for i in indices]
 

@@ -130,9 +130,7 @@ class Prompter:
         examples: Sequence[Example],
         documents: Sequence[Document],
     ) -> str:
-        """By the class's template; the examples replace {examples} in it, or else are turns before
-        the task.
-        """
+        """By the class's template; examples replace {examples}, or else are turns before the task."""
         asked = self._plain(render(kind.template, text, examples, documents))
         turns = []
         if "{examples}" not in kind.template:

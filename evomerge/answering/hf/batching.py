@@ -19,7 +19,7 @@ from evomerge.answering.engine import (
     Settings,
     Watch,
     has_passed,
-    pick,
+    items_at,
 )
 from evomerge.answering.hf.decode import Hooks, Output
 from evomerge.answering.hf.sampling import SamplingParams
@@ -171,14 +171,14 @@ class BatchRunner:
             batch.clear()
             if not waiting or has_passed(deadline):
                 return []
-            batch.extend(pick(waiting, self._first_batch(pick(requests, waiting), rows)))
-            stopped = self._stopped_of(pick(requests, batch))
+            batch.extend(items_at(waiting, self._first_batch(items_at(requests, waiting), rows)))
+            stopped = self._stopped_of(items_at(requests, batch))
             watch = self._watch_after(outputs.values())
             over = None if deadline is None else lambda: has_passed(deadline)
             return run_batch(batch, Hooks(stopped, watch, done=done, over=over))
 
         def shrink() -> None:
-            self._halve(pick(requests, batch))
+            self._halve(items_at(requests, batch))
 
         while len(outputs) < len(requests) and not has_passed(deadline):
             found = shrink_to_fit(run_next, shrink)

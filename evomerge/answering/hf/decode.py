@@ -30,7 +30,7 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
 )
 
-from evomerge.answering.engine import pick
+from evomerge.answering.engine import items_at
 from evomerge.answering.hf.kv_cache import SlotKVCache, filled, group_by_padding
 from evomerge.answering.hf.sampling import SamplingParams, TokenSampler
 
@@ -108,7 +108,7 @@ def decode(
             break
         if len(keep) < len(alive):
             order = filled(keep)
-            alive = pick(alive, order)
+            alive = items_at(alive, order)
             chosen = chosen[torch.tensor(order, device=chosen.device)]
             forward.keep(order)
             sample.keep(order)
@@ -243,7 +243,7 @@ class Forward:
         """Only these rows stay, in this order."""
         index = torch.tensor(order, device=self.device)
         self._mask, self._ids, self._next = self._mask[index], self._ids[index], self._next[index]
-        self._gaps = pick(self._gaps, order)
+        self._gaps = items_at(self._gaps, order)
         if self.plain:
             self._at = min(self._gaps)
         for layer in self._cache.layers:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from evomerge.answering.engine import Answer, EngineSpec, Got, Settings, Watch, pick
+from evomerge.answering.engine import Answer, EngineSpec, Got, Settings, Watch, items_at
 from evomerge.answering.hf.batching import BatchRunner
 from evomerge.answering.hf.decode import Hooks, Output, decodable, decode
 from evomerge.answering.hf.generate import generate_all
@@ -81,7 +81,7 @@ class TransformersEngine:
         requests = self.runner.requests(prompts, settings)
 
         def run_batch(batch: Sequence[int], hooks: Hooks) -> list[Output]:
-            part = pick(requests, batch)
+            part = items_at(requests, batch)
             if not decodable(self.model):
                 return generate_all(self.model, self.runner, part, hooks)
             return decode(self.model, *self.runner.inputs_of(part), hooks)

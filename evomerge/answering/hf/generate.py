@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteriaList, set_seed
 
 from evomerge.answering.encode import prompt_seed
-from evomerge.answering.engine import pick
+from evomerge.answering.engine import items_at
 from evomerge.answering.hf.batching import BatchRunner, Request, pad_rows
 from evomerge.answering.hf.decode import Hooks, Output
 from evomerge.answering.hf.sampling import SamplingParams
@@ -30,7 +30,7 @@ def generate_all(
     for settings, places in groups.items():
         if hooks.over is not None and hooks.over():
             break
-        found = _generate(model, runner, pick(requests, places), settings, hooks)
+        found = _generate(model, runner, items_at(requests, places), settings, hooks)
         for place, output in zip(places, found, strict=True):
             outputs[place] = output
             complete = output.ended or len(output.tokens) == settings.max_new_tokens

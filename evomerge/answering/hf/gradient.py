@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evomerge.answering.engine import LikelihoodGradient, Pairs, pick
+from evomerge.answering.engine import LikelihoodGradient, Pairs, items_at
 from evomerge.answering.hf.batching import BatchRunner, shrink_to_fit
 from evomerge.answering.hf.references import TokenPair, batches, likelihoods, make_pair
 from evomerge.errors import EngineError, StudyFileError
@@ -124,7 +124,7 @@ class GradientModel:
         with self._reducing(total):
             for batch in batches(pairs, micro_tokens):
                 with torch.enable_grad():
-                    means = likelihoods(self.model, pick(pairs, batch))
+                    means = likelihoods(self.model, items_at(pairs, batch))
                     (means.sum() / len(pairs)).backward()
                 for i, value in zip(batch, means.tolist(), strict=True):
                     values[i] = value

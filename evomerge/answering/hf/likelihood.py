@@ -1,6 +1,6 @@
-"""How likely a model finds continuations: used by the judge in process, by classification, and as
-an objective.
+"""How likely a model finds continuations of prompts.
 
+The judge in process, classification by model and the likelihood objective use it.
 Prompt and continuation are tokenised as one text, because a tokenizer may attach a space to what
 follows it, or begin every text with one. The continuation's tokens are those after what this has in
 common with the prompt tokenised alone.
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from evomerge.answering.encode import first_token
-from evomerge.answering.engine import Pairs, pick
+from evomerge.answering.engine import Pairs, items_at
 from evomerge.answering.hf.batching import pack, pad_rows, shrink_to_fit
 from evomerge.answering.hf.decode import decodable
 from evomerge.answering.hf.loading import context_of, load_engine_tokenizer, load_model
@@ -143,16 +143,16 @@ def loglikelihood(
     batch: list[int] = []  # the rows that are being computed
 
     def run_next() -> None:
-        lengths = list(map(len, pick(rows, waiting)))
-        first = pick(waiting, pack(lengths, 0, batch_size, batch_tokens)[0])
+        lengths = list(map(len, items_at(rows, waiting)))
+        first = items_at(waiting, pack(lengths, 0, batch_size, batch_tokens)[0])
         batch[:] = [i for i in first if padded or len(rows[i]) == len(rows[first[0]])]
         asked: list[int] = []  # pairs, and for each of them its row in the batch and what follows
         wanted = []
-        for place, row in enumerate(pick(rows, batch)):
+        for place, row in enumerate(items_at(rows, batch)):
             for i in by_row[row]:
                 asked.append(i)
                 wanted.append((place, parts[i][1]))
-        values = _sums(model, pick(rows, batch), wanted)
+        values = _sums(model, items_at(rows, batch), wanted)
         for i, value in zip(asked, values, strict=True):
             found[i] = value
 

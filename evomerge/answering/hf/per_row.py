@@ -31,9 +31,7 @@ class RowWeights:
     """The merge weights of the batch's rows, by tensor and sibling."""
 
     def __init__(self, plans: Sequence[MergePlan], live: LiveModel) -> None:
-        """Tensors with equal weights, such as those of one slice, share a table (siblings,
-        candidates).
-        """
+        """Tensors with equal weights, such as a slice's, share a table (siblings, candidates)."""
         self._of: dict[str, int] = {}  # tensor -> its table
         self._tables: list[Tensor] = []
         self._rows: list[Tensor] = []  # the tables by row, (siblings, rows)

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from evomerge.answering.engine import Answer, Settings, pick
+from evomerge.answering.engine import Answer, Settings, items_at
 from evomerge.answering.hf.batching import BatchRunner
 from evomerge.answering.hf.decode import Hooks, Output, decodable, decode
 from evomerge.answering.hf.per_row import PerRow, RowWeights, forward_maker, own_parameters
@@ -111,7 +111,7 @@ class TransformersPopulation:
 
             def run_batch(batch: Sequence[int], hooks: Hooks) -> list[Output]:
                 candidates = [i % count for i in batch]
-                return answer_rows(candidates, *self.runner.inputs_of(pick(rows, batch)), hooks)
+                return answer_rows(candidates, *self.runner.inputs_of(items_at(rows, batch)), hooks)
 
             answers = self.runner.run(rows, self.runner.section.batch_size * count, run_batch)
         return [answers[candidate::count] for candidate in range(count)]
@@ -126,18 +126,19 @@ class PopulationModel:
         self._plan: MergePlan | None = None  # the last one
 
     def suits(self, recipes: Sequence[Recipe]) -> bool:
-        """Whether `of` takes the recipes: by themselves, and given the model's architecture, its
-        dtypes, and where base and siblings are kept.
+        """Whether `of` takes the recipes.
+
+        That depends on the recipes, and on the model's architecture, its dtypes, and where base and
+        siblings are kept.
         """
         return all(suits(recipe) and self._fits(self._plan_of(recipe)) for recipe in recipes)
 
     @contextmanager
     def of(self, recipes: Sequence[Recipe]) -> Iterator[AnswerRows]:
-        """Until the context ends, candidates can answer: answer(candidates, prompts, params, seeds,
-        hooks).
+        """Until the context ends, candidates can answer with the function that it gives.
 
-        That is `decode`, row i with the weights of recipes[candidates[i]]. Raises RecipeError for a
-        recipe that does not suit.
+        answer(candidates, prompts, params, seeds, hooks) is `decode`, row i with the weights of
+        recipes[candidates[i]]. Raises RecipeError for a recipe that does not suit.
         """
         plans = [self._plan_of(recipe) for recipe in recipes]
         for recipe, plan in zip(recipes, plans, strict=True):
@@ -159,7 +160,7 @@ class PopulationModel:
             given = hooks or Hooks()
 
             def select(order: list[int]) -> None:
-                weights.select(pick(candidates, order))
+                weights.select(items_at(candidates, order))
 
             selecting = Hooks(given.stopped, given.watch, select, given.done, given.over)
             return decode(self.model, prompts, params, seeds, selecting, share=False)
@@ -173,9 +174,7 @@ class PopulationModel:
         return self._plan
 
     def _fits(self, plan: MergePlan) -> bool:
-        """Whether every tensor is its own place's base plus deltas, in one dtype, and kept on the
-        device.
-        """
+        """Whether every tensor is the base of its own place plus deltas, kept on the device."""
         # hooks that move tensors would be bypassed
         if len(set(getattr(self.model, "hf_device_map", {}).values())) > 1:
             return False

@@ -14,7 +14,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from evomerge.answering.engine import pick
+from evomerge.answering.engine import items_at
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class TokenSampler:
     def keep(self, order: Iterable[int]) -> None:
         """Only these rows stay, in this order."""
         rows = list(order)
-        self.kinds = pick(self.kinds, rows)
+        self.kinds = items_at(self.kinds, rows)
         if self.draws is not None:
             self.draws = self.draws[rows]
         self._group()

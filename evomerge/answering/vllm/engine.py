@@ -38,9 +38,7 @@ class VllmEngine:
     likelihood = None
 
     def __init__(self, spec: EngineSpec) -> None:
-        """Raises EngineError when vLLM is absent or refuses its arguments, ModelError for a bad
-        tokenizer or tensor.
-        """
+        """Raises EngineError: vLLM is absent or refuses its arguments; ModelError: bad files."""
         refuse_others(spec.engine)
         if importlib.util.find_spec("vllm") is None:
             raise EngineError(
@@ -88,9 +86,7 @@ class VllmEngine:
         self._applied = recipe.digest()
 
     def batches(self, prompts: Sequence[str], settings: Settings = None) -> list[list[int]]:
-        """Indices of the prompts, in order, in groups of BATCH: vLLM pads nothing, so it needs no
-        sorting.
-        """
+        """Indices of the prompts, in order, in groups of BATCH: without padding none are sorted."""
         indices = list(range(len(prompts)))
         return [indices[at : at + BATCH] for at in range(0, len(indices), BATCH)]
 
