@@ -1,4 +1,4 @@
-# Everything from a fresh clone: git, Python 3.11+ and make are enough. Bare `make` lists the targets.
+# Runs everything from a fresh clone with git, Python 3.11+ and make. `make` without a target lists the targets.
 
 SPACE     = search_spaces/demo.yaml
 STUDY     = $(basename $(notdir $(SPACE)))
@@ -20,12 +20,12 @@ SEARCH   = $(BIN)/evomerge search $(SPACE) --study $(STUDY) $(if $(TRIALS),--tri
 
 help:
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
-	@echo 'SPACE=search_spaces/FILE.yaml, STUDY=NAME and TRIALS=N are passed on.'
+	@echo 'Options: SPACE=search_spaces/FILE.yaml, STUDY=NAME, TRIALS=N.'
 
 setup: $(READY) ## create .venv and install evomerge with its pinned dependencies
-search: $(READY) $(if $(findstring search_spaces/demo.yaml,$(SPACE)),$(DEMO)) ## search for the best merge, prove it on held-out tasks: results/STUDY/
+search: $(READY) $(if $(findstring search_spaces/demo.yaml,$(SPACE)),$(DEMO)) ## search for the best merge and test it on held-out tasks: results/STUDY/
 	@$(SEARCH)
-resume: search ## go on with the same study where it stopped
+resume: search ## resume the study where it stopped
 export: $(READY) ## print the winner as a mergekit configuration
 	@$(BIN)/evomerge export $(STUDY)
 infer: $(READY) $(if $(filter demo/tasks.jsonl,$(TASKS)),$(DEMO)) ## answer TASKS with the winner and the Excel base KNOWLEDGE: results/STUDY/answers.jsonl
@@ -38,22 +38,22 @@ real-pair: $(VENV)/.ready-real-pair ## build a real pair of 135 M parameters in 
 	@$(BIN)/python benchmarks/make_real_pair.py pairs/real
 test: $(READY) ## run the tests
 	@$(BIN)/python -m pytest
-test-vllm: $(VLLM)/.ready ## the vLLM engine on the CPU, in .venv-vllm (3.5 GB): its tests, the demo study, its speed
+test-vllm: $(VLLM)/.ready ## test the vLLM engine on the CPU, in .venv-vllm (3.5 GB): its tests, the demo study, its speed
 	@$(VLLM)/bin/python -m pytest tests/test_host_weights.py tests/test_vllm.py
 	@$(VLLM)/bin/python benchmarks/vllm_vs_hf.py
-check: $(READY) ## lint, formatting, types
+check: $(READY) ## run the linter, the format check and the type checker
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 bench: $(READY) ## run the benchmarks, which print ratios
 	@set -e; for file in $(BENCHES); do echo "$$file" >&2; $(BIN)/python $$file; done
-clean: ## remove .venv and .venv-vllm, the demo pair and caches; studies, results and pairs/ stay
+clean: ## remove .venv, .venv-vllm, the demo pair and caches, but keep studies, results and pairs/
 	rm -rf $(VENV) $(VLLM) demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Installers speak on stderr, so that `make export > best.yaml` holds the configuration alone.
+# Installers write to stderr, so that `make export > best.yaml` contains only the configuration.
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed. Name one: make setup PYTHON=python3.12")'
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed. Choose one: make setup PYTHON=python3.12")'
 	@$(PYTHON) -m venv $(VENV) >&2 || { rm -rf $(VENV); exit 1; }
 
 $(READY): pyproject.toml constraints.txt | $(BIN)/python
@@ -66,8 +66,8 @@ $(VENV)/.ready-real-pair: $(READY)
 	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,real-pair]' >&2
 	@touch $@
 
-# vLLM pins an older transformers than .venv has, and torch's build for CPUs (2.13.0+cpu), which pip must be able to find.
-# torchvision and its kin serve other models; their builds do not fit that torch, and vLLM fails to import beside them.
+# vLLM pins an older transformers than .venv has, and torch's CPU build (2.13.0+cpu), which pip must be able to find.
+# torchvision and the like are for other models; their builds do not match that torch, and vLLM cannot be imported then.
 $(VLLM)/.ready: pyproject.toml
 	@$(PYTHON) -m venv $(VLLM) >&2 || { rm -rf $(VLLM); exit 1; }
 	@mkdir -p $(VLLM)/tmp
@@ -77,6 +77,6 @@ $(VLLM)/.ready: pyproject.toml
 	@TMPDIR=$(CURDIR)/$(VLLM)/tmp $(VLLM)/bin/python -m pip install -q -e . 'pytest>=8' >&2
 	@touch $@
 
-$(DEMO): evomerge/demo.py | $(READY)
+$(DEMO): $(wildcard evomerge/demo/*.py) | $(READY)
 	@$(BIN)/evomerge demo demo
 	@touch $@

@@ -49,7 +49,7 @@ from evomerge.answering.engine import EngineSpec
 from evomerge.answering.hf.decode import Hooks, decode
 from evomerge.answering.hf.engine import TransformersEngine
 from evomerge.answering.hf.sampling import SamplingParams
-from evomerge.merging.checkpoints.model_folder import open_model
+from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.recipe import task_arithmetic_recipe
 from evomerge.study import EngineSection, GenerationSection
 

@@ -33,7 +33,7 @@ from evomerge.inference import run_inference
 from evomerge.inference.opening import BATCH_SIZE
 from evomerge.knowledge.base import read_knowledge
 from evomerge.knowledge.retrieval.retrieve import Chooser
-from evomerge.merging.checkpoints.model_folder import open_model
+from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.study import EngineSection, GenerationSection, PromptSection
 from evomerge.tasks import Task
 

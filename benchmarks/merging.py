@@ -41,7 +41,7 @@ from safetensors.torch import save_file
 
 import evomerge.merging.build  # noqa: F401
 from evomerge.cli import main as evomerge_main
-from evomerge.merging.checkpoints.model_folder import open_model
+from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.live import LiveModel
 from evomerge.recipe import Recipe
 

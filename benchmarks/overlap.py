@@ -134,8 +134,8 @@ def run_study(
     requests x latency / connections.
     """
     study = Study(
-        GenomeSection(models=("sibling",), base_model="base"),
-        (TaskSource(file="none"),),
+        genome=GenomeSection(models=("sibling",), base_model="base"),
+        tasks=(TaskSource(file="none"),),
         study="overlap",
         judge=JudgeSection(kind="llm", concurrency=CONNECTIONS),
         search=SearchSection(trials=trials, population=population, uniform=(0.5,)),

@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from evomerge.answering.hf.decode import Output, decode
 from evomerge.answering.hf.population import PopulationModel
 from evomerge.answering.hf.sampling import SamplingParams
-from evomerge.merging.checkpoints.model_folder import open_model
+from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.live import LiveModel
 from evomerge.recipe import Recipe, task_arithmetic_recipe
 

@@ -27,7 +27,7 @@ import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +154,7 @@ def warmed(search: Search, steps: int, file: Path) -> tuple[Distribution, int]:
         with file.open("a", encoding="utf-8") as kept:
             kept.write(json.dumps(asdict(step)) + "\n")
 
-    study = replace(search.study, search=replace(search.study.search, warm_start_steps=steps))
+    study = search.study.replace(search=search.study.search.replace(warm_start_steps=steps))
     found = warm_start(
         search.engine,
         search.genome,

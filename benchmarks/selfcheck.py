@@ -47,7 +47,7 @@ from evomerge.judging.learned.judge import LearnedJudge
 from evomerge.judging.rules.judge import RulesJudge
 from evomerge.judging.validation.families import is_tuning, wanted_models
 from evomerge.judging.validation.reference import answer_key, join, pick, read_grades
-from evomerge.merging.checkpoints.model_folder import open_model
+from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.searching.verdict import bootstrap_interval
 from evomerge.study import EngineSection, GenerationSection, PromptSection
 from evomerge.tasks import Task, load_tasks

@@ -76,7 +76,7 @@ def child(kind: str, folder: Path, dtype: str, eager: bool) -> None:
     """Print one engine's figures: tokens per second, seconds of loading and of applying a recipe."""
     from evomerge.answering.choose import make_engine
     from evomerge.answering.engine import EngineSpec
-    from evomerge.merging.checkpoints.model_folder import open_model
+    from evomerge.merging.checkpoints.open_model import open_model
     from evomerge.recipe import task_arithmetic_recipe
     from evomerge.study import EngineSection, GenerationSection, VllmSection
 

@@ -22,94 +22,106 @@ class Console:
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stderr
         self.tty = self.stream.isatty()
-        self._width = 0
+        self._shown = False  # whether a status is on the current line
         self._last = time.monotonic()
 
     def say(self, text: str) -> None:
+        """Print a line that stays."""
         self._clear()
         print(text, file=self.stream, flush=True)
 
     def status(self, text: str, detail: bool = False) -> None:
-        """On a terminal at once; elsewhere a line at most every ten seconds, or every minute for a
-        detail.
+        """Show progress: at once on a terminal, otherwise as a line every ten seconds at most.
+
+        A `detail` becomes a line every minute at most.
         """
         if self.tty:
             self._clear()
             self.stream.write(text)
             self.stream.flush()
-            self._width = 2 * len(text)  # East Asian characters are two columns wide
-        elif time.monotonic() - self._last >= (DETAIL_EVERY if detail else PLAIN_EVERY):
-            self._last = time.monotonic()
+            self._shown = True
+            return
+        now = time.monotonic()
+        if now - self._last >= (DETAIL_EVERY if detail else PLAIN_EVERY):
+            self._last = now
             print(text, file=self.stream, flush=True)
 
     def _clear(self) -> None:
-        if self._width:
+        if self._shown:
             self.stream.write("\r\x1b[2K")
-            self._width = 0
+            self._shown = False
 
 
 def duration(seconds: float) -> str:
-    """12 s, 3 min, 2.4 h."""
+    """Seconds as 12 s, 3 min or 2.4 h."""
     if seconds < 90:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
 
 
 def size(number: float) -> str:
-    """Bytes as 512 B, 20.4 kB, 852.6 MB, 26.4 GB."""
-    units = ["B", "kB", "MB", "GB"]
-    while number >= 1000 and len(units) > 1:
-        number /= 1000
-        units.pop(0)
-    return f"{number:.0f} B" if units[0] == "B" else f"{number:.1f} {units[0]}"
+    """Bytes as 512 B, 20.4 kB, 852.6 MB or 26.4 GB."""
+    if number < 1000:
+        return f"{number:.0f} B"
+    number, unit = number / 1000, "kB"
+    for larger in ("MB", "GB"):
+        if number >= 1000:
+            number, unit = number / 1000, larger
+    return f"{number:.1f} {unit}"
 
 
 def parse_size(size: str | int) -> int:
-    """Bytes of "5GB", "200M", "20K", "5GiB" or a number; "5B" is mergekit's five billion. Raises
-    InputError.
+    """Bytes of "5GB", "200M", "20K", "5GiB" or a number; "5B" is mergekit's five billion.
+
+    Raises InputError.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)(I?)(B?)", str(size).strip().upper())
     if not match or float(match[1]) <= 0 or (match[3] and not match[2]):
         raise InputError(
-            "no size of a file",
+            "is not a file size",
             where="--out-shard-size",
             found=size,
             remedy="Write 5GB, 200M or a number of bytes.",
         )
-    if match[4] and not match[2]:
-        return int(float(match[1]) * 1000**3)
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMG".index(match[2] or " "))
+    number, unit, binary, byte = match.groups()
+    if byte and not unit:
+        return int(float(number) * 1000**3)
+    base = 1024 if binary else 1000
+    return int(float(number) * base ** " KMG".index(unit or " "))
 
 
 def byte_progress(console: Console, doing: str) -> Callable[[int, int], None]:
-    """What to call with (bytes done, bytes in all): a bar on a terminal, plain lines elsewhere,
-    with rate and time left.
+    """A function of (bytes done, bytes in all) that shows progress, rate and time left.
+
+    It draws a bar on a terminal, and prints plain lines elsewhere.
     """
     began = time.monotonic()
     shown = -REDRAW_EVERY
 
     def progress(done: int, total: int) -> None:
+        """Show how far it is."""
         nonlocal shown
         now = time.monotonic()
         if now - shown < REDRAW_EVERY and done < total:
             return
         shown = now
-        share, seconds = done / total if total else 1.0, now - began
-        rate = (
-            f"  {size(done / seconds)}/s  ETA {duration(seconds * (1 / share - 1))}"
-            if done and seconds
-            else ""
-        )
-        bar = f"[{'#' * int(share * BAR):{BAR}}] " if console.tty else ""
+        share = done / total if total else 1.0
+        elapsed = now - began
+        bar, rate = "", ""
+        if console.tty:
+            bar = f"[{'#' * int(share * BAR):{BAR}}] "
+        if done and elapsed:
+            left = duration(elapsed * (1 / share - 1))
+            rate = f"  {size(done / elapsed)}/s  ETA {left}"
         console.status(f"{doing} {bar}{share:4.0%}  {size(done)} of {size(total)}{rate}")
 
     return progress
 
 
 def seconds(text: str) -> float | None:
-    """The seconds of "90s", "55m", "8h" or "2d"; a bare number is seconds. None: no duration above
-    0.
-    """
+    """The seconds of "90s", "55m", "8h", "2d" or a bare number; None: not a duration above 0."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", text.strip())
     if match is None or not float(match[1]):
         return None

@@ -10,10 +10,10 @@
     │   ├── TaskError             a task file or dataset
     │   └── KnowledgeError        the Excel base
     └── RunError                  exit 1: something that happened while running
-        ├── EngineError           the model could not answer ├── JudgeError            the judge
-        could not grade: the run stops, all recorded │   └── JudgePaused       exit 3: a budget is
-        spent or grades are missing; the same command goes on └── OutputError           results
-        could not be written (full disk, no permission)
+        ├── EngineError           the model could not be loaded or could not answer
+        ├── JudgeError            the judge could not grade: the run stops, all recorded
+        │   └── JudgePaused       exit 3: a budget is spent, or grades are missing
+        └── OutputError           a full disk, no permission
 
 A line reads ``where: what (found: value). remedy``.
 """
@@ -29,7 +29,9 @@ class EvomergeError(Exception):
     def __init__(
         self, what: str, *, where: object = None, found: object = None, remedy: str | None = None
     ) -> None:
-        line = f"{where}: {what}" if where is not None else what
+        line = what
+        if where is not None:
+            line = f"{where}: {what}"
         if found is not None:
             line += f" (found: {_short(found)})"
         if remedy is not None:
@@ -57,9 +59,7 @@ class RecipeError(InputError):
 
 
 class UnsupportedRecipe(RecipeError):
-    """A configuration that mergekit may merge and evomerge does not: `evomerge merge` hands it
-    over.
-    """
+    """A configuration that `evomerge merge` leaves to mergekit."""
 
 
 class ModelError(InputError):
@@ -87,9 +87,7 @@ class JudgeError(RunError):
 
 
 class JudgePaused(JudgeError):
-    """Grades are missing that no one may invent: the run waits, all recorded, and the same command
-    goes on.
-    """
+    """Grades are missing: everything so far is recorded, and the same command continues."""
 
     exit_code = 3
 
@@ -100,4 +98,6 @@ class OutputError(RunError):
 
 def _short(value: object, limit: int = 80) -> str:
     text = repr(value)
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    if len(text) > limit:
+        text = text[: limit - 1] + "…"
+    return text

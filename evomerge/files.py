@@ -1,37 +1,114 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and locks that end with their process."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
+
+from filelock import FileLock, Timeout
 
 from evomerge.errors import OutputError
 
 
 def replace_file(path: Path, write: Callable[[Path], object], make_folder: bool = True) -> Path:
-    """Let `write` fill a temporary file, then rename it to `path`. Raises OutputError on a full
-    disk.
+    """Let `write` fill a temporary file, then rename it to `path`.
+
+    Raises OutputError where the file cannot be written, for example on a full disk.
     """
     try:
         if make_folder:
             path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        temporary = Path(name)
-        try:
-            write(temporary)
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.chmod(0o644)  # temporary files are private by default
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        replace_durably(path, write)
     except OSError as error:
         raise OutputError(
             f"cannot be written: {error.strerror}",
             where=path,
-            remedy="Check the folder, its rights and the disk, then run it again.",
+            remedy="Check the folder, its permissions and the disk, then run it again.",
         ) from error
     return path
+
+
+def replace_durably(path: Path, write: Callable[[Path], object]) -> None:
+    """`replace_file` for callers that report an OSError themselves.
+
+    File and rename are on the disk when this returns. Raises OSError and leaves `path` as it was.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        sync_file(temporary)
+        temporary.chmod(0o644)  # temporary files are private by default
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":  # Windows cannot open a folder, and needs no such step
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def sync_file(path: Path) -> None:
+    """Wait until the file is on the disk; some file systems report a full disk only now."""
+    with path.open("r+b") as file:  # Windows syncs only what is open for writing
+        os.fsync(file.fileno())
+
+
+class LockHeld(Exception):
+    """Another holder has the lock. `holder` is "pid N", or empty where that cannot be read."""
+
+    def __init__(self, holder: str) -> None:
+        super().__init__(holder)
+        self.holder = holder
+
+
+class ExclusiveLock:
+    """The lock on a file that one holder has at a time, in this process or another.
+
+    The system drops it when the process ends, however it ends. The holder's process id is in a file
+    of its own, because a locked file cannot be read on Windows.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Take the lock at once. Raises LockHeld, and OSError where no lock can be made."""
+        self._path = path
+        self._holder = path.with_name(f"{path.name}.pid")
+        self._lock = FileLock(path, timeout=0, thread_local=False)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise LockHeld(self._read_holder()) from None
+        with suppress(OSError):  # on a full disk the lock holds without its description
+            self._holder.write_text(f"pid {os.getpid()}", encoding="ascii")
+
+    def __enter__(self) -> ExclusiveLock:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Give the lock up and remove its files, where the system allows that."""
+        # before the release: afterwards the files may be another holder's
+        for path in (self._holder, self._path):
+            with suppress(OSError):
+                path.unlink()
+        self._lock.release()
+
+    def _read_holder(self) -> str:
+        try:
+            return self._holder.read_text(encoding="ascii")
+        except (OSError, UnicodeDecodeError):
+            return ""

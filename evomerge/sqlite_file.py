@@ -1,5 +1,6 @@
-"""What can happen to an SQLite file, in words: locked, cut short, on a full disk, in a folder that
-is read-only.
+"""SQLite files that are opened and checked, and one line for whatever can go wrong with them.
+
+They may be locked, cut short, on a full disk, or in a read-only folder.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ WAIT = 30.0  # seconds that another process's transaction is waited for
 def connect(
     path: Path, what: str, damaged: str, schema: str, any_thread: bool = False
 ) -> sqlite3.Connection:
-    """An open, sound database with the schema's tables. `what` and `damaged` as in `explained`.
-    Raises OutputError.
+    """An open, undamaged database with the schema's tables.
+
+    `what` and `damaged` as in `explained`. Raises OutputError.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        check(path)
+        check_integrity(path)
         db = sqlite3.connect(
             path, timeout=WAIT, isolation_level=None, check_same_thread=not any_thread
         )
@@ -31,8 +33,8 @@ def connect(
     return db
 
 
-def check(path: Path) -> None:
-    """Read the whole file, so that damage is found before work is lost on it. Raises sqlite3.Error."""
+def check_integrity(path: Path) -> None:
+    """Read the whole file, to find damage before work is lost on it. Raises sqlite3.Error."""
     if not path.exists():
         return
     with closing(sqlite3.connect(path, timeout=WAIT)) as db:
@@ -44,15 +46,14 @@ def check(path: Path) -> None:
 def explained(
     error: BaseException, what: str, path: Path | str | None, damaged: str = ""
 ) -> OutputError:
-    """One line for an error of a file. `what` names its content; `damaged` says what to do with it
-    when it is damaged.
+    """The error of a file as one line of ours.
 
-    SQLite's own words are looked at: drivers and SQLAlchemy hand them on, but not always the
-    error's number.
+    `what` names the file's content; `damaged` is the remedy where it is damaged. SQLite's own words
+    decide: drivers and SQLAlchemy pass them on, but not always the error's number.
     """
     cause = (str(error).splitlines() or [type(error).__name__])[0][:120]
     again = "then run the same command"
-    # the last: no text, or no JSON
+    # "decode": it is not text, or not JSON
     unreadable = ("malformed", "not a database", "unsupported file format", "decode")
     if isinstance(error, ValueError) or any(words in cause for words in unreadable):
         return OutputError(f"{what} is damaged or cut short: {cause}", where=path, remedy=damaged)
@@ -63,10 +64,8 @@ def explained(
         return OutputError(
             f"{what} is in use by another process: {cause}", where=path, remedy=remedy
         )
-    if any(
-        words in cause.lower()
-        for words in ("readonly", "read-only", "permission", "unable to open")
-    ):
+    refused = ("readonly", "read-only", "permission", "unable to open")
+    if any(words in cause.lower() for words in refused):
         return OutputError(
             f"{what} cannot be written: {cause}",
             where=path,

@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 from mergekit_server import mergekit
 
-from evomerge.merging.methods import functions as methods
+from evomerge.merging.methods import averaging, deltas
 
 # the largest relative error of one rounding
 UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
@@ -37,20 +37,26 @@ class Case:
     def ours(self):
         base, *siblings = self.tensors
         if self.method == "linear":
-            return methods.linear(self.tensors, self.weights, self.normalize)
+            return averaging.linear(self.tensors, self.weights, self.normalize)
         if self.method == "slerp":
-            return methods.slerp(base, siblings[0], self.t)
-        weights = self.weights[1:]
+            return averaging.slerp(base, siblings[0], self.t)
+        weights, differences = self.weights[1:], deltas.differences(base, siblings)
         if self.method == "task_arithmetic":
-            return methods.task_arithmetic(base, siblings, weights, self.normalize, self.scale)
+            return deltas.task_arithmetic(base, differences, weights, self.normalize, self.scale)
         if self.method == "ties":
-            return methods.ties(
-                base, siblings, weights, self.densities, self.normalize, self.scale, self.rescale
+            return deltas.ties(
+                base,
+                differences,
+                weights,
+                self.densities,
+                self.normalize,
+                self.scale,
+                self.rescale,
             )
-        dare = getattr(methods, self.method)
+        dare = getattr(deltas, self.method)
         return dare(
             base,
-            siblings,
+            differences,
             weights,
             self.densities,
             seeded(self.seed),

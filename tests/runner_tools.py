@@ -21,7 +21,7 @@ from evomerge.answering.prompts import make_prompter
 from evomerge.inference import run_inference
 from evomerge.knowledge.parts import Document, Example, Knowledge, KnowledgeClass
 from evomerge.knowledge.retrieval.retrieve import Chooser
-from evomerge.merging.checkpoints.model_folder import open_model
+from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.recipe import Recipe
 from evomerge.searching.session import Finished
 from evomerge.study import (
@@ -168,9 +168,9 @@ def finish(family, recipe=None, dtype="float32", prompt=None, verdict=VERDICT, *
     """A finished study whose winner is the recipe."""
     siblings = tuple(str(family / name) for name in ("one", "two"))
     study = Study(
-        GenomeSection(siblings, str(family / "base")),
-        (TaskSource(file="none"),),
-        "demo",
+        genome=GenomeSection(models=siblings, base_model=str(family / "base")),
+        tasks=(TaskSource(file="none"),),
+        study="demo",
         prompt=prompt or PromptSection(),
         generation=GenerationSection(**{"max_new_tokens": 14, **generation}),
         search=SearchSection(dtype=dtype),

@@ -106,8 +106,8 @@ def make_study(name="fake", n=None, validation=0.0, objective=None, sources=None
         "dtype": "float32",
     } | search
     return Study(
-        GenomeSection(models=("sibling",), base_model="base", layer_granularity=1),
-        sources or (TaskSource(file="none"),),
+        genome=GenomeSection(models=("sibling",), base_model="base", layer_granularity=1),
+        tasks=sources or (TaskSource(file="none"),),
         study=name,
         split=SplitSection(validation=validation),
         judge=JudgeSection(kind="rules", metric="grade"),

@@ -1,7 +1,5 @@
 """The transformers engine against plain generate, and the answer cache."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from conftest import make_tokenizer
@@ -14,13 +12,14 @@ from evomerge.answering.pace import Pace
 from evomerge.answering.prompts import make_prompter
 from evomerge.errors import EngineError, InputError, ModelError
 from evomerge.merging.build import build_model
-from evomerge.merging.checkpoints.model_folder import open_model
+from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.recipe import task_arithmetic_recipe
 from evomerge.study import (
     EngineSection,
     GenerationSection,
     GenomeSection,
     PromptSection,
+    SearchSection,
     Study,
     TaskSource,
 )
@@ -195,10 +194,11 @@ def test_keys_are_those_of_stored_caches(tmp_path):
         "75468ee4d7207fb12cbde52bfd51c5059038d9d8fbb0009d6311eafbf097b60d"
     )
     engine = EngineSection(batch_size=3, residency="disk", batch_tokens=9, device="cpu")
-    study = Study(GenomeSection(("a", "b")), (TaskSource(file="x.jsonl"),), "s", engine=engine)
+    genome, tasks = GenomeSection(models=("b",), base_model="a"), (TaskSource(file="x.jsonl"),)
+    study = Study(genome=genome, tasks=tasks, study="s", engine=engine)
     scope = cache_scope(study, {"a": "1", "b": {"x": 2}})
     assert scope == "75c8a38e87c1d078da0bfa1f9c03e1996bf142863afa13864ce40543f5ef8e1c"
-    other_batches = replace(study, engine=EngineSection(device="cpu"))
+    other_batches = study.replace(engine=EngineSection(device="cpu"))
     assert cache_scope(other_batches, {"a": "1", "b": {"x": 2}}) == scope
 
 
@@ -216,8 +216,9 @@ def test_what_an_engine_can_do_is_an_object_that_it_has(pair):
 
 
 def test_a_spec_is_a_studys_engine(pair):
-    study = Study(GenomeSection(("a", "b")), (TaskSource(file="x.jsonl"),), "s")
-    study = replace(study, search=replace(study.search, dtype="float32", seed=7))
+    genome, tasks = GenomeSection(models=("b",), base_model="a"), (TaskSource(file="x.jsonl"),)
+    search = SearchSection(dtype="float32", seed=7)
+    study = Study(genome=genome, tasks=tasks, study="s", search=search)
     base = open_model(str(pair / "base"))
     spec = EngineSpec.of_study(study, base, [])
     wanted = EngineSpec(base, [], study.engine, study.generation, "float32", 7, "refuse")

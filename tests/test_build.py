@@ -212,7 +212,7 @@ def start_slow(family):
         command, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True
     )
     for _ in range(600):
-        if any(path.stat().st_size > 5000 for path in family.glob(".out*/model*.safetensors")):
+        if any(path.stat().st_size > 5000 for path in family.glob(".out*/model/*.safetensors")):
             return process
         time.sleep(0.05)
     process.kill()

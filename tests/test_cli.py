@@ -422,6 +422,7 @@ def test_a_damaged_storage_is_one_line(pair, searched, capsys, tmp_path):
         ["report"],
         ["cache"],
         ["demo"],
+        ["schema"],
     ],
 )
 def test_every_command_has_help(command):

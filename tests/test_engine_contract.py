@@ -28,7 +28,7 @@ from evomerge.answering.hf.engine import TransformersEngine
 from evomerge.answering.hf.kv_cache import filled
 from evomerge.answering.hf.sampling import SamplingParams
 from evomerge.errors import EngineError
-from evomerge.merging.checkpoints.model_folder import open_model
+from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.study import EngineSection, GenerationSection
 
 

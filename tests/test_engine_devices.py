@@ -19,7 +19,7 @@ from evomerge.answering.engine import EngineSpec
 from evomerge.answering.hf.engine import TransformersEngine
 from evomerge.cli import main
 from evomerge.merging.build import build_model
-from evomerge.merging.checkpoints.model_folder import open_model
+from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.study import EngineSection, GenerationSection
 
 needs_bitsandbytes = pytest.mark.skipif(

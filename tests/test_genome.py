@@ -30,7 +30,7 @@ def genome(search=None, **section):
     """The genome of a study with these keys."""
     study = Study(
         genome=GenomeSection(**section),
-        tasks=(TaskSource("t.jsonl"),),
+        tasks=(TaskSource(file="t.jsonl"),),
         search=SearchSection(**(search or {})),
     )
     return make_genome(study, LAYERS)
@@ -240,7 +240,7 @@ def test_parents_are_the_models_themselves(family, method, smooth):
         smooth=smooth,
     )
     study = Study(
-        genome=section, tasks=(TaskSource("t.jsonl"),), search=SearchSection(dtype="float32")
+        genome=section, tasks=(TaskSource(file="t.jsonl"),), search=SearchSection(dtype="float32")
     )
     g = make_genome(study, 4)
     for sibling, name in [(None, "base"), (0, "one"), (1, "two")]:

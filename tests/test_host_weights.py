@@ -12,7 +12,7 @@ from safetensors import safe_open
 from evomerge.answering.vllm.host_weights import HostWeights, host_weights_of
 from evomerge.errors import EngineError
 from evomerge.merging.build import build_model
-from evomerge.merging.checkpoints.model_folder import open_model
+from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.live import LiveModel
 from evomerge.recipe import task_arithmetic_recipe
 

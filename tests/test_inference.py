@@ -1,5 +1,6 @@
 """Tasks in, answers out: order, exact texts, and going on after a kill at any moment."""
 
+import errno
 import json
 import os
 import resource
@@ -268,12 +269,16 @@ except OutputError as error: sys.exit(str(error))
     assert len(engine.prompts) == COUNT - len(survived)
 
 
-def test_no_space_for_the_final_file_keeps_the_part(tmp_path):
+def test_no_space_for_the_final_file_keeps_the_part(tmp_path, monkeypatch):
+    def full(*_args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     out = tmp_path / "a.jsonl"
-    (tmp_path / "a.jsonl.tmp").mkdir()
-    with pytest.raises(OutputError, match=f"{COUNT} of {COUNT} answers are kept"):
-        run_inference(ReversingEngine(), marked(), some_tasks(), out)
-    (tmp_path / "a.jsonl.tmp").rmdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", full)
+        with pytest.raises(OutputError, match=f"{COUNT} of {COUNT} answers are kept"):
+            run_inference(ReversingEngine(), marked(), some_tasks(), out)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl.part"]
     run_inference(ReversingEngine(fail_at=0), marked(), some_tasks(), out)
     assert rows(out) == expected(some_tasks())
 

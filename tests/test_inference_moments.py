@@ -209,7 +209,7 @@ def test_a_round_of_other_settings_is_asked_anew(tmp_path):
     def asks(penalty, stop=False):
         def step(run, chosen):
             asked = {
-                i: replace(p, settings=replace(p.settings, repetition_penalty=penalty))
+                i: replace(p, settings=p.settings.replace(repetition_penalty=penalty))
                 for i, p in enumerate(run.prompts)
             }
             run.ask(asked, "check 1")

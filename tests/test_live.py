@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 from evomerge.errors import EngineError, ModelError, RecipeError
 from evomerge.merging import placement as resident
 from evomerge.merging.build import build_model
-from evomerge.merging.checkpoints.model_folder import open_model
+from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.live import LiveModel
 from evomerge.merging.methods import fused
-from evomerge.merging.methods.functions import combine_into
+from evomerge.merging.methods.deltas import add_weighted_into
 from evomerge.merging.stream import merged_tensors, open_recipe
 from evomerge.recipe import Recipe, task_arithmetic_recipe
 
@@ -201,7 +201,7 @@ def test_a_candidate_that_was_interrupted_leaves_no_trace(family, monkeypatch):
         out.fill_(float("nan"))
         if next(count) == 5:
             raise KeyboardInterrupt
-        combine_into(out, base, delta, weight)
+        add_weighted_into(out, base, delta, weight)
 
     kernel = fused.kernel
     monkeypatch.setattr(fused, "kernel", lambda *_: interrupted)
@@ -239,7 +239,9 @@ def test_a_gpu_s_tensors_wait_on_the_host_when_the_gpu_is_full(monkeypatch):
     each.
     """
     gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
-    slots = {f"model.layers.{i}.w": resident.Slot(gpu, torch.bfloat16, 1000) for i in range(10)}
+    slots = {
+        f"model.layers.{i}.w": resident.LiveParameter(gpu, torch.bfloat16, 1000) for i in range(10)
+    }
     free = {gpu: 5 * 4000 / resident.SHARE, cpu: 3 * 4000 / resident.SHARE}
     monkeypatch.setattr(resident, "free_bytes", lambda device: free[device])
     nowhere = SimpleNamespace()
@@ -347,9 +349,9 @@ def test_a_live_model_keeps_its_layers_in_place(family, slices):
 def test_the_compiled_kernel_gives_the_plain_one_s_bits(monkeypatch):
     """Where this machine can compile; a model below WORTH_IT never waits for it."""
     cpu = torch.device("cpu")
-    assert fused.kernel(cpu, torch.bfloat16, fused.WORTH_IT - 1) is combine_into
+    assert fused.kernel(cpu, torch.bfloat16, fused.WORTH_IT - 1) is add_weighted_into
     kernel = fused.kernel(cpu, torch.bfloat16, fused.WORTH_IT)
-    if kernel is combine_into:
+    if kernel is add_weighted_into:
         pytest.skip("this machine has no compiler")
     generator = torch.Generator().manual_seed(0)
     for shape in [(1,), (7,), (64, 33), (1000, 129)]:
@@ -360,7 +362,7 @@ def test_the_compiled_kernel_gives_the_plain_one_s_bits(monkeypatch):
         for weight in (0.0, -0.7, 1.0, 1.9):
             out, wanted = torch.empty_like(base), torch.empty_like(base)
             kernel(out, base, delta, weight)
-            combine_into(wanted, base, delta, weight)
+            add_weighted_into(wanted, base, delta, weight)
             assert not differing({"": out}, {"": wanted})
 
 
@@ -371,6 +373,8 @@ def test_without_a_compiler_the_plain_kernel_is_used(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda *_args, **_kwargs: broken)
     fused._compiled.cache_clear()
     try:
-        assert fused.kernel(torch.device("cpu"), torch.bfloat16, fused.WORTH_IT) is combine_into
+        assert (
+            fused.kernel(torch.device("cpu"), torch.bfloat16, fused.WORTH_IT) is add_weighted_into
+        )
     finally:
         fused._compiled.cache_clear()

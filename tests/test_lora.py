@@ -11,8 +11,10 @@ from merging_tools import differing, load_all, same_bits
 from safetensors.torch import load_file, save_file
 
 from evomerge.errors import ModelError
-from evomerge.merging.checkpoints.lora import EMBED, HEAD, embedding, linear, open_lora
-from evomerge.merging.checkpoints.model_folder import ModelFolder, open_model
+from evomerge.merging.checkpoints.lora import add_to_embedding, add_to_linear
+from evomerge.merging.checkpoints.lora_plan import open_lora
+from evomerge.merging.checkpoints.model_folder import EMBED, HEAD, ModelFolder
+from evomerge.merging.checkpoints.open_model import open_model
 
 PREFIX = "base_model.model."
 Q = "model.layers.0.self_attn.q_proj"
@@ -239,8 +241,12 @@ def test_a_lora_by_its_formula(tmp_path, dtype, rslora):
 def test_an_embeddings_delta_is_rounded_before_the_sum():
     weight, a, b = noise(50, 32).bfloat16(), noise(4, 50, seed=1), noise(32, 4, seed=2)
     delta = ((b @ a).T * 1.5).bfloat16()
-    assert same_bits(embedding(weight, a, b, 1.5), (weight.float() + delta.float()).bfloat16())
-    assert not torch.equal(embedding(weight, a, b, 1.5), linear(weight, b.T, a.T, 1.5))
+    assert same_bits(
+        add_to_embedding(weight, a, b, 1.5), (weight.float() + delta.float()).bfloat16()
+    )
+    assert not torch.equal(
+        add_to_embedding(weight, a, b, 1.5), add_to_linear(weight, b.T, a.T, 1.5)
+    )
 
 
 def test_dora_by_its_formula():
@@ -257,8 +263,8 @@ def test_dora_by_its_formula():
     direction = weight.double() + 1.5 * (b.double() @ a.double())
     by_row = rows[:, None] * direction / direction.norm(dim=1, keepdim=True)
     by_column = columns * direction / direction.norm(dim=0, keepdim=True)
-    torch.testing.assert_close(linear(weight, a, b, 1.5, rows), by_row.float())
-    torch.testing.assert_close(embedding(weight, b.T, a.T, 1.5, columns), by_column.float())
+    torch.testing.assert_close(add_to_linear(weight, a, b, 1.5, rows), by_row.float())
+    torch.testing.assert_close(add_to_embedding(weight, b.T, a.T, 1.5, columns), by_column.float())
 
 
 def test_a_tensor_is_computed_when_asked_for(folder, tmp_path):
@@ -343,8 +349,8 @@ BAD = {
         {"modules_to_save": ["lm_head"]},
         "`modules_to_save` names lm_head",
     ),
-    "another kind": (None, {"peft_type": "IA3"}, "no LoRA .*IA3"),
-    "no kind": (None, {"peft_type": None}, "the adapter is no LoRA"),
+    "another kind": (None, {"peft_type": "IA3"}, "not a LoRA .*IA3"),
+    "no kind": (None, {"peft_type": None}, "the adapter is not a LoRA"),
     "target_parameters": (
         None,
         {"target_parameters": ["x"]},
@@ -376,7 +382,7 @@ BAD = {
         {"use_dora": True},
         "it lacks a LoRA for model.layers.1.self_attn.q_proj",
     ),
-    "no rank": (None, {"r": None}, "`r` or `lora_alpha` of .*q_proj is no number"),
+    "no rank": (None, {"r": None}, "`r` or `lora_alpha` of .*q_proj is not a number"),
     "a pattern of another kind": (None, {"rank_pattern": [1]}, "`rank_pattern`"),
     "layers of another kind": (None, {"layers_to_transform": ["0"]}, "`layers_to_transform`"),
     "a pattern that is none": (None, {"alpha_pattern": {"(": 1}}, "`alpha_pattern`"),

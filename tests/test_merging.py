@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from evomerge.errors import InputError, ModelError, OutputError, RecipeError, UnsupportedRecipe
 from evomerge.merging.build import build_model, parse_size
-from evomerge.merging.checkpoints.model_folder import check_fit, open_model
+from evomerge.merging.checkpoints.compatibility import check_fit
+from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.layout import Layout
 from evomerge.merging.stream import merged_tensors, open_recipe
 from evomerge.recipe import Recipe, task_arithmetic_recipe
@@ -55,7 +56,7 @@ def test_the_first_slice_rules_the_embedding_and_the_last_the_head(family):
     recipe = task_arithmetic_recipe(str(family / "base"), [str(family / "one")], SLICES, rows)
     layout = Layout(recipe, 4)
     weights = {
-        n: layout.how(n).weights[0]
+        n: layout.plan(n).weights[0]
         for n in (
             "model.embed_tokens.weight",
             "model.layers.2.mlp.up_proj.weight",
@@ -67,7 +68,7 @@ def test_the_first_slice_rules_the_embedding_and_the_last_the_head(family):
 
 
 def test_a_slice_that_passes_the_end_is_refused():
-    with pytest.raises(RecipeError, match="passes"):
+    with pytest.raises(RecipeError, match="ends past the model"):
         Layout(task_arithmetic_recipe("b", ["s"], [(0, 5)], [[1.0]]), 4)
 
 
@@ -158,7 +159,7 @@ def test_architectures_that_the_rules_do_not_cover(family):
         "model.layers.4.mlp.up_proj.weight",
     ):
         with pytest.raises(ModelError if "layers.4" in name else UnsupportedRecipe, match=name):
-            layout.place(name)
+            layout.position(name)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

@@ -11,7 +11,8 @@ from mergekit_server import mergekit
 from merging_tools import same_bits
 from method_cases import UNIT, WEIGHTED, Case, cases, make_tensors, seeded
 
-from evomerge.merging.methods import functions as methods
+from evomerge.merging.methods import thinning
+from evomerge.merging.methods.deltas import add_weighted_into, differences, task_arithmetic, ties
 
 # below the smallest normal number: absolute
 TINY = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24, torch.float32: 2.0**-149}
@@ -111,7 +112,7 @@ def test_the_formula_in_float64(name):
             # which numbers stay is test_trim's; the sign of 0 does not matter here
             if name == "ties":
                 delta = case.tensors[i + 1] - case.tensors[0]
-                kept = exact([methods.trim(delta, density, case.rescale)])[0] != 0
+                kept = exact([thinning.trim(delta, density, case.rescale)])[0] != 0
             elif name == "task_arithmetic" or density == 1:
                 continue
             else:
@@ -166,7 +167,7 @@ def test_a_sum_of_zero_elects_plus(case):
     kept = (
         exact(
             [
-                methods.trim(x - case.tensors[0], p)
+                thinning.trim(x - case.tensors[0], p)
                 for x, p in zip(case.tensors[1:], case.densities, strict=True)
             ]
         )
@@ -174,9 +175,8 @@ def test_a_sum_of_zero_elects_plus(case):
     )
     deltas = (np.asarray(siblings) - base) * kept
     out, _, _ = combined(base, deltas, case.weights[1:], True, False, 1.0, 0.0)
-    ours = methods.ties(
-        case.tensors[0], case.tensors[1:], case.weights[1:], case.densities, normalize=False
-    )
+    all_deltas = differences(case.tensors[0], case.tensors[1:])
+    ours = ties(case.tensors[0], all_deltas, case.weights[1:], case.densities, normalize=False)
     assert torch.equal(ours.reshape(-1), torch.tensor(out).to(case.dtype))
 
 
@@ -249,7 +249,7 @@ def test_trim_keeps_the_largest(case):
     """As many as asked for, and nothing that is smaller than what went."""
     delta = case.tensors[1] - case.tensors[0]
     density = case.densities[0]
-    out, size = exact([methods.trim(delta, density)])[0], np.abs(exact([delta])[0])
+    out, size = exact([thinning.trim(delta, density)])[0], np.abs(exact([delta])[0])
     if not size.size:
         return
     kept = size.size if density == 1 else max(1, int(density * size.size))
@@ -266,7 +266,7 @@ def test_drop_keeps_a_share_and_the_size(dtype, density):
     within roundings.
     """
     delta = make_tensors("noise", (300, 333), dtype, 0, 1)[0]
-    out = exact([methods.drop(delta, density, seeded(0))])[0]
+    out = exact([thinning.drop(delta, density, seeded(0))])[0]
     size = np.abs(exact([delta])[0])
     share = np.count_nonzero(out) / np.count_nonzero(size)
     assert (
@@ -282,14 +282,14 @@ def test_fp16_neither_divides_by_zero_nor_overflows():
     """
     base, one, two = make_tensors("far", (70001,), torch.float16, 2, 0)
     plain, normal = (
-        methods.task_arithmetic(base, [one, two], [0.5, -0.5], normalize)
+        task_arithmetic(base, differences(base, [one, two]), [0.5, -0.5], normalize)
         for normalize in (False, True)
     )
     assert normal.isfinite().all()
     assert same_bits(plain, normal)
     delta = one - base
     before, kept = (
-        np.abs(exact([x])).sum() for x in (delta, methods.trim(delta, 0.3, rescale=True))
+        np.abs(exact([x])).sum() for x in (delta, thinning.trim(delta, 0.3, rescale=True))
     )
     assert before > 65504
     assert abs(kept / before - 1) < 4 * UNIT[torch.float16]
@@ -300,5 +300,5 @@ def test_fp16_neither_divides_by_zero_nor_overflows():
 def test_in_place_is_the_same(case):
     base, sibling = case.tensors[0] + 0.0, case.tensors[1]
     out = torch.full_like(base, 9.0)
-    methods.combine_into(out, base, sibling - base, case.weights[0])
-    assert same_bits(out, methods.task_arithmetic(base, [sibling], case.weights[:1]))
+    add_weighted_into(out, base, sibling - base, case.weights[0])
+    assert same_bits(out, task_arithmetic(base, [sibling - base], case.weights[:1]))

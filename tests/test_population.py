@@ -15,7 +15,7 @@ from evomerge.answering.hf.engine import TransformersEngine
 from evomerge.answering.hf.population import PopulationModel, pays, suits
 from evomerge.answering.hf.sampling import SamplingParams
 from evomerge.errors import RecipeError
-from evomerge.merging.checkpoints.model_folder import open_model
+from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.live import LiveModel
 from evomerge.merging.stream import MergePlan, merged_tensors, open_recipe
 from evomerge.recipe import Recipe, task_arithmetic_recipe
@@ -292,7 +292,7 @@ def test_bf16_is_as_near_to_the_exact_merge_as_the_merged_model(tmp_path):
     exact = AutoModelForCausalLM.from_pretrained(family / "base", dtype=torch.float64)
     errors = []
     for recipe, row in zip(recipes, ours, strict=True):
-        hows = MergePlan(recipe, open_recipe(recipe)).hows
+        hows = MergePlan(recipe, open_recipe(recipe)).tensors
         exact.load_state_dict({n: base[n] + hows[n].weights[0] * (one[n] - base[n]) for n in base})
         wanted = last_logits(exact, lambda: exact(torch.tensor([PROMPTS[2]])))[0]
         live.apply(recipe)

@@ -89,7 +89,7 @@ def test_settings_of_a_class_go_before_those_of_the_run():
     asked = prompter(base(**own), generation=run)
     calculation, poem = asked.prepare(["1と2と3と4", "海の詩だ"])
     assert calculation.settings == GenerationSection(
-        20, do_sample=False, temperature=0.9, repetition_penalty=1.2
+        max_new_tokens=20, do_sample=False, temperature=0.9, repetition_penalty=1.2
     )
     assert poem.settings == run
     assert asked.settings([calculation, poem]) == [calculation.settings, run]

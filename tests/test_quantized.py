@@ -18,7 +18,7 @@ from evomerge.answering.hf.loading import load_model
 from evomerge.errors import EngineError
 from evomerge.merging import quantized
 from evomerge.merging.build import build_model
-from evomerge.merging.checkpoints.model_folder import open_model
+from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.live import LiveModel
 from evomerge.recipe import Recipe
 from evomerge.study import EngineSection

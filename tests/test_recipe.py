@@ -85,10 +85,10 @@ def test_bad_recipes(change, words):
         ([0.0, "inf"], ["not finite"]),
         ([{"filter": "mlp", "value": [1, float("nan")]}], ["not finite"]),
         (3.4e38, ["infinite in bfloat16"]),
-        (10**400, ["no number"]),
-        ("half", ["no number", "half"]),
-        (None, ["no number"]),
-        ([], ["no number"]),
+        (10**400, ["not a number"]),
+        ("half", ["not a number", "half"]),
+        (None, ["not a number"]),
+        ([], ["not a number"]),
         ([0.5, {"filter": "mlp", "value": 1}], ["{filter, value}"]),
         ({"filter": "mlp"}, ["{filter, value}"]),
         ({"filter": 3, "value": 1}, ["{filter, value}"]),
@@ -117,7 +117,7 @@ def test_sources_as_mergekit_wants_them():
     with pytest.raises(RecipeError, match="base is not among"):
         Recipe.from_dict(data)
     data["slices"][0]["sources"] = [*sources, sources[0]]
-    with pytest.raises(RecipeError, match="stands twice"):
+    with pytest.raises(RecipeError, match="listed twice"):
         Recipe.from_dict(data)
     sources[0]["layer_range"] = [0, 3]
     data["slices"][0]["sources"] = sources

@@ -36,7 +36,7 @@ def label(plan, name):
     """By what mergekit orders its tensors: the last of the names under which they lie in the
     models.
     """
-    return max(source for _, source in plan.hows[name].inputs)
+    return max(source for _, source in plan.tensors[name].inputs)
 
 
 def drawn_elsewhere(recipe):
@@ -46,7 +46,7 @@ def drawn_elsewhere(recipe):
     on the slots of a hash table.
     """
     plan = MergePlan(recipe, open_recipe(recipe))
-    drawn = [name for name in plan.names if plan.hows[name].draws]
+    drawn = [name for name in plan.names if plan.tensors[name].draws]
     times = Counter(label(plan, name) for name in drawn)
     return {name for name in drawn if times[label(plan, name)] > 1}
 

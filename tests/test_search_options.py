@@ -203,7 +203,9 @@ def test_money_ends_a_search(tmp_path):
     judge = QualityJudge()
     type(judge).cost = property(lambda self: self.graded * 0.01)
     try:
-        search, _, _ = make_search(tmp_path, make_study(trials=24, max_cost=3.0), judge=judge)
+        search, _, _ = make_search(
+            tmp_path, make_study(trials=24, max_cost=3.0, hourly_price=1e-9), judge=judge
+        )
         search.run()
     finally:
         del type(judge).cost

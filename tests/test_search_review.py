@@ -5,11 +5,11 @@ killed verdicts, changed files.
 import json
 import re
 from contextlib import suppress
-from dataclasses import replace
 from io import StringIO
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from search_tools import LAYERS, Cut, QualityJudge, TaskEngine, make_search, make_study
 
 from evomerge.console import Console
@@ -30,7 +30,7 @@ def candidates(search):
 
 
 def right_or_wrong(study):
-    return replace(study, judge=JudgeSection(kind="rules", metric="correct"))
+    return study.replace(judge=JudgeSection(kind="rules", metric="correct"))
 
 
 class ClosedJudge(QualityJudge):
@@ -147,7 +147,12 @@ def test_two_tasks_do_not_make_a_trial_beat_the_mean():
 
 @pytest.mark.parametrize("source", ["a/b", "../x", "second"])
 def test_a_source_study_that_cannot_be_one_is_refused(tmp_path, source):
-    study = make_study("second", source_study=source)
+    with pytest.raises(ValidationError, match="source_study"):
+        make_study("second", source_study=source)
+    # nor where it was not validated
+    study = make_study("second")
+    section = study.search.model_copy(update={"source_study": source})
+    study = study.model_copy(update={"search": section})
     search, _, _ = make_search(tmp_path, study)
     with pytest.raises(EvomergeError):
         _start_from_source(

@@ -171,7 +171,7 @@ def test_settings_of_the_next_attempt():
         64,
         1.0,
     )
-    assert retry_settings(("cut",), PLAIN, 1) == replace(PLAIN, max_new_tokens=128, seed=first.seed)
+    assert retry_settings(("cut",), PLAIN, 1) == PLAIN.replace(max_new_tokens=128, seed=first.seed)
     assert retry_settings(("cut",), PLAIN, 2).max_new_tokens == 256
     loop = retry_settings(("cut", "repetitive"), PLAIN, 1)
     assert (loop.max_new_tokens, loop.repetition_penalty, loop.do_sample) == (64, 1.1, False)
@@ -183,20 +183,16 @@ def test_settings_of_the_next_attempt():
     ]
     assert retry_settings(("repetitive",), PLAIN, 2).do_sample
     assert (
-        retry_settings(
-            ("repetitive",), replace(PLAIN, repetition_penalty=0.9), 1
-        ).repetition_penalty
+        retry_settings(("repetitive",), PLAIN.replace(repetition_penalty=0.9), 1).repetition_penalty
         == 1.1
     )
     # never lowered
     assert (
-        retry_settings(
-            ("repetitive",), replace(PLAIN, repetition_penalty=1.5), 1
-        ).repetition_penalty
+        retry_settings(("repetitive",), PLAIN.replace(repetition_penalty=1.5), 1).repetition_penalty
         == 1.5
     )
     assert retry_settings(("language",), PLAIN, 1).do_sample
-    warm = replace(PLAIN, do_sample=True, temperature=0.2, seed=5)
+    warm = PLAIN.replace(do_sample=True, temperature=0.2, seed=5)
     again = [retry_settings(("empty",), warm, k) for k in (1, 2)]
     assert [s.temperature for s in again] == [0.2, 0.2]
     assert len({5, *(s.seed for s in again)}) == 3
@@ -241,7 +237,7 @@ def test_samples_differ_in_their_seeds():
         (True, 0.7, 0.95, 64)
     }
     assert len({s.seed for s in others}) == 3
-    own = replace(PLAIN, do_sample=True, temperature=1.2, top_p=0.5)
+    own = PLAIN.replace(do_sample=True, temperature=1.2, top_p=0.5)
     assert [(s.temperature, s.top_p) for s in samples(2, own)] == [(1.2, 0.5)] * 2
     assert samples(1, PLAIN) == [PLAIN]
 

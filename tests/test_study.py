@@ -1,8 +1,11 @@
+import re
+
 import pytest
 
 from evomerge.errors import StudyFileError
 from evomerge.genome.weights import make_genome
 from evomerge.study import Study, changed_keys, read_study
+from evomerge.study.section import Section
 
 MINIMAL = """
 genome:
@@ -51,7 +54,7 @@ def test_a_hub_name_stays_a_hub_name(tmp_path):
         (MINIMAL + "serch: {}\n", ["unknown key `serch`", "`search`"]),
         (MINIMAL + "search: {trails: 3}\n", ["`search.trails`", "`search.trials`"]),
         (MINIMAL + "search: {trials: many}\n", ["`search.trials`", "'many'"]),
-        (MINIMAL + "search: {trials: 0}\n", ["`search.trials`", "At least 1"]),
+        (MINIMAL + "search: {trials: 0}\n", ["`search.trials`", "at least 1"]),
         (MINIMAL + "search: {sigma: .nan}\n", ["`search.sigma`", "finite"]),
         (MINIMAL + "search: {start: 3}\n", ["`search.start`", "bounds"]),
         (MINIMAL + "search: {bounds: [1, 0]}\n", ["`search.bounds`"]),
@@ -101,6 +104,53 @@ def test_a_hub_name_stays_a_hub_name(tmp_path):
             ["NO_SUCH_VARIABLE", "genome.base_model"],
         ),
         (MINIMAL.replace("  models: [./instruct]\n", ""), ["`genome.models` is missing"]),
+        (MINIMAL.replace("[./instruct]", "[]"), ["`genome.models` is empty", "at least one"]),
+        (MINIMAL.replace("[./instruct]", "./a"), ["`genome.models` must be a list", "'./a'"]),
+        (MINIMAL + "judge: {1: x}\n", ["unknown key `judge.1`"]),
+        (MINIMAL + "engine: {vllm: {tensor: 1}}\n", ["`engine.vllm.tensor_parallel_size`"]),
+        (MINIMAL + "engine: {vllm: 3}\n", ["`engine.vllm` is not a mapping", "found: 3"]),
+        (MINIMAL + "search: {bounds: [1]}\n", ["`search.bounds`", "list of 2", "found: [1]"]),
+        (MINIMAL + "search: {uniform: [1, x]}\n", ["`search.uniform[1]`", "number", "'x'"]),
+        (MINIMAL + "search: {trials: true}\n", ["`search.trials`", "whole number", "True"]),
+        (MINIMAL + "search: {time_limit: soon}\n", ["`search.time_limit`", "'soon'", "55m"]),
+        (MINIMAL + "search: {max_cost: 3}\n", ["`search.max_cost`", "3.0", "hourly_price"]),
+        (MINIMAL + "search: {source_study: small}\n", ["`search.source_study`", "another"]),
+        (MINIMAL + "search: {subset: 8, ranking: all}\n", ["`search.subset`", "8", "race"]),
+        (
+            MINIMAL + "search: {population: 4, vectors: [[1], [2], [3], [4], [5]]}\n",
+            ["`search.population`", "4", "at least 5"],
+        ),
+        (
+            MINIMAL + "search: {ranking: race}\nengine: {population: true}\n",
+            ["`engine.population`", "race", "Remove it"],
+        ),
+        (
+            MINIMAL + "search: {start: 0.5}\nrandom_init: true\n",
+            ["`search.start`", "random_init", "0.5", "Remove it"],
+        ),
+        (
+            MINIMAL + "search: {warm_start: likelihood}\nrandom_init: true\n",
+            ["`random_init`", "search.warm_start", "Remove it"],
+        ),
+        (MINIMAL + "judge: {kind: learned}\n", ["`judge.file` is missing", "judge fit"]),
+        (MINIMAL + "judge: {kind: local}\n", ["`judge.model` is missing"]),
+        (MINIMAL + "judge: {file: x.json}\n", ["`judge.file`", "x.json", "`kind: learned`"]),
+        (
+            MINIMAL + "judge: {kind: llm, template: 'no {input}'}\n",
+            ["`judge.template`", "{answer}"],
+        ),
+        (MINIMAL + "judge: {kind: llm, max_cost: 5}\n", ["`judge.max_cost`", "judge.input_price"]),
+        (MINIMAL + "judge: {kind: llm, metric: correct}\n", ["`judge.metric`", "Use grade"]),
+        (MINIMAL + "prompt: {template: '{input}'}\n", ["`prompt.template`", "`format: template`"]),
+        (MINIMAL + "prompt: {default_class: x}\n", ["`prompt.default_class`", "prompt.knowledge"]),
+        (MINIMAL + "generation: {stop: ['']}\n", ["`generation.stop`", "['']", "empty"]),
+        (MINIMAL + "objective: {grade: 0}\n", ["`objective`", "weight"]),
+        (
+            MINIMAL + "engine: {kind: vllm}\nobjective: {likelihood: 1}\n",
+            ["`objective.likelihood`", "engine.kind: transformers"],
+        ),
+        (MINIMAL + "    dataset: x\n", ["`tasks[0]`", "exactly one", "'x'"]),
+        (MINIMAL + "study: a b\n", ["`study`", "'a b'", "letters"]),
         ("just a text", ["not a mapping"]),
         ("a: [1", ["not valid YAML"]),
     ],
@@ -186,3 +236,23 @@ def test_a_study_from_before_the_newer_keys_goes_on(tmp_path):
 def test_slices_must_divide_the_layers(tmp_path):
     with pytest.raises(StudyFileError, match="does not divide"):
         make_genome(read_study(write(tmp_path, MINIMAL)), 5)
+
+
+def limited():
+    """(dotted key, a value out of its range) for every limit of every section."""
+    for name, field in Study.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, Section):
+            for key, entry in section.model_fields.items():
+                for limit in entry.metadata:
+                    for kind, step in (("gt", 0), ("ge", -1), ("lt", 0), ("le", 1)):
+                        if hasattr(limit, kind):
+                            yield f"{name}.{key}", getattr(limit, kind) + step
+
+
+@pytest.mark.parametrize(("key", "value"), limited())
+def test_every_limit_is_told_with_its_key_the_value_and_what_to_write(tmp_path, key, value):
+    with pytest.raises(StudyFileError) as caught:
+        read_study(write(tmp_path, MINIMAL), [f"{key}={value}"])
+    text = rf"small\.yaml: `{key}` is out of range \(found: {value}\)\. Use .*\d.*"
+    assert re.fullmatch(f".*{text}", str(caught.value))

@@ -22,7 +22,7 @@ from evomerge.answering.choose import make_engine
 from evomerge.answering.engine import Answer, EngineSpec
 from evomerge.errors import EngineError, RecipeError
 from evomerge.merging.build import build_model
-from evomerge.merging.checkpoints.model_folder import open_model
+from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.recipe import Recipe, task_arithmetic_recipe
 from evomerge.study import EngineSection, GenerationSection, VllmSection
 

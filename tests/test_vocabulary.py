@@ -22,10 +22,10 @@ from vocabulary_tools import (
 )
 
 from evomerge.errors import InputError, ModelError, RecipeError
-from evomerge.merging.checkpoints.model_folder import open_model
-from evomerge.merging.methods.functions import task_arithmetic
-from evomerge.merging.tokens import Rule
-from evomerge.merging.vocabulary import Vocabulary, make_vocabulary
+from evomerge.merging.checkpoints.open_model import open_model
+from evomerge.merging.methods.deltas import task_arithmetic
+from evomerge.merging.vocabulary.alignment import Vocabulary, make_vocabulary
+from evomerge.merging.vocabulary.tokenizers import Rule
 
 MODELS = ("two", "base", "one", "three", "four")  # a slice's order, the base inside it
 
@@ -101,7 +101,9 @@ def test_mergekit_s_stored_output(shared, tmp_path):
     for name, piece in zip(EMBEDDINGS, (recipe["slices"][0], recipe["slices"][-1]), strict=True):
         aligned = vocabulary.align({ref: model.get_tensor(name) for ref, model in models.items()})
         merged = task_arithmetic(
-            aligned["base"], [aligned["instruct"]], [piece["sources"][0]["parameters"]["weight"]]
+            aligned["base"],
+            [aligned["instruct"] - aligned["base"]],
+            [piece["sources"][0]["parameters"]["weight"]],
         )
         assert same_bits(merged, expected[name]), name
     vocabulary.save(tmp_path)
@@ -233,9 +235,9 @@ def test_tokens_past_the_embeddings_are_refused_where_they_are_needed(three):
     union = make_vocabulary(section(), "base", models)
     assert "r" not in union.tokens  # number 3 of 3 rows, and no other model has it
     own = make_vocabulary(section("two"), "base", models)
-    own.check(["base"])
+    own.check_rules(["base"])
     with pytest.raises(RecipeError, match="two: token 'r' has a number past the end"):
-        own.check(["base", "two"])
+        own.check_rules(["base", "two"])
 
 
 def test_a_damaged_model_is_refused_in_a_line(three, tmp_path):

@@ -20,9 +20,10 @@ from vocabulary_tools import EMBEDDINGS, adding, byte_pairs, save_with, section,
 
 from evomerge.cli import main
 from evomerge.errors import RecipeError
-from evomerge.merging.checkpoints.model_folder import open_model
-from evomerge.merging.methods.functions import linear, task_arithmetic
-from evomerge.merging.vocabulary import make_vocabulary
+from evomerge.merging.checkpoints.open_model import open_model
+from evomerge.merging.methods.averaging import linear
+from evomerge.merging.methods.deltas import differences, task_arithmetic
+from evomerge.merging.vocabulary.alignment import make_vocabulary
 
 SCRIPT = shutil.which("mergekit-yaml")
 PYTHON = os.environ.get("EVOMERGE_MERGEKIT_PYTHON") or (
@@ -210,9 +211,8 @@ def merge(name, models, rows):
     if base is None:
         return linear([rows[f"./{ref}"] for ref in models], [weight(ref) for ref in models])
     siblings = [ref for ref in models if ref != base]
-    return task_arithmetic(
-        rows[f"./{base}"], [rows[f"./{ref}"] for ref in siblings], [weight(ref) for ref in siblings]
-    )
+    deltas = differences(rows[f"./{base}"], [rows[f"./{ref}"] for ref in siblings])
+    return task_arithmetic(rows[f"./{base}"], deltas, [weight(ref) for ref in siblings])
 
 
 @pytest.mark.parametrize("name", CASES)

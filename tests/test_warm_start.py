@@ -25,7 +25,7 @@ from evomerge.answering.hf.references import batches, likelihoods, make_pair
 from evomerge.answering.prompts import Prompter
 from evomerge.errors import StudyFileError
 from evomerge.genome.weights import Genome
-from evomerge.merging.checkpoints.model_folder import open_model
+from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.live import LiveModel
 from evomerge.searching import warm_start as warm_start_module
 from evomerge.searching.warm_start import Step, check_warm_start, drawn, scales, walked, warm_start

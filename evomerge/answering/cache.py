@@ -10,7 +10,7 @@ import json
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, astuple
+from dataclasses import astuple
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ class AnswerCache:
         """SHA-256 of scope, mode, recipe digest, the batch's prompts and their own settings."""
         parts: list[object] = [self.scope, mode, recipe, list(prompts)]
         if settings is not None:
-            parts.append([asdict(own) for own in settings])
+            parts.append([own.model_dump() for own in settings])
         return sha256(json.dumps(parts).encode()).hexdigest()
 
     def get(self, key: str, count: int | None = None) -> list[Answer] | None:

@@ -190,12 +190,13 @@ class Prompter:
                 most = min(most, self.longest)
             if self.context is not None:  # half of a small context is for the prompt
                 most = min(most, max(1, self.context // 2))
-            own = replace(own, max_new_tokens=most)
+            own = own.replace(max_new_tokens=most)
         if kind.repetition_penalty is not None:
-            own = replace(own, repetition_penalty=kind.repetition_penalty)
+            own = own.replace(repetition_penalty=kind.repetition_penalty)
         if kind.temperature is not None:
-            own = replace(own, do_sample=kind.temperature > 0)
-            own = replace(own, temperature=kind.temperature or own.temperature)
+            own = own.replace(
+                do_sample=kind.temperature > 0, temperature=kind.temperature or own.temperature
+            )
         return own
 
     def _fitted(self, prompts: Sequence[Prompt]) -> list[Prompt]:

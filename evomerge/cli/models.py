@@ -1,4 +1,4 @@
-"""merge, demo: what needs no study."""
+"""merge, demo, schema: what needs no study."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from evomerge.console import Console
 
 
 def model_commands(commands: Commands) -> None:
-    """merge, demo."""
+    """merge, demo, schema."""
     p = add_command(
         commands,
         "merge",
@@ -38,6 +38,9 @@ def model_commands(commands: Commands) -> None:
         commands, "demo", demo, "build the tiny pair and its tasks", "evomerge demo demo/"
     )
     p.add_argument("out", type=Path, metavar="DIR")
+
+    does = "print the JSON Schema of study files, for editors that complete and check YAML"
+    add_command(commands, "schema", schema, does, "evomerge schema > study.schema.json")
 
 
 def merge(args: argparse.Namespace) -> None:
@@ -75,3 +78,10 @@ def demo(args: argparse.Namespace) -> None:
     console = Console()
     build_demo(args.out, progress=console.status)
     console.say(f"the demo pair and its tasks are in {args.out}")
+
+
+def schema(args: argparse.Namespace) -> None:
+    """The study file's JSON Schema on stdout."""
+    from evomerge.study import study_schema
+
+    print(study_schema())

@@ -103,12 +103,14 @@ def build(recipe: object, out: Path, shard_size: str, text: str, random_seed: in
     """
     from evomerge.merging.build import build_model
     from evomerge.recipe import Recipe
+    from evomerge.reporting.card import model_card
 
     assert isinstance(recipe, Recipe)
     console = Console()
     build_model(
         recipe,
         out,
+        write_card=model_card,
         recipe_text=text,
         shard_size=shard_size,
         random_seed=random_seed,

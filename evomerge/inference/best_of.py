@@ -37,11 +37,11 @@ def samples(n: int, settings: GenerationSection) -> list[GenerationSection]:
     drawn = (
         settings
         if settings.do_sample
-        else replace(settings, do_sample=True, temperature=TEMPERATURE, top_p=TOP_P)
+        else settings.replace(do_sample=True, temperature=TEMPERATURE, top_p=TOP_P)
     )
     return [
         settings,
-        *(replace(drawn, seed=(settings.seed or 0) + SEED_STEP * i) for i in range(1, n)),
+        *(drawn.replace(seed=(settings.seed or 0) + SEED_STEP * i) for i in range(1, n)),
     ]
 
 

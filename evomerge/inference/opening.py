@@ -5,7 +5,7 @@ server.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,11 +73,11 @@ def open_folder(ref: str, overrides: Sequence[str]) -> Opened:
     Raises ModelError.
     """
     from evomerge.merging.checkpoints.fingerprint import combined, fingerprint
-    from evomerge.merging.checkpoints.model_folder import open_model
+    from evomerge.merging.checkpoints.open_model import open_model
 
     folder = open_model(ref)
     dtype = str(folder.config.get("dtype") or folder.config.get("torch_dtype") or "bfloat16")
-    study = _seeded(overridden(_study((ref,), dtype, folder.config), overrides, USED))
+    study = _seeded(overridden(_study(dtype, folder.config), overrides, USED))
     return Opened(
         _engine(folder, [], study),
         study.prompt,
@@ -99,7 +99,7 @@ def open_yaml(path: Path, overrides: Sequence[str]) -> Opened:
     recipe = read_recipe(path)
     models = open_recipe(recipe)
     base, *siblings = models.values()
-    study = _seeded(overridden(_study(recipe.models, _dtype(recipe), base.config), overrides, USED))
+    study = _seeded(overridden(_study(_dtype(recipe), base.config), overrides, USED))
     # one model too is merged: scaled, or its layers moved
     engine = _engine(base, siblings or [base], study)
     engine.apply(recipe)
@@ -113,9 +113,7 @@ def open_server_at(
     """An OpenAI-compatible server. Raises InputError, ModelError, EngineError."""
     from evomerge.answering.servers.engine import CONCURRENCY, ServerEngine
 
-    study = overridden(
-        _study((model or "served",), "bfloat16"), overrides, ("prompt", "generation")
-    )
+    study = overridden(_study("bfloat16"), overrides, ("prompt", "generation"))
     engine = ServerEngine(
         url, model, study.generation, study.prompt.format == "chat", concurrency or CONCURRENCY
     )
@@ -155,7 +153,7 @@ def open_prompt(
 ) -> PromptSection:
     """The prompts alone, of a study or of none, without any model. Raises StudyError, InputError."""
     if url is None or name is None:
-        return overridden(_study(("-",), "bfloat16"), overrides, USED).prompt
+        return overridden(_study("bfloat16"), overrides, USED).prompt
     from evomerge.searching.session import load_finished
 
     return overridden(load_finished(url, name).study, overrides, USED).prompt
@@ -164,25 +162,22 @@ def open_prompt(
 def _seeded(study: Study) -> Study:
     """With the seed of the draws said: what answers again takes others from there."""
     own = study.generation.seed
-    return replace(
-        study, generation=replace(study.generation, seed=study.search.seed if own is None else own)
-    )
+    seed = study.search.seed if own is None else own
+    return study.replace(generation=study.generation.replace(seed=seed))
 
 
-def _study(models: tuple[str, ...], dtype: str, config: Mapping[str, Any] | None = None) -> Study:
-    """Settings alone: the defaults of a study file around models that nobody searches; answers
-    leave half of a small context.
-    """
-    study = Study(GenomeSection(models), (TaskSource(file="-"),), "inference")
+def _study(dtype: str, config: Mapping[str, Any] | None = None) -> Study:
+    """The defaults of a study file, without a search; answers leave half of a small context."""
+    # a study needs a genome; inference reads nothing of it
+    genome = GenomeSection(models=("-",), base_model="none")
+    study = Study(genome=genome, tasks=(TaskSource(file="-"),), study="inference")
     context = (config or {}).get("max_position_embeddings")
     if isinstance(context, int):
-        own = replace(
-            study.generation,
-            max_new_tokens=max(1, min(study.generation.max_new_tokens, context // 2)),
-        )
-        study = replace(study, generation=own)
-    engine = replace(study.engine, batch_size=BATCH_SIZE)
-    return replace(study, engine=engine, search=replace(study.search, dtype=dtype))  # type: ignore[arg-type]  # torch's names; others are refused there
+        longest = max(1, min(study.generation.max_new_tokens, context // 2))
+        study = study.replace(generation=study.generation.replace(max_new_tokens=longest))
+    # any of torch's names, not validated yet: `overridden` refuses those that are not supported
+    search = study.search.model_copy(update={"dtype": dtype})
+    return study.replace(engine=study.engine.replace(batch_size=BATCH_SIZE), search=search)
 
 
 def _engine(base: ModelFolder, siblings: Sequence[ModelFolder], study: Study) -> Engine:

@@ -7,7 +7,6 @@ has torn is cut off.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -16,6 +15,7 @@ from typing import Any
 
 from evomerge.answering.engine import Answer
 from evomerge.errors import InputError, OutputError
+from evomerge.files import ExclusiveLock, LockHeld, replace_durably
 
 # of the header's keys, in a message
 CALLED = {"model": "model or settings", "batches": "batch size"}
@@ -43,14 +43,15 @@ class Part:
                     "is no ordinary file", where=out, remedy="Name a file for the answers."
                 )
             out.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = self._locked()
             self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise self.error(error) from error
         try:
-            self._lock()
             self._resume(header)
         except BaseException:
             os.close(self.fd)
+            self._lock.release()
             raise
 
     def __enter__(self) -> Part:
@@ -58,6 +59,7 @@ class Part:
 
     def __exit__(self, *_: object) -> None:
         os.close(self.fd)
+        self._lock.release()
 
     @property
     def answers(self) -> dict[int, Answer]:
@@ -101,16 +103,17 @@ class Part:
             remedy=f"{kept}Free some space or change the folder's permissions, and run the same command again.",
         )
 
-    def _lock(self) -> None:
-        """The system lets go of the lock when the process ends, however it ends."""
+    def _locked(self) -> ExclusiveLock:
+        """The lock on the answers, which ends with the process. Raises OSError, OutputError."""
         try:
-            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            return ExclusiveLock(self.path.with_name(f"{self.path.name}.lock"))
+        except LockHeld as held:
             raise OutputError(
                 "another run is writing these answers",
                 where=self.path,
+                found=held.holder or None,
                 remedy="Wait for it, or name another --out.",
-            ) from error
+            ) from held
 
     def _resume(self, header: Mapping[str, str]) -> None:
         with os.fdopen(os.dup(self.fd), "rb") as file:
@@ -177,24 +180,8 @@ def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
 
 
 def replace(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write the rows beside `path` and rename, so that nobody ever sees half a file. Raises
-    OSError.
-    """
-    beside = path.with_name(path.name + ".tmp")
-    fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    try:
-        _write(fd, b"".join(map(_line, rows)))
-    except OSError:
-        beside.unlink()
-        raise
-    finally:
-        os.close(fd)
-    os.replace(beside, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename is durable before OUT.part goes
-    finally:
-        os.close(folder)
+    """Write a file whole; it is on the disk before OUT.part goes. Raises OSError."""
+    replace_durably(path, lambda file: file.write_bytes(b"".join(map(_line, rows))))
 
 
 def _write(fd: int, data: bytes) -> None:

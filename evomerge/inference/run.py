@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -88,7 +88,7 @@ class Run:
         places, prompts = list(asked), list(asked.values())
         # answers of a round to other prompts, or with other settings, are of another round
         if name != FIRST:
-            name = f"{name} {_hash([[p.text, asdict(p.settings)] for p in prompts])[:12]}"
+            name = f"{name} {_hash([[p.text, p.settings.model_dump()] for p in prompts])[:12]}"
         kept = self.part.of(name)
         texts, settings = [prompt.text for prompt in prompts], self.prompter.settings(prompts)
         batches = make_batches(self.engine, texts, settings)
@@ -191,7 +191,9 @@ def run_inference(
     texts, settings = [prompt.text for prompt in prompts], prompter.settings(prompts)
     header = {
         "tasks": _hash([[t.task_id, t.input] for t in tasks]),
-        "prompts": _hash(texts if settings is None else [texts, [asdict(own) for own in settings]]),
+        "prompts": _hash(
+            texts if settings is None else [texts, [own.model_dump() for own in settings]]
+        ),
         "model": _hash([model]),
         "batches": _hash(_checked_batches(engine, tasks, texts, settings)),
     }

@@ -80,18 +80,16 @@ def retry_settings(fault: Faults, settings: GenerationSection, attempt: int) -> 
     in a loop. repetitive: a repetition_penalty 0.1 higher with each attempt, at most 1.3, and from
     the second on also sampling.
     """
-    new = replace(settings, seed=(settings.seed or 0) + SEED_STEP * attempt)
+    new = settings.replace(seed=(settings.seed or 0) + SEED_STEP * attempt)
     if "cut" in fault and "repetitive" not in fault:
-        new = replace(new, max_new_tokens=settings.max_new_tokens * 2**attempt)
+        new = new.replace(max_new_tokens=settings.max_new_tokens * 2**attempt)
     if "repetitive" in fault:
         own = max(1.0, settings.repetition_penalty)
-        new = replace(
-            new,
+        new = new.replace(
             repetition_penalty=max(own, min(MOST_PENALTY, round(own + PENALTY_STEP * attempt, 4))),
         )
     if "empty" in fault or "language" in fault or ("repetitive" in fault and attempt > 1):
-        new = replace(
-            new,
+        new = new.replace(
             do_sample=True,
             temperature=settings.temperature if settings.do_sample else SAMPLING,
         )
@@ -173,7 +171,7 @@ def _again(run: Run, prompt: Prompt, fault: Faults, attempt: int) -> Prompt | No
     room = min(wanted, run.engine.context - length)
     if room < 1 or room <= before < wanted:
         return None
-    return replace(new, settings=replace(settings, max_new_tokens=room))
+    return replace(new, settings=settings.replace(max_new_tokens=room))
 
 
 def _loops(text: str, task: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Protocol
 
 from evomerge.console import parse_size, size
 from evomerge.errors import OutputError
@@ -13,7 +14,6 @@ from evomerge.merging.checkpoints.new_folder import check_new, new_folder
 from evomerge.merging.checkpoints.shards import Progress, plan_shards, total_size, write_shards
 from evomerge.merging.stream import MergePlan, open_recipe
 from evomerge.recipe import Recipe
-from evomerge.reporting.card import model_card
 
 __all__ = ["build_model", "parse_size"]
 COPIED = (
@@ -28,24 +28,30 @@ COPIED = (
 )
 # lists in config.json with an item for each layer
 BY_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
-SPARE = 20_000_000  # bytes for what is copied beside the weights
+SPARE = 20_000_000  # bytes for configuration and tokenizer
+
+
+class CardWriter(Protocol):
+    """Writes the model card, in Markdown: `evomerge.reporting.card.model_card` is one."""
+
+    def __call__(self, recipe: Recipe, name: str, *, recipe_text: str) -> str: ...
 
 
 def build_model(
     recipe: Recipe,
     out: str | Path,
     *,
+    write_card: CardWriter | None = None,
     recipe_text: str | None = None,
     shard_size: str | int = "5GB",
     random_seed: int = 0,
     progress: Progress | None = None,
 ) -> Path:
-    """Write the merged model to the new folder `out`; `progress` gets (bytes written, bytes in
-    all).
+    """Write the merged model to the new folder `out`, with a README.md where `write_card` is given.
 
-    Tensors are merged and written piece by piece, to a temporary folder beside it that is renamed
-    at the end. Raises InputError when `out` is there already, ModelError and RecipeError as the
-    merge does, OutputError on a full disk.
+    Tensors are merged and written in chunks, to a temporary folder that is renamed at the end;
+    `progress` gets (bytes written, bytes in all). Raises InputError when `out` exists, ModelError
+    and RecipeError as the merge does, OutputError on a full disk.
     """
     out = Path(out).absolute()
     limit = parse_size(shard_size)
@@ -55,7 +61,7 @@ def build_model(
     text = recipe.to_yaml() if recipe_text is None else recipe_text
     with new_folder(out) as unfinished:
         folder = unfinished.path
-        check_space(folder, total_size(shards) + SPARE)
+        check_space(out.parent, total_size(shards) + SPARE)
         write_shards(folder, plan, shards, progress)
         _write_config(plan, folder)
         if plan.vocabulary is None:
@@ -63,9 +69,9 @@ def build_model(
         else:
             plan.vocabulary.save(folder)
         (folder / "mergekit_config.yml").write_text(text, encoding="utf-8", newline="")
-        (folder / "README.md").write_text(
-            model_card(recipe, out.name, recipe_text=text), encoding="utf-8"
-        )
+        if write_card is not None:
+            card = write_card(recipe, out.name, recipe_text=text)
+            (folder / "README.md").write_text(card, encoding="utf-8")
     return out
 
 
@@ -75,7 +81,7 @@ def check_space(folder: Path, needed: int) -> None:
     if free < needed:
         raise OutputError(
             f"the merged model needs {size(needed)}, and {size(free)} are free",
-            where=folder.parent,
+            where=folder,
             remedy="Free some space.",
         )
 
@@ -85,14 +91,14 @@ def _write_config(plan: MergePlan, folder: Path) -> None:
     config = dict(plan.donor.config)
     dtype = plan.recipe.out_dtype or plan.recipe.dtype
     if dtype is not None:
-        for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]:
-            config[key] = dtype
+        if "torch_dtype" in config:
+            config["torch_dtype"] = dtype
+        if "dtype" in config or "torch_dtype" not in config:
+            config["dtype"] = dtype
     for setting in BY_LAYER:
-        if (
-            isinstance(config.get(setting), list)
-            and len(config[setting]) == config["num_hidden_layers"]
-        ):
-            config[setting] = [config[setting][layer] for layer in plan.layout.lenders]
+        values = config.get(setting)
+        if isinstance(values, list) and len(values) == config["num_hidden_layers"]:
+            config[setting] = [values[layer] for layer in plan.layout.lenders]
     config["num_hidden_layers"] = plan.layout.n_layers
     if plan.vocabulary is not None:
         config["vocab_size"] = plan.vocabulary.size

@@ -1,4 +1,4 @@
-"""Recipes that only mergekit itself can merge: handed to it, when it is installed beside evomerge."""
+"""Recipes that only mergekit can merge are handed to it, where it is installed as well."""
 
 from __future__ import annotations
 
@@ -15,6 +15,13 @@ from evomerge.errors import RunError
 from evomerge.merging.checkpoints.new_folder import check_new, new_folder
 
 MODULE = "mergekit.scripts.run_yaml"
+# `python -m MODULE` that holds a lock on its folder: it may outlive us, if we are killed
+LAUNCH = f"""
+import pathlib, runpy, sys
+from evomerge.files import ExclusiveLock
+with ExclusiveLock(pathlib.Path(sys.argv.pop(1))):
+    runpy.run_module({MODULE!r}, run_name="__main__", alter_sys=True)
+"""
 
 
 def is_installed() -> bool:
@@ -32,11 +39,10 @@ def merge_with_mergekit(
     random_seed: int = 0,
     status: Callable[[str], None] | None = None,
 ) -> Path:
-    """Let mergekit write the new folder `out`, which appears only when it is whole; `status` hears
-    that it still runs.
+    """Let mergekit write the new folder `out`, which appears only when it is complete.
 
-    Raises InputError when `out` is there already, RunError with the last line of what mergekit said
-    when it fails.
+    `status` gets a line every second. Raises InputError when `out` exists, RunError with the last
+    line of mergekit's output when it fails.
     """
     out = out.absolute()
     limit = parse_size(shard_size)  # plain bytes there too
@@ -45,8 +51,8 @@ def merge_with_mergekit(
         # the model card's title is the folder's name
         written = unfinished.path / ".mergekit" / out.name
         options = ["--out-shard-size", str(limit), "--random-seed", str(random_seed)]
-        command = [sys.executable, "-m", MODULE, str(config.absolute()), str(written), *options]
-        _run(command, unfinished.lock, status)
+        launch = [sys.executable, "-c", LAUNCH, str(unfinished.helper_lock)]
+        _run([*launch, str(config.absolute()), str(written), *options], status)
         for path in written.iterdir():
             path.rename(unfinished.path / path.name)
         written.rmdir()
@@ -54,29 +60,27 @@ def merge_with_mergekit(
     return out
 
 
-def _run(command: list[str], lock: int, status: Callable[[str], None] | None) -> None:
-    """The command holds the lock too: should we be killed, its folder is not taken for dead."""
+def _run(command: list[str], status: Callable[[str], None] | None) -> None:
     began = time.monotonic()
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        pass_fds=[lock],
         text=True,
         errors="replace",
     )
     try:
-        said: str | None = None
-        while said is None:
+        output: str | None = None
+        while output is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                said, _ = process.communicate(timeout=1)
-            if said is None and status is not None:
+                output, _ = process.communicate(timeout=1)
+            if output is None and status is not None:
                 status(f"mergekit is merging, {duration(time.monotonic() - began)}")
     finally:
         process.kill()
         process.wait()
     if process.returncode:
-        lines = [line.strip() for line in said.splitlines() if line.strip()]
+        lines = [line.strip() for line in output.splitlines() if line.strip()]
         last = lines[-1] if lines else f"exit status {process.returncode}"
         raise RunError(f"mergekit failed: {last}", remedy="Try it alone: mergekit-yaml CONFIG OUT.")

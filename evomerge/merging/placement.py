@@ -1,48 +1,45 @@
-"""Where base and siblings wait between candidates: on the device, in host memory, or on disk; and
-how they come from there.
-"""
+"""Where base and siblings wait between candidates: on the device, in host memory, or on disk."""
 
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import psutil
 import torch
 from torch import Tensor
 
 from evomerge.errors import EngineError
 from evomerge.merging.checkpoints.model_folder import ModelFolder
 from evomerge.merging.layout import LAYER
-from evomerge.merging.stream import load_finite
+from evomerge.merging.tensor_merge import load_finite
 
 log = logging.getLogger(__name__)
 Residency = Literal["device", "host", "disk"]
-# the next one is where a tensor goes that does not fit
+# a tensor that does not fit goes to the next one
 ORDER: tuple[Residency, ...] = ("device", "host", "disk")
 SHARE = 0.6  # of the free memory that models may take; the rest is for keys and values
-MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """One tensor of every model, on the device that merges it, all in one dtype. `others` are
-    deltas or the siblings' weights.
-    """
+    """One tensor of every model, on the device that merges it, all in one dtype."""
 
     base: Tensor
-    others: Sequence[Tensor]
-    # the base with 0 for -0, which `methods.combine_into` needs; mostly the same tensor
+    others: Sequence[Tensor]  # deltas, or the siblings' weights
+    # the base with 0 for -0, which `add_weighted_into` needs; mostly the same tensor
     positive: Tensor
 
 
 @dataclass(frozen=True)
-class Slot:
+class LiveParameter:
     """What is known of a live parameter before anything is read."""
 
     device: torch.device
@@ -51,24 +48,25 @@ class Slot:
 
 
 class Resident:
-    """Base and siblings of a live model. `fetch` gives their tensors where the parameter is,
-    whatever they wait in.
-    """
+    """Base and siblings of a live model; `stream` brings their tensors to the parameters."""
 
     def __init__(
         self,
         base: ModelFolder,
         siblings: Sequence[ModelFolder],
-        slots: Mapping[str, Slot],
+        parameters: Mapping[str, LiveParameter],
         residency: Literal["auto"] | Residency = "auto",
     ) -> None:
-        """`residency` auto fills the device, then the host, each up to SHARE of its free memory;
-        the rest is read from disk.
+        """`residency` auto fills the device, then the host; the rest is read from disk.
+
+        Each is filled up to SHARE of its free memory.
         """
-        self.base, self.siblings, self.slots = base, list(siblings), slots
-        self.places: dict[str, Residency] = (
-            self._choose() if residency == "auto" else dict.fromkeys(slots, residency)
-        )
+        self.base, self.siblings, self.parameters = base, list(siblings), parameters
+        self.places: dict[str, Residency]
+        if residency == "auto":
+            self.places = self._choose()
+        else:
+            self.places = dict.fromkeys(parameters, residency)
         self.deltas: bool | None = None  # whether the kept `others` are deltas
         self._kept: dict[str, Inputs] = {}
         self._host: dict[str, list[Tensor]] = {}
@@ -85,15 +83,17 @@ class Resident:
         )
 
     def stream(self, names: Sequence[str], deltas: bool) -> Iterator[tuple[str, Inputs]]:
-        """(name, inputs) for each name; while a layer is merged, the next one is read and copied by
-        another thread.
+        """(name, inputs) for each name.
+
+        While a layer is merged, another thread reads and copies the next one.
         """
         if deltas != self.deltas:  # another kind of method
             self._kept.clear()
             self.deltas = deltas
         groups = _by_layer(names)
         if all(name in self._kept for name in names):
-            yield from [(name, self._kept[name]) for name in names]
+            for name in names:
+                yield name, self._kept[name]
             return
         with ThreadPoolExecutor(1, "evomerge-read") as pool:
             coming = pool.submit(self._fetch_layer, groups[0])
@@ -111,26 +111,25 @@ class Resident:
                     yield name, item
 
     def retreat(self) -> None:
-        """Out of memory: what waits on a device goes to the host, or else what waits in memory to
-        the disk.
+        """Free memory after it ran out: what waits on a device goes to the host, else to the disk.
 
         Raises EngineError when all of it is on disk already.
         """
-        full = next((place for place in ORDER[:2] if place in self.places.values()), None)
-        if full is None:
+        kept = set(self.places.values()) - {"disk"}
+        if not kept:
             raise EngineError(
                 "out of memory while merging, though nothing but the live model is kept",
                 remedy="Use a larger device, or engine.quantization.",
             )
+        full = "device" if "device" in kept else "host"
         for name, place in self.places.items():
-            if place == full:  # a CPU's device memory is the host's
-                self.places[name] = (
-                    "host"
-                    if place == "device" and self.slots[name].device.type != "cpu"
-                    else "disk"
-                )
-                self._kept.pop(name, None)
-                self._host.pop(name, None)
+            if place != full:
+                continue
+            # a CPU's device memory is the host's
+            has_host = full == "device" and self.parameters[name].device.type != "cpu"
+            self.places[name] = "host" if has_host else "disk"
+            self._kept.pop(name, None)
+            self._host.pop(name, None)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         log.warning("out of memory: base and siblings now wait here: %s", self.describe())
@@ -142,11 +141,13 @@ class Resident:
         fetched: dict[str, Inputs] = {}
         events: dict[torch.device, torch.cuda.Event] = {}
         for name in names:
-            device = self.slots[name].device
+            device = self.parameters[name].device
             if device.type != "cuda":
                 fetched[name] = self._fetch(name)
                 continue
-            stream = self._streams.setdefault(device, torch.cuda.Stream(device))
+            if device not in self._streams:
+                self._streams[device] = _new_stream(device)
+            stream = self._streams[device]
             with torch.cuda.stream(stream):
                 fetched[name] = self._fetch(name)
                 events[device] = stream.record_event()
@@ -156,68 +157,69 @@ class Resident:
         kept = self._kept.get(name)
         if kept is not None:
             return kept
-        slot, place = self.slots[name], self.places[name]
+        place, device = self.places[name], self.parameters[name].device
         if place == "host":
-            base, *others = (
-                tensor.to(slot.device, non_blocking=True) for tensor in self._on_host(name)
-            )
+            tensors = [tensor.to(device, non_blocking=True) for tensor in self._on_host(name)]
         else:
-            base, *others = (
-                load_finite(folder, name, slot.dtype, slot.device)
-                for folder in (self.base, *self.siblings)
-            )
+            tensors = self._read(name, device)
+        base, *others = tensors
         if self.deltas:
             others = [other.sub(base) for other in others]
         if place != "device":
             # without asking whether there is a -0, which would wait for the copy
             return Inputs(base, others, base + 0.0)
-        if slot.device.type == "cpu":  # what is mapped may change on disk
-            base, others = (
-                base.clone(),
-                others if self.deltas else [other.clone() for other in others],
-            )
-        self._kept[name] = Inputs(
-            base, others, base + 0.0 if bool(((base == 0) & base.signbit()).any()) else base
-        )
+        if device.type == "cpu":  # what is mapped may change on disk
+            base = base.clone()
+            if not self.deltas:
+                others = [other.clone() for other in others]
+        has_negative_zero = bool(((base == 0) & base.signbit()).any())
+        self._kept[name] = Inputs(base, others, base + 0.0 if has_negative_zero else base)
         return self._kept[name]
+
+    def _read(self, name: str, device: torch.device) -> list[Tensor]:
+        """One tensor of the base and every sibling."""
+        dtype = self.parameters[name].dtype
+        models = (self.base, *self.siblings)
+        return [load_finite(model, name, dtype, device) for model in models]
 
     def _on_host(self, name: str) -> list[Tensor]:
         """The tensors in host memory, pinned where there is a GPU to copy to; read once."""
         if name not in self._host:
-            slot = self.slots[name]
-            tensors = [
-                load_finite(folder, name, slot.dtype).clone()
-                for folder in (self.base, *self.siblings)
-            ]
-            try:
-                self._host[name] = [
-                    tensor.pin_memory() if slot.device.type == "cuda" else tensor
-                    for tensor in tensors
-                ]
-            except RuntimeError:
-                # the host will not pin more: copies from here are slower, and right
-                self._host[name] = tensors
+            tensors = [tensor.clone() for tensor in self._read(name, torch.device("cpu"))]
+            self._host[name] = tensors
+            if self.parameters[name].device.type == "cuda":
+                # where the host cannot pin more, copies from it are slower, but right
+                with suppress(RuntimeError):
+                    self._host[name] = [tensor.pin_memory() for tensor in tensors]
         return self._host[name]
 
     def _size(self, name: str) -> int:
-        slot = self.slots[name]
-        return slot.numbers * slot.dtype.itemsize * (1 + len(self.siblings))
+        parameter = self.parameters[name]
+        return parameter.numbers * parameter.dtype.itemsize * (1 + len(self.siblings))
 
     def _choose(self) -> dict[str, Residency]:
         """Device, then host, then disk, in the order of the layers."""
-        room = {
-            device: SHARE * free_bytes(device)
-            for device in {slot.device for slot in self.slots.values()}
-        }
         host = torch.device("cpu")
-        room.setdefault(host, SHARE * free_bytes(host))
+        devices = {host, *(parameter.device for parameter in self.parameters.values())}
+        room = {device: SHARE * free_bytes(device) for device in devices}
         places: dict[str, Residency] = {}
-        for name, slot in self.slots.items():
-            where = next((d for d in (slot.device, host) if room[d] >= self._size(name)), None)
-            if where is not None:
-                room[where] -= self._size(name)
-            places[name] = "disk" if where is None else "device" if where == slot.device else "host"
+        for name, parameter in self.parameters.items():
+            size = self._size(name)
+            if room[parameter.device] >= size:
+                places[name] = "device"
+                room[parameter.device] -= size
+            elif room[host] >= size:
+                places[name] = "host"
+                room[host] -= size
+            else:
+                places[name] = "disk"
         return places
+
+
+def _new_stream(device: torch.device) -> torch.cuda.Stream:
+    make: Any = torch.cuda.Stream  # torch leaves its constructor untyped
+    stream: torch.cuda.Stream = make(device)
+    return stream
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -228,30 +230,23 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free_bytes(device: torch.device) -> float:
-    """Memory that can be taken now; on the CPU what the kernel calls available, which counts files
-    it can drop.
-    """
+    """Memory that can be taken now; on the CPU it includes cached files that can be dropped."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     if device.type != "cpu":
         return float("inf")
-    free = float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    if MEMINFO.is_file():
-        lines = dict(
-            line.split(":", 1) for line in MEMINFO.read_text(encoding="ascii").splitlines()
-        )
-        free = float(lines["MemAvailable"].split()[0]) * 1024
-    limit, used = (CGROUP / "memory.max", CGROUP / "memory.current")
-    # a container's own limit
-    if limit.is_file() and (text := limit.read_text(encoding="ascii").strip()) != "max":
-        free = min(free, float(text) - float(used.read_text(encoding="ascii")))
+    free = float(psutil.virtual_memory().available)
+    limit = CGROUP / "memory.max"  # a container's own
+    if limit.is_file():
+        text = limit.read_text(encoding="ascii").strip()
+        if text != "max":
+            used = (CGROUP / "memory.current").read_text(encoding="ascii")
+            free = min(free, float(text) - float(used))
     return free
 
 
 def _by_layer(names: Sequence[str]) -> list[list[str]]:
-    """Names in groups that are read and merged together: one layer, or one tensor outside the
-    layers.
-    """
+    """Names in groups that are read and merged together: a layer, or a tensor outside of them."""
     groups: dict[object, list[str]] = {}
     for name in names:
         match = LAYER.match(name)

@@ -1,10 +1,9 @@
-"""Writing a merged weight into a live 4-bit one: quantised again in place, bit for bit as a fresh
-load would.
+"""Writing a merged weight into a live 4-bit one, with the bits that a fresh load would give it.
 
 bitsandbytes cuts a weight into blocks (64 numbers), keeps each block's largest magnitude (absmax)
 and a 4-bit index into the table of NF4 (QLoRA, arXiv:2305.14314, section 3); with double
-quantisation the absmax are kept in 8 bits, around an offset. bitsandbytes is optional and never
-imported before a model that needs it is there.
+quantisation the absmax are kept in 8 bits, around an offset. bitsandbytes is optional, and
+imported only once a model needs it.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 def is_quantized(parameter: torch.Tensor) -> bool:
     """Whether `parameter` is a 4-bit weight of bitsandbytes that holds quantised numbers."""
-    # without it in memory there is no such parameter
+    # as long as it is not imported, no parameter can be one of its own
     bitsandbytes: Any = sys.modules.get("bitsandbytes")
     return (
         bitsandbytes is not None
@@ -28,7 +27,7 @@ def is_quantized(parameter: torch.Tensor) -> bool:
 
 
 def shape(parameter: torch.Tensor) -> tuple[int, ...]:
-    """The shape of the weight in the model's files; that of the packed bytes is (numbers / 2, 1)."""
+    """The weight's shape in the model's files; the packed bytes have (numbers / 2, 1)."""
     if not is_quantized(parameter):
         return tuple(parameter.shape)
     unpacked = tuple(_state(parameter).shape)
@@ -36,7 +35,7 @@ def shape(parameter: torch.Tensor) -> tuple[int, ...]:
 
 
 def dtype(parameter: torch.Tensor) -> torch.dtype:
-    """What the numbers were before they were quantised, and become again when they are used."""
+    """The dtype that the numbers were quantised from, and have again when they are used."""
     if not is_quantized(parameter):
         return parameter.dtype
     state = _state(parameter)
@@ -47,8 +46,9 @@ def dtype(parameter: torch.Tensor) -> torch.dtype:
 
 @torch.no_grad()
 def write(parameter: torch.Tensor, merged: torch.Tensor) -> None:
-    """Quantise `merged` (of `shape(parameter)`, on its device) into `parameter`; an ordinary
-    parameter is copied to.
+    """Quantise `merged` into `parameter`, or copy it where the parameter is an ordinary one.
+
+    merged: `shape(parameter)`, on the parameter's device.
 
     Equal in every bit to loading the merged weight in 4 bits: the same function of bitsandbytes
     with the parameter's own settings, on the same device. The parameter, its state and, where they
@@ -66,8 +66,10 @@ def write(parameter: torch.Tensor, merged: torch.Tensor) -> None:
 
     held: Any = parameter
     weight = merged.to(dtype(parameter))
+    if _is_transposed(parameter):
+        weight = weight.T
     packed, fresh = quantize_4bit(
-        (weight.T if _is_transposed(parameter) else weight).contiguous(),
+        weight.contiguous(),
         blocksize=held.blocksize,
         compress_statistics=held.compress_statistics,
         quant_type=held.quant_type,
@@ -81,9 +83,7 @@ def write(parameter: torch.Tensor, merged: torch.Tensor) -> None:
 
 
 def _renew(state: Any, fresh: Any) -> None:
-    """Make `state` equal to `fresh`, both a QuantState, keeping tensors and nested states where
-    they fit.
-    """
+    """Make one QuantState equal to another, keeping tensors and nested states where they fit."""
     for name in vars(state).keys() - vars(fresh).keys():
         delattr(state, name)
     for name, new in vars(fresh).items():
@@ -98,11 +98,8 @@ def _renew(state: Any, fresh: Any) -> None:
 
 def _fits(old: torch.Tensor, new: torch.Tensor) -> bool:
     """Whether `new` can be copied into `old`: the same layout, and not locked by inference mode."""
-    return (old.shape, old.dtype, old.device) == (
-        new.shape,
-        new.dtype,
-        new.device,
-    ) and not old.is_inference()
+    same = old.shape == new.shape and old.dtype == new.dtype and old.device == new.device
+    return same and not old.is_inference()
 
 
 def _state(parameter: torch.Tensor) -> Any:
@@ -111,8 +108,6 @@ def _state(parameter: torch.Tensor) -> Any:
 
 
 def _is_transposed(parameter: torch.Tensor) -> bool:
-    """GPT-2's Conv1D keeps (in, out) in its files; transformers turns it round before quantising,
-    as a linear is.
-    """
+    """Whether the file has (in, out), as GPT-2's Conv1D; transformers transposes that first."""
     source = getattr(getattr(parameter, "module", None), "source_cls", None)
     return isinstance(source, type) and issubclass(source, Conv1D)

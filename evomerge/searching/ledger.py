@@ -8,12 +8,10 @@ and tasks, and the split.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from evomerge import sqlite_file
 from evomerge.errors import StudyError
+from evomerge.files import ExclusiveLock, LockHeld
 from evomerge.searching.sampler import INTERRUPTED, ReplayedCmaEs, Slot
 from evomerge.study import BEFORE, changed_keys
 
@@ -176,7 +175,7 @@ def open_ledger(
     with storage_errors(url, name):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            sqlite_file.check(path)
+            sqlite_file.check_integrity(path)
         wait = {"connect_args": {"timeout": sqlite_file.WAIT}} if path is not None else None
         storage = optuna.storages.RDBStorage(url, engine_kwargs=wait) if "://" in url else url
         known = [
@@ -250,24 +249,17 @@ def only_worker(url: str, name: str) -> Iterator[None]:
     file = path.with_name(f"{path.stem}.{name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(file, "a+", encoding="utf-8")  # noqa: SIM115 (closed below, where errors are the search's own)
+        lock = ExclusiveLock(file)
+    except LockHeld as held:
+        raise StudyError(
+            "the study is being searched by another process",
+            where=name,
+            found=held.holder,
+            remedy="Wait for it, or stop it.",
+        ) from None
     except OSError as error:
         raise sqlite_file.explained(error, "the study", path) from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise StudyError(
-                "the study is being searched by another process",
-                where=name,
-                found=lock.read(),
-                remedy="Wait for it, or stop it.",
-            ) from None
-        lock.truncate(0)
-        with suppress(OSError):  # a full disk: what it says helps another process only
-            lock.write(f"pid {os.getpid()}")
-            lock.flush()
         yield
 
 

@@ -94,7 +94,8 @@ def _check_models(study: Study, lines: list[Line]) -> dict[str, Any] | None:
     """The base's configuration, when it can be reached."""
     from evomerge.answering.hf.loading import load_engine_tokenizer
     from evomerge.answering.prompts import make_prompter
-    from evomerge.merging.checkpoints.model_folder import check_fit, open_model
+    from evomerge.merging.checkpoints.compatibility import check_fit
+    from evomerge.merging.checkpoints.open_model import open_model
 
     opened = []
     refs = study.genome.all_models

@@ -23,9 +23,11 @@ from evomerge.judging.grade import Judge, WaitingJudge
 from evomerge.knowledge.open import open_knowledge
 from evomerge.knowledge.parts import Knowledge
 from evomerge.knowledge.retrieval.nearest import bare
+from evomerge.merging.checkpoints.compatibility import check_fit
 from evomerge.merging.checkpoints.fingerprint import combined, fingerprint
 from evomerge.merging.checkpoints.lora import AdaptedModel
-from evomerge.merging.checkpoints.model_folder import ModelFolder, check_fit, num_layers, open_model
+from evomerge.merging.checkpoints.model_folder import ModelFolder, num_layers
+from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.recipe import Recipe
 from evomerge.searching.ledger import (
     Ledger,

@@ -120,7 +120,7 @@ def encode(genome: Genome, recipe: Recipe, where: str) -> tuple[float, ...]:
 
 def _settings(layout: Layout, name: str, models: tuple[str, ...]) -> list[tuple[float, float]]:
     """(weight, density) of each model in a tensor; 0 and 1 for a model that has no part in it."""
-    how = layout.how(name)
+    how = layout.plan(name)
     weights = how.weights or (1.0,) * len(how.siblings)
     densities = how.densities or (1.0,) * len(how.siblings)
     found: Mapping[str, tuple[float, float]] = {
@@ -131,7 +131,7 @@ def _settings(layout: Layout, name: str, models: tuple[str, ...]) -> list[tuple[
 
 
 def _all_settings(layout: Layout, name: str, models: tuple[str, ...]) -> tuple[object, ...]:
-    how = layout.how(name)
+    how = layout.plan(name)
     base = None if how.base is None else _place(how.base[0])
     return (_settings(layout, name, models), base, how.normalize, how.scale, how.rescale)
 

@@ -1,37 +1,40 @@
-"""The study file: YAML in, one validated, frozen object out. Everything is checked here, once; a
-message names the key, the value found and the remedy.
+"""The study file: YAML in, one validated, frozen object out.
+
+Everything is checked here, once; a message names the key, the value found and the remedy.
 """
 
-from evomerge.study.reading import (
-    STOPPING_KEYS,
-    changed_keys,
-    overridden,
-    read_judge,
-    read_setting,
-    read_study,
-)
-from evomerge.study.rules import check_judge
-from evomerge.study.sections import (
-    BEFORE,
-    DENSE,
-    JUDGE_MODEL,
-    MIXING,
-    SUBSET,
-    EngineSection,
-    GenerationSection,
-    GenomeSection,
-    JudgeSection,
-    ObjectiveSection,
-    PromptSection,
-    SearchSection,
-    SplitSection,
-    Study,
-    TaskSource,
-    VllmSection,
-)
+from evomerge.study.comparing import STOPPING_KEYS, changed_keys
+from evomerge.study.engine_keys import EngineSection, VllmSection
+from evomerge.study.genome_keys import DENSE, MIXING, GenomeSection
+from evomerge.study.judge_keys import JUDGE_MODEL, JudgeSection
+from evomerge.study.prompt_keys import GenerationSection, PromptSection, SplitSection, TaskSource
+from evomerge.study.reading import overridden, read_judge, read_setting, read_study
+from evomerge.study.schema import study_schema
+from evomerge.study.search_keys import SUBSET, ObjectiveSection, SearchSection
+from evomerge.study.study_file import BEFORE, Study
 
 __all__ = [
-    "BEFORE", "DENSE", "JUDGE_MODEL", "MIXING", "STOPPING_KEYS", "SUBSET", "EngineSection", "GenerationSection", "GenomeSection",
-    "JudgeSection", "ObjectiveSection", "PromptSection", "SearchSection", "SplitSection", "Study", "TaskSource", "VllmSection",
-    "changed_keys", "check_judge", "overridden", "read_judge", "read_setting", "read_study",
-]  # fmt: skip
+    "BEFORE",
+    "DENSE",
+    "JUDGE_MODEL",
+    "MIXING",
+    "STOPPING_KEYS",
+    "SUBSET",
+    "EngineSection",
+    "GenerationSection",
+    "GenomeSection",
+    "JudgeSection",
+    "ObjectiveSection",
+    "PromptSection",
+    "SearchSection",
+    "SplitSection",
+    "Study",
+    "TaskSource",
+    "VllmSection",
+    "changed_keys",
+    "overridden",
+    "read_judge",
+    "read_setting",
+    "read_study",
+    "study_schema",
+]

@@ -29,7 +29,8 @@ from evomerge.genome.weights import Genome
 from evomerge.merging import quantized
 from evomerge.merging.checkpoints.model_folder import VOCABULARY
 from evomerge.merging.live import LiveModel
-from evomerge.merging.stream import MergePlan, load_finite
+from evomerge.merging.stream import MergePlan
+from evomerge.merging.tensor_merge import load_finite
 
 log = logging.getLogger(__name__)
 # tokens, with padding, of one forward and backward pass: what backward needs grows with them
@@ -172,12 +173,12 @@ class GradientModel:
         if name not in VOCABULARY or plan.vocabulary is None:
             ((_, inputs),) = self.live.resident.stream([name], deltas=True)
             return inputs.others
-        slot, how = self.live.resident.slots[name], plan.hows[name]
+        parameter, how = self.live.resident.parameters[name], plan.tensors[name]
         tensors = {
-            ref: load_finite(plan.models[ref], source, slot.dtype, slot.device)
+            ref: load_finite(plan.models[ref], source, parameter.dtype, parameter.device)
             for ref, source in how.inputs
         }
-        aligned = plan.vocabulary.align(tensors, plan.layout.place(name).piece.base_model)
+        aligned = plan.vocabulary.align(tensors, plan.layout.position(name).piece.base_model)
         found = {id(plan.models[ref]): aligned[ref] for ref, _ in how.siblings}
         assert how.base is not None
         base = aligned[how.base[0]]
@@ -203,7 +204,7 @@ class GradientModel:
             models = {ref: live._find(ref) for ref in recipe.models}
             plan = MergePlan(recipe, models, live.random_seed, after=plan)
             for name in live.names:
-                how = plan.hows[name]
+                how = plan.tensors[name]
                 for (ref, _), weight in zip(how.siblings, how.weights, strict=True):
                     # the base among the siblings changes nothing
                     m = index.get(id(plan.models[ref]))

@@ -24,7 +24,7 @@ from evomerge.answering.hf.loading import context_of, load_engine_tokenizer, loa
 from evomerge.answering.servers.openai_protocol import whole
 from evomerge.errors import EngineError, ModelError
 from evomerge.merging.checkpoints.fingerprint import combined, fingerprint
-from evomerge.merging.checkpoints.model_folder import open_model
+from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.study import EngineSection
 
 log = logging.getLogger(__name__)

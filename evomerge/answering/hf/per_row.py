@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evomerge.merging.live import LiveModel
-from evomerge.merging.methods import functions as methods
+from evomerge.merging.methods.deltas import add_weighted
 from evomerge.merging.placement import Inputs
 from evomerge.merging.stream import MergePlan
 
@@ -39,12 +39,12 @@ class RowWeights:
         self._last: tuple[Tensor | None, Tensor | None, list[Tensor]] = (None, None, [])
         known: dict[object, int] = {}
         for name in live.names:
-            slot = live.resident.slots[name]
+            parameter = live.resident.parameters[name]
             columns = [_sibling_weights(plan, name, live) for plan in plans]
-            key = (tuple(columns), slot.device, slot.dtype)
+            key = (tuple(columns), parameter.device, parameter.dtype)
             if key not in known:
                 known[key] = len(self._tables)
-                table = torch.tensor(columns, dtype=slot.dtype, device=slot.device)
+                table = torch.tensor(columns, dtype=parameter.dtype, device=parameter.device)
                 table = table.view(len(plans), len(live.siblings))
                 self._tables.append(table.t().contiguous())
             self._of[name] = known[key]
@@ -70,7 +70,7 @@ class RowWeights:
 
 def _sibling_weights(plan: MergePlan, name: str, live: LiveModel) -> tuple[float, ...]:
     """The weight that a candidate gives to each sibling's delta of one tensor."""
-    how = plan.hows[name]
+    how = plan.tensors[name]
     weights = [0.0] * len(live.siblings)
     for (ref, _), weight in zip(how.siblings, how.weights, strict=True):
         for m, sibling in enumerate(live.siblings):
@@ -91,7 +91,7 @@ class PerRow:
         weights = self.weights.of(self.name)
         weights = weights.view(*weights.shape, *[1] * (dims - 1))  # (siblings, rows, 1…)
         parts = [take(delta) * weight for delta, weight in zip(self.deltas, weights, strict=True)]
-        # rounded as in merging/methods
+        # as add_weighted rounds
         total = parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)
         return total.add_(take(self.base))
 
@@ -99,7 +99,7 @@ class PerRow:
         """(rows, merged tensor) of one candidate after another, with the live model's bits."""
         for rows in self.weights.groups:
             weights = self.weights.of(self.name)[:, rows[0]].tolist()
-            yield rows.to(self.base.device), methods.combine(self.base, self.deltas, weights)
+            yield rows.to(self.base.device), add_weighted(self.base, self.deltas, weights)
 
 
 def forward_maker(

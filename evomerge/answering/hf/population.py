@@ -187,14 +187,14 @@ class PopulationModel:
         return all(self._tensor_fits(plan, name) for name in names)
 
     def _tensor_fits(self, plan: MergePlan, name: str) -> bool:
-        live, how = self.live, plan.hows[name]
+        live, how = self.live, plan.tensors[name]
         if how.base is None or plan.models[how.base[0]] is not live.base:
             return False
         if any(source != name for _, source in how.inputs):
             return False
         if live.resident.places[name] != "device" or quantized.is_quantized(live.live[name]):
             return False
-        return plan.pure(name, live.resident.slots[name].dtype)
+        return plan.pure(name, live.resident.parameters[name].dtype)
 
     @contextmanager
     def _per_row(self, weights: RowWeights) -> Iterator[None]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -58,7 +57,7 @@ def refuse_others(engine: EngineSection) -> None:
 
 def load_llm(base: ModelFolder, engine: EngineSection, dtype: str, seed: int) -> Any:
     """vLLM's `LLM` on the base. Raises EngineError with vLLM's reason."""
-    arguments = {key: value for key, value in asdict(engine.vllm).items() if value is not None}
+    arguments = {key: value for key, value in engine.vllm.model_dump().items() if value is not None}
     with _environment(ENVIRONMENT):
         try:
             from vllm import LLM, SamplingParams

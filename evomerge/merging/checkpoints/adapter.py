@@ -1,4 +1,4 @@
-"""A peft adapter's folder: its settings, checked, and its tensors, read when asked for."""
+"""A peft adapter's folder: its settings, checked, and its tensors, read when they are needed."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from evomerge.errors import ModelError
-from evomerge.merging.checkpoints.model_folder import download, open_safetensors
+from evomerge.merging.checkpoints.hub import find_folder
+from evomerge.merging.checkpoints.safetensors_reader import SafetensorsReader
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-OUTSIDE = ("model.embed_tokens", "lm_head")  # what peft does not count among all linear layers
+OUTSIDE = ("model.embed_tokens", "lm_head")  # peft's "all-linear" leaves these out
 MERGED_ELSEWHERE = "Merge it with peft first, and name the result."
+COPY_ADAPTER = "Copy or download the adapter again."
 # Settings that change what is merged, or that peft itself cannot merge.
 REFUSED = (
     "target_parameters",
@@ -37,6 +38,15 @@ REFUSED = (
 # Ways to start training from which loading takes only the adapter's shapes; the others move the
 # base's weights as well.
 STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "lora_ga")
+# The types of the settings that hold names or regular expressions.
+NAME_TYPES: Mapping[str, tuple[type, ...]] = {
+    "target_modules": (str, list),
+    "exclude_modules": (str, list),
+    "modules_to_save": (list,),
+    "layers_pattern": (str, list),
+    "rank_pattern": (dict,),
+    "alpha_pattern": (dict,),
+}
 
 
 @dataclass(frozen=True)
@@ -45,79 +55,65 @@ class Adapter:
 
     path: Path
     config: Mapping[str, Any]
-    _weights: Any = field(repr=False, compare=False)  # the open safetensors file
+    _weights: SafetensorsReader = field(repr=False, compare=False)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of every tensor, by its name in the file."""
-        keys = list(self._weights.keys())
-        return {key: tuple(self._weights.get_slice(key).get_shape()) for key in keys}
+        """The shape of every tensor, by its name in the file."""
+        return {key: self._weights.shape(key) for key in self._weights.keys}
 
     def read(self, key: str) -> torch.Tensor:
         """A tensor as it lies on disk. Raises ModelError when the file is damaged."""
-        try:
-            tensor: torch.Tensor = self._weights.get_tensor(key)
-        except SafetensorError as error:
-            raise ModelError(
-                f"tensor {key} cannot be read: {error}",
-                where=self.path,
-                remedy="Copy or download it again.",
-            ) from error
-        return tensor
+        return self._weights.tensor(key)
 
     def rank_and_scaling(self, module: str) -> tuple[int, float]:
-        """(r, alpha / r), or alpha / sqrt(r) with `use_rslora` (arXiv 2312.03732); the first
-        pattern that ends the name wins.
+        """(r, alpha / r), or alpha / sqrt(r) with `use_rslora` (arXiv 2312.03732).
+
+        Of the patterns that end the module's name the first one decides. Raises ModelError.
         """
-
-        def setting(key: str, patterns: Any) -> Any:
-            found = (
-                value
-                for pattern, value in (patterns or {}).items()
-                if re.match(rf"(.*\.)?({pattern})$", module)
-            )
-            return next(found, self.config.get(key))
-
-        rank, alpha = (
-            setting("r", self.config.get("rank_pattern")),
-            setting("lora_alpha", self.config.get("alpha_pattern")),
-        )
+        rank = self._by_pattern("r", "rank_pattern", module)
+        alpha = self._by_pattern("lora_alpha", "alpha_pattern", module)
         if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
             raise ModelError(
-                f"`r` or `lora_alpha` of {module} is no number",
+                f"`r` or `lora_alpha` of {module} is not a number",
                 where=self.path / CONFIG,
                 found=[rank, alpha],
-                remedy="Mend it.",
+                remedy="Correct it.",
             )
-        return rank, alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+        divisor = math.sqrt(rank) if self.config.get("use_rslora") else rank
+        return rank, alpha / divisor
+
+    def _by_pattern(self, key: str, patterns: str, module: str) -> Any:
+        for pattern, value in (self.config.get(patterns) or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return value
+        return self.config.get(key)
 
     def targets(self, module: str) -> bool:
-        """Whether peft would put a LoRA on the module: it leaves out, unsaid, what the settings do
-        not name.
-        """
-        wanted, excluded = (
-            self.config.get("target_modules") or [],
-            self.config.get("exclude_modules") or [],
-        )
-        if _matches(excluded, module):
+        """Whether peft would put a LoRA on the module; it silently skips all that is not named."""
+        if _matches(self.config.get("exclude_modules") or [], module):
             return False
-        if isinstance(wanted, str):
-            return module not in OUTSIDE if wanted == "all-linear" else _matches(wanted, module)
+        wanted = self.config.get("target_modules") or []
+        if wanted == "all-linear":
+            return module not in OUTSIDE
+        matched = _matches(wanted, module)
         layers = self.config.get("layers_to_transform")
-        if module in wanted or not _matches(wanted, module) or layers in (None, []):
-            return _matches(wanted, module)
+        in_every_layer = isinstance(wanted, str) or module in wanted or layers in (None, [])
+        if in_every_layer or not matched:
+            return matched
+        return self._layer(module) in _as_list(layers)
+
+    def _layer(self, module: str) -> int | None:
+        """The module's layer by `layers_pattern`; None outside the layers."""
         patterns = self.config.get("layers_pattern") or [r"[^.]*"]
-        found = (
-            re.match(rf"(?:^|.*?\.){p}\.(\d+)\.", module)
-            for p in ([patterns] if isinstance(patterns, str) else patterns)
-        )
-        match = next((m for m in found if m), None)
-        return match is not None and int(match[1]) in (
-            [layers] if isinstance(layers, int) else layers
-        )
+        for pattern in _as_list(patterns):
+            match = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module)
+            if match:
+                return int(match[1])
+        return None
 
     def saves(self, module: str) -> bool:
-        """Whether the adapter brings the whole module, by peft's rule."""
+        """Whether the adapter holds the whole module, by peft's rule."""
         return any(module.endswith(name) for name in self.config.get("modules_to_save") or [])
 
 
@@ -127,58 +123,45 @@ def open_adapter(ref: str) -> Adapter:
     Raises ModelError: no adapter there, pickled or damaged, another kind than LoRA, a setting that
     is not supported.
     """
-    path = _adapter_folder(ref)
-    return Adapter(path, _read_config(path), open_safetensors(path / WEIGHTS))
+    path = find_folder(ref, "adapter", "Name a folder that peft saved, or a hub name.")
+    _check_files(path)
+    return Adapter(path, _read_config(path / CONFIG), SafetensorsReader(path / WEIGHTS))
 
 
-def _adapter_folder(adapter: str) -> Path:
-    path = Path(adapter).expanduser()
-    if not path.is_dir():
-        if path.exists() or adapter.count("/") != 1 or adapter.startswith((".", "/", "~")):
-            raise ModelError(
-                "there is no adapter folder",
-                where=adapter,
-                remedy="Name a folder that peft saved, or a hub name.",
-            )
-        path = download(adapter)
-    config, weights = path / CONFIG, path / WEIGHTS
-    if not config.is_file():
+def _check_files(path: Path) -> None:
+    if not (path / CONFIG).is_file():
         raise ModelError(
             "the folder has no adapter_config.json",
             where=path,
-            remedy="After + comes a folder that peft saved.",
+            remedy="Name a folder that peft saved after the +.",
         )
-    if not weights.is_file():
-        if (path / "adapter_model.bin").is_file():
-            raise ModelError(
-                "the adapter is pickled, and reading it could run code",
-                where=path / "adapter_model.bin",
-                remedy="Convert it where you trust it: load it with peft and save_pretrained(folder).",
-            )
+    if (path / WEIGHTS).is_file():
+        return
+    pickled = path / "adapter_model.bin"
+    if pickled.is_file():
         raise ModelError(
-            "the folder has no adapter_model.safetensors",
-            where=path,
-            remedy="Copy or download the adapter again.",
+            "the adapter is pickled, and reading it could run code",
+            where=pickled,
+            remedy="Convert it where you trust it: load it with peft and save_pretrained(folder).",
         )
-    return path
+    raise ModelError(f"the folder has no {WEIGHTS}", where=path, remedy=COPY_ADAPTER)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """adapter_config.json. Raises ModelError for another kind than LoRA and for settings that are
-    not supported.
-    """
-    file = path / CONFIG
+def _read_config(file: Path) -> dict[str, Any]:
+    """adapter_config.json. Raises ModelError for another kind than LoRA or an unknown setting."""
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(
             f"adapter_config.json cannot be read: {error}",
-            where=path,
-            remedy="Copy or download the adapter again.",
+            where=file.parent,
+            remedy=COPY_ADAPTER,
         ) from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else config
-        raise ModelError("the adapter is no LoRA", where=file, found=kind, remedy=MERGED_ELSEWHERE)
+    kind = config.get("peft_type") if isinstance(config, dict) else config
+    if not isinstance(config, dict) or kind != "LORA":
+        raise ModelError(
+            "the adapter is not a LoRA", where=file, found=kind, remedy=MERGED_ELSEWHERE
+        )
     for key in REFUSED:
         if config.get(key):
             raise ModelError(
@@ -189,53 +172,50 @@ def _read_config(path: Path) -> dict[str, Any]:
             "`init_lora_weights` changes the base's weights, which is not supported",
             where=file,
             found=config["init_lora_weights"],
-            remedy="Save it with peft as a plain LoRA: save_pretrained(path_initial_model_for_weight_conversion=…).",
+            remedy="Save it with peft as a plain LoRA: "
+            "save_pretrained(path_initial_model_for_weight_conversion=…).",
         )
-    _check_names(config, file)
+    _check_types(config, file)
     return config
 
 
-def _check_names(config: Mapping[str, Any], file: Path) -> None:
-    """Names, regular expressions and layers, of the kinds that peft takes."""
+def _check_types(config: Mapping[str, Any], file: Path) -> None:
+    """Raise ModelError unless names, regular expressions and layers have the types peft writes."""
     layers = config.get("layers_to_transform") or []
-    if not all(
-        isinstance(layer, int) for layer in (layers if isinstance(layers, list) else [layers])
-    ):
-        raise ModelError(
-            "`layers_to_transform` is not what peft writes there",
-            where=file,
-            found=layers,
-            remedy="Mend it.",
-        )
-    for key in (
-        "target_modules",
-        "exclude_modules",
-        "modules_to_save",
-        "layers_pattern",
-        "rank_pattern",
-        "alpha_pattern",
-    ):
+    if not all(isinstance(layer, int) for layer in _as_list(layers)):
+        raise _wrong_type("layers_to_transform", layers, file)
+    for key, types in NAME_TYPES.items():
         names = config.get(key)
-        if not names:
-            continue
-        kinds = (
-            dict
-            if key in ("rank_pattern", "alpha_pattern")
-            else list
-            if key == "modules_to_save"
-            else str | list
-        )
-        try:
-            good = isinstance(names, kinds) and all(isinstance(name, str) for name in names)
-            if good and (isinstance(names, dict | str) or key == "layers_pattern"):
-                for name in [names] if isinstance(names, str) else names:
-                    re.compile(name)
-        except re.error:
-            good = False
-        if not good:
-            raise ModelError(
-                f"`{key}` is not what peft writes there", where=file, found=names, remedy="Mend it."
-            )
+        if names and not _are_names(key, names, types):
+            raise _wrong_type(key, names, file)
+
+
+def _are_names(key: str, names: Any, types: tuple[type, ...]) -> bool:
+    """Whether a setting has the right type, and its regular expressions compile."""
+    if not isinstance(names, types):
+        return False
+    listed = list(names) if isinstance(names, dict) else _as_list(names)
+    if not all(isinstance(name, str) for name in listed):
+        return False
+    if isinstance(names, list) and key != "layers_pattern":
+        return True  # module names, not expressions
+    try:
+        for expression in listed:
+            re.compile(expression)
+    except re.error:
+        return False
+    return True
+
+
+def _as_list(setting: Any) -> list[Any]:
+    """A setting that peft writes as one value or as a list of them."""
+    return setting if isinstance(setting, list) else [setting]
+
+
+def _wrong_type(key: str, found: object, file: Path) -> ModelError:
+    return ModelError(
+        f"`{key}` is not what peft writes there", where=file, found=found, remedy="Correct it."
+    )
 
 
 def _matches(names: str | list[str], module: str) -> bool:

@@ -1,4 +1,4 @@
-"""What a model folder holds, as hashes: so that a study notices when its models change."""
+"""A model folder's content as hashes, by which a study notices that its models have changed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.model")
+from evomerge.merging.checkpoints.hub import PATTERNS
 
 
 def fingerprint(folder: Path, known: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:

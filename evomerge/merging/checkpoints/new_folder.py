@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 import tempfile
@@ -13,36 +12,44 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evomerge.errors import InputError, OutputError
+from evomerge.files import ExclusiveLock, LockHeld
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MARK = ".merging-"  # in the names of unfinished folders, which begin with a dot
+LOCK, HELPER_LOCK = "maker.lock", "helper.lock"
 
 
 @dataclass(frozen=True)
 class Unfinished:
-    """A folder that is being filled. `lock`: its open descriptor, locked for as long as some
-    process holds it.
+    """A folder that is being filled: `path`, within a hidden folder that also holds its locks.
+
+    Locks of living processes keep it from being removed. A process that helps to fill it takes
+    `helper_lock`, so that it may outlive the one that began.
     """
 
     path: Path
-    lock: int
+    lock: ExclusiveLock | None  # None: on a file system without locks nothing is taken for dead
+
+    @property
+    def helper_lock(self) -> Path:
+        """The lock file for another process that fills the folder."""
+        return self.path.parent / HELPER_LOCK
 
 
 def check_new(out: Path) -> None:
-    """Raise InputError when `out` is there already and holds something."""
+    """Raise InputError when `out` exists and holds something."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(
-            "is there already", where=out, remedy="Name a new folder, or remove this one."
+            "exists already", where=out, remedy="Name a new folder, or remove this one."
         )
 
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Unfinished]:
-    """A temporary folder beside `out`: renamed to it when the block ends well, else removed, with
-    the parents made for it.
+    """A temporary folder next to `out`, which is renamed to it when the block ends well.
 
-    What killed processes left of the same `out` is removed first. An OSError in the block becomes
-    an OutputError.
+    Otherwise it is removed, with the parents made for it. What killed processes left of the same
+    `out` is removed first. An OSError in the block becomes an OutputError.
     """
     made = [folder for folder in out.parents if not folder.exists()]  # innermost first
     unfinished: Unfinished | None = None
@@ -51,24 +58,20 @@ def new_folder(out: Path) -> Iterator[Unfinished]:
         _remove_dead(out)
         unfinished = _make(out)
         yield unfinished
-        unfinished.path.chmod(0o755)  # temporary folders are private by default
         if out.exists():
             out.rmdir()
         unfinished.path.rename(out)
         made = []
     except OSError as error:
-        remedy = (
-            "Free some space; nothing was left behind."
-            if error.errno in FULL
-            else "Name another folder; nothing was left behind."
-        )
+        room = "Free some space" if error.errno in FULL else "Name another folder"
         raise OutputError(
-            f"the model cannot be written: {error.strerror or error}", where=out, remedy=remedy
+            f"the model cannot be written: {error.strerror or error}",
+            where=out,
+            remedy=f"{room}; nothing was left behind.",
         ) from error
     finally:
         if unfinished is not None:
-            shutil.rmtree(unfinished.path, ignore_errors=True)
-            os.close(unfinished.lock)
+            _discard(unfinished)
         for folder in made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
@@ -76,25 +79,39 @@ def new_folder(out: Path) -> Iterator[Unfinished]:
 
 def _make(out: Path) -> Unfinished:
     while True:
-        path = Path(tempfile.mkdtemp(prefix=f".{out.name}{MARK}", dir=out.parent))
-        lock = os.open(path, os.O_RDONLY)
-        # a file system without locks: then nothing is ever taken for dead
-        with contextlib.suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if path.exists():  # else another process took it for dead before it was locked
-            return Unfinished(path, lock)
-        os.close(lock)
+        hidden = Path(tempfile.mkdtemp(prefix=f".{out.name}{MARK}", dir=out.parent))
+        try:
+            lock = ExclusiveLock(hidden / LOCK)
+        except LockHeld:
+            continue  # another process took it for dead before it was locked
+        except OSError:
+            lock = None
+        path = hidden / "model"
+        path.mkdir()
+        path.chmod(0o755)
+        return Unfinished(path, lock)
+
+
+def _discard(unfinished: Unfinished) -> None:
+    """Remove all but the lock while it is held, then the rest."""
+    shutil.rmtree(unfinished.path, ignore_errors=True)
+    if unfinished.lock is not None:
+        unfinished.lock.release()
+    shutil.rmtree(unfinished.path.parent, ignore_errors=True)
 
 
 def _remove_dead(out: Path) -> None:
-    """Folders that no living process holds; the system drops a dead one's locks."""
-    for path in out.parent.iterdir():
-        if not path.name.startswith(f".{out.name}{MARK}") or not path.is_dir():
-            continue
-        with contextlib.suppress(OSError):
-            lock = os.open(path, os.O_RDONLY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path, ignore_errors=True)
-            finally:
-                os.close(lock)
+    """Remove folders that no living process holds; the system drops a dead one's locks."""
+    for hidden in out.parent.iterdir():
+        if hidden.name.startswith(f".{out.name}{MARK}") and hidden.is_dir():
+            _remove_unless_held(hidden)
+
+
+def _remove_unless_held(hidden: Path) -> None:
+    try:
+        with ExclusiveLock(hidden / LOCK), ExclusiveLock(hidden / HELPER_LOCK):
+            shutil.rmtree(hidden, ignore_errors=True)
+    except (OSError, LockHeld):
+        return
+    if os.name == "nt":  # where a lock file that is held cannot be removed
+        shutil.rmtree(hidden, ignore_errors=True)

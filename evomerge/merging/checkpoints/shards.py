@@ -1,6 +1,4 @@
-"""Merged tensors as safetensors files: merged and written a piece at a time, by several threads,
-each piece in its place.
-"""
+"""Merged tensors as safetensors files, written in chunks by several threads at once."""
 
 from __future__ import annotations
 
@@ -15,18 +13,19 @@ from pathlib import Path
 
 import torch
 
-from evomerge.merging.stream import CHUNK, MergePlan, Pieces
+from evomerge.files import sync_file
+from evomerge.merging.stream import CHUNK, MergePlan
+from evomerge.merging.tensor_merge import ChunkedMerge
 
 THREADS = 8  # at most: more only share the memory's bandwidth, and each has a buffer
 FORMAT_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 Progress = Callable[[int, int], None]
+SEEKING = threading.Lock()  # where a file has one position for all threads
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A tensor that will be written: known before it is merged, so that a file's header can come
-    first.
-    """
+class PlannedTensor:
+    """A tensor that will be written: a file's header comes before anything is merged."""
 
     name: str
     dtype: torch.dtype
@@ -38,19 +37,19 @@ class Planned:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-Shards = Sequence[Sequence[Planned]]
+Shards = Sequence[Sequence[PlannedTensor]]
 
 
-def plan_shards(plan: MergePlan, limit: int) -> list[list[Planned]]:
-    """The files' tensors, sorted by name; a new file begins when the next tensor would make the
-    last one larger than `limit` bytes.
+def plan_shards(plan: MergePlan, limit: int) -> list[list[PlannedTensor]]:
+    """The files' tensors, sorted by name.
 
-    A file holds at least one tensor, however large.
+    A new file begins when the next tensor would make the last one larger than `limit` bytes. A file
+    holds at least one tensor, however large.
     """
-    shards: list[list[Planned]] = [[]]
+    shards: list[list[PlannedTensor]] = [[]]
     size = 0
     for name in plan.names:
-        item = Planned(name, plan.dtype(name), plan.shape(name))
+        item = PlannedTensor(name, plan.dtype(name), plan.shape(name))
         if shards[-1] and size + item.size > limit:
             shards.append([])
             size = 0
@@ -67,28 +66,27 @@ def total_size(shards: Shards) -> int:
 def write_shards(
     folder: Path, plan: MergePlan, shards: Shards, progress: Progress | None = None
 ) -> None:
-    """Write the files, and an index where there are several. Raises OSError, and ModelError as the
-    merge does.
+    """Write the files, and an index where there are several.
 
-    `progress` gets (bytes written, bytes in all), from one thread at a time.
+    `progress` gets (bytes written, bytes in all), from one thread at a time. Raises OSError, and
+    ModelError as the merge does.
     """
     weight_map: dict[str, str] = {}
-    count = Counter(total_size(shards), progress)
+    count = ByteCount(total_size(shards), progress)
     # the next file is merged while the last one goes to the disk
     with ThreadPoolExecutor(1) as syncing:
         last = None
         for i, shard in enumerate(shards):
-            name = (
-                "model.safetensors"
-                if len(shards) == 1
-                else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-            )
+            name = "model.safetensors"
+            if len(shards) > 1:
+                name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
             with (folder / name).open("wb", buffering=0) as file:
                 _write_shard(file.fileno(), plan, shard, count)
-            weight_map |= dict.fromkeys((item.name for item in shard), name)
+            for item in shard:
+                weight_map[item.name] = name
             if last is not None:
                 last.result()
-            last = syncing.submit(_sync, folder / name)
+            last = syncing.submit(sync_file, folder / name)
         if last is not None:
             last.result()
     if len(shards) > 1:
@@ -98,8 +96,8 @@ def write_shards(
         )
 
 
-class Counter:
-    """Bytes written, told to whoever wants to know."""
+class ByteCount:
+    """Bytes written so far, counted over all threads and told to `progress`."""
 
     def __init__(self, total: int, progress: Progress | None) -> None:
         self.total, self._progress = total, progress
@@ -113,74 +111,69 @@ class Counter:
 
 
 @dataclass(frozen=True)
-class Job:
+class Chunk:
     """Numbers start to start + n of a tensor, to be written at byte `at` of the file."""
 
-    pieces: Pieces
+    tensor: ChunkedMerge
     start: int
     n: int
     dtype: torch.dtype
     at: int
 
 
-def _write_shard(file: int, plan: MergePlan, shard: Sequence[Planned], count: Counter) -> None:
-    """Fill an open file. Methods that need whole tensors go one by one, with all of torch's threads
-    for each.
+def _write_shard(
+    file: int, plan: MergePlan, shard: Sequence[PlannedTensor], count: ByteCount
+) -> None:
+    """Fill an open file: whole tensors one by one, the others in chunks.
+
+    Methods that need whole tensors get all of torch's threads for each.
     """
     header = _header(shard)
     _write(file, memoryview(header), 0)
-    places, at = {}, len(header)
+    in_chunks: dict[PlannedTensor, int] = {}
+    at = len(header)
     for item in shard:
-        places[item] = at
-        at += item.size
-    for item in shard:
-        if not plan.elementwise(item.name):
+        if plan.elementwise(item.name):
+            in_chunks[item] = at
+        else:
             merged = plan.merge(item.name)
             assert (merged.dtype, tuple(merged.shape)) == (item.dtype, item.shape)
-            _write(file, _bytes(merged), places[item])
+            _write(file, _bytes(merged), at)
             count.add(item.size)
-    _run_jobs(
-        file,
-        _jobs(plan, {item: at for item, at in places.items() if plan.elementwise(item.name)}),
-        count,
-    )
+        at += item.size
+    _merge_chunks(file, _chunks(plan, in_chunks), count)
 
 
-def _jobs(plan: MergePlan, places: dict[Planned, int]) -> Iterator[Job]:
-    for item, at in places.items():
-        pieces, numbers = plan.pieces(item.name), math.prod(item.shape)
-        assert pieces is not None
+def _chunks(plan: MergePlan, offsets: dict[PlannedTensor, int]) -> Iterator[Chunk]:
+    for item, offset in offsets.items():
+        tensor, numbers = plan.chunked(item.name), math.prod(item.shape)
         for start in range(0, numbers, CHUNK):
-            yield Job(
-                pieces,
-                start,
-                min(CHUNK, numbers - start),
-                item.dtype,
-                at + start * item.dtype.itemsize,
-            )
+            at = offset + start * item.dtype.itemsize
+            yield Chunk(tensor, start, min(CHUNK, numbers - start), item.dtype, at)
 
 
-def _run_jobs(file: int, jobs: Iterator[Job], count: Counter) -> None:
-    """Merge and write by one thread per core, each on a piece of its own: splitting one piece costs
-    more than merging it.
+def _merge_chunks(file: int, chunks: Iterator[Chunk], count: ByteCount) -> None:
+    """Merge and write with one thread per core, each on a chunk of its own.
+
+    Splitting one chunk costs more than merging it.
     """
     lock, stop = threading.Lock(), threading.Event()
     threads = torch.get_num_threads()
 
     def work() -> None:
-        """One thread: piece after piece, until there is none or another thread has failed."""
+        """One thread: chunk after chunk, until there is none left or another thread has failed."""
         torch.set_num_threads(1)  # of this thread
         buffer = torch.empty(CHUNK * 4, dtype=torch.uint8)
         try:
             while not stop.is_set():
                 with lock:
-                    job = next(jobs, None)
-                if job is None:
+                    chunk = next(chunks, None)
+                if chunk is None:
                     return
-                piece = buffer[: job.n * job.dtype.itemsize]
-                job.pieces.merge_into(piece.view(job.dtype), job.start)
-                _write(file, _bytes(piece), job.at)
-                count.add(len(piece))
+                merged = buffer[: chunk.n * chunk.dtype.itemsize]
+                chunk.tensor.merge_into(merged.view(chunk.dtype), chunk.start)
+                _write(file, _bytes(merged), chunk.at)
+                count.add(len(merged))
         finally:
             stop.set()  # nothing is left to do, or it failed
 
@@ -201,19 +194,23 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 
 def _write(file: int, data: memoryview, at: int) -> None:
     while data:
-        written = os.pwrite(file, data, at)
-        data, at = data[written:], at + written
+        written = _write_at(file, data, at)
+        data = data[written:]
+        at += written
 
 
-def _sync(path: Path) -> None:
-    """Some file systems find out only now that the disk is full."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def _write_at(file: int, data: memoryview, at: int) -> int:
+    if hasattr(os, "pwrite"):
+        return os.pwrite(file, data, at)
+    with SEEKING:  # Windows
+        os.lseek(file, at, os.SEEK_SET)
+        return os.write(file, data)
 
 
-def _header(shard: Iterable[Planned]) -> bytes:
-    """safetensors' header: its length (8 bytes, little-endian), then JSON that is padded with
-    spaces to 8 bytes.
+def _header(shard: Iterable[PlannedTensor]) -> bytes:
+    """safetensors' header: its length (8 bytes, little-endian), then JSON.
+
+    The JSON is padded with spaces to 8 bytes.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0

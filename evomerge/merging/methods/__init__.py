@@ -1,1 +1,1 @@
-"""Merge methods: one pure function each."""
+"""Merge methods: one pure function each, and the registry that a user's own method can join."""

@@ -1,6 +1,4 @@
-"""DARE's random numbers: one stream over the whole model, in mergekit's order, from any place in
-it.
-"""
+"""DARE's random numbers: one stream over the whole model, in mergekit's order."""
 
 from __future__ import annotations
 
@@ -13,13 +11,12 @@ BURN = 1 << 20  # numbers drawn and thrown away at once
 
 
 class Draws:
-    """mergekit seeds one global generator and draws tensor by tensor, one number for each element,
-    in the order of names.
+    """The stream, which can be read from where any tensor's numbers begin.
 
-    Of the tensors that go into a merged one, the last in that order counts.
-
-    So a tensor's numbers depend on how many the tensors before it took. A live model that merges
-    only some tensors jumps over the others': states are kept at the places where a tensor began, so
+    mergekit seeds one global generator and draws tensor by tensor, one number for each element, in
+    the order of names; of the tensors that go into a merged one, the last in that order counts. So
+    a tensor's numbers depend on how many the tensors before it took. A live model that merges only
+    some tensors jumps over the others': the generator's states are kept where tensors began, so
     that a jump is mostly free.
     """
 
@@ -36,7 +33,7 @@ class Draws:
             self.starts[name] = at
             at += counts[name]
         self._generator = torch.Generator().manual_seed(seed)
-        self.states = {} if states is None else states
+        self.states: dict[int, torch.Tensor] = {} if states is None else states
         self.states.setdefault(0, self._generator.get_state())
 
     def generator(self, name: str) -> torch.Generator:
@@ -46,8 +43,8 @@ class Draws:
         before = known[bisect_right(known, start) - 1]
         self._generator.set_state(self.states[before])
         for at in range(before, start, BURN):
-            torch.empty(min(BURN, start - at)).bernoulli_(
-                torch.tensor(0.5).expand(min(BURN, start - at)), generator=self._generator
-            )
+            numbers = min(BURN, start - at)
+            half = torch.tensor(0.5).expand(numbers)
+            torch.empty(numbers).bernoulli_(half, generator=self._generator)
         self.states.setdefault(start, self._generator.get_state())
         return self._generator

@@ -1,5 +1,4 @@
-"""out = r(b + r(d * r(w))) in one pass over memory, compiled on this machine where that is
-possible.
+"""out = r(b + r(d * r(w))) in one pass over memory, compiled where this machine can do that.
 
 Two torch operations pass over the live weights three times; compiled, it is one reading of base and
 delta and one writing. Compiling takes some 3 to 15 seconds, so it is for models whose merge is long
@@ -15,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from evomerge.merging.methods.functions import combine_into
+from evomerge.merging.methods.deltas import add_weighted_into
 
 log = logging.getLogger(__name__)
 # parameters from which a search's candidates win back the seconds of compiling
@@ -24,16 +23,14 @@ Kernel = Callable[[Tensor, Tensor, Tensor, float], None]
 
 
 def kernel(device: torch.device, dtype: torch.dtype, parameters: int) -> Kernel:
-    """`methods.combine_into`, or its compiled form for a large model: the same bits."""
+    """`add_weighted_into`, or its compiled form for a large model: the same bits."""
     compiled = _compiled(device.type, dtype) if parameters >= WORTH_IT else None
-    return compiled or combine_into
+    return compiled or add_weighted_into
 
 
 @cache
 def _compiled(device: str, dtype: torch.dtype) -> Kernel | None:
-    """None where this machine cannot compile, or where the result would not be the same in every
-    bit.
-    """
+    """None where this machine cannot compile, or the result would not be equal in every bit."""
 
     def step(out: Tensor, base: Tensor, delta: Tensor, weight: Tensor) -> None:
         out.copy_(base + delta * weight)
@@ -55,18 +52,16 @@ def _compiled(device: str, dtype: torch.dtype) -> Kernel | None:
         for numbers in (5, 100_003):
             base, delta, out, wanted = _sample(numbers, device, dtype)
             run(out, base, delta, 0.7310585786300049)
-            combine_into(wanted, base, delta, 0.7310585786300049)
+            add_weighted_into(wanted, base, delta, 0.7310585786300049)
             if not torch.equal(out, wanted):
                 log.warning(
                     "the compiled merge differs from the plain one, so the plain one is used"
                 )
                 return None
     except Exception as error:
-        # no compiler, no Triton, an unknown device: all of torch's and none of them ours
-        log.info(
-            "the merge is not compiled: %s",
-            str(error).splitlines()[0] if str(error) else type(error).__name__,
-        )
+        # no compiler, no Triton, an unknown device: torch has an error of its own for each
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        log.info("the merge is not compiled: %s", reason)
         return None
     return run
 
@@ -74,8 +69,6 @@ def _compiled(device: str, dtype: torch.dtype) -> Kernel | None:
 def _sample(numbers: int, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Base and delta of all magnitudes, and two places for results."""
     generator = torch.Generator().manual_seed(numbers)
-    base, delta = (
-        torch.randn(numbers, generator=generator).to(device=device, dtype=dtype) for _ in range(2)
-    )
-    delta *= 0.01
+    base = torch.randn(numbers, generator=generator).to(device=device, dtype=dtype)
+    delta = torch.randn(numbers, generator=generator).to(device=device, dtype=dtype) * 0.01
     return base, delta, torch.empty_like(base), torch.empty_like(base)

@@ -1,11 +1,10 @@
-"""Models with different tokens in one merge: the output's tokenizer, and its rows found in every
-model's embeddings.
+"""Models with different tokens in one merge: the output's tokenizer, and each token's rows.
 
 The rules are those of mergekit 0.1.5 (`tokenizer_source`, `tokenizer`). Row i of an output tensor
-is a model's own row for token i where the model has that token. Where it has not, and for tokens
-that `tokens:` forces, it is the default row: what `tokens:` says; else the only owner's row, the
-base's, the other owners' mean, or zeros where no model has the token. mergekit numbers the tokens
-that a union adds in an order that changes from run to run; here it is each model's own order.
+is a model's own row for token i where the model has that token. Where it does not, and for tokens
+that `tokens:` forces, it is the default row: what `tokens:` says; else the row of the only model
+that has the token, the base's row, the mean of the models that have it, or zeros. mergekit numbers
+the tokens that a union adds in an order that changes from run to run; here it is each model's own.
 """
 
 from __future__ import annotations
@@ -14,35 +13,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from evomerge.errors import ModelError, RecipeError
 from evomerge.merging.checkpoints.model_folder import ModelFolder
-from evomerge.merging.tokens import (
+from evomerge.merging.vocabulary.tokenizers import (
     Rule,
-    load_tokenizer,
     load_tokenizers,
     read_rules,
+    read_tokenizer,
     unite,
     vocab_size,
 )
+from evomerge.recipe import TokenizerSection
 
 # instead of a row: the model has no such token; it has, past the end of its embeddings
 LACKING, BEYOND = -1, -2
 ZEROS, MEAN = -1, -2  # instead of a donor
-
-
-class Section(Protocol):
-    """The recipe's `tokenizer`."""
-
-    @property
-    def source(self) -> str: ...  # base, union, or a model
-    @property
-    def tokens(self) -> Mapping[str, Any]: ...  # token -> {source, force}
-    @property
-    def pad_to_multiple_of(self) -> int | None: ...
 
 
 @dataclass(frozen=True)
@@ -73,18 +62,26 @@ class Vocabulary:
     def align(
         self, tensors: Mapping[str, torch.Tensor], base: str | None = None
     ) -> dict[str, torch.Tensor]:
-        """One vocabulary tensor of each model, (model rows, ...) -> (size, ...), in the dtype that
-        holds them all.
+        """One vocabulary tensor of each model, (model rows, ...) -> (size, ...).
 
-        The models must come in the order of the slice's sources: a mean is summed in it. `base` is
-        the slice's base where that is not the recipe's. A tensor that needs no new row comes back
-        as it is, or as a view. Raises ModelError and RecipeError where a row that is needed does
-        not exist.
+        They come back in the dtype that holds them all; one that needs no new row as it is, or as a
+        view. The models must come in the order of the slice's sources: a mean is summed in it.
+        `base` is the slice's base where that is not the recipe's. Raises ModelError and RecipeError
+        where a row that is needed does not exist.
         """
-        refs = tuple(tensors)
-        found = [tensors[ref] for ref in refs]
-        for ref, tensor in zip(refs, found, strict=True):
-            if tensor.shape[1:] != found[0].shape[1:]:
+        self._check_tensors(tensors)
+        dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
+        defaults = self._defaults(tuple(tensors), base or self.base)
+        table = self._table(tensors, defaults, dtype)
+        aligned = {}
+        for ref, tensor in tensors.items():
+            aligned[ref] = self._moved(ref, tensor.to(dtype), defaults, table)
+        return aligned
+
+    def _check_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        widths = next(iter(tensors.values())).shape[1:]
+        for ref, tensor in tensors.items():
+            if tensor.shape[1:] != widths:
                 raise ModelError(
                     "the embeddings' widths differ",
                     where=ref,
@@ -95,21 +92,14 @@ class Vocabulary:
                 raise ModelError(
                     f"config.json's `vocab_size` passes the {len(tensor)} rows of the embeddings",
                     where=ref,
-                    remedy="Mend config.json.",
+                    remedy="Correct config.json.",
                 )
-        dtype = reduce(torch.promote_types, (tensor.dtype for tensor in found))
-        defaults = self._defaults(refs, base or self.base)
-        table = self._table(refs, found, defaults, dtype)
-        return {
-            ref: self._moved(ref, tensor.to(dtype), defaults, table)
-            for ref, tensor in zip(refs, found, strict=True)
-        }
 
     def keeps(self, model: str) -> bool:
         """Whether every token of the output has the row that it has in `model`."""
         return torch.equal(self.rows[model], torch.arange(len(self.tokens)))
 
-    def check(self, models: Sequence[str], base: str | None = None) -> None:
+    def check_rules(self, models: Sequence[str], base: str | None = None) -> None:
         """Raise RecipeError where `align` of these models' tensors would, whatever the tensors."""
         self._defaults(tuple(models), base or self.base)
 
@@ -152,10 +142,12 @@ class Vocabulary:
                 "the model has no part in this tensor",
                 where=where,
                 found=rule.model,
-                remedy="Name one of the slice's.",
+                remedy="Name one of the slice's models.",
             )
         at = refs.index(rule.model)
-        row = int(rows[at]) if rule.row is None else rule.row
+        row = rule.row
+        if row is None:
+            row = int(rows[at])
         if row < 0:
             raise RecipeError(
                 "the model lacks this token",
@@ -167,25 +159,18 @@ class Vocabulary:
 
     def _table(
         self,
-        refs: tuple[str, ...],
-        found: Sequence[torch.Tensor],
+        tensors: Mapping[str, torch.Tensor],
         defaults: Defaults,
         dtype: torch.dtype,
     ) -> torch.Tensor:
         """The default rows, (len(defaults.ids), ...)."""
-        table = found[0].new_zeros((len(defaults.ids), *found[0].shape[1:]), dtype=dtype)
+        first = next(iter(tensors.values()))
+        table = first.new_zeros((len(defaults.ids), *first.shape[1:]), dtype=dtype)
         mean = (defaults.donor == MEAN).nonzero().squeeze(1)
         count = torch.zeros(len(table), dtype=torch.int64)
-        for at, (ref, tensor) in enumerate(zip(refs, found, strict=True)):
+        for at, (ref, tensor) in enumerate(tensors.items()):
             given = (defaults.donor == at).nonzero().squeeze(1)
-            if len(given) and int(defaults.row[given].max()) >= len(tensor):
-                token = self.tokens[int(defaults.ids[given[defaults.row[given].argmax()]])]
-                raise RecipeError(
-                    f"`token_id` passes the {len(tensor)} rows of {ref}",
-                    where=f"tokenizer.tokens[{token!r}]",
-                    found=int(defaults.row[given].max()),
-                    remedy="Name a row that exists.",
-                )
+            self._check_given(given, defaults, ref, len(tensor))
             _put(table, given, tensor, defaults.row[given])
             rows = self.rows[ref][defaults.ids[mean]]
             # From zero and model by model, for mergekit's rounding: a sum in the working dtype is
@@ -193,18 +178,26 @@ class Vocabulary:
             owned = mean[rows >= 0]
             count[owned] += 1
             _put(table, owned, tensor, rows[rows >= 0], add=True)
-        for n in count.unique().tolist():
-            if n:
-                owned = (count == n).nonzero().squeeze(1).to(table.device)
-                table[owned] = table[owned] / n
+        for n in set(count.tolist()) - {0}:
+            owned = (count == n).nonzero().squeeze(1).to(table.device)
+            table[owned] = table[owned] / n
         return table
+
+    def _check_given(self, given: torch.Tensor, defaults: Defaults, ref: str, size: int) -> None:
+        """Raise RecipeError where a rule names a row past the end of the model's `size` rows."""
+        if len(given) and int(defaults.row[given].max()) >= size:
+            token = self.tokens[int(defaults.ids[given[defaults.row[given].argmax()]])]
+            raise RecipeError(
+                f"`token_id` passes the {size} rows of {ref}",
+                where=f"tokenizer.tokens[{token!r}]",
+                found=int(defaults.row[given].max()),
+                remedy="Name a row that exists.",
+            )
 
     def _moved(
         self, ref: str, tensor: torch.Tensor, defaults: Defaults, table: torch.Tensor
     ) -> torch.Tensor:
-        """(size, ...): the model's own rows, the default rows in their places, and mean rows at the
-        end.
-        """
+        """(size, ...): the model's own rows, default rows in their places, mean rows at the end."""
         rows, n = self.rows[ref], len(self.tokens)
         new = (defaults.forced[defaults.ids] | (rows[defaults.ids] < 0)).nonzero().squeeze(1)
         if not len(new) and self.size == n and ref in self._in_place:
@@ -236,13 +229,15 @@ def _put(
     """Copy (or add) rows of a tensor into places of the table; no place comes twice."""
     moved = tensor.index_select(0, rows.to(tensor.device)).to(table.dtype)
     places = places.to(table.device)
-    table.index_copy_(0, places, table.index_select(0, places) + moved if add else moved)
+    if add:
+        moved = table.index_select(0, places) + moved
+    table.index_copy_(0, places, moved)
 
 
 def make_vocabulary(
-    section: Section, base: str | None, models: Mapping[str, ModelFolder]
+    section: TokenizerSection, base: str | None, models: Mapping[str, ModelFolder]
 ) -> Vocabulary:
-    """The output's vocabulary; without a base the first model's tokenizer stands for the base's.
+    """The output's vocabulary; without a base the first model's tokenizer serves as the base's.
 
     Raises ModelError when a tokenizer cannot be loaded, RecipeError when `tokens` is wrong or the
     tokens cannot be numbered.
@@ -254,37 +249,40 @@ def make_vocabulary(
         tokenizer = tokenizers[first]
     elif section.source == "union":
         tokenizer = unite(tokenizers, sizes)
+    elif section.source in models:
+        tokenizer = read_tokenizer(models[section.source].path, section.source)
     else:
-        path = (
-            models[section.source].path
-            if section.source in models
-            else section.source.partition("+")[0]
-        )
-        tokenizer = load_tokenizer(path, section.source)
+        tokenizer = read_tokenizer(section.source.partition("+")[0], section.source)
     # With `source: base` this changes the base's own tokenizer, so that the base's padding rows
     # become the tokens': as in mergekit.
     present = tokenizer.get_vocab()
     tokenizer.add_tokens([token for token in section.tokens if token not in present])
     vocab = tokenizer.get_vocab()
-    tokens = [""] * len(vocab)
-    for token, number in vocab.items():
-        if number >= len(vocab):
-            raise RecipeError(
-                f"the tokenizer's numbers have gaps: token {token!r} of {len(vocab)} is number {number}",
-                where=section.source,
-                remedy="Name another tokenizer source.",
-            )
-        tokens[number] = token
     owned = {ref: tok.get_vocab() for ref, tok in tokenizers.items()}
+    multiple = section.pad_to_multiple_of or 1
     return Vocabulary(
         tokenizer=tokenizer,
-        tokens=tuple(tokens),
-        size=-(-len(vocab) // (section.pad_to_multiple_of or 1))
-        * (section.pad_to_multiple_of or 1),
+        tokens=_by_row(vocab, section.source),
+        size=-(-len(vocab) // multiple) * multiple,
         rows={ref: _rows(vocab, owned.get(ref, owned[first]), size) for ref, size in sizes.items()},
         rules=read_rules(section.tokens, vocab, owned, sizes),
         base=base,
     )
+
+
+def _by_row(vocab: Mapping[str, int], source: str) -> tuple[str, ...]:
+    """The tokens by their numbers. Raises RecipeError when the numbers have gaps."""
+    tokens = [""] * len(vocab)
+    for token, number in vocab.items():
+        if number >= len(vocab):
+            raise RecipeError(
+                "the tokenizer's numbers have gaps: "
+                f"token {token!r} of {len(vocab)} is number {number}",
+                where=source,
+                remedy="Name another tokenizer source.",
+            )
+        tokens[number] = token
+    return tuple(tokens)
 
 
 def _rows(vocab: Mapping[str, int], owned: Mapping[str, int], size: int) -> torch.Tensor:

@@ -1,7 +1,6 @@
-"""The tokenizers of models to merge, cut to their embeddings and united, and a recipe's rules for
-single tokens.
+"""The tokenizers of models to merge, and a recipe's rules for single tokens.
 
-What comes out has the meaning that mergekit 0.1.5 gives it.
+Tokenizers are cut to their embeddings and united, all with the meaning of mergekit 0.1.5.
 """
 
 from __future__ import annotations
@@ -31,8 +30,9 @@ FILES = (
 
 @dataclass(frozen=True)
 class Rule:
-    """What `tokens:` says of one token: `model`'s row for it, or that model's row `row`; no model
-    means zeros.
+    """What `tokens:` says of one token: `model`'s row for it, or that model's row `row`.
+
+    No model means zeros.
     """
 
     token: str
@@ -44,28 +44,29 @@ class Rule:
 def load_tokenizers(first: str, models: Mapping[str, ModelFolder]) -> dict[str, Any]:
     """Every model's tokenizer, `first`'s before the others and cut to its embeddings.
 
-    A model without tokenizer files is left out: its tokens are taken to be those of `first`. Raises
-    ModelError when a tokenizer cannot be loaded, RecipeError when one that is no BPE would have to
-    be cut.
+    A model without tokenizer files is left out: its tokens are assumed to be those of `first`.
+    Raises ModelError when a tokenizer cannot be loaded, RecipeError when one that is not a BPE
+    would have to be cut.
     """
-    found = {
-        first: _cut(load_tokenizer(models[first].path, first), vocab_size(models[first]), first)
-    }
+    tokenizer = read_tokenizer(models[first].path, first)
+    found = {first: _cut(tokenizer, vocab_size(models[first]), first)}
     for ref, model in models.items():
         if ref == first:
             continue
         if any((model.path / name).is_file() for name in FILES):
-            found[ref] = load_tokenizer(model.path, ref)
+            found[ref] = read_tokenizer(model.path, ref)
         else:
-            log.warning("%s has no tokenizer: its tokens are taken to be those of %s", ref, first)
+            log.warning("%s has no tokenizer: its tokens are assumed to be those of %s", ref, first)
     return found
 
 
-def load_tokenizer(path: str | Path, ref: str) -> Any:
+def read_tokenizer(path: str | Path, ref: str) -> Any:
     """A folder's (or hub model's) tokenizer. Raises ModelError."""
     from transformers import AutoTokenizer
 
-    name, _, revision = str(path).partition("@") if not Path(path).is_dir() else (str(path), "", "")
+    name, revision = str(path), None
+    if not Path(path).is_dir() and "@" in name:
+        name, revision = name.split("@", 1)
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision or None)
     except Exception as error:
@@ -85,7 +86,7 @@ def vocab_size(model: ModelFolder) -> int:
             "config.json has no `vocab_size`",
             where=model.path,
             found=size,
-            remedy="Add the rows of the embeddings.",
+            remedy="Add it: the number of rows of the embeddings.",
         )
     return size
 
@@ -93,28 +94,26 @@ def vocab_size(model: ModelFolder) -> int:
 def unite(tokenizers: Mapping[str, Any], sizes: Mapping[str, int]) -> Any:
     """The first tokenizer plus every token that another has within its embeddings' `sizes`.
 
-    Plain tokens come before those that some model holds as added tokens; within each, by model and
-    by number.
+    Plain tokens come before those that some model holds as added tokens; within each kind they are
+    ordered by model and by number.
     """
     plain: dict[str, None] = {}
     added: dict[str, Any] = {}  # the first model's settings (special, strip) of a token hold
     for ref, tokenizer in tokenizers.items():
         vocab = tokenizer.get_vocab()
-        plain |= {
-            token: None
-            for token in sorted(vocab, key=vocab.__getitem__)
-            if vocab[token] < sizes[ref]
-        }
+        for token in sorted(vocab, key=vocab.__getitem__):
+            if vocab[token] < sizes[ref]:
+                plain[token] = None
         for number, token in sorted(tokenizer.added_tokens_decoder.items()):
             if number < sizes[ref]:
                 added.setdefault(token.content, token)
     first = next(iter(tokenizers.values()))
     present = first.get_vocab()
     with tempfile.TemporaryDirectory() as folder:
-        # A copy by way of its files, as mergekit makes it: loading names special tokens anew that
+        # A copy by way of its files, as mergekit makes it: loading adds special tokens again that
         # were cut off.
         first.save_pretrained(folder)
-        united = load_tokenizer(folder, "the union's tokenizer")
+        united = read_tokenizer(folder, "the union's tokenizer")
     # All at once: token by token, each call rebuilds the matcher of the added ones.
     united.add_tokens([token for token in plain if token not in added and token not in present])
     united.add_tokens(list(added.values()))
@@ -127,38 +126,24 @@ def read_rules(
     owned: Mapping[str, Mapping[str, int]],
     models: Iterable[str],
 ) -> dict[int, Rule]:
-    """The checked form of `tokens`: {token: {source: MODEL | {kind: zero} | {kind: model_token, …},
-    force}}.
+    """The checked form of `tokens`, {token: {source, force}}, by output row.
+
+    A source is a model, {kind: zero} or {kind: model_token, …}. Raises RecipeError.
     """
     rules = {}
     for token, item in tokens.items():
         where = f"tokenizer.tokens[{token!r}]"
         if token not in vocab:
             raise RecipeError("cannot be a token", where=where, remedy="Write the token's text.")
-        if (
-            not isinstance(item, Mapping)
-            or not item.keys() <= {"source", "force"}
-            or not isinstance(item.get("force", False), bool)
-        ):
-            raise RecipeError(
-                "is malformed",
-                where=where,
-                found=item,
-                remedy="Write {source: MODEL, force: false}.",
-            )
-        source, force = item.get("source"), item.get("force", False)
-        model, row = source, None
+        source, force = _source_and_force(item, where)
         if source is None:
-            if force:
-                raise RecipeError(
-                    "`force` needs a `source`", where=where, remedy="Name a model, or {kind: zero}."
-                )
             continue  # only makes sure that the token exists
+        model, row = source, None
         if isinstance(source, Mapping):
             model, row = _from_kind(source, where, owned)
         if model is not None and model not in models:
             raise RecipeError(
-                "`source` is no model of the recipe",
+                "`source` is not a model of the recipe",
                 where=where,
                 found=model,
                 remedy="Name a model, or {kind: zero}.",
@@ -167,9 +152,28 @@ def read_rules(
     return rules
 
 
+def _source_and_force(item: Any, where: str) -> tuple[Any, bool]:
+    """A rule's `source`, of any kind, and its `force`."""
+    if (
+        not isinstance(item, Mapping)
+        or not item.keys() <= {"source", "force"}
+        or not isinstance(item.get("force", False), bool)
+    ):
+        raise RecipeError(
+            "is malformed", where=where, found=item, remedy="Write {source: MODEL, force: false}."
+        )
+    source, force = item.get("source"), item.get("force", False)
+    if force and source is None:
+        raise RecipeError(
+            "`force` needs a `source`", where=where, remedy="Name a model, or {kind: zero}."
+        )
+    return source, force
+
+
 def _cut(tokenizer: Any, size: int, ref: str) -> Any:
-    """The tokenizer without the tokens that have no row in the embeddings. Raises RecipeError: it
-    is no fast BPE.
+    """The tokenizer without the tokens that have no row in the embeddings.
+
+    Raises RecipeError when it would have to be cut and is not a fast BPE.
     """
     unused = {token for token, number in tokenizer.get_vocab().items() if number >= size}
     if not unused:
@@ -178,7 +182,8 @@ def _cut(tokenizer: Any, size: int, ref: str) -> Any:
     kind = state.get("model", {}).get("type", "no fast tokenizer")
     if kind != "BPE":
         raise RecipeError(
-            f"the tokenizer has {len(unused)} tokens past the {size} rows of the embeddings, and only a BPE can be cut",
+            f"the tokenizer has {len(unused)} tokens past the {size} rows of the embeddings, "
+            "and only a BPE can be cut",
             where=ref,
             found=kind,
             remedy="Remove the tokens, or add rows to the model.",
@@ -187,12 +192,14 @@ def _cut(tokenizer: Any, size: int, ref: str) -> Any:
 
     bpe = state["model"]
     bpe["vocab"] = {token: number for token, number in bpe["vocab"].items() if token not in unused}
-    pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in bpe["merges"]]
     prefix = bpe.get("continuing_subword_prefix") or ""
-    # A merge into a token that is cut goes too: there mergekit fails.
-    bpe["merges"] = [
-        (a, b) for a, b in pairs if unused.isdisjoint((a, b, a + b.removeprefix(prefix)))
-    ]
+    kept = []
+    for merge in bpe["merges"]:
+        a, b = merge.split(" ") if isinstance(merge, str) else merge
+        # A merge into a token that is cut goes too; mergekit fails there.
+        if unused.isdisjoint((a, b, a + b.removeprefix(prefix))):
+            kept.append((a, b))
+    bpe["merges"] = kept
     state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < size]
     try:
         # what backend_tokenizer shows; it has no setter
@@ -231,6 +238,6 @@ def _from_kind(
             f"{model} has no such token",
             where=where,
             found=token if "token" in source else row,
-            remedy="Mend it.",
+            remedy="Name a token that it has.",
         )
     return model, row

@@ -1,0 +1,137 @@
+"""Which numbers are searched, in which order, with which names, bounds and starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from evomerge.genome.model_walk import walk
+from evomerge.study import DENSE
+
+
+@dataclass(frozen=True)
+class Gene:
+    """One number of a vector."""
+
+    name: str  # its parameter in the Optuna study
+    label: str  # for a table or a chart
+    low: float
+    high: float
+    start: float
+    # its range over the weight's: a step size in units of the weight, times this, is one of this
+    # number
+    scale: float
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """What is searched and what stays fixed.
+
+    `models` have numbers of their own; for linear and slerp the base may be one of them.
+    """
+
+    method: str
+    base_model: str | None
+    models: tuple[str, ...]
+    slices: tuple[tuple[int, int], ...]  # [start, end) of layers
+    dtype: str
+    normalize: bool = False
+    tokenizer_source: str | None = None
+    smooth: bool = False
+    filters: tuple[str, ...] = ()
+    weight_bounds: tuple[float, float] = (0.0, 2.0)
+    start: float = 1.0
+    density_bounds: tuple[float, float] = (0.1, 1.0)
+    start_density: float = 0.8
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """What each model has in each group and filter set."""
+        return ("weight", "density") if self.method in DENSE else ("weight",)
+
+    @property
+    def filter_sets(self) -> tuple[str | None, ...]:
+        """The filters and None for the rest; without filters, the rest is everything."""
+        return (*self.filters, None)
+
+    @property
+    def siblings(self) -> tuple[str, ...]:
+        """The models beside the base."""
+        return tuple(model for model in self.models if model != self.base_model)
+
+    @property
+    def has_base(self) -> bool:
+        """Whether the base alone is one of the genome's merges."""
+        return self.base_model is not None
+
+    @property
+    def genes(self) -> tuple[Gene, ...]:
+        """Every number's name and range, in the vector's order."""
+        genes = _slerp_genes(self) if self.method == "slerp" else _weight_genes(self)
+        return tuple(genes)
+
+    @property
+    def dimensions(self) -> int:
+        """Length d of a vector."""
+        return len(self.genes)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """One name per number, as the Optuna study's parameters have them."""
+        return tuple(gene.name for gene in self.genes)
+
+    def position(self, group: int, model: int, filter_set: int, parameter: int) -> int:
+        """Where x[group, model, filter set, parameter] is in the flattened vector."""
+        place = group * len(self.models) + model
+        place = place * len(self.filter_sets) + filter_set
+        return place * len(self.parameters) + parameter
+
+
+def _slerp_genes(space: SearchSpace) -> Iterator[Gene]:
+    """One number per slice, from 0 to the walk's number of edges.
+
+    Start and scale take the share of it that they are of the weight's range.
+    """
+    low, high = space.weight_bounds
+    length = float(len(walk(len(space.models))))
+    middle = length * (space.start - low) / (high - low)
+    for g in range(len(space.slices)):
+        name, label = _group(space, g)
+        yield Gene(name, label, 0.0, length, middle, length / (high - low))
+
+
+def _weight_genes(space: SearchSpace) -> Iterator[Gene]:
+    low, high = space.weight_bounds
+    sparse, dense = space.density_bounds
+    scale = (dense - sparse) / (high - low)
+    for g in range(len(space.slices)):
+        group, group_label = _group(space, g)
+        for m, ref in enumerate(space.models):
+            model, model_label = "", ""
+            if len(space.models) > 1:
+                model, model_label = f"_model_{m}", f" {Path(ref).name}"
+            for text in space.filter_sets:
+                tail, tail_label = _filter(space, text)
+                name, label = group + model, group_label + model_label
+                yield Gene(name + tail, label + tail_label, low, high, space.start, 1.0)
+                if "density" in space.parameters:
+                    name, label = f"{name}_density{tail}", f"{label} density{tail_label}"
+                    yield Gene(name, label, sparse, dense, space.start_density, scale)
+
+
+def _group(space: SearchSpace, g: int) -> tuple[str, str]:
+    """Name and label of a slice, or of a point of the lines."""
+    if space.smooth:
+        return f"point_{g}", f"point {g}"
+    start, end = space.slices[g]
+    return f"layers_{start}_{end - 1}", f"{start}–{end - 1}"
+
+
+def _filter(space: SearchSpace, text: str | None) -> tuple[str, str]:
+    """Name and label of a filter set."""
+    if text is not None:
+        return f"_filter_{text}", f" {text}"
+    if space.filters:
+        return "_rest", " rest"
+    return "", ""

@@ -1,0 +1,203 @@
+"""Which of an adapter's tensors change which of a base's, checked before anything is merged."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+
+from evomerge.errors import ModelError
+from evomerge.merging.checkpoints.adapter import (
+    COPY_ADAPTER,
+    MERGED_ELSEWHERE,
+    WEIGHTS,
+    Adapter,
+    open_adapter,
+)
+from evomerge.merging.checkpoints.lora import AdaptedModel, ModuleLora, source
+from evomerge.merging.checkpoints.model_folder import EMBED, HEAD, ModelFolder
+from evomerge.merging.checkpoints.safetensors_reader import SafetensorsReader
+
+PREFIX = "base_model.model."
+PART = re.compile(
+    r"^(.+)\.(lora_[AB]\.(?:weight|bias)|lora_embedding_[AB]|lora_magnitude_vector)(?:\.weight)?$"
+)
+OWN_BASE = "Use it with the model that it was trained on."
+
+
+def open_lora(base: ModelFolder, adapter: str, ref: str = "") -> AdaptedModel:
+    """The model that `base` and a peft adapter (a folder, or a hub name) make together.
+
+    Raises ModelError: no adapter there, pickled or damaged, another kind than LoRA, a setting that
+    is not supported, a tensor that the base lacks or has in another shape.
+    """
+    plan = _LoraPlan(base, open_adapter(adapter))
+    return plan.model(ref or f"{base.ref or base.path}+{adapter}")
+
+
+class _LoraPlan:
+    """For each tensor of the merged model, what the adapter adds to it or puts in its place."""
+
+    def __init__(self, base: ModelFolder, adapter: Adapter) -> None:
+        self.base, self.adapter, self.config = base, adapter, adapter.config
+        self.loaded = _first_dtype(base)
+        self.tied = self._is_tied()
+        self.replaced: dict[str, str] = {}
+        self.loras: dict[str, list[ModuleLora]] = {}
+        modules = self._sort_tensors()
+        self._check_saved_modules()
+        # the head's comes last, as in the model
+        for module in sorted(modules, key=lambda module: f"{module}.weight" == HEAD):
+            lora = self._lora(module, modules[module])
+            self.loras.setdefault(self._target(f"{module}.weight"), []).append(lora)
+            if "lora_B.bias" in lora.parts:
+                self.loras.setdefault(f"{module}.bias", []).append(lora)
+        self._add_missing(modules)
+
+    def model(self, ref: str) -> AdaptedModel:
+        """What base and adapter make together, under that reference."""
+        files = dict(self.base.files)
+        config = dict(self.base.config)
+        if self.tied:
+            files.pop(HEAD, None)
+        elif config.get("tie_word_embeddings"):
+            files.setdefault(HEAD, self.adapter.path / WEIGHTS)
+            config["tie_word_embeddings"] = False
+        return AdaptedModel(
+            self.base.path,
+            config,
+            files,
+            ref,
+            base=self.base,
+            adapter=self.adapter.path,
+            loaded=self.loaded,
+            _weights=self.adapter,
+            _replaced=self.replaced,
+            _loras=self.loras,
+        )
+
+    def _sort_tensors(self) -> dict[str, dict[str, str]]:
+        """Module -> part -> tensor of the file; whole tensors go to `replaced`."""
+        modules: dict[str, dict[str, str]] = {}
+        for key in self.adapter.shapes:
+            if not key.startswith(PREFIX):
+                raise self._error(f"tensor {key} is of a kind that is not supported")
+            match = PART.match(key.removeprefix(PREFIX))
+            if match:
+                modules.setdefault(match[1], {})[match[2]] = key
+                continue
+            name = self._target(key.removeprefix(PREFIX).replace(".base_layer.", "."))
+            self._check_whole(key, name)
+            self.replaced[name] = key
+        return modules
+
+    def _check_saved_modules(self) -> None:
+        for wanted in self.config.get("modules_to_save") or []:
+            if not any(name.rpartition(".")[0].endswith(wanted) for name in self.replaced):
+                raise self._error(
+                    f"`modules_to_save` names {wanted}, which {WEIGHTS} lacks", COPY_ADAPTER
+                )
+
+    def _add_missing(self, modules: Mapping[str, object]) -> None:
+        """A LoRA of zeros where the settings name a module that the file lacks.
+
+        As in peft: it turns -0 into 0.
+        """
+        for name in self.base.keys:
+            module = name.removesuffix(".weight")
+            if module in modules or name in self.replaced:
+                continue
+            if len(self.base.shape(name)) != 2 or not self.adapter.targets(module):
+                continue
+            if self.config.get("use_dora"):
+                raise self._error(
+                    f"it lacks a LoRA for {module}, which its `target_modules` name", COPY_ADAPTER
+                )
+            self.loras.setdefault(self._target(name), []).append(ModuleLora({}, 0.0))
+
+    def _lora(self, module: str, parts: dict[str, str]) -> ModuleLora:
+        """One module's LoRA, its shapes checked against the base's and the rank."""
+        weight = source(self.base, self._target(f"{module}.weight"))
+        if weight not in self.base.keys:
+            raise self._error(f"it targets {module}, which the base lacks", OWN_BASE)
+        if ".experts." in module:
+            raise self._error(f"it targets {module}, and a LoRA on experts is not supported")
+        if not self.adapter.targets(module):
+            raise self._error(
+                f"it holds a LoRA for {module}, which its `target_modules` leave out",
+                "Correct adapter_config.json.",
+            )
+        if self.config.get("lora_bias") and f"{module}.bias" not in self.base.keys:
+            raise self._error(f"`lora_bias` needs {module}.bias, which the base lacks")
+        rank, scaling = self.adapter.rank_and_scaling(module)
+        wanted = self._shapes(self.base.shape(weight), rank, "lora_embedding_A" in parts)
+        for part in sorted(wanted.keys() | parts.keys()):
+            found = self.adapter.shapes[parts[part]] if part in parts else None
+            if found != wanted.get(part):
+                raise self._error(
+                    f"{part} of {module} has shape {found}, "
+                    f"but the base and adapter_config.json give {wanted.get(part)}",
+                    OWN_BASE,
+                )
+        return ModuleLora(parts, scaling)
+
+    def _shapes(
+        self, weight: tuple[int, ...], rank: int, is_embedding: bool
+    ) -> dict[str, tuple[int, ...]]:
+        """Part -> shape of all that a LoRA on a weight of that shape must hold."""
+        rows, columns = weight if len(weight) == 2 else (0, 0)
+        shapes: dict[str, tuple[int, ...]] = {}
+        if is_embedding:
+            shapes["lora_embedding_A"] = (rank, rows)
+            shapes["lora_embedding_B"] = (columns, rank)
+        else:
+            shapes["lora_A.weight"] = (rank, columns)
+            shapes["lora_B.weight"] = (rows, rank)
+            if self.config.get("lora_bias"):
+                shapes["lora_B.bias"] = (rows,)
+        if self.config.get("use_dora"):
+            shapes["lora_magnitude_vector"] = (columns,) if is_embedding else (rows,)
+        return shapes
+
+    def _check_whole(self, key: str, name: str) -> None:
+        """A whole tensor of the adapter must replace one of the base's, of the same shape."""
+        place = source(self.base, name)
+        if place not in self.base.keys:
+            raise self._error(f"it holds {name}, which the base lacks", OWN_BASE)
+        found, wanted = self.adapter.shapes[key], self.base.shape(place)
+        if found == wanted:
+            return
+        if name in (EMBED, HEAD) and found[1:] == wanted[1:]:
+            raise self._error(
+                f"resized embeddings are not supported: "
+                f"its vocabulary has {found[0]} rows, the base's {wanted[0]}"
+            )
+        raise self._error(f"{name} has shape {found}, the base's has {wanted}", OWN_BASE)
+
+    def _target(self, name: str) -> str:
+        """The merged model's tensor of that name."""
+        return EMBED if self.tied and name == HEAD else name
+
+    def _is_tied(self) -> bool:
+        """Whether head and embeddings are one tensor, by transformers' rule.
+
+        `modules_to_save` makes them two.
+        """
+        if any(self.adapter.saves(name.removesuffix(".weight")) for name in (EMBED, HEAD)):
+            return False
+        if HEAD not in self.base.keys:
+            return True
+        if not self.base.config.get("tie_word_embeddings"):
+            return False
+        head = self.base.get_tensor(HEAD).to(self.loaded)
+        return torch.equal(head, self.base.get_tensor(EMBED).to(self.loaded))
+
+    def _error(self, what: str, remedy: str = MERGED_ELSEWHERE) -> ModelError:
+        return ModelError(what, where=self.adapter.path, remedy=remedy)
+
+
+def _first_dtype(base: ModelFolder) -> torch.dtype:
+    """transformers' choice without a `dtype`: the first tensor's, by name, in the first file."""
+    reader = SafetensorsReader(sorted(set(base.files.values()))[0])
+    return reader.dtype_or_none(reader.keys[0]) or torch.float32

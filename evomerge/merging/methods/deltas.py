@@ -1,0 +1,195 @@
+"""The methods that add deltas (siblings minus base) to the base: task arithmetic, TIES and DARE.
+
+Bit-equal on the CPU to mergekit 0.1.5. All tensors of a call have one shape and one dtype; the
+result has them too. Where a step is said to round, it rounds to that dtype: in bf16 nearly every
+step does, and the order of the steps decides the bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from evomerge.merging.methods.thinning import drop, pieces, trim
+
+SMALLEST = 1e-8  # a sum of weights below it does not divide
+
+
+class Adder(Protocol):
+    """`add_weighted` or `add_elected`."""
+
+    def __call__(
+        self,
+        base: Tensor,
+        deltas: Sequence[Tensor],
+        weights: Sequence[float],
+        normalize: bool = False,
+        scale: float = 1.0,
+    ) -> Tensor: ...
+
+
+def differences(base: Tensor, siblings: Iterable[Tensor]) -> Iterator[Tensor]:
+    """x_m - b, rounded; each is computed when it is needed."""
+    return (sibling - base for sibling in siblings)
+
+
+def task_arithmetic(
+    base: Tensor,
+    deltas: Iterable[Tensor],
+    weights: Sequence[float],
+    normalize: bool = False,
+    scale: float = 1.0,
+) -> Tensor:
+    """out = b + scale * sum_m w_m d_m, every step rounded, the weights too.
+
+    base and deltas: any one shape and dtype. `normalize` divides the sum by the sum of the
+    weights; `scale` is mergekit's `lambda`. Ilharco et al. 2023, arXiv 2212.04089, section 2.
+    """
+    return _in_pieces(add_weighted, base, deltas, weights, normalize, scale)
+
+
+def ties(
+    base: Tensor,
+    deltas: Iterable[Tensor],
+    weights: Sequence[float],
+    densities: Sequence[float],
+    normalize: bool = True,
+    scale: float = 1.0,
+    rescale: bool = False,
+) -> Tensor:
+    """Trim, elect sign, merge: Yadav et al. 2023, arXiv 2306.01708, section 3.
+
+    Of each delta the `density` share with the largest magnitude stays; where the weighted deltas
+    disagree in sign, those of the sign with the larger sum count. `normalize` divides by the
+    weights that counted.
+    """
+    trimmed = (trim(d, density, rescale) for d, density in zip(deltas, densities, strict=True))
+    return _in_pieces(add_elected, base, trimmed, weights, normalize, scale)
+
+
+def dare_ties(
+    base: Tensor,
+    deltas: Iterable[Tensor],
+    weights: Sequence[float],
+    densities: Sequence[float],
+    generator: torch.Generator,
+    normalize: bool = False,
+    scale: float = 1.0,
+    rescale: bool = True,
+) -> Tensor:
+    """Drop at random, rescale, then elect signs as TIES does.
+
+    Yu et al. 2024, arXiv 2311.03099, section 3.
+    """
+    thinned = _dropped(deltas, densities, generator, rescale)
+    return _in_pieces(add_elected, base, thinned, weights, normalize, scale)
+
+
+def dare_linear(
+    base: Tensor,
+    deltas: Iterable[Tensor],
+    weights: Sequence[float],
+    densities: Sequence[float],
+    generator: torch.Generator,
+    normalize: bool = False,
+    scale: float = 1.0,
+    rescale: bool = True,
+) -> Tensor:
+    """Drop at random, rescale, then task arithmetic.
+
+    Yu et al. 2024, arXiv 2311.03099, section 3.
+    """
+    thinned = _dropped(deltas, densities, generator, rescale)
+    return _in_pieces(add_weighted, base, thinned, weights, normalize, scale)
+
+
+def _dropped(
+    deltas: Iterable[Tensor],
+    densities: Sequence[float],
+    generator: torch.Generator,
+    rescale: bool,
+) -> Iterator[Tensor]:
+    return (
+        drop(delta, density, generator, rescale)
+        for delta, density in zip(deltas, densities, strict=True)
+    )
+
+
+def _in_pieces(
+    add: Adder,
+    base: Tensor,
+    deltas: Iterable[Tensor],
+    weights: Sequence[float],
+    normalize: bool,
+    scale: float,
+) -> Tensor:
+    """`add` of everything; on the CPU in pieces, which give the same bits sooner."""
+    thinned = list(deltas)  # one by one: of the untouched deltas only one is held at a time
+    if base.device.type != "cpu" or not thinned:
+        return add(base, thinned, weights, normalize, scale)
+    out = torch.empty_like(base, memory_format=torch.contiguous_format)
+    for piece in pieces(base.numel()):
+        parts = [delta.reshape(-1)[piece] for delta in thinned]
+        out.view(-1)[piece] = add(base.reshape(-1)[piece], parts, weights, normalize, scale)
+    return out
+
+
+def add_weighted(
+    base: Tensor,
+    deltas: Sequence[Tensor],
+    weights: Sequence[float],
+    normalize: bool = False,
+    scale: float = 1.0,
+) -> Tensor:
+    """Base plus the weighted sum of deltas that are already rounded to the dtype."""
+    if not deltas:
+        return base
+    rounded = torch.tensor(list(weights), dtype=base.dtype, device=base.device)
+    products = torch.stack([delta * weight for delta, weight in zip(deltas, rounded, strict=True)])
+    mixed = products.sum(dim=0)  # in fp32 inside, rounded once: not the same as adding pairwise
+    if normalize:
+        total = rounded.sum(dim=0)
+        # fp16 has no 1e-8: mergekit divides by 0
+        mixed /= torch.where(total.float().abs() < SMALLEST, torch.ones_like(total), total)
+    if scale != 1:
+        mixed *= scale
+    return base + mixed
+
+
+def add_elected(
+    base: Tensor,
+    deltas: Sequence[Tensor],
+    weights: Sequence[float],
+    normalize: bool = False,
+    scale: float = 1.0,
+) -> Tensor:
+    """The same where each number counts only the weighted deltas that have the elected sign.
+
+    A sum of 0 elects plus.
+    """
+    if not deltas:
+        return base
+    rounded = torch.tensor(list(weights), dtype=base.dtype, device=base.device)
+    products = torch.stack([delta * weight for delta, weight in zip(deltas, rounded, strict=True)])
+    elected = (products.sum(dim=0) >= 0).to(base.dtype) * 2 - 1
+    counts = products.sign() == elected
+    mixed = (products * counts).sum(dim=0)
+    if normalize:
+        total = (rounded.reshape(-1, *[1] * base.dim()) * counts).sum(dim=0)
+        mixed /= total.masked_fill_(total == 0, 1)
+    if scale != 1:
+        mixed *= scale
+    return base + mixed
+
+
+def add_weighted_into(out: Tensor, base: Tensor, delta: Tensor, weight: float) -> None:
+    """`add_weighted` of one delta without temporaries: out = r(b + r(d * r(w))).
+
+    `torch.add(alpha=)` would round once only. `base` must hold no -0: mergekit's sum over one
+    product turns -0 into 0, and -0 + -0 would stay -0 here.
+    """
+    torch.mul(delta, torch.tensor(weight, dtype=base.dtype, device=base.device), out=out)
+    out.add_(base)

@@ -1,0 +1,40 @@
+"""All that decides one merged tensor's bits, except for the models' contents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One merged tensor: its method, its inputs as (model, tensor name), and their parameters.
+
+    A method without a base takes the base as one more sibling, and `base` is None.
+    """
+
+    method: str
+    base: tuple[str, str] | None
+    siblings: tuple[tuple[str, str], ...]
+    weights: tuple[float, ...] = ()  # one for each sibling, as `densities`
+    densities: tuple[float, ...] = ()
+    normalize: bool = False
+    scale: float = 1.0  # mergekit's `lambda`
+    rescale: bool = False
+    draws: int = 0  # deltas that are thinned out at random
+    # further parameters of the method, such as slerp's `t`
+    parameters: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> tuple[tuple[str, str], ...]:
+        """(model, tensor name) of everything that is read, the base first."""
+        return self.siblings if self.base is None else (self.base, *self.siblings)
+
+    @property
+    def is_single_delta(self) -> bool:
+        """Whether it is base + weight * delta, nothing normalised or scaled.
+
+        Every candidate of a plain search with one sibling is.
+        """
+        plain = not self.normalize and self.scale == 1
+        return self.method == "task_arithmetic" and len(self.siblings) == 1 and plain

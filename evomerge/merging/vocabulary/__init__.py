@@ -1,0 +1,1 @@
+"""Models with different tokens in one merge."""

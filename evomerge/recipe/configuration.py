@@ -1,0 +1,143 @@
+"""The recipe itself: read from a mergekit YAML, built from weights, digested, written."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from evomerge.errors import RecipeError
+from evomerge.recipe.layers import Slice, TokenizerSection
+from evomerge.recipe.mergekit_keys import BUILT_IN
+from evomerge.recipe.parameter_checks import ParameterChecks
+from evomerge.recipe.rounding import rounded
+from evomerge.recipe.source_checks import SourceChecks
+from evomerge.recipe.top_level_checks import check_top_level, read_tokenizer
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A mergekit configuration: `data` as it was read, the other fields in checked form."""
+
+    data: Mapping[str, Any]
+    base_model: str | None
+    merge_method: str
+    dtype: str | None
+    out_dtype: str | None
+    parameters: Mapping[str, Any]
+    slices: tuple[Slice, ...]  # a `models:` recipe is one slice over all layers
+    tokenizer: TokenizerSection | None
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str = "recipe") -> Recipe:
+        """Check a configuration.
+
+        Raises RecipeError naming the key, UnsupportedRecipe where only mergekit itself can help.
+        """
+        method = check_top_level(data, where)
+        base, dtype = data.get("base_model"), data.get("dtype")
+        values = ParameterChecks(method, dtype)
+        sources = SourceChecks(method, base, values)
+        if data.get("slices"):
+            items = enumerate(data["slices"])
+            slices = tuple(sources.slice(item, f"{where}, slices[{i}]") for i, item in items)
+        else:
+            slices = (sources.models(data["models"], where),)
+        return cls(
+            data=copy.deepcopy(dict(data)),
+            base_model=base,
+            merge_method=method,
+            dtype=dtype,
+            out_dtype=data.get("out_dtype"),
+            parameters=values.parameters(data.get("parameters"), where),
+            slices=slices,
+            tokenizer=read_tokenizer(data, where),
+        )
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Every model, the base first, then in the order of first use."""
+        used = [source.model for piece in self.slices for source in piece.sources]
+        if self.base_model is not None:
+            used.insert(0, self.base_model)
+        return tuple(dict.fromkeys(used))
+
+    @property
+    def donor(self) -> str:
+        """The model that lends configuration and tokenizer: the base, else the first."""
+        return self.models[0]
+
+    @property
+    def siblings(self) -> tuple[str, ...]:
+        """Every model but the base, in the order of first use."""
+        return tuple(model for model in self.models if model != self.base_model)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as it was read."""
+        return copy.deepcopy(dict(self.data))
+
+    def to_yaml(self) -> str:
+        """Sorted keys and block style, as the original seed has them; floats keep every digit."""
+        return yaml.safe_dump(
+            self.to_dict(), sort_keys=True, allow_unicode=True, default_flow_style=False
+        )
+
+    def digest(self) -> str:
+        """SHA-256 of what decides the merged bits: numbers are rounded to the dtype first."""
+        dtype = self.dtype
+        if self.merge_method in ("linear", "slerp"):
+            dtype = "float32"
+        elif self.merge_method not in BUILT_IN:
+            dtype = None  # a user's own method may use every digit
+        text = json.dumps(rounded(self.to_dict(), dtype), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """Read a mergekit YAML file. Raises RecipeError."""
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError("no such file", where=path, remedy="Name a mergekit YAML file.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(
+            f"cannot be read as YAML: {error}", where=path, remedy="Fix the file."
+        ) from error
+    return Recipe.from_dict(data, str(path))
+
+
+def task_arithmetic_recipe(
+    base: str,
+    siblings: Sequence[str],
+    slices: Sequence[tuple[int, int]],
+    weights: Sequence[Sequence[float]],
+    dtype: str = "bfloat16",
+    normalize: bool = False,
+) -> Recipe:
+    """The recipe of one weight per slice and sibling, in the original seed's shape.
+
+    `slices` are [start, end) layers, `weights` is weights[slice][sibling].
+    """
+    pieces = []
+    for (start, end), row in zip(slices, weights, strict=True):
+        sources: list[dict[str, Any]] = []
+        for model, weight in zip(siblings, row, strict=True):
+            parameters = {"weight": float(weight)}
+            sources.append({"layer_range": [start, end], "model": model, "parameters": parameters})
+        sources.append({"layer_range": [start, end], "model": base})
+        pieces.append({"sources": sources})
+    data = {
+        "base_model": base,
+        "dtype": dtype,
+        "merge_method": "task_arithmetic",
+        "parameters": {"int8_mask": 1.0, "normalize": float(normalize)},
+        "slices": pieces,
+    }
+    return Recipe.from_dict(data)

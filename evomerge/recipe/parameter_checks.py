@@ -1,0 +1,105 @@
+"""`parameters:` of a recipe, a slice or a source: numbers, gradients and filters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from evomerge.errors import RecipeError
+from evomerge.recipe.mergekit_keys import BOOLEANS, LARGEST, METHODS, PARAMETERS, check_keys, scalar
+
+
+@dataclass(frozen=True)
+class ParameterChecks:
+    """Refuses what mergekit would ignore or turn into NaN tensors."""
+
+    method: str
+    dtype: str | None
+
+    def parameters(self, value: Any, where: str) -> Mapping[str, Any]:
+        """The mapping, or an empty one. Raises RecipeError naming the key and its place."""
+        if value is None:
+            return {}
+        if not isinstance(value, Mapping):
+            raise RecipeError(
+                "`parameters` is not a mapping",
+                where=where,
+                found=value,
+                remedy="Write parameters: {weight: 1.0}.",
+            )
+        known = (*PARAMETERS, *METHODS[self.method].parameters)
+        for key, setting in value.items():
+            if key not in known:
+                raise RecipeError(
+                    f"parameter `{key}` is not supported",
+                    where=where,
+                    remedy=f"Supported parameters: {', '.join(known)}.",
+                )
+            self._setting(key, setting, f"{where}, {key}")
+        return dict(value)
+
+    def _setting(self, key: str, setting: Any, where: str) -> None:
+        """A scalar, a gradient (list of scalars), or one or several {filter, value}."""
+        items = _listed(setting)
+        filtered = any(isinstance(item, Mapping) for item in items)
+        for item in items:
+            if filtered:
+                self._filtered(key, item, where)
+            else:
+                self._scalar(key, item, where)
+
+    def _filtered(self, key: str, item: Any, where: str) -> None:
+        if (
+            not isinstance(item, Mapping)
+            or "value" not in item
+            or not isinstance(item.get("filter"), str | None)
+        ):
+            raise RecipeError(
+                "is not a {filter, value}",
+                where=where,
+                found=item,
+                remedy="Write - filter: NAME / value: NUMBER.",
+            )
+        check_keys(item, ("filter", "value"), where)
+        for value in _listed(item["value"]):
+            self._scalar(key, value, where)
+
+    def _scalar(self, key: str, value: Any, where: str) -> None:
+        try:
+            number = scalar(key, value)
+        except (TypeError, ValueError, OverflowError):
+            wanted = "true or false" if key in BOOLEANS else "a number"
+            raise RecipeError(
+                f"is not {wanted}",
+                where=where,
+                found=value,
+                remedy="Write a number, a list of numbers or filters.",
+            ) from None
+        if not math.isfinite(number):
+            raise RecipeError(
+                f"`{key}` is not finite",
+                where=where,
+                found=number,
+                remedy="Write a finite one: NaN and infinite weights give NaN tensors.",
+            )
+        if abs(number) > LARGEST[None if self.method == "linear" else self.dtype]:
+            raise RecipeError(
+                f"`{key}` is infinite in {self.dtype or 'float32'}",
+                where=where,
+                found=number,
+                remedy="Write a smaller one.",
+            )
+        if key == "density" and not 0 < number <= 1:
+            raise RecipeError(
+                "`density` is out of range",
+                where=where,
+                found=number,
+                remedy="Use more than 0 and at most 1: the share that is kept.",
+            )
+
+
+def _listed(value: Any) -> list[Any]:
+    """The items of a list; an empty list is no gradient, but a wrong value."""
+    return value if isinstance(value, list) and value else [value]

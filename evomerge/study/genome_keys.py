@@ -1,0 +1,134 @@
+"""`genome:` what is merged and how, with mergekit-evolve's keys."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+
+from evomerge.study.section import (
+    ModelRef,
+    Remedy,
+    Section,
+    Text,
+    Texts,
+    as_tuple,
+    model_path,
+    require,
+)
+
+# these keep a share of each difference: its density is searched too
+DENSE = ("ties", "dare_ties", "dare_linear")
+# these mix models as they are: the base, if there is one, is a model like the others
+MIXING = ("linear", "slerp")
+
+
+class GenomeSection(Section):
+    """What is merged and how: mergekit-evolve's keys."""
+
+    models: Annotated[
+        tuple[ModelRef, ...],
+        BeforeValidator(as_tuple),
+        Remedy("Name at least one fine-tuned sibling."),
+    ] = Field(
+        min_length=1,
+        description="Folders, hub names or MODEL+ADAPTER; with a base, its fine-tuned siblings.",
+    )
+    base_model: ModelRef | None = Field(
+        default=None,
+        description="The model that the siblings come from. linear and slerp work without one; "
+        "there it is one more model to mix.",
+    )
+    merge_method: Literal[
+        "task_arithmetic", "ties", "dare_ties", "dare_linear", "linear", "slerp"
+    ] = Field(default="task_arithmetic", description="How the models are merged.")
+    layer_granularity: Annotated[int, Remedy("Use 1 or more layers, or -1 for one slice.")] = Field(
+        default=-1, ge=-1, description="Layers per slice; -1 or 0: one slice holds all layers."
+    )
+    normalize: bool | None = Field(
+        default=None,
+        description="Divide by the sum of the weights; null: true for ties, dare_ties and linear.",
+    )
+    allow_negative_weights: bool = Field(
+        default=False, description="Makes the default of search.bounds -2 to 2."
+    )
+    tokenizer_source: Text | None = Field(
+        default=None,
+        description="Whose tokens the merged model has: base, union or a model; null: the base's "
+        "files as they are.",
+    )
+    smooth: bool = Field(
+        default=False,
+        description="Weights are points of a line along the layers instead of steps.",
+    )
+    filters: Texts | None = Field(
+        default=None,
+        description="Parts of tensor names. Each has numbers of its own, and so have the tensors "
+        "that match none.",
+    )
+
+    @property
+    def all_models(self) -> tuple[str, ...]:
+        """Every model to load; the first lends configuration and tokenizer."""
+        first = () if self.base_model is None else (self.base_model,)
+        return tuple(dict.fromkeys(first + self.models))
+
+    @field_validator("tokenizer_source")
+    @classmethod
+    def _tokenizer_path(cls, source: str | None, info: ValidationInfo) -> str | None:
+        return source if source in (None, "base", "union") else model_path(source, info)
+
+    @model_validator(mode="after")
+    def _check_models(self) -> Self:
+        method, base = self.merge_method, self.base_model
+        if method not in MIXING:
+            need = f"Add the model that the siblings come from: {method} needs it."
+            require(base is not None, "base_model", "is missing", None, need)
+        twice = [model for model in self.models if self.models.count(model) > 1]
+        require(not twice, "models", "names a model twice", next(iter(twice), None), "Keep one.")
+        require(
+            method in MIXING or base not in self.models,
+            "models",
+            "holds the base, whose weight changes nothing",
+            base,
+            "Remove it there.",
+        )
+        require(
+            len(self.all_models) >= 2,
+            "models",
+            f"holds too few: {method} needs at least two models",
+            self.models,
+            "Add one, or a base_model.",
+        )
+        return self
+
+    @model_validator(mode="after")
+    def _check_slerp(self) -> Self:
+        if self.merge_method == "slerp":
+            require(not self.smooth, "smooth", "does not go with slerp", True, "Remove it.")
+            require(
+                not self.filters, "filters", "does not go with slerp", self.filters, "Remove it."
+            )
+            require(
+                self.tokenizer_source != "union" or len(self.all_models) <= 2,
+                "tokenizer_source",
+                "cannot be union here: slerp mixes other models in each candidate, and their "
+                "union of tokens would change with them",
+                self.tokenizer_source,
+                "Set it to base, or name one model.",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_filters(self) -> Self:
+        filters = self.filters or ()
+        for i, text in enumerate(filters):
+            decides = text not in ("", "*") and not any(earlier in text for earlier in filters[:i])
+            require(
+                decides,
+                "filters",
+                "holds one that decides nothing",
+                text,
+                "Remove it: an earlier filter, or every tensor, matches it.",
+            )
+        return self

@@ -1,0 +1,58 @@
+"""What a study file with lm-eval tasks, as mergekit-evolve has them, means here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from evomerge.errors import StudyFileError
+
+LM_EVAL_KEYS = (
+    "limit",
+    "num_fewshot",
+    "shuffle",
+    "apply_chat_template",
+    "fewshot_as_multiturn",
+    "task_search_path",
+)
+BROUGHT = ("judge", "prompt", "generation", "objective")  # sections that lm-eval tasks decide
+
+
+def read_mergekit_evolve(data: dict[str, Any], where: str) -> None:
+    """Fill in what lm-eval tasks decide; refuse keys that would change nothing.
+
+    `data` is what the file holds. Raises StudyFileError.
+    """
+    tasks = data.get("tasks") if isinstance(data.get("tasks"), list) else []
+    sources = [entry for entry in tasks or [] if isinstance(entry, dict)]
+    if any(isinstance(entry, str) for entry in tasks or []) or any("name" in s for s in sources):
+        _fill_in(data, where)
+        return
+    wrong = [key for key in LM_EVAL_KEYS if key in data]
+    wrong += [f"tasks[{i}].metric" for i, source in enumerate(sources) if "metric" in source]
+    # of several, it says what each counts
+    if len(sources) == 1 and "weight" in sources[0]:
+        wrong.append("tasks[0].weight")
+    judge = data.get("judge")
+    if isinstance(judge, dict):
+        wrong += [f"judge.{key}" for key, value in judge.items() if value in ("lm-eval", "score")]
+    if wrong:
+        raise StudyFileError(
+            f"`{wrong[0]}` goes only with lm-eval tasks, and there are none",
+            where=where,
+            remedy="Remove it.",
+        )
+
+
+def _fill_in(data: dict[str, Any], where: str) -> None:
+    for key in BROUGHT:
+        if key in data:
+            raise StudyFileError(
+                f"`{key}` changes nothing: lm-eval tasks bring their own",
+                where=where,
+                remedy="Remove it.",
+            )
+    data["judge"] = {"kind": "lm-eval", "metric": "score"}
+    # metrics are over all documents
+    for section, key, value in (("search", "ranking", "all"), ("split", "validation", 0.0)):
+        if isinstance(data.setdefault(section, {}), dict):
+            data[section].setdefault(key, value)

@@ -1,0 +1,205 @@
+"""`search:` and `objective:` how CMA-ES searches, what is maximised, and when it ends."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from evomerge.console import seconds
+from evomerge.study.section import (
+    Numbers,
+    Pair,
+    Paths,
+    Section,
+    StudyName,
+    Text,
+    as_tuple,
+    require,
+)
+
+SUBSET = 16  # tasks of a first generation where `search.subset` says nothing
+
+
+class SearchSection(Section):
+    """CMA-ES (Hansen 2016) over the weights."""
+
+    trials: int = Field(
+        default=240,
+        ge=1,
+        description="Candidates; parents, uniform weights and the mean come on top.",
+    )
+    population: int | None = Field(
+        default=None, ge=4, description="Candidates per generation; null: 4 + floor(3 ln d)."
+    )
+    ranking: Literal["all", "subset", "race"] = Field(
+        default="subset",
+        description="What a candidate answers. all: every search task; subset: its generation's; "
+        "race: those until it is out.",
+    )
+    subset: int | None = Field(
+        default=None,
+        ge=2,
+        description="Tasks of the first generation, more as the step size shrinks; null: 16.",
+    )
+    race_error: float = Field(
+        default=0.05,
+        gt=0,
+        lt=1,
+        examples=[0.05],
+        description="With race: how often a generation may lose a candidate of its better half.",
+    )
+    finalists: int = Field(
+        default=3,
+        ge=1,
+        description="Trials that the validation tasks compare, besides the distribution's mean.",
+    )
+    recipes: Paths = Field(
+        default=(), description="mergekit YAML files that are the first candidates."
+    )
+    vectors: Annotated[tuple[Numbers, ...], BeforeValidator(as_tuple)] = Field(
+        default=(), description="First candidates likewise, as numbers of the genome."
+    )
+    source_study: StudyName | None = Field(
+        default=None,
+        description="A finished study of the same genome and storage: its distribution is the "
+        "first one.",
+    )
+    warm_start: Literal["likelihood"] | None = Field(
+        default=None,
+        description="likelihood: gradient steps on the references' likelihood give the first "
+        "distribution.",
+    )
+    warm_start_steps: int = Field(default=16, ge=1, description="Steps of the warm start.")
+    lr_adapt: bool = Field(
+        default=True, description="Learning-rate adaptation for noise (Nomura et al. 2023)."
+    )
+    time_limit: Text | None = Field(
+        default=None,
+        description="90s, 55m, 8h or 2d: no further candidate after it; then the mean and the "
+        "verdict.",
+    )
+    max_cost: float | None = Field(
+        default=None,
+        gt=0,
+        description="A limit likewise, in the currency of the judge's prices and of hourly_price.",
+    )
+    hourly_price: float = Field(default=0.0, ge=0, description="Price of the machine for an hour.")
+    min_sigma: float | None = Field(
+        default=None, gt=0, description="Ends the search once the step size is smaller."
+    )
+    patience: int | None = Field(
+        default=None,
+        gt=0,
+        description="Ends the search after this many generations whose mean gained nothing "
+        "beyond noise.",
+    )
+    sigma: float = Field(
+        default=0.3,
+        gt=0,
+        examples=[0.3],
+        description="First step size, in units of the weight; other numbers take the same share "
+        "of their range.",
+    )
+    start: float = Field(
+        default=1.0,
+        description="First mean, the same for every weight; slerp takes the same share of its "
+        "range: the middle.",
+    )
+    bounds: Pair | None = Field(
+        default=None,
+        description="Lowest and highest weight; null: 0 to 2, or -2 to 2 with "
+        "allow_negative_weights.",
+    )
+    start_density: float | None = Field(
+        default=None, description="First mean of every density; null: 0.8."
+    )
+    density_bounds: Pair | None = Field(
+        default=None,
+        description="Lowest and highest density, above 0 and at most 1; null: 0.1 to 1.",
+    )
+    uniform: Numbers = Field(
+        default=(0.25, 0.5, 0.75, 1.25),
+        description="One weight for all slices: what a search must beat.",
+    )
+    dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        default="bfloat16", description="Precision of the merge and of the live model."
+    )
+    seed: int = Field(default=0, description="Seed of the search.")
+
+    @field_validator("time_limit")
+    @classmethod
+    def _check_duration(cls, text: str | None) -> str | None:
+        holds = text is None or seconds(text) is not None
+        require(holds, "", "is not a duration above 0", text, "Write 90s, 55m, 8h or 2d.")
+        return text
+
+    @model_validator(mode="after")
+    def _check_bounds(self) -> Self:
+        if self.bounds is not None:
+            low, high = self.bounds
+            require(
+                low < high,
+                "bounds",
+                "is not a range",
+                self.bounds,
+                "Write [lowest, highest].",
+            )
+        if self.density_bounds is not None:
+            sparse, dense = self.density_bounds
+            require(
+                0 < sparse < dense <= 1,
+                "density_bounds",
+                "is not a range of densities",
+                self.density_bounds,
+                "Write [lowest, highest], above 0 and at most 1.",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_start(self) -> Self:
+        first = len(self.recipes) + len(self.vectors)
+        require(
+            self.subset is None or self.ranking != "all",
+            "subset",
+            "goes only with `ranking: subset` or `race`",
+            self.subset,
+            "Set one of them, or remove it.",
+        )
+        require(
+            first == 0 or self.population is None or first <= self.population,
+            "population",
+            f"does not hold the {first} first candidates",
+            self.population,
+            f"Use at least {first}.",
+        )
+        require(
+            self.source_study is None or self.warm_start is None,
+            "source_study",
+            "sets the start, and so does `warm_start`",
+            self.source_study,
+            "Remove one of them.",
+        )
+        return self
+
+
+class ObjectiveSection(Section):
+    """What is maximised: a weighted sum of an answer's parts, each recorded for every trial."""
+
+    grade: float = Field(default=1.0, description="Weight of judge.metric.")
+    length: float = Field(
+        default=0.0,
+        description="Weight of the answer's share of max_new_tokens, 0 to 1; below 0: shorter is "
+        "better.",
+    )
+    likelihood: float = Field(
+        default=0.0,
+        description="Weight of the reference's mean log-likelihood per token, in nats; with "
+        "transformers only.",
+    )
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> Self:
+        weighted = self.grade or self.length or self.likelihood
+        require(weighted, "", "has no part with a weight", None, "Give one part a weight.")
+        return self

@@ -1,0 +1,122 @@
+"""Files written whole, and locks that a killed process does not leave."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from evomerge.errors import OutputError
+from evomerge.files import ExclusiveLock, LockHeld, replace_file
+from evomerge.merging.checkpoints.new_folder import HELPER_LOCK, new_folder
+
+ROOT = Path(__file__).parents[1]
+HOLD = """
+import pathlib, sys
+from evomerge.files import ExclusiveLock
+lock = ExclusiveLock(pathlib.Path(sys.argv[1]))
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that holds tmp_path/x.lock until it is killed."""
+    process = hold(tmp_path / "x.lock")
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def hold(path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        text=True,
+    )
+    assert process.stdout.readline() == "locked\n"
+    return process
+
+
+def test_a_lock_has_one_holder_who_is_named(tmp_path, holder):
+    with pytest.raises(LockHeld) as held:
+        ExclusiveLock(tmp_path / "x.lock")
+    assert held.value.holder == f"pid {holder.pid}"
+    with ExclusiveLock(tmp_path / "y.lock"):
+        with pytest.raises(LockHeld) as held:
+            ExclusiveLock(tmp_path / "y.lock")
+        assert held.value.holder == f"pid {os.getpid()}"
+    with ExclusiveLock(tmp_path / "y.lock"):
+        pass
+    assert not list(tmp_path.glob("y*"))
+
+
+def test_what_a_killed_process_leaves_is_no_lock(tmp_path, holder):
+    holder.kill()
+    holder.communicate()
+    assert (tmp_path / "x.lock").exists()
+    with ExclusiveLock(tmp_path / "x.lock"):
+        assert (tmp_path / "x.lock.pid").read_text() == f"pid {os.getpid()}"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_a_helper_still_fills_is_not_removed(tmp_path):
+    """The process that began it was killed, mergekit is still writing."""
+    hidden = tmp_path / ".out.merging-abc"
+    (hidden / "model").mkdir(parents=True)
+    helper = hold(hidden / HELPER_LOCK)
+    try:
+        with new_folder(tmp_path / "out"):
+            pass
+        assert (hidden / "model").is_dir()
+    finally:
+        helper.kill()
+        helper.communicate()
+    (tmp_path / "out").rmdir()
+    with new_folder(tmp_path / "out"):
+        assert not hidden.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_many_processes_never_take_a_living_folder_for_dead(tmp_path):
+    code = (
+        "import pathlib, sys\n"
+        "from evomerge.merging.checkpoints.new_folder import new_folder\n"
+        "for i in range(30):\n"
+        "    try:\n"
+        "        with new_folder(pathlib.Path(sys.argv[1])) as unfinished:\n"
+        "            (unfinished.path / 'file').write_text('x')\n"
+        "            assert (unfinished.path / 'file').read_text() == 'x'\n"
+        "            raise KeyError\n"
+        "    except KeyError:\n"
+        "        pass\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "out")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    processes = [
+        subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    said = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path):
+    path = tmp_path / "a" / "b.txt"
+    replace_file(path, lambda file: file.write_text("one"))
+
+    def full(file):
+        file.write_text("two")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OutputError, match="cannot be written: No space left on device"):
+        replace_file(path, full)
+    assert path.read_text() == "one"
+    assert [entry.name for entry in path.parent.iterdir()] == ["b.txt"]
+    assert path.stat().st_mode & 0o777 == 0o644

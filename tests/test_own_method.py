@@ -1,0 +1,134 @@
+"""Merge methods that a user registers: on disk and live, with parameters of their own."""
+
+import pytest
+import torch
+from merging_tools import differing, load_all, make_family
+from transformers import AutoModelForCausalLM
+
+from evomerge.errors import InputError, RecipeError, UnsupportedRecipe
+from evomerge.merging.build import build_model
+from evomerge.merging.checkpoints.open_model import open_model
+from evomerge.merging.live import LiveModel
+from evomerge.merging.methods import registry
+from evomerge.merging.methods.registry import MergeMethod, register_method
+from evomerge.recipe import METHODS, Recipe
+from evomerge.reporting.card import model_card
+
+
+def share_of_mean(base, others, plan, generator):
+    """base + share * the mean delta: nothing but the number's own place counts."""
+    deltas = list(others)
+    return base + sum(deltas) / len(deltas) * plan.parameters["share"]
+
+
+def loudest(base, others, plan, generator):
+    """The model with the largest weighted norm, whole tensors at a time and without a base."""
+    norms = [w * x.float().norm() for w, x in zip(plan.weights, others, strict=True)]
+    assert base is None
+    return list(others)[int(torch.stack(norms).argmax())]
+
+
+@pytest.fixture
+def family(tmp_path):
+    return make_family(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def methods():
+    register_method(
+        "share_of_mean",
+        MergeMethod(
+            share_of_mean,
+            takes_deltas=True,
+            elementwise=True,
+            weighted=False,
+            parameters={"share": None},
+        ),
+        "[The share of the mean](https://example.org)",
+    )
+    register_method("loudest", MergeMethod(loudest, needs_base=False))
+    yield
+    for name in ("share_of_mean", "loudest"):
+        del METHODS[name], registry._METHODS[name]
+
+
+def make_recipe(family, method, **settings):
+    models = [
+        {"model": str(family / name), "parameters": {"weight": weight}}
+        for name, weight in (("base", 0.5), ("one", 1.0), ("two", 1.5))
+    ]
+    if method == "share_of_mean":
+        models = [{"model": model["model"]} for model in models]
+    return Recipe.from_dict(
+        {"merge_method": method, "base_model": str(family / "base"), "models": models}
+        | {"dtype": "bfloat16"}
+        | settings
+    )
+
+
+def by_hand(family, method, share):
+    base, one, two = (load_all(family / name) for name in ("base", "one", "two"))
+    if method == "share_of_mean":
+        return {n: base[n] + ((one[n] - base[n]) + (two[n] - base[n])) / 2 * share for n in base}
+    factors = (0.5, base), (1.0, one), (1.5, two)
+    return {n: max(factors, key=lambda f: f[0] * f[1][n].float().norm())[1][n] for n in base}
+
+
+CASES = [
+    ("share_of_mean", {"parameters": {"share": 0.7}}),
+    ("loudest", {}),
+]
+
+
+@pytest.mark.parametrize(("method", "settings"), CASES)
+def test_on_disk_and_live(family, tmp_path, method, settings):
+    recipe = make_recipe(family, method, **settings)
+    wanted = by_hand(family, method, 0.7)
+    assert not differing(load_all(build_model(recipe, tmp_path / "out")), wanted)
+    model = AutoModelForCausalLM.from_pretrained(family / "base", dtype=torch.bfloat16)
+    live = LiveModel(
+        model,
+        open_model(str(family / "base")),
+        [open_model(str(family / name)) for name in ("one", "two")],
+    )
+    live.apply(recipe)
+    assert not differing({name: p.detach() for name, p in model.named_parameters()}, wanted)
+
+
+def test_gradients_and_filters_of_an_own_parameter(family, tmp_path):
+    """As those of mergekit's parameters."""
+    share = [{"filter": "mlp", "value": [0.0, 1.0]}, {"value": 0.5}]
+    recipe = make_recipe(family, "share_of_mean", parameters={"share": share})
+    merged = load_all(build_model(recipe, tmp_path / "out"))
+    base, half = load_all(family / "base"), by_hand(family, "share_of_mean", 0.5)
+    full = by_hand(family, "share_of_mean", 1.0)
+    name = "model.layers.{}.mlp.up_proj.weight"
+    assert torch.equal(merged[name.format(0)], base[name.format(0)])
+    assert torch.equal(merged[name.format(3)], full[name.format(3)])
+    assert torch.equal(merged["model.norm.weight"], half["model.norm.weight"])
+
+
+def test_what_is_wrong_is_said(family, tmp_path):
+    with pytest.raises(RecipeError, match="no `share` for"):
+        build_model(make_recipe(family, "share_of_mean"), tmp_path / "out")
+    with pytest.raises(RecipeError, match="`share` is not supported"):
+        make_recipe(family, "loudest", parameters={"share": 1.0})
+    with pytest.raises(InputError, match="slerp: a merge method of this name exists"):
+        register_method("slerp", MergeMethod(loudest))
+    with pytest.raises(UnsupportedRecipe, match="merge_method"):
+        make_recipe(family, "quietest")
+
+
+def test_its_recipes_keep_every_digit(family):
+    """A function may read weights in float64: what differs in the last digit is another merge."""
+    one, other = (
+        make_recipe(family, "share_of_mean", parameters={"share": share})
+        for share in (0.7, 0.7 + 1e-12)
+    )
+    assert one.digest() != other.digest()
+    assert one.digest() == make_recipe(family, "share_of_mean", parameters={"share": 0.7}).digest()
+
+
+def test_the_card_links_it(family):
+    recipe = make_recipe(family, "share_of_mean", parameters={"share": 1.0})
+    assert "[The share of the mean](https://example.org) merge method" in model_card(recipe, "x")
