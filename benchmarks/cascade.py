@@ -33,7 +33,7 @@ from evomerge.judging.learned.fit import fit_file
 from evomerge.judging.learned.judge import LearnedJudge
 from evomerge.judging.validation.families import is_tuning
 from evomerge.judging.validation.reference import pick, read_grades
-from evomerge.searching.racing import blocks
+from evomerge.searching.generation.racing import blocks
 from evomerge.tasks import load_tasks
 
 if TYPE_CHECKING:
@@ -54,12 +54,12 @@ class Outcome:
     low: float
     high: float
     loss: float
-    cheap_same: float  # by the learned judge alone
+    proxy_same: float  # by the learned judge alone
 
     def line(self, label: str) -> str:
         """A row of the table in docs/JUDGES.md."""
         same = f"{self.same:.3f} [{self.low:.3f}, {self.high:.3f}]"
-        return f"| {label} | {self.asked:.2f} | {same} | {self.loss:.4f} | {self.cheap_same:.2f} |"
+        return f"| {label} | {self.asked:.2f} | {same} | {self.loss:.4f} | {self.proxy_same:.2f} |"
 
 
 def tables(
@@ -85,14 +85,14 @@ def tables(
     lines = [line for line in read_answers(data / "answers.jsonl", tasks) if line.model in known]
     place = {model: i for i, model in enumerate(sorted(known, key=str))}
     column = {str(task.task_id): t for t, task in enumerate(tasks)}
-    cheap = np.full((len(place), len(tasks)), np.nan)
-    dear = cheap.copy()
+    proxy = np.full((len(place), len(tasks)), np.nan)
+    expensive = proxy.copy()
     for line in lines:
         i, t = place[line.model], column[str(line.task.task_id)]
-        cheap[i, t] = learned.grade(line.task, line.answer).value
-        dear[i, t] = grades.get((line.model or "", str(line.task.task_id)), np.nan)
-    whole = ~np.isnan(cheap + dear).any(axis=0)
-    return cheap[:, whole], dear[:, whole]
+        proxy[i, t] = learned.grade(line.task, line.answer).value
+        expensive[i, t] = grades.get((line.model or "", str(line.task.task_id)), np.nan)
+    whole = ~np.isnan(proxy + expensive).any(axis=0)
+    return proxy[:, whole], expensive[:, whole]
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
@@ -104,17 +104,17 @@ def wilson(share: float, n: int) -> tuple[float, float]:
 
 
 def measure(
-    cheap: Floats, dear: Floats, tasks: int, window: int, error: float, seed: int = 0
+    proxy: Floats, expensive: Floats, tasks: int, window: int, error: float, seed: int = 0
 ) -> Outcome:
     """Generations of POPULATION out of `window` neighbours, on `tasks` of the tasks."""
     rng = np.random.default_rng([seed, tasks, window])
-    order = np.argsort(-dear.mean(axis=1), kind="stable")
+    order = np.argsort(-expensive.mean(axis=1), kind="stable")
     found = []
     for _ in range(GENERATIONS):
         first = rng.integers(0, len(order) - window + 1)
         rows = rng.permutation(order[first : first + window])[:POPULATION]
-        columns = rng.permutation(dear.shape[1])[:tasks]
-        c, d = cheap[np.ix_(rows, columns)], dear[np.ix_(rows, columns)]
+        columns = rng.permutation(expensive.shape[1])[:tasks]
+        c, d = proxy[np.ix_(rows, columns)], expensive[np.ix_(rows, columns)]
 
         def ask(asked: list[int], chosen: list[int], grades: Floats = d) -> Floats:
             return grades[np.ix_(asked, chosen)]
@@ -153,15 +153,16 @@ def main() -> None:
         ("tuning", lambda model: not is_tuning(model or "")),
     ]
     for half, fitted_on in halves:
-        cheap, dear = tables(args.data, args.judge, args.references.split(","), fitted_on)
+        proxy, expensive = tables(args.data, args.judge, args.references.split(","), fitted_on)
         print(
-            f"{half} families: {dear.shape[0]} models, {dear.shape[1]} tasks that all have grades of"
+            f"{half} families: {expensive.shape[0]} models, {expensive.shape[1]} tasks "
+            "that all have grades of"
         )
-        for tasks in (16, 48, dear.shape[1]):
+        for tasks in (16, 48, expensive.shape[1]):
             for window in (14, 24):
                 label = f"{half}, {tasks} tasks, of {window} neighbours"
                 told[f"{half}/{tasks}/{window}"] = outcome = measure(
-                    cheap, dear, tasks, window, args.error
+                    proxy, expensive, tasks, window, args.error
                 )
                 print(outcome.line(label), flush=True)
     main_one = told["test/48/14"]
@@ -171,7 +172,7 @@ def main() -> None:
         "same_half_low": round(main_one.low, 4),
         "same_half_high": round(main_one.high, 4),
         "loss": round(main_one.loss, 5),
-        "same_half_learned_alone": round(main_one.cheap_same, 4),
+        "same_half_learned_alone": round(main_one.proxy_same, 4),
         "lowest_same_half": round(min(outcome.same for outcome in told.values()), 4),
         "error": args.error,
         "generations": GENERATIONS,

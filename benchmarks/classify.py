@@ -24,11 +24,11 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from evomerge.errors import InputError
-from evomerge.knowledge.base import Knowledge, read_knowledge
+from evomerge.knowledge.chooser import Chooser
 from evomerge.knowledge.classification.by_model import ModelClassifier
-from evomerge.knowledge.classification.classify import confusion
-from evomerge.knowledge.parts import Example
-from evomerge.knowledge.retrieval.retrieve import Chooser
+from evomerge.knowledge.classification.by_neighbours import confusion
+from evomerge.knowledge.read_base import read_knowledge
+from evomerge.knowledge.records import Example, Knowledge
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = ROOT / "evomerge" / "knowledge" / "examples_ja.yaml"
@@ -50,7 +50,7 @@ def labelled() -> list[dict[str, str]]:
 
 
 def found_classes(chooser: Chooser, rows: Sequence[dict[str, str]]) -> list[str]:
-    return [verdict.class_name for verdict in chooser.verdicts([row["input"] for row in rows])]
+    return [verdict.class_name for verdict in chooser.classify_all([row["input"] for row in rows])]
 
 
 def accuracy(chooser: Chooser, rows: Sequence[dict[str, str]]) -> dict[str, float]:
@@ -77,7 +77,7 @@ def large(knowledge: Knowledge, seed: int = 0) -> Knowledge:
 def per_second(chooser: Chooser, texts: list[str], whole: bool = False) -> float:
     """Tasks a second of CPU time; `whole`: with the examples and documents of each."""
     began = time.process_time()
-    found = chooser.choose_all(texts) if whole else chooser.verdicts(texts)
+    found = chooser.choose_all(texts) if whole else chooser.classify_all(texts)
     return len(found) / (time.process_time() - began)
 
 

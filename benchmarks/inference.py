@@ -31,8 +31,8 @@ from evomerge.answering.hf.engine import TransformersEngine
 from evomerge.answering.prompts import Prompter
 from evomerge.inference import run_inference
 from evomerge.inference.opening import BATCH_SIZE
-from evomerge.knowledge.base import read_knowledge
-from evomerge.knowledge.retrieval.retrieve import Chooser
+from evomerge.knowledge.chooser import Chooser
+from evomerge.knowledge.read_base import read_knowledge
 from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.study import EngineSection, GenerationSection, PromptSection
 from evomerge.tasks import Task

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from evomerge.demo import SKILLS
-from evomerge.knowledge.formats.writing import write_knowledge
-from evomerge.knowledge.parts import Example, Knowledge, KnowledgeClass
+from evomerge.knowledge.records import Example, Knowledge, KnowledgeClass
+from evomerge.knowledge.write_base import write_knowledge
 
 FOLDER = Path(__file__).resolve().parents[1] / "evomerge" / "knowledge"
 KNOWN = 5  # examples of each skill, by which tasks are told apart

@@ -32,9 +32,10 @@ from evomerge.console import Console
 from evomerge.genome.weights import make_genome
 from evomerge.judging.llm.judge import LlmJudge
 from evomerge.recipe import Recipe
+from evomerge.searching.assemble import judged_search
 from evomerge.searching.ledger import open_ledger
-from evomerge.searching.loop import Search
-from evomerge.searching.session import make_sampler
+from evomerge.searching.prepare import Problem
+from evomerge.searching.starting.study_sampler import make_sampler
 from evomerge.study import (
     GenomeSection,
     JudgeSection,
@@ -145,9 +146,9 @@ def run_study(
     split = Split(tasks[:TASKS], tasks[TASKS:])
     engine = TimedEngine(batch_seconds)
     prompter: Any = Prompter(engine.tokenizer, PromptSection(format="template", template="{input}"))
-    ledger = open_ledger(
-        f"sqlite:///{folder}/overlap.db", "overlap", make_sampler(study, genome), create=True
-    )
+    problem = Problem(study, genome, split, make_sampler(study, genome))
+    url = f"sqlite:///{folder}/overlap.db"
+    ledger = open_ledger(url, "overlap", problem.sampler.space, create=True)
     ledger.remember("names", list(genome.names))
     cache = AnswerCache(folder / "answers.sqlite", "overlap")
     with server(latency) as (url, graded):
@@ -157,7 +158,7 @@ def run_study(
         )
         timed: Any = engine
         console = Console(StringIO())
-        search = Search(study, genome, split, timed, prompter, judge, ledger, cache, console)
+        search = judged_search(problem, ledger, console, timed, prompter, judge, cache)
         began = time.perf_counter()
         search.run()
         wall = time.perf_counter() - began

@@ -27,7 +27,7 @@ import numpy as np
 from search_landscapes import LANDSCAPES, Array, World, make_world
 from search_simulator import Options, Step, mergekit_evolve, optuna_cmaes, ours
 
-from evomerge.searching.verdict import bootstrap_interval
+from evomerge.searching.scoring import bootstrap_interval
 
 LIMIT = 20_000
 BUDGET = 5_000

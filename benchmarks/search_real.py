@@ -36,11 +36,13 @@ import optuna
 import yaml
 
 from evomerge.console import Console
+from evomerge.searching.examine import JudgedExaminer
 from evomerge.searching.loop import Search
-from evomerge.searching.sampler import Distribution, make_cma
-from evomerge.searching.session import open_search
-from evomerge.searching.verdict import bootstrap_interval
-from evomerge.searching.warm_start import Step, warm_start
+from evomerge.searching.open_search import open_search
+from evomerge.searching.records.study_facts import GradientStep
+from evomerge.searching.samplers.cmaes_adapter import Distribution, make_cma
+from evomerge.searching.scoring import bootstrap_interval
+from evomerge.searching.starting.warm_start import warm_start
 from evomerge.study import Study, read_study
 from evomerge.tasks import Task
 
@@ -121,7 +123,7 @@ def demo(folder: Path, kept: Path, seeds: int = 5, steps: int = 16) -> dict[str,
         with search_of(settings, kept / f"demo-{seed}") as search:
             tasks = len(search.split.search)
             goal = mean(unseen(search, stock(search, seed)))
-            plain = reached(search, search.sampler.start, goal)
+            plain = reached(search, search.sampler.default, goal)
             warm, spent = warmed(search, steps, kept / f"demo-{seed}" / "warm_start.jsonl")
             rows.append(
                 {
@@ -145,27 +147,32 @@ def warmed(search: Search, steps: int, file: Path) -> tuple[Distribution, int]:
     file.
     """
     done = (
-        [Step.from_dict(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
+        [
+            GradientStep.from_dict(json.loads(line))
+            for line in file.read_text(encoding="utf-8").splitlines()
+        ]
         if file.exists()
         else []
     )
 
-    def record(step: Step) -> None:
+    def record(step: GradientStep) -> None:
         with file.open("a", encoding="utf-8") as kept:
             kept.write(json.dumps(asdict(step)) + "\n")
 
     study = search.study.replace(search=search.study.search.replace(warm_start_steps=steps))
+    examiner = search.examiner
+    assert isinstance(examiner, JudgedExaminer)
     found = warm_start(
-        search.engine,
+        examiner.engine,
         search.genome,
         search.split.search,
-        search.prompter,
+        examiner.prompter,
         study,
         done,
         record,
         lambda line: say(f"warm start {line}"),
     )
-    start = search.sampler.start
+    start = search.sampler.default
     cov = start.cov * np.outer(found.scales, found.scales)
     return Distribution(np.array(found.mean), start.sigma, cov), GRADIENT * sum(
         step.tasks for step in found.steps
@@ -215,8 +222,9 @@ def reached(search: Search, start: Distribution, goal: float) -> int:
 
 def winner(search: Search) -> tuple[float, ...]:
     """The vector that the verdict was about."""
-    number = search.ledger.facts["finalists"]["winner"]
-    return next(record.weights for record in search.ledger.records() if record.number == number)
+    found = search.ledger.history().trial(search.ledger.facts.finalists["winner"])
+    assert found is not None
+    return found.weights
 
 
 def unseen(search: Search, vector: Sequence[float]) -> dict[str, float]:

@@ -16,8 +16,13 @@ import optuna
 from search_landscapes import BOUNDS, Array, World
 
 from evomerge.searching.choosing import choose
-from evomerge.searching.racing import blocks, hopeless, subset_size, task_order
-from evomerge.searching.sampler import Distribution, default_population, make_cma
+from evomerge.searching.generation.racing import blocks, hopeless, subset_size, task_order
+from evomerge.searching.samplers.cmaes_adapter import (
+    Distribution,
+    default_population,
+    make_cma,
+    state,
+)
 
 Step = tuple[int, Array]
 # the references of a study: parents and uniform weights
@@ -71,7 +76,7 @@ def ours(world: World, seed: int, o: Options) -> Iterator[Step]:
     while True:
         size = len(search)
         if o.ranking != "all":
-            size = subset_size(size, o.subset, float(optimizer._sigma / o.sigma) ** (o.growth / 2))
+            size = subset_size(size, o.subset, (state(optimizer).sigma / o.sigma) ** (o.growth / 2))
         chosen = search[np.array(task_order(seed, generation, len(search))[:size])]
         drawn = np.array([optimizer.ask() for _ in range(optimizer.population_size)])
         grades = world.grades(drawn, chosen, rng)

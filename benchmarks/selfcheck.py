@@ -46,9 +46,9 @@ from evomerge.judging.learned.fit import fit_file
 from evomerge.judging.learned.judge import LearnedJudge
 from evomerge.judging.rules.judge import RulesJudge
 from evomerge.judging.validation.families import is_tuning, wanted_models
-from evomerge.judging.validation.reference import answer_key, join, pick, read_grades
+from evomerge.judging.validation.reference import answer_key, join_grades, pick, read_grades
 from evomerge.merging.checkpoints.open_model import open_model
-from evomerge.searching.verdict import bootstrap_interval
+from evomerge.searching.scoring import bootstrap_interval
 from evomerge.study import EngineSection, GenerationSection, PromptSection
 from evomerge.tasks import Task, load_tasks
 
@@ -312,7 +312,7 @@ def _cells(folder: Path, wanted: Callable[[str], bool]) -> list[Cell]:
     tasks = load_tasks(folder / "tasks.jsonl")
     grades = pick(read_grades(folder / "grades.jsonl", tasks), [REFERENCE], folder / "grades.jsonl")
     grades = {key: value for key, value in grades.items() if wanted(key[0] or "")}
-    joined = join(
+    joined = join_grades(
         [
             line
             for line in read_answers(folder / "answers.jsonl", tasks)

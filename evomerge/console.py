@@ -126,3 +126,8 @@ def seconds(text: str) -> float | None:
     if match is None or not float(match[1]):
         return None
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+
+
+def plus_minus(value: float, error: float | None) -> str:
+    """A figure with its standard error; a single value has none."""
+    return f"{value:.3f} (n = 1)" if error is None else f"{value:.3f} ± {error:.3f}"

@@ -1,4 +1,4 @@
-"""Measures of Japanese and English text that the rule-based judge compares with."""
+"""Japanese and English text: cleaning, numbers, sentences, script, repetition, lists."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ _NUMBER_NO_THOUSANDS = re.compile(_SINGLE)
 _KANJI_NUMBER = re.compile(r"[〇零一二三四五六七八九十百千万億]+")
 _KANJI_DIGITS = {c: i for i, c in enumerate("〇一二三四五六七八九")} | {"零": 0}
 _KANJI_SCALES = {"十": 10, "百": 100, "千": 1000, "万": 10**4, "億": 10**8, "兆": 10**12}
-_UNITS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
+_UNITS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+    "fifteen sixteen seventeen eighteen nineteen"
+)
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
-NUMBER_WORDS = {w: i for i, w in enumerate(_UNITS.split())} | {
-    w: 10 * i for i, w in enumerate(_TENS.split(), 2)
-}
+NUMBER_WORDS = {word: i for i, word in enumerate(_UNITS.split())}
+NUMBER_WORDS |= {word: 10 * i for i, word in enumerate(_TENS.split(), start=2)}
 _WORD = "|".join(sorted(NUMBER_WORDS, key=len, reverse=True))
 _WORD_NUMBER = re.compile(
     rf"\b(?:{_WORD}|hundred)(?:(?:[\s-]+|\s+and\s+)(?:{_WORD}|hundred))*\b", re.IGNORECASE
@@ -42,9 +44,7 @@ CJK = "\u3041-\u30ff\u3400-\u9fff々"
 
 
 def clean(text: str) -> str:
-    """NFKC (full width, half width), typographic quotes and dashes made plain, Markdown marks
-    removed; case and lines stay.
-    """
+    """NFKC, plain quotes and dashes, no Markdown marks; case and line breaks stay."""
     text = unicodedata.normalize("NFKC", text)
     for fancy, plain in _PLAIN_CHARS:
         text = text.replace(fancy, plain)
@@ -66,8 +66,9 @@ _PLAIN_CHARS = [
 
 
 def bare(text: str) -> str:
-    """`clean`, lower case, one space for white space (none beside Japanese), no punctuation or
-    quotes around it, no leading article.
+    """`clean` in lower case, without the punctuation, quotes and article around it.
+
+    White space becomes one space, or none next to Japanese characters.
     """
     text = re.sub(r"\s+", " ", clean(text).casefold())
     text = re.sub(rf"(?<=[{CJK}]) | (?=[{CJK}])", "", text)
@@ -78,9 +79,7 @@ def bare(text: str) -> str:
 
 @dataclass(frozen=True)
 class Number:
-    """A number in a text: its plain writing (leading zeros kept: 0012 is not 12) and where it
-    stands.
-    """
+    """A number in a text and its position; `value` keeps leading zeros: 0012 is not 12."""
 
     value: str
     start: int
@@ -88,25 +87,26 @@ class Number:
 
 
 def find_numbers(text: str, *, thousands: bool = True, words: bool = True) -> list[Number]:
-    """The numbers of a cleaned text in order; kanji and English number words count only where there
-    are no digits.
+    """The numbers of a cleaned text, in order.
+
+    `thousands`: a comma between groups of three digits belongs to the number. `words`: where the
+    text has no digits, English number words count, and where it has none of those, kanji numbers.
     """
     pattern = _NUMBER if thousands else _NUMBER_NO_THOUSANDS
-    found = [Number(_plain(m.group()), m.start(), m.end()) for m in pattern.finditer(text)]
+    found = [Number(_digits_of(m.group()), m.start(), m.end()) for m in pattern.finditer(text)]
     if found or not words:
         return found
-    found = [
-        Number(str(_words_value(m.group())), m.start(), m.end())
-        for m in _WORD_NUMBER.finditer(text)
-    ]
-    return found or [
-        Number(str(_kanji_value(m.group())), m.start(), m.end())
-        for m in _KANJI_NUMBER.finditer(text)
-        if len(m.group()) < 16
-    ]
+    for m in _WORD_NUMBER.finditer(text):
+        found.append(Number(str(_words_value(m.group())), m.start(), m.end()))
+    if found:
+        return found
+    for m in _KANJI_NUMBER.finditer(text):
+        if len(m.group()) < 16:
+            found.append(Number(str(_kanji_value(m.group())), m.start(), m.end()))
+    return found
 
 
-def _plain(token: str) -> str:
+def _digits_of(token: str) -> str:
     token = token.replace(",", "")
     if token[-1] in _KANJI_SCALES or any(c in _KANJI_SCALES for c in token):
         token = format(_scaled_value(token), "f")
@@ -128,14 +128,16 @@ def _scaled_value(token: str) -> Decimal:
 def _kanji_value(token: str) -> int:
     if not any(c in _KANJI_SCALES for c in token):
         return int("".join(str(_KANJI_DIGITS[c]) for c in token))
-    total, part, digit = 0, 0, 0
+    total = part = digit = 0
     for c in token:
         if c in _KANJI_DIGITS:
             digit = _KANJI_DIGITS[c]
         elif _KANJI_SCALES[c] < 10**4:
-            part, digit = part + (digit or 1) * _KANJI_SCALES[c], 0
+            part += (digit or 1) * _KANJI_SCALES[c]
+            digit = 0
         else:
-            total, part, digit = total + ((part + digit) or 1) * _KANJI_SCALES[c], 0, 0
+            total += ((part + digit) or 1) * _KANJI_SCALES[c]
+            part = digit = 0
     return total + part + digit
 
 
@@ -150,12 +152,14 @@ def _words_value(words: str) -> int:
 
 
 def language(text: str) -> str:
-    """ "ja", "zh" (Chinese characters without kana), "latin", "other" (a third script), or "" when
-    too few letters tell.
+    """The language by script: "ja", "zh", "latin", "other", or "" for too few letters to tell.
+
+    "zh" is Chinese characters without kana, "other" any script beyond these.
     """
-    kana, han, latin, other = (
-        sum(map(len, script.findall(text))) for script in (_KANA, _HAN, _LATIN, _OTHER)
-    )
+    kana = sum(map(len, _KANA.findall(text)))
+    han = sum(map(len, _HAN.findall(text)))
+    latin = sum(map(len, _LATIN.findall(text)))
+    other = sum(map(len, _OTHER.findall(text)))
     # three Latin letters say about as much as one Japanese character
     total = kana + han + latin / 3 + other
     if total < 8:
@@ -164,57 +168,51 @@ def language(text: str) -> str:
         return "other"
     if kana + han < 0.3 * total:
         return "latin"
-    return "zh" if han > 20 and kana < 0.05 * han else "ja"
+    if han > 20 and kana < 0.05 * han:
+        return "zh"
+    return "ja"
 
 
 def sentences(text: str) -> list[str]:
     """The sentences and lines of a cleaned text, none empty."""
-    return [stripped for piece in _SENTENCE_END.split(text) if (stripped := piece.strip())]
+    return list(filter(None, map(str.strip, _SENTENCE_END.split(text))))
 
 
-def grams(text: str) -> frozenset[str]:
-    """The different character trigrams of a text without white space and punctuation."""
+def trigrams(text: str) -> frozenset[str]:
+    """The set of character trigrams of a text without white space and punctuation."""
     text = _NO_WORD.sub("", text).casefold()
     return frozenset(map("".join, zip(text, text[1:], text[2:], strict=False)))
 
 
 def f1(a: frozenset[str], b: frozenset[str]) -> float:
-    """Twice the shared n-grams over the n-grams of both (Dice), 0 to 1."""
+    """Twice the shared n-grams over the n-grams of both (Dice coefficient), 0 to 1."""
     return 2 * len(a & b) / max(1, len(a) + len(b))
 
 
 def foreign_letters(text: str, known: str = "") -> str:
-    """Letters that Japanese writing does not use and `known` does not hold: Chinese short forms,
-    Hangul, Thai, Arabic.
+    """Letters outside Japanese writing and `known`: simplified Chinese, Hangul, Thai, Arabic.
 
-    Known by their absence from JIS X 0208 with the vendors' additions (cp932).
+    They are recognised by their absence from JIS X 0208 with the vendors' additions (cp932).
     """
+    if _in_cp932(text):
+        return ""
+    odd = [c for c in set(_ODD.findall(text)) if c.isalpha() and c not in known]
+    return "".join(sorted(c for c in odd if not _is_in_cp932(c)))
+
+
+def _in_cp932(text: str) -> bool:
     try:
         text.encode("cp932")
-    except UnicodeEncodeError:
-        return "".join(
-            sorted(
-                c
-                for c in set(_ODD.findall(text))
-                if c.isalpha() and c not in known and not _in_cp932(c)
-            )
-        )
-    return ""
-
-
-@lru_cache(maxsize=8192)
-def _in_cp932(c: str) -> bool:
-    try:
-        c.encode("cp932")
     except UnicodeEncodeError:
         return False
     return True
 
 
+_is_in_cp932 = lru_cache(maxsize=8192)(_in_cp932)  # of single characters
+
+
 def repetition(text: str, n: int = 10) -> float:
-    """The share of character n-grams that occurred before in the text: prose has under 0.1, a loop
-    over 0.5.
-    """
+    """The share of character n-grams that repeat earlier ones: prose under 0.1, a loop over 0.5."""
     text = re.sub(r"[\s|\-=_.・*#]+", " ", text)  # tables and rules repeat by nature
     total = len(text) - n + 1
     if total < 2 * n:
@@ -223,40 +221,45 @@ def repetition(text: str, n: int = 10) -> float:
 
 
 def count_items(text: str) -> int:
-    """Items of a list: the numbered ones, else the least indented marked ones; 0 when the text
-    holds no list.
+    """How many items a list in the text has: numbered ones, or else marked ones; 0 without a list.
+
+    Only the least indented items count.
     """
-    marks = [(len(m.group(1).replace("\n", "")), m.group(2)) for m in _ITEM_LINE.finditer(text)]
-    numbered = [mark for mark in marks if mark[1]]
-    marks = numbered if len(numbered) >= 2 else marks
-    least = min((indent for indent, _ in marks), default=0)
-    return sum(indent == least for indent, _ in marks)
+    indents = []
+    numbered = []
+    for match in _ITEM_LINE.finditer(text):
+        indent = len(match.group(1).replace("\n", ""))
+        indents.append(indent)
+        if match.group(2):
+            numbered.append(indent)
+    if len(numbered) >= 2:
+        indents = numbered
+    return indents.count(min(indents, default=0))
 
 
 _NAMED_JA = re.compile(
-    r"([0-9]{1,2}|[一二三四五六七八九十])\s*(?:つ|個|点|冊|項目|種類|例|案|件|箇条|か条|選|本|曲|人|名|通り)[^。\n]{0,12}?"
+    r"([0-9]{1,2}|[一二三四五六七八九十])\s*"
+    r"(?:つ|個|点|冊|項目|種類|例|案|件|箇条|か条|選|本|曲|人|名|通り)[^。\n]{0,12}?"
     r"(?:挙げ|あげ|列挙|出し|教え|リスト|提案|考え|書い|作|述べ|紹介|選)"
 )
 _NAMED_EN = re.compile(
-    r"\b(?:list|give|name|write|suggest|provide|propose|describe|mention|tell)\b(?:\s+(?:me|us|the|a|at|least|your|top|out))*\s+"
+    r"\b(?:list|give|name|write|suggest|provide|propose|describe|mention|tell)\b"
+    r"(?:\s+(?:me|us|the|a|at|least|your|top|out))*\s+"
     rf"([0-9]{{1,2}}|{_WORD})\b(?!\s*[-%])",
     re.IGNORECASE,
 )
 
 
 def named_count(task: str) -> int | None:
-    """How many items a task asks for (「5つ挙げて」, "list three"), or None; only 2 to 30 count as a
-    list.
-    """
+    """How many items a task asks for (「5つ挙げて」, "list three"); None unless it is 2 to 30."""
     match = _NAMED_JA.search(task) or _NAMED_EN.search(task)
     if match is None:
         return None
     token = match.group(1).lower()
-    count = (
-        _kanji_value(token)
-        if token[0] in "一二三四五六七八九十"
-        else NUMBER_WORDS[token]
-        if token in NUMBER_WORDS
-        else int(token)
-    )
+    if token[0] in "一二三四五六七八九十":
+        count = _kanji_value(token)
+    elif token in NUMBER_WORDS:
+        count = NUMBER_WORDS[token]
+    else:
+        count = int(token)
     return count if 2 <= count <= 30 else None

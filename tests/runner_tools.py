@@ -19,11 +19,13 @@ from evomerge.answering.engine import EngineSpec
 from evomerge.answering.hf.engine import TransformersEngine
 from evomerge.answering.prompts import make_prompter
 from evomerge.inference import run_inference
-from evomerge.knowledge.parts import Document, Example, Knowledge, KnowledgeClass
-from evomerge.knowledge.retrieval.retrieve import Chooser
+from evomerge.knowledge.chooser import Chooser
+from evomerge.knowledge.records import Document, Example, Knowledge, KnowledgeClass
 from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.recipe import Recipe
-from evomerge.searching.session import Finished
+from evomerge.searching.finished import Finished
+from evomerge.searching.records.study_facts import StudyFacts
+from evomerge.searching.records.verdict_record import HeldOutScore, Verdict
 from evomerge.study import (
     EngineSection,
     GenerationSection,
@@ -50,12 +52,7 @@ ALLOWED = {
 TEXT = (
     "".join(map(chr, range(32, 127))) + "\nあいうえおかきくけこさしすせそ指示回答猫犬鳥魚色数。、"
 )
-VERDICT = {
-    "n": 3,
-    "metric": "correct",
-    "candidates": {"winner": {"mean": 0.5, "stderr": 0.1, "truncated": 0.0}},
-    "paired": {},
-}
+VERDICT = Verdict("correct", 3, {"winner": HeldOutScore(0.5, 0.1, 0.0)}, {})
 FORBID = """
 import runpy, sys
 class Forbid:
@@ -181,7 +178,9 @@ def finish(family, recipe=None, dtype="float32", prompt=None, verdict=VERDICT, *
     )
     genome = SimpleNamespace(decode=lambda weights: recipe)
     winner = SimpleNamespace(number=7, role="candidate", weights=())
-    return Finished(SimpleNamespace(name="demo", facts={}), study, genome, [], winner, verdict)
+    return Finished(
+        SimpleNamespace(name="demo", facts=StudyFacts()), study, genome, [], winner, verdict
+    )
 
 
 def loaded(folder):

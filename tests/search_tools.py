@@ -15,10 +15,10 @@ from evomerge.console import Console
 from evomerge.errors import EngineError
 from evomerge.genome.weights import make_genome
 from evomerge.judging.grade import Grade
+from evomerge.searching.assemble import judged_search
 from evomerge.searching.ledger import open_ledger
-from evomerge.searching.loop import Search
-from evomerge.searching.session import make_sampler
-from evomerge.searching.starting import restore_start
+from evomerge.searching.prepare import Problem
+from evomerge.searching.starting.study_sampler import make_sampler
 from evomerge.study import (
     GenomeSection,
     JudgeSection,
@@ -125,21 +125,22 @@ def make_search(folder, study, engine=None, judge=None, tasks=(32, 16, 0), conso
     every = [Task(i, f"task {i}", "reference") for i in range(sum(tasks))]
     if len(study.tasks) > 1:
         every = [
-            Task(f"{i % len(study.tasks)}-{i}", f"task {i}", "reference") for i in range(sum(tasks))
+            Task(i, f"task {i}", "reference", source=i % len(study.tasks))
+            for i in range(sum(tasks))
         ]
     a, b, _ = tasks
     split = Split(tuple(every[:a]), tuple(every[a : a + b]), tuple(every[a + b :]))
     sampler = make_sampler(study, genome)
-    ledger = open_ledger(f"sqlite:///{folder}/{study.study}.db", study.study, sampler, create=True)
+    url = f"sqlite:///{folder}/{study.study}.db"
+    ledger = open_ledger(url, study.study, sampler.space, create=True)
     ledger.remember("names", list(genome.names))
     ledger.remember("n_layers", LAYERS)
     ledger.remember("study_file", study.to_dict())
-    restore_start(sampler, ledger.facts)
     cache = AnswerCache(folder / f"{study.study}.answers.sqlite", "scope")
     prompter = Prompter(None, PromptSection(format="template", template="{input}"))
-    search = Search(
-        study, genome, split, engine, prompter, judge, ledger, cache, console or Console(StringIO())
-    )
+    problem = Problem(study, genome, split, sampler)
+    console = console or Console(StringIO())
+    search = judged_search(problem, ledger, console, engine, prompter, judge, cache)
     return search, engine, judge
 
 

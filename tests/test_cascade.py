@@ -1,6 +1,4 @@
-"""The cascade judge: its decisions by simulation, and whole searches with a dear and a cheap judge
-that are made up.
-"""
+"""The cascade judge: its decisions by simulation, and whole searches with made-up judges."""
 
 import json
 import random
@@ -35,9 +33,11 @@ from evomerge.judging.cascade import (
 )
 from evomerge.judging.grade import Grade
 from evomerge.judging.learned.fit import fit_file
+from evomerge.searching.finished import load_finished
+from evomerge.searching.generation.racing import blocks
+from evomerge.searching.history import History
 from evomerge.searching.ledger import open_ledger
-from evomerge.searching.racing import blocks
-from evomerge.searching.session import load_finished, make_sampler
+from evomerge.searching.starting.study_sampler import make_sampler
 
 
 def residuals(seed, shared=0.5, candidates=12, tasks=48):
@@ -57,16 +57,16 @@ def generation(seed, spread, shared, **size):
     """(learned, llm) grades; the llm's means differ by `spread`, the tasks' difficulty by 0.9."""
     rng, residual = np.random.default_rng([seed, 1]), residuals(seed, shared, **size)
     c, t = residual.shape
-    dear = (
+    expensive = (
         3 + rng.normal(0, spread, (c, 1)) + rng.normal(0, 0.9, (1, t)) + rng.normal(0, 0.8, (c, t))
     )
-    return dear - residual, dear
+    return expensive - residual, expensive
 
 
-def settled(cheap, dear, keep, error, seed=0):
-    order = np.random.default_rng([seed, 2]).permutation(cheap.shape[1])
-    looks = [[int(order[p]) for p in places] for places in blocks(cheap.shape[1], 4)]
-    return settle(cheap, lambda asked, chosen: dear[np.ix_(asked, chosen)], keep, error, looks)
+def settled(proxy, expensive, keep, error, seed=0):
+    order = np.random.default_rng([seed, 2]).permutation(proxy.shape[1])
+    looks = [[int(order[p]) for p in places] for places in blocks(proxy.shape[1], 4)]
+    return settle(proxy, lambda asked, chosen: expensive[np.ix_(asked, chosen)], keep, error, looks)
 
 
 def better(values, keep):
@@ -90,17 +90,21 @@ def test_shifts_are_those_of_plain_least_squares():
 
 def test_estimates_are_unbiased_whatever_the_learned_judge_is_worth():
     rng = np.random.default_rng(0)
-    dear = np.clip(3 + rng.normal(0, 0.5, (6, 1)) + rng.normal(0, 1, (6, 30)), 1, 5)
-    for cheap in (np.full(dear.shape, 1.0), 6 - dear, dear + residuals(1, candidates=6, tasks=30)):
+    expensive = np.clip(3 + rng.normal(0, 0.5, (6, 1)) + rng.normal(0, 1, (6, 30)), 1, 5)
+    for proxy in (
+        np.full(expensive.shape, 1.0),
+        6 - expensive,
+        expensive + residuals(1, candidates=6, tasks=30),
+    ):
         found = []
         for seed in range(1500):
             order = np.random.default_rng(seed).permutation(30)
-            known = np.full(dear.shape, np.nan)
+            known = np.full(expensive.shape, np.nan)
             for i, n in enumerate((8, 8, 12, 12, 12, 20)):  # some are asked more than others
-                known[i, order[:n]] = dear[i, order[:n]]
-            found.append(completed(cheap, known).mean(axis=1))
+                known[i, order[:n]] = expensive[i, order[:n]]
+            found.append(completed(proxy, known).mean(axis=1))
         error = np.std(found, axis=0) / 1500**0.5
-        assert (np.abs(np.mean(found, axis=0) - dear.mean(axis=1)) < 4 * error).all()
+        assert (np.abs(np.mean(found, axis=0) - expensive.mean(axis=1)) < 4 * error).all()
 
 
 @pytest.mark.parametrize("shared", [0.0, 0.6], ids=["independent", "shared by task"])
@@ -109,10 +113,10 @@ def test_estimates_are_unbiased_whatever_the_learned_judge_is_worth():
 def test_better_halves_differ_no_more_often_than_said(shared, spread, tasks):
     error, wrong, asked, n = 0.1, 0, 0.0, 200
     for seed in range(n):
-        cheap, dear = generation(seed, spread, shared, tasks=tasks)
-        known = settled(cheap, dear, 6, error, seed)
+        proxy, expensive = generation(seed, spread, shared, tasks=tasks)
+        known = settled(proxy, expensive, 6, error, seed)
         asked += np.mean(~np.isnan(known)) / n
-        wrong += better(completed(cheap, known), 6) != better(dear, 6)
+        wrong += better(completed(proxy, known), 6) != better(expensive, 6)
     # two standard errors of the simulation
     assert wrong <= n * error + 2 * (n * error * (1 - error)) ** 0.5
     assert asked < 0.95
@@ -129,9 +133,9 @@ def test_what_a_task_does_to_all_candidates_costs_no_grades():
 
 
 def test_a_better_learned_judge_and_a_larger_error_save_more():
-    cheap, dear = generation(5, 0.2, 0.3)
+    proxy, expensive = generation(5, 0.2, 0.3)
     asked = [
-        np.mean(~np.isnan(settled(dear + x * (cheap - dear), dear, 6, e)))
+        np.mean(~np.isnan(settled(expensive + x * (proxy - expensive), expensive, 6, e)))
         for x, e in ((0.02, 0.1), (1, 0.1), (1, 0.5))
     ]
     assert asked[0] < 0.3
@@ -143,49 +147,49 @@ def test_a_better_learned_judge_and_a_larger_error_save_more():
     [(12, 48, 6), (7, 20, 3), (3, 1, 1), (2, 2, 1), (4, 3, 2), (5, 5, 2), (1, 6, 1)],
 )
 def test_edges(candidates, tasks, keep):
-    cheap, dear = generation(3, 0.3, 0.5, candidates=candidates, tasks=tasks)
-    nothing = np.full(cheap.shape, np.nan)
-    assert undecided(cheap, nothing, keep, 0.1) == set(range(candidates)), (
+    proxy, expensive = generation(3, 0.3, 0.5, candidates=candidates, tasks=tasks)
+    nothing = np.full(proxy.shape, np.nan)
+    assert undecided(proxy, nothing, keep, 0.1) == set(range(candidates)), (
         "no score rests on the learned judge alone"
     )
-    assert undecided(cheap, dear, keep, 0.1) == set(), "all are asked"
-    known = settled(cheap, dear, keep, 1e-9)
+    assert undecided(proxy, expensive, keep, 0.1) == set(), "all are asked"
+    known = settled(proxy, expensive, keep, 1e-9)
     assert ((~np.isnan(known)).sum(axis=1) >= min(FEWEST, tasks)).all()
-    assert better(completed(cheap, known), keep) == better(dear, keep)
+    assert better(completed(proxy, known), keep) == better(expensive, keep)
 
 
 def test_no_more_candidates_than_places_need_a_level_only():
-    cheap, dear = generation(3, 0.3, 0.5, candidates=4)
-    assert (~np.isnan(settled(cheap, dear, 6, 0.1))).sum(axis=1).tolist() == [4] * 4
+    proxy, expensive = generation(3, 0.3, 0.5, candidates=4)
+    assert (~np.isnan(settled(proxy, expensive, 6, 0.1))).sum(axis=1).tolist() == [4] * 4
 
 
 def test_identical_candidates_are_asked_about_only_while_it_can_matter():
-    cheap, dear = generation(3, 0.3, 0.5)
-    cheap[:], dear[:] = cheap[0], dear[0]
-    known = settled(cheap, dear, 6, 0.1)
+    proxy, expensive = generation(3, 0.3, 0.5)
+    proxy[:], expensive[:] = proxy[0], expensive[0]
+    known = settled(proxy, expensive, 6, 0.1)
     assert (~np.isnan(known)).sum() == 12 * 4, (
         "nothing distinguishes them, and what is left of the residuals is 0"
     )
-    assert np.ptp(completed(cheap, known).mean(axis=1)) == pytest.approx(0)
+    assert np.ptp(completed(proxy, known).mean(axis=1)) == pytest.approx(0)
 
 
 def test_composed_grades_have_the_estimate_as_their_mean():
-    cheap, dear = generation(1, 0.3, 0.5)
-    known = settled(cheap, dear, 6, 0.1)
-    estimate = completed(cheap, known)
+    proxy, expensive = generation(1, 0.3, 0.5)
+    known = settled(proxy, expensive, 6, 0.1)
+    estimate = completed(proxy, known)
     for i in range(12):
-        learned = [Grade(float(v), None, "l") for v in cheap[i]]
+        learned = [Grade(float(v), None, "l") for v in proxy[i]]
         asked = [None if np.isnan(v) else Grade(float(v), None, "d") for v in known[i]]
         grades = composed(learned, asked, estimate[i])
         assert np.mean([g.value for g in grades]) == pytest.approx(estimate[i].mean(), abs=1e-6)
         assert all(g is a for g, a in zip(grades, asked, strict=True) if a is not None)
         alone = composed(learned, asked)
-        difference = np.nanmean(known[i] - cheap[i])
+        difference = np.nanmean(known[i] - proxy[i])
         assert np.mean([g.value for g in alone]) == pytest.approx(
             np.mean(
                 [
                     v if a is None else a.value - difference
-                    for v, a in zip(cheap[i], asked, strict=True)
+                    for v, a in zip(proxy[i], asked, strict=True)
                 ]
             )
             + difference
@@ -200,12 +204,12 @@ def luck(text):
     return zlib.crc32(text.encode()) / 2**32 - 0.5
 
 
-class Dear(QualityJudge):
+class Expensive(QualityJudge):
     """Waited for; its grades, once given, lie in `kept`, which outlives it. It stops after `left`
     new ones.
     """
 
-    name, version, cost = "dear", "1", 0.0
+    name, version, cost = "expensive", "1", 0.0
 
     def __init__(self, kept=None, left=None, stop=Cut):
         super().__init__()
@@ -231,7 +235,9 @@ class Dear(QualityJudge):
             self.asked[key] += 1
             grade = QualityJudge.grade(self, task, answer)
             self.kept[key] = Grade(
-                float(np.clip(grade.value + 0.3 * luck(f"dear {key}"), 1, 5)), None, "dear"
+                float(np.clip(grade.value + 0.3 * luck(f"expensive {key}"), 1, 5)),
+                None,
+                "expensive",
             )
         return self.kept[key]
 
@@ -247,12 +253,12 @@ class Waited:
         return [self.judge.given(*pair) for pair in self.pairs]
 
 
-class Cheap(QualityJudge):
+class Proxy(QualityJudge):
     """The quality with an error of its own on each answer, an error on each task, and too high in
     all.
     """
 
-    name, version = "cheap", "1"
+    name, version = "proxy", "1"
 
     def __init__(self, noise=0.5, bias=0.8):
         super().__init__()
@@ -266,26 +272,26 @@ class Cheap(QualityJudge):
         return Grade(
             value
             + 0.3
-            + self.noise * luck(f"cheap {task.task_id} {answer.text}")
+            + self.noise * luck(f"proxy {task.task_id} {answer.text}")
             + self.bias * luck(f"task {task.task_id}"),
             None,
-            "cheap",
+            "proxy",
         )
 
 
 def cascade_search(
-    folder, name="cascade", dear=None, engine=None, tasks=(48, 16, 0), cheap=None, **search
+    folder, name="cascade", expensive=None, engine=None, tasks=(48, 16, 0), proxy=None, **search
 ):
-    dear = dear or Dear()
+    expensive = expensive or Expensive()
     settings = {"trials": 24, "sigma": 0.5} | search
     found, engine, _ = make_search(
         folder,
         make_study(name, **settings),
         engine,
-        CascadeJudge(cheap or Cheap(), dear, 0.1),
+        CascadeJudge(proxy or Proxy(), expensive, 0.1),
         tasks,
     )
-    return found, engine, dear
+    return found, engine, expensive
 
 
 def halves(search, judge):
@@ -297,14 +303,16 @@ def halves(search, judge):
         rows = sorted((r for r in done if r.generation == g), key=lambda r: r.index)
         whole = []
         for r in rows:
-            search.engine.apply(search.genome.decode(r.weights))
+            search.examiner.engine.apply(search.genome.decode(r.weights))
             tasks = [every[t] for t in r.grades]
             whole.append(
                 np.mean(
                     [
                         judge.given(t, a).value
                         for t, a in zip(
-                            tasks, search.engine.answer([t.input for t in tasks]), strict=True
+                            tasks,
+                            search.examiner.engine.answer([t.input for t in tasks]),
+                            strict=True,
                         )
                     ]
                 )
@@ -320,25 +328,27 @@ def halves(search, judge):
 
 
 @pytest.mark.parametrize("population", [8, 7])
-def test_a_search_has_the_better_halves_of_the_dear_judge_for_fewer_grades(tmp_path, population):
-    search, _, dear = cascade_search(tmp_path, population=population, trials=3 * population)
+def test_a_search_has_the_better_halves_of_the_expensive_judge_for_fewer_grades(
+    tmp_path, population
+):
+    search, _, expensive = cascade_search(tmp_path, population=population, trials=3 * population)
     search.run()
-    saved = search.ledger.facts["cascade"]
-    assert saved["graded"] == 3 * population * 48
-    assert FEWEST / 48 <= saved["asked"] / saved["graded"] < 0.7
-    assert sum(dear.asked.values()) <= saved["asked"] + 16 * 48, (
+    saved = search.ledger.facts.cascade
+    assert saved.graded == 3 * population * 48
+    assert FEWEST / 48 <= saved.asked / saved.graded < 0.7
+    assert sum(expensive.asked.values()) <= saved.asked + 16 * 48, (
         "references, the mean and the verdict come on top"
     )
-    assert set(dear.asked.values()) == {1}
-    pairs = halves(search, Dear())
+    assert set(expensive.asked.values()) == {1}
+    pairs = halves(search, Expensive())
     assert len(pairs) == 3
     assert sum(a != b for a, b in pairs) <= 1, "0.3 are expected at most"
     others = [r for r in search.ledger.records() if r.role != "candidate" and r.state == "complete"]
-    assert all(1 <= g["grade"] <= 5 for r in others for g in r.grades.values())
+    assert all(1 <= g.grade <= 5 for r in others for g in r.grades.values())
 
 
-def test_scores_stand_on_the_dear_judge_s_level(tmp_path):
-    """The cheap one is 0.3 too high, which would lift candidates over the references."""
+def test_scores_stand_on_the_expensive_judge_s_level(tmp_path):
+    """The proxy is 0.3 too high, which would lift candidates over the references."""
     search, engine, _ = cascade_search(tmp_path, trials=16)
     search.run()
     every, gaps = {str(task.task_id): task for task in search.split.search}, []
@@ -348,7 +358,10 @@ def test_scores_stand_on_the_dear_judge_s_level(tmp_path):
         gaps.append(
             r.score
             - np.mean(
-                [Dear().given(every[t], a).value for t, a in zip(r.grades, answers, strict=True)]
+                [
+                    Expensive().given(every[t], a).value
+                    for t, a in zip(r.grades, answers, strict=True)
+                ]
             )
         )
     assert abs(np.mean(gaps)) < 0.1
@@ -358,12 +371,12 @@ def test_scores_stand_on_the_dear_judge_s_level(tmp_path):
 @pytest.mark.parametrize("ranking", ["all", "subset"])
 def test_a_run_that_ends_anywhere_goes_on_as_if_it_had_not(tmp_path, ranking, stop):
     settings = {"ranking": ranking, "subset": 24, "trials": 12}
-    whole, engine, dear = cascade_search(tmp_path, "whole", **settings)
+    whole, engine, expensive = cascade_search(tmp_path, "whole", **settings)
     whole.run()
     rng, kept, asked, answered, paused = random.Random(0), {}, Counter(), [], 0
     for _ in range(400):
         search, cut_engine, judge = cascade_search(
-            tmp_path, "cut", Dear(kept, rng.randint(20, 120), stop), **settings
+            tmp_path, "cut", Expensive(kept, rng.randint(20, 120), stop), **settings
         )
         try:
             search.run()
@@ -375,19 +388,19 @@ def test_a_run_that_ends_anywhere_goes_on_as_if_it_had_not(tmp_path, ranking, st
             answered += cut_engine.answered
     assert paused >= 2
     assert trials(search) == trials(whole)
-    for key in ("verdict", "cascade"):
-        assert search.ledger.facts[key] == whole.ledger.facts[key]
-    assert asked == dear.asked
+    assert search.ledger.facts.verdict == whole.ledger.facts.verdict
+    assert search.ledger.facts.cascade == whole.ledger.facts.cascade
+    assert asked == expensive.asked
     assert sorted(answered) == sorted(engine.answered), "nothing is answered twice"
 
 
 def test_a_run_that_is_cut_while_it_answers_goes_on_too(tmp_path):
-    whole, _, dear = cascade_search(tmp_path, "whole", trials=12)
+    whole, _, expensive = cascade_search(tmp_path, "whole", trials=12)
     whole.run()
     rng, kept, asked = random.Random(1), {}, Counter()
     for _ in range(400):
         Cutting.left = rng.randint(5, 40)
-        search, _, judge = cascade_search(tmp_path, "cut", Dear(kept), Cutting(), trials=12)
+        search, _, judge = cascade_search(tmp_path, "cut", Expensive(kept), Cutting(), trials=12)
         try:
             search.run()
             break
@@ -396,15 +409,15 @@ def test_a_run_that_is_cut_while_it_answers_goes_on_too(tmp_path):
         finally:
             asked += judge.asked
     assert trials(search) == trials(whole)
-    assert asked == dear.asked
+    assert asked == expensive.asked
 
 
 @pytest.mark.parametrize("place", [0, 3])
 def test_a_failing_candidate_is_replaced(tmp_path, place):
     study = make_study("cascade", trials=8, sigma=0.5)
     sampler = make_sampler(study, make_genome(study, LAYERS))
-    doomed = sampler.draw([], sampler.slot([], 0, place))
-    search, _, dear = cascade_search(tmp_path, engine=TaskEngine(fails=[doomed]), trials=8)
+    doomed = sampler.draw(History(), sampler.slot(History(), 0, place))
+    search, _, expensive = cascade_search(tmp_path, engine=TaskEngine(fails=[doomed]), trials=8)
     search.run()
     records = [r for r in search.ledger.records() if r.role == "candidate"]
     assert [(r.index, "always fails" in r.reason) for r in records if r.state == "failed"] == [
@@ -412,7 +425,7 @@ def test_a_failing_candidate_is_replaced(tmp_path, place):
     ]
     assert sorted(r.index for r in records if r.state == "complete") == list(range(8))
     assert all(len(r.grades) == 48 for r in records if r.state == "complete")
-    assert set(dear.asked.values()) == {1}
+    assert set(expensive.asked.values()) == {1}
 
 
 # Through the command line
@@ -491,9 +504,9 @@ def test_a_study_by_the_command_line_reports_what_it_saved(pair, learned, tmp_pa
     )
     assert trials(finished) == trials(other)
     assert finished.verdict == other.verdict
-    saved = open_ledger(f"sqlite:///{tmp_path}/s.db", "tiny", None, create=False).facts["cascade"]
-    assert saved["graded"] == 8 * 20
-    assert 8 * FEWEST <= saved["asked"] < saved["graded"]
+    saved = open_ledger(f"sqlite:///{tmp_path}/s.db", "tiny").facts.cascade
+    assert saved.graded == 8 * 20
+    assert 8 * FEWEST <= saved.asked < saved.graded
     page = next((tmp_path / "results").rglob("report.html")).read_text(encoding="utf-8")
     assert "cascade:llm:m" in page
     assert f"{saved['asked']:,}" in page

@@ -1,8 +1,10 @@
 """The rule that chooses the winner."""
 
+from types import SimpleNamespace
+
 import numpy as np
 
-from evomerge.searching.choosing import choose, finalists, lead
+from evomerge.searching.choosing import choose, finalists
 
 
 def grades(*values):
@@ -10,15 +12,21 @@ def grades(*values):
 
 
 def test_the_best_few_trials_in_order():
-    assert finalists({3: 0.5, 1: 0.7, 2: 0.7, 0: 0.1}, 3) == [1, 2, 3]
-    assert finalists({4: 1.0}, 3) == [4]
+    def best(count, **scores):
+        trials = [SimpleNamespace(number=int(n[1:]), score=score) for n, score in scores.items()]
+        return [trial.number for trial in finalists(trials, count)]
+
+    assert best(3, t3=0.5, t1=0.7, t2=0.7, t0=0.1) == [1, 2, 3]
+    assert best(3, t4=1.0) == [4]
 
 
-def test_a_lead_is_paired():
-    assert lead(grades(3, 4, 5, 2), grades(2, 3, 4, 1)) == (1.0, 0.0)
-    difference, error = lead({"a": 1.0, "b": 3.0, "c": 9.0}, {"a": 1.0, "b": 1.0})
-    assert (difference, error) == (1.0, np.std([0, 2], ddof=1) / np.sqrt(2))
-    assert lead(grades(3), grades(2)) == (1.0, np.inf)
+def test_the_comparison_is_paired_over_the_tasks_that_all_saw():
+    mean = grades(*[3, 1, 5, 2, 4] * 6)
+    above = {task: value + 0.5 for task, value in mean.items()}
+    # without pairs, the spread of the tasks would hide the difference
+    assert choose({"#1": above, "mean": mean}) == "#1"
+    assert choose({"#1": above, "mean": mean | {"unseen": 1e6}}) == "#1"
+    assert choose({"#1": grades(5), "mean": grades(1)}) == "mean", "one task tells nothing"
 
 
 def test_the_mean_stands_unless_a_trial_is_clearly_better():

@@ -47,9 +47,11 @@ def family(tmp_path_factory):
     return contract_family(tmp_path_factory.mktemp("devices"), **SIZES)
 
 
-def make(family, siblings=(), dtype="float32", model="base", **engine):
+def make(family, siblings=(), dtype="float32", model="base", device_map=None, **engine):
     folders = open_model(str(family / model)), [open_model(str(family / name)) for name in siblings]
     section = EngineSection(**({"device": "cpu", "batch_size": 1} | engine))
+    # unchecked: a study file holds no map of modules
+    section = section.model_copy(update={"device_map": device_map})
     generation = GenerationSection(max_new_tokens=NEW)
     return make_engine(EngineSpec(*folders, section, generation, dtype))
 

@@ -7,7 +7,7 @@ from merging_tools import differing, load_all
 
 from evomerge.cli import main
 from evomerge.inference.opening import open_study
-from evomerge.searching.session import load_finished
+from evomerge.searching.finished import load_finished
 
 METHODS = {"dare_ties": 5, "slerp": 0, "ties": 0, "linear": 0}
 

@@ -8,6 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1] / "evomerge"
 ORDER = [
     ["errors", "console", "files", "sqlite_file", "text"],
+    ["task_files"],
     ["study", "recipe", "tasks"],
     ["genome"],
     ["merging"],

@@ -17,8 +17,8 @@ from evomerge.answering.engine import Answer
 from evomerge.answering.prompts import Prompter
 from evomerge.errors import EngineError, InputError, OutputError, TaskError
 from evomerge.inference import run_inference
-from evomerge.knowledge.base import read_knowledge
-from evomerge.knowledge.retrieval.retrieve import Chooser
+from evomerge.knowledge.chooser import Chooser
+from evomerge.knowledge.read_base import read_knowledge
 from evomerge.study import PromptSection
 from evomerge.tasks import Task, load_tasks
 

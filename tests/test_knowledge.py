@@ -9,8 +9,9 @@ import openpyxl
 import pytest
 
 from evomerge.errors import KnowledgeError
-from evomerge.knowledge.base import Example, read_knowledge, render
-from evomerge.knowledge.retrieval.retrieve import SHOTS, Chooser
+from evomerge.knowledge.chooser import SHOTS, Chooser
+from evomerge.knowledge.read_base import read_knowledge
+from evomerge.knowledge.records import Example, render
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ROOT / "evomerge" / "knowledge"

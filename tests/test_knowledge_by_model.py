@@ -10,9 +10,9 @@ from conftest import make_model, make_tokenizer
 
 from evomerge.answering.hf.likelihood import loglikelihood
 from evomerge.errors import InputError, ModelError
+from evomerge.knowledge.chooser import Chooser
 from evomerge.knowledge.classification.by_model import LEAST, LONGEST, TOGETHER, ModelClassifier
-from evomerge.knowledge.parts import Example, Knowledge, KnowledgeClass
-from evomerge.knowledge.retrieval.retrieve import Chooser
+from evomerge.knowledge.records import Example, Knowledge, KnowledgeClass
 
 NAMES = ("かさ", "くつ", "け")
 
@@ -106,7 +106,7 @@ def test_many_tasks_are_asked_in_parts_and_the_rest_once():
 
 @pytest.mark.parametrize("wrong", [math.nan, -math.inf])
 def test_likelihoods_that_are_no_numbers(wrong):
-    with pytest.raises(ModelError, match="no numbers") as caught:
+    with pytest.raises(ModelError, match="not numbers") as caught:
         ModelClassifier(base(), Table(anyway=(0.0, wrong, 0.0)), render).shares(["x"])
     assert "\n" not in str(caught.value)
 
@@ -148,7 +148,7 @@ def test_a_real_model_by_its_logits():
 def test_both_is_the_product_of_the_shares():
     table = Table(letters={("あい", "かさ"): 1.0, ("あい", "け"): 2.0})
     model = ModelClassifier(base(), table, render)
-    votes = Chooser(base(), linear=False).verdicts(["あい"])[0].shares
+    votes = Chooser(base(), linear=False).classify_all(["あい"])[0].shares
     assert votes[2] == 0
     assert votes[0] == pytest.approx(votes[1])
     shares = model.shares(["あい"])[0]
@@ -172,7 +172,7 @@ def test_without_neighbours_the_model_decides_and_too_little_gives_the_default()
     assert chooser.classify("日") == "くつ"
     assert chooser.choose("日").confidence == pytest.approx(float(model.shares(["日"])[0].max()))
     unsure = Chooser(base(), classify="model", by_model=model, threshold=0.5, default="け")
-    assert [v.class_name for v in unsure.verdicts(["日", "月"])] == ["くつ", "け"]
+    assert [v.class_name for v in unsure.classify_all(["日", "月"])] == ["くつ", "け"]
     assert unsure.choose_all([]) == []
 
 
@@ -180,5 +180,5 @@ def test_bad_ways_are_said():
     with pytest.raises(InputError, match="unknown way to classify"):
         Chooser(base(), classify="votes")
     for way in ("model", "both"):
-        with pytest.raises(InputError, match="asks a model"):
+        with pytest.raises(InputError, match="needs a model"):
             Chooser(base(), classify=way)

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from test_retrieval import RETRIEVERS, Letters
 
-from evomerge.knowledge.base import Document, Example, Knowledge, KnowledgeClass
-from evomerge.knowledge.retrieval import retrieve
+from evomerge.knowledge.chooser import QUOTES, Chooser
+from evomerge.knowledge.records import Document, Example, Knowledge, KnowledgeClass
+from evomerge.knowledge.retrieval import retrievers
 from evomerge.knowledge.retrieval.embeddings import EmbeddingRetriever
-from evomerge.knowledge.retrieval.retrieve import QUOTES, Chooser
 
 TITLES = [("a b", "c d"), ("e e", "f"), ("g", "h a"), ("b", "c b c"), ("ん", "を")]
 
@@ -72,7 +72,7 @@ def test_an_embedding_model_is_loaded_once(monkeypatch):
         loaded.append(model)
         return EmbeddingRetriever(texts, Letters())
 
-    monkeypatch.setattr(retrieve, "EmbeddingRetriever", open_model)
+    monkeypatch.setattr(retrievers, "EmbeddingRetriever", open_model)
     knowledge = base(quotes=2)
     found = Chooser(knowledge, "embeddings:m").choose("b c").documents
     vectors = (

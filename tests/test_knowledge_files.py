@@ -13,16 +13,10 @@ from openpyxl.worksheet.formula import ArrayFormula
 
 from evomerge.cli import main
 from evomerge.errors import KnowledgeError
-from evomerge.knowledge.base import (
-    Document,
-    Example,
-    KnowledgeClass,
-    check_knowledge,
-    read_knowledge,
-    render,
-)
-from evomerge.knowledge.formats.writing import write_knowledge
+from evomerge.knowledge.read_base import check_knowledge, read_knowledge
+from evomerge.knowledge.records import Document, Example, KnowledgeClass, render
 from evomerge.knowledge.starter import starter
+from evomerge.knowledge.write_base import write_knowledge
 
 HEADERS = {
     "classes": [
@@ -228,7 +222,7 @@ def test_documents_that_nothing_quotes_are_told(tmp_path):
     book = workbook(documents=[["title", "text"], ["題", "本文"]])
     path = saved(book, tmp_path)
     assert check_knowledge(path).notes == (
-        f"{path}: no template says {{documents}}, so no document is quoted",
+        f"{path}: no template contains {{documents}}, so no document is quoted",
     )
     book["classes"]["C3"] = "{documents}{input}"
     assert check_knowledge(saved(book, tmp_path)).notes == ()
@@ -250,7 +244,7 @@ def test_an_empty_class(tmp_path):
     ("inside", "what"),
     [
         ("EncryptedPackage", "is protected by a password"),
-        ("Workbook", "is an Excel file of before 2007"),
+        ("Workbook", "is an Excel file from before 2007"),
     ],
 )
 def test_ole_files(tmp_path, inside, what):
@@ -325,7 +319,7 @@ def test_yaml(tmp_path):
         (
             "  system: 先生",
             "  class: 計算",
-            "line 10, classes[0].class: the key class stands here twice",
+            "line 10, classes[0].class: the key class is there twice",
         ),
         ("\ndocuments:", "\ndocs:", "line 18: the key docs is unknown"),
         ("documents:\n-", "documents:\n ", "line 18: documents is not a list"),

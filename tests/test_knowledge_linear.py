@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from evomerge.knowledge.classification.classify import CLEAR, LEAST, ROOT
+from evomerge.knowledge.chooser import Chooser
+from evomerge.knowledge.classification.by_neighbours import CLEAR, LEAST, ROOT
 from evomerge.knowledge.classification.linear import ALPHA, SHARP, LinearClassifier, asked
-from evomerge.knowledge.parts import Example, Knowledge, KnowledgeClass
-from evomerge.knowledge.retrieval.nearest import BATCH, plain
-from evomerge.knowledge.retrieval.retrieve import Chooser
+from evomerge.knowledge.records import Example, Knowledge, KnowledgeClass
+from evomerge.knowledge.retrieval.interface import BATCH, normal_form
 
 TEXTS = [
     "春の詩を書いて",
@@ -35,7 +35,7 @@ def closed_form(asked_texts):
         known = vectorizer.fit_transform([prepare(t) for t in TEXTS]).toarray()
         return known, vectorizer.transform([prepare(t) for t in asked_texts]).toarray()
 
-    both = [vectors(plain), vectors(asked)]
+    both = [vectors(normal_form), vectors(asked)]
     x, new = np.hstack([b[0] for b in both]), np.hstack([b[1] for b in both])
     y = np.array([[1.0 if c == k else -1.0 for k in range(4)] for c in CLASSES])
     x0, y0 = np.average(x, 0, WEIGHTS), np.average(y, 0, WEIGHTS)
@@ -91,12 +91,12 @@ def base():
 
 def test_shares_are_those_of_the_votes_and_the_linear_classifier():
     text = "海の絵を3枚書いて"
-    votes = np.array(Chooser(base(), linear=False).verdicts([text])[0].shares)
+    votes = np.array(Chooser(base(), linear=False).classify_all([text])[0].shares)
     product = (
         np.maximum(votes, LEAST) ** ROOT
         * LinearClassifier(TEXTS, CLASSES, WEIGHTS, 3).shares([text])[0]
     )
-    verdict = Chooser(base()).verdicts([text])[0]
+    verdict = Chooser(base()).classify_all([text])[0]
     assert verdict.shares == pytest.approx(product / product.sum())
     nearest = Chooser(base()).nearest(text, 1)[0][1]
     assert verdict.confidence == pytest.approx(max(verdict.shares) * min(1, nearest / CLEAR))
@@ -104,5 +104,7 @@ def test_shares_are_those_of_the_votes_and_the_linear_classifier():
 
 def test_an_example_never_judges_itself():
     for text in (TEXTS[4], TEXTS[4].replace("\n", "　")):
-        assert Chooser(base()).verdicts([text]) == Chooser(base(), linear=False).verdicts([text])
+        assert Chooser(base()).classify_all([text]) == Chooser(base(), linear=False).classify_all(
+            [text]
+        )
     assert Chooser(base()).classify(TEXTS[4]) != "R"  # its only example is the task

@@ -15,17 +15,11 @@ from hypothesis import strategies as st
 
 from evomerge.cli import main
 from evomerge.errors import KnowledgeError
-from evomerge.knowledge.base import (
-    Document,
-    Example,
-    Knowledge,
-    KnowledgeClass,
-    check_knowledge,
-    read_knowledge,
-)
 from evomerge.knowledge.drafting import draft
-from evomerge.knowledge.formats.writing import write_knowledge
+from evomerge.knowledge.read_base import check_knowledge, read_knowledge
+from evomerge.knowledge.records import Document, Example, Knowledge, KnowledgeClass
 from evomerge.knowledge.starter import starter
+from evomerge.knowledge.write_base import write_knowledge
 from evomerge.searching.ledger import open_ledger
 from evomerge.study import read_study
 from evomerge.tasks import Task, load_tasks, split_tasks, tasks_hash

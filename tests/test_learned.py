@@ -16,7 +16,7 @@ from evomerge.cli import main
 from evomerge.errors import InputError, TaskError
 from evomerge.judging.learned import features
 from evomerge.judging.learned import judge as learned
-from evomerge.judging.learned.features import grams, measures, normalise
+from evomerge.judging.learned.features import hashed_grams, measures, normalise
 from evomerge.judging.learned.fit import FEWEST, fit_file
 from evomerge.judging.learned.judge import LearnedJudge
 from evomerge.judging.learned.ridge import (
@@ -24,7 +24,7 @@ from evomerge.judging.learned.ridge import (
     ENGLISH_GRAMS,
     MEASURES_WEIGHT,
     RIDGE,
-    Examples,
+    GradedAnswers,
     centred,
     english_gap,
     fit,
@@ -200,7 +200,7 @@ def english_examples(latin):
     grams_of = [
         (np.array([model[i], 100 + task[i], 200 + i]), np.ones(3, np.float32)) for i in range(20)
     ]
-    return Examples(task, model, 1 + 4 * model / 9, grams_of, z, np.ones(20))
+    return GradedAnswers(task, model, 1 + 4 * model / 9, grams_of, z, np.ones(20))
 
 
 def test_an_english_answer_is_no_worse_for_being_english():
@@ -239,7 +239,7 @@ def test_grams_count_every_n_gram_and_word(text, words):
         for lengths in ((3, 4), (1, 2))
     ]
     counts.append(Counter(words))
-    buckets, weights = grams(text)
+    buckets, weights = hashed_grams(text)
     assert (np.diff(buckets) > 0).all()
     for kind, (low, high), weight in zip(
         counts, ((0, 32768), (32768, 49152), (49152, 65536)), (1, 2, 2), strict=True
@@ -257,7 +257,7 @@ def test_any_text_has_finite_features(text):
         found = measures(normalise(text), reference)
         assert found.shape == (len(features.NAMES),)
         assert np.isfinite(found).all()
-    assert np.isfinite(grams(normalise(text))[1]).all()
+    assert np.isfinite(hashed_grams(normalise(text))[1]).all()
 
 
 def test_overlap_with_the_reference_is_that_of_bigrams():
@@ -283,17 +283,17 @@ def test_files_that_are_no_judges(files, tmp_path, monkeypatch):
 
     for data in (b"", b"PK\x03\x04", pickle.dumps({"a": 1}), b"x" * 100):
         path.write_bytes(data)
-        refused("is no learned judge")
+        refused("is not a learned judge")
     np.savez(path, about=np.array({"format": 1}, dtype=object))
-    refused("is no learned judge")
+    refused("is not a learned judge")
     np.savez(path, about=np.array("{}"))
-    refused("is no learned judge")
+    refused("is not a learned judge")
     fit_file(*files, ["p"], path)
     with zipfile.ZipFile(path) as file:
         assert {name.removesuffix(".npy") for name in file.namelist()} >= {"about", "grams", "bias"}
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    refused("is no learned judge")
+    refused("is not a learned judge")
     path.write_bytes(whole)
     monkeypatch.setattr(learned.features, "VERSION", 99)
     refused("fitted by another version")

@@ -16,7 +16,7 @@ from evomerge.answering.engine import Answer
 from evomerge.answering.servers.client import retry_after
 from evomerge.cli import main
 from evomerge.errors import InputError, JudgePaused, ModelError, StudyFileError
-from evomerge.judging.choose import make_judge
+from evomerge.judging.factory import make_judge
 from evomerge.judging.llm.judge import LlmJudge, NoGrade
 from evomerge.judging.llm.rubric import Rubric, fenced, read_vote
 from evomerge.study import JudgeSection, read_judge

@@ -20,7 +20,7 @@ from fault_server import ACTIONS, PASSES, answer_of
 
 from evomerge.answering.hf.engine import TransformersEngine
 from evomerge.cli import main
-from evomerge.searching.session import load_finished
+from evomerge.searching.finished import load_finished
 
 
 class Steady(Server):

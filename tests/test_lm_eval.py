@@ -12,12 +12,14 @@ import pytest
 import yaml
 
 from evomerge.answering.lm_eval.documents import LmEvalTasks
+from evomerge.answering.lm_eval.harness import LmEvalRunner
 from evomerge.cli import main
 from evomerge.console import Console
 from evomerge.errors import InputError, StudyError, StudyFileError, TaskError
 from evomerge.genome.weights import make_genome
 from evomerge.merging.build import build_model
-from evomerge.searching.session import make_sampler, open_search
+from evomerge.searching.open_search import open_search
+from evomerge.searching.starting.study_sampler import make_sampler
 from evomerge.study import read_study
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -151,17 +153,17 @@ def test_in_place_values_are_those_of_a_merged_folder(folder, tmp_path, chat):
     settings = [f"apply_chat_template={str(chat).lower()}"]
     with opened(folder, tmp_path, *settings) as search:
         recipe = search.genome.decode([0.7, 1.2])
-        tasks = search.lm_eval.tasks
+        tasks = search.examiner.runner.lm_eval.tasks
         # what was live before must not matter
         search.examiner.examine(search.genome.decode([0.1, 1.9]), [tasks])
-        outcomes = search.lm_eval.examine(
+        outcomes = search.examiner.runner.examine(
             recipe.digest(),
             tasks,
             search.examiner.cache,
-            lambda: search.engine.apply(recipe),
+            lambda: search.examiner.engine.apply(recipe),
             lambda n: None,
         )
-        score = sum(search.lm_eval.scores(tasks, outcomes)) / len(tasks)
+        score = sum(search.examiner.runner.lm_eval.scores(tasks, outcomes)) / len(tasks)
     build_model(recipe, tmp_path / "merged")
     metrics = ("acc_norm,none", "exact_match,strict-match")
     values, results = reference(
@@ -188,7 +190,7 @@ def test_a_group_s_metric_and_the_same_task_twice(folder, tmp_path):
     tasks = "tasks=[{name: tiny_group, metric: 'acc,none'}, {name: tiny_choice, metric: 'acc_norm,none', weight: -0.5}]"
     with opened(folder, tmp_path, tasks, "limit=9", "num_fewshot=0") as search:
         recipe = search.genome.decode([0.7, 1.2])
-        documents = search.lm_eval.tasks
+        documents = search.examiner.runner.lm_eval.tasks
         examined = search.examiner.examine(recipe, [documents])
     assert sorted({t.task_id for t in documents}) == sorted(
         [*(f"tiny_choice/{i}" for i in range(9)), *(f"tiny_few/{i}" for i in range(7))]
@@ -212,9 +214,9 @@ def test_a_group_without_weights_by_size(folder, tmp_path):
     paths = f"task_search_path=[{folder}/tasks, {tmp_path}/own]"
     with opened(folder, tmp_path, "tasks=[flat]", paths) as search:
         recipe = search.genome.decode([0.7, 1.2])
-        documents = search.lm_eval.tasks
+        documents = search.examiner.runner.lm_eval.tasks
         grades = search.examiner.examine(recipe, [documents]).grades
-        outcomes = search.lm_eval.examine(
+        outcomes = search.examiner.runner.examine(
             recipe.digest(),
             documents,
             search.examiner.cache,
@@ -244,7 +246,7 @@ def test_a_study_from_end_to_end(folder, tmp_path, capsys, monkeypatch):
         str(tmp_path / "results"),
     ]
     command += [word for value in [*SMALL, "num_fewshot=0"] for word in ("--set", value)]
-    run, runs = LmEvalTasks._run, []
+    run, runs = LmEvalRunner.run, []
 
     def cut(self, name, numbers):
         if len(runs) in (5, 12):  # between the two tasks of a candidate, and between two candidates
@@ -265,7 +267,7 @@ def test_a_study_from_end_to_end(folder, tmp_path, capsys, monkeypatch):
         )
         return result
 
-    monkeypatch.setattr(LmEvalTasks, "_run", cut)
+    monkeypatch.setattr(LmEvalRunner, "run", cut)
     assert [main(command) for _ in range(3)] == [130, 130, 0]
     paid = [entry for entry in runs if entry is not None]
     assert len(paid) == len(set(paid)) > 12
@@ -318,7 +320,7 @@ def test_random_init_draws_the_start(folder):
     starts = []
     for seed in (0, 0, 1):
         study = read_study(folder / "study.yaml", ["random_init=true", f"search.seed={seed}"])
-        starts.append(make_sampler(study, make_genome(study, 4)).start.mean.tolist())
+        starts.append(make_sampler(study, make_genome(study, 4)).default.mean.tolist())
     assert starts[0] == starts[1] != starts[2]
     assert all(0 <= x <= 2 for x in starts[0])
 
@@ -330,7 +332,7 @@ def test_random_init_draws_the_start(folder):
         (["tasks=[{name: tiny_choice, metric: bleu}]"], ["'bleu'", "acc,none, acc_norm,none"]),
         (
             ["tasks=[{name: tiny_corpus, metric: 'f1,none'}]"],
-            ["no mean over documents", "'f1,none'"],
+            ["not a mean over documents", "'f1,none'"],
         ),
         (["limit=2", "split.held_out=0.1"], ["too few documents", "limit"]),
         (["tasks=[tiny_broken]"], ["tiny_broken", "cannot be loaded"]),
@@ -368,7 +370,7 @@ def test_a_model_without_a_chat_template(pair, folder, tmp_path):
     ):
         pass
     with opened(folder, tmp_path, base, "apply_chat_template=false", "study=other") as search:
-        assert search.lm_eval.tasks
+        assert search.examiner.runner.lm_eval.tasks
 
 
 def test_what_changed_under_a_study_is_refused(folder, tmp_path):

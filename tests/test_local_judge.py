@@ -30,10 +30,10 @@ from evomerge.answering.hf.likelihood import (
 )
 from evomerge.cli import main
 from evomerge.errors import EngineError, JudgeError, ModelError, StudyFileError
-from evomerge.judging.choose import make_judge
+from evomerge.judging.factory import make_judge
 from evomerge.judging.llm.rubric import SYSTEM
 from evomerge.judging.local import LEAD, TEMPLATE, LocalJudge, make_local_judge
-from evomerge.searching.session import load_finished
+from evomerge.searching.finished import load_finished
 from evomerge.study import EngineSection, JudgeSection
 from evomerge.tasks import Task
 
@@ -309,7 +309,7 @@ def test_two_runs_of_a_study_that_it_judges_are_equal(pair, judge_folder, tmp_pa
         ]
         assert main(["search", str(pair / "study.yaml"), *options]) == 0
         finished = load_finished(url, "tiny")
-        assert finished.ledger.facts["judge"] == f"local:judge {judge.version}"
+        assert finished.ledger.facts.judge == f"local:judge {judge.version}"
         outcomes.append(
             ([(r.role, r.weights, r.grades) for r in finished.records], finished.verdict)
         )

@@ -6,8 +6,8 @@ import pytest
 from conftest import make_tokenizer
 
 from evomerge.answering.prompts import COMPETITION, Prompter, control_tokens, make_prompter
-from evomerge.knowledge.parts import Document, Example, Knowledge, KnowledgeClass
-from evomerge.knowledge.retrieval.retrieve import Chooser
+from evomerge.knowledge.chooser import Chooser
+from evomerge.knowledge.records import Document, Example, Knowledge, KnowledgeClass
 from evomerge.study import GenerationSection, PromptSection
 
 TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"

@@ -1,27 +1,34 @@
 """Cheaper rankings: their error rates by simulation, their estimates against the full mean."""
 
+import math
 from itertools import combinations
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import integrate, stats
 
-from evomerge.searching.racing import (
+from evomerge.searching.generation.racing import (
     blocks,
-    corrected,
     hopeless,
     subset_size,
     t_quantile,
     task_order,
 )
+from evomerge.searching.scoring import two_phase_mean
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 5, 49])
 @pytest.mark.parametrize("level", [0.05, 1e-3, 1e-4])
 def test_the_quantile_is_students(level, freedom):
-    assert t_quantile(level, freedom) == pytest.approx(stats.t.isf(level, freedom), rel=2e-3)
+    t = t_quantile(level, freedom)
+    # t = sqrt(freedom) tan(angle) has a density proportional to cos(angle)^(freedom - 1)
+    edge, weight = math.atan(t / math.sqrt(freedom)), lambda angle: math.cos(angle) ** (freedom - 1)
+    tail = integrate.quad(weight, edge, math.pi / 2, epsabs=1e-14)[0]
+    assert tail / (2 * integrate.quad(weight, 0, math.pi / 2)[0]) == pytest.approx(level, rel=1e-8)
+    if freedom == 1:
+        assert t == pytest.approx(math.tan(math.pi * (0.5 - level)), rel=1e-9)
 
 
 def test_the_order_is_a_function_of_seed_and_generation():
@@ -106,7 +113,7 @@ def test_the_corrected_score_is_right_on_average(data):
     size = data.draw(st.integers(1, total))
     level = {str(i): float(x) for i, x in enumerate(levels)}
     scores = [
-        corrected({str(i): float(grades[i]) for i in chosen}, level)[0]
+        two_phase_mean({str(i): float(grades[i]) for i in chosen}, level)[0]
         for chosen in combinations(range(total), size)
     ]
     assert np.mean(scores) == pytest.approx(np.mean(grades))
@@ -115,8 +122,8 @@ def test_the_corrected_score_is_right_on_average(data):
 def test_an_easy_subset_does_not_flatter():
     level = {"easy": 5.0, "middling": 3.0, "hard": 1.0}
     assert (
-        corrected({"easy": 5.0}, level)[0]
-        == corrected({"hard": 1.0}, level)[0]
+        two_phase_mean({"easy": 5.0}, level)[0]
+        == two_phase_mean({"hard": 1.0}, level)[0]
         == pytest.approx(3.0)
     )
 
@@ -124,7 +131,7 @@ def test_an_easy_subset_does_not_flatter():
 def test_with_every_task_seen_the_error_is_that_of_the_mean():
     rng = np.random.default_rng(0)
     grades = {str(i): float(x) for i, x in enumerate(rng.integers(1, 6, 40))}
-    score, error = corrected(grades, dict.fromkeys(grades, 3.0))
+    score, error = two_phase_mean(grades, dict.fromkeys(grades, 3.0))
     assert (score, error) == pytest.approx(
         (np.mean(list(grades.values())), stats.sem(list(grades.values())))
     )
@@ -141,7 +148,7 @@ def test_the_error_is_that_of_repeated_draws():
         grades = level + 0.2 + rng.normal(0, 0.9, 50)
         seen = rng.permutation(50)[:12]
         named = {str(i): float(level[i]) for i in range(50)}
-        score, error = corrected({str(i): float(grades[i]) for i in seen}, named)
+        score, error = two_phase_mean({str(i): float(grades[i]) for i in seen}, named)
         scores.append(score)
         errors.append(error)
     assert np.mean(scores) == pytest.approx(3.2, abs=0.02)

@@ -22,37 +22,36 @@ from evomerge.reporting.report import (
     write_report,
     write_trials_csv,
 )
+from evomerge.searching.records.verdict_record import (
+    HeldOutScore,
+    PairedDifference,
+    Sample,
+    SampleAnswer,
+    Verdict,
+)
 
 SLICES = ["0–1", "2–3", "4–5", "6–7"]
 EVIL = "<script>alert('x')</script><img src=https://example.org/x.png onerror=alert(1)>"
-VERDICT = {
-    "metric": "correct",
-    "n": 70,
-    "candidates": {
-        "winner": {"mean": 0.8143, "stderr": 0.0468, "truncated": 0.0143},
-        "base": {"mean": 0.2571, "stderr": 0.0526, "truncated": 0.5},
-        "instruct": {"mean": 0.7286, "stderr": 0.0536, "truncated": 0.0},
-        "uniform": {"mean": 0.7714, "stderr": 0.0505, "truncated": 0.0},
-    },
-    "paired": {
-        "winner-base": {"diff": 0.5572, "low": 0.4286, "high": 0.6714},
-        "winner-instruct": {"diff": 0.0857, "low": 0.0143, "high": 0.1571},
-        "winner-uniform": {"diff": 0.0429, "low": -0.0286, "high": 0.1143},
-    },
-}
+VERDICT = Verdict.from_dict(
+    {
+        "metric": "correct",
+        "n": 70,
+        "candidates": {
+            "winner": {"mean": 0.8143, "stderr": 0.0468, "truncated": 0.0143},
+            "base": {"mean": 0.2571, "stderr": 0.0526, "truncated": 0.5},
+            "instruct": {"mean": 0.7286, "stderr": 0.0536, "truncated": 0.0},
+            "uniform": {"mean": 0.7714, "stderr": 0.0505, "truncated": 0.0},
+        },
+        "paired": {
+            "winner-base": {"diff": 0.5572, "low": 0.4286, "high": 0.6714},
+            "winner-instruct": {"diff": 0.0857, "low": 0.0143, "high": 0.1571},
+            "winner-uniform": {"diff": 0.0429, "low": -0.0286, "high": 0.1143},
+        },
+    }
+)
 SAMPLES = [
-    {
-        "task_id": 7,
-        "input": "並:312=",
-        "reference": "123",
-        "answers": {n: {"text": f"{n}: 答え", "grade": 2.5} for n in VERDICT["candidates"]},
-    },
-    {
-        "task_id": EVIL,
-        "input": EVIL,
-        "reference": EVIL,
-        "answers": {"winner": {"text": EVIL, "grade": 1.0}, EVIL: {"text": "", "grade": 5.0}},
-    },
+    Sample(7, "並:312=", "123", {n: SampleAnswer(f"{n}: 答え", 2.5) for n in VERDICT.candidates}),
+    Sample(EVIL, EVIL, EVIL, {"winner": SampleAnswer(EVIL, 1.0), EVIL: SampleAnswer("", 5.0)}),
 ]
 
 
@@ -212,11 +211,20 @@ def test_the_figures_shown_are_those_given(tmp_path: Path) -> None:
 def test_an_interval_that_includes_zero_shows_no_difference(
     low: float, high: float, kind: str
 ) -> None:
-    (remark,) = remarks(
-        {"n": 9, "paired": {"winner-base": {"diff": (low + high) / 2, "low": low, "high": high}}}
-    )
+    pair = PairedDifference((low + high) / 2, low, high)
+    (remark,) = remarks(Verdict("grade", 9, {}, {"winner-base": pair}))
     assert remark["kind"] == kind
     assert ("includes zero" in remark["text"]) == (kind == "open")
+
+
+def test_a_single_value_is_shown_without_a_standard_error(tmp_path: Path) -> None:
+    winner = HeldOutScore(0.5, None, 0.0)
+    verdict = Verdict("grade", 1, {"winner": winner}, {})
+    assert "0.500\u00a0(n\u00a0=\u00a01)" in headline(verdict, [], None)
+    given = [Trial(0, "candidate", (0.0,) * 4, 0.25, None, n=1)]
+    page = make_page(tmp_path / "r.html", trials=given, verdict=verdict, best=0)
+    assert "0.250 (n = 1)" in page
+    assert "0.500 (n = 1)" in page
 
 
 def test_points_and_level_lines_share_one_scale() -> None:

@@ -18,17 +18,15 @@ from evomerge.answering.engine import Answer
 from evomerge.judging.grade import Grade
 from evomerge.judging.rules.judge import RulesJudge
 from evomerge.reporting.judge_section import (
-    REASON,
-    SHOWN,
-    TEXT,
     agreement,
-    judge_facts,
     judge_section,
     mean_and_error,
     savings,
     shares,
 )
 from evomerge.reporting.report import write_report
+from evomerge.searching.records.judge_report import REASON, SHOWN, TEXT, judge_facts
+from evomerge.searching.records.study_facts import CascadeSavings
 from evomerge.tasks import Task
 
 EVIL = "<script>alert('x')</script>\"&<b>"
@@ -93,7 +91,9 @@ class Texts(HTMLParser):
         return " ".join("".join(self.parts).split())
 
 
-def page(tmp_path: Path, judge: dict[str, Any] | None) -> str:
+def page(
+    tmp_path: Path, judge: dict[str, Any] | None, cascade: CascadeSavings | None = None
+) -> str:
     write_report(
         tmp_path / "r.html",
         study="s",
@@ -103,6 +103,7 @@ def page(tmp_path: Path, judge: dict[str, Any] | None) -> str:
         best=None,
         slices=[],
         judge=judge,
+        cascade=cascade,
     )
     return (tmp_path / "r.html").read_text(encoding="utf-8")
 
@@ -209,11 +210,10 @@ def test_the_page_shows_the_figures(tmp_path: Path) -> None:
         "model_level": {"value": None, "low": None, "high": None},
         "pairs": {"0.15-0.3": {"value": 0.875, "low": 0.8, "high": 0.9}},
     }
-    facts = judge_facts("cascade", "1f2e", TASKS, examined(), held_out) | {
-        "cascade": {"graded": 2400, "asked": 312}
-    }
-    text = Texts(page(tmp_path, json.loads(json.dumps(facts)))).text
-    section = judge_section(facts)
+    facts = judge_facts("cascade", "1f2e", TASKS, examined(), held_out)
+    saved = CascadeSavings(graded=2400, asked=312)
+    text = Texts(page(tmp_path, json.loads(json.dumps(facts)), saved)).text
+    section = judge_section(facts, saved)
     assert section is not None
     winner, agreed = section["rows"][0], section["agreement"]
     for shown in (
@@ -244,7 +244,7 @@ def test_the_page_of_a_study_graded_by_rules_claims_no_agreement(tmp_path: Path)
 
 def test_no_judge_no_section(tmp_path: Path) -> None:
     assert "<h2>Judge</h2>" not in page(tmp_path, None)
-    assert savings({"graded": 0, "asked": 0}) is None
+    assert savings(CascadeSavings(graded=0, asked=0)) is None
 
 
 @pytest.mark.parametrize("judge", ["llm:" + EVIL, "rules"])

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 
 from evomerge.errors import InputError, KnowledgeError, ModelError
-from evomerge.knowledge.base import read_knowledge
-from evomerge.knowledge.classification.classify import Classifier, class_texts, confusion
-from evomerge.knowledge.parts import Example, Knowledge, KnowledgeClass
+from evomerge.knowledge.chooser import Chooser
+from evomerge.knowledge.classification.by_neighbours import Classifier, class_texts, confusion
+from evomerge.knowledge.read_base import read_knowledge
+from evomerge.knowledge.records import Example, Knowledge, KnowledgeClass
 from evomerge.knowledge.retrieval.bm25 import Bm25Retriever
 from evomerge.knowledge.retrieval.embeddings import EmbeddingRetriever
 from evomerge.knowledge.retrieval.fusion import FusedRetriever, fuse
-from evomerge.knowledge.retrieval.nearest import BATCH, Nearest, plain
-from evomerge.knowledge.retrieval.retrieve import Chooser, make_retriever
+from evomerge.knowledge.retrieval.interface import BATCH, Nearest, normal_form
+from evomerge.knowledge.retrieval.retrievers import make_retriever
 from evomerge.knowledge.retrieval.tfidf import TfidfRetriever
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -309,9 +310,9 @@ def test_fugashi_finds_words():
 
 
 def test_the_labelled_sets_are_not_in_the_base():
-    texts = {plain(row["input"]) for row in LABELLED + SECOND}
+    texts = {normal_form(row["input"]) for row in LABELLED + SECOND}
     assert (len(LABELLED), len(SECOND), len(texts)) == (160, 160, 320)
-    shipped = {plain(example.input) for example in read_knowledge(BASE).examples}
+    shipped = {normal_form(example.input) for example in read_knowledge(BASE).examples}
     assert not shipped & texts
 
 
@@ -334,7 +335,7 @@ def shipped():
     ],
 )
 def test_the_shipped_base_classifies_the_labelled_sets(shipped, rows, least):
-    found = shipped.verdicts([row["input"] for row in rows])
+    found = shipped.classify_all([row["input"] for row in rows])
     assert sum(
         v.class_name == row["kind"] for v, row in zip(found, rows, strict=True)
     ) >= least * len(rows)

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from evomerge.answering.engine import Answer
 from evomerge.judging.grade import Grade
-from evomerge.judging.rules.judge import RulesJudge, is_closed
+from evomerge.judging.rules.closed_tasks.grading import is_closed
+from evomerge.judging.rules.judge import RulesJudge
 from evomerge.tasks import Task, load_tasks
 from evomerge.text import count_items, find_numbers, language, named_count
 

@@ -1,7 +1,7 @@
 """Open tasks in the rule-based judge: what it reads from a task, what it checks in an answer, and
 how far it agrees with strong judges.
 
-The agreement is measured on models of families that no weight was tuned on (judging/families.py).
+The agreement is measured on models of families that no weight was tuned on (judging/validation/families.py).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 
 from evomerge.answering.engine import Answer
 from evomerge.judging.grade import Grade
-from evomerge.judging.rules.facts import Reading, key_words, share
 from evomerge.judging.rules.judge import RulesJudge
-from evomerge.judging.rules.kinds import is_polar, kind_of
-from evomerge.judging.rules.points import read_points
+from evomerge.judging.rules.open_tasks.kinds import is_polar, kind_of
+from evomerge.judging.rules.open_tasks.parsed_text import ParsedText, key_words, weighted_share
+from evomerge.judging.rules.open_tasks.points import read_points
 from evomerge.judging.validation.families import is_tuning
 from evomerge.tasks import Task, load_tasks
-from evomerge.text import clean, f1, foreign_letters, grams, sentences
+from evomerge.text import clean, f1, foreign_letters, sentences, trigrams
 
 ELYZA = Path(__file__).resolve().parents[2] / "shared" / "elyza"
 
@@ -155,26 +155,26 @@ def test_points_are_read_by_what_they_ask_for() -> None:
 
 
 def test_a_text_is_read_for_its_conclusion() -> None:
-    reading = Reading(
+    reading = ParsedText(
         "以下のように考えます。\n1日後は火曜です。\nよって答えは「水曜」です。\nご参考まで。"
     )
     assert reading.conclusion == "よって答えは「水曜」です。"
     assert reading.body[0] == "1日後は火曜です。"
     assert key_words(reading.conclusion, "") == {"水曜": 2.0}
-    assert share({"水曜": 2.0, "火曜": 1.0}, "火曜でした") == pytest.approx(1 / 3)
+    assert weighted_share({"水曜": 2.0, "火曜": 1.0}, "火曜でした") == pytest.approx(1 / 3)
     assert [
-        Reading(t).polarity("沈")
+        ParsedText(t).polarity("沈")
         for t in ("沈みません。", "沈みます。", "はい、沈みます。", "いいえ。", "")
     ] == [-1, 1, 1, -1, 0]
     assert (
-        Reading("それではいけないので、試しましょう。").polarity("") == 1
+        ParsedText("それではいけないので、試しましょう。").polarity("") == 1
     )  # no はい in ではいけない
     assert sentences("「あ。」と言う。\n\nい!う") == ["「あ。」と言う。", "い!", "う"]
 
 
 def test_wording_and_letters() -> None:
-    assert grams("あい、うえ") == {"あいう", "いうえ"}
-    assert f1(grams("あいうえ"), grams("あいうお")) == 0.5
+    assert trigrams("あい、うえ") == {"あいう", "いうえ"}
+    assert f1(trigrams("あいうえ"), trigrams("あいうお")) == 0.5
     assert set(foreign_letters("这个问题は한국어です")) == set(
         "这问题한국어"
     )  # 个 is a Japanese letter as well

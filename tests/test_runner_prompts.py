@@ -14,7 +14,7 @@ from runner_tools import (
     task_file,
 )
 
-from evomerge.knowledge.retrieval.retrieve import Chooser
+from evomerge.knowledge.chooser import Chooser
 from evomerge.knowledge.starter import starter
 from evomerge.reporting.runner import write_runner
 from evomerge.study import PromptSection

@@ -3,6 +3,7 @@ candidates, and its end.
 """
 
 import importlib
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -24,11 +25,12 @@ from evomerge.console import Console
 from evomerge.errors import StudyError, StudyFileError
 from evomerge.genome.weights import make_genome
 from evomerge.recipe import Recipe
+from evomerge.searching.history import History
 from evomerge.searching.ledger import check_unchanged
-from evomerge.searching.racing import corrected
-from evomerge.searching.scoring import task_levels
-from evomerge.searching.session import make_sampler
-from evomerge.searching.starting import encode
+from evomerge.searching.records.study_facts import StudyFacts
+from evomerge.searching.starting.known_candidates import encode
+from evomerge.searching.starting.source_study import start_from_source
+from evomerge.searching.starting.study_sampler import make_sampler
 from evomerge.study import SUBSET, ObjectiveSection, SearchSection, SplitSection, TaskSource
 
 
@@ -40,10 +42,13 @@ def candidates(search):
 def test_a_generation_is_ranked_on_tasks_of_its_own(tmp_path, ranking):
     search, _, _ = make_search(tmp_path, make_study(ranking=ranking, subset=16))
     search.run()
-    levels = task_levels(search.ledger.records(), "grade")
+    references = [r for r in search.ledger.records() if r.role in ("parent", "uniform")]
+    levels = {
+        task: np.mean([r.grades[task].grade for r in references]) for task in references[0].grades
+    }
     by_generation = {}
     for r in candidates(search):
-        values = {task: g["grade"] for task, g in r.grades.items()}
+        values = {task: g.grade for task, g in r.grades.items()}
         above = [values[t] - levels[t] for t in values]
         plain = (
             np.mean(above) + np.mean(list(levels.values()))
@@ -51,7 +56,11 @@ def test_a_generation_is_ranked_on_tasks_of_its_own(tmp_path, ranking):
             else np.mean(list(values.values()))
         )
         assert r.score == pytest.approx(plain)
-        assert r.stderr == pytest.approx(corrected(values, levels)[1])
+        n, total = len(values), len(levels)
+        above_spread, spread = (np.std(v, ddof=1) for v in (above, list(values.values())))
+        # two-phase sampling (Cochran 1977, chapter 12); s / sqrt(N) when all tasks are seen
+        expected = above_spread**2 * (1 / n - 1 / total) + spread**2 / total
+        assert r.stderr == pytest.approx(np.sqrt(expected))
         by_generation.setdefault(r.generation, []).append(tuple(values))
     for seen in by_generation.values():
         longest = max(seen, key=len)
@@ -62,7 +71,7 @@ def test_a_generation_is_ranked_on_tasks_of_its_own(tmp_path, ranking):
     assert len({tasks[0][:8] for tasks in by_generation.values()}) == len(by_generation), (
         "each generation draws anew"
     )
-    assert search.ledger.facts["look"] == 1
+    assert search.ledger.facts.look == 1
 
 
 def test_a_race_answers_less_and_keeps_the_better_half(tmp_path):
@@ -99,14 +108,14 @@ def test_a_run_cut_anywhere_goes_on_as_if_it_had_not_been(tmp_path, ranking):
         finally:
             answered += engine.answered
     assert trials(search) == trials(whole)
-    assert search.ledger.facts["verdict"] == whole.ledger.facts["verdict"]
+    assert search.ledger.facts.verdict == whole.ledger.facts.verdict
     assert len(answered) == len(set(answered)), "nothing is answered twice"
 
 
 def test_a_failed_candidate_is_replaced_within_its_race(tmp_path):
     study = make_study(ranking="race", subset=16, trials=8)
     sampler = make_sampler(study, make_genome(study, LAYERS))
-    doomed = sampler.draw([], sampler.slot([], 0, 3))
+    doomed = sampler.draw(History(), sampler.slot(History(), 0, 3))
     search, _, _ = make_search(tmp_path, study, TaskEngine(fails=[doomed]))
     search.run()
     failed = [r for r in search.ledger.records() if r.state == "failed"]
@@ -120,10 +129,10 @@ def test_the_winner_is_chosen_on_tasks_that_the_search_did_not_see(tmp_path):
     )
     search.run()
     facts = search.ledger.facts
-    chosen = facts["validation"]
-    assert chosen["n"] == 12
-    assert len(chosen["means"]) == 3, "two trials and the mean"
-    assert facts["finalists"]["winner"] == chosen["winner"]
+    chosen = facts.validation
+    assert chosen.n == 12
+    assert len(chosen.means) == 3, "two trials and the mean"
+    assert facts.finalists["winner"] == chosen.winner
     before = {p for r in search.ledger.records() for p in r.grades}
     assert not before & {str(i) for i in range(40, 52)}
     asked = {prompt for _, prompt in engine.answered}
@@ -134,10 +143,10 @@ def test_a_second_look_at_the_held_out_tasks_is_counted(tmp_path):
     make_search(tmp_path, make_study(trials=8))[0].run()
     search, _, _ = make_search(tmp_path, make_study(trials=24))
     search.run()
-    assert search.ledger.facts["look"] == 2
+    assert search.ledger.facts.look == 2
     again, engine, _ = make_search(tmp_path, make_study(trials=24))
     again.run()
-    assert again.ledger.facts["look"] == 2, "the same look is no new one"
+    assert again.ledger.facts.look == 2, "the same look is no new one"
     assert not engine.answered
 
 
@@ -149,25 +158,18 @@ def test_parts_of_an_objective_are_recorded_and_weighed(tmp_path):
     for r in candidates(search):
         assert r.parts["length"] == pytest.approx(4 / longest)
         assert r.score == pytest.approx(2 * r.parts["grade"] - r.parts["length"])
-        assert r.parts["grade"] == pytest.approx(np.mean([g["grade"] for g in r.grades.values()]))
-    assert verdict["metric"] == "objective"
+        assert r.parts["grade"] == pytest.approx(np.mean([g.grade for g in r.grades.values()]))
+    assert verdict.metric == "objective"
 
 
 def test_groups_of_tasks_count_by_their_weights(tmp_path):
     sources = (TaskSource(file="a", weight=3.0), TaskSource(file="b", weight=1.0))
 
-    class ById(QualityJudge):
-        def grade(self, task, answer):
-            return super().grade(type(task)(int(task.task_id.split("-")[1]), task.input), answer)
-
-    search, _, _ = make_search(
-        tmp_path, make_study(trials=8, sources=sources), judge=ById(), tasks=(31, 17, 0)
-    )
+    search, _, _ = make_search(tmp_path, make_study(trials=8, sources=sources), tasks=(31, 17, 0))
     search.run()
     for r in candidates(search):
         groups = [
-            [g["grade"] for task, g in r.grades.items() if task.startswith(f"{i}-")]
-            for i in range(2)
+            [g.grade for task, g in r.grades.items() if task.startswith(f"{i}-")] for i in range(2)
         ]
         assert r.score == pytest.approx((3 * np.mean(groups[0]) + np.mean(groups[1])) / 4)
 
@@ -196,7 +198,7 @@ def test_a_search_says_why_it_ends(tmp_path, key, value, said):
     search.run()
     said = said.replace("after 0 of", "after 8 of")
     assert f"the search ends: {said}" in stream.getvalue()
-    assert search.ledger.facts["stopped"].startswith(said)
+    assert search.ledger.facts.stopped.startswith(said)
 
 
 def test_money_ends_a_search(tmp_path):
@@ -209,7 +211,7 @@ def test_money_ends_a_search(tmp_path):
         search.run()
     finally:
         del type(judge).cost
-    assert "of 3 are spent" in search.ledger.facts["stopped"]
+    assert "of 3 are spent" in search.ledger.facts.stopped
     assert 0 < len(candidates(search)) < 24
 
 
@@ -246,24 +248,22 @@ def test_a_recipe_that_is_no_merge_of_the_genome_is_refused(tmp_path):
 
 
 def test_another_study_is_where_a_search_starts(tmp_path):
-    from evomerge.searching.session import _start_from_source
-
     source, _, _ = make_search(tmp_path, make_study("source", trials=24))
     source.run()
-    trials_of = source.ledger.trials()
     study = make_study("second", trials=8, source_study="source")
     search, _, _ = make_search(tmp_path, study)
-    _start_from_source(
-        study, f"sqlite:///{tmp_path}/second.db", search.genome, search.sampler, search.ledger
-    )
-    wanted = source.sampler.distribution(trials_of)
-    assert np.allclose(search.sampler.start.mean, wanted.mean)
-    assert np.abs(search.sampler.start.mean - BEST).mean() < np.abs(1 - BEST).mean(), (
+    wanted = source.sampler.distribution(source.ledger.history())
+    start_from_source(study, f"sqlite:///{tmp_path}/second.db", search.genome, search.ledger)
+    start = search.sampler.start(search.ledger.history())
+    assert np.allclose(start.mean, wanted.mean)
+    assert np.abs(start.mean - BEST).mean() < np.abs(1 - BEST).mean(), (
         "it stands nearer to the best than 1 does"
     )
     search.run()
     again, _, _ = make_search(tmp_path, study)
-    assert np.allclose(again.sampler.start.cov, wanted.cov), "it is remembered"
+    assert np.allclose(again.sampler.start(again.ledger.history()).cov, wanted.cov), (
+        "it is remembered"
+    )
 
 
 def test_what_ships_is_what_was_measured(monkeypatch):
@@ -281,14 +281,14 @@ def test_a_study_from_before_a_default_is_told_how_it_goes_on(tmp_path):
     stored = make_study(ranking="all", lr_adapt=False).to_dict()
     for section, key in (("search", "ranking"), ("search", "lr_adapt"), ("split", "validation")):
         del stored[section][key]
-    facts = {"models": {}, "tasks": "same"}
-    for key, value in (facts | {"study_file": stored}).items():
+    names, layers = search.ledger.facts.names, search.ledger.facts.n_layers
+    facts = StudyFacts(tasks="same", names=names, n_layers=layers)
+    for key, value in (("tasks", "same"), ("study_file", stored)):
         search.ledger.remember(key, value)
     with pytest.raises(StudyError, match=r'--set search.lr_adapt=false --set search.ranking="all"'):
-        check_unchanged(search.ledger, facts | {"study_file": search.study.to_dict()})
-    check_unchanged(
-        search.ledger, facts | {"study_file": make_study(ranking="all", lr_adapt=False).to_dict()}
-    )
+        check_unchanged(search.ledger, replace(facts, study_file=search.study.to_dict()))
+    as_before = make_study(ranking="all", lr_adapt=False).to_dict()
+    check_unchanged(search.ledger, replace(facts, study_file=as_before))
 
 
 def test_without_a_complete_generation_it_is_said_that_there_is_no_mean(tmp_path):

@@ -19,9 +19,12 @@ from evomerge.judging.grade import Grade
 from evomerge.recipe import Recipe
 from evomerge.reporting.report import notes
 from evomerge.searching.choosing import choose
+from evomerge.searching.history import History
+from evomerge.searching.open_search import open_search
 from evomerge.searching.preflight import check_study
-from evomerge.searching.session import _start_from_source, make_sampler, open_search
-from evomerge.searching.starting import encode
+from evomerge.searching.starting.known_candidates import encode
+from evomerge.searching.starting.source_study import start_from_source
+from evomerge.searching.starting.study_sampler import make_sampler
 from evomerge.study import JudgeSection, TaskSource, read_study
 
 
@@ -57,7 +60,7 @@ def test_a_mended_cause_lets_the_search_go_on(tmp_path):
     with pytest.raises(EngineError, match="in a row failed"):
         make_search(tmp_path, make_study(trials=8), Broken())[0].run()
     search, _, _ = make_search(tmp_path, make_study(trials=8))
-    assert search.run()["n"] == 16
+    assert search.run().n == 16
 
 
 @pytest.mark.parametrize("validation", [0.0, 0.2])
@@ -94,7 +97,7 @@ def test_a_second_verdict_that_was_killed_is_made_again(tmp_path):
 def test_who_fails_in_a_later_block_of_a_race_has_failed(tmp_path):
     study = make_study(ranking="race", subset=16, trials=8)
     sampler = make_sampler(study, make_genome(study, LAYERS))
-    doomed = sampler.draw([], sampler.slot([], 0, 3))
+    doomed = sampler.draw(History(), sampler.slot(History(), 0, 3))
 
     class Late(TaskEngine):
         first = None
@@ -126,7 +129,7 @@ def test_a_validation_split_without_closed_tasks_chooses_nothing_unsaid(tmp_path
     )
     with suppress(StudyFileError):  # refused in a line, or chosen by the search tasks
         search.run()
-    assert "NaN" not in json.dumps(search.ledger.facts.get("validation"))
+    assert "NaN" not in json.dumps(search.ledger.storage.attributes().get("validation"))
 
 
 def test_two_tasks_do_not_make_a_trial_beat_the_mean():
@@ -155,9 +158,7 @@ def test_a_source_study_that_cannot_be_one_is_refused(tmp_path, source):
     study = study.model_copy(update={"search": section})
     search, _, _ = make_search(tmp_path, study)
     with pytest.raises(EvomergeError):
-        _start_from_source(
-            study, f"sqlite:///{tmp_path}/second.db", search.genome, search.sampler, search.ledger
-        )
+        start_from_source(study, f"sqlite:///{tmp_path}/second.db", search.genome, search.ledger)
 
 
 @pytest.mark.parametrize(
@@ -211,25 +212,20 @@ def test_hard_and_easy_tasks_are_no_noise_between_generations(tmp_path):
 
 
 def test_the_error_of_weighted_sources_is_that_of_their_means(tmp_path):
-    class ById(QualityJudge):
-        def grade(self, task, answer):
-            return super().grade(type(task)(int(task.task_id.split("-")[1]), task.input), answer)
-
     study = make_study(
         trials=8, sources=(TaskSource(file="a", weight=9.0), TaskSource(file="b", weight=1.0))
     )
-    search, _, _ = make_search(tmp_path, study, TaskEngine(noise=0.2), judge=ById())
+    search, _, _ = make_search(tmp_path, study, TaskEngine(noise=0.2))
     verdict = search.run()
     for r in candidates(search):
         groups = [
-            [g["grade"] for task, g in r.grades.items() if task.startswith(f"{i}-")]
-            for i in range(2)
+            [g.grade for task, g in r.grades.items() if task.startswith(f"{i}-")] for i in range(2)
         ]
         errors = [
             w**2 * np.var(g, ddof=1) / len(g) for w, g in zip((0.9, 0.1), groups, strict=True)
         ]
         assert r.stderr == pytest.approx(np.sqrt(sum(errors)), rel=0.1)
-    assert verdict["candidates"]["winner"]["stderr"] < 0.2
+    assert verdict.candidates["winner"].stderr < 0.2
 
 
 def test_check_counts_what_a_search_has(pair):

@@ -17,8 +17,8 @@ from evomerge.cli import main
 from evomerge.errors import OutputError
 from evomerge.judging.llm.grades_cache import GradesCache, Usage
 from evomerge.judging.llm.rubric import Vote
+from evomerge.searching.finished import load_finished
 from evomerge.searching.ledger import Ledger
-from evomerge.searching.session import load_finished
 
 
 def arguments(pair, folder, trials=8):
@@ -98,7 +98,10 @@ def test_a_damaged_study_is_named_and_its_answers_are_found_again(
     for command in (arguments(pair, folder), ["show", "tiny", "--storage", f"sqlite:///{file}"]):
         line = complaint(capsys, command)
         assert line.startswith(f"evomerge: {file}: the study tiny is damaged or cut short")
-        assert "tiny.answers.sqlite: move s.db away, and `evomerge search` starts anew" in line
+        assert (
+            "tiny.answers.sqlite: move s.db away, and `evomerge search` starts over with them"
+            in line
+        )
     assert file.read_bytes() == damaged
     file.rename(folder / "away")
     monkeypatch.delattr(TransformersEngine, "answer")  # whatever is not in the cache stops the run

@@ -1,9 +1,10 @@
+import hashlib
 import json
 
 import pytest
 
 from evomerge.errors import TaskError
-from evomerge.tasks import Task, load_tasks, split_tasks
+from evomerge.tasks import Task, load_tasks, split_tasks, tasks_hash
 
 ROWS = [
     {"task_id": 0, "input": "一つ目"},
@@ -73,3 +74,17 @@ def test_split_is_seeded_and_keeps_the_kinds():
     assert {t.task_id for t in split.search} | {t.task_id for t in split.held_out} == set(range(30))
     assert len(split.search) == len(split.held_out) == 15
     assert abs(sum(t.kind == "a" for t in split.search) - 7.5) <= 0.5
+
+
+def test_tasks_of_several_sources_are_stored_as_before():
+    """Version 0.1 wrote the source into the id: its studies' hashes and grades must still fit."""
+    tasks = [Task(3, "a", "b", source=0), Task("x", "c", kind="k", source=1)]
+    before = [
+        {"task_id": "0-3", "input": "a", "output": "b", "eval_aspect": "", "kind": ""},
+        {"task_id": "1-x", "input": "c", "output": "", "eval_aspect": "", "kind": "k"},
+    ]
+    assert [task.key for task in tasks] == ["0-3", "1-x"]
+    text = json.dumps(before, ensure_ascii=False).encode()
+    assert tasks_hash(tasks) == hashlib.sha256(text).hexdigest()
+    alone = Task(3, "a")
+    assert (alone.stored_id, alone.key) == (3, "3")

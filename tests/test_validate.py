@@ -17,7 +17,7 @@ from evomerge.judging.answer_files import read_answers
 from evomerge.judging.validation.agreement import _task_spearman as weighted_spearman
 from evomerge.judging.validation.agreement import compare
 from evomerge.judging.validation.families import family, is_tuning, split_models
-from evomerge.judging.validation.reference import join, pick, read_grades
+from evomerge.judging.validation.reference import join_grades, pick, read_grades
 from evomerge.judging.validation.validate import validate_files
 from evomerge.tasks import load_tasks
 
@@ -201,15 +201,15 @@ def test_text_names_the_honest_figure_the_baseline_and_second_runs(files, capsys
     [
         (
             '{"model": "m0", "task_id": 0, "judge": "j", "take": 3, "grade": 6}',
-            "line 52: `grade` is no number from 1 to 5 .found: 6",
+            "line 52: `grade` is not a number from 1 to 5 .found: 6",
         ),
         (
             '{"model": "m0", "task_id": 0, "judge": "j", "take": 3, "grade": "5"}',
-            "`grade` is no number",
+            "`grade` is not a number",
         ),
         (
             '{"model": "m0", "task_id": 0, "judge": "j", "take": 3, "grade": NaN}',
-            "`grade` is no number",
+            "`grade` is not a number",
         ),
         (
             '{"model": "m0", "task_id": 77, "judge": "j", "grade": 5}',
@@ -217,12 +217,12 @@ def test_text_names_the_honest_figure_the_baseline_and_second_runs(files, capsys
         ),
         ('{"model": "m0", "task_id": 0, "judge": "j", "grade": 5}', "a second grade"),
         ('{"model": "m0", "task_id": 0, "grade": 5}', "no `judge`"),
-        ('{"model": 3, "task_id": 0, "judge": "j", "grade": 5}', "`model` is not a text"),
+        ('{"model": 3, "task_id": 0, "judge": "j", "grade": 5}', "`model` is not a string"),
         (
             '{"model": "m0", "task_id": 0, "judge": "j", "take": 0, "grade": 5}',
-            "`take` is no count",
+            "`take` is not a count",
         ),
-        ("oops", "no valid JSON"),
+        ("oops", "not valid JSON"),
     ],
 )
 def test_bad_grades_are_one_line(files, line, says):
@@ -236,7 +236,7 @@ def test_bad_grades_are_one_line(files, line, says):
 
 def test_other_wrong_input_is_one_line(files, tmp_path, capsys):
     assert main(command(files, reference="nobody")) == 2
-    assert "It has j, other" in capsys.readouterr().err
+    assert "Name one of j, other" in capsys.readouterr().err
     assert main(command([files[0], files[1], tmp_path / "none.jsonl"])) == 2
     assert "no such grades file" in capsys.readouterr().err
     assert main(command(files, judge="learned:" + str(tmp_path / "none.npz"))) == 2
@@ -256,7 +256,7 @@ def test_the_real_grades_join(shared):
     tasks = load_tasks(shared / "elyza/tasks.jsonl")
     grades = read_grades(shared / "elyza/grades.jsonl", tasks)
     assert len(grades) == 30348
-    joined = join(
+    joined = join_grades(
         read_answers(shared / "elyza/answers.jsonl", tasks), pick(grades, ["gpt-4-turbo"], "grades")
     )
     assert len(joined.lines) == 8776

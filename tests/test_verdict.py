@@ -2,19 +2,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from evomerge.searching.ledger import TrialRecord
-from evomerge.searching.verdict import (
-    best_uniform,
-    bootstrap_interval,
-    choose_winner,
-    make_verdict,
-    mean_and_error,
-)
+from evomerge.searching.choosing import choose_winner, make_verdict
+from evomerge.searching.history import History
+from evomerge.searching.records.trial_record import TaskGrade, TrialRecord
+from evomerge.searching.records.verdict_record import Verdict
+from evomerge.searching.scoring import bootstrap_interval, mean_and_error, stratified_error
 
 
 def record(number, role, grades, weights=(1.0, 0.5)):
     by_task = {
-        str(i): {"grade": float(g), "correct": None, "truncated": False}
+        str(i): TaskGrade(grade=float(g), correct=None, truncated=False)
         for i, g in enumerate(grades)
     }
     score, error = mean_and_error(list(map(float, grades)))
@@ -42,6 +39,31 @@ def test_mean_and_error_are_scipys():
     assert error == pytest.approx(stats.sem(values))
 
 
+def test_one_value_has_no_standard_error():
+    assert mean_and_error([2.0]) == (2.0, None)
+    assert stratified_error({"a": 2.0}, {"a": 0}) is None
+    old = {
+        "metric": "grade",
+        "n": 1,
+        "candidates": {"winner": {"mean": 2.0, "stderr": 0.0, "truncated": 0.0}},
+        "paired": {},
+    }
+    assert Verdict.from_dict(old).candidates["winner"].stderr is None
+
+
+def test_the_error_of_groups_is_that_of_their_means():
+    values = {"a": 1.0, "b": 3.0, "c": 2.0, "d": 2.5, "e": 4.0}
+    parts = [[1.0, 3.0], [2.0, 2.5, 4.0]]
+    expected = sum((len(p) / 5) ** 2 * np.var(p, ddof=1) / len(p) for p in parts)
+    found = stratified_error(values, {"a": 0, "b": 0, "c": 1, "d": 1, "e": 1})
+    assert found == pytest.approx(np.sqrt(expected))
+    # a group of one has no spread of its own: that of all values is used for it
+    alone = (4 / 5) ** 2 * np.var([1.0, 3.0, 2.0, 2.5], ddof=1) / 4
+    alone += (1 / 5) ** 2 * np.var(list(values.values()), ddof=1)
+    found = stratified_error(values, {"a": 0, "b": 0, "c": 0, "d": 0, "e": 1})
+    assert found == pytest.approx(np.sqrt(alone))
+
+
 def test_the_bootstrap_interval_is_scipys():
     differences = np.random.default_rng(0).normal(0.3, 1.0, 60)
     low, high = bootstrap_interval(differences)
@@ -56,25 +78,27 @@ def test_a_lucky_trial_does_not_beat_the_mean_but_a_clearly_better_one_does():
     mean = record(9, "mean", [3, 3, 3, 3, 3, 3] * 4)
     lucky = record(1, "candidate", [5, 1, 3, 3, 4, 3] * 4)
     clear = record(2, "candidate", [4, 5, 4, 4, 5, 4] * 4)
-    assert choose_winner([lucky, mean], "grade").number == 9
-    assert choose_winner([clear, mean], "grade").number == 2
-    assert choose_winner([lucky], "grade").number == 1
+    assert choose_winner(History((lucky, mean)), "grade").number == 9
+    assert choose_winner(History((clear, mean)), "grade").number == 2
+    assert choose_winner(History((lucky,)), "grade").number == 1
 
 
 def test_the_best_uniform_weight_is_one_weight():
-    trials = [
-        record(0, "parent", [1], (0.0, 0.0)),
-        record(1, "parent", [5], (1.0, 0.0)),
-        record(2, "uniform", [3], (0.5, 0.5)),
-    ]
-    assert best_uniform(trials, lambda weights: len(set(weights)) == 1).number == 2
-    assert best_uniform(trials, lambda weights: weights == (1.0, 0.0)).number == 1
+    history = History(
+        (
+            record(0, "parent", [1], (0.0, 0.0)),
+            record(1, "parent", [5], (1.0, 0.0)),
+            record(2, "uniform", [3], (0.5, 0.5)),
+        )
+    )
+    assert history.best_uniform(lambda weights: len(set(weights)) == 1).number == 2
+    assert history.best_uniform(lambda weights: weights == (1.0, 0.0)).number == 1
 
 
 def test_the_verdict_pairs_by_task_and_leaves_open_tasks_out_of_correct():
     def grades(*rights):
         return {
-            str(i): {"grade": 1.0, "correct": r, "truncated": i == 0} for i, r in enumerate(rights)
+            str(i): TaskGrade(grade=1.0, correct=r, truncated=i == 0) for i, r in enumerate(rights)
         }
 
     verdict = make_verdict(
@@ -82,14 +106,10 @@ def test_the_verdict_pairs_by_task_and_leaves_open_tasks_out_of_correct():
         "correct",
         seed=0,
     )
-    assert (verdict["metric"], verdict["n"]) == ("correct", 3)
-    assert verdict["candidates"]["winner"]["mean"] == 1.0
-    assert verdict["candidates"]["base"]["truncated"] == 0.25
-    assert verdict["paired"]["winner-base"]["diff"] == pytest.approx(2 / 3)
+    assert (verdict.metric, verdict.n) == ("correct", 3)
+    assert verdict.candidates["winner"].mean == 1.0
+    assert verdict.candidates["base"].truncated == 0.25
+    assert verdict.paired["winner-base"].diff == pytest.approx(2 / 3)
     assert (
-        0
-        <= verdict["paired"]["winner-base"]["low"]
-        <= 2 / 3
-        <= verdict["paired"]["winner-base"]["high"]
-        <= 1
+        0 <= verdict.paired["winner-base"].low <= 2 / 3 <= verdict.paired["winner-base"].high <= 1
     )

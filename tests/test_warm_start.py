@@ -27,8 +27,15 @@ from evomerge.errors import StudyFileError
 from evomerge.genome.weights import Genome
 from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.live import LiveModel
-from evomerge.searching import warm_start as warm_start_module
-from evomerge.searching.warm_start import Step, check_warm_start, drawn, scales, walked, warm_start
+from evomerge.searching.records.study_facts import GradientStep
+from evomerge.searching.starting import warm_start as warm_start_module
+from evomerge.searching.starting.warm_start import (
+    check_warm_start,
+    drawn,
+    scales,
+    walked,
+    warm_start,
+)
 from evomerge.study import EngineSection, GenerationSection, PromptSection
 from evomerge.tasks import Task
 
@@ -337,13 +344,13 @@ def test_a_killed_warm_start_goes_on_as_if_it_had_not_been(pair):
             start(
                 make_engine(pair, "bfloat16"),
                 pair,
-                done=[Step.from_dict(json.loads(k)) for k in kept],
+                done=[GradientStep.from_dict(json.loads(k)) for k in kept],
                 record=record,
             )
     _, resumed = start(
         make_engine(pair, "bfloat16"),
         pair,
-        done=[Step.from_dict(json.loads(k)) for k in kept],
+        done=[GradientStep.from_dict(json.loads(k)) for k in kept],
         record=record,
     )
     assert len(kept) == 6

@@ -13,13 +13,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import InputError
-from evomerge.knowledge.parts import Document, Example, KnowledgeClass, render
+from evomerge.knowledge.records import Document, Example, KnowledgeClass, render
 from evomerge.study import GenerationSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from evomerge.knowledge.retrieval.retrieve import Choice, Chooser
+    from evomerge.knowledge.chooser import Chooser, TaskKnowledge
     from evomerge.study import PromptSection
 
 # The competition's template; it is tokenised without special tokens.
@@ -43,7 +43,7 @@ class Prompt:
     task: str
     text: str
     settings: GenerationSection
-    choice: Choice | None = None
+    choice: TaskKnowledge | None = None
     examples: tuple[Example, ...] = ()
     documents: tuple[Document, ...] = ()
 
@@ -73,7 +73,7 @@ class Prompter:
         documents; whether the task itself is refused or cut is up to the engine.
         """
         new = [text for text in dict.fromkeys(texts) if text not in self._known]
-        choices: Sequence[Choice | None] = [None] * len(new)
+        choices: Sequence[TaskKnowledge | None] = [None] * len(new)
         if self.chooser is not None:
             choices = self.chooser.choose_all(new)
         found = [self._prompt(text, choice) for text, choice in zip(new, choices, strict=True)]
@@ -114,7 +114,7 @@ class Prompter:
         text = self._class_text(prompt.task, kind, prompt.examples, prompt.documents)
         return replace(prompt, text=text)
 
-    def _prompt(self, text: str, choice: Choice | None) -> Prompt:
+    def _prompt(self, text: str, choice: TaskKnowledge | None) -> Prompt:
         if choice is None:
             return Prompt(text, self._whole(self._plain(text), self._system(None)), self.generation)
         documents: tuple[Document, ...] = ()
@@ -130,7 +130,7 @@ class Prompter:
         examples: Sequence[Example],
         documents: Sequence[Document],
     ) -> str:
-        """By the class's template; examples replace {examples}, or else are turns before the task."""
+        """By the class's template; examples replace {examples}, or are turns before the task."""
         asked = self._plain(render(kind.template, text, examples, documents))
         turns = []
         if "{examples}" not in kind.template:

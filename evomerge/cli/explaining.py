@@ -12,7 +12,7 @@ from evomerge.console import Console
 from evomerge.tasks import Task, load_tasks
 
 if TYPE_CHECKING:
-    from evomerge.knowledge.retrieval.retrieve import Choice, Chooser
+    from evomerge.knowledge.chooser import Chooser, TaskKnowledge
 
 WIDTH = 80  # columns of a terminal
 WIDTHS = (10, 14, 5, 14)  # task_id, class, confidence, examples; the input gets the rest
@@ -33,7 +33,7 @@ def explain(args: argparse.Namespace, chooser: Chooser, console: Console) -> Non
         print("\n".join(["", *compared]))
 
 
-def json_lines(tasks: Sequence[Task], choices: Sequence[Choice]) -> Iterator[str]:
+def json_lines(tasks: Sequence[Task], choices: Sequence[TaskKnowledge]) -> Iterator[str]:
     """task_id, class, confidence, and the rows of the examples that the prompt would show, nearest
     last.
     """
@@ -48,7 +48,7 @@ def json_lines(tasks: Sequence[Task], choices: Sequence[Choice]) -> Iterator[str
         yield _printable(json.dumps(record, ensure_ascii=False))
 
 
-def table(tasks: Sequence[Task], choices: Sequence[Choice]) -> Iterator[str]:
+def table(tasks: Sequence[Task], choices: Sequence[TaskKnowledge]) -> Iterator[str]:
     """The same to read, at most WIDTH columns wide."""
     yield _row("task", "class", "conf.", "rows", "input")
     for task, choice in zip(tasks, choices, strict=True):
@@ -63,12 +63,12 @@ def table(tasks: Sequence[Task], choices: Sequence[Choice]) -> Iterator[str]:
 
 
 def confusion_table(
-    tasks: Sequence[Task], choices: Sequence[Choice], names: Sequence[str]
+    tasks: Sequence[Task], choices: Sequence[TaskKnowledge], names: Sequence[str]
 ) -> Iterator[str]:
     """True classes down, found ones across, by the numbers of the rows; nothing where no `kind` is
     a class.
     """
-    from evomerge.knowledge.classification.classify import confusion
+    from evomerge.knowledge.classification.by_neighbours import confusion
 
     known = [
         (task.kind.strip(), choice.class_name)

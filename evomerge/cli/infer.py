@@ -47,7 +47,7 @@ def infer(args: argparse.Namespace) -> None:
     from evomerge.inference import run_inference
     from evomerge.inference.best_of import BestOf
     from evomerge.inference.opening import open_chooser
-    from evomerge.judging.choose import check_tasks
+    from evomerge.judging.factory import check_tasks
 
     console = Console()
     tasks = _tasks(args.tasks)
@@ -86,7 +86,7 @@ def _explain(args: argparse.Namespace) -> None:
     """What the base makes of each task; a model is loaded only where it classifies."""
     from evomerge.cli.explaining import explain
     from evomerge.inference.opening import open_chooser, open_prompt
-    from evomerge.knowledge.open import open_knowledge
+    from evomerge.knowledge.chooser import open_knowledge
 
     console = Console()
     if args.classify == "neighbours":
@@ -166,7 +166,7 @@ def _judge(text: str | None) -> Judge | None:
     """The judge of --judge; None: agreement of the answers. Raises InputError, JudgeError,
     ModelError.
     """
-    from evomerge.judging.choose import judge_from_options
+    from evomerge.judging.factory import judge_from_options
 
     if text in (None, "agreement"):
         return None

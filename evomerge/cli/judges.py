@@ -115,7 +115,7 @@ def _graded_files(p: argparse.ArgumentParser) -> None:
 
 def judge_grade(args: argparse.Namespace) -> None:
     from evomerge.judging.answer_files import grade_file
-    from evomerge.judging.choose import judge_from_options
+    from evomerge.judging.factory import judge_from_options
 
     summary = grade_file(
         args.tasks, args.answers, judge_from_options(args.judge, args.set), args.out

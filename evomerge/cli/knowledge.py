@@ -12,7 +12,7 @@ from evomerge.console import Console
 from evomerge.errors import InputError, KnowledgeError, StudyError
 
 if TYPE_CHECKING:
-    from evomerge.knowledge.base import Knowledge
+    from evomerge.knowledge.records import Knowledge
     from evomerge.tasks import Task
 
 
@@ -70,8 +70,8 @@ def knowledge_commands(commands: Commands) -> None:
 
 
 def new(args: argparse.Namespace) -> None:
-    from evomerge.knowledge.formats.writing import write_knowledge
     from evomerge.knowledge.starter import README, starter
+    from evomerge.knowledge.write_base import write_knowledge
 
     _check_new(args.file)
     say_written(Console(), [write_knowledge(starter(), args.file, README)])
@@ -79,7 +79,7 @@ def new(args: argparse.Namespace) -> None:
 
 def check(args: argparse.Namespace) -> int:
     """One line for each mistake; exit 2 where there are any."""
-    from evomerge.knowledge.base import check_knowledge
+    from evomerge.knowledge.read_base import check_knowledge
 
     console = Console()
     checked = check_knowledge(args.file)
@@ -98,7 +98,7 @@ def check(args: argparse.Namespace) -> int:
 def from_tasks(args: argparse.Namespace) -> None:
     """A base from tasks with references, and what was left out of it."""
     from evomerge.knowledge.drafting import DRAFTED, draft
-    from evomerge.knowledge.formats.writing import write_knowledge
+    from evomerge.knowledge.write_base import write_knowledge
     from evomerge.tasks import load_tasks
 
     _check_new(args.out)
@@ -124,27 +124,22 @@ def _study_tasks(
     Raises StudyError where they cannot be told for certain.
     """
     from evomerge.searching.ledger import open_ledger
-    from evomerge.searching.session import study_tasks
-    from evomerge.study import Study
+    from evomerge.searching.prepare import study_tasks
     from evomerge.tasks import tasks_hash
 
     facts = open_ledger(storage_url(args.storage, args.study), args.study).facts
-    if "split" not in facts:
+    if facts.split is None:
         raise StudyError(
             "the study has no split yet", where=args.study, remedy="Run `evomerge search` first."
         )
-    own = (
-        tasks
-        if tasks_hash(tasks) == facts["tasks"]
-        else study_tasks(Study.from_dict(facts["study_file"]))
-    )
-    if tasks_hash(own) != facts["tasks"]:
+    own = tasks if tasks_hash(tasks) == facts.tasks else study_tasks(facts.study)
+    if tasks_hash(own) != facts.tasks:
         raise StudyError(
             "its task files have changed, so that nobody can tell which tasks it holds out",
             where=args.study,
             remedy="Put them back as they were, or leave --study out.",
         )
-    return own, set(facts["split"]["search"])
+    return own, set(facts.split.search)
 
 
 def _counts(found: Knowledge) -> str:

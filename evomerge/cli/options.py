@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from evomerge.console import Console, byte_progress
 
 if TYPE_CHECKING:
-    from evomerge.searching.session import Finished
+    from evomerge.searching.finished import Finished
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -92,7 +92,7 @@ def results_folder(results: Path | str | None, name: str) -> Path:
 
 
 def load(args: argparse.Namespace) -> Finished:
-    from evomerge.searching.session import load_finished
+    from evomerge.searching.finished import load_finished
 
     return load_finished(storage_url(args.storage, args.study), args.study)
 

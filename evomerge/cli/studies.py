@@ -23,11 +23,11 @@ from evomerge.cli.options import (
     storage_url,
     study_option,
 )
-from evomerge.console import Console, size
+from evomerge.console import Console, plus_minus, size
 from evomerge.errors import InputError
 
 if TYPE_CHECKING:
-    from evomerge.searching.session import Finished
+    from evomerge.searching.finished import Finished
 
 
 def study_commands(commands: Commands) -> None:
@@ -141,7 +141,8 @@ def search(args: argparse.Namespace) -> None:
     study = read_study(args.study_file, overrides)
     # seconds of imports, which a typing error need not wait for
     from evomerge.reporting.export import write_results
-    from evomerge.searching.session import load_finished, open_search
+    from evomerge.searching.finished import load_finished
+    from evomerge.searching.open_search import open_search
 
     url, console = storage_url(args.storage, study.study), Console()
     with open_search(study, url, console) as running:
@@ -166,7 +167,7 @@ def check(args: argparse.Namespace) -> int:
 def show(args: argparse.Namespace) -> None:
     """Trials and verdict as a table, or as one JSON object."""
     from evomerge.reporting.export import as_json
-    from evomerge.searching.session import cache_path
+    from evomerge.searching.ledger import cache_path
 
     finished = load(args)
     if args.json:
@@ -174,9 +175,9 @@ def show(args: argparse.Namespace) -> None:
         return
     print("trial  gen  idx  role       state     score            n   cut")
     for r in finished.records:
-        score = (
-            f"{r.score:.3f} ± {r.stderr or 0:.3f}" if r.score is not None else (r.reason or "")[:15]
-        )
+        score = (r.reason or "")[:15]
+        if r.score is not None:
+            score = plus_minus(r.score, r.stderr)
         place = "  ".join(f"{'' if v is None else v:>3}" for v in (r.generation, r.index))
         mark = " <- winner" if r.number == finished.winner.number else ""
         print(
@@ -216,14 +217,14 @@ def export(args: argparse.Namespace) -> None:
 
 def _export_runner(args: argparse.Namespace, finished: Finished) -> None:
     """A folder with all that answering needs, but for the models."""
-    from evomerge.knowledge.base import read_knowledge
+    from evomerge.knowledge.read_base import read_knowledge
     from evomerge.reporting.runner import write_runner
 
     base = args.knowledge or finished.study.prompt.knowledge
     if args.knowledge is None and base is not None:
         from evomerge.inference.opening import check_unchanged_base
 
-        check_unchanged_base(base, finished.ledger.facts.get("knowledge"), args.study)
+        check_unchanged_base(base, finished.ledger.facts.knowledge, args.study)
     write_runner(finished, args.runner, None if base is None else read_knowledge(base))
     say_written(Console(), [args.runner])
 
@@ -238,8 +239,7 @@ def report(args: argparse.Namespace) -> None:
 def cache(args: argparse.Namespace) -> None:
     """The size of the study's answer cache; --clear deletes it, unless the study is being searched."""
     from evomerge.answering.cache import clear
-    from evomerge.searching.ledger import only_worker, open_ledger
-    from evomerge.searching.session import cache_path
+    from evomerge.searching.ledger import cache_path, only_worker, open_ledger
 
     url = storage_url(args.storage, args.study)
     open_ledger(url, args.study)  # a name that is not there is told as such
@@ -271,21 +271,20 @@ def _print_verdict(finished: Finished) -> None:
     verdict, winner = finished.verdict, finished.winner
     if verdict is None:
         print(
-            f"best so far: trial {winner.number} ({winner.role}), {winner.score:.3f} ± {winner.stderr:.3f} on its tasks; no verdict yet"
+            f"best so far: trial {winner.number} ({winner.role}), "
+            f"{plus_minus(winner.score or 0.0, winner.stderr)} on its tasks; no verdict yet"
         )
         return
     print(
-        f"verdict on {verdict['n']} held-out tasks, metric {verdict['metric']}; winner: trial {winner.number} ({winner.role})"
+        f"verdict on {verdict.n} held-out tasks, metric {verdict.metric}; winner: trial {winner.number} ({winner.role})"
     )
-    for name, c in verdict["candidates"].items():
-        paired = verdict["paired"].get(f"winner-{name}")
+    for name, c in verdict.candidates.items():
+        paired = verdict.paired.get(f"winner-{name}")
         beside = (
-            f"  winner ahead by {paired['diff']:+.3f} [{paired['low']:+.3f}, {paired['high']:+.3f}]"
+            f"  winner ahead by {paired.diff:+.3f} [{paired.low:+.3f}, {paired.high:+.3f}]"
             if paired
             else ""
         )
-        print(
-            f"  {name:12} {c['mean']:.3f} ± {c['stderr']:.3f}  cut {c['truncated']:>4.0%}{beside}"
-        )
+        print(f"  {name:12} {plus_minus(c.mean, c.stderr)}  cut {c.truncated:>4.0%}{beside}")
     for sentence in notes(finished.ledger.facts):
         print(textwrap.fill(sentence, 100))

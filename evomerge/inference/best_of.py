@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from evomerge.inference.selfcheck import faults, seriousness
-from evomerge.judging.choose import check_tasks
+from evomerge.judging.factory import check_tasks
 from evomerge.judging.grade import BatchJudge
 from evomerge.judging.rules.judge import RulesJudge
 

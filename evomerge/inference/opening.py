@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import InputError, StudyError
-from evomerge.knowledge.base import read_knowledge
+from evomerge.knowledge.chooser import open_knowledge
 from evomerge.knowledge.classification.by_model import ModelClassifier
-from evomerge.knowledge.open import open_knowledge
+from evomerge.knowledge.read_base import read_knowledge
 from evomerge.study import GenomeSection, PromptSection, Study, TaskSource, overridden
 
 if TYPE_CHECKING:  # a server is asked without torch
     from evomerge.answering.engine import Engine
-    from evomerge.knowledge.retrieval.retrieve import Chooser
+    from evomerge.knowledge.chooser import Chooser
     from evomerge.merging.checkpoints.model_folder import ModelFolder
     from evomerge.recipe import Recipe
 
@@ -44,7 +44,8 @@ def open_study(
     """The study's own engine and prompts with the winner's weights; no merged folder is needed.
     Raises StudyError.
     """
-    from evomerge.searching.session import load_finished, open_models
+    from evomerge.searching.finished import load_finished
+    from evomerge.searching.prepare import open_models
 
     finished = load_finished(url, name)
     study = _seeded(overridden(finished.study, overrides, USED))
@@ -55,16 +56,16 @@ def open_study(
                 f"note: study {name} was searched with other prompts: its verdict does not hold for answers by this base"
             )
     elif study.prompt.knowledge is not None:
-        check_unchanged_base(study.prompt.knowledge, facts.get("knowledge"), name)
+        check_unchanged_base(study.prompt.knowledge, facts.knowledge, name)
     base, siblings = open_models(finished.study)
     engine = _engine(base, siblings, study)
     if study.engine == finished.study.engine:
-        engine.limits.update(facts.get("limits", {}))
+        engine.limits.update(facts.limits)
     if finished.verdict is None:
         say(f"study {name} is not finished: its best trial so far answers")
     engine.apply(finished.recipe)
     return Opened(
-        engine, study.prompt, study, _identity(finished.recipe.digest(), facts["models"], study)
+        engine, study.prompt, study, _identity(finished.recipe.digest(), dict(facts.models), study)
     )
 
 
@@ -154,7 +155,7 @@ def open_prompt(
     """The prompts alone, of a study or of none, without any model. Raises StudyError, InputError."""
     if url is None or name is None:
         return overridden(_study("bfloat16"), overrides, USED).prompt
-    from evomerge.searching.session import load_finished
+    from evomerge.searching.finished import load_finished
 
     return overridden(load_finished(url, name).study, overrides, USED).prompt
 

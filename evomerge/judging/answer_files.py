@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -14,8 +14,12 @@ from typing import Any
 from evomerge.answering.engine import Answer
 from evomerge.errors import InputError, TaskError
 from evomerge.files import replace_file
-from evomerge.judging.grade import Grade, Judge
-from evomerge.tasks import Task, load_tasks, read_json_records
+from evomerge.judging.grade import BatchJudge, Grade, Judge
+from evomerge.task_files import read_json_records
+from evomerge.tasks import Task, load_tasks
+
+# Half a surrogate pair is a valid JSON escape and cannot be written as UTF-8.
+_SURROGATES = dict.fromkeys(range(55296, 57344), "�")
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class GradeSummary:
 
 @dataclass(frozen=True)
 class AnswerLine:
-    """One line of an answers file: which task, which model (None: not named), and what it said."""
+    """One line of an answers file: the task, the model (None: not named), and its answer."""
 
     task: Task
     model: str | None
@@ -39,42 +43,43 @@ class AnswerLine:
 def grade_file(
     tasks_path: str | Path, answers_path: str | Path, judge: Judge, out: str | Path | None
 ) -> GradeSummary:
-    """Grade the answers of a JSON-lines file in its order and write a JSON line for each to `out`,
-    or to stdout when None.
+    """Grade a JSON-lines file of answers and write one JSON line each to `out` (None: stdout).
 
     An answer holds `task_id` and `output`, and may hold `model` and `truncated`; a grade holds
-    `task_id`, `grade`, `reason`, `judge`, `model`, `correct`. `out` appears whole or not at all.
-    Raises TaskError for a bad task file or an unknown task id, InputError for lines that are no
-    answers or come twice, JudgeError, OutputError.
+    `task_id`, `grade`, `reason`, `judge`, `model`, `correct`. The order stays. `out` is written
+    completely or not at all. Raises TaskError for a bad task file or an unknown task id, InputError
+    for lines that are not answers or come twice, JudgeError, OutputError.
     """
     lines = read_answers(answers_path, load_tasks(tasks_path))
     grades = grade_lines(judge, lines)
-    records = (_record(line, grade, judge) for line, grade in zip(lines, grades, strict=True))
-    text = "".join(
-        json.dumps(record, ensure_ascii=False).translate(_SURROGATES) + "\n" for record in records
-    )
+    written = []
+    for line, grade in zip(lines, grades, strict=True):
+        record = json.dumps(_record(line, grade, judge), ensure_ascii=False)
+        written.append(record.translate(_SURROGATES) + "\n")
+    text = "".join(written)
     if out is None:
-        _write_stdout(text)
+        sys.stdout.write(text)
+        sys.stdout.flush()
     else:
         replace_file(
             Path(out),
             lambda path: path.write_text(text, encoding="utf-8", newline="\n"),
             make_folder=False,
         )
-    return _summary(grade.value for grade in grades)
+    return _summary([grade.value for grade in grades])
 
 
 def grade_lines(judge: Judge, lines: Sequence[AnswerLine]) -> list[Grade]:
     """Grade answers in order, all at once by a judge that can. Raises what the judge raises."""
-    grade_all = getattr(judge, "grade_all", None)
-    if grade_all is not None:
-        return list(grade_all([line.task for line in lines], [line.answer for line in lines]))
+    if isinstance(judge, BatchJudge):
+        return list(judge.grade_all([line.task for line in lines], [line.answer for line in lines]))
     return [judge.grade(line.task, line.answer) for line in lines]
 
 
 def read_answers(path: str | Path, tasks: Sequence[Task]) -> list[AnswerLine]:
-    """The answers of a JSON-lines file, in order, each with its task. Raises TaskError and
-    InputError naming the line.
+    """The answers of a JSON-lines file, in order, each with its task.
+
+    Raises TaskError and InputError naming the line.
     """
     path = Path(path)
     if not path.is_file():
@@ -90,9 +95,9 @@ def read_answers(path: str | Path, tasks: Sequence[Task]) -> list[AnswerLine]:
         line = _answer_line(record, by_id, where=f"{path}, {place}")
         key = (str(line.task.task_id), line.model)
         if key in seen:
-            whose = "" if line.model is None else f" of model {line.model}"
+            whose = "" if line.model is None else f" by model {line.model}"
             raise InputError(
-                f"a second answer{whose} to this task, the first in {seen[key]}",
+                f"a second answer{whose} to this task; the first is in {seen[key]}",
                 where=f"{path}, {place}",
                 found=line.task.task_id,
                 remedy="Keep one answer for each task and model.",
@@ -108,19 +113,20 @@ def read_answers(path: str | Path, tasks: Sequence[Task]) -> list[AnswerLine]:
     return lines
 
 
-def _answer_line(record: dict[str, Any], by_id: dict[str, Task], where: str) -> AnswerLine:
+def _answer_line(record: Mapping[str, object], by_id: dict[str, Task], where: str) -> AnswerLine:
     for key in ("task_id", "output"):
         if key not in record:
             raise InputError(
                 f"an answer has no `{key}`",
                 where=where,
                 found=sorted(record),
-                remedy="Each answer needs `task_id` and `output`.",
+                remedy="Give each answer `task_id` and `output`.",
             )
-    task_id, text = record["task_id"], record["output"]
+    task_id = record["task_id"]
+    text = record["output"]
     if not isinstance(text, str):
         raise InputError(
-            "`output` is not a text",
+            "`output` is not a string",
             where=where,
             found=text,
             remedy="Write the answer as a string.",
@@ -130,22 +136,23 @@ def _answer_line(record: dict[str, Any], by_id: dict[str, Task], where: str) -> 
             "an answer to an unknown task",
             where=where,
             found=task_id,
-            remedy="Grade with the task file it was made from.",
+            remedy="Use the task file that the answers were made from.",
         )
-    model, truncated = record.get("model"), record.get("truncated")
+    model = record.get("model")
     if model is not None and not isinstance(model, str):
         raise InputError(
-            "`model` is not a text",
+            "`model` is not a string",
             where=where,
             found=model,
             remedy="Write the model's name as a string.",
         )
+    truncated = record.get("truncated")
     if truncated is not None and not isinstance(truncated, bool):
         raise InputError(
             "`truncated` is neither true nor false",
             where=where,
             found=truncated,
-            remedy="Write true, false, or leave it out.",
+            remedy="Write true or false, or leave it out.",
         )
     return AnswerLine(by_id[str(task_id)], model, Answer(text, bool(truncated), tokens=0))
 
@@ -161,16 +168,7 @@ def _record(line: AnswerLine, grade: Grade, judge: Judge) -> dict[str, Any]:
     }
 
 
-def _summary(values: Iterable[float]) -> GradeSummary:
-    grades = list(values)
+def _summary(grades: Sequence[float]) -> GradeSummary:
     n = len(grades)
-    return GradeSummary(n, fmean(grades), stdev(grades) / math.sqrt(n) if n > 1 else math.nan)
-
-
-# Half a surrogate pair is a valid JSON escape and cannot be written as UTF-8.
-_SURROGATES = dict.fromkeys(range(55296, 57344), "�")
-
-
-def _write_stdout(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    stderr = stdev(grades) / math.sqrt(n) if n > 1 else math.nan
+    return GradeSummary(n, fmean(grades), stderr)

@@ -16,7 +16,7 @@ class Grade:
     """One judge's grade of one answer.
 
     `value` is 1.0 to 5.0. `correct` is True or False for a closed task (a number, a word, a list, a
-    label) and None for an open one. `reason` says why, in one line.
+    label) and None for an open one. `reason` explains the grade in one line.
     """
 
     value: float
@@ -25,8 +25,10 @@ class Grade:
 
 
 class Judge(Protocol):
-    """Grades answers; `name` stands in every grade and verdict, `version` changes when the same
-    answer may be graded otherwise.
+    """Grades answers.
+
+    `name` appears in every grade and verdict; `version` changes whenever the same answer may get
+    another grade.
     """
 
     name: str
@@ -37,19 +39,20 @@ class Judge(Protocol):
 
 
 class PendingGrades(Protocol):
-    """Grades of some answers, on their way."""
+    """Grades that have been requested and may not have arrived yet."""
 
     def done(self) -> bool: ...
 
     def result(self) -> list[Grade]:
-        """Wait for them. Raises JudgeError; JudgePaused: some are missing, and the same command
-        goes on.
+        """Wait for the grades.
+
+        Raises JudgeError, and JudgePaused where some are missing and the same command can continue.
         """
 
 
 @runtime_checkable
 class BatchJudge(Protocol):
-    """A judge to whom several answers at once cost less."""
+    """A judge that grades several answers at once more cheaply than one by one."""
 
     def grade_all(self, tasks: Sequence[Task], answers: Sequence[Answer]) -> list[Grade]:
         """Grade answers, in order. Raises JudgeError."""
@@ -57,12 +60,10 @@ class BatchJudge(Protocol):
 
 @runtime_checkable
 class WaitingJudge(Protocol):
-    """A judge that spends its time waiting for others: it is asked, and meanwhile the next
-    candidate answers.
-    """
+    """A judge that waits for a server; meanwhile the next candidate can answer."""
 
     def submit(self, tasks: Sequence[Task], answers: Sequence[Answer]) -> PendingGrades:
-        """Ask for grades and return at once. Raises as the last failure did."""
+        """Request grades and return at once. Raises as the last failure did."""
 
     def close(self, drain: bool = True) -> None:
-        """Ask nothing more; `drain` waits for what is under way, so that it is kept."""
+        """Send no more requests; `drain` waits for those in flight and keeps their grades."""

@@ -1,9 +1,8 @@
-"""Any model as a judge in process, for those without a server: how likely it finds each of the
-grades 1 to 5.
+"""The local judge: a model in this process, for users without a server.
 
-The grade is the expectation of the digits under softmax over their five log-likelihoods: a weak
-model that would write 3 every time still tells by its doubts which of two answers is better.
-Nothing is sampled.
+The grade is the expectation of the digits 1 to 5 under the softmax of their log-likelihoods: even a
+weak model that would write 3 every time shows by its doubts which of two answers is better. Nothing
+is sampled.
 """
 
 from __future__ import annotations
@@ -33,15 +32,16 @@ TEMPLATE = (
     + _ASKED
     + "説明や記号を付けず、点数を表す1から5の数字を一つだけ返してください。"
 )
-# the judge's turn is begun for it; a full-width colon, which no tokenizer glues to a digit
+# the judge's turn is begun for it; a full-width colon, which no tokenizer merges with a digit
 LEAD = "点数："
 ROOM = 8  # tokens kept free for the digit
 AT_ONCE = 256  # answers whose tokens are in memory together
-EXAMPLE = Task(0, "1+1は？", "2", "")  # what is tried before any answer is graded
+EXAMPLE = Task(0, "1+1は？", "2", "")  # is tried before any answer is graded
+_VISIBLE = re.compile(r"[^\s\u200b\ufeff]")
 
 
 class DigitModel(Protocol):
-    """What the judge asks of an engine."""
+    """What the judge needs of an engine."""
 
     @property
     def tokenizer(self) -> Any: ...
@@ -60,22 +60,25 @@ class DigitModel(Protocol):
 
 
 class LocalJudge:
-    """Grades 1.0 to 5.0 by an engine that it is given; `correct` is always None."""
+    """Grades 1.0 to 5.0 by the engine that it is given; `correct` is always None."""
 
     def __init__(self, engine: DigitModel, model: str, template: str | None = None) -> None:
-        """`model` is what it is called. Raises ModelError: no digits in the vocabulary, a context
-        or chat template that takes no rubric.
+        """Check that the model can judge; `model` is its name.
+
+        Raises ModelError: no digits in the vocabulary, or a context or chat template that does not
+        take the rubric.
         """
-        self.engine, self.model = engine, model
+        self.engine = engine
+        self.model = model
         self.rubric = Rubric(template or TEMPLATE)
         self.name = f"local:{Path(model).name}"
-        self.version = sha256(
-            "\n".join([VERSION, LEAD, engine.fingerprint, self.rubric.digest]).encode()
-        ).hexdigest()[:12]
+        parts = [VERSION, LEAD, engine.fingerprint, self.rubric.digest]
+        self.version = sha256("\n".join(parts).encode()).hexdigest()[:12]
         prompt = self._prompt(EXAMPLE, "2", False)
         if not self._fits(prompt):
             raise ModelError(
-                f"cannot judge: the rubric and the shortest task are {engine.length(prompt)} tokens, more than its context",
+                f"cannot judge: the rubric and the shortest task are {engine.length(prompt)} "
+                "tokens, more than its context",
                 where=model,
                 found=engine.context,
                 remedy="Use another model as the judge.",
@@ -94,80 +97,84 @@ class LocalJudge:
         return self.grade_all([task], [answer])[0]
 
     def grade_all(self, tasks: Sequence[Task], answers: Sequence[Answer]) -> list[Grade]:
-        """Grade answers in batches of similar length. Raises JudgeError: out of memory, a task too
-        long for the judge's context.
+        """Grade answers in batches of similar length.
+
+        Raises JudgeError: out of memory, or a task too long for the judge's context.
         """
-        asked = list(zip(tasks, answers, strict=True))
-        grades = [Grade(1.0, None, "answer without a word")] * len(asked)
-        said = [
-            i for i, (_, answer) in enumerate(asked) if re.search(r"[^\s\u200b\ufeff]", answer.text)
-        ]
+        pairs = list(zip(tasks, answers, strict=True))
+        grades = [Grade(1.0, None, "answer without a word")] * len(pairs)
+        spoken = [i for i, (_, answer) in enumerate(pairs) if _VISIBLE.search(answer.text)]
         try:
-            for start in range(0, len(said), AT_ONCE):
-                part = said[start : start + AT_ONCE]
-                pairs = [
-                    (prompt, str(digit))
-                    for prompt in (self.prompt(*asked[i]) for i in part)
-                    for digit in GRADES
-                ]
-                found = self.engine.loglikelihood(pairs)
-                for place, i in enumerate(part):
-                    grades[i] = self._grade(found[place * len(GRADES) :][: len(GRADES)])
-        except EngineError as error:  # the judge's failure is no candidate's
+            for start in range(0, len(spoken), AT_ONCE):
+                self._grade_some(pairs, spoken[start : start + AT_ONCE], grades)
+        except EngineError as error:  # the judge fails, not the candidate
             raise JudgeError(
                 f"the local judge failed: {error.what}", where=self.model, remedy=error.remedy
             ) from error
         return grades
 
     def prompt(self, task: Task, answer: Answer) -> str:
-        """The whole text before the digit. An answer that does not fit the context is cut, and the
-        judge is told so.
+        """The whole text before the digit.
+
+        An answer that does not fit the context is cut, and the prompt says so.
         """
         text = whole(answer.text)
         prompt = self._prompt(task, text, answer.truncated)
         if self._fits(prompt):
             return prompt
-        low, high = 0, len(text)  # the first fits, the second does not
         if not self._fits(self._prompt(task, "", True)):
             raise JudgeError(
-                f"task {task.task_id} with its reference does not fit the judge's context of {self.engine.context} tokens",
+                f"task {task.task_id} with its reference does not fit the judge's context of "
+                f"{self.engine.context} tokens",
                 where=self.model,
                 remedy="Use a judge with a longer context.",
             )
+        low = 0  # a length that fits
+        high = len(text)  # one that does not
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (
-                (middle, high)
-                if self._fits(self._prompt(task, text[:middle], True))
-                else (low, middle)
-            )
+            if self._fits(self._prompt(task, text[:middle], True)):
+                low = middle
+            else:
+                high = middle
         return self._prompt(task, text[:low], True)
 
+    def _grade_some(
+        self, answered: Sequence[tuple[Task, Answer]], part: Sequence[int], grades: list[Grade]
+    ) -> None:
+        """Put the grades of the answers at the places `part` into `grades`."""
+        pairs = []
+        for i in part:
+            prompt = self.prompt(*answered[i])
+            pairs += [(prompt, str(digit)) for digit in GRADES]
+        found = self.engine.loglikelihood(pairs)
+        for place, i in enumerate(part):
+            first = place * len(GRADES)
+            grades[i] = self._grade(found[first : first + len(GRADES)])
+
     def _fits(self, prompt: str) -> bool:
-        return (
-            self.engine.context is None or self.engine.length(prompt) + ROOM <= self.engine.context
-        )
+        context = self.engine.context
+        return context is None or self.engine.length(prompt) + ROOM <= context
 
     def _prompt(self, task: Task, text: str, truncated: bool) -> str:
         messages = self.rubric.messages(task, text, truncated)
         return as_prompt(self.engine.tokenizer, messages, self.model) + LEAD
 
     def _grade(self, logs: Sequence[float]) -> Grade:
-        """softmax over the five, then the mean of the digits."""
+        """The mean of the digits under the softmax of their five log-likelihoods."""
         top = max(logs)
         if not math.isfinite(top):
             raise JudgeError(
-                "the model's likelihoods are no numbers",
+                "the model's likelihoods are not numbers",
                 where=self.model,
                 found=top,
                 remedy="Check the model's weights.",
             )
         odds = [math.exp(value - top) for value in logs]
         shares = [value / sum(odds) for value in odds]
-        value = sum(grade * share for grade, share in zip(GRADES, shares, strict=True))
-        told = ", ".join(
-            f"{grade}: {share:.3f}" for grade, share in zip(GRADES, shares, strict=True)
-        )
+        by_grade = dict(zip(GRADES, shares, strict=True))
+        value = sum(grade * share for grade, share in by_grade.items())
+        told = ", ".join(f"{grade}: {share:.3f}" for grade, share in by_grade.items())
         held = sum(map(math.exp, logs))
         return Grade(
             round(min(5.0, max(1.0, value)), 6),
@@ -177,10 +184,10 @@ class LocalJudge:
 
 
 def make_local_judge(section: JudgeSection, engine: EngineSection | None = None) -> LocalJudge:
-    """The judge of `section.model`, a folder or hub name, loaded by `engine` (device, 4 bits,
-    batches; its kind is no matter).
+    """The judge of `section.model`, a folder or hub name.
 
-    Raises StudyFileError without a model, ModelError, EngineError.
+    `engine` says how it is loaded (device, 4 bits, batches); its kind is ignored. Raises
+    StudyFileError without a model, ModelError, EngineError.
     """
     if section.model is None:
         raise StudyFileError(
@@ -194,14 +201,14 @@ def make_local_judge(section: JudgeSection, engine: EngineSection | None = None)
 
 
 def as_prompt(tokenizer: Any, messages: Sequence[dict[str, str]], where: str) -> str:
-    """The turns in the tokenizer's chat template with the judge's turn begun, or one after the
-    other where it has none.
+    """The turns in the tokenizer's chat template, with the judge's turn begun.
 
-    A template that knows no system turn gets its text at the head of the user's. Raises ModelError.
+    Without a chat template they follow each other as plain text. Where the template has no system
+    turn, its text opens the user's. Raises ModelError.
     """
     joined = "\n\n".join(message["content"] for message in messages)
     if not tokenizer.chat_template:
-        return _beginning(tokenizer) + joined + "\n\n"
+        return _first_token(tokenizer) + joined + "\n\n"
     from jinja2 import TemplateError
 
     for turns in (list(messages), [{"role": "user", "content": joined}]):
@@ -214,7 +221,9 @@ def as_prompt(tokenizer: Any, messages: Sequence[dict[str, str]], where: str) ->
         except TemplateError:
             continue
         if all(message["content"].strip() in text for message in messages):
-            return f"{text}\n</think>\n\n" if text.rstrip().endswith("<think>") else text
+            if text.rstrip().endswith("<think>"):
+                text += "\n</think>\n\n"
+            return text
     raise ModelError(
         "its chat template does not take the rubric",
         where=where,
@@ -222,7 +231,7 @@ def as_prompt(tokenizer: Any, messages: Sequence[dict[str, str]], where: str) ->
     )
 
 
-def _beginning(tokenizer: Any) -> str:
-    """The token, as text, that the tokenizer begins every text with, if it does."""
+def _first_token(tokenizer: Any) -> str:
+    """The token, as text, that the tokenizer puts at the start of every text, if any."""
     first = tokenizer("")["input_ids"][:1]
     return str(tokenizer.bos_token) if first and first[0] == tokenizer.bos_token_id else ""

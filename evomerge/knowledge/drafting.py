@@ -1,4 +1,4 @@
-"""Drafts a base from tasks that have references."""
+"""Drafts a knowledge base from tasks that have references."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from evomerge.errors import KnowledgeError
-from evomerge.knowledge.formats.csv_base import TEMPLATE
-from evomerge.knowledge.parts import Example, Knowledge, KnowledgeClass
-from evomerge.knowledge.retrieval.nearest import bare
+from evomerge.knowledge.formats.csv_format import TEMPLATE
+from evomerge.knowledge.records import Example, Knowledge, KnowledgeClass
+from evomerge.knowledge.retrieval.interface import comparison_key
 from evomerge.tasks import Task
 
 ONLY_CLASS = "一般"  # of tasks that have no kind
@@ -17,15 +17,16 @@ DRAFTED = (
     ("evomerge", "Knowledge base drafted from tasks with references / 課題から作った下書き"),
     (
         "What is left to do",
-        "Describe each class, write its system text and what its template asks for, remove examples that are no good models, and run "
-        "evomerge knowledge check FILE.\n種類ごとの説明、システム文、テンプレートを書き、よくない手本を消してください。",
+        "Describe each class, write its system text and what its template asks for, remove "
+        "examples that are no good models, and run evomerge knowledge check FILE.\n"
+        "種類ごとの説明、システム文、テンプレートを書き、よくない手本を消してください。",
     ),
 )
 
 
 @dataclass(frozen=True)
 class Draft:
-    """`skipped` tasks have no reference; `kept_out` are not of the study's search split."""
+    """`skipped` tasks have no reference; `kept_out` ones are not in the study's search split."""
 
     knowledge: Knowledge
     skipped: int
@@ -40,15 +41,15 @@ def draft(
     """A class for each `kind`, in the order of the file; an example for each task with a reference.
 
     `study` holds all tasks of a study and the ids of its search split: a task becomes an example
-    only where its input is one of the split and of no other task of the study (Unicode NFKC, spaces
-    apart). Raises KnowledgeError where no example is left.
+    only if its input occurs in the split and in no other task of the study (compared in Unicode
+    NFKC without spaces). Raises KnowledgeError where no example is left.
     """
     left = list(tasks)
     if study is not None:
         own, search = study
-        seen = {bare(task.input) for task in own if task.task_id in search}
-        unseen = {bare(task.input) for task in own if task.task_id not in search}
-        left = [task for task in tasks if bare(task.input) in seen - unseen]
+        seen = {comparison_key(task.input) for task in own if task.stored_id in search}
+        unseen = {comparison_key(task.input) for task in own if task.stored_id not in search}
+        left = [task for task in tasks if comparison_key(task.input) in seen - unseen]
     useful = [task for task in left if task.output.strip()]
     if not useful:
         raise KnowledgeError(
@@ -58,8 +59,8 @@ def draft(
         )
     names = [task.kind.strip() or ONLY_CLASS for task in useful]
     classes = tuple(KnowledgeClass(name, "", TEMPLATE) for name in dict.fromkeys(names))
-    examples = tuple(
-        Example(i, name, t.input, t.output)
-        for i, (name, t) in enumerate(zip(names, useful, strict=True), start=2)
-    )
-    return Draft(Knowledge(classes, examples), len(left) - len(useful), len(tasks) - len(left))
+    examples = []
+    for row, (name, task) in enumerate(zip(names, useful, strict=True), start=2):
+        examples.append(Example(row, name, task.input, task.output))
+    knowledge = Knowledge(classes, tuple(examples))
+    return Draft(knowledge, len(left) - len(useful), len(tasks) - len(left))

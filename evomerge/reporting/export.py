@@ -15,9 +15,10 @@ from evomerge.files import replace_file
 from evomerge.recipe import DARE
 from evomerge.reporting.card import model_card
 from evomerge.reporting.report import notes, write_report, write_trials_csv
-from evomerge.searching.ledger import TrialRecord
-from evomerge.searching.session import Finished
-from evomerge.searching.verdict import sibling_names
+from evomerge.searching.choosing import sibling_names
+from evomerge.searching.finished import Finished
+from evomerge.searching.records.trial_record import TrialRecord
+from evomerge.searching.records.verdict_record import Verdict
 from evomerge.study import Study
 
 
@@ -33,7 +34,7 @@ def write_results(finished: Finished, folder: Path) -> list[Path]:
     put("best.yaml", lambda p: p.write_text(recipe_text(finished), encoding="utf-8"))
     put("README.md", lambda p: p.write_text(card(finished), encoding="utf-8"))
     if finished.verdict is not None:
-        text = json.dumps(finished.verdict, indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps(finished.verdict.to_dict(), indent=2, ensure_ascii=False) + "\n"
         put("verdict.json", lambda p: p.write_text(text, encoding="utf-8"))
     put("trials.csv", lambda p: write_trials_csv(p, finished.records, slices))
     put(
@@ -47,12 +48,11 @@ def write_results(finished: Finished, folder: Path) -> list[Path]:
             best=finished.winner.number,
             slices=slices,
             labels=reference_labels(finished),
-            samples=facts.get("samples", []),
+            samples=facts.samples,
             told=notes(facts),
-            judge=None
-            if "judge_report" not in facts
-            else facts["judge_report"] | {"cascade": facts.get("cascade")},
-            study_file=yaml.safe_dump(facts["study_file"], allow_unicode=True, sort_keys=False),
+            judge=facts.judge_report,
+            cascade=facts.cascade,
+            study_file=yaml.safe_dump(facts.study_file, allow_unicode=True, sort_keys=False),
         ),
     )
     return written
@@ -82,26 +82,25 @@ def card(finished: Finished) -> str:
     return model_card(finished.recipe, finished.ledger.name, verdict, recipe_text(finished))
 
 
-def verdict_markdown(
-    verdict: dict[str, Any] | None, winner: TrialRecord, told: Sequence[str] = ()
-) -> str:
+def verdict_markdown(verdict: Verdict | None, winner: TrialRecord, told: Sequence[str] = ()) -> str:
     """The verdict as a Markdown section; `told` are sentences below its tables."""
     if verdict is None:
         return "## Verdict\n\nThe search is not finished, so nothing was compared on held-out tasks yet.\n"
     lines = [
         "## Verdict",
         "",
-        f"On {verdict['n']} tasks that the search never saw, metric `{verdict['metric']}` (trial {winner.number}, {winner.role}):",
+        f"On {verdict.n} tasks that the search never saw, metric `{verdict.metric}` (trial {winner.number}, {winner.role}):",
         "",
         "| model | mean | standard error | cut off |",
         "|---|---|---|---|",
     ]
-    for name, c in verdict["candidates"].items():
-        lines.append(f"| {name} | {c['mean']:.3f} | {c['stderr']:.3f} | {c['truncated']:.0%} |")
+    for name, c in verdict.candidates.items():
+        error = "n = 1" if c.stderr is None else f"{c.stderr:.3f}"
+        lines.append(f"| {name} | {c.mean:.3f} | {error} | {c.truncated:.0%} |")
     lines += ["", "| paired difference | mean | 95 % interval |", "|---|---|---|"]
-    for name, p in verdict["paired"].items():
+    for name, p in verdict.paired.items():
         lines.append(
-            f"| {name.replace('-', ' − ', 1)} | {p['diff']:+.3f} | {p['low']:+.3f} to {p['high']:+.3f} |"
+            f"| {name.replace('-', ' − ', 1)} | {p.diff:+.3f} | {p.low:+.3f} to {p.high:+.3f} |"
         )
     lines += ["", " ".join(told)] if told else []
     return "\n".join(lines) + "\n"
@@ -142,5 +141,5 @@ def as_json(finished: Finished) -> dict[str, Any]:
         "study": finished.ledger.name,
         "best": finished.winner.number,
         "trials": [{key: getattr(r, key) for key in keys} for r in finished.records],
-        "verdict": finished.verdict,
+        "verdict": None if finished.verdict is None else finished.verdict.to_dict(),
     }

@@ -1,88 +1,28 @@
 """Figures on who graded and how far that can be believed, for the report page.
 
-When a search takes its verdict it remembers `judge_facts`; `judge_section` makes of them what the
-page shows. The second
-judge is the rules judge, which is always there: it is no authority, but what two judges see alike
-is seldom one's whim.
+When a search takes its verdict it remembers `judge_facts`; here they become what the page shows.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from evomerge.judging.rules.judge import RulesJudge
 from evomerge.judging.validation.agreement import spearman
 
 if TYPE_CHECKING:
-    from evomerge.answering.engine import Answer
-    from evomerge.judging.grade import Grade
-    from evomerge.tasks import Task
+    from evomerge.searching.records.study_facts import CascadeSavings
 
-SHOWN = 8  # answers side by side
-TEXT, REASON = 600, 300  # characters kept of a text and of a reason
 LEVELS = (1, 2, 3, 4, 5)
 
 
-class Examined(Protocol):
-    """What one candidate did on the tasks, in their order."""
-
-    @property
-    def answers(self) -> Sequence[Answer]: ...
-
-    @property
-    def grades(self) -> Sequence[Grade]: ...
-
-
-def judge_facts(
-    judge_name: str,
-    judge_version: str,
-    tasks: Sequence[Task],
-    examined: Mapping[str, Examined],
-    held_out: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """What a search remembers of its judge at the verdict, ready for JSON.
-
-    `examined` holds the candidates' answers to the held-out `tasks` and their grades, "winner" and
-    the best "uniform" among them. `held_out` is a learned judge's own agreement, as its file has
-    it. {"name", "version", "n": tasks, "grades": {candidate: [n]}, "rules": the same by the rules
-    judge or None where that judged, "pairs": what differs most, each {task_id, input, reference,
-    who, text, "sides": two of {name, grade, reason, text}}, "held_out"}: two judges of `who`'s
-    answer `text`, or the winner and a parent with texts of their own.
-    """
-    grades = {name: [float(grade.value) for grade in e.grades] for name, e in examined.items()}
-    rules = None
-    if judge_name != RulesJudge.name:
-        judge = RulesJudge()
-        rules = {
-            name: [judge.grade(t, a) for t, a in zip(tasks, e.answers, strict=True)]
-            for name, e in examined.items()
-        }
-    pairs = (
-        _two_judges(judge_name, tasks, examined, rules)
-        if rules is not None
-        else _two_answers(tasks, examined, grades)
-    )
-    return {
-        "name": judge_name,
-        "version": judge_version,
-        "n": len(tasks),
-        "grades": grades,
-        "rules": None
-        if rules is None
-        else {name: [float(grade.value) for grade in found] for name, found in rules.items()},
-        "pairs": pairs,
-        "held_out": None if held_out is None else dict(held_out),
-    }
-
-
-def judge_section(facts: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """What the page shows of `judge_facts`; a key "cascade" beside them, {"graded", "asked"}, tells
-    what a cascade saved.
-    """
+def judge_section(
+    facts: Mapping[str, Any] | None, cascade: CascadeSavings | None = None
+) -> dict[str, Any] | None:
+    """What the page shows of `judge_facts`, and of what a cascade judge saved."""
     if facts is None:
         return None
     grades, rules = facts["grades"], facts.get("rules")
@@ -103,7 +43,7 @@ def judge_section(facts: Mapping[str, Any] | None) -> dict[str, Any] | None:
         "top": max((bar["share"] for row in rows for bar in row["bars"]), default=0.0) or 1.0,
         "agreement": agreement(grades, rules) if rules else None,
         "held_out": held_out_rows(facts.get("held_out")),
-        "savings": savings(facts.get("cascade")),
+        "savings": savings(cascade),
         "pairs": facts["pairs"],
         "by_rules": rules is None,
     }
@@ -169,100 +109,8 @@ def held_out_rows(held_out: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     ]
 
 
-def savings(cascade: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Of `graded` answers the costly judge was `asked` about so many."""
-    if not cascade or not cascade["graded"]:
+def savings(cascade: CascadeSavings | None) -> dict[str, Any] | None:
+    """Of `graded` answers the expensive judge graded `asked`; None without a cascade judge."""
+    if cascade is None or not cascade.graded:
         return None
-    graded, asked = int(cascade["graded"]), int(cascade["asked"])
-    return {"graded": graded, "asked": asked, "saved": 1 - asked / graded}
-
-
-def _two_judges(
-    judge: str,
-    tasks: Sequence[Task],
-    examined: Mapping[str, Examined],
-    rules: Mapping[str, Sequence[Grade]],
-) -> list[dict[str, Any]]:
-    """One answer per task on which the two judges differ most, largest first."""
-
-    def gap(place: tuple[int, str]) -> float:
-        i, name = place
-        return abs(examined[name].grades[i].value - rules[name][i].value)
-
-    worst = (
-        [max(((i, name) for name in examined), key=gap) for i in range(len(tasks))]
-        if examined
-        else []
-    )
-    chosen = sorted(
-        (place for place in worst if gap(place) > 0), key=lambda place: (-gap(place), place[0])
-    )[:SHOWN]
-    return [
-        _pair(
-            tasks[i],
-            [_side(judge, examined[name].grades[i]), _side(RulesJudge.name, rules[name][i])],
-            name,
-            examined[name].answers[i],
-        )
-        for i, name in chosen
-    ]
-
-
-def _two_answers(
-    tasks: Sequence[Task], examined: Mapping[str, Examined], grades: Mapping[str, Sequence[float]]
-) -> list[dict[str, Any]]:
-    """The tasks on which the winner and the parent with the highest mean differ most, either way,
-    largest first.
-    """
-    parents = [
-        name for name in examined if name in ("base", "instruct") or name.startswith("sibling:")
-    ]
-    if "winner" not in examined or not parents:
-        return []
-    best = max(parents, key=lambda name: float(np.mean(grades[name])))
-    gaps = [abs(w - p) for w, p in zip(grades["winner"], grades[best], strict=True)]
-    chosen = sorted((i for i in range(len(tasks)) if gaps[i] > 0), key=lambda i: (-gaps[i], i))[
-        :SHOWN
-    ]
-    return [
-        _pair(
-            tasks[i],
-            [
-                _side(name, examined[name].grades[i], examined[name].answers[i])
-                for name in ("winner", best)
-            ],
-        )
-        for i in chosen
-    ]
-
-
-def _pair(
-    task: Task, sides: list[dict[str, Any]], who: str | None = None, answer: Answer | None = None
-) -> dict[str, Any]:
-    """`who` gave the `answer` that both sides are about; without it each side has a text of its
-    own.
-    """
-    told = {
-        "task_id": task.task_id,
-        "input": _cut(task.input, TEXT),
-        "reference": _cut(task.output, TEXT),
-    }
-    return told | {
-        "who": who,
-        "text": None if answer is None else _cut(answer.text, TEXT),
-        "sides": sides,
-    }
-
-
-def _side(name: str, grade: Grade, answer: Answer | None = None) -> dict[str, Any]:
-    text = None if answer is None else _cut(answer.text, TEXT)
-    return {
-        "name": name,
-        "grade": float(grade.value),
-        "reason": _cut(grade.reason, REASON),
-        "text": text,
-    }
-
-
-def _cut(text: str, limit: int) -> str:
-    return text if len(text) <= limit else text[:limit] + " …"
+    return {**vars(cascade), "saved": 1 - cascade.asked / cascade.graded}

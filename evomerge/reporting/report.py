@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 from evomerge.reporting.judge_section import judge_section
 
 if TYPE_CHECKING:
-    from evomerge.searching.ledger import TrialRecord
+    from evomerge.searching.records.study_facts import CascadeSavings, StudyFacts
+    from evomerge.searching.records.trial_record import TrialRecord
+    from evomerge.searching.records.verdict_record import Sample, Verdict
 
 Z95 = 1.96  # standard errors to each side of a mean in a 95 % interval
 PHASES = ("merge", "answer", "judge")
@@ -38,13 +40,14 @@ def write_report(
     study: str,
     metric: str,
     trials: Sequence[TrialRecord],
-    verdict: Mapping[str, Any] | None,
+    verdict: Verdict | None,
     best: int | None,
     slices: Sequence[str],
     labels: Mapping[int, str] | None = None,
-    samples: Sequence[Mapping[str, Any]] = (),
+    samples: Sequence[Sample] = (),
     study_file: str = "",
     judge: Mapping[str, Any] | None = None,
+    cascade: CascadeSavings | None = None,
     told: Sequence[str] = (),
 ) -> Path:
     """Write the page of a study, finished or not, to `out`, and return `out`.
@@ -52,8 +55,8 @@ def write_report(
     `best` is the winner's trial number. `slices` holds a label per weight, such as "0–2". `labels`
     says what a parent
     or uniform trial is called, by its number: "base", "uniform 0.5". `samples` are held-out answers
-    side by side: {task_id, input, reference, answers: {"winner": {text, grade}, …}}. `judge` is
-    what `judge_report.judge_facts` gave, `told` what `notes` says. Raises OSError.
+    side by side. `judge` is what `judge_facts` gave, `cascade` what a cascade judge saved, `told`
+    what `notes` says. Raises OSError.
     """
     import jinja2
 
@@ -64,7 +67,9 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=number, signed=signed, share=share, title=model_title)
+    environment.filters.update(
+        number=number, signed=signed, share=share, title=model_title, with_error=with_error
+    )
     winner = next((t for t in trials if t.number == best), None)
     page = environment.get_template("report.html").render(
         study=study,
@@ -83,7 +88,7 @@ def write_report(
         slices=slices,
         samples=samples,
         study_file=study_file,
-        judge=judge_section(judge),
+        judge=judge_section(judge, cascade),
     )
     out.write_text(page, encoding="utf-8")
     return out
@@ -124,6 +129,14 @@ def signed(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{value:+.{digits}f}".replace("-", MINUS)
 
 
+def with_error(value: float | None, error: float | None, sign: bool = False) -> str:
+    """A figure and its standard error; a single value has none."""
+    text = signed(value) if sign else number(value)
+    if value is not None and error is None:
+        return f"{text} (n = 1)"
+    return f"{text} ± {number(error)}"
+
+
 def share(value: float | None) -> str:
     """A share as a percentage."""
     return "–" if value is None else f"{100 * value:.1f} %"
@@ -135,38 +148,39 @@ def model_title(name: str) -> str:
 
 
 def headline(
-    verdict: Mapping[str, Any] | None, trials: Sequence[TrialRecord], winner: TrialRecord | None
+    verdict: Verdict | None, trials: Sequence[TrialRecord], winner: TrialRecord | None
 ) -> str:
     """The first sentence: the winner on the held-out tasks, or how far the search has come."""
     if verdict is not None:
-        mean = verdict["candidates"]["winner"]
-        figure, n = f"{number(mean['mean'])}\u00a0±\u00a0{number(mean['stderr'])}", verdict["n"]
-        if verdict["metric"] == "correct":
+        mean, n = verdict.candidates["winner"], verdict.n
+        figure = with_error(mean.mean, mean.stderr).replace(" ", "\u00a0")
+        if verdict.metric == "correct":
             return f"The winner is right on a share of {figure} of the {n} held-out tasks."
-        if verdict["metric"] == "objective":
+        if verdict.metric == "objective":
             return f"The winner reaches an objective of {figure} on the {n} held-out tasks."
-        if verdict["metric"] == "score":
+        if verdict.metric == "score":
             return f"The winner has a score of {figure} on the {n} held-out documents."
         return f"The winner has a mean grade of {figure} on the {n} held-out tasks."
     done = sum(t.state == "complete" for t in trials)
     text = f"The search is not finished: {done} trials are complete, and there is no verdict yet."
     if winner is not None and winner.score is not None:
-        text += f" Best on the search tasks so far: trial {winner.number}, {number(winner.score)} ± {number(winner.stderr)} (n = {winner.n})."
+        counted = "" if winner.stderr is None else f" (n = {winner.n})"
+        text += f" Best on the search tasks so far: trial {winner.number}, {with_error(winner.score, winner.stderr)}{counted}."
     return text
 
 
-def remarks(verdict: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+def remarks(verdict: Verdict | None) -> list[dict[str, Any]]:
     """One sentence per paired difference; it says so when the interval includes zero."""
     sentences: list[dict[str, Any]] = []
     if verdict is None:
         return sentences
-    for key, pair in verdict["paired"].items():
+    for key, pair in verdict.paired.items():
         name = model_title(key.removeprefix("winner-"))
         name = f"the {name}" if key == "winner-uniform" else name
-        figures = f"{signed(pair['diff'])}, 95 % interval {signed(pair['low'])} to {signed(pair['high'])}, n = {verdict['n'] if verdict else 0}"
-        if pair["low"] > 0:
+        figures = f"{signed(pair.diff)}, 95 % interval {signed(pair.low)} to {signed(pair.high)}, n = {verdict.n}"
+        if pair.low > 0:
             kind, text = "better", f"Better than {name}: {figures}."
-        elif pair["high"] < 0:
+        elif pair.high < 0:
             kind, text = "worse", f"Worse than {name}: {figures}."
         else:
             kind, text = (
@@ -177,50 +191,46 @@ def remarks(verdict: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     return sentences
 
 
-def notes(facts: Mapping[str, Any]) -> list[str]:
+def notes(facts: StudyFacts) -> list[str]:
     """What a reader of the verdict must know beside its figures, a sentence each; `facts` are a
     study's.
     """
     told = []
-    if facts.get("stopped"):
-        told.append(f"The search ended because {facts['stopped'].removeprefix('converged: ')}.")
-    chosen = facts.get("validation")
-    if chosen:
-        kept = f"{chosen['n']} tasks that no candidate was ranked on"
-        blind = "; the held-out tasks had no part in it" if facts.get("look", 1) == 1 else ""
-        told.append(
-            f"The winner was chosen among {len(chosen['means'])} finalists on {kept}{blind}."
-        )
-    look = facts.get("look", 1)
+    if facts.stopped:
+        told.append(f"The search ended because {facts.stopped.removeprefix('converged: ')}.")
+    chosen = facts.validation
+    if chosen is not None:
+        kept = f"{chosen.n} tasks that no candidate was ranked on"
+        blind = "; the held-out tasks had no part in it" if facts.look == 1 else ""
+        told.append(f"The winner was chosen among {len(chosen.means)} finalists on {kept}{blind}.")
+    look = facts.look
     if look > 1:
         told.append(
             f"This is look number {look} at the held-out tasks: the search went on after a verdict, so its intervals are too narrow."
         )
-    saved = facts.get("cascade")
-    if saved and saved["graded"]:
+    saved = facts.cascade
+    if saved is not None and saved.graded:
         told.append(
-            f"The cascade judge asked the language model about {saved['asked']:,} of {saved['graded']:,} answers of candidates"
-            f" ({saved['asked'] / saved['graded']:.0%})."
+            f"The cascade judge asked the language model about {saved.asked:,} of {saved.graded:,} answers of candidates"
+            f" ({saved.asked / saved.graded:.0%})."
         )
     return told
 
 
-def verdict_rows(verdict: Mapping[str, Any]) -> list[dict[str, Any]]:
+def verdict_rows(verdict: Verdict) -> list[dict[str, Any]]:
     """A row per candidate with its figures and the geometry of its two interval bars."""
-    candidates, paired = verdict["candidates"], verdict["paired"]
-    means = {
-        name: (c["mean"] - Z95 * c["stderr"], c["mean"], c["mean"] + Z95 * c["stderr"])
-        for name, c in candidates.items()
-    }
-    pairs = {
-        key.removeprefix("winner-"): (p["low"], p["diff"], p["high"]) for key, p in paired.items()
-    }
+    candidates, paired = verdict.candidates, verdict.paired
+    means = {}
+    for name, c in candidates.items():
+        half = Z95 * (c.stderr or 0.0)
+        means[name] = (c.mean - half, c.mean, c.mean + half)
+    pairs = {key.removeprefix("winner-"): (p.low, p.diff, p.high) for key, p in paired.items()}
     x_mean = scale([v for m in means.values() for v in m], 6, CELL_WIDTH - 6)
     x_pair = scale([0.0, *(v for p in pairs.values() for v in p)], 6, CELL_WIDTH - 6)
     return [
         {
             "name": name,
-            **c,
+            **vars(c),
             "bar": [x_mean(v) for v in means[name]],
             "pair": paired.get(f"winner-{name}"),
             "pair_bar": [x_pair(v) for v in pairs[name]] if name in pairs else None,

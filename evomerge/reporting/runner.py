@@ -13,18 +13,18 @@ import yaml
 
 from evomerge.answering.prompts import COMPETITION
 from evomerge.errors import KnowledgeError
+from evomerge.knowledge.chooser import QUOTES, SHOTS
 from evomerge.knowledge.classification import linear
-from evomerge.knowledge.classification.classify import CLEAR, LEAST, POWER, ROOT, VOTERS
-from evomerge.knowledge.formats.yaml_base import to_yaml
-from evomerge.knowledge.parts import PLACEHOLDER, Knowledge, KnowledgeClass
+from evomerge.knowledge.classification.by_neighbours import CLEAR, LEAST, POWER, ROOT, VOTERS
+from evomerge.knowledge.formats.yaml_format import to_yaml
+from evomerge.knowledge.records import PLACEHOLDER, Knowledge, KnowledgeClass
 from evomerge.knowledge.retrieval import tfidf
-from evomerge.knowledge.retrieval.retrieve import QUOTES, SHOTS
 from evomerge.merging.checkpoints.new_folder import check_new, new_folder
 from evomerge.merging.layout import KNOWN
 from evomerge.recipe import Recipe
 from evomerge.reporting.export import recipe_text, verdict_markdown
 from evomerge.reporting.report import notes
-from evomerge.searching.session import Finished
+from evomerge.searching.finished import Finished
 from evomerge.study import GenerationSection, PromptSection, Study
 
 TEMPLATES = Path(__file__).with_name("templates") / "runner"

@@ -1,56 +1,268 @@
-"""Choosing the winner under noise. Pure functions of grades; what each rule is worth:
-docs/SEARCH.md.
+"""The winner, chosen under noise, and the verdict on tasks that the search never saw.
+
+docs/SEARCH.md says what each rule of the choice is worth.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from evomerge.searching.racing import t_quantile
+from evomerge.answering.cache import MERGED
+from evomerge.console import Console
+from evomerge.errors import StudyFileError
+from evomerge.genome.weights import Genome
+from evomerge.searching.examine import Examined, Examiner
+from evomerge.searching.generation.racing import t_quantile
+from evomerge.searching.history import History
+from evomerge.searching.ledger import Ledger
+from evomerge.searching.prepare import Problem
+from evomerge.searching.records.judge_report import judge_facts, known_agreement
+from evomerge.searching.records.trial_record import TaskGrade, TrialRecord, metric_values
+from evomerge.searching.records.verdict_record import (
+    Decision,
+    HeldOutScore,
+    PairedDifference,
+    Sample,
+    SampleAnswer,
+    ValidationChoice,
+    Verdict,
+)
+from evomerge.searching.scoring import (
+    Scorer,
+    bootstrap_interval,
+    mean_and_error,
+    stratified_error,
+)
+from evomerge.tasks import Task
 
 # that an equal trial beats the mean: three standard errors of many tasks, more of few (Student
 # 1908)
 CHANCE = 0.00135
-
-
-def finalists(scores: Mapping[int, float], count: int) -> list[int]:
-    """The trials with the best scores, best first; the earlier one where two are equal."""
-    return sorted(scores, key=lambda number: (-scores[number], number))[:count]
-
-
-def lead(first: Mapping[str, float], second: Mapping[str, float]) -> tuple[float, float]:
-    """By how much `first` stands above `second` over the tasks that both saw, and the paired
-    standard error.
-    """
-    values = np.array([first[task] - second[task] for task in first if task in second], dtype=float)
-    error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.inf
-    return float(values.mean()) if len(values) else 0.0, float(error)
+SAMPLES = 12  # held-out tasks whose answers are kept for the report
+SAMPLE_CHARACTERS = 600  # of each text kept for the report
 
 
 def choose(
     grades: Mapping[str, Mapping[str, float]], default: str = "mean", chance: float = CHANCE
 ) -> str:
-    """The winner's name. `grades` are name -> task -> grade on the validation tasks, finalists best
-    first.
+    """The winner's name. `grades` are name -> task -> grade, finalists best first.
 
-    The default stands unless another beats it in a one-sided paired t test at the level `chance`;
+    The default wins unless another beats it in a one-sided paired t test at the level `chance`;
     among several the one with the largest lead. A pair's variance is at least twice that within
-    tasks among all finalists: a few rounded grades often differ by chance not at all. Without a
-    default among the names the best mean grade wins.
+    tasks among all finalists, because a few rounded grades often do not differ by chance at all.
+    Without a default among the names the best mean grade wins.
     """
     if default not in grades:
         return max(grades, key=lambda name: float(np.mean(list(grades[name].values()))))
-    tasks = [task for task in grades[default] if all(task in found for found in grades.values())]
+    shared = set(grades[default]).intersection(*grades.values())
+    tasks = [task for task in grades[default] if task in shared]
     if len(tasks) < 2 or len(grades) < 2:
         return default
-    values = np.array([[grades[name][task] for task in tasks] for name in grades], dtype=float)
-    floor = 2 * float(values.var(axis=0, ddof=1).mean())
-    needed, leads = t_quantile(chance, len(tasks) - 1), {}
-    for name, row in zip(grades, values, strict=True):
-        difference = row - values[list(grades).index(default)]
+    rows = {}
+    for name, by_task in grades.items():
+        rows[name] = np.array([by_task[task] for task in tasks], dtype=float)
+    floor = 2 * float(np.array(list(rows.values())).var(axis=0, ddof=1).mean())
+    needed = t_quantile(chance, len(tasks) - 1)
+    leads = {}
+    for name, row in rows.items():
+        difference = row - rows[default]
         error = np.sqrt(max(float(difference.var(ddof=1)), floor) / len(tasks))
         if name != default and difference.mean() > needed * error:
             leads[name] = float(difference.mean())
     return max(leads, key=lambda name: leads[name], default=default)
+
+
+def choose_winner(history: History, metric: str) -> TrialRecord:
+    """The choice by the search tasks: the distribution's mean or the best candidate.
+
+    The best of many noisy trials is lucky as well as good, so it must beat the mean by more than
+    noise on the tasks that both answered.
+    """
+    best, mean = history.best_candidate(), history.mean
+    if mean is None:
+        return best
+    values = {
+        "best": metric_values(best.grades, metric),
+        "mean": metric_values(mean.grades, metric),
+    }
+    return best if choose(values) == "best" else mean
+
+
+def compared_with(history: History, genome: Genome) -> dict[str, TrialRecord]:
+    """The trials that the winner is compared with, known once the references are graded."""
+    found = {}
+    if genome.has_base:
+        found["base"] = history.parents[genome.parent(None)]
+    for m, name in enumerate(sibling_names(genome.siblings)):
+        found[name] = history.parents[genome.parent(m)]
+    found["uniform"] = history.best_uniform(genome.is_uniform)
+    return found
+
+
+def sibling_names(siblings: Sequence[str]) -> list[str]:
+    """What the siblings are called in a verdict: "instruct" alone, else "sibling:FOLDER_NAME"."""
+    if len(siblings) == 1:
+        return ["instruct"]
+    stems = [Path(ref).name for ref in siblings]
+    names = []
+    for i, stem in enumerate(stems):
+        alone = stems.count(stem) == 1
+        names.append(f"sibling:{stem}" if alone else f"sibling:{stem}-{i}")
+    return names
+
+
+def make_verdict(
+    held_out: Mapping[str, Mapping[str, TaskGrade]],
+    metric: str,
+    seed: int,
+    sources: Mapping[str, int] | None = None,
+) -> Verdict:
+    """The verdict from the held-out grades of each candidate ("winner" among them).
+
+    `sources` name each task's source where the sources have different weights.
+    """
+    candidates, paired = {}, {}
+    winner = metric_values(held_out["winner"], metric)
+    for name, grades in held_out.items():
+        values = metric_values(grades, metric)
+        mean, error = mean_and_error(list(values.values()))
+        if sources:
+            error = stratified_error(values, sources)
+        cut = float(np.mean([grade.truncated for grade in grades.values()]))
+        candidates[name] = HeldOutScore(mean, error, cut)
+        if name != "winner":
+            paired[f"winner-{name}"] = _paired_difference(winner, values, seed, sources)
+    return Verdict(metric, len(winner), candidates, paired)
+
+
+def _paired_difference(
+    winner: Mapping[str, float],
+    other: Mapping[str, float],
+    seed: int,
+    sources: Mapping[str, int] | None,
+) -> PairedDifference:
+    differences, groups = [], []
+    for task, value in winner.items():
+        if task in other:
+            differences.append(value - other[task])
+            groups.append(sources[task] if sources else 0)
+    low, high = bootstrap_interval(differences, seed, groups)
+    return PairedDifference(float(np.mean(differences)), low, high)
+
+
+@dataclass(frozen=True)
+class FinalTest:
+    """The end of a study: the choice of the winner, and the verdict on the held-out tasks."""
+
+    problem: Problem
+    ledger: Ledger
+    examiner: Examiner
+    scorer: Scorer
+    console: Console
+
+    def run(self) -> Verdict:
+        """Choose the winner and compare it. Raises EngineError, JudgeError, StudyFileError.
+
+        What was paid for before a run was cut comes from the cache. Each look at the held-out tasks
+        is counted: a winner that is chosen after one look was not chosen blindly any more.
+        """
+        history, facts = self.ledger.history(), self.ledger.facts
+        winner = self._choose(history)
+        compared = {"winner": winner, **compared_with(history, self.problem.genome)}
+        numbers = {name: trial.number for name, trial in compared.items()}
+        if facts.verdict is not None and facts.finalists == numbers:
+            return facts.verdict
+        examined = self._examine(compared, self.problem.split.held_out, "verdict: {name}")
+        grades = {}
+        for name, found in examined.items():
+            grades[name] = self.scorer.by_task(found)
+        metric, seed = self.problem.study.metric, self.problem.study.search.seed
+        if not metric_values(grades["winner"], metric):
+            raise StudyFileError(
+                "no held-out task is closed",
+                where="judge.metric",
+                found=metric,
+                remedy="Use grade.",
+            )
+        verdict = make_verdict(grades, metric, seed, self.scorer.sources)
+        self._remember_answers(examined)
+        look = 1 if facts.verdict is None else facts.look + 1
+        self.ledger.remember("verdict", Decision(verdict, numbers, look))
+        return verdict
+
+    def _choose(self, history: History) -> TrialRecord:
+        """The winner: by the validation tasks where there are any, else by the search tasks."""
+        study, tasks = self.problem.study, self.problem.split.validation
+        metric = study.metric
+        if not tasks:
+            return choose_winner(history, metric)
+        compared = {}
+        for trial in finalists(history.candidates, study.search.finalists):
+            compared[str(trial.number)] = trial
+        if history.mean is not None:
+            compared["mean"] = history.mean
+        grades = {}
+        examined = self._examine(compared, tasks, "validation: trial {number}")
+        for name, found in examined.items():
+            grades[name] = metric_values(self.scorer.by_task(found), metric)
+        if not all(grades.values()):
+            self.console.say(
+                "no validation task is closed, so the winner is chosen on the search tasks"
+            )
+            return choose_winner(history, metric)
+        winner = compared[choose(grades)]
+        means = {}
+        for name, values in grades.items():
+            means[compared[name].number] = mean_and_error(list(values.values()))
+        n = len(next(iter(grades.values())))
+        self.ledger.remember("validation", ValidationChoice(n, means, winner.number))
+        return winner
+
+    def _examine(
+        self, compared: Mapping[str, TrialRecord], tasks: Sequence[Task], label: str
+    ) -> dict[str, Examined]:
+        """Each of some trials on the same tasks; while a judge is waited for, the next answer."""
+        recipes = [self.problem.genome.decode(trial.weights) for trial in compared.values()]
+        examined = {}
+        for i, (name, trial) in enumerate(compared.items()):
+            upcoming = [(recipe, tasks, MERGED) for recipe in recipes[i + 1 :]]
+            shown = label.format(name=name, number=trial.number)
+            examined[name] = self.examiner.examine(recipes[i], [tasks], shown, upcoming=upcoming)
+        return examined
+
+    def _remember_answers(self, examined: Mapping[str, Examined]) -> None:
+        """What the report shows of the judge and of the held-out answers."""
+        tasks, judge = self.problem.split.held_out, self.examiner.judge
+        if judge is not None:
+            facts = judge_facts(judge.name, judge.version, tasks, examined, known_agreement(judge))
+            self.ledger.remember("judge_report", facts)
+        self.ledger.remember("samples", samples(tasks, examined))
+
+
+def finalists(candidates: Iterable[TrialRecord], count: int) -> list[TrialRecord]:
+    """The trials with the best scores, best first; the earlier one where two are equal."""
+    return sorted(candidates, key=lambda trial: (-(trial.score or 0.0), trial.number))[:count]
+
+
+def samples(tasks: Sequence[Task], examined: Mapping[str, Examined]) -> list[Sample]:
+    """Held-out answers side by side, those first on which the candidates' grades differ most."""
+    spreads = []
+    for i in range(len(tasks)):
+        values = [found.grades[i].value for found in examined.values()]
+        spreads.append(max(values) - min(values))
+    found = []
+    for i in sorted(range(len(tasks)), key=lambda i: (-spreads[i], i))[:SAMPLES]:
+        task, answers = tasks[i], {}
+        for name, candidate in examined.items():
+            text = _cut(candidate.answers[i].text)
+            answers[name] = SampleAnswer(text, candidate.grades[i].value)
+        found.append(Sample(task.stored_id, _cut(task.input), _cut(task.output), answers))
+    return found
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= SAMPLE_CHARACTERS else text[:SAMPLE_CHARACTERS] + " …"

@@ -1,69 +1,52 @@
-"""What one recipe does on some tasks: merge, answer, judge. Answers and grades come from their
-caches where they are paid for.
+"""One recipe on some tasks: merge, answer, judge.
+
+Answers and grades come from their caches where they were paid for before. There are two examiners:
+one for tasks with a judge, one for the tasks of lm-eval, which bring metrics of their own.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Protocol
 
 from evomerge.answering.cache import MERGED, AnswerCache, answer_all
-from evomerge.answering.engine import Answer, Engine
-from evomerge.answering.lm_eval.documents import LmEvalTasks
+from evomerge.answering.engine import Answer, Engine, LikelihoodCapability
+from evomerge.answering.lm_eval.harness import LmEvalRunner
 from evomerge.answering.pace import Pace
 from evomerge.answering.prompts import Prompter
 from evomerge.console import Console
 from evomerge.judging.grade import Grade, Judge
 from evomerge.recipe import Recipe
-from evomerge.searching.ahead import Ahead, Begun, Item
-from evomerge.searching.likelihood_part import LikelihoodPart
+from evomerge.searching.prefetch import Item, PendingEvaluation, Prefetcher
 from evomerge.tasks import Task
+
+LIKELIHOOD = "likelihood"  # a mode of the answer cache
 
 
 @dataclass(frozen=True)
 class Examined:
-    """Answers and grades, in the tasks' order; `likelihoods` of the references where they are a
-    part of the objective.
-    """
+    """Answers and grades, in the tasks' order."""
 
     tasks: tuple[Task, ...]
     answers: list[Answer]
     grades: list[Grade]
     seconds: dict[str, float]
-    tokens_per_second: float | None = None  # None: every answer was paid for before
-    # what a grade's value is called: a judge's grade, or a document's part of lm-eval's score
+    tokens_per_second: float | None = None  # None: every answer came from the cache
+    # what a grade's value is called: a judge's grade, or a document's share of lm-eval's score
     figure: str = "grade"
-    # nats per token; None for a task without a reference
+    # where the objective wants them: nats per token, None for a task without a reference
     likelihoods: list[float | None] | None = None
 
 
-class Examiner:
-    """Examines one recipe at a time. While a judge is waited for, what comes next is merged and
-    answers.
-    """
+class Examiner(Protocol):
+    """Answers and grades."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        prompter: Prompter,
-        judge: Judge,
-        cache: AnswerCache,
-        console: Console,
-        remember: Callable[[Mapping[str, int]], None],
-        shared: Callable[[Recipe], float],
-        lm_eval: LmEvalTasks | None = None,
-        likelihood: LikelihoodPart | None = None,
-    ) -> None:
-        """`remember` is told when memory forces smaller batches; `shared` gives a recipe's seconds
-        of a pass shared with others.
-
-        With `lm_eval`, prompter and judge have nothing to do.
-        """
-        self.engine, self.prompter, self.judge = engine, prompter, judge
-        self.cache, self.console, self.remember, self.shared = cache, console, remember, shared
-        self.lm_eval, self.likelihood = lm_eval, likelihood
-        self.ahead = Ahead()
+    @property
+    def judge(self) -> Judge | None:
+        """Who grades; None where the tasks bring metrics of their own."""
 
     def examine(
         self,
@@ -74,104 +57,189 @@ class Examiner:
         upcoming: Iterable[Item] = (),
         grades: Mapping[str, Grade] | None = None,
     ) -> Examined:
-        """Blocks of tasks, each answered in batches of its own. `grades` by task_id, where they are
-        known, are not asked for.
+        """Blocks of tasks, each answered in batches of its own. Raises EngineError, JudgeError.
+
+        While a judge is waited for, the `upcoming` items are begun. `grades`, by task key, replace
+        those of the judge.
         """
-        if self.lm_eval is not None:
-            return self._examine_lm_eval(
-                self.lm_eval, recipe, [task for block in blocks for task in block], label
-            )
-        begun = [
-            self.begun((recipe, block, mode), label, graded=grades is None) for block in blocks
-        ]
-        self.ahead.while_waiting(
-            begun, iter(upcoming), lambda item: self.begin(item, f"{label}, ahead")
+
+
+@dataclass
+class JudgedExaminer:
+    """The examiner of tasks that a judge grades."""
+
+    engine: Engine
+    prompter: Prompter
+    judge: Judge
+    cache: AnswerCache
+    console: Console
+    # is told the engine's limits when memory forces smaller batches
+    remember_limits: Callable[[Mapping[str, int]], None]
+    # a recipe's seconds of a pass that it shared with others
+    shared_seconds: Callable[[Recipe], float] = lambda recipe: 0.0
+    likelihood: LikelihoodPart | None = None
+    prefetcher: Prefetcher = field(default_factory=Prefetcher)
+
+    def examine(
+        self,
+        recipe: Recipe,
+        blocks: Sequence[Sequence[Task]],
+        label: str = "",
+        mode: str = MERGED,
+        upcoming: Iterable[Item] = (),
+        grades: Mapping[str, Grade] | None = None,
+    ) -> Examined:
+        """As `Examiner.examine`."""
+        evaluations = []
+        for block in blocks:
+            evaluations.append(self.evaluation((recipe, block, mode), label, grades is None))
+        self.prefetcher.while_waiting(
+            evaluations, upcoming, lambda item: self.begin(item, f"{label}, ahead")
         )
-        tasks = tuple(task for block in blocks for task in block)
-        given = (
-            [grade for b in begun for grade in b.wait()]
-            if grades is None
-            else [grades[str(task.task_id)] for task in tasks]
-        )
-        seconds = {
-            phase: round(sum(b.seconds[phase] for b in begun), 4) for phase in begun[0].seconds
-        }
-        answers = [answer for b in begun for answer in b.answers]
-        known = None if self.likelihood is None else self.likelihood.of(recipe, tasks)
-        rates = [b.tokens_per_second for b in begun if b.tokens_per_second is not None]
+        tasks = tuple(chain(*blocks))
+        given: list[Grade] = []
+        if grades is not None:
+            given = [grades[task.key] for task in tasks]
+        answers: list[Answer] = []
+        seconds = dict.fromkeys(("merge", "answer", "judge"), 0.0)
+        rates = []
+        for evaluation in evaluations:
+            if grades is None:
+                given += evaluation.wait()
+            answers += evaluation.answers
+            if evaluation.tokens_per_second is not None:
+                rates.append(evaluation.tokens_per_second)
+            for phase, spent in evaluation.seconds.items():
+                seconds[phase] += spent
         return Examined(
-            tasks,
-            answers,
-            given,
-            seconds,
-            sum(rates) / len(rates) if rates else None,
-            likelihoods=known,
+            tasks=tasks,
+            answers=answers,
+            grades=given,
+            seconds={phase: round(spent, 4) for phase, spent in seconds.items()},
+            tokens_per_second=sum(rates) / len(rates) if rates else None,
+            likelihoods=self.likelihoods(recipe, tasks),
         )
 
-    def begun(self, item: Item, label: str, graded: bool = True) -> Begun:
-        """What was begun before, or is begun now, and will be found by `examine`."""
-        return self.ahead.take(item, lambda item: self.begin(item, label, graded))
+    def likelihoods(self, recipe: Recipe, tasks: Sequence[Task]) -> list[float | None] | None:
+        """The references' likelihoods where the objective wants them. Raises EngineError."""
+        return None if self.likelihood is None else self.likelihood.of(recipe, tasks)
 
-    def begin(self, item: Item, label: str, graded: bool = True) -> Begun:
-        """Merge and answer; each batch of answers goes to the judge when it is there. Raises
-        EngineError.
+    def evaluation(self, item: Item, label: str, graded: bool = True) -> PendingEvaluation:
+        """What was begun ahead, or begins now. Raises EngineError."""
+        return self.prefetcher.take(item, lambda item: self.begin(item, label, graded))
+
+    def begin(self, item: Item, label: str, graded: bool = True) -> PendingEvaluation:
+        """Merge and answer; each batch goes to the judge as soon as it is answered.
+
+        Raises EngineError.
         """
         recipe, tasks, mode = item
-        begun = Begun(self.judge if graded else None, tasks)
+        evaluation = PendingEvaluation(self.judge if graded else None, tasks)
 
         def apply() -> None:
             began = time.perf_counter()
             self.engine.apply(recipe)
-            begun.seconds["merge"] = time.perf_counter() - began
+            evaluation.seconds["merge"] = time.perf_counter() - began
 
         began = time.perf_counter()
         prompts = self.prompter.prepare([task.input for task in tasks])
         pace = Pace(len(tasks), lambda line: self.console.status(f"{label}  {line}", detail=True))
-        texts, own = [prompt.text for prompt in prompts], self.prompter.settings(prompts)
-        begun.answers = answer_all(
+        evaluation.answers = answer_all(
             self.engine,
             self.cache,
             recipe.digest(),
-            texts,
+            [prompt.text for prompt in prompts],
             apply,
             pace,
-            self.remember,
+            self.remember_limits,
             mode,
-            begun.got,
-            own,
+            evaluation.batch_answered,
+            self.prompter.settings(prompts),
         )
-        spent = time.perf_counter() - began - begun.seconds["merge"] - begun.seconds["judge"]
-        shared = self.shared(recipe)
-        begun.seconds["answer"] = spent + shared
-        begun.tokens_per_second = (
-            pace.rate if not shared else sum(answer.tokens for answer in begun.answers) / shared
-        )
-        return begun
+        elsewhere = evaluation.seconds["merge"] + evaluation.seconds["judge"]
+        shared = self.shared_seconds(recipe)
+        evaluation.seconds["answer"] = time.perf_counter() - began - elsewhere + shared
+        evaluation.tokens_per_second = pace.rate
+        if shared:
+            tokens = sum(answer.tokens for answer in evaluation.answers)
+            evaluation.tokens_per_second = tokens / shared
+        return evaluation
 
-    def _examine_lm_eval(
-        self, lm_eval: LmEvalTasks, recipe: Recipe, tasks: Sequence[Task], label: str
+
+@dataclass
+class LmEvalExaminer:
+    """The examiner of lm-eval's tasks: lm-eval builds the prompts and computes the metrics."""
+
+    engine: Engine
+    runner: LmEvalRunner
+    cache: AnswerCache
+    console: Console
+    judge: Judge | None = None
+
+    def examine(
+        self,
+        recipe: Recipe,
+        blocks: Sequence[Sequence[Task]],
+        label: str = "",
+        mode: str = MERGED,
+        upcoming: Iterable[Item] = (),
+        grades: Mapping[str, Grade] | None = None,
     ) -> Examined:
-        """Merge and let lm-eval ask and score."""
+        """As `Examiner.examine`; nothing is done ahead, and no grades are given."""
+        tasks = tuple(chain(*blocks))
         merging = 0.0
 
         def apply() -> None:
             nonlocal merging
             began = time.perf_counter()
             self.engine.apply(recipe)
-            merging = round(time.perf_counter() - began, 4)
+            merging = time.perf_counter() - began
 
         def progress(n: int) -> None:
             self.console.status(f"{label}  answered {n}/{len(tasks)}", detail=True)
 
         began = time.perf_counter()
-        outcomes = lm_eval.examine(recipe.digest(), tasks, self.cache, apply, progress)
-        seconds = {
-            "merge": merging,
-            "answer": round(time.perf_counter() - began - merging, 4),
-            "judge": 0.0,
-        }
-        parts = [
-            Grade(score, None, str(o.values))
-            for score, o in zip(lm_eval.scores(tasks, outcomes), outcomes, strict=True)
-        ]
-        return Examined(tuple(tasks), [o.answer for o in outcomes], parts, seconds, figure="score")
+        outcomes = self.runner.examine(recipe.digest(), tasks, self.cache, apply, progress)
+        answering = time.perf_counter() - began - merging
+        given = []
+        scores = self.runner.lm_eval.scores(tasks, outcomes)
+        for score, outcome in zip(scores, outcomes, strict=True):
+            given.append(Grade(score, None, str(outcome.values)))
+        seconds = {"merge": round(merging, 4), "answer": round(answering, 4), "judge": 0.0}
+        answers = [outcome.answer for outcome in outcomes]
+        return Examined(tasks, answers, given, seconds, figure="score")
+
+
+@dataclass(frozen=True)
+class LikelihoodPart:
+    """log P(reference | prompt) in nats per token, kept in the answer cache task by task."""
+
+    engine: Engine
+    likelihood: LikelihoodCapability
+    prompter: Prompter
+    cache: AnswerCache
+
+    def of(self, recipe: Recipe, tasks: Sequence[Task]) -> list[float | None]:
+        """One number a task; None for a task without a reference. Raises EngineError.
+
+        The recipe is merged when one of the numbers is not in the cache.
+        """
+        values: dict[str, float | None] = {}  # by the cache's key
+        missing: dict[str, tuple[str, str]] = {}
+        keys = []
+        for task in tasks:
+            pair = (self.prompter.render(task.input), task.output)
+            keys.append(self.cache.key(recipe.digest(), pair, LIKELIHOOD))
+            kept = self.cache.get(keys[-1], 1)
+            if kept is None:
+                missing[keys[-1]] = pair
+            else:
+                values[keys[-1]] = float(kept[0].text)
+        if missing:
+            self.engine.apply(recipe)
+            pairs = [*missing.values()]
+            sums, counts = self.likelihood(pairs), self.likelihood.count_tokens(pairs)
+            for key, total, count in zip(missing, sums, counts, strict=True):
+                values[key] = total / max(1, count)
+                self.cache.put(key, [Answer(repr(values[key]), False, 0)])
+        return [values[key] if task.output else None for key, task in zip(keys, tasks, strict=True)]

@@ -2,76 +2,147 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from evomerge.errors import StudyFileError
 from evomerge.searching.examine import Examined
-from evomerge.searching.ledger import Result, TrialRecord
-from evomerge.searching.racing import corrected
-from evomerge.searching.verdict import mean_and_error, metric_values, stratified_error
+from evomerge.searching.records.trial_record import Result, TaskGrade, metric_values
 from evomerge.study import Study
 from evomerge.tasks import Split, Task
+
+RESAMPLES = 10_000
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and its standard error, s / sqrt(n) with n - 1 in s; one value has no error: None."""
+    array = np.asarray(values, dtype=float)
+    if len(array) < 2:
+        return float(array.mean()), None
+    return float(array.mean()), float(array.std(ddof=1) / np.sqrt(len(array)))
+
+
+def stratified_error(values: Mapping[str, float], group: Mapping[str, int]) -> float | None:
+    """Standard error of the mean of values by task, whose tasks come from groups of fixed sizes.
+
+    √Σ (n_g/N)² s_g² / n_g (Cochran 1977, chapter 5). The one value of a group has no variance of
+    its own: that of all values is used for it.
+    """
+    whole = list(values.values())
+    if len(whole) < 2:
+        return None
+    groups: dict[int, list[float]] = {}
+    for task, value in values.items():
+        groups.setdefault(group[task], []).append(value)
+    total = 0.0
+    for part in groups.values():
+        error = mean_and_error(part)[1]
+        if error is None:
+            error = float(np.std(whole, ddof=1))
+        total += (len(part) / len(whole)) ** 2 * error**2
+    return float(np.sqrt(total))
+
+
+def bootstrap_interval(
+    differences: Sequence[float], seed: int = 0, groups: Sequence[int] = ()
+) -> tuple[float, float]:
+    """95 % percentile interval of the mean of paired differences (Efron and Tibshirani 1993, 13.3).
+
+    With `groups`, one for each difference, every group is resampled on its own, because the groups'
+    sizes are fixed.
+    """
+    array = np.asarray(differences, dtype=float)
+    rng = np.random.default_rng(seed)
+    of = np.array(groups or [0] * len(array))
+    sums = []
+    for group in dict.fromkeys(of.tolist()):
+        part = array[of == group]
+        drawn = rng.integers(0, len(part), (RESAMPLES, len(part)))
+        sums.append(part[drawn].sum(axis=1))
+    means = np.sum(sums, axis=0) / len(array)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def two_phase_mean(
+    grades: Mapping[str, float], levels: Mapping[str, float]
+) -> tuple[float, float | None]:
+    """A candidate's score over all search tasks, and its standard error, from the tasks it saw.
+
+    `levels` are the tasks' mean grades by the references, which answered all: easy tasks must not
+    flatter a candidate that drew them. score = mean(grade - level over the n tasks seen) +
+    mean(level over all N); the error, of tasks like these, is that of two-phase sampling,
+    s_d² (1/n - 1/N) + s_g² / N, with s_d² the variance of grade - level and s_g² that of the grade
+    (Cochran 1977, chapter 12). With every task seen this is s_g / √N, the error of a plain mean.
+    """
+    values = np.array(list(grades.values()), dtype=float)
+    above = values - np.array([levels[task] for task in grades], dtype=float)
+    known = list(levels.values())
+    n, total = len(values), len(known)
+    score = float(above.mean() + np.mean(known))
+    if n > 1:
+        variance = above.var(ddof=1) * (1 / n - 1 / total) + values.var(ddof=1) / total
+        return score, math.sqrt(variance)
+    # one grade has no spread of its own: that of the levels is used for it
+    return score, float(np.std(known, ddof=1)) if total > 1 else None
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """`shares` say what a task's value counts beside another's, by task_id: 1 where a study names
-    no weights.
+    """Turns what was examined into grades by task and into a trial's result.
 
-    `longest` gives the most tokens that a task's answer may have.
+    `shares` weigh a task's value against another's, by task key, and `sources` name its source;
+    both are empty where all sources have the same weight. `longest` gives the most tokens that a
+    task's answer may have.
     """
 
     study: Study
     shares: Mapping[str, float]
+    sources: Mapping[str, int]
     longest: Callable[[Task], int]
 
-    @property
-    def group(self) -> Callable[[str], str] | None:
-        """The source of a task by its id, where sources have weights of their own."""
-        return (lambda task: task.partition("-")[0]) if self.shares else None
-
-    def by_task(self, examined: Examined) -> dict[str, dict[str, Any]]:
-        """task_id -> grade (or lm-eval's score), correct, truncated, and with an objective its
-        parts and their weighted sum.
-        """
-        found: dict[str, dict[str, Any]] = {}
-        for i, (task, answer, grade) in enumerate(
-            zip(examined.tasks, examined.answers, examined.grades, strict=True)
-        ):
-            record: dict[str, Any] = {
-                examined.figure: grade.value,
-                "correct": grade.correct,
-                "truncated": answer.truncated,
-            }
+    def by_task(self, examined: Examined) -> dict[str, TaskGrade]:
+        """Task key -> its grade, with the objective's parts where the study has an objective."""
+        found = {}
+        for i, task in enumerate(examined.tasks):
+            answer, grade = examined.answers[i], examined.grades[i]
+            known = TaskGrade(grade.correct, answer.truncated, **{examined.figure: grade.value})
             if self.study.metric == "objective":
-                record["length"] = answer.tokens / self.longest(task)
-                if examined.likelihoods is not None:
-                    record["likelihood"] = examined.likelihoods[i]
-                record["objective"] = self._objective(str(task.task_id), record)
-            found[str(task.task_id)] = record
+                length = answer.tokens / self.longest(task)
+                likelihood = None if examined.likelihoods is None else examined.likelihoods[i]
+                known = replace(known, length=length, likelihood=likelihood)
+                known = replace(known, objective=self._objective(task.key, known))
+            found[task.key] = known
         return found
 
-    def _objective(self, task_id: str, record: Mapping[str, Any]) -> float | None:
-        o = self.study.objective
-        graded = record[self.study.judge.metric]
-        if graded is None:
+    def task_values(self, examined: Examined, missing: float) -> list[float]:
+        """What is maximised, in the tasks' order; `missing` where a task has no value."""
+        values = metric_values(self.by_task(examined), self.study.metric)
+        return [values.get(task.key, missing) for task in examined.tasks]
+
+    def _objective(self, task: str, known: TaskGrade) -> float | None:
+        """The weighted sum of the parts; None for a task that lacks one of them."""
+        weights = self.study.objective
+        graded = known.value(self.study.judge.metric)
+        if graded is None or (weights.likelihood and known.likelihood is None):
             return None
-        known = record.get("likelihood")
-        if o.likelihood and known is None:  # a task without a reference
-            return None
+        assert known.length is not None
         total = (
-            o.grade * float(graded) + o.length * record["length"] + o.likelihood * (known or 0.0)
+            weights.grade * graded
+            + weights.length * known.length
+            + weights.likelihood * (known.likelihood or 0.0)
         )
-        return float(self.shares.get(task_id, 1.0) * total)
+        return float(self.shares.get(task, 1.0) * total)
 
     def result(self, examined: Examined, levels: Mapping[str, float]) -> Result:
-        """A trial's result. `levels` are the search tasks' mean values by the references: they
-        correct for the tasks it saw.
+        """A trial's result.
+
+        `levels` are the search tasks' mean values by the references: they correct for the tasks
+        that the trial has seen. Raises StudyFileError when no task has a value.
         """
         grades = self.by_task(examined)
         values = metric_values(grades, self.study.metric)
@@ -82,71 +153,62 @@ class Scorer:
                 found="correct",
                 remedy="Use grade.",
             )
-        partial = len(values) < len(levels) and values.keys() <= levels.keys()
-        score, error = (
-            corrected(values, levels) if partial else mean_and_error(list(values.values()))
-        )
-        if self.group is not None and not partial:
-            error = stratified_error(values, self.group)
-        cut = float(np.mean([answer.truncated for answer in examined.answers]))
-        tokens = sum(answer.tokens for answer in examined.answers)
-        rate = examined.tokens_per_second
+        if len(values) < len(levels) and values.keys() <= levels.keys():
+            score, error = two_phase_mean(values, levels)
+        else:
+            score, error = mean_and_error(list(values.values()))
+            if self.sources:
+                error = stratified_error(values, self.sources)
         return Result(
-            score,
-            error,
-            len(values),
-            cut,
-            examined.seconds,
-            grades,
-            tokens,
-            rate,
-            parts(grades, self.study.judge.metric),
+            score=score,
+            stderr=error,
+            n=len(values),
+            truncated=float(np.mean([answer.truncated for answer in examined.answers])),
+            seconds=examined.seconds,
+            grades=grades,
+            tokens=sum(answer.tokens for answer in examined.answers),
+            tokens_per_second=examined.tokens_per_second,
+            parts=part_means(grades, self.study),
         )
 
 
-def parts(grades: Mapping[str, Mapping[str, Any]], metric: str) -> dict[str, float]:
-    """The objective's parts, each as its mean over the tasks that have it; nothing for a study
-    without an objective.
-    """
-    records = list(grades.values())
-    if not records or "objective" not in records[0]:
+def part_means(grades: Mapping[str, TaskGrade], study: Study) -> dict[str, float]:
+    """The mean of each of the objective's parts over the tasks that have it; {} without one."""
+    if study.metric != "objective":
         return {}
-    named = {"grade": metric, "length": "length", "likelihood": "likelihood"}
-    found = {
-        part: [float(r[key]) for r in records if r.get(key) is not None]
-        for part, key in named.items()
-    }
+    found: dict[str, list[float]] = {"grade": [], "length": [], "likelihood": []}
+    for known in grades.values():
+        parts = (known.value(study.judge.metric), known.length, known.likelihood)
+        for values, part in zip(found.values(), parts, strict=True):
+            if part is not None:
+                values.append(part)
     return {part: float(np.mean(values)) for part, values in found.items() if values}
 
 
-def task_levels(records: Sequence[TrialRecord], metric: str) -> dict[str, float]:
-    """task_id -> its mean value by the references, which answer every search task."""
-    references = [
-        metric_values(r.grades, metric)
-        for r in records
-        if r.role in ("parent", "uniform") and r.state == "complete"
-    ]
-    return {
-        task: float(np.mean([values[task] for values in references if task in values]))
-        for task in (references or [{}])[0]
-    }
+def make_scorer(study: Study, split: Split, longest: Callable[[Task], int]) -> Scorer:
+    """The study's scorer."""
+    shares = task_shares(study, split)
+    sources = {}
+    if shares:
+        for task in (*split.search, *split.held_out, *split.validation):
+            sources[task.key] = task.source or 0
+    return Scorer(study, shares, sources, longest)
 
 
 def task_shares(study: Study, split: Split) -> dict[str, float]:
-    """task_id -> what it counts: with weights W of the sources, the mean over a part of the split
-    of share times value is sum(W * mean over the source's tasks) / sum(|W|). Empty where all
-    weights are the same.
+    """Task key -> its share. {} where all sources have the same weight.
+
+    With weights W of the sources, the mean over a part of the split of share times value is
+    sum(W * mean over the source's tasks) / sum(|W|).
     """
     weights = [source.weight for source in study.tasks]
     if study.lm_eval or len(set(weights)) < 2:
         return {}
     shares: dict[str, float] = {}
     for part in (split.search, split.held_out, split.validation):
-        sources = {str(task.task_id): int(str(task.task_id).partition("-")[0]) for task in part}
-        counts = Counter(sources.values())
+        sources = [task.source or 0 for task in part]
+        counts = Counter(sources)
         total = sum(abs(weights[source]) for source in counts) or 1.0
-        shares |= {
-            task: weights[source] * len(part) / (counts[source] * total)
-            for task, source in sources.items()
-        }
+        for task, source in zip(part, sources, strict=True):
+            shares[task.key] = weights[source] * len(part) / (counts[source] * total)
     return shares

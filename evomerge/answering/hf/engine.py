@@ -14,7 +14,7 @@ from evomerge.answering.hf.decode import Hooks, Output, decodable, decode
 from evomerge.answering.hf.generate import generate_all
 from evomerge.answering.hf.gradient import TransformersGradient
 from evomerge.answering.hf.likelihood import TransformersLikelihood
-from evomerge.answering.hf.loading import context_of, load_engine_tokenizer, load_model
+from evomerge.answering.hf.loading import context_of, load_model, load_tokenizer
 from evomerge.answering.hf.population import TransformersPopulation
 from evomerge.errors import EngineError
 from evomerge.merging.live import LiveModel
@@ -31,7 +31,7 @@ class TransformersEngine:
         """Raises EngineError: the model does not fit the devices; ModelError as loading does."""
         if spec.engine.threads is not None:
             torch.set_num_threads(spec.engine.threads)
-        self.tokenizer = load_engine_tokenizer(spec.base, spec.engine.trust_remote_code)
+        self.tokenizer = load_tokenizer(spec.base, spec.engine.trust_remote_code)
         self.model = load_model(spec.base, spec.engine, getattr(torch, spec.dtype))
         self.live = _open_live(self.model, spec) if spec.siblings else None
         self.context = context_of(self.model.config)

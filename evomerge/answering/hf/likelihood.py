@@ -20,7 +20,7 @@ from evomerge.answering.encode import first_token
 from evomerge.answering.engine import Pairs, items_at
 from evomerge.answering.hf.batching import pack, pad_rows, shrink_to_fit
 from evomerge.answering.hf.decode import decodable
-from evomerge.answering.hf.loading import context_of, load_engine_tokenizer, load_model
+from evomerge.answering.hf.loading import context_of, load_model, load_tokenizer
 from evomerge.answering.servers.openai_protocol import whole
 from evomerge.errors import EngineError, ModelError
 from evomerge.merging.checkpoints.fingerprint import combined, fingerprint
@@ -99,7 +99,7 @@ def open_likelihood_engine(
         dtype = "float32" if _on_cpu(section) else "bfloat16"
     if section.threads is not None:
         torch.set_num_threads(section.threads)
-    tokenizer = load_engine_tokenizer(folder, section.trust_remote_code)
+    tokenizer = load_tokenizer(folder, section.trust_remote_code)
     model = load_model(folder, section, getattr(torch, dtype))
     return LikelihoodEngine(
         model,

@@ -24,9 +24,7 @@ def context_of(config: Any) -> int | None:
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
-def load_engine_tokenizer(
-    folder: ModelFolder, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: ModelFolder, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The folder's tokenizer, padding on the left; a missing pad token becomes the end token.
 
     Raises ModelError.

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Objective:
-    """One entry of the study file: a metric over the documents of some leaves (lm-eval's single
-    tasks).
+    """One entry of the study file: a metric over the documents of some leaves.
+
+    A leaf is one of lm-eval's single tasks.
     """
 
     name: str
@@ -50,10 +51,8 @@ def load_objectives(study: Study) -> tuple[dict[str, Any], tuple[Objective, ...]
         loaded = _load(names, list(study.task_search_path))
         for source in study.tasks:
             found = loaded[str(source.name)]
-            own = {
-                leaf.task_name: leaf
-                for leaf in (found.get_all_tasks() if hasattr(found, "get_all_tasks") else [found])
-            }
+            single = found.get_all_tasks() if hasattr(found, "get_all_tasks") else [found]
+            own = {leaf.task_name: leaf for leaf in single}
             for name, leaf in own.items():
                 if name not in leaves:
                     _check_runs(name, leaf)
@@ -66,18 +65,17 @@ def load_objectives(study: Study) -> tuple[dict[str, Any], tuple[Objective, ...]
                 leaves[name].higher_is_better().get(title, True) for name in objective.leaves
             ):
                 warnings.append(
-                    f"task {source.name}: of {source.metric} less is better, and a weight above 0 asks for more of it"
+                    f"task {source.name}: less of {source.metric} is better, but a weight above 0 "
+                    "asks for more of it"
                 )
     return leaves, tuple(objectives), warnings
 
 
 def _load(names: Sequence[str], folders: list[str]) -> dict[str, Any]:
-    """lm-eval's task or group by name: from the study's own folders where they hold all that is
-    needed.
-    """
+    """lm-eval's task or group by name, from the study's own folders where they hold all of it."""
     from lm_eval.tasks import TaskManager
 
-    if folders:  # to index lm-eval's own thousands takes many seconds
+    if folders:  # indexing lm-eval's own thousands of tasks takes many seconds
         own = TaskManager(include_path=folders, include_defaults=False)
         if set(names) <= set(own.all_tasks):
             try:
@@ -90,29 +88,24 @@ def _load(names: Sequence[str], folders: list[str]) -> dict[str, Any]:
 
 
 def _objective(source: TaskSource, found: Any, leaves: Mapping[str, Any]) -> Objective:
-    """Check the metric by name: it must be a mean over documents, or no document has a value of its
-    own.
+    """A study file's entry with its leaves.
+
+    Raises TaskError for a metric that is not a mean over documents: no document would have a value
+    of its own.
     """
     from lm_eval.api.metrics import mean
 
-    name, metric, (title, _, filter_name) = (
-        str(source.name),
-        source.metric,
-        source.metric.partition(","),
-    )
-    known = {
-        key: [f"{m},{f.name}" for m in leaf.aggregation() for f in leaf._filters]
-        for key, leaf in leaves.items()
-    }
+    name, metric = str(source.name), source.metric
+    title, _, filter_name = metric.partition(",")
+    known = {key: _metrics(leaf) for key, leaf in leaves.items()}
     having = tuple(key for key in leaves if metric in known[key])
     pooled = True
     if hasattr(found, "get_all_tasks"):
-        rules = [
-            a
-            for a in found.aggregate_metric_list or []
-            if a.metric == title and filter_name in (a.filter_list or [filter_name])
-        ]
-        having, pooled = (having, rules[0].weight_by_size) if rules else ((), True)
+        rule = _aggregation(found, title, filter_name)
+        if rule is None:
+            having = ()
+        else:
+            pooled = rule.weight_by_size
     if not having:
         names = dict.fromkeys(m for metrics in known.values() for m in metrics)
         raise TaskError(
@@ -123,12 +116,26 @@ def _objective(source: TaskSource, found: Any, leaves: Mapping[str, Any]) -> Obj
         )
     if any(leaves[key].aggregation()[title] is not mean for key in having):
         raise TaskError(
-            "this metric is no mean over documents, so no verdict can compare it document by document",
+            "this metric is not a mean over documents, so no verdict can compare it document by "
+            "document",
             where=f"task {name}",
             found=metric,
             remedy="Use a metric such as acc or exact_match.",
         )
     return Objective(name, metric, source.weight, having, pooled)
+
+
+def _metrics(leaf: Any) -> list[str]:
+    """Every "metric,filter" of a leaf."""
+    return [f"{metric},{f.name}" for metric in leaf.aggregation() for f in leaf._filters]
+
+
+def _aggregation(group: Any, metric: str, filter_name: str) -> Any:
+    """The group's first rule for a metric and a filter; None without one."""
+    for rule in group.aggregate_metric_list or []:
+        if rule.metric == metric and filter_name in (rule.filter_list or [filter_name]):
+            return rule
+    return None
 
 
 def _set_fewshot(leaf: Any, wanted: int | None) -> None:
@@ -182,7 +189,7 @@ def _check_runs(name: str, leaf: Any) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """lm-eval's and datasets' bars and remarks would stand between our own lines."""
+    """Hide the bars and remarks of lm-eval and datasets, which would mix with our own lines."""
     log = logging.getLogger("lm_eval")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -194,5 +201,6 @@ def quiet() -> Iterator[None]:
 
 
 def line(error: Exception) -> str:
+    """An error as one line: its kind and the first line of its text."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

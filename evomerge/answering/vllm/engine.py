@@ -17,7 +17,7 @@ import torch
 
 from evomerge.answering.encode import Encoder, first_stop, prompt_seed
 from evomerge.answering.engine import Answer, EngineSpec, Got, Settings, Watch, has_passed
-from evomerge.answering.hf.loading import load_engine_tokenizer
+from evomerge.answering.hf.loading import load_tokenizer
 from evomerge.answering.vllm.host_weights import host_weights_of
 from evomerge.answering.vllm.loading import BATCH, end_tokens, first_line, load_llm, refuse_others
 from evomerge.errors import EngineError
@@ -53,7 +53,7 @@ class VllmEngine:
         self.watch: Watch | None = None
         if section.threads is not None:
             torch.set_num_threads(section.threads)
-        self.tokenizer = load_engine_tokenizer(base, section.trust_remote_code)
+        self.tokenizer = load_tokenizer(base, section.trust_remote_code)
         self.ends = end_tokens(base, self.tokenizer)
         self.live: LiveModel | None = None
         if spec.siblings:

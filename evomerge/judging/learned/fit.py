@@ -1,5 +1,6 @@
-"""Fitting the learned judge (judging/ridge.py) on files of graded answers, and saying how it does
-on models held out.
+"""Fits the learned judge (ridge.py) on files of graded answers.
+
+It also reports how the judge does on models that a fit has not seen.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from numpy.typing import NDArray
 from evomerge.errors import InputError
 from evomerge.judging.answer_files import read_answers
 from evomerge.judging.learned.features import look
-from evomerge.judging.learned.judge import Facts, Weights, save_judge, task_key
-from evomerge.judging.learned.ridge import Examples, fit, predict
+from evomerge.judging.learned.judge import Facts, save_judge, task_key
+from evomerge.judging.learned.ridge import GradedAnswers, fit, predict
 from evomerge.judging.validation.agreement import Agreements, compare
 from evomerge.judging.validation.families import family
-from evomerge.judging.validation.reference import join, pick, read_grades
+from evomerge.judging.validation.reference import Joined, join_grades, pick, read_grades
 from evomerge.tasks import Task, load_tasks
 
 FAMILY_POWER = 0.5  # a family of n models counts like sqrt(n): 0 is each model alike, 1 each family
@@ -42,41 +43,45 @@ class Fitted:
     by_family: bool
 
     def lines(self) -> list[str]:
-        """What to tell people."""
-        several = len(self.judges) > 1
+        """The report, line by line."""
         lines = [
-            f"fitted on {self.n_answers} answers of {len(self.models)} models to {self.n_tasks} tasks, graded by {', '.join(self.judges)}"
+            f"fitted on {self.n_answers} answers of {len(self.models)} models to {self.n_tasks} "
+            f"tasks, graded by {', '.join(self.judges)}"
         ]
-        lines += [self.unmatched] if self.unmatched else []
+        if self.unmatched:
+            lines.append(self.unmatched)
         if self.dropped:
             lines.append(
-                f"not fitted, under {FEWEST} graded answers, and refused by this judge: tasks {', '.join(self.dropped)}"
+                f"not fitted for lack of {FEWEST} graded answers, and refused by this judge: "
+                f"tasks {', '.join(self.dropped)}"
             )
         if self.held_out is None:
             lines.append(
-                f"too few models (under {2 * FEWEST}) to say how it agrees on models that it has not seen"
+                f"too few models (under {2 * FEWEST}) to tell how well it agrees on models that it "
+                "has not seen"
             )
-            return lines
-        kind = (
-            "families of models"
-            if self.by_family
-            else "models (there are too few families to keep them apart)"
-        )
-        close = self.held_out.pairs["0.15-0.3"]
-        figures = [
-            ("within a task", self.held_out.within_task),
-            ("across models", self.held_out.model_level),
-            ("pairs .15 to .3", close),
-        ]
-        told = ", ".join(
-            f"{name} {a.value:.3f} [{a.low:.3f}, {a.high:.3f}]"
-            for name, a in figures
-            if a.value is not None and a.low is not None and a.high is not None
-        )
-        lines.append(
-            f"on {kind} held out, {FOLDS} folds, against the same judge{'s' * several}: {told or 'nothing can be told'}"
-        )
+        else:
+            lines.append(self._held_out_line(self.held_out))
         return lines
+
+    def _held_out_line(self, held_out: Agreements) -> str:
+        kind = "models (there are too few families to keep them apart)"
+        if self.by_family:
+            kind = "families of models"
+        figures = {
+            "within a task": held_out.within_task,
+            "across models": held_out.model_level,
+            "pairs .15 to .3": held_out.pairs["0.15-0.3"],
+        }
+        told = []
+        for name, a in figures.items():
+            if a.value is not None and a.low is not None and a.high is not None:
+                told.append(f"{name} {a.value:.3f} [{a.low:.3f}, {a.high:.3f}]")
+        judges = "judges" if len(self.judges) > 1 else "judge"
+        return (
+            f"on {kind} held out, {FOLDS} folds, against the same {judges}: "
+            f"{', '.join(told) or 'nothing can be told'}"
+        )
 
 
 def fit_file(
@@ -87,18 +92,16 @@ def fit_file(
     out: Path,
     wanted: Callable[[str | None], bool] = lambda model: True,
 ) -> Fitted:
-    """Fit on the answers that have grades by `judges` (their mean) and write the judge. `wanted`
-    chooses models by name.
+    """Fit on the answers that have grades by `judges` (their mean) and write the judge to `out`.
 
-    Raises TaskError and InputError for the files, InputError where no task has enough graded
-    answers, OutputError.
+    `wanted` chooses models by name. Raises TaskError and InputError for the files, InputError where
+    no task has enough graded answers, OutputError.
     """
     tasks = load_tasks(tasks_path)
     grades = pick(read_grades(grades_path, tasks), judges, grades_path)
     grades = {key: grade for key, grade in grades.items() if wanted(key[0])}
-    joined = join(
-        [line for line in read_answers(answers_path, tasks) if wanted(line.model)], grades
-    )
+    lines = [line for line in read_answers(answers_path, tasks) if wanted(line.model)]
+    joined = join_grades(lines, grades)
     counts = Counter(str(line.task.task_id) for line in joined.lines)
     chosen = [task for task in tasks if counts[str(task.task_id)] >= FEWEST]
     if not chosen:
@@ -106,93 +109,102 @@ def fit_file(
             "no task has enough graded answers",
             where=grades_path,
             found=max(counts.values()),
-            remedy=f"A task needs {FEWEST} or more.",
+            remedy=f"Add answers: a task needs {FEWEST} or more.",
         )
-    place = {str(task.task_id): i for i, task in enumerate(chosen)}
     models = sorted({line.model or "" for line in joined.lines})
+    answers = _graded_answers(joined, chosen, models)
+    folds, by_family = _folds(models)
+    held_out = None
+    if len(models) >= 2 * FEWEST:
+        held_out = _held_out(answers, folds, len(chosen))
+    per_task = np.bincount(answers.task, minlength=len(chosen))
+    facts = Facts(
+        tasks=tuple(map(task_key, chosen)),
+        ids=tuple(str(task.task_id) for task in chosen),
+        answers=tuple(map(int, per_task)),
+        judges=tuple(judges),
+        models=tuple(models),
+        held_out=_held_out_facts(held_out, by_family),
+    )
+    save_judge(out, fit(answers, len(chosen)), facts)
+    return Fitted(
+        n_answers=len(answers.task),
+        n_tasks=len(chosen),
+        models=facts.models,
+        judges=facts.judges,
+        unmatched=joined.unmatched(),
+        dropped=tuple(task_id for task_id in counts if task_id not in facts.ids),
+        held_out=held_out,
+        by_family=by_family,
+    )
+
+
+def _graded_answers(joined: Joined, tasks: Sequence[Task], models: Sequence[str]) -> GradedAnswers:
+    """The answers to `tasks`, with tasks and models by their places and families weighed."""
+    place = {str(task.task_id): i for i, task in enumerate(tasks)}
     number = {model: i for i, model in enumerate(models)}
     sizes = Counter(map(family, models))
-    rows = [
-        (
-            place[str(line.task.task_id)],
-            number[line.model or ""],
-            grade,
-            look(line.task, line.answer),
-        )
-        for line, grade in zip(joined.lines, joined.grades, strict=True)
-        if str(line.task.task_id) in place
-    ]
-    examples = Examples(
-        np.array([row[0] for row in rows]),
-        np.array([row[1] for row in rows]),
-        np.array([row[2] for row in rows], float),
-        [row[3][0] for row in rows],
-        np.stack([row[3][1] for row in rows]),
-        np.array([sizes[family(models[row[1]])] ** -FAMILY_POWER for row in rows]),
-    )
-    folds, by_family = _folds(models)
-    held_out = _held_out(examples, folds, len(chosen)) if len(models) >= 2 * FEWEST else None
-    weights = fit(examples, len(chosen))
-    _save(out, weights, chosen, examples, judges, models, held_out, by_family)
-    dropped = tuple(task_id for task_id in counts if task_id not in place)
-    return Fitted(
-        len(rows),
-        len(chosen),
-        tuple(models),
-        tuple(judges),
-        joined.unmatched(),
-        dropped,
-        held_out,
-        by_family,
+    task, model, grades, grams, measures, weights = [], [], [], [], [], []
+    for line, grade in zip(joined.lines, joined.grades, strict=True):
+        if str(line.task.task_id) not in place:
+            continue
+        name = line.model or ""
+        x, z = look(line.task, line.answer)
+        task.append(place[str(line.task.task_id)])
+        model.append(number[name])
+        grades.append(grade)
+        grams.append(x)
+        measures.append(z)
+        weights.append(sizes[family(name)] ** -FAMILY_POWER)
+    return GradedAnswers(
+        np.array(task),
+        np.array(model),
+        np.array(grades, float),
+        grams,
+        np.stack(measures),
+        np.array(weights),
     )
 
 
 def _folds(models: Sequence[str]) -> tuple[NDArray[np.int64], bool]:
-    """(each model's fold, whether whole families stand in one fold). By family where there are
-    enough of them, largest first.
+    """(each model's fold, whether whole families share a fold).
+
+    By family where there are enough of them; the largest are placed first.
     """
-    groups = Counter(map(family, models))
-    by_family = len(groups) >= FOLDS
+    groups = list(map(family, models))
+    by_family = len(set(groups)) >= FOLDS
     if not by_family:
-        groups = Counter(models)
-    sizes, fold = [0] * FOLDS, {}
-    for name, size in sorted(groups.items(), key=lambda item: (-item[1], item[0])):
+        groups = list(models)
+    sizes = [0] * FOLDS
+    fold = {}
+    for name, size in sorted(Counter(groups).items(), key=lambda item: (-item[1], item[0])):
         fold[name] = int(np.argmin(sizes))
         sizes[fold[name]] += size
-    return np.array([fold[family(m) if by_family else m] for m in models]), by_family
+    return np.array([fold[name] for name in groups]), by_family
 
 
-def _held_out(examples: Examples, folds: NDArray[np.int64], n_tasks: int) -> Agreements:
+def _held_out(answers: GradedAnswers, folds: NDArray[np.int64], n_tasks: int) -> Agreements:
     """Agreement with the grades of models that a fit did not see, each fold in turn."""
     shape = (len(folds), n_tasks)
-    predicted, expected = np.full(shape, np.nan), np.full(shape, np.nan)
-    expected[examples.model, examples.task] = examples.grade
+    predicted = np.full(shape, np.nan)
+    expected = np.full(shape, np.nan)
+    expected[answers.model, answers.task] = answers.grade
     for fold in range(FOLDS):
-        test = folds[examples.model] == fold
+        test = folds[answers.model] == fold
         if test.any() and not test.all():
-            part = examples.at(test)
-            predicted[part.model, part.task] = predict(fit(examples.at(~test), n_tasks), part)
+            part = answers.at(test)
+            predicted[part.model, part.task] = predict(fit(answers.at(~test), n_tasks), part)
     return compare(predicted, expected)
 
 
-def _save(
-    out: Path,
-    weights: Weights,
-    tasks: Sequence[Task],
-    examples: Examples,
-    judges: Sequence[str],
-    models: Sequence[str],
-    held_out: Agreements | None,
-    by_family: bool,
-) -> None:
-    counts = np.bincount(examples.task, minlength=len(tasks))
-    told: dict[str, Any] = {}
-    if held_out is not None:
-        told = {"folds": FOLDS, "by_family": by_family} | {
-            name: getattr(held_out, name).as_json()
-            for name in ("within_task", "model_level", "within_model", "difficulty_baseline")
-        }
-    keys, ids = tuple(map(task_key, tasks)), tuple(str(task.task_id) for task in tasks)
-    save_judge(
-        out, weights, Facts(keys, ids, tuple(map(int, counts)), tuple(judges), tuple(models), told)
-    )
+def _held_out_facts(held_out: Agreements | None, by_family: bool) -> dict[str, Any]:
+    if held_out is None:
+        return {}
+    return {
+        "folds": FOLDS,
+        "by_family": by_family,
+        "within_task": held_out.within_task.as_json(),
+        "model_level": held_out.model_level.as_json(),
+        "within_model": held_out.within_model.as_json(),
+        "difficulty_baseline": held_out.difficulty_baseline.as_json(),
+    }

@@ -1,8 +1,7 @@
-"""The learned judge: a ridge regression for each task, fitted on graded answers to that task
-(judging/ridge.py).
+"""The learned judge: a ridge regression for each task, fitted on graded answers to that task.
 
-It knows the tasks that it was fitted on and no others, by their whole text; another task is refused
-and not guessed.
+ridge.py fits it. It knows the tasks that it was fitted on and no others, by their whole text;
+another task is refused rather than guessed.
 """
 
 from __future__ import annotations
@@ -11,8 +10,8 @@ import io
 import json
 import re
 import zipfile
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,38 +23,37 @@ from evomerge.errors import InputError, TaskError
 from evomerge.files import replace_file
 from evomerge.judging.grade import Grade
 from evomerge.judging.learned import features
-from evomerge.judging.learned.features import Floats, Ints, in_english, look
+from evomerge.judging.learned.features import Float32s, Ints, in_english, look
 
 if TYPE_CHECKING:
     from evomerge.answering.engine import Answer
     from evomerge.tasks import Task
 
 FORMAT, FORMAT_VERSION = "evomerge-learned-judge", 2
-CLIP = 3.0  # standard deviations: an odd answer is no odder than that
-_ARRAYS = ("idf", "grams", "grams_scale", "measures", "mean", "scale", "bias", "asks_english")
+CLIP = 3.0  # standard deviations: an unusual answer counts as no further out than that
 
 
 @dataclass(frozen=True)
-class Weights:
+class JudgeWeights:
     """The fitted numbers; T tasks, B buckets, M measures.
 
-    The grade is bias[g, t] + grams[t] · x + measures[t] · z, x the answer's n-grams times idf at
-    length 1, z its measures as
-    standard scores within the task and the group g: 1 for answers in English where the task does
-    not ask for that, else 0.
+    The grade is bias[g, t] + grams[t] · x + measures[t] · z. x are the answer's n-grams times idf,
+    at length 1; z its measures as standard scores within the task and the group g, which is 1 for
+    answers in English where the task does not ask for that, else 0.
     """
 
-    idf: Floats  # [B]
-    grams: Floats  # [T, B]
-    measures: Floats  # [T, M]
-    mean: Floats  # [2, T, M]
-    scale: Floats  # [2, T, M]
-    bias: Floats  # [2, T]
+    idf: Float32s  # [B]
+    grams: Float32s  # [T, B]
+    measures: Float32s  # [T, M]
+    mean: Float32s  # [2, T, M]
+    scale: Float32s  # [2, T, M]
+    bias: Float32s  # [2, T]
     asks_english: NDArray[np.bool_]  # [T]
 
-    def predict(self, t: int, x: tuple[Ints, Floats], z: Floats) -> float:
-        """The unbounded grade of an answer to task number t, by its n-grams (buckets, weights) and
-        its measures [M].
+    def predict(self, t: int, x: tuple[Ints, Float32s], z: Float32s) -> float:
+        """The grade, not yet limited to 1 to 5, of an answer to task number t.
+
+        `x` are its n-grams (buckets, weights), `z` its measures [M].
         """
         buckets, values = x[0], x[1] * self.idf[x[0]]
         values /= max(1e-9, float(np.sqrt(values @ values)))
@@ -99,47 +97,57 @@ class LearnedJudge:
         if not re.search(r"\w", answer.text):
             return Grade(1.0, None, "answer without a word")
         value = self.weights.predict(t, *look(task, answer))
-        why = f"predicted from {self.facts.answers[t]} answers to this task graded by {', '.join(self.facts.judges)}"
+        judges = ", ".join(self.facts.judges)
+        why = f"predicted from {self.facts.answers[t]} answers to this task graded by {judges}"
         return Grade(round(min(5.0, max(1.0, value)), 4), None, why)
 
     def _place(self, task: Task) -> int:
         place = self._places.get(task_key(task))
-        if place is None:
-            same = str(task.task_id) in self.facts.ids
-            raise TaskError(
-                "the learned judge was fitted on another text of this task"
-                if same
-                else "the learned judge was not fitted on this task",
-                where=self.file,
-                found=task.task_id,
-                remedy="Fit it on graded answers to this task (evomerge judge fit), or use another judge.",
-            )
-        return place
+        if place is not None:
+            return place
+        what = "the learned judge was not fitted on this task"
+        if str(task.task_id) in self.facts.ids:
+            what = "the learned judge was fitted on another text of this task"
+        raise TaskError(
+            what,
+            where=self.file,
+            found=task.task_id,
+            remedy="Fit it on graded answers to this task (evomerge judge fit), "
+            "or use another judge.",
+        )
 
 
 def task_key(task: Task) -> str:
-    """A task by what it asks and how it is graded, whatever its id."""
+    """A task by its input and how it is graded, whatever its id."""
     return sha256(json.dumps([task.input, task.output, task.eval_aspect]).encode()).hexdigest()[:16]
 
 
-def save_judge(path: Path, weights: Weights, facts: Facts) -> None:
-    """Write an .npz file: arrays, and a JSON text; nothing in it runs on loading. Raises
-    OutputError.
+def save_judge(path: Path, weights: JudgeWeights, facts: Facts) -> None:
+    """Write an .npz file of arrays and a JSON text, of which nothing runs on loading.
+
+    Raises OutputError.
     """
-    # halves hold 1e-7 steps of it; ranks need no more
+    # half precision holds steps of 1e-7 of it; ranks need no more
     scale = np.abs(weights.grams).max(1, keepdims=True).clip(min=1e-12)
     arrays = {
-        "idf": weights.idf, "grams": (weights.grams / scale).astype(np.float16), "grams_scale": scale[:, 0], "measures": weights.measures,
-        "mean": weights.mean, "scale": weights.scale, "bias": weights.bias, "asks_english": weights.asks_english,
-    }  # fmt: skip
+        "idf": weights.idf,
+        "grams": (weights.grams / scale).astype(np.float16),
+        "grams_scale": scale[:, 0],
+        "measures": weights.measures,
+        "mean": weights.mean,
+        "scale": weights.scale,
+        "bias": weights.bias,
+        "asks_english": weights.asks_english,
+    }
+    tasks = [
+        {"key": key, "task_id": task_id, "answers": n}
+        for key, task_id, n in zip(facts.tasks, facts.ids, facts.answers, strict=True)
+    ]
     about = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
         "features": features.VERSION,
-        "tasks": [
-            {"key": k, "task_id": i, "answers": n}
-            for k, i, n in zip(facts.tasks, facts.ids, facts.answers, strict=True)
-        ],
+        "tasks": tasks,
         "judges": list(facts.judges),
         "models": list(facts.models),
         "held_out": facts.held_out,
@@ -149,7 +157,8 @@ def save_judge(path: Path, weights: Weights, facts: Facts) -> None:
     replace_file(path, lambda p: p.write_bytes(buffer.getvalue()), make_folder=False)
 
 
-def _read(path: Path) -> tuple[Weights, Facts, str]:
+def _read(path: Path) -> tuple[JudgeWeights, Facts, str]:
+    """(weights, facts, the file's SHA-256). Raises InputError."""
     if not path.is_file():
         raise InputError(
             "no such file of a learned judge",
@@ -160,43 +169,58 @@ def _read(path: Path) -> tuple[Weights, Facts, str]:
         data = path.read_bytes()
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
             about = json.loads(str(file["about"]))
-            version = (about["format"], about["version"], about["features"])
-            arrays = (
-                {name: file[name] for name in _ARRAYS}
-                if version == (FORMAT, FORMAT_VERSION, features.VERSION)
-                else {}
-            )
-        if not arrays:
-            raise InputError(
-                "was fitted by another version",
-                where=path,
-                found="/".join(map(str, version)),
-                remedy=f"Fit it again: this is {FORMAT}/{FORMAT_VERSION}/{features.VERSION}.",
-            )
-        facts = Facts(
-            tuple(str(task["key"]) for task in about["tasks"]),
-            tuple(str(task["task_id"]) for task in about["tasks"]),
-            tuple(int(task["answers"]) for task in about["tasks"]),
-            tuple(about["judges"]),
-            tuple(about["models"]),
-            about["held_out"],
-        )
-        scale = arrays.pop("grams_scale")
-        weights = Weights(**arrays)
-        t, b, m = len(facts.tasks), 1 << features.BITS, len(features.NAMES)
-        found = {name: a.shape for name, a in (vars(weights) | {"grams_scale": scale}).items()}
-        asked: dict[str, tuple[int, ...]] = {
-            "idf": (b,), "grams": (t, b), "measures": (t, m), "mean": (2, t, m), "scale": (2, t, m), "bias": (2, t),
-            "asks_english": (t,), "grams_scale": (t,),
-        }  # fmt: skip
-        if found != asked:
-            raise ValueError("arrays of other shapes")
+            _check_version(about, path)
+            facts = _facts(about)
+            weights = _weights(file, len(facts.tasks))
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(
-            f"is no learned judge: {error}", where=path, remedy="Make one with evomerge judge fit."
+            f"is not a learned judge: {error}",
+            where=path,
+            remedy="Make one with evomerge judge fit.",
         ) from error
-    return _scaled(weights, scale), facts, sha256(data).hexdigest()
+    return weights, facts, sha256(data).hexdigest()
 
 
-def _scaled(weights: Weights, scale: Floats) -> Weights:
-    return replace(weights, grams=weights.grams.astype(np.float32) * scale[:, None])
+def _check_version(about: dict[str, Any], path: Path) -> None:
+    version = (about["format"], about["version"], about["features"])
+    if version != (FORMAT, FORMAT_VERSION, features.VERSION):
+        raise InputError(
+            "was fitted by another version",
+            where=path,
+            found="/".join(map(str, version)),
+            remedy=f"Fit it again: this is {FORMAT}/{FORMAT_VERSION}/{features.VERSION}.",
+        )
+
+
+def _facts(about: dict[str, Any]) -> Facts:
+    tasks = about["tasks"]
+    return Facts(
+        tuple(str(task["key"]) for task in tasks),
+        tuple(str(task["task_id"]) for task in tasks),
+        tuple(int(task["answers"]) for task in tasks),
+        tuple(about["judges"]),
+        tuple(about["models"]),
+        about["held_out"],
+    )
+
+
+def _weights(file: Mapping[str, NDArray[Any]], t: int) -> JudgeWeights:
+    """The weights for t tasks. Raises ValueError for arrays of other shapes."""
+    b = 1 << features.BITS
+    m = len(features.NAMES)
+    shapes: dict[str, tuple[int, ...]] = {
+        "idf": (b,),
+        "grams": (t, b),
+        "grams_scale": (t,),
+        "measures": (t, m),
+        "mean": (2, t, m),
+        "scale": (2, t, m),
+        "bias": (2, t),
+        "asks_english": (t,),
+    }
+    arrays = {name: file[name] for name in shapes}
+    if any(arrays[name].shape != shape for name, shape in shapes.items()):
+        raise ValueError("arrays of other shapes")
+    scale = arrays.pop("grams_scale")
+    arrays["grams"] = arrays["grams"].astype(np.float32) * scale[:, None]
+    return JudgeWeights(**arrays)

@@ -1,3 +1,1 @@
-"""The rule-based judge, offline: closed tasks by what the answer says, open ones by measures of its
-text.
-"""
+"""The rule-based judge, offline: closed tasks are right or wrong, open ones are measured."""

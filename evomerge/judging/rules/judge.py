@@ -1,11 +1,9 @@
-"""The rule-based judge: offline, deterministic, 1 to 5 from the task's input, reference and grading
-points.
+"""The rule-based judge: offline, deterministic, 1 to 5 from the task alone.
 
-Closed tasks are right or wrong (judging/closed.py). An open task's grade is a sum of a few measures
-(judging/prose.py)
-with weights that are the same for every task: how far the answer comes to the reference's
-conclusion, says its facts and shares its wording, and what spoils it. docs/JUDGES.md says how far
-that agrees with strong judges.
+Closed tasks are right or wrong (closed_tasks/grading.py). An open task's grade is a sum of a few
+measures (open_tasks/measures.py) with weights that are the same for every task: how near the answer
+comes to the reference's conclusion, how many of its facts and how much of its wording it shares,
+and what spoils it. docs/JUDGES.md reports how far that agrees with strong judges.
 """
 
 from __future__ import annotations
@@ -14,17 +12,17 @@ import re
 
 from evomerge.answering.engine import Answer
 from evomerge.judging.grade import Grade
-from evomerge.judging.rules.closed import is_closed, judge_closed
-from evomerge.judging.rules.prose import Expected, Measured, expected_of, measure
+from evomerge.judging.rules.closed_tasks.grading import is_closed, judge_closed
+from evomerge.judging.rules.open_tasks.measures import Expected, Measured, expected_of, measure
 from evomerge.tasks import Task
 from evomerge.text import clean, repetition
 
-LONGEST = 8_000  # characters that are read; what comes after tells nothing new
+LONGEST = 8_000  # characters that are read; what follows adds nothing
 
 # Grade points for a measure of 1. Least squares with fixed signs on GPT-4-turbo's and Athene-V2's
 # grades of the models of some families, rounded; the other families were kept for measuring. The
-# last four are set by hand: the answers that were graded hardly hold such, and an answer in English
-# shares no wording with a Japanese reference as it is.
+# last four are set by hand: the graded answers hardly contain such cases, and an answer in English
+# shares no wording with a Japanese reference anyway.
 BASE = 2.6
 MERITS = {
     "overlap": 1.1,
@@ -47,6 +45,8 @@ FAULTS = {
     "cut off": 0.75,
 }
 WITHOUT_REFERENCE = 3.0  # minus the faults
+_WORD = re.compile(r"\w")
+_WORD_OR_SYMBOL = re.compile(r"[\w\[\](){}<>+*/=]")  # an open task may ask for brackets alone
 
 
 class RulesJudge:
@@ -56,47 +56,55 @@ class RulesJudge:
     version = "2"
 
     def grade(self, task: Task, answer: Answer) -> Grade:
-        """Grade one answer, 1.0 to 5.0; never raises on any text."""
-        closed = is_closed(task.output)
+        """Grade one answer, 1.0 to 5.0; never raises, whatever the text."""
         text = answer.text[:LONGEST]
-        # an open task may ask for brackets alone
-        if not re.search(r"\w" if closed else r"[\w\[\](){}<>+*/=]", text):
-            return Grade(
-                1.0,
-                False if closed else None,
-                "empty answer" if not text.strip() else "answer without a word",
-            )
-        if not closed:
-            return _grade_open(task, text, truncated=answer.truncated)
-        finding = judge_closed(task.input, task.output, text)
-        if finding.correct:
-            looping = repetition(text) > 0.5
-            return Grade(
-                4.0 if looping else 5.0,
-                True,
-                f"right: {finding.why}" + (", then repeats itself" if looping else ""),
-            )
+        if is_closed(task.output):
+            return _grade_closed(task, text)
+        return _grade_open(task, text, truncated=answer.truncated)
+
+
+def _grade_closed(task: Task, text: str) -> Grade:
+    if not _WORD.search(text):
+        return Grade(1.0, False, _empty_reason(text))
+    finding = judge_closed(task.input, task.output, text)
+    if not finding.correct:
         return Grade(round(1 + 2 * min(1.0, finding.nearness), 2), False, f"wrong: {finding.why}")
+    if repetition(text) > 0.5:
+        return Grade(4.0, True, f"right: {finding.why}, then repeats itself")
+    return Grade(5.0, True, f"right: {finding.why}")
 
 
 def _grade_open(task: Task, raw: str, *, truncated: bool) -> Grade:
-    expected, text = expected_of(task.input, task.output, task.eval_aspect), clean(raw)
-    found = measure(expected, raw, text, truncated=truncated)
+    if not _WORD_OR_SYMBOL.search(raw):
+        return Grade(1.0, None, _empty_reason(raw))
+    expected = expected_of(task.input, task.output, task.eval_aspect)
+    found = measure(expected, raw, clean(raw), truncated=truncated)
     if expected.reference:
-        merits = sum(weight * found.values[name] for name, weight in MERITS.items())
         # capped first: a fault always shows
-        value, reasons = min(5.0, BASE + merits), _merits(expected, found)
+        value = min(5.0, BASE + _weighted_sum(MERITS, found))
+        reasons = _merits(expected, found)
     else:
-        value, reasons = WITHOUT_REFERENCE, ["no reference to compare with"]
-    value -= sum(weight * found.values[name] for name, weight in FAULTS.items())
+        value = WITHOUT_REFERENCE
+        reasons = ["no reference to compare with"]
+    value -= _weighted_sum(FAULTS, found)
     reasons += _faults(expected, found)
     return Grade(round(min(5.0, max(1.0, value)), 2), None, "; ".join(reasons))
+
+
+def _weighted_sum(weights: dict[str, float], found: Measured) -> float:
+    return sum(weight * found.values[name] for name, weight in weights.items())
+
+
+def _empty_reason(text: str) -> str:
+    return "answer without a word" if text.strip() else "empty answer"
 
 
 def _merits(expected: Expected, found: Measured) -> list[str]:
     """What the answer shares with the reference, in words."""
     values = found.values
-    reasons = [f"{expected.kind}: {', '.join(found.findings)}" if found.findings else expected.kind]
+    reasons = [expected.kind]
+    if found.findings:
+        reasons = [f"{expected.kind}: {', '.join(found.findings)}"]
     reasons.append(f"overlap {values['overlap']:.2f} with the reference")
     if expected.facts:
         reasons.append(f"{values['facts']:.0%} of its facts")

@@ -1,11 +1,9 @@
-"""Model families, by name, and the split of families that keeps tuning a judge apart from testing
-it.
+"""Model families, by name, and the split of families that keeps tuning a judge from testing it.
 
-Two models of one family answer alike, so a judge fitted on one is no stranger to the other. A
-family is whoever trained
-the model to answer: Shisa's fine-tunes of Llama and Mistral are one family, since the training data
-decides how an answer reads. Where the name tells no more, it is the base's family, and else the
-organisation or the name itself.
+Two models of one family answer alike, so a judge fitted on one has practically seen the other. A
+family is the organisation that trained the model to answer: Shisa's fine-tunes of Llama and Mistral
+are one family, since the training data decides how an answer reads. Where the name does not tell,
+it is the base's family, and else the organisation or the name itself.
 """
 
 from __future__ import annotations
@@ -55,36 +53,33 @@ FAMILIES: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def family(model: str) -> str:
-    """The family of a model by its name, such as `llama` for `meta-llama__Llama-3.1-8B-Instruct`."""
+    """A model's family by its name: `llama` for `meta-llama__Llama-3.1-8B-Instruct`."""
     name = model.lower()
     for known, marks in FAMILIES:
         if any(mark in name for mark in marks):
             return known
-    # An organisation before / or __, or the name up to its first number: sizes and versions follow
-    # there.
+    # an organisation before / or __, or the name up to its first number, where sizes and versions
+    # begin
     first = re.split(r"/|__", name.strip("_/"))[0]
     return re.split(r"[-_.~ ]?v?\d", first)[0] or first
 
 
 def is_tuning(model: str) -> bool:
-    """Whether whoever tunes or fits a judge may look at this model; those for which it is False
-    test the judge.
+    """Whether tuning or fitting a judge may use this model; the others test the judge.
 
-    By the first byte of the family's SHA-256: even is tuning. It depends on no grade.
+    By the first byte of the family's SHA-256: even is tuning. It does not depend on any grade.
     """
     return sha256(family(model).encode()).digest()[0] % 2 == 0
 
 
 def split_models(models: Iterable[str]) -> tuple[list[str], list[str]]:
-    """(models of the tuning families, models of the test families), each sorted and without
-    duplicates.
-    """
+    """(models of the tuning families, of the test families), each sorted, without doubles."""
     names = sorted(set(models))
-    return [m for m in names if is_tuning(m)], [m for m in names if not is_tuning(m)]
+    return list(filter(is_tuning, names)), [name for name in names if not is_tuning(name)]
 
 
 def wanted_models(which: str) -> Callable[[str | None], bool]:
-    """A filter for all, tuning or test: whether a model (None: no name) belongs."""
+    """A filter of models by `which`: all, tuning or test. None is a model without a name."""
     if which == "all":
         return lambda model: True
     return lambda model: is_tuning(model or "") == (which == "tuning")

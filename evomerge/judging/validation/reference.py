@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from evomerge.errors import InputError, TaskError
 from evomerge.judging.answer_files import AnswerLine
-from evomerge.tasks import Task, read_json_records
+from evomerge.task_files import read_json_records
+from evomerge.tasks import Task
 
 Key = tuple[str | None, str]  # model, task id
 
 
 @dataclass(frozen=True)
 class GradeLine:
-    """One reference grade, 1 to 5; `take` counts the runs of one judge on one answer from 1."""
+    """One reference grade, 1 to 5; `take` numbers a judge's runs over one answer from 1."""
 
     model: str | None
     task_id: str
@@ -34,9 +34,7 @@ class GradeLine:
 
 @dataclass(frozen=True)
 class Joined:
-    """Answers with their reference grades (the mean over judges), and how many lines found no
-    partner.
-    """
+    """Answers with their reference grades (means over judges), and how many lines had no match."""
 
     lines: tuple[AnswerLine, ...]
     grades: tuple[float, ...]
@@ -44,23 +42,19 @@ class Joined:
     grades_alone: int
 
     def unmatched(self) -> str:
-        """A line for people, or an empty one."""
-        parts = [
-            f"{n} {what}"
-            for n, what in (
-                (self.answers_alone, "answers without a grade"),
-                (self.grades_alone, "grades without an answer"),
-            )
-            if n
-        ]
+        """One line on what was left out, or an empty text."""
+        parts = []
+        if self.answers_alone:
+            parts.append(f"{self.answers_alone} answers without a grade")
+        if self.grades_alone:
+            parts.append(f"{self.grades_alone} grades without an answer")
         return f"left out: {' and '.join(parts)}" if parts else ""
 
 
 def read_grades(path: str | Path, tasks: Sequence[Task]) -> list[GradeLine]:
-    """The grades of a JSON-lines file: task_id, judge, grade, and model and take where there are
-    several.
+    """The grades of a JSON-lines file: task_id, judge, grade, and optionally model and take.
 
-    Raises TaskError for an unknown task, InputError for lines that are no grades, are out of 1 to
+    Raises TaskError for an unknown task, InputError for lines that are not grades, are outside 1 to
     5, or come twice.
     """
     path = Path(path)
@@ -75,15 +69,15 @@ def read_grades(path: str | Path, tasks: Sequence[Task]) -> list[GradeLine]:
     lines = []
     for place, record in read_json_records(path):
         line = _grade_line(record, known, f"{path}, {place}")
-        whole = (line.model, line.task_id, line.judge, line.take)
-        if whole in seen:
+        identity = (line.model, line.task_id, line.judge, line.take)
+        if identity in seen:
             raise InputError(
-                f"a second grade of this answer by {line.judge}, the first in {seen[whole]}",
+                f"a second grade of this answer by {line.judge}; the first is in {seen[identity]}",
                 where=f"{path}, {place}",
                 found=line.task_id,
                 remedy="Number a judge's runs with `take`.",
             )
-        seen[whole] = place
+        seen[identity] = place
         lines.append(line)
     if not lines:
         raise InputError(
@@ -97,8 +91,9 @@ def read_grades(path: str | Path, tasks: Sequence[Task]) -> list[GradeLine]:
 def pick(
     lines: Iterable[GradeLine], judges: Sequence[str], path: str | Path, take: int = 1
 ) -> dict[Key, float]:
-    """One take's grades of one or several judges, averaged. Raises InputError naming the judges
-    that the file has.
+    """One take's grades by one or several judges, averaged.
+
+    Raises InputError naming the judges that the file has.
     """
     lines = list(lines)
     names = Counter(line.judge for line in lines)
@@ -108,26 +103,28 @@ def pick(
                 "the file has no grades by this judge",
                 where=path,
                 found=judge,
-                remedy=f"It has {', '.join(sorted(names))}.",
+                remedy=f"Name one of {', '.join(sorted(names))}.",
             )
-    sums: dict[Key, list[float]] = {}
+    grades: dict[Key, list[float]] = {}
     for line in lines:
         if line.judge in judges and line.take == take:
-            sums.setdefault(line.key, []).append(line.grade)
-    return {key: math.fsum(grades) / len(grades) for key, grades in sums.items()}
+            grades.setdefault(line.key, []).append(line.grade)
+    return {key: math.fsum(values) / len(values) for key, values in grades.items()}
 
 
-def join(answers: Iterable[AnswerLine], grades: dict[Key, float]) -> Joined:
-    """Answers that have a grade, in their order. Raises InputError where there is none."""
+def join_grades(answers: Iterable[AnswerLine], grades: Mapping[Key, float]) -> Joined:
+    """The answers that have a grade, in their order. Raises InputError where there is none."""
     answers = list(answers)
     lines = [line for line in answers if answer_key(line) in grades]
     if not lines:
-        a, g = next(iter(answers)), next(iter(grades), None)
+        answer = answers[0]
+        grade = next(iter(grades), None)
         raise InputError(
             "no answer has a grade by that judge",
             where="answers and grades",
-            found=f"an answer of model {a.model} to task {a.task.task_id}, a grade of {g}",
-            remedy="They are joined by `model` and `task_id`.",
+            found=f"an answer of model {answer.model} to task {answer.task.task_id}, "
+            f"a grade of {grade}",
+            remedy="Use the same `model` and `task_id` in both files.",
         )
     return Joined(
         tuple(lines),
@@ -142,17 +139,16 @@ def answer_key(line: AnswerLine) -> Key:
     return line.model, str(line.task.task_id)
 
 
-def _grade_line(record: dict[str, Any], known: set[str], where: str) -> GradeLine:
+def _grade_line(record: Mapping[str, object], known: set[str], where: str) -> GradeLine:
     for key in ("task_id", "judge", "grade"):
         if key not in record:
             raise InputError(
                 f"a grade has no `{key}`",
                 where=where,
                 found=sorted(record),
-                remedy="Each needs `task_id`, `judge`, `grade`.",
+                remedy="Give each grade `task_id`, `judge` and `grade`.",
             )
-    task_id, judge, grade = record["task_id"], record["judge"], record["grade"]
-    model, take = record.get("model"), record.get("take", 1)
+    task_id = record["task_id"]
     if isinstance(task_id, bool) or str(task_id) not in known:
         raise TaskError(
             "a grade of an unknown task",
@@ -160,13 +156,15 @@ def _grade_line(record: dict[str, Any], known: set[str], where: str) -> GradeLin
             found=task_id,
             remedy="Use the task file that was graded.",
         )
+    grade = record["grade"]
     if isinstance(grade, bool) or not isinstance(grade, int | float) or not 1 <= grade <= 5:
         raise InputError(
-            "`grade` is no number from 1 to 5",
+            "`grade` is not a number from 1 to 5",
             where=where,
             found=grade,
             remedy="Leave out what could not be graded.",
         )
+    judge = record["judge"]
     if not isinstance(judge, str) or not judge:
         raise InputError(
             "`judge` is not a name",
@@ -174,15 +172,20 @@ def _grade_line(record: dict[str, Any], known: set[str], where: str) -> GradeLin
             found=judge,
             remedy="Write the judge's name as a string.",
         )
+    model = record.get("model")
     if model is not None and not isinstance(model, str):
         raise InputError(
-            "`model` is not a text",
+            "`model` is not a string",
             where=where,
             found=model,
             remedy="Write the model's name as a string.",
         )
+    take = record.get("take", 1)
     if isinstance(take, bool) or not isinstance(take, int) or take < 1:
         raise InputError(
-            "`take` is no count", where=where, found=take, remedy="Number a judge's runs 1, 2, …."
+            "`take` is not a count",
+            where=where,
+            found=take,
+            remedy="Number a judge's runs 1, 2, ….",
         )
     return GradeLine(model, str(task_id), judge, take, float(grade))

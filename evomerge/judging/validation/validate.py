@@ -1,12 +1,13 @@
-"""How far a judge can be trusted: `evomerge judge validate` runs it on answers that a reference has
-graded.
+"""How far a judge can be trusted, measured on answers that a reference has graded.
+
+This is `evomerge judge validate`.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from evomerge.judging.answer_files import AnswerLine, grade_lines, read_answers
-from evomerge.judging.choose import check_tasks, judge_from_options
+from evomerge.judging.factory import check_tasks, judge_from_options
 from evomerge.judging.grade import Grade, Judge
 from evomerge.judging.validation.agreement import (
     RESAMPLES,
@@ -23,19 +24,18 @@ from evomerge.judging.validation.agreement import (
     compare,
     spearman,
 )
-from evomerge.judging.validation.families import family, is_tuning, split_models, wanted_models
-from evomerge.judging.validation.reference import Joined, join, pick, read_grades
+from evomerge.judging.validation.families import wanted_models
+from evomerge.judging.validation.reference import Joined, join_grades, pick, read_grades
 from evomerge.tasks import load_tasks
-
-__all__ = ["Again", "Validation", "family", "is_tuning", "split_models", "validate_files"]
 
 AGAIN = 200  # answers that are graded a second time
 
 
 @dataclass(frozen=True)
-class Again:
-    """Two runs over the same n answers: the share of equal grades, the mean distance, and Spearman
-    over the answers (None: constant).
+class Repeatability:
+    """Two runs over the same n answers: share of equal grades, mean distance, and Spearman.
+
+    `spearman` is over the answers, None where one run is constant.
     """
 
     n: int
@@ -54,8 +54,8 @@ class Validation:
     n_answers: int
     n_tasks: int
     agreements: Agreements
-    again: Again | None
-    reference_again: Again | None
+    again: Repeatability | None
+    reference_again: Repeatability | None
     seconds_per_100: float
     cost_per_100: float | None
     unmatched: str
@@ -80,28 +80,28 @@ class Validation:
         """The table for people."""
         a = self.agreements
         lines = [
-            f"{self.judge} against {self.reference}: {self.n_answers} answers of {self.n_models} models to {self.n_tasks} tasks",
+            f"{self.judge} against {self.reference}: {self.n_answers} answers of "
+            f"{self.n_models} models to {self.n_tasks} tasks",
             "",
             "Spearman                                          value   95 % interval     n",
             _row("within one task, across models (the honest one)", a.within_task, "tasks"),
             _row("across the models' means", a.model_level, "models"),
             _row("within a model, across tasks", a.within_model, "models"),
-            _row("  what task difficulty alone explains of it", a.difficulty_baseline, "models"),
+            _row("  explained by task difficulty alone", a.difficulty_baseline, "models"),
             "",
-            "Model pairs ordered right, by the gap of means",
+            "Model pairs in the right order, by the gap of their means",
             *(_row(f"  {gap}", pairs, "pairs") for gap, pairs in a.pairs.items()),
             "",
-            f"a second run of {self.judge}: {_again(self.again)}",
-            *(
-                [f"a second take of {self.reference}: {_again(self.reference_again)}"]
-                if self.reference_again
-                else []
-            ),
-            f"{self.seconds_per_100:.3g} s per 100 answers, "
-            + ("no cost" if not self.cost_per_100 else f"cost {self.cost_per_100:.4g}"),
-            "Intervals: the models resampled with replacement, " + f"{RESAMPLES:,} times.",
+            f"a second run of {self.judge}: {_rerun_text(self.again)}",
         ]
-        return "\n".join(lines + ([self.unmatched] if self.unmatched else []))
+        if self.reference_again:
+            lines.append(f"a second take of {self.reference}: {_rerun_text(self.reference_again)}")
+        cost = f"cost {self.cost_per_100:.4g}" if self.cost_per_100 else "no cost"
+        lines.append(f"{self.seconds_per_100:.3g} s per 100 answers, {cost}")
+        lines.append(f"Intervals: the models resampled with replacement, {RESAMPLES:,} times.")
+        if self.unmatched:
+            lines.append(self.unmatched)
+        return "\n".join(lines)
 
 
 def validate_files(
@@ -117,32 +117,27 @@ def validate_files(
     """Grade the answers that `reference` has graded, and compare.
 
     `judge` and `settings` are as for `judge_from_options`. `again` answers, drawn with a fixed
-    seed, are graded a second time by a judge that remembers nothing. `models` is all, tuning or
-    test: those families only. Raises TaskError and InputError for the files, and what the judge
-    raises.
+    seed, are graded a second time without a cache. `models` is all, tuning or test: only those
+    families. Raises TaskError and InputError for the files, and what the judge raises.
     """
     tasks = load_tasks(tasks_path)
     wanted = wanted_models(models)
     graded = read_grades(grades_path, tasks)
-    grades = {
-        key: grade
-        for key, grade in pick(graded, [reference], grades_path).items()
-        if wanted(key[0])
-    }
-    joined = join(
-        [line for line in read_answers(answers_path, tasks) if wanted(line.model)], grades
-    )
+    first = pick(graded, [reference], grades_path)
+    grades = {key: grade for key, grade in first.items() if wanted(key[0])}
+    answers = [line for line in read_answers(answers_path, tasks) if wanted(line.model)]
+    joined = join_grades(answers, grades)
     chosen = judge_from_options(judge, settings)
     check_tasks(chosen, (line.task for line in joined.lines))
-    cost, began = _cost(chosen), time.perf_counter()
+    cost_before = _cost(chosen)
+    began = time.perf_counter()
     given = grade_lines(chosen, joined.lines)
-    seconds, cost = time.perf_counter() - began, _cost(chosen) - cost
+    seconds = time.perf_counter() - began
+    cost = _cost(chosen) - cost_before
     _close(chosen)
-    second = {
-        key: grade
-        for key, grade in pick(graded, [reference], grades_path, take=2).items()
-        if key in grades
-    }
+    second = pick(graded, [reference], grades_path, take=2)
+    takes = [(grades[key], grade) for key, grade in second.items() if key in grades]
+    reference_again = _repeatability(*zip(*takes, strict=True)) if takes else None
     n = len(given)
     return Validation(
         judge=chosen.name,
@@ -152,9 +147,7 @@ def validate_files(
         n_tasks=len({str(line.task.task_id) for line in joined.lines}),
         agreements=_compare(joined, given),
         again=_second_run(judge, settings, joined.lines, given, again),
-        reference_again=_agree([grades[key] for key in second], list(second.values()))
-        if second
-        else None,
+        reference_again=reference_again,
         seconds_per_100=round(100 * seconds / n, 5),
         cost_per_100=100 * cost / n if cost else None,
         unmatched=joined.unmatched(),
@@ -162,23 +155,24 @@ def validate_files(
 
 
 def _compare(joined: Joined, given: Sequence[Grade]) -> Agreements:
-    models = {
-        model: i for i, model in enumerate(sorted({line.model or "" for line in joined.lines}))
-    }
-    tasks = {
-        task_id: i
-        for i, task_id in enumerate(sorted({str(line.task.task_id) for line in joined.lines}))
-    }
+    models = _places(line.model or "" for line in joined.lines)
+    tasks = _places(str(line.task.task_id) for line in joined.lines)
     judge, reference = np.full((2, len(models), len(tasks)), np.nan)
     for line, grade, expected in zip(joined.lines, given, joined.grades, strict=True):
         cell = models[line.model or ""], tasks[str(line.task.task_id)]
-        judge[cell], reference[cell] = grade.value, expected
+        judge[cell] = grade.value
+        reference[cell] = expected
     return compare(judge, reference)
+
+
+def _places(names: Iterable[str]) -> dict[str, int]:
+    """Each different name's place in their order."""
+    return {name: i for i, name in enumerate(sorted(set(names)))}
 
 
 def _second_run(
     judge: str, settings: Sequence[str], lines: Sequence[AnswerLine], given: Sequence[Grade], n: int
-) -> Again | None:
+) -> Repeatability | None:
     """The judge once more, without its cache, on n answers."""
     if n <= 0:
         return None
@@ -186,13 +180,14 @@ def _second_run(
     fresh = judge_from_options(judge, settings, cache=None)
     grades = grade_lines(fresh, [lines[i] for i in rows])
     _close(fresh)
-    return _agree([given[i].value for i in rows], [grade.value for grade in grades])
+    return _repeatability([given[i].value for i in rows], [grade.value for grade in grades])
 
 
-def _agree(first: Sequence[float], second: Sequence[float]) -> Again:
-    a, b = np.array(first, float), np.array(second, float)
+def _repeatability(first: Sequence[float], second: Sequence[float]) -> Repeatability:
+    a = np.array(first, float)
+    b = np.array(second, float)
     rank = spearman(a, b)
-    return Again(
+    return Repeatability(
         len(a),
         float(np.mean(np.abs(a - b) < 1e-9)),
         float(np.mean(np.abs(a - b))),
@@ -210,16 +205,19 @@ def _close(judge: Judge) -> None:
         close()
 
 
-def _row(name: str, agreement: Agreement, of: str) -> str:
-    show = [
-        "  –  " if v is None else f"{v:.3f}"
-        for v in (agreement.value, agreement.low, agreement.high)
-    ]
-    return f"{name:49} {show[0]}   {show[1]} to {show[2]}   {agreement.n} {of}"
+def _row(name: str, a: Agreement, of: str) -> str:
+    value, low, high = map(_figure, (a.value, a.low, a.high))
+    return f"{name:49} {value}   {low} to {high}   {a.n} {of}"
 
 
-def _again(again: Again | None) -> str:
+def _figure(value: float | None) -> str:
+    return "  –  " if value is None else f"{value:.3f}"
+
+
+def _rerun_text(again: Repeatability | None) -> str:
     if again is None:
-        return "not asked for"
-    rank = "" if again.spearman is None else f", Spearman {again.spearman:.3f}"
-    return f"{again.same:.0%} of {again.n} grades the same, {again.distance:.3f} apart on average{rank}"
+        return "not requested"
+    text = f"{again.same:.0%} of {again.n} grades the same, {again.distance:.3f} apart on average"
+    if again.spearman is not None:
+        text += f", Spearman {again.spearman:.3f}"
+    return text

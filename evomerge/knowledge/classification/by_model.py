@@ -1,6 +1,4 @@
-"""A task's class, by how likely a model finds each class's name as the answer to the question which
-it is.
-"""
+"""A task's class by a language model: how likely it finds each class's name as the answer."""
 
 from __future__ import annotations
 
@@ -10,47 +8,53 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from evomerge.errors import ModelError
-from evomerge.knowledge.parts import Knowledge
-from evomerge.knowledge.retrieval.nearest import Matrix
+from evomerge.knowledge.records import Knowledge
+from evomerge.knowledge.retrieval.interface import Matrix
 
 Loglikelihood = Callable[[Sequence[tuple[str, str]]], list[float]]
 
 # Zhao et al. 2021, section 5: their probabilities are averaged
 CONTENT_FREE = ("N/A", "[MASK]", "")
-# characters of a task that are shown: what it asks for stands at its beginning or end
+# characters of a task that are shown: what it asks for is at its beginning or end
 LONGEST = 1000
-# tasks asked about at once, so that the texts of 10,000 never stand in memory together
+# tasks in one request, so that the texts of 10,000 are never in memory together
 TOGETHER = 64
-# share of the votes that every class keeps in `both`: one without a neighbour is not out of the
-# question
+# share of the votes that every class keeps in `both`: one without a neighbour is still possible
 LEAST = 0.01
 
 JAPANESE = re.compile("[\u3040-\u30ff\u4e00-\u9fff]")
-ASKED_JA = "次の課題は、下の種類のどれに当たりますか。種類の名前だけを答えてください。\n\n種類:\n{classes}\n\n課題:\n{task}"
-ASKED = "Which of these classes does the task belong to? Answer with the name of the class alone.\n\nClasses:\n{classes}\n\nTask:\n{task}"
+ASKED_JA = (
+    "次の課題は、下の種類のどれに当たりますか。種類の名前だけを答えてください。\n\n"
+    "種類:\n{classes}\n\n課題:\n{task}"
+)
+ASKED = (
+    "Which of these classes does the task belong to? Answer with the name of the class alone.\n\n"
+    "Classes:\n{classes}\n\nTask:\n{task}"
+)
 
 
 class ModelClassifier:
-    """Likelihoods of class names with contextual calibration (Zhao et al. 2021, "Calibrate Before
-    Use").
+    """Likelihoods of class names with contextual calibration.
 
-    share(c) = softmax over c of log P(c | question about the task) - log P_free(c), where P_free is
-    the mean share of c for tasks without content; so neither short names nor those that the model
-    likes anyway gain. `loglikelihood` gives log P(continuation | prompt) in nats, `render` the
-    whole prompt of a text (answering/prompts.py). Raises ModelError: a likelihood that is no
-    number.
+    Zhao et al. 2021, "Calibrate Before Use": share(c) = softmax over c of log P(c | question about
+    the task) - log P_free(c), where P_free is the mean share of c for tasks without content; so
+    neither short names nor those that the model prefers anyway gain. `loglikelihood` gives
+    log P(continuation | prompt) in nats, `render` the whole prompt of a text
+    (answering/prompts.py). Raises ModelError for a likelihood that is not a number.
     """
 
     def __init__(
         self, knowledge: Knowledge, loglikelihood: Loglikelihood, render: Callable[[str], str]
     ) -> None:
         self.names = [c.name for c in knowledge.classes]
-        self.classes = "\n".join(
-            f"- {c.name}: {c.description.strip()}" if c.description.strip() else f"- {c.name}"
-            for c in knowledge.classes
-        )
+        lines = []
+        for c in knowledge.classes:
+            description = c.description.strip()
+            lines.append(f"- {c.name}: {description}" if description else f"- {c.name}")
+        self.classes = "\n".join(lines)
         self.asked = ASKED_JA if JAPANESE.search(self.classes) else ASKED
-        self.loglikelihood, self.render = loglikelihood, render
+        self.loglikelihood = loglikelihood
+        self.render = render
         self.free: Matrix | None = None  # log P_free, (classes,)
 
     def shares(self, texts: Sequence[str]) -> Matrix:
@@ -71,13 +75,14 @@ class ModelClassifier:
 
     def _likelihoods(self, texts: Sequence[str]) -> Matrix:
         """log P(name | question), (texts, classes)."""
-        prompts = [self.render(self.question(text)) for text in texts]
-        found = np.array(
-            self.loglikelihood([(prompt, name) for prompt in prompts for name in self.names]), float
-        )
+        pairs = []
+        for text in texts:
+            prompt = self.render(self.question(text))
+            pairs += [(prompt, name) for name in self.names]
+        found = np.array(self.loglikelihood(pairs), float)
         if not np.isfinite(found).all():
             raise ModelError(
-                "gives class names likelihoods that are no numbers",
+                "gives class names likelihoods that are not numbers",
                 where="--classify",
                 remedy="Use --classify neighbours.",
             )
@@ -85,17 +90,15 @@ class ModelClassifier:
 
 
 def both(votes: Matrix, shares: Matrix) -> Matrix:
-    """The product of the neighbours' vote shares and the model's, normalised; both (texts,
-    classes).
-    """
+    """The product of the neighbours' and the model's shares, normalised; (texts, classes)."""
     product: Matrix = np.maximum(votes, LEAST) * shares
     total: Matrix = product / product.sum(1, keepdims=True)
     return total
 
 
 def softmax(scores: Matrix) -> Matrix:
-    """Over each row."""
+    """The softmax of each row."""
     powers = np.exp(scores - scores.max(1, keepdims=True))
-    # so that its logarithm is a number
+    # above 0, so that its logarithm is a number
     shares: Matrix = np.maximum(powers / powers.sum(1, keepdims=True), np.finfo(float).tiny)
     return shares

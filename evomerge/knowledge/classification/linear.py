@@ -1,5 +1,6 @@
-"""What a class's examples have in common, learned from all of them at once; the nearest ones alone
-say less of an odd task.
+"""A linear classifier of tasks: what a class's examples have in common.
+
+It learns from all of them at once, since for an unusual task the nearest ones tell little.
 """
 
 from __future__ import annotations
@@ -11,24 +12,23 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.knowledge.retrieval.nearest import BATCH, Matrix, plain
+from evomerge.knowledge.retrieval.interface import BATCH, Matrix, normal_form
 
 # Chosen by leaving out a tenth of the shipped base at a time, tests/labelled_tasks.jsonl in view;
 # docs/INFERENCE.md.
 LENGTHS = (1, 3)  # characters of an n-gram
 ALPHA = 0.3  # strength of the ridge
-SHARP = 4.0  # shares are the softmax of this times the scores, which lie near -1 and 1
+SHARP = 4.0  # shares are the softmax of this times the scores, which are near -1 and 1
 # a passage to work on, rather than a word
 QUOTED = re.compile('「[^「」]{16,}」|『[^『』]{16,}』|“[^“”]{16,}”|"[^"]{16,}"')
 
 
 class LinearClassifier:
-    """Ridge regression of the classes on TF-IDF vectors: (n, n-grams) to (n, classes), 1 for its
-    own class, -1 for others.
+    """Ridge regression of the classes on TF-IDF vectors: (n, n-grams) to (n, classes).
 
-    A text counts twice: whole, and as what it asks for, which is its first and its last paragraph
-    without long quotations. `classes` are the places of the texts' classes among `number`,
-    `weights` how much each text counts.
+    The target is 1 for a text's own class and -1 for the others. A text counts twice: whole, and as
+    what it asks for, which is its first and its last paragraph without long quotations. `classes`
+    are the places of the texts' classes among `number`, `weights` how much each text counts.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class LinearClassifier:
         }
         self.vectors = FeatureUnion(
             [
-                ("whole", TfidfVectorizer(preprocessor=plain, **settings)),
+                ("whole", TfidfVectorizer(preprocessor=normal_form, **settings)),
                 ("asked", TfidfVectorizer(preprocessor=asked, **settings)),
             ]
         )
@@ -68,7 +68,8 @@ class LinearClassifier:
 
 
 def asked(text: str) -> str:
-    """The first and the last paragraph, plain, with long quotations emptied."""
-    text = QUOTED.sub(lambda match: match[0][0] + match[0][-1], unicodedata.normalize("NFKC", text))
+    """The first and the last paragraph in normal form, with long quotations emptied."""
+    text = unicodedata.normalize("NFKC", text)
+    text = QUOTED.sub(lambda match: match[0][0] + match[0][-1], text)
     lines = [line for line in text.split("\n") if line.strip()]
-    return plain("\n".join(dict.fromkeys([*lines[:1], *lines[-1:]])))
+    return normal_form("\n".join(dict.fromkeys([*lines[:1], *lines[-1:]])))

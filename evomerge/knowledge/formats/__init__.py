@@ -1,1 +1,1 @@
-"""The files a base is read from and written to."""
+"""The file formats of a knowledge base: Excel, YAML and CSV, all read into tables.py."""

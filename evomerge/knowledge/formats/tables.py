@@ -1,6 +1,4 @@
-"""The columns of a base, and its rows as every kind of file hands them over: texts by column, each
-with its place.
-"""
+"""The columns of a base, and the rows that every file format is read into."""
 
 from __future__ import annotations
 
@@ -22,23 +20,23 @@ OPTIONAL = {"classes": ("description", *SETTINGS), "examples": ("weight",), "doc
 
 @dataclass(frozen=True)
 class Row:
-    """A row that holds something. `place` names one of its columns in a message; a mistake in
-    `said` columns is known already.
+    """A row that holds something: texts by column.
+
+    `place` names one of its columns in a message; mistakes in `reported` columns are known already.
     """
 
     number: int
     cells: Mapping[str, str]
     place: Callable[[str], str]
-    said: frozenset[str] = frozenset()
+    reported: frozenset[str] = frozenset()
 
 
 @dataclass
 class Tables:
-    """A base as it was read: sheet -> rows, the mistakes so far, and what is no mistake but good to
-    know.
+    """A base as it was read: sheet -> rows, the mistakes so far, and notes that are no mistakes.
 
-    `missing` holds the sheets that are said to be missing or unreadable; no more is said of their
-    rows.
+    `missing` holds the sheets that are reported as missing or unreadable; mistakes in their rows
+    are not reported.
     """
 
     path: Path
@@ -50,41 +48,60 @@ class Tables:
     def wrong(
         self, what: str, where: object, found: object = None, remedy: str | None = None
     ) -> None:
+        """Add a mistake."""
         self.mistakes.append(KnowledgeError(what, where=where, found=found, remedy=remedy))
+
+
+@dataclass(frozen=True)
+class CellPlace:
+    """Names a column of one row, as a spreadsheet counts rows; `where` is the file and sheet."""
+
+    where: str
+    number: int
+
+    def __call__(self, column: str) -> str:
+        return f"{self.where}, row {self.number}, column {column}"
+
+
+def no_such_base(path: Path) -> KnowledgeError:
+    """What to raise where there is no file."""
+    return KnowledgeError(
+        "no such knowledge base",
+        where=path,
+        remedy="Name an Excel file (.xlsx), a .yaml or a .csv file.",
+    )
 
 
 def columns(sheet: str) -> str:
     """The names of a sheet's columns, for a message."""
-    more = f"; may have {', '.join(OPTIONAL[sheet])}" if OPTIONAL[sheet] else ""
-    return ", ".join(REQUIRED[sheet]) + more
+    required = ", ".join(REQUIRED[sheet])
+    if not OPTIONAL[sheet]:
+        return required
+    return f"{required}; may have {', '.join(OPTIONAL[sheet])}"
 
 
-def find_columns(
-    sheet: str, header: Sequence[str], where: str, tables: Tables, implied: Sequence[str] = ()
-) -> dict[str, int]:
-    """Column -> index in the header, in whatever order they stand; says what is missing, double, or
-    nearly a column's name.
+def find_columns(sheet: str, header: Sequence[str], where: str, tables: Tables) -> dict[str, int]:
+    """Column -> index in the header, in whatever order the columns come.
+
+    Adds mistakes for columns that are missing, double, or named nearly right.
     """
     names = [name.strip().casefold() for name in header]
     known = (*REQUIRED[sheet], *OPTIONAL[sheet])
-    absent = [column for column in known if column not in names]
     for column in known:
-        if names.count(column) > 1 or (
-            column in absent and column in REQUIRED[sheet] and column not in implied
-        ):
+        count = names.count(column)
+        if count > 1 or (count == 0 and column in REQUIRED[sheet]):
             tables.wrong(
-                f"has {'no' if column in absent else 'more than one'} column {column}",
+                f"has {'more than one' if count else 'no'} column {column}",
                 where,
                 [name for name in names if name],
-                f"The first row names the columns: {columns(sheet)}.",
+                f"Name the columns in the first row: {columns(sheet)}.",
             )
             tables.missing.add(sheet)
-    for name in filter(None, names):
-        if name in known:
+    absent = [column for column in OPTIONAL[sheet] if column not in names]
+    for name in names:
+        if not name or name in known:
             continue
-        near = difflib.get_close_matches(
-            name, [column for column in absent if column in OPTIONAL[sheet]], n=1, cutoff=0.75
-        )
+        near = difflib.get_close_matches(name, absent, n=1, cutoff=0.75)
         if near:
             tables.wrong(
                 f"unknown column {name}",

@@ -1,1 +1,1 @@
-"""Which texts of the base are nearest to a task."""
+"""Which texts of a base are nearest to a task: one module for each kind of similarity."""

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 
 from evomerge.errors import InputError
-from evomerge.knowledge.retrieval.nearest import Comparing, Matrix
+from evomerge.knowledge.retrieval.interface import Matrix, VectorRetriever
 
 K1, B = 1.2, 0.75  # Robertson and Zaragoza 2009, section 3.5: the usual values
 
 Tokenizer = Callable[[str], list[str]]
 
 
-class Bm25Retriever(Comparing):
+class Bm25Retriever(VectorRetriever):
     """Okapi BM25 (Robertson and Zaragoza 2009, equation 3.15), divided by what no text can exceed.
 
     score(q, d) = sum over the words w of q of idf(w) * tf * (K1 + 1) / (tf + K1 * (1 - B + B * |d|
@@ -31,61 +31,57 @@ class Bm25Retriever(Comparing):
 
         super().__init__(inputs, itself)
         self.tokenize = tokenize or fugashi_tokens()
-        words = [self.tokenize(text) for text in self.inputs]
-        self.vocabulary = {
-            word: i for i, word in enumerate(dict.fromkeys(w for text in words for w in text))
-        }
+        words = list(map(self.tokenize, self.inputs))
+        self.vocabulary: dict[str, int] = {}
+        for text in words:
+            for word in text:
+                self.vocabulary.setdefault(word, len(self.vocabulary))
         counts = self._counts(words)
         frequency = np.bincount(counts.indices, minlength=len(self.vocabulary))
         self.idf = np.log1p((len(words) - frequency + 0.5) / (frequency + 0.5))
         self.unknown = float(np.log1p((len(words) + 0.5) / 0.5))
-        lengths = np.array([len(text) for text in words], float)
+        lengths = np.array(list(map(len, words)), float)
         norm = K1 * (1 - B + B * lengths / max(lengths.mean(), 1.0))
         tf = counts.data
-        weights = (
-            self.idf[counts.indices]
-            * tf
-            * (K1 + 1)
-            / (tf + np.repeat(norm, np.diff(counts.indptr)))
-        )
+        norms = np.repeat(norm, np.diff(counts.indptr))
+        weights = self.idf[counts.indices] * tf * (K1 + 1) / (tf + norms)
         # (words, base)
         self.matrix = csr_matrix((weights, counts.indices, counts.indptr), counts.shape).T.tocsr()
 
     def over(self, inputs: Sequence[str]) -> Bm25Retriever:
+        """One for other texts, which also finds what equals the given text."""
         return Bm25Retriever(inputs, self.tokenize, itself=True)
 
     def raw(self, texts: Sequence[str]) -> Matrix:
         """The scores of the formula, (texts, base)."""
-        scores: Matrix = (
-            self._counts([self.tokenize(text) for text in texts]) @ self.matrix
-        ).toarray()
+        words = list(map(self.tokenize, texts))
+        scores: Matrix = (self._counts(words) @ self.matrix).toarray()
         return scores
 
     def similar(self, texts: Sequence[str]) -> Matrix:
-        words = [self.tokenize(text) for text in texts]
-        idf = [
-            sum(
-                self.idf[self.vocabulary[w]] if w in self.vocabulary else self.unknown for w in text
-            )
-            for text in words
-        ]
+        """The scores over their bounds, (texts, base)."""
+        words = list(map(self.tokenize, texts))
+        idf = [sum(map(self._idf_of, text)) for text in words]
         bound = np.maximum(np.array(idf, float), 1e-12) * (K1 + 1)
         scores: Matrix = (self._counts(words) @ self.matrix).toarray() / bound[:, None]
         return scores
 
+    def _idf_of(self, word: str) -> float:
+        place = self.vocabulary.get(word)
+        return self.unknown if place is None else float(self.idf[place])
+
     def _counts(self, texts: Sequence[list[str]]) -> Any:
+        """How often each known word is in each text, sparse (texts, words)."""
         from scipy.sparse import csr_matrix
 
-        rows = [
-            (i, self.vocabulary[w])
-            for i, text in enumerate(texts)
-            for w in text
-            if w in self.vocabulary
-        ]
-        at = np.array(rows, np.int64).reshape(-1, 2)
-        return csr_matrix(
-            (np.ones(len(at)), (at[:, 0], at[:, 1])), (len(texts), len(self.vocabulary))
-        )
+        rows: list[int] = []
+        columns: list[int] = []
+        for i, text in enumerate(texts):
+            known = [self.vocabulary[word] for word in text if word in self.vocabulary]
+            rows += [i] * len(known)
+            columns += known
+        at = (np.array(rows, np.int64), np.array(columns, np.int64))
+        return csr_matrix((np.ones(len(rows)), at), (len(texts), len(self.vocabulary)))
 
 
 def fugashi_tokens() -> Tokenizer:

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from evomerge.errors import InputError, ModelError
-from evomerge.knowledge.retrieval.nearest import Comparing, Matrix
+from evomerge.knowledge.retrieval.interface import Matrix, VectorRetriever
 
 
-class EmbeddingRetriever(Comparing):
-    """Cosine of embeddings; what points apart counts as 0.
+class EmbeddingRetriever(VectorRetriever):
+    """Cosine of embeddings; a negative one counts as 0.
 
     `model` is a folder or a hub id, or anything with sentence-transformers' `encode`. Raises
     InputError where the library is missing, ModelError where the model cannot be loaded.
@@ -24,9 +24,11 @@ class EmbeddingRetriever(Comparing):
         self.matrix = self._embed(self.inputs)  # (base, dimensions), rows of length 1
 
     def over(self, inputs: Sequence[str]) -> EmbeddingRetriever:
+        """One for other texts, which also finds what equals the given text."""
         return EmbeddingRetriever(inputs, self.model, itself=True)
 
     def similar(self, texts: Sequence[str]) -> Matrix:
+        """Cosines, (texts, base)."""
         return self._embed(texts) @ self.matrix.T
 
     def _embed(self, texts: Sequence[str]) -> Matrix:
@@ -48,9 +50,9 @@ def _load(name: str) -> Any:
     try:
         return SentenceTransformer(name)
     except Exception as error:  # the library lets the hub's, torch's and its own errors through
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        lines = str(error).splitlines() or [type(error).__name__]
         raise ModelError(
-            f"cannot be loaded: {first}",
+            f"cannot be loaded: {lines[0]}",
             where=f"retriever embeddings:{name}",
             remedy="Name a folder or a hub id.",
         ) from error

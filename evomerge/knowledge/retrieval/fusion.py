@@ -1,6 +1,4 @@
-"""Several retrievers as one, by the ranks that they give, so that their scores need no common
-scale.
-"""
+"""Several retrievers as one, by the ranks that they give; their scores need no common scale."""
 
 from __future__ import annotations
 
@@ -8,34 +6,35 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from evomerge.knowledge.retrieval.nearest import Matrix, Nearest, Retriever, in_batches, largest
+from evomerge.knowledge.retrieval.interface import Matrix, Nearest, Retriever, in_batches, largest
 
 K = 60  # Cormack, Clarke and Büttcher 2009: the constant of reciprocal rank fusion
-DEPTH = 100  # ranks of each retriever that count, unless more are asked for
+DEPTH = 100  # ranks of each retriever that count, unless more texts are requested
 
 
 class FusedRetriever:
-    """Reciprocal rank fusion: score(d) = sum over the retrievers of 1 / (60 + rank of d), ranks
-    from 1.
+    """Reciprocal rank fusion: score(d) = sum over the retrievers of 1 / (60 + rank of d).
 
-    Scores are divided by that of a text that is first everywhere, so they lie in 0 to 1; `size` is
-    the number of texts.
+    Ranks count from 1. Scores are divided by that of a text that is first everywhere, so they are
+    from 0 to 1; `size` is the number of texts.
     """
 
     def __init__(self, retrievers: Sequence[Retriever], size: int) -> None:
-        self.retrievers, self.size = tuple(retrievers), size
+        self.retrievers = tuple(retrievers)
+        self.size = size
 
     def nearest(self, texts: Sequence[str], k: int) -> Nearest:
+        """The k nearest of each text."""
         return in_batches(self._batch, texts, min(k, self.size))
 
     def over(self, inputs: Sequence[str]) -> FusedRetriever:
-        return FusedRetriever(
-            [retriever.over(inputs) for retriever in self.retrievers], len(inputs)
-        )
+        """One for other texts, which also finds what equals the given text."""
+        parts = [retriever.over(inputs) for retriever in self.retrievers]
+        return FusedRetriever(parts, len(inputs))
 
     def _batch(self, texts: Sequence[str], k: int) -> Nearest:
         found = [retriever.nearest(texts, max(k, DEPTH)) for retriever in self.retrievers]
-        # what shares nothing has a place by chance only
+        # what shares nothing with the text has its rank by chance
         rankings = [np.where(f.scores > 0, f.indices, -1) for f in found]
         best = len(self.retrievers) / (K + 1)
         return largest(np.minimum(fuse(rankings, self.size) / best, 1.0), k)

@@ -1,21 +1,21 @@
-"""The default retriever: TF-IDF of character n-grams. They need no word boundaries, which Japanese
-does not write.
+"""The default retriever: TF-IDF of character n-grams.
+
+They need no word boundaries, which Japanese does not write.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from evomerge.knowledge.retrieval.nearest import Comparing, Matrix
+from evomerge.knowledge.retrieval.interface import Matrix, VectorRetriever
 
 LENGTHS = (1, 4)  # characters of an n-gram
 
 
-class TfidfRetriever(Comparing):
-    """Cosine of TF-IDF vectors over character 1- to 4-grams, as scikit-learn's user guide, 7.2.3.4,
-    defines them.
+class TfidfRetriever(VectorRetriever):
+    """Cosine of TF-IDF vectors over character 1- to 4-grams (scikit-learn's user guide, 7.2.3.4).
 
-    idf = ln((1 + n) / (1 + df)) + 1; an n-gram that stands tf times in a text counts 1 + ln tf, so
+    idf = ln((1 + n) / (1 + df)) + 1; an n-gram that occurs tf times in a text counts 1 + ln tf, so
     that a long passage does not drown the sentence that says what to do with it.
     """
 
@@ -30,8 +30,10 @@ class TfidfRetriever(Comparing):
         self.matrix = self.vectorizer.fit_transform(self.inputs).T.tocsr()
 
     def over(self, inputs: Sequence[str]) -> TfidfRetriever:
+        """One for other texts, which also finds what equals the given text."""
         return TfidfRetriever(inputs, itself=True)
 
     def similar(self, texts: Sequence[str]) -> Matrix:
+        """Cosines, (texts, base)."""
         products: Matrix = (self.vectorizer.transform(texts) @ self.matrix).toarray()
         return products

@@ -1,0 +1,136 @@
+"""Closed tasks whose answer is yes or no, a lettered option, or a list of words."""
+
+from __future__ import annotations
+
+import re
+from difflib import SequenceMatcher
+
+from evomerge.judging.rules.closed_tasks.claims import (
+    HEDGE,
+    MARKER,
+    Finding,
+    abbreviated,
+    whole_word,
+)
+from evomerge.text import CJK, LIST_MARK, bare
+
+YES = {"はい", "yes", "true", "正しい", "真", "ok", "正", "yeah"}
+NO = {"いいえ", "no", "false", "正しくない", "偽", "誤り", "誤"}
+_YES_OR_NO = re.compile(
+    "|".join(
+        rf"\b{word}\b" if word.isascii() else word
+        for word in sorted(YES | NO, key=len, reverse=True)
+    ),
+    re.IGNORECASE,
+)
+_LETTER = re.compile(r"(?<![A-Za-z])([A-J])(?![A-Za-z'])")
+_SEPARATOR = re.compile(r"[\s,、;.・/\-と\"'「」]*(?:and\s*[\"']?)?")
+
+Span = tuple[int, int, str]  # start, end, expected item
+
+
+def judge_polarity(yes: bool, said: str) -> Finding:
+    """Yes or no, by the word after the last marked answer, or else the first such word."""
+    found = _after_mark(_YES_OR_NO, said) or _YES_OR_NO.search(said)
+    if found is None:
+        return Finding(False, 0.0, "says neither yes nor no")
+    if re.match(rf"\s*(?:{HEDGE}|と|か)", said[found.end() :], re.IGNORECASE):
+        return Finding(False, 0.4, "leaves it open")
+    if (found.group().lower() in YES) == yes:
+        return Finding(True, 1.0, f"says {found.group()}")
+    return Finding(False, 0.0, f"says {found.group()}, the opposite of the expected answer")
+
+
+def judge_letter(expected: str, said: str) -> Finding:
+    """One of the options A to J."""
+    letters = {m.group(1) for m in _LETTER.finditer(said)}
+    chosen = _chosen_letter(said, letters)
+    if not chosen:
+        return Finding(False, 0.4 * (expected in letters), "chooses no single option")
+    if chosen == expected:
+        return Finding(True, 1.0, f"chooses {chosen}")
+    return Finding(False, 0.0, f"chooses {chosen}, not {expected}")
+
+
+def _chosen_letter(said: str, letters: set[str]) -> str:
+    """The letter of the last marked answer, or of the first line, or the only one; else ""."""
+    lead = re.match(r"\(?([A-Ja-j])(?:[).:]|\s*$|\s*\n)", said)
+    several = rf"\n\s*\(?[A-J][).]|^.{{0,40}}{HEDGE}\s*\(?[A-J]\b"
+    if lead and re.search(several, said):
+        return ""
+    after = _after_mark(_LETTER, said)
+    if after:
+        return after.group(1)
+    if lead:
+        return lead.group(1).upper()
+    return "".join(letters) if len(letters) == 1 else ""
+
+
+def _after_mark(pattern: re.Pattern[str], said: str) -> re.Match[str] | None:
+    """The first match after the last marked answer, if any is marked."""
+    marks = list(MARKER.finditer(said))
+    return pattern.search(said, marks[-1].end()) if marks else None
+
+
+def split_items(text: str) -> list[str]:
+    """The items of a list of words, each bare; single letters may be separated by spaces alone."""
+    if re.fullmatch(r"(?:\w )+\w", text):
+        return text.casefold().split(" ")
+    pieces = re.split(r"[,、;・\n]|\s+and\s+", text.strip("[](){}"))
+    return list(filter(None, map(bare, pieces)))
+
+
+def judge_items(question: str, expected: list[str], said: str) -> Finding:
+    """A list: every expected item, and no other."""
+    text = LIST_MARK.sub("", said).casefold()
+    letters = all(re.fullmatch("[a-z0-9\u3041-\u30ff]", item) for item in expected)
+    in_order = r"\bsort|\border\b|\beach\b|順|並|それぞれ"
+    ordered = letters or re.search(in_order, question, re.IGNORECASE)
+    runs = _item_runs(text, expected)
+    if not runs and letters and bare(said).replace(" ", "") == "".join(expected):
+        return Finding(True, 1.0, "gives the expected letters in order")
+    best = 0.0
+    why = "names none of the expected items"
+    for run in reversed(runs):
+        names = [name for _, _, name in run]
+        same = names == expected if ordered else sorted(names) == sorted(expected)
+        extra = _extra(text, run[0][0], run[-1][1], letters=letters)
+        if same and not extra:
+            return Finding(True, 1.0, "gives the expected items")
+        near = SequenceMatcher(None, names[:50], expected, autojunk=False).ratio()
+        near *= 0.8 if extra else 0.95
+        if near > best:
+            best = near
+            others = " and others" if extra else ""
+            why = f"gives {abbreviated(', '.join(names))}{others}, not {', '.join(expected)}"
+    if letters:  # "garden: g, button: b": the letters that stand alone, in order
+        alone = re.findall(r"(?<![\w'])\w(?![\w'])", text)
+        if alone == expected:
+            return Finding(True, 1.0, "gives the expected letters in order")
+    return Finding(False, best, why)
+
+
+def _item_runs(text: str, expected: list[str]) -> list[list[Span]]:
+    """The expected items in a text, as runs with nothing but separators in between."""
+    spans = []
+    for item in set(expected):
+        spans += [(m.start(), m.end(), item) for m in whole_word(item).finditer(text)]
+    runs: list[list[Span]] = []
+    for span in sorted(spans):
+        gap = text[runs[-1][-1][1] : span[0]] if runs else ""
+        if gap and _SEPARATOR.fullmatch(gap):
+            runs[-1].append(span)
+        else:
+            runs.append([span])
+    return runs
+
+
+def _extra(text: str, start: int, end: int, *, letters: bool) -> bool:
+    """Whether the list goes on before or after the span with items that are not expected."""
+    item = r"\w" if letters else rf"(?:[{CJK}]{{1,8}}|[a-z]+(?:\s[a-z]+)?)"
+    separator = r"\s*(?:[,、・/\n]|\band\b|と)\s*(?:and\s*)?"
+    if re.match(rf"{separator}{item}\s*(?:$|[,、.。\n・])", text[end:]):
+        return True
+    if re.search(rf"(?:^|[\s:は])(?:{item})\s*(?:[,、・/]|\band)\s*$", text[:start]):
+        return True
+    return letters and re.match(r"\s+\w(?:$|\W)", text[end:]) is not None

@@ -1,0 +1,94 @@
+"""The check of a task that names options: does the answer choose those that the reference does?"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from evomerge.judging.rules.open_tasks.parsed_text import Check, CheckResult, ParsedText
+from evomerge.text import QUOTED
+
+OPTION_LINE = re.compile(
+    r"(?m)^[\s・-]*(?:選択肢|情報|文)?\s*[(]?([A-Ha-h1-9])[).:、]\s*(.{1,60}?)\s*$"
+)
+_OPTION_INLINE = re.compile(r"\(([a-hA-H])\)\s*([^\s(),、。]{1,20})")
+_BULLET = re.compile(r"(?m)^[-・]\s*(.{1,40})$")
+_CHOOSES = re.compile(r"どちら|どれ|いずれ|選|入れるの|誰[がを]|choose|which")
+_LABEL = re.compile(r"(?<![A-Za-z0-9])[(]?([A-Ha-h1-9])(?![A-Za-z0-9])")
+_FAR = 10**9
+
+
+def choice_check(question: str, reference: ParsedText) -> Check | None:
+    """Among the question's options, the answer chooses those that the reference chooses."""
+    if not _CHOOSES.search(question) or "説明して" in question:
+        return None
+    options = [*OPTION_LINE.findall(question), *_OPTION_INLINE.findall(question)]
+    right, wrong = _right_and_wrong(_names(question, options), reference)
+    if not right or not wrong:
+        return None
+    either = "|".join(re.escape(name) for name in sorted(right + wrong, key=len, reverse=True))
+    preferred = re.compile(
+        rf"({either})[」\"]?"
+        "(?:の方が|のほうが|が(?:より|最も|適切|正解|正しい|ふさわし)|を選(?:び|択))"
+    )
+    right_labels = {label for label, name in options if name.strip() in right}
+    wrong_labels = {label for label, name in options if name.strip() in wrong}
+
+    def look(answer: ParsedText) -> CheckResult:
+        chosen = preferred.search(answer.text)
+        if chosen:
+            value = 1.0 if chosen.group(1) in right else -1.0
+        else:
+            value = (_side(answer.head[:150], right, wrong) + _side(answer.ends, right, wrong)) / 2
+        if not value and (right_labels or wrong_labels):
+            said = set(_LABEL.findall(answer.head[:80]))
+            value = 0.8 * (bool(said & right_labels) - bool(said & wrong_labels))
+        if value > 0.3:
+            return value, f"chooses {listed(right)}"
+        return value, f"does not clearly choose {listed(right)}"
+
+    return look
+
+
+def _names(question: str, options: Sequence[tuple[str, str]]) -> list[str]:
+    """The different options that a question names."""
+    names = [name.strip() for _, name in options] + _BULLET.findall(question)
+    if not names and "どちら" in question:
+        names = QUOTED.findall(question)
+    return [name for name in dict.fromkeys(names) if name and name not in ("はい", "いいえ")]
+
+
+def _right_and_wrong(names: list[str], reference: ParsedText) -> tuple[list[str], list[str]]:
+    """(the options that a reference chooses, the others); both empty for under 2 or over 8."""
+    if not 2 <= len(names) <= 8:
+        return [], []
+    right = [name for name in names if name in reference.conclusion]
+    if not right:
+        right = [name for name in names if name in reference.text]
+    right = [name for name in right if not _is_part(name, right)]
+    wrong = [name for name in names if name not in right and not _is_part(name, right)]
+    return right, wrong
+
+
+def _is_part(name: str, others: list[str]) -> bool:
+    """Whether a name is part of another one: 円 of 円柱."""
+    return any(name != other and name in other for other in others)
+
+
+def _side(text: str, right: list[str], wrong: list[str]) -> float:
+    """1 when only right options are named, -1 when only wrong ones.
+
+    Where both are, a little to the side that is named first.
+    """
+    first_right = min((text.find(name) for name in right if name in text), default=_FAR)
+    first_wrong = min((text.find(name) for name in wrong if name in text), default=_FAR)
+    if first_right == first_wrong:
+        return 0.0
+    weight = 1.0 if max(first_right, first_wrong) == _FAR else 0.3
+    return weight if first_right < first_wrong else -weight
+
+
+def listed(words: Sequence[str]) -> str:
+    """The words with commas between them, cut to 40 characters."""
+    text = ", ".join(words)
+    return text if len(text) <= 40 else text[:39] + "…"

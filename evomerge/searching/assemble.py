@@ -1,0 +1,95 @@
+"""The parts of a search put together: once for tasks with a judge, once for those of lm-eval."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from evomerge.answering.cache import AnswerCache
+from evomerge.answering.engine import Engine
+from evomerge.answering.lm_eval.harness import LmEvalRunner
+from evomerge.answering.prompts import Prompter
+from evomerge.console import Console
+from evomerge.judging.grade import Judge
+from evomerge.searching.choosing import FinalTest, compared_with
+from evomerge.searching.examine import Examiner, JudgedExaminer, LikelihoodPart, LmEvalExaminer
+from evomerge.searching.generation.one_pass import OnePass
+from evomerge.searching.generation.rounds import EveryTask, Rounds
+from evomerge.searching.ledger import Ledger
+from evomerge.searching.loop import Search
+from evomerge.searching.prefetch import Upcoming
+from evomerge.searching.prepare import Problem
+from evomerge.searching.scoring import Scorer, make_scorer
+from evomerge.searching.starting.warm_start import LikelihoodStart
+from evomerge.tasks import Task
+
+
+def judged_search(
+    problem: Problem,
+    ledger: Ledger,
+    console: Console,
+    engine: Engine,
+    prompter: Prompter,
+    judge: Judge,
+    cache: AnswerCache,
+) -> Search:
+    """A search whose answers are graded by a judge."""
+    study = problem.study
+    engine.limits.update(ledger.facts.limits)
+
+    def remember_limits(limits: Mapping[str, int]) -> None:
+        # memory has forced smaller batches: the study uses them also when it is resumed
+        ledger.remember("limits", dict(limits))
+
+    def longest(task: Task) -> int:
+        return prompter.prepare([task.input])[0].settings.max_new_tokens
+
+    likelihood = warm_start = None
+    if study.objective.likelihood:
+        assert engine.likelihood is not None  # the study file was checked for it
+        likelihood = LikelihoodPart(engine, engine.likelihood, prompter, cache)
+    if study.search.warm_start is not None:
+        warm_start = LikelihoodStart(problem, engine, prompter)
+    one_pass = OnePass(problem, engine, cache, ledger)
+    examiner = JudgedExaminer(
+        engine, prompter, judge, cache, console, remember_limits, one_pass.spent, likelihood
+    )
+    scorer = make_scorer(study, problem.split, longest)
+    plan = Rounds(problem, ledger, examiner, scorer, one_pass, console)
+    return _search(problem, ledger, console, examiner, plan, scorer, warm_start)
+
+
+def lm_eval_search(
+    problem: Problem,
+    ledger: Ledger,
+    console: Console,
+    engine: Engine,
+    runner: LmEvalRunner,
+    cache: AnswerCache,
+) -> Search:
+    """A search over tasks of lm-eval, whose prompts are prepared."""
+    engine.limits.update(ledger.facts.limits)
+    examiner = LmEvalExaminer(engine, runner, cache, console)
+    study = problem.study
+    scorer = make_scorer(study, problem.split, lambda task: study.generation.max_new_tokens)
+    plan = EveryTask(examiner, problem.split.search)
+    return _search(problem, ledger, console, examiner, plan, scorer)
+
+
+def _search(
+    problem: Problem,
+    ledger: Ledger,
+    console: Console,
+    examiner: Examiner,
+    plan: Rounds | EveryTask,
+    scorer: Scorer,
+    warm_start: LikelihoodStart | None = None,
+) -> Search:
+    def compared() -> list[tuple[float, ...]]:
+        trials = compared_with(ledger.history(), problem.genome)
+        return [trial.weights for trial in trials.values()]
+
+    upcoming = Upcoming(problem, ledger, plan, compared)
+    final_test = FinalTest(problem, ledger, examiner, scorer, console)
+    return Search(
+        problem, ledger, examiner, plan, scorer, upcoming, final_test, console, warm_start
+    )

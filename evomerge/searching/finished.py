@@ -1,0 +1,58 @@
+"""A study after its search, or under way: for showing, exporting and inference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from evomerge.errors import StudyError
+from evomerge.genome.weights import Genome, make_genome
+from evomerge.recipe import Recipe
+from evomerge.searching.choosing import choose_winner
+from evomerge.searching.history import History
+from evomerge.searching.ledger import Ledger, open_ledger
+from evomerge.searching.records.study_facts import StudyFacts
+from evomerge.searching.records.trial_record import TrialRecord
+from evomerge.searching.records.verdict_record import Verdict
+from evomerge.study import Study
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a study holds: its trials by number, the winner so far, the verdict if there is one."""
+
+    ledger: Ledger
+    study: Study
+    genome: Genome
+    records: list[TrialRecord]
+    winner: TrialRecord
+    verdict: Verdict | None
+
+    @property
+    def recipe(self) -> Recipe:
+        """The winner's recipe."""
+        return self.genome.decode(self.winner.weights)
+
+
+def load_finished(url: str, name: str) -> Finished:
+    """A study by name. Raises StudyError when it is unknown or has no finished candidate yet."""
+    ledger = open_ledger(url, name)
+    facts, history = ledger.facts, ledger.history()
+    if not facts.begun or not history.candidates:
+        raise StudyError(
+            "the study has no finished candidate yet",
+            where=name,
+            remedy="Run `evomerge search` until it has one.",
+        )
+    assert facts.n_layers is not None
+    study = facts.study
+    genome = make_genome(study, facts.n_layers)
+    winner = winner_of(facts, history, study.metric)
+    return Finished(ledger, study, genome, list(history.trials), winner, facts.verdict)
+
+
+def winner_of(facts: StudyFacts, history: History, metric: str) -> TrialRecord:
+    """The trial that the verdict names, or the choice by the trials so far."""
+    named = None
+    if "winner" in facts.finalists:
+        named = history.trial(facts.finalists["winner"])
+    return named or choose_winner(history, metric)

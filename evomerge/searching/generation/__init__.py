@@ -1,0 +1,1 @@
+"""One generation: its tasks, what stops early, which judge grades, and when the search ends."""

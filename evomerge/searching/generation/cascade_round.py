@@ -1,0 +1,130 @@
+"""A generation graded by the cascade judge: which answers its expensive judge grades."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from evomerge.errors import EngineError
+from evomerge.judging.cascade import CascadeJudge, Floats, completed, composed, settle
+from evomerge.judging.grade import Grade
+from evomerge.recipe import Recipe
+from evomerge.searching.examine import Examined, JudgedExaminer
+from evomerge.searching.generation.racing import BLOCK, blocks, task_order
+from evomerge.searching.records.study_facts import CascadeSavings
+from evomerge.searching.scoring import Scorer
+from evomerge.study import Study
+from evomerge.tasks import Task
+
+
+@dataclass
+class Row:
+    """One candidate of the generation: answers and grades in the tasks' order."""
+
+    recipe: Recipe
+    examined: Examined  # with the learned judge's grades
+    expensive: list[Grade | None] = field(default_factory=list)  # the llm judge's
+
+
+@dataclass(frozen=True)
+class CascadeOutcome:
+    """The candidates' grades by recipe digest and task key, and how many the llm judge gave."""
+
+    grades: Mapping[str, Mapping[str, Grade]]
+    savings: CascadeSavings
+
+
+@dataclass
+class CascadeRound:
+    """All candidates answer and the learned judge grades all; the llm judge grades, block by block,
+    those that may be in the better half or not.
+    """
+
+    judge: CascadeJudge
+    study: Study
+    examiner: JudgedExaminer
+    scorer: Scorer
+
+    def run(
+        self, recipes: Sequence[Recipe], tasks: Sequence[Task], keep: int, mode: str, label: str
+    ) -> CascadeOutcome | None:
+        """The outcome of a generation; None when no candidate could answer. Raises JudgeError.
+
+        The tasks are graded in the same blocks for all candidates, because differences are paired.
+        """
+        rows = self._answered(recipes, tuple(tasks), mode, label)
+        if not rows:
+            return None
+        order = task_order(self.study.search.seed, 0, len(tasks))
+        looks = []
+        for places in blocks(len(tasks), BLOCK // 2):
+            looks.append(order[places.start : places.stop])
+
+        def ask(asked: list[int], chosen: list[int]) -> Floats:
+            return self._ask([rows[row] for row in asked], chosen)
+
+        settle(self._values(rows), ask, keep, self.judge.error, looks)
+        return self._outcome(rows)
+
+    def _answered(
+        self, recipes: Sequence[Recipe], tasks: tuple[Task, ...], mode: str, label: str
+    ) -> list[Row]:
+        """The candidates that answer; the others fail again in their own turn, and are recorded."""
+        rows = []
+        for recipe in recipes:
+            item = (recipe, tasks, mode)
+            try:
+                evaluation = self.examiner.evaluation(item, label, graded=False)
+                self.examiner.prefetcher.keep(item, evaluation)
+                likelihoods = self.examiner.likelihoods(recipe, tasks)
+            except EngineError:
+                continue
+            answers, grades = evaluation.answers, []
+            for task, answer in zip(tasks, answers, strict=True):
+                grades.append(self.judge.proxy.grade(task, answer))
+            examined = Examined(tasks, answers, grades, {}, likelihoods=likelihoods)
+            rows.append(Row(recipe, examined, [None] * len(tasks)))
+        return rows
+
+    def _values(self, rows: Sequence[Row]) -> Floats:
+        """What the generation is ranked by, of the grades that are known so far: [rows, tasks]."""
+        found = []
+        for row in rows:
+            grades = list(row.examined.grades)
+            for t, grade in enumerate(row.expensive):
+                grades[t] = grade or grades[t]
+            known = replace(row.examined, grades=grades)
+            found.append(self.scorer.task_values(known, missing=0.0))
+        return np.array(found)
+
+    def _ask(self, rows: Sequence[Row], chosen: Sequence[int]) -> Floats:
+        """The llm judge's view of some rows on some tasks: [rows, tasks] of what is ranked by."""
+        pending = []
+        for row in rows:
+            tasks = [row.examined.tasks[t] for t in chosen]
+            answers = [row.examined.answers[t] for t in chosen]
+            pending.append(self.judge.submit(tasks, answers))
+        for row, waited in zip(rows, pending, strict=True):
+            for t, grade in zip(chosen, waited.result(), strict=True):
+                row.expensive[t] = grade
+        return self._values(rows)[:, chosen]
+
+    def _outcome(self, rows: Sequence[Row]) -> CascadeOutcome:
+        """The rows' grades: the llm judge's, and the learned one's moved to its level."""
+        proxy = np.empty((len(rows), len(rows[0].expensive)))
+        known = np.full(proxy.shape, np.nan)
+        for place, row in enumerate(rows):
+            proxy[place] = [grade.value for grade in row.examined.grades]
+            for t, grade in enumerate(row.expensive):
+                if grade is not None:
+                    known[place, t] = grade.value
+        moved = completed(proxy, known)
+        found = {}
+        for place, row in enumerate(rows):
+            grades = composed(row.examined.grades, row.expensive, moved[place])
+            keys = [task.key for task in row.examined.tasks]
+            found[row.recipe.digest()] = dict(zip(keys, grades, strict=True))
+        asked = int((~np.isnan(known)).sum())
+        return CascadeOutcome(found, CascadeSavings(known.size, asked))

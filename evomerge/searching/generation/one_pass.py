@@ -1,0 +1,111 @@
+"""A generation whose candidates answer together, in one pass, before their trials begin.
+
+The answers lie in the cache, where each candidate's own turn finds them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+
+from evomerge.answering.cache import AnswerCache, watched
+from evomerge.answering.engine import Engine, Settings
+from evomerge.answering.pace import Pace
+from evomerge.errors import StudyFileError
+from evomerge.recipe import Recipe
+from evomerge.searching.ledger import Ledger
+from evomerge.searching.prepare import Problem
+
+REMEDY = "It is for plain task_arithmetic with the models on one device, not in 4 bits; remove it."
+MODE = "population"  # of the answer cache: a weight that is not merged is not rounded
+
+
+@dataclass
+class OnePass:
+    """Which candidates share a pass is a function of the study alone."""
+
+    problem: Problem
+    engine: Engine
+    cache: AnswerCache
+    ledger: Ledger
+    # recipe digest -> its share of a pass, until it is fetched
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def wanted(self, prompts: int) -> bool:
+        """Whether generations answer in one pass. Raises StudyFileError where they cannot.
+
+        As `engine.population` says. By default in fp32, where the tokens are the merged model's,
+        and only where it surely pays.
+        """
+        study, population = self.problem.study, self.engine.population
+        asked_for = study.engine.population
+        if population is None or asked_for is False:
+            return False
+        exact = study.search.dtype == "float32"
+        sure = exact and population.pays(self.problem.sampler.population, prompts)
+        if not asked_for and not sure:
+            return False
+        genome = self.problem.genome
+        suits = population.suits([genome.decode(genome.parent(0))])
+        if asked_for and not suits:
+            raise StudyFileError(
+                "these candidates cannot share a pass",
+                where="engine.population",
+                found=True,
+                remedy=REMEDY,
+            )
+        return suits
+
+    def ahead(
+        self,
+        generation: int,
+        prompts: Sequence[str],
+        report: Callable[[str], None],
+        settings: Settings = None,
+    ) -> None:
+        """Answer for every candidate of the generation what is not in the cache yet.
+
+        Batches of prompts follow one another. Raises EngineError.
+        """
+        engine, population = self.engine, self.engine.population
+        assert population is not None
+        recipes = [self.problem.genome.decode(vector) for vector in self.vectors(generation)]
+        pace = Pace(len(recipes) * len(prompts), report)
+        for batch in engine.batches(prompts, settings):
+            texts = [prompts[i] for i in batch]
+            own = None if settings is None else [settings[i] for i in batch]
+            keys = [self.cache.key(recipe.digest(), texts, MODE, own) for recipe in recipes]
+            if None not in [self.cache.get(key, len(batch)) for key in keys]:
+                pace.found(len(recipes) * len(batch))
+                continue
+            began = time.perf_counter()
+            with watched(engine, pace, lambda limits: self.ledger.remember("limits", dict(limits))):
+                answers = population(recipes, texts, own)
+            share = (time.perf_counter() - began) / len(recipes)
+            tokens = sum(answer.tokens for answer in chain(*answers))
+            pace.end(len(recipes) * len(batch), tokens)
+            for recipe, key, found in zip(recipes, keys, answers, strict=True):
+                self.seconds[recipe.digest()] = self.seconds.get(recipe.digest(), 0.0) + share
+                self.cache.put(key, found)
+
+    def spent(self, recipe: Recipe) -> float:
+        """Seconds of a pass that were this candidate's; they are given out once."""
+        return self.seconds.pop(recipe.digest(), 0.0)
+
+    def vectors(self, generation: int) -> list[tuple[float, ...]]:
+        """The generation's candidates up to the last trial: those finished, and those to draw."""
+        history, sampler = self.ledger.history(), self.problem.sampler
+        size = sampler.population
+        found = []
+        for index in range(size):
+            if generation * size + index >= self.problem.study.search.trials:
+                break
+            finished = history.finished.get((generation, index))
+            if finished is not None:
+                found.append(finished.weights)
+            else:
+                slot = sampler.slot(history, generation, index)
+                found.append(tuple(sampler.draw(history, slot).tolist()))
+        return found

@@ -1,0 +1,233 @@
+"""What each candidate of a generation answers, and which judge grades it.
+
+Everything here is a function of the study and of the generation's candidates; answers and grades
+come from their caches when it is worked out again. So a run that was killed in the middle of a
+generation comes to the same end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from evomerge.answering.cache import MERGED
+from evomerge.console import Console
+from evomerge.errors import EngineError
+from evomerge.judging.cascade import CascadeJudge
+from evomerge.judging.grade import Grade
+from evomerge.recipe import Recipe
+from evomerge.searching.examine import Examined, Examiner, JudgedExaminer
+from evomerge.searching.generation.cascade_round import CascadeRound
+from evomerge.searching.generation.one_pass import MODE as ONE_PASS
+from evomerge.searching.generation.one_pass import OnePass
+from evomerge.searching.generation.racing import blocks, hopeless, subset_size, task_order
+from evomerge.searching.ledger import Ledger
+from evomerge.searching.prefetch import Item, PendingEvaluation
+from evomerge.searching.prepare import Problem
+from evomerge.searching.records.study_facts import CascadeSavings
+from evomerge.searching.samplers.cma import Slot
+from evomerge.searching.scoring import Scorer
+from evomerge.study import SUBSET
+from evomerge.tasks import Task
+
+
+@dataclass
+class Decided:
+    """What is known of a generation's candidates before their trials, by their recipes' digests."""
+
+    recipes: tuple[str, ...]
+    blocks: dict[str, int] = field(default_factory=dict)  # how many each answers
+    grades: Mapping[str, Mapping[str, Grade]] = field(default_factory=dict)  # of a cascade
+
+
+@dataclass
+class EveryTask:
+    """The plan of a study whose candidates all answer every search task, one after another."""
+
+    examiner: Examiner
+    search_tasks: Sequence[Task]
+    together: bool = False
+
+    def tasks(self, generation: int) -> Sequence[Task]:
+        """Every search task."""
+        return self.search_tasks
+
+    def mode(self) -> str:
+        """Candidates are merged."""
+        return MERGED
+
+    def examine(
+        self, slot: Slot, recipe: Recipe, label: str, upcoming: Iterable[Item] = ()
+    ) -> Examined:
+        """One candidate. Raises EngineError."""
+        return self.examiner.examine(recipe, [self.search_tasks], label, MERGED, upcoming)
+
+
+class Rounds:
+    """One generation at a time, as `search.ranking`, the judge and the engine want it."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        ledger: Ledger,
+        examiner: JudgedExaminer,
+        scorer: Scorer,
+        one_pass: OnePass,
+        console: Console,
+    ) -> None:
+        self.study, self.genome, self.sampler = problem.study, problem.genome, problem.sampler
+        self.search_tasks, self.ledger = problem.split.search, ledger
+        self.examiner, self.scorer = examiner, scorer
+        self.one_pass, self.console = one_pass, console
+        self.decided: Decided | None = None
+        self._mode: str | None = None
+
+    @property
+    def together(self) -> bool:
+        """Whether a generation's candidates are compared before their trials begin.
+
+        So it is in a race, and for the cascade judge.
+        """
+        raced = self.study.search.ranking == "race"
+        return raced or isinstance(self.examiner.judge, CascadeJudge)
+
+    def mode(self) -> str:
+        """How candidates answer: each merged, or all in one pass. Raises StudyFileError."""
+        if self._mode is None:
+            raced = self.study.search.ranking == "race"
+            shared = not raced and self.one_pass.wanted(len(self.tasks(0)))
+            self._mode = ONE_PASS if shared else MERGED
+        return self._mode
+
+    def tasks(self, generation: int) -> tuple[Task, ...]:
+        """The search tasks that a generation is ranked on."""
+        s = self.study.search
+        if s.ranking == "all":
+            return self.search_tasks
+        history = self.ledger.history()
+        levels = history.task_levels(self.study.metric)
+        # an open task, which is neither right nor wrong, has no level
+        eligible = [task for task in self.search_tasks if task.key in levels]
+        if not eligible:
+            eligible = list(self.search_tasks)
+        n = len(eligible)
+        ratio = self.sampler.sigma(history, generation) / self.sampler.start(history).sigma
+        size = subset_size(n, min(n, s.subset or SUBSET), ratio)
+        return tuple(eligible[i] for i in task_order(s.seed, generation, n)[:size])
+
+    def blocks(self, generation: int) -> list[tuple[Task, ...]]:
+        """The generation's tasks in the blocks of a race; without a race they are one block."""
+        tasks = self.tasks(generation)
+        if self.study.search.ranking != "race":
+            return [tasks]
+        return [tasks[block.start : block.stop] for block in blocks(len(tasks))]
+
+    def examine(
+        self, slot: Slot, recipe: Recipe, label: str, upcoming: Iterable[Item] = ()
+    ) -> Examined:
+        """One candidate, after what must be known of its whole generation. Raises EngineError."""
+        generation, named = slot.generation, f"gen {slot.generation + 1}"
+        if self.mode() == ONE_PASS:
+            self._answer_in_one_pass(generation, named)
+        if self.together:
+            vectors = self.one_pass.vectors(generation)
+            self.prepare(generation, [self.genome.decode(v) for v in vectors], named)
+        every, grades = self.blocks(generation), None
+        count = len(every)
+        if self.decided is not None:
+            count = max(1, self.decided.blocks.get(recipe.digest(), count))
+            grades = self.decided.grades.get(recipe.digest())
+        mode = self.mode()
+        return self.examiner.examine(recipe, every[:count], label, mode, upcoming, grades)
+
+    def _answer_in_one_pass(self, generation: int, named: str) -> None:
+        prompter = self.examiner.prompter
+        prompts = prompter.prepare([task.input for task in self.tasks(generation)])
+
+        def report(line: str) -> None:
+            self.console.status(f"{named}  in one pass  {line}", detail=True)
+
+        texts = [prompt.text for prompt in prompts]
+        self.one_pass.ahead(generation, texts, report, prompter.settings(prompts))
+
+    def prepare(self, generation: int, recipes: Sequence[Recipe], label: str) -> None:
+        """Work out what must be known about the whole generation: a race, or a cascade's round."""
+        digests = tuple(recipe.digest() for recipe in recipes)
+        if self.decided is not None and self.decided.recipes == digests:
+            return
+        self.decided = Decided(digests)
+        # of candidates that were replaced; their answers are kept
+        self.examiner.prefetcher.begun.clear()
+        judge = self.examiner.judge
+        if not isinstance(judge, CascadeJudge):
+            self._race(self.decided, recipes, self.blocks(generation), label)
+            return
+        cascade = CascadeRound(judge, self.study, self.examiner, self.scorer)
+        keep = max(1, self.sampler.population // 2)
+        tasks = self.tasks(generation)
+        outcome = cascade.run(recipes, tasks, keep, self.mode(), label)
+        if outcome is not None:
+            self.decided.grades = outcome.grades
+            self._remember_savings(generation, outcome.savings)
+
+    def _race(
+        self,
+        decided: Decided,
+        recipes: Sequence[Recipe],
+        every: Sequence[Sequence[Task]],
+        label: str,
+    ) -> None:
+        """Block by block; what cannot enter the better half any more stops (racing.hopeless)."""
+        values = np.full((len(recipes), sum(map(len, every))), np.nan)
+        racing = list(range(len(recipes)))
+        keep = max(1, self.sampler.population // 2)
+        start = 0
+        for number, block in enumerate(every, start=1):
+            named = f"{label}, block {number}/{len(every)}, {len(racing)} left"
+            for i in racing:
+                decided.blocks[recipes[i].digest()] = number
+            begun = self._begin(recipes, racing, block, named)
+            for i, evaluation in begun.items():
+                values[i, start : start + len(block)] = self._values(recipes[i], evaluation)
+            racing = list(begun)
+            start += len(block)
+            if number < len(every):
+                looks, error = max(1, len(every) - 1), self.study.search.race_error
+                stopped = hopeless(values[racing], keep, error, looks)
+                racing = [i for place, i in enumerate(racing) if place not in stopped]
+
+    def _begin(
+        self, recipes: Sequence[Recipe], racing: Sequence[int], block: Sequence[Task], label: str
+    ) -> dict[int, PendingEvaluation]:
+        """The evaluations of a block, by candidate.
+
+        A candidate that fails is left out: its own turn, with the blocks up to this one, fails
+        again and is recorded.
+        """
+        begun = {}
+        for i in racing:
+            item = (recipes[i], block, MERGED)
+            try:
+                begun[i] = self.examiner.evaluation(item, label)
+            except EngineError:
+                continue
+            self.examiner.prefetcher.keep(item, begun[i])
+        return begun
+
+    def _values(self, recipe: Recipe, evaluation: PendingEvaluation) -> list[float]:
+        """What a candidate is ranked by, by task; nan where a task has no value."""
+        tasks = tuple(evaluation.tasks)
+        likelihoods = self.examiner.likelihoods(recipe, tasks)
+        grades = evaluation.wait()
+        examined = Examined(tasks, evaluation.answers, grades, {}, likelihoods=likelihoods)
+        return self.scorer.task_values(examined, missing=np.nan)
+
+    def _remember_savings(self, generation: int, savings: CascadeSavings) -> None:
+        """By generation, so that working it out again counts once."""
+        known = dict(self.ledger.facts.cascade_generations)
+        known[generation] = (savings.graded, savings.asked)
+        self.ledger.remember("cascade_generations", known)
+        graded, asked = map(sum, zip(*known.values(), strict=True))
+        self.ledger.remember("cascade", CascadeSavings(graded, asked))

@@ -1,0 +1,148 @@
+"""How far a search is, and when it ends: candidates, time, money, or convergence."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from evomerge.console import duration, plus_minus, seconds
+from evomerge.judging.grade import Judge
+from evomerge.searching.history import History, best
+from evomerge.searching.ledger import Ledger
+from evomerge.searching.records.trial_record import TrialRecord, metric_values
+from evomerge.searching.samplers.cma import CmaSampler
+from evomerge.study import SearchSection, Study
+
+NOISE = 2.0  # standard errors that a generation's mean must gain to count as better
+
+
+@dataclass(frozen=True)
+class Spending:
+    """What all runs of a study have cost; `money` is the judge's, in the currency of its prices."""
+
+    seconds: float = 0.0
+    money: float = 0.0
+
+
+class StudyClock:
+    """The time that a study has taken in all its runs."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self._before, self._began = ledger.facts.elapsed, time.monotonic()
+
+    def elapsed(self) -> float:
+        """Seconds."""
+        return self._before + time.monotonic() - self._began
+
+    def remember(self) -> None:
+        """Record the time so far."""
+        self.ledger.remember("elapsed", round(self.elapsed(), 3))
+
+
+def why_stop(
+    study: Study, sampler: CmaSampler, ledger: Ledger, clock: StudyClock, judge: Judge | None
+) -> str | None:
+    """The reason to begin no further candidate, in words; None: continue.
+
+    Convergence is looked at between generations only.
+    """
+    s, history = study.search, ledger.history()
+    spending = Spending(clock.elapsed(), float(getattr(judge, "cost", 0.0)))
+    reason = why_limited(s, len(history.candidates), spending)
+    if reason is not None or (s.min_sigma is None and s.patience is None):
+        return reason
+    complete = history.complete_generations(sampler.population)
+    if not complete or sampler.next_slot(history).index:
+        return None
+    generations = [history.generation(number) for number in range(complete)]
+    sigma = sampler.sigma(history, complete)
+    return why_converged(s, generations, sigma, history.task_levels(study.metric), study.metric)
+
+
+def why_limited(s: SearchSection, candidates: int, spending: Spending) -> str | None:
+    """The limit of candidates, time or money that is reached."""
+    if candidates >= s.trials:
+        return f"all {s.trials} candidates are done"
+    limit = None if s.time_limit is None else seconds(s.time_limit)
+    after = f"after {candidates} of {s.trials} candidates"
+    if limit is not None and spending.seconds >= limit:
+        taken = duration(spending.seconds)
+        return f"the time limit of {s.time_limit} is reached {after} ({taken})"
+    money = spending.money + spending.seconds / 3600 * s.hourly_price
+    if s.max_cost is not None and money >= s.max_cost:
+        return f"{money:.2f} of {s.max_cost:g} are spent {after}"
+    return None
+
+
+def why_converged(
+    s: SearchSection,
+    generations: Sequence[Sequence[TrialRecord]],
+    sigma: float,
+    levels: Mapping[str, float],
+    metric: str,
+) -> str | None:
+    """The sign of convergence, from the complete generations and the next step size.
+
+    `levels` are the tasks' mean values by the references.
+    """
+    if s.min_sigma is not None and sigma < s.min_sigma:
+        return f"converged: the step size is {sigma:.3g}, below {s.min_sigma:g}"
+    if s.patience is None or len(generations) <= s.patience:
+        return None
+    if _gained(generations, s.patience, levels, metric):
+        return None
+    return f"converged: no gain beyond noise in {s.patience} generations"
+
+
+def _gained(
+    generations: Sequence[Sequence[TrialRecord]],
+    patience: int,
+    levels: Mapping[str, float],
+    metric: str,
+) -> bool:
+    """Whether a late generation is better than the best before by more than NOISE standard errors.
+
+    A generation's variance is that of its candidates' scores over their number, and where it
+    answered n of the N tasks that of the tasks it happened to get, s_d² (1/n - 1/N), s_d² the
+    variance of grade - level: tasks that all candidates answer add no noise.
+    """
+    means, errors = [], []
+    for generation in generations:
+        means.append(float(np.mean([r.score for r in generation])))
+        errors.append(_error(generation, levels, metric))
+    before = int(np.argmax(means[:-patience]))
+    for mean, error in zip(means[-patience:], errors[-patience:], strict=True):
+        if mean - means[before] > NOISE * float(np.hypot(error, errors[before])):
+            return True
+    return False
+
+
+def _error(generation: Sequence[TrialRecord], levels: Mapping[str, float], metric: str) -> float:
+    scores = np.array([r.score for r in generation], dtype=float)
+    scatter = float(scores.var(ddof=1)) / len(scores) if len(scores) > 1 else 0.0
+    drawn = []
+    for r in generation:
+        values = metric_values(r.grades, metric)
+        above = np.array([values[task] - levels[task] for task in values if task in levels])
+        variance = 0.0
+        if len(above) > 1:
+            variance = float(above.var(ddof=1)) * (1 / len(above) - 1 / len(levels))
+        drawn.append(variance)
+    return float(np.sqrt(scatter + np.mean(drawn)))
+
+
+def progress_line(study: Study, history: History, label: str, seconds: float) -> str:
+    """A line on the trial that has just ended, and on how long the rest will take."""
+    paces = [sum(trial.seconds.values()) for trial in history.complete[-20:]]
+    left = study.search.trials - len(history.candidates) + 5  # the mean and the verdict
+    last, found = history.complete[-1], best(history.complete)
+    assert found.score is not None
+    return (
+        f"{label}  {last.score:.3f}  "
+        f"best {plus_minus(found.score, found.stderr)} (#{found.number})  "
+        f"{seconds:.1f} s/candidate  ETA {duration(left * float(np.mean(paces)))}"
+    )

@@ -1,0 +1,166 @@
+"""Answering ahead: while a judge is waited for, the next recipes are merged and answer their tasks.
+
+Answers go to the judge batch by batch. Trials are still started and recorded one after another:
+what is done ahead lies in the caches of answers and grades, where a candidate's own turn finds it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, TypeAlias
+
+from evomerge.answering.cache import MERGED
+from evomerge.answering.engine import Answer
+from evomerge.errors import EngineError
+from evomerge.judging.grade import BatchJudge, Grade, Judge, PendingGrades, WaitingJudge
+from evomerge.recipe import Recipe
+from evomerge.searching.ledger import Ledger
+from evomerge.searching.prepare import Problem
+from evomerge.searching.samplers.cma import Slot
+from evomerge.tasks import Task
+
+Key: TypeAlias = tuple[str, str, tuple[str, ...]]  # recipe, mode, tasks
+# what is evaluated: a recipe on some tasks, answered in a mode
+Item: TypeAlias = tuple[Recipe, Sequence[Task], str]
+Reference: TypeAlias = tuple[str, tuple[float, ...]]  # role and weights
+
+
+@dataclass
+class PendingEvaluation:
+    """A recipe's answers to some tasks, and their grades, known or pending, by place."""
+
+    judge: Judge | None  # None: only the answers are wanted
+    tasks: Sequence[Task]
+    answers: list[Answer] = field(default_factory=list)
+    seconds: dict[str, float] = field(
+        default_factory=lambda: {"merge": 0.0, "answer": 0.0, "judge": 0.0}
+    )
+    tokens_per_second: float | None = None
+    grades: dict[int, Grade] = field(default_factory=dict)
+    pending: list[tuple[list[int], PendingGrades]] = field(default_factory=list)
+
+    def batch_answered(self, places: Sequence[int], answers: Sequence[Answer]) -> None:
+        """Request the grades of a batch of answers, or grade it here and now."""
+        began = time.perf_counter()
+        tasks = [self.tasks[i] for i in places]
+        if isinstance(self.judge, WaitingJudge):
+            self.pending.append((list(places), self.judge.submit(tasks, answers)))
+        elif isinstance(self.judge, BatchJudge):
+            self.grades.update(zip(places, self.judge.grade_all(tasks, answers), strict=True))
+        elif self.judge is not None:
+            for i, task, answer in zip(places, tasks, answers, strict=True):
+                self.grades[i] = self.judge.grade(task, answer)
+        self.seconds["judge"] += time.perf_counter() - began
+
+    def done(self) -> bool:
+        """Whether every grade is there, or will never be."""
+        return all(pending.done() for _, pending in self.pending)
+
+    def wait(self) -> list[Grade]:
+        """The grades in the tasks' order. Raises JudgeError, JudgePaused.
+
+        `seconds["judge"]` grows by the time spent waiting here.
+        """
+        began = time.perf_counter()
+        for places, pending in self.pending:
+            self.grades.update(zip(places, pending.result(), strict=True))
+        self.seconds["judge"] += time.perf_counter() - began
+        return [self.grades[i] for i in range(len(self.tasks))]
+
+
+@dataclass
+class Prefetcher:
+    """Keeps the evaluations that were begun before their turn."""
+
+    begun: dict[Key, PendingEvaluation] = field(default_factory=dict)
+
+    def take(self, item: Item, begin: Callable[[Item], PendingEvaluation]) -> PendingEvaluation:
+        """What was begun before, or begins now."""
+        return self.begun.pop(_key(item), None) or begin(item)
+
+    def keep(self, item: Item, evaluation: PendingEvaluation) -> None:
+        """Put an evaluation back for its own turn."""
+        self.begun[_key(item)] = evaluation
+
+    def while_waiting(
+        self,
+        current: Sequence[PendingEvaluation],
+        upcoming: Iterable[Item],
+        begin: Callable[[Item], PendingEvaluation],
+    ) -> None:
+        """Begin what comes next until the current grades are there; each item begins once."""
+        items = iter(upcoming)
+        while not all(evaluation.done() for evaluation in current):
+            item = next(items, None)
+            if item is None:
+                return
+            if _key(item) in self.begun:
+                continue
+            try:
+                self.begun[_key(item)] = begin(item)
+            except EngineError:
+                return  # it fails again in its own turn, and is recorded then
+
+
+class TaskPlan(Protocol):
+    """Which tasks a generation answers, and how."""
+
+    @property
+    def together(self) -> bool:
+        """Whether a generation's candidates are compared before their trials begin."""
+
+    def tasks(self, generation: int) -> Sequence[Task]:
+        """The search tasks that a generation is ranked on."""
+
+    def mode(self) -> str:
+        """How candidates answer: a mode of the answer cache."""
+
+
+@dataclass(frozen=True)
+class Upcoming:
+    """What will be evaluated whatever the pending grades turn out to be."""
+
+    problem: Problem
+    ledger: Ledger
+    plan: TaskPlan
+    # the trials that the verdict compares the winner with, once the references are graded
+    compared: Callable[[], Iterable[Sequence[float]]]
+
+    def after_reference(self, following: Sequence[Reference]) -> Iterator[Item]:
+        """The references that are left, and then the first generation where its draws are known."""
+        genome, tasks = self.problem.genome, self.problem.split.search
+        for _, weights in following:
+            yield genome.decode(weights), tasks, MERGED
+        fixed = self.problem.study.search.warm_start is None and not self.plan.together
+        if fixed and self.plan.mode() == MERGED:
+            yield from self._draws(0, 0)
+
+    def after_candidate(self, slot: Slot) -> Iterator[Item]:
+        """The rest of the generation, whose draws are independent, and then the verdict's."""
+        if not self.plan.together:
+            yield from self._draws(slot.generation, slot.index + 1)
+        yield from self.after_mean()
+
+    def after_mean(self) -> Iterator[Item]:
+        """The references that the verdict compares the winner with, on the held-out tasks."""
+        genome, tasks = self.problem.genome, self.problem.split.held_out
+        for weights in self.compared():
+            yield genome.decode(weights), tasks, MERGED
+
+    def _draws(self, generation: int, first: int) -> Iterator[Item]:
+        """The generation's unfinished candidates from a place on, up to the last trial."""
+        history, sampler = self.ledger.history(), self.problem.sampler
+        tasks, mode = self.plan.tasks(generation), self.plan.mode()
+        for index in range(first, sampler.population):
+            number = generation * sampler.population + index
+            finished = (generation, index) in history.finished
+            if number < self.problem.study.search.trials and not finished:
+                vector = sampler.draw(history, sampler.slot(history, generation, index))
+                yield self.problem.genome.decode(vector.tolist()), tasks, mode
+
+
+def _key(item: Item) -> Key:
+    recipe, tasks, mode = item
+    return recipe.digest(), mode, tuple(task.key for task in tasks)

@@ -1,0 +1,1 @@
+"""What a study's storage holds, typed: its facts, its trials and its verdict."""

@@ -1,0 +1,198 @@
+"""What a study remembers besides its trials: the attributes of its storage, typed.
+
+Format 1 is that of evomerge 0.1, which wrote no `version`. In format 0 (before 0.1) `verdict`,
+`finalists` and `look` are attributes of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from evomerge.errors import StudyError
+from evomerge.searching.records.verdict_record import Sample, ValidationChoice, Verdict
+from evomerge.study import Study
+
+VERSION = 1  # of the format that is written
+
+
+@dataclass(frozen=True)
+class Start:
+    """The distribution of the first generation where it comes from elsewhere.
+
+    mean (d,), cov (d, d). With `first` the mean is the first candidate too.
+    """
+
+    mean: tuple[float, ...]
+    sigma: float
+    cov: tuple[tuple[float, ...], ...]
+    first: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The stored form."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Start:
+        """The inverse of `to_dict`."""
+        cov = tuple(tuple(row) for row in data["cov"])
+        return cls(tuple(data["mean"]), data["sigma"], cov, data.get("first", False))
+
+
+@dataclass(frozen=True)
+class GradientStep:
+    """One step of the likelihood warm start: where it was, and what it found there."""
+
+    number: int  # from 0
+    vector: tuple[float, ...]  # (d,)
+    loss: float  # nats per token
+    gradient: tuple[float, ...]  # (d,), of the loss
+    tasks: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The stored form."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> GradientStep:
+        """The inverse of `to_dict`, also after JSON."""
+        vector, gradient = tuple(data["vector"]), tuple(data["gradient"])
+        return cls(**{**data, "vector": vector, "gradient": gradient})
+
+
+@dataclass(frozen=True)
+class SplitKeys:
+    """Which tasks each part of the split holds, by their stored ids."""
+
+    search: tuple[int | str, ...]
+    validation: tuple[int | str, ...]
+    held_out: tuple[int | str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The stored form."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SplitKeys:
+        """The inverse of `to_dict`; a study from before the validation tasks has none."""
+        parts = ("search", "validation", "held_out")
+        return cls(*(tuple(data.get(part, ())) for part in parts))
+
+
+@dataclass(frozen=True)
+class CascadeSavings:
+    """Of `graded` answers the cascade judge asked its expensive judge about `asked`."""
+
+    graded: int
+    asked: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The stored form."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class StudyFacts:
+    """A study's facts; a field's name is its key in the storage."""
+
+    version: int = VERSION
+    study_file: Mapping[str, Any] | None = None  # resolved, as `Study.to_dict` wrote it
+    models: Mapping[str, str] = field(default_factory=dict)  # name -> hash
+    files: Mapping[str, Any] = field(default_factory=dict)  # name -> `fingerprint` of its folder
+    tasks: str | None = None  # hash
+    split: SplitKeys | None = None
+    names: tuple[str, ...] = ()  # of the genome's numbers
+    n_layers: int | None = None
+    knowledge: str | None = None  # hash of the knowledge base
+    judge: str | None = None  # name and version
+    prompts: str | None = None  # hash of lm-eval's prompts
+    first: tuple[tuple[float, ...], ...] | None = None  # known candidates
+    start: Start | None = None
+    warm_start: tuple[GradientStep, ...] = ()
+    limits: Mapping[str, int] = field(default_factory=dict)  # batch sizes that memory has forced
+    elapsed: float = 0.0  # seconds of all runs
+    stopped: str | None = None  # why the search ended
+    cascade: CascadeSavings | None = None
+    # generation -> (answers graded, answers that the expensive judge graded)
+    cascade_generations: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    validation: ValidationChoice | None = None
+    finalists: Mapping[str, int] = field(default_factory=dict)  # name -> trial number
+    verdict: Verdict | None = None
+    look: int = 1  # how many verdicts the study has had
+    samples: tuple[Sample, ...] = ()
+    judge_report: Mapping[str, Any] | None = None  # as `judge_facts` wrote it
+
+    @property
+    def begun(self) -> bool:
+        """Whether the study has remembered its study file."""
+        return self.study_file is not None
+
+    @property
+    def study(self) -> Study:
+        """The study file; the study must have begun."""
+        assert self.study_file is not None
+        return Study.from_dict(self.study_file)
+
+
+def read_facts(attributes: Mapping[str, Any], name: str = "study") -> StudyFacts:
+    """A study's facts from its attributes. Raises StudyError for a newer format."""
+    a = dict(attributes)
+    if a.get("version", VERSION) > VERSION:
+        raise StudyError(
+            "the study was written by a newer version of evomerge",
+            where=name,
+            found=f"format {a['version']}",
+            remedy="Update evomerge.",
+        )
+    verdict = a.get("verdict")
+    if isinstance(verdict, dict) and "verdict" in verdict:  # format 1: written as one
+        a |= verdict
+    for key, read in READERS.items():
+        if a.get(key) is not None:
+            a[key] = read(a[key])
+    known = {key: value for key, value in a.items() if key in FIELDS and value is not None}
+    return StudyFacts(**known)
+
+
+def stored(value: Any) -> Any:
+    """A fact in its stored form: plain JSON values."""
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    if isinstance(value, list | tuple):
+        return [stored(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): stored(item) for key, item in value.items()}
+    return value
+
+
+def _steps(data: list[Mapping[str, Any]]) -> tuple[GradientStep, ...]:
+    return tuple(GradientStep.from_dict(step) for step in data)
+
+
+def _samples(data: list[Mapping[str, Any]]) -> tuple[Sample, ...]:
+    return tuple(Sample.from_dict(sample) for sample in data)
+
+
+def _vectors(data: list[list[float]]) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(vector) for vector in data)
+
+
+def _generations(data: Mapping[str, list[int]]) -> dict[int, tuple[int, int]]:
+    return {int(number): (graded, asked) for number, (graded, asked) in data.items()}
+
+
+READERS: dict[str, Callable[[Any], Any]] = {
+    "split": SplitKeys.from_dict,
+    "names": tuple,
+    "first": _vectors,
+    "start": Start.from_dict,
+    "warm_start": _steps,
+    "cascade": lambda data: CascadeSavings(**data),
+    "cascade_generations": _generations,
+    "validation": ValidationChoice.from_dict,
+    "verdict": Verdict.from_dict,
+    "samples": _samples,
+}
+FIELDS = frozenset(StudyFacts.__dataclass_fields__)

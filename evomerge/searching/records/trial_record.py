@@ -1,0 +1,165 @@
+"""One trial as the storage holds it.
+
+A trial has the attributes role, generation and index from its first write. Its outcome is the
+attribute `result` (format 1). In older studies (format 0) each figure of the result is an attribute
+of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+INTERRUPTED = "interrupted"  # the reason of a trial whose process ended before the trial did
+# fields of a TaskGrade that are stored only where they have a value
+OPTIONAL = ("length", "likelihood", "objective")
+
+
+@dataclass(frozen=True)
+class TaskGrade:
+    """What the answer to one task was worth.
+
+    `grade` is a judge's grade, `score` a document's share of lm-eval's score; `length` is the
+    answer's share of its longest allowed length and `likelihood` the reference's log-likelihood in
+    nats per token. `objective` is the weighted sum of these parts.
+    """
+
+    correct: bool | None  # None for an open task
+    truncated: bool
+    grade: float | None = None
+    score: float | None = None
+    length: float | None = None
+    likelihood: float | None = None
+    objective: float | None = None
+
+    def value(self, metric: str) -> float | None:
+        """The metric's value: grade, correct (1.0 or 0.0), score or objective."""
+        values = {
+            "grade": self.grade,
+            "correct": self.correct,
+            "score": self.score,
+            "objective": self.objective,
+        }
+        value = values[metric]
+        return None if value is None else float(value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The stored form, which has either a grade or a score."""
+        data: dict[str, Any] = {}
+        if self.score is None:
+            data["grade"] = self.grade
+        else:
+            data["score"] = self.score
+        data |= {"correct": self.correct, "truncated": self.truncated}
+        for key in OPTIONAL:
+            value = getattr(self, key)
+            if value is not None:
+                data[key] = value
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TaskGrade:
+        """The inverse of `to_dict`."""
+        return cls(**data)
+
+
+@dataclass(frozen=True)
+class Result:
+    """The outcome of a trial: `truncated` is a share of the answers, `seconds` are by phase."""
+
+    score: float
+    stderr: float | None  # None: there is a single value
+    n: int
+    truncated: float
+    seconds: Mapping[str, float]
+    grades: Mapping[str, TaskGrade]  # by the tasks' keys
+    tokens: int = 0  # new tokens of all answers
+    tokens_per_second: float | None = None  # of the answers that were not in the cache
+    parts: Mapping[str, float] = field(default_factory=dict)  # means of the objective's parts
+
+    def to_dict(self) -> dict[str, Any]:
+        """The stored form."""
+        data = dict(vars(self))
+        data["grades"] = {task: grade.to_dict() for task, grade in self.grades.items()}
+        return data
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One trial; the fields of `Result` have their meaning there."""
+
+    number: int
+    generation: int | None
+    index: int | None
+    role: str  # candidate, parent, mean or uniform
+    state: str  # complete, failed or running
+    weights: tuple[float, ...]
+    score: float | None
+    stderr: float | None
+    n: int
+    truncated: float
+    seconds: Mapping[str, float]
+    reason: str | None  # of a failure
+    grades: Mapping[str, TaskGrade]
+    tokens: int | None = None
+    tokens_per_second: float | None = None
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def place(self) -> tuple[int | None, int | None]:
+        """Generation and index."""
+        return self.generation, self.index
+
+
+def read_trial(
+    number: int,
+    state: str,
+    score: float | None,
+    params: Mapping[str, float],
+    names: Sequence[str],
+    attributes: Mapping[str, Any],
+) -> TrialRecord:
+    """A trial from its attributes, in format 0 or 1. `names` order the parameters."""
+    data = {**attributes, **attributes.get("result", {})}
+    weights = tuple(params[name] for name in names if name in params)
+    n = data.get("n", 0)
+    return TrialRecord(
+        number=number,
+        generation=data.get("generation"),
+        index=data.get("index"),
+        role=data["role"],
+        state=state,
+        weights=weights,
+        score=score,
+        stderr=known_error(data.get("stderr"), n),
+        n=n,
+        truncated=data.get("truncated", 0.0),
+        seconds=data.get("seconds", {}),
+        reason=data.get("reason"),
+        grades=_grades(data.get("grades", {}).items()),
+        tokens=data.get("tokens"),
+        tokens_per_second=data.get("tokens_per_second"),
+        parts=data.get("parts", {}),
+    )
+
+
+def known_error(stored: float | None, n: int) -> float | None:
+    """A stored standard error; evomerge 0.1 wrote 0 where a single value has none."""
+    if stored == 0 and n <= 1:
+        return None
+    return stored
+
+
+def metric_values(grades: Mapping[str, TaskGrade], metric: str) -> dict[str, float]:
+    """Task key -> the metric's value; tasks without one are left out (open ones for `correct`)."""
+    values = {}
+    for task, grade in grades.items():
+        value = grade.value(metric)
+        if value is not None:
+            values[task] = value
+    return values
+
+
+def _grades(stored: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[str, TaskGrade]:
+    return {task: TaskGrade.from_dict(data) for task, data in stored}

@@ -1,0 +1,121 @@
+"""The verdict, and what is kept of the held-out answers for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from evomerge.searching.records.trial_record import known_error
+
+
+@dataclass(frozen=True)
+class HeldOutScore:
+    """One candidate on the held-out tasks; `truncated` is a share of its answers."""
+
+    mean: float
+    stderr: float | None  # None: there is a single value
+    truncated: float
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """The winner minus another candidate, paired by task, with its 95 % interval."""
+
+    diff: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The winner compared with its parents and the best uniform weight.
+
+    `candidates` are by name, "winner" among them; `paired` by "winner-NAME". `n` counts the
+    held-out tasks that have a value.
+    """
+
+    metric: str
+    n: int
+    candidates: Mapping[str, HeldOutScore]
+    paired: Mapping[str, PairedDifference]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts: the stored form, and what verdict.json holds."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Verdict:
+        """The inverse of `to_dict`."""
+        candidates = {}
+        for name, c in data["candidates"].items():
+            error = known_error(c["stderr"], data["n"])
+            candidates[name] = HeldOutScore(c["mean"], error, c["truncated"])
+        paired = {name: PairedDifference(**p) for name, p in data["paired"].items()}
+        return cls(data["metric"], data["n"], candidates, paired)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The verdict, the trials it compares, and how many verdicts the study has had.
+
+    `finalists` hold trial numbers by the candidates' names. The three are written as one.
+    """
+
+    verdict: Verdict
+    finalists: Mapping[str, int]
+    look: int = 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """The stored form."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ValidationChoice:
+    """The choice of the winner on `n` validation tasks: (mean, standard error) by trial number."""
+
+    n: int
+    means: Mapping[int, tuple[float, float | None]]
+    winner: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The stored form; JSON has no numbers as keys."""
+        means = {str(number): list(figures) for number, figures in self.means.items()}
+        return {"n": self.n, "means": means, "winner": self.winner}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ValidationChoice:
+        """The inverse of `to_dict`."""
+        means = {}
+        for number, (mean, error) in data["means"].items():
+            means[int(number)] = (mean, known_error(error, data["n"]))
+        return cls(data["n"], means, data["winner"])
+
+
+@dataclass(frozen=True)
+class SampleAnswer:
+    """A candidate's answer to a held-out task, cut to a length, and its grade."""
+
+    text: str
+    grade: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A held-out task with the candidates' answers side by side, for the report."""
+
+    task_id: int | str
+    input: str
+    reference: str
+    answers: Mapping[str, SampleAnswer]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The stored form."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Sample:
+        """The inverse of `to_dict`."""
+        answers = {name: SampleAnswer(**answer) for name, answer in data["answers"].items()}
+        return cls(data["task_id"], data["input"], data["reference"], answers)

@@ -1,0 +1,1 @@
+"""Pure functions from a study's history to the next vector."""

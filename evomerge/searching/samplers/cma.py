@@ -1,0 +1,165 @@
+"""CMA-ES as a pure function from a study's history to the next vector.
+
+Nothing is pickled and nothing is kept between calls: the optimizer is replayed from the finished
+trials, so that resuming is the same as going on. Every draw is seeded from (study seed, generation,
+index, attempt), so that an interrupted candidate is drawn again as it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from cmaes import CMA
+
+from evomerge.searching.history import History
+from evomerge.searching.records.trial_record import TrialRecord
+from evomerge.searching.samplers.cmaes_adapter import (
+    Distribution,
+    default_population,
+    make_cma,
+    state,
+)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place in a generation, and how often a candidate has failed there."""
+
+    generation: int
+    index: int
+    attempt: int = 0
+
+
+class CmaSampler:
+    """Draws one candidate at a time; `names[i]` is the parameter of dimension i."""
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        bounds: Sequence[tuple[float, float]],
+        declared: Sequence[tuple[float, float]],
+        starts: Sequence[float],
+        sigma: float,
+        population: int | None,
+        seed: int,
+        scales: Sequence[float] | None = None,
+        lr_adapt: bool = False,
+        cov: np.ndarray | None = None,
+        first: Sequence[Sequence[float]] = (),
+    ) -> None:
+        """Sequences have one item per dimension.
+
+        `bounds` hold the candidates; `declared`, at least as wide, also parents and uniform
+        weights. The first step size of dimension i is sigma * scales[i]; scales are 1 by default,
+        and `cov` (d, d) replaces them. `first` are known vectors: the first candidates, in order.
+        """
+        self.names, self.seed, self.lr_adapt = tuple(names), seed, lr_adapt
+        self.bounds = np.array(bounds, dtype=float)
+        self.space = dict(zip(self.names, declared, strict=True))
+        units = np.ones(len(names)) if scales is None else np.array(scales, dtype=float)
+        shape = np.diag(units**2) if cov is None else np.array(cov, dtype=float)
+        mean = np.clip(np.array(starts, dtype=float), *self.bounds.T)
+        self.default = Distribution(mean, sigma, shape)
+        self.first = [np.array(x, dtype=float) for x in first]
+        self.population = population or default_population(len(names))
+
+    def start(self, history: History) -> Distribution:
+        """What the first generation is drawn from: the default, or what the study remembers."""
+        if history.start is None:
+            return self.default
+        mean = np.clip(np.array(history.start.mean, dtype=float), *self.bounds.T)
+        cov = np.array(history.start.cov, dtype=float)
+        return Distribution(mean, float(history.start.sigma), cov)
+
+    def known(self, history: History) -> list[np.ndarray]:
+        """The vectors that come before any draw."""
+        if history.start is None or not history.start.first:
+            return self.first
+        return [self.start(history).mean, *self.first]
+
+    def next_slot(self, history: History) -> Slot:
+        """The first place, in order, that has no finished candidate."""
+        return self.slot(history, *history.next_place(self.population))
+
+    def slot(self, history: History, generation: int, index: int) -> Slot:
+        """A place, and how often a candidate has failed there."""
+        return Slot(generation, index, history.failures(generation, index))
+
+    def draw(self, history: History, slot: Slot) -> np.ndarray:
+        """(d,) numbers for a slot.
+
+        They are a known vector, or a function of the seed, the slot and the generations before it.
+        """
+        place = slot.generation * self.population + slot.index
+        known = self.known(history)
+        if place < len(known) and not slot.attempt:
+            return known[place].copy()
+        optimizer = self.replay(history, slot.generation)
+        optimizer.reseed_rng(_seed(self.seed, slot))
+        asked: np.ndarray = optimizer.ask()
+        return asked
+
+    def mean(self, history: History) -> tuple[int, np.ndarray]:
+        """How many generations are complete, and the mean after them, (d,), within the bounds."""
+        complete = history.complete_generations(self.population)
+        return complete, np.clip(self.replay(history, complete).mean, *self.bounds.T)
+
+    def sigma(self, history: History, generation: int) -> float:
+        """The step size that a generation is drawn with; those before it must be complete."""
+        return state(self.replay(history, generation)).sigma
+
+    def distribution(self, history: History) -> Distribution:
+        """What the generation after all complete ones is drawn from: a start for another study."""
+        found = state(self.replay(history, history.complete_generations(self.population)))
+        return Distribution(np.clip(found.mean, *self.bounds.T), found.sigma, found.cov)
+
+    def replay(self, history: History, generations: int) -> CMA:
+        """The optimizer after being told the first `generations`."""
+        seed = _seed(self.seed, Slot(0, 0))
+        start = self.start(history)
+        optimizer = make_cma(start, self.bounds, self.population, seed, self.lr_adapt)
+        known = self.known(history)
+        for generation in range(generations):
+            told = []
+            for index in range(self.population):
+                trial = history.finished[generation, index]
+                assert trial.score is not None
+                told.append((self._told(optimizer, known, trial), -trial.score))
+            optimizer.tell(told)
+        return optimizer
+
+    def _told(self, optimizer: CMA, known: Sequence[np.ndarray], trial: TrialRecord) -> np.ndarray:
+        """A trial's numbers as the optimizer is told them.
+
+        A known vector, which the optimizer did not draw, may have to be shortened.
+        """
+        x = np.array(trial.weights)
+        assert trial.generation is not None
+        assert trial.index is not None
+        place = trial.generation * self.population + trial.index
+        if place >= len(known) or not np.array_equal(x, known[place]):
+            return x
+        return within_reach(x, state(optimizer), self.bounds)
+
+
+def within_reach(x: np.ndarray, start: Distribution, bounds: np.ndarray) -> np.ndarray:
+    """A vector from elsewhere as CMA-ES may be told it: (d,), not too far from the mean.
+
+    It lies at most √d + 2d / (d + 2) standard deviations away, so that one far point does not blow
+    up the step size (Hansen 2011, arXiv 1110.4181, equation 4).
+    """
+    d = len(x)
+    step = (np.clip(x, *bounds.T) - start.mean) / start.sigma
+    length = math.sqrt(float(step @ np.linalg.solve(start.cov, step)))
+    limit = math.sqrt(d) + 2 * d / (d + 2)
+    told: np.ndarray = start.mean + start.sigma * step * min(1.0, limit / max(length, 1e-12))
+    return told
+
+
+def _seed(study_seed: int, slot: Slot) -> int:
+    text = f"{study_seed}/{slot.generation}/{slot.index}/{slot.attempt}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")

@@ -1,0 +1,1 @@
+"""Where a search begins: known candidates, another study's distribution, gradient steps."""

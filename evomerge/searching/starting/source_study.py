@@ -1,0 +1,68 @@
+"""Another study's distribution as the first one of a search."""
+
+from __future__ import annotations
+
+import re
+
+from evomerge.errors import StudyError
+from evomerge.genome.weights import Genome, make_genome
+from evomerge.searching.ledger import Ledger, open_ledger
+from evomerge.searching.records.optuna_adapter import sqlite_path
+from evomerge.searching.records.study_facts import Start
+from evomerge.searching.samplers.cmaes_adapter import Distribution
+from evomerge.searching.starting.study_sampler import make_sampler
+from evomerge.study import Study
+
+
+def start_from_source(study: Study, url: str, genome: Genome, ledger: Ledger) -> None:
+    """Remember the distribution of `search.source_study` as it is now, once.
+
+    Raises StudyError when that study cannot be a source.
+    """
+    name = study.search.source_study
+    if name is None or ledger.facts.start is not None:
+        return
+    if name == study.study or not re.fullmatch(r"[\w.-]+", name):
+        raise StudyError(
+            "is not another study",
+            where="search.source_study",
+            found=name,
+            remedy="Name a study of this storage.",
+        )
+    source = open_ledger(source_url(url, study), name)
+    facts = source.facts
+    if facts.names != tuple(genome.names):
+        raise StudyError(
+            "the source study searches other numbers",
+            where=source.name,
+            remedy="Leave out search.source_study.",
+        )
+    assert facts.n_layers is not None
+    theirs = facts.study
+    sampler = make_sampler(theirs, make_genome(theirs, facts.n_layers), facts.first or ())
+    history = source.history()
+    if not history.complete_generations(sampler.population):
+        raise StudyError(
+            "the source study has no complete generation yet",
+            where=source.name,
+            remedy="Let it run on first.",
+        )
+    ledger.remember("start", as_start(sampler.distribution(history)))
+
+
+def as_start(distribution: Distribution, first: bool = False) -> Start:
+    """A distribution as a study remembers it; with `first` its mean is the first candidate too."""
+    cov = tuple(tuple(row) for row in distribution.cov.tolist())
+    return Start(tuple(distribution.mean.tolist()), distribution.sigma, cov, first)
+
+
+def source_url(url: str, study: Study) -> str:
+    """The source study's storage.
+
+    An SQLite study has a file of its own; the source's is next to it, unless one file holds both.
+    """
+    path = sqlite_path(url)
+    if path is None:
+        return url
+    neighbour = path.with_name(f"{study.search.source_study}.db")
+    return f"sqlite:///{neighbour}" if neighbour.exists() else url

@@ -1,0 +1,46 @@
+"""A study's sampler, from its genome and its settings."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+
+from evomerge.genome.weights import Genome
+from evomerge.searching.samplers.cma import CmaSampler
+from evomerge.searching.starting.known_candidates import first_vectors
+from evomerge.study import Study
+
+
+def make_sampler(
+    study: Study, genome: Genome, first: Sequence[Sequence[float]] | None = None
+) -> CmaSampler:
+    """The study's sampler.
+
+    `first` are the known candidates as a study remembers them; None: as its file names them.
+    """
+    s = study.search
+    if first is None:
+        first = first_vectors(study, genome)
+    bounds = [(gene.low, gene.high) for gene in genome.genes]
+    # the declared range also holds the parents, the uniform weights and known candidates
+    vectors = [vector for _, vector in genome.references(s.uniform)]
+    numbers = np.array([*vectors, *first, *np.transpose(bounds)], dtype=float)
+    declared = list(zip(numbers.min(axis=0).tolist(), numbers.max(axis=0).tolist(), strict=True))
+    starts = [gene.start for gene in genome.genes]
+    if study.random_init:
+        rng = random.Random(f"start/{s.seed}")
+        starts = [rng.uniform(low, high) for low, high in bounds]
+    return CmaSampler(
+        genome.names,
+        bounds,
+        declared,
+        starts,
+        s.sigma,
+        s.population,
+        s.seed,
+        [gene.scale for gene in genome.genes],
+        lr_adapt=s.lr_adapt,
+        first=first,
+    )
