@@ -12,14 +12,24 @@ BIN      = $(VENV)/bin
 READY    = $(VENV)/.ready
 VLLM     = .venv-vllm
 DEMO     = demo/.ready
+PYTEST   = $(BIN)/python -m pytest
+PARALLEL = -n auto --maxprocesses 8 --dist worksteal
+EXTRAS   = mergekit lm-eval 4bit bm25 embeddings serve
 BENCHES  = $(filter-out benchmarks/make_% benchmarks/search_%,$(wildcard benchmarks/*.py))
 SEARCH   = $(BIN)/evomerge search $(SPACE) --study $(STUDY) $(if $(TRIALS),--trials $(TRIALS))
 
+TESTS-mergekit   = $(shell grep -lE 'mergekit_server|MERGEKIT_PYTHON' tests/test_*.py | grep -v lm_eval)
+TESTS-lm-eval    = tests/test_lm_eval.py
+TESTS-4bit       = tests/test_quantized.py tests/test_engine_devices.py
+TESTS-bm25       = tests/test_retrieval.py
+TESTS-embeddings = tests/test_retrieval.py
+TESTS-serve      = tests/test_transformers_serve.py tests/test_llm_judge_server.py
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo search resume test test-vllm check export infer report bench real-pair clean
+.PHONY: help setup demo search resume test test-vllm $(EXTRAS:%=test-%) check docs export infer report bench real-pair clean
 
 help:
-	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+	@sed -nE 's/^([a-zA-Z-]+):.*## (.*)/make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
 	@echo 'Options: SPACE=search_spaces/FILE.yaml, STUDY=NAME, TRIALS=N.'
 
 setup: $(READY) ## create .venv and install evomerge with its pinned dependencies
@@ -36,11 +46,17 @@ report: $(READY) ## write results/STUDY/report.html again
 demo: $(DEMO) ## build the tiny demo pair and its tasks in demo/
 real-pair: $(VENV)/.ready-real-pair ## build a real pair of 135 M parameters in pairs/real/ (about 7 minutes)
 	@$(BIN)/python benchmarks/make_real_pair.py pairs/real
-test: $(READY) ## run the tests
-	@$(BIN)/python -m pytest
+test: $(READY) ## run the tests, one process per core
+	@$(PYTEST) $(PARALLEL)
+test-EXTRA: ## tests that need an extra: test-mergekit, -lm-eval, -4bit, -bm25, -embeddings, -serve
+	@echo 'Name the extra: make $(EXTRAS:%=test-%)' >&2; exit 2
 test-vllm: $(VLLM)/.ready ## test the vLLM engine on the CPU, in .venv-vllm (3.5 GB): its tests, the demo study, its speed
 	@$(VLLM)/bin/python -m pytest tests/test_host_weights.py tests/test_vllm.py
 	@$(VLLM)/bin/python benchmarks/vllm_vs_hf.py
+$(EXTRAS:%=test-%): test-%: $(VENV)/.ready-%
+	@$(if $(filter mergekit,$*),EVOMERGE_MERGEKIT_PYTHON=$(CURDIR)/$(BIN)/python) $(PYTEST) $(PARALLEL) -rs $(TESTS-$*)
+docs: $(READY) ## write docs/CLI.md, the help of every command
+	@$(BIN)/python docs/make_cli.py
 check: $(READY) ## run the linter, the format check and the type checker
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -62,8 +78,12 @@ $(READY): pyproject.toml constraints.txt | $(BIN)/python
 	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]' >&2
 	@touch $@
 
-$(VENV)/.ready-real-pair: $(READY)
-	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,real-pair]' >&2
+$(VENV)/.ready-%: $(READY)
+	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,$*]' >&2
+	@touch $@
+
+$(VENV)/.ready-serve: $(READY)
+	@$(BIN)/python -m pip install -q -c constraints.txt 'transformers[serving]' >&2
 	@touch $@
 
 # vLLM pins an older transformers than .venv has, and torch's CPU build (2.13.0+cpu), which pip must be able to find.

@@ -11,8 +11,8 @@ default is 1); null unless EVOMERGE_MERGEKIT_EVOLVE_PYTHON names a Python with m
 ray and cma (vLLM, which its helpers import, is not needed).
 population_gain: see population.py; null where that is absent.
 
-With one thread seconds are the process's CPU seconds, so that a busy machine does not count; else
-they are the clock's.
+With one thread, seconds are the process's CPU seconds, so that other load does not count;
+otherwise they are wall-clock seconds.
 
 The models are Llamas of about 20 M random parameters with a tokenizer of one token per character,
 in a temporary folder. `--model DIR` measures the first two on that model as well, in keys that end
@@ -59,8 +59,7 @@ CHARACTERS = "".join(chr(ord("ぁ") + i) for i in range(80)) + "".join(
 )
 SHORTEST, LONGEST = 4, 128  # tokens of the answers that end on their own
 EVOLVE_PYTHON = os.environ.get("EVOMERGE_MERGEKIT_EVOLVE_PYTHON")
-# What OnDiskMergeEvaluator.evaluate_genotype does, without ray's actor around it, which wants a
-# GPU.
+# What OnDiskMergeEvaluator.evaluate_genotype does, without its ray actor, which needs a GPU.
 EVOLVE = """
 import gc, statistics, sys, time
 import lm_eval.tasks, torch, yaml
@@ -70,17 +69,21 @@ from mergekit.evo.helpers import evaluate_model, merge_model
 from mergekit.evo import helpers
 from mergekit.options import MergeOptions
 
-helpers.monkeypatch_lmeval_vllm = lambda: None  # wants vLLM to be there, although it is not asked for
+# it would import vLLM, which is not used here
+helpers.monkeypatch_lmeval_vllm = lambda: None
 folder, rounds, clock = sys.argv[1], int(sys.argv[2]), getattr(time, sys.argv[3])
 with open(f"{folder}/evolve.yaml") as file:
     config = EvolMergeConfiguration.model_validate(yaml.safe_load(file))
-genome, manager, times = ModelGenome(config.genome), lm_eval.tasks.TaskManager(include_path=folder), []
+genome, times = ModelGenome(config.genome), []
+manager = lm_eval.tasks.TaskManager(include_path=folder)
 for i in range(rounds + 1):
     began = clock()
     gc.collect()
-    merged = merge_model(genome.initial_genotype() + i / 1000, genome, f"{folder}/merged", MergeOptions())
+    vector = genome.initial_genotype() + i / 1000
+    merged = merge_model(vector, genome, f"{folder}/merged", MergeOptions())
     how = dict(num_fewshot=None, limit=None, vllm=False, batch_size=20, task_manager=manager)
-    evaluate_model(merged, config.tasks, **how, apply_chat_template=False, model_kwargs={"device": "cpu"})
+    how |= dict(apply_chat_template=False, model_kwargs={"device": "cpu"})
+    evaluate_model(merged, config.tasks, **how)
     times.append(clock() - began)
 print(statistics.median(times[1:]))
 """
@@ -92,11 +95,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", type=Path, help="a model folder to measure too")
+    parser.add_argument("--model", type=Path, help="a model folder to measure as well")
     parser.add_argument(
         "--dtype",
         default="float32",
-        help="of the live model; float32 is the faster one on most CPUs",
+        help="dtype of the live model; float32 is faster on most CPUs",
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
@@ -130,7 +133,8 @@ def answer_figures(folder: Path, dtype: str, clock: Clock) -> dict[str, float | 
         [lambda: engine.answer(half), lambda: [generate(engine, [prompt], 64) for prompt in half]],
     )
     print(
-        f"{parameters / 1e6:.0f} M, {dtype}, 32 x 64 tokens: {2048 / ours:.0f} tokens/s, a prompt at a time {2048 / loop:.0f}",
+        f"{parameters / 1e6:.0f} M, {dtype}, 32 x 64 tokens: {2048 / ours:.0f} tokens/s, a "
+        f"prompt at a time {2048 / loop:.0f}",
         flush=True,
     )
     ending, plain = medians(
@@ -142,7 +146,8 @@ def answer_figures(folder: Path, dtype: str, clock: Clock) -> dict[str, float | 
     )
     total = sum(lengths)
     print(
-        f"64 answers of {SHORTEST} to {LONGEST} tokens: {total / ending:.0f} tokens/s, plain generate {total / plain:.0f}",
+        f"64 answers of {SHORTEST} to {LONGEST} tokens: {total / ending:.0f} tokens/s, plain "
+        f"generate {total / plain:.0f}",
         flush=True,
     )
     return {
@@ -154,7 +159,7 @@ def answer_figures(folder: Path, dtype: str, clock: Clock) -> dict[str, float | 
 def make_engine(
     folder: Path, siblings: Sequence[Path], dtype: str, new_tokens: int
 ) -> TransformersEngine:
-    """Whose answers no token ends, so that all engines do the same work."""
+    """An engine without end tokens, so that all engines do the same work."""
     section = EngineSection(device="cpu", batch_size=64)
     settings = GenerationSection(max_new_tokens=new_tokens)
     models = [open_model(str(sibling)) for sibling in siblings]
@@ -167,7 +172,7 @@ def make_engine(
 def answer_until(
     engine: TransformersEngine, prompts: Sequence[str], lengths: Sequence[int]
 ) -> list[list[int]]:
-    """The engine's loop on one batch, each answer as long as it must be."""
+    """The engine's loop on one batch, with a given length for each answer."""
     order = engine.batches(prompts)[0]
     hooks = Hooks(stopped=lambda i, tokens: len(tokens) >= lengths[order[i]])
     outputs = decode(
@@ -233,7 +238,8 @@ def candidate_figure(folder: Path, clock: Clock) -> float | None:
 
     (ours,) = medians(clock, [candidate])
     print(
-        f"a candidate with 20 prompts x 64 tokens: {ours:.2f} s, mergekit-evolve on disk {theirs:.2f} s",
+        f"a candidate with 20 prompts x 64 tokens: {ours:.2f} s, mergekit-evolve on disk "
+        f"{theirs:.2f} s",
         flush=True,
     )
     return round(theirs / ours, 2)
@@ -276,7 +282,7 @@ def run_child(python: str, folder: Path, clock: Clock) -> str:
 
 
 def population_gain(threads: int) -> float | None:
-    """What population.py measures, run as it is."""
+    """The figures of population.py, run as a script."""
     script = Path(__file__).with_name("population.py")
     if not script.is_file():
         return None

@@ -1,8 +1,8 @@
-"""What the cascade judge saves on real grades, and how often its better half is the llm judge's.
+"""What the cascade judge saves on real grades, and how often its better half is the LLM judge's.
 The last line is one JSON object.
 
 A learned judge is fitted on the models of the tuning families. Generations are 12 models of the
-test families, drawn from neighbours in the order of their means by the llm judge (gpt-4-turbo,
+test families, drawn from neighbours in the order of their means by the LLM judge (gpt-4-turbo,
 whose grades are on file), on tasks drawn at random. The cascade asks for grades from that file; the
 better half (6) is compared with the one by all of them. Ties at the border are right either way.
 The same for swapped families, to see both halves. Intervals: Wilson, 95 %, of the generations as
@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument(
         "--references",
         default="gpt-4-turbo",
-        help="whose grades the learned judge is fitted on, by comma",
+        help="the judges whose grades the learned judge is fitted on, separated by commas",
     )
     parser.add_argument("--error", type=float, default=0.1)
     args = parser.parse_args()
@@ -156,7 +156,7 @@ def main() -> None:
         proxy, expensive = tables(args.data, args.judge, args.references.split(","), fitted_on)
         print(
             f"{half} families: {expensive.shape[0]} models, {expensive.shape[1]} tasks "
-            "that all have grades of"
+            "for which all have grades"
         )
         for tasks in (16, 48, expensive.shape[1]):
             for window in (14, 24):

@@ -64,25 +64,26 @@ def accuracy(chooser: Chooser, rows: Sequence[dict[str, str]]) -> dict[str, floa
 
 
 def large(knowledge: Knowledge, seed: int = 0) -> Knowledge:
-    """EXAMPLES examples, each of halves of two of the base's, of the first one's class."""
+    """EXAMPLES examples, each made of halves of two examples, in the first one's class."""
     rng = random.Random(seed)
     made = []
     for row in range(EXAMPLES):
         a, b = rng.sample(knowledge.examples, 2)
-        text = f"{a.input[: len(a.input) // 2]}{b.input[: len(b.input) // 2]}{a.input[len(a.input) // 2 :]}"
+        half = len(a.input) // 2
+        text = a.input[:half] + b.input[: len(b.input) // 2] + a.input[half:]
         made.append(Example(row + 2, a.class_name, text, a.output))
     return Knowledge(knowledge.classes, tuple(made))
 
 
 def per_second(chooser: Chooser, texts: list[str], whole: bool = False) -> float:
-    """Tasks a second of CPU time; `whole`: with the examples and documents of each."""
+    """Tasks per second of CPU time; `whole`: including each task's examples and documents."""
     began = time.process_time()
     found = chooser.choose_all(texts) if whole else chooser.classify_all(texts)
     return len(found) / (time.process_time() - began)
 
 
 def by_model(knowledge: Knowledge, folder: str) -> ModelClassifier:
-    """Asks the model in its chat template, or bare where it has none."""
+    """Asks the model in its chat template, or without one if it has none."""
     from evomerge.answering.hf.likelihood import open_likelihood_engine
 
     engine = open_likelihood_engine(folder)
@@ -127,7 +128,7 @@ def tables(
             continue
         line(name, accuracies[name], str(speeds[name]))
         line(
-            f"{name}, votes of the nearest alone",
+            f"{name}, votes of the nearest only",
             accuracy(Chooser(knowledge, name, linear=False), rows),
         )
     line(

@@ -7,8 +7,8 @@ plain `generate`; 100 Japanese inputs of 20 to 200 tokens, 64 new tokens each, o
 tasks_vs_template_fp32: both in float32. `--model DIR` measures tasks_vs_template_model on that
 model as well, in `--model-dtype` (bfloat16). classify_accuracy, classify_per_s: see classify.py.
 
-With one thread seconds are the process's CPU seconds, so that a busy machine does not count; else
-they are the clock's.
+With one thread, seconds are the process's CPU seconds, so that other load does not count;
+otherwise they are wall-clock seconds.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", type=Path, help="a model folder to measure too")
-    parser.add_argument("--model-dtype", default="bfloat16", help="of that model")
+    parser.add_argument("--model", type=Path, help="a model folder to measure as well")
+    parser.add_argument("--model-dtype", default="bfloat16", help="dtype of that model")
     parser.add_argument("--batch-size", type=int, default=BATCH_SIZE)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def tasks_vs_template(folder: Path, dtype: str, threads: int, batch_size: int) -> float:
-    """The ratio of tasks per second: the loop once, and ours before and after it."""
+    """The ratio of tasks per second: the loop once, ours before and after it."""
     clock = time.process_time if threads == 1 else time.perf_counter
     section = EngineSection(device="cpu", batch_size=batch_size)
     generation = GenerationSection(max_new_tokens=NEW_TOKENS)
@@ -100,7 +100,8 @@ def tasks_vs_template(folder: Path, dtype: str, threads: int, batch_size: int) -
     first, slow, second = (answering.seconds(clock, work) for work in (ours, template, ours))
     fast, slow = (first + second) / 2, slow * EVERY
     print(
-        f"{folder.name}, {dtype}: {TASKS / fast:.1f} tasks/s, the template's loop {TASKS / slow:.2f}",
+        f"{folder.name}, {dtype}: {TASKS / fast:.1f} tasks/s, the template's loop "
+        f"{TASKS / slow:.2f}",
         flush=True,
     )
     return round(slow / fast, 2)

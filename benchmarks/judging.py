@@ -53,7 +53,7 @@ WORDS = [
 
 
 def make(folder: Path) -> tuple[Path, Path]:
-    """Tasks and answers from a seed."""
+    """Random tasks and answers from a seed."""
     rng = random.Random(0)
 
     def text(low: int, high: int) -> str:
@@ -80,7 +80,7 @@ def write(path: Path, rows: list[dict[str, object]]) -> Path:
 
 
 def per_second(judge: Judge, lines: list[AnswerLine]) -> float:
-    """The best of three rounds, the first of which also fills what a judge keeps for each task."""
+    """The best of three rounds; the first also fills what a judge caches for each task."""
     best = 0.0
     for _ in range(3):
         began = time.process_time()

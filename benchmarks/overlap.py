@@ -2,13 +2,12 @@
 
 The real loop runs on a stand-in engine that answers after a fixed time and on a real local server
 that grades after a fixed time, with a number of connections. `python -m benchmarks.overlap` prints
-the ratio; 1.15 is the most wanted.
+the ratio, which should be at most 1.15.
 
 The study is small: 16 trials on 48 tasks, where users have 96 or more on 100. What does not overlap
-is about the same
-in any study: the first batch of all (0.5 s and a judge's reply), the mean that waits for the last
-generation's grades, the winner that waits for the mean's (1 s each); and 0.08 s a candidate for its
-record. So a larger study overlaps better.
+is about the same in any study: the very first batch (0.5 s and a judge's reply), the mean that
+waits for the last generation's grades, the winner that waits for the mean's (1 s each), and 0.08 s
+to record each candidate. So a larger study overlaps better.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ BUDGET = 1.15
 
 
 class TimedEngine:
-    """Answers a batch after `seconds`; another recipe gives other answers. Counts its working time."""
+    """Answers a batch after `seconds`, each recipe differently, and counts its working time."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self.busy = seconds, 0.0
@@ -87,7 +86,7 @@ def server(latency: float) -> Iterator[tuple[str, list[int]]]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
-        # else the second write of a reply waits 40 ms for the first one's acknowledgement
+        # otherwise a reply's second write waits 40 ms for the first one's acknowledgement
         disable_nagle_algorithm = True
 
         def do_GET(self) -> None:

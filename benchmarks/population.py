@@ -45,7 +45,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="only the figure that is required")
+    parser.add_argument(
+        "--quick", action="store_true", help="only the figure that the tests require"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -59,9 +61,13 @@ def main() -> None:
                 for prompts, tokens in WORK[: 1 if args.quick else None]:
                     key = f"{size}_{dtype}_{prompts}"
                     table[key], equal[key] = case.measure(prompts, tokens)
-                    what = f"{case.parameters / 1e6:.1f} M, {dtype}, {CANDIDATES} candidates x {prompts} prompts x {tokens} tokens"
+                    what = (
+                        f"{case.parameters / 1e6:.1f} M, {dtype}, {CANDIDATES} candidates x "
+                        f"{prompts} prompts x {tokens} tokens"
+                    )
                     print(
-                        f"{what}: {table[key]:.2f} times as fast, {equal[key]:.1%} of the tokens are the same",
+                        f"{what}: {table[key]:.2f} times as fast, {equal[key]:.1%} of the "
+                        "tokens are the same",
                         flush=True,
                     )
     gain = table.pop("20M_float32_2")
@@ -130,7 +136,8 @@ class Case:
             rounds.append((self.seconds(one_pass), self.seconds(one_by_one)))
         fast, slow = zip(*rounds, strict=True)
         print(
-            f"    one pass {statistics.median(fast):.2f} s, one by one {statistics.median(slow):.2f} s"
+            f"    one pass {statistics.median(fast):.2f} s, one by one "
+            f"{statistics.median(slow):.2f} s"
         )
         return round(statistics.median(s / f for s, f in zip(slow, fast, strict=True)), 2), round(
             equal, 3
@@ -149,7 +156,7 @@ class Case:
 
 
 def make_pair(folder: Path, shape: Mapping[str, Any]) -> tuple[str, str]:
-    """A base, and a sibling that a tenth of noise moves away from it."""
+    """A base, and a sibling made from it by adding a tenth of noise."""
     torch.manual_seed(0)
     config = LlamaConfig(
         num_hidden_layers=LAYERS,

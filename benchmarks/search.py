@@ -1,16 +1,15 @@
-"""How many graded answers a search needs to a better merge, and how good its winner is: ours beside
-two peers, simulated.
+"""How many graded answers a search needs for a better merge, and how good its winner is.
 
-    python benchmarks/search.py            # ours as it ships, and the peers; the last line is one
-    JSON object python benchmarks/search.py --table    # also every option of docs/SEARCH.md python
-    benchmarks/search.py --real PAIR DEMO KEPT    # the same questions on real models: hours
-    (search_real.py)
+    python benchmarks/search.py                        # ours as shipped, and two peers
+    python benchmarks/search.py --table                # also every option of docs/SEARCH.md
+    python benchmarks/search.py --real PAIR DEMO KEPT  # on real models, hours: search_real.py
 
-answers_to_half_gain: graded answers until the true value of the winner as chosen has half of what
-the optimum has over the better parent; answers for the references, the mean and the choice are
-included, and who never gets there within 20,000 counts as 20,000. true_gain_of_winner: the share of
-that gain at 5,000 answers, 100 candidates times 50 tasks. The peers go on past their own limits.
-Seeds 0 to 19 are reported; defaults were chosen on others (1000 and 2000 on).
+The last line is one JSON object. answers_to_half_gain: graded answers until the true value of the
+chosen winner reaches half of the optimum's gain over the better parent; answers for the references,
+the mean and the choice are included, and a search that never gets there within 20,000 counts as
+20,000. true_gain_of_winner: the share of that gain at 5,000 answers, 100 candidates times 50 tasks.
+The peers continue past their own limits. Seeds 0 to 19 are reported; defaults were chosen on others
+(1000 and 2000 on).
 """
 
 from __future__ import annotations
@@ -135,7 +134,7 @@ def measure_small(job: tuple[str | Options, str, int]) -> tuple[float, float, fl
 
 
 def small_row(name: str, found: Array) -> str:
-    """(jobs, 3) of `measure_small` as a line of the second table."""
+    """A row of the second table from (jobs, 3) results of `measure_small`."""
     cost, held, value = found.mean(axis=0)
     return f"| {name} | {cost:,.0f} | {held:.2f} | {value:.2f} |"
 
@@ -151,7 +150,7 @@ def measure_all(pool: ProcessPoolExecutor, who: str | Options) -> dict[str, Arra
 
 
 def row(name: str, found: dict[str, Array]) -> str:
-    """One line of the table in docs/SEARCH.md."""
+    """One row of the table in docs/SEARCH.md."""
     cells = [name]
     for values in found.values():
         low, middle, high = np.quantile(values[:, 0], [0.25, 0.5, 0.75])
@@ -183,7 +182,7 @@ def compare(a: dict[str, Array], b: dict[str, Array]) -> dict[str, Any]:
 
 
 def figures(found: dict[str, dict[str, Array]]) -> dict[str, Any]:
-    """The last line."""
+    """The figures of the last line."""
     medians = {
         name: {landscape: float(np.median(v[:, 0])) for landscape, v in f.items()}
         for name, f in found.items()
@@ -236,11 +235,13 @@ def main() -> None:
     if importlib.util.find_spec("cma") is None:
         del contenders["mergekit_evolve"]
         print(
-            "mergekit_evolve is left out: the package `cma` is not installed (pip install 'cma>=4,<5')"
+            "mergekit_evolve is left out: the package `cma` is not installed (pip install "
+            "'cma>=4,<5')"
         )
     with ProcessPoolExecutor(arguments.processes) as pool:
         print(
-            f"| search | {' | '.join(LANDSCAPES)} | gain at {BUDGET:,} answers |\n|---|{'---|' * (len(LANDSCAPES) + 1)}"
+            f"| search | {' | '.join(LANDSCAPES)} | gain at {BUDGET:,} answers |\n"
+            f"|---|{'---|' * (len(LANDSCAPES) + 1)}"
         )
         found = {}
         for name, who in contenders.items():
@@ -249,7 +250,10 @@ def main() -> None:
         for name, options in OPTIONS.items() if arguments.table else ():
             print(row(name, measure_all(pool, options)), flush=True)
         if arguments.table:
-            head = f"{SMALL_CANDIDATES} candidates, 4 numbers | answers | gain | at {SMALL_ANSWERS:,} answers"
+            head = (
+                f"{SMALL_CANDIDATES} candidates, 4 numbers | answers | gain | at "
+                f"{SMALL_ANSWERS:,} answers"
+            )
             print(f"\n| {head} |\n|---|---|---|---|")
             for name, small in SMALL.items():
                 jobs = [(small, landscape, seed) for landscape in LANDSCAPES for seed in SEEDS]

@@ -5,9 +5,9 @@ A merge with weights w answers task t at the latent level
     difficulty[t] + scale * f(w) + (w - 1) @ tilt[t]
 to which each answer adds normal noise of 0.9; the grade is that, rounded and kept within 1 to 5
 (or, where tasks are right or wrong, whether it is above 0). f is the landscape; tilt makes a better
-merge gain more on some tasks than on
-others and lose on a few: at the optimum the gain's spread over tasks equals the gain. The true
-value of w is the expected grade over a population of tasks of which a search sees some.
+merge gain more on some tasks than on others and lose on a few: at the optimum the gain's spread
+over tasks equals the gain. The true value of w is the expected grade over a population of tasks, of
+which a search sees some.
 
 The difficulties are those of the 100 tasks of ELYZA-tasks-100 (`../shared/elyza/grades.jsonl`,
 gpt-4-turbo's grades of the models whose mean grade is 3 to 4): the level whose expected grade is
@@ -35,20 +35,22 @@ NOISE = 0.9  # of an answer, on the scale of grades
 GAIN = 0.4  # of the optimum over the better parent, in grade points
 SHARE = 0.12  # the same for tasks that are right or wrong
 BOUNDS = (0.0, 2.0)
-# The difficulties where the grades are absent: fit_difficulties(GRADES).
+# The result of fit_difficulties(GRADES), for when the grades are not available.
 # fmt: off
 FITTED = [
-    4.03, 3.73, 4.63, 4.24, 3.64, 4.08, 1.97, 4.45, 3.66, 3.59, 3.8, 3.61, 2.56, 4.34, 6.06, 3.91, 3.52, 1.94, 3.7, 4.4, 3.77,
-    3.39, 4.63, 3.79, 3.94, 3.96, 2.23, 2.36, 3.13, 3.2, 4.01, 3.94, 5.0, 4.21, 4.08, 3.13, 4.18, 2.11, 4.48, 4.29, 3.02, 3.09,
-    4.63, 4.57, 1.04, 4.77, 3.82, 3.22, 3.35, 3.91, 1.58, 2.44, 4.79, 3.58, 3.91, 3.64, 6.07, 3.27, 2.04, 3.86, 2.76, 3.41, 1.2,
-    2.65, 3.3, 3.11, 4.29, 3.7, 3.3, 4.29, 3.7, 3.52, 3.02, 3.93, 3.84, 3.47, 5.35, 5.19, 2.59, 2.43, 1.97, 2.7, 2.41, 3.73, 3.91,
-    3.49, 4.68, 5.57, 4.31, 2.67, 1.37, 5.49, 4.19, 4.73, 3.46, 4.96, 4.48, 3.96, 4.51, 3.8,
+    4.03, 3.73, 4.63, 4.24, 3.64, 4.08, 1.97, 4.45, 3.66, 3.59, 3.8, 3.61, 2.56, 4.34, 6.06, 3.91,
+    3.52, 1.94, 3.7, 4.4, 3.77, 3.39, 4.63, 3.79, 3.94, 3.96, 2.23, 2.36, 3.13, 3.2, 4.01, 3.94,
+    5.0, 4.21, 4.08, 3.13, 4.18, 2.11, 4.48, 4.29, 3.02, 3.09, 4.63, 4.57, 1.04, 4.77, 3.82, 3.22,
+    3.35, 3.91, 1.58, 2.44, 4.79, 3.58, 3.91, 3.64, 6.07, 3.27, 2.04, 3.86, 2.76, 3.41, 1.2, 2.65,
+    3.3, 3.11, 4.29, 3.7, 3.3, 4.29, 3.7, 3.52, 3.02, 3.93, 3.84, 3.47, 5.35, 5.19, 2.59, 2.43,
+    1.97, 2.7, 2.41, 3.73, 3.91, 3.49, 4.68, 5.57, 4.31, 2.67, 1.37, 5.49, 4.19, 4.73, 3.46, 4.96,
+    4.48, 3.96, 4.51, 3.8,
 ]
 # fmt: on
 
 
 def cdf(x: Array) -> Array:
-    """The normal distribution's, within 1.5e-7 (Abramowitz and Stegun 1964, 7.1.26)."""
+    """The normal distribution function, within 1.5e-7 (Abramowitz and Stegun 1964, 7.1.26)."""
     z = np.abs(x) / math.sqrt(2)
     t = 1 / (1 + 0.3275911 * z)
     poly = t * (
@@ -115,7 +117,7 @@ class World:
         return (answered > 0).astype(float) if self.zero_one else np.clip(np.rint(answered), 1, 5)
 
     def true(self, w: Array) -> float:
-        """The share of the gain that w has: 0 at the better parent, 1 at the optimum."""
+        """The share of the gain at w: 0 at the better parent, 1 at the optimum."""
         return (self._value(w) - self.parent) / self.gain
 
     def _value(self, w: Array) -> float:
@@ -124,12 +126,12 @@ class World:
 
 
 def bowl(best: Array, rng: np.random.Generator) -> Callable[[Array], Array]:
-    """Falls alike in all directions."""
+    """Falls equally in all directions."""
     return lambda w: -((w - best) ** 2).sum(axis=-1)
 
 
 def ridge(best: Array, rng: np.random.Generator) -> Callable[[Array], Array]:
-    """Falls five times as fast in a fifth of the directions, which lie askew."""
+    """Falls five times as fast in a fifth of the directions, which are rotated."""
     basis = np.linalg.qr(rng.standard_normal((len(best), len(best))))[0]
     curvature = np.where(np.arange(len(best)) < max(1, len(best) // 5), 5.0, 1.0)
     return lambda w: -(((w - best) @ basis) ** 2 @ curvature)

@@ -1,12 +1,10 @@
-"""The search on real answers: what the likelihood warm start gains, and how many answers the stock
-sampler needs more.
+"""The search on real models: the gain of the likelihood warm start, and the stock sampler's cost.
 
-    python benchmarks/search_real.py gain PAIR KEPT     # PAIR: parent/, sibling/, tasks.jsonl
-    (make_real_pair.py); hours on 2 cores python benchmarks/search_real.py demo DEMO KEPT     #
-    DEMO: what `evomerge demo` makes; about an hour
+    python benchmarks/search_real.py gain PAIR KEPT  # PAIR as make_real_pair.py makes it; hours
+    python benchmarks/search_real.py demo DEMO KEPT  # DEMO as `evomerge demo` makes it; an hour
 
-KEPT is a folder for the studies: a run that was stopped goes on where it was. The last line is one
-JSON object.
+KEPT is a folder for the studies: an interrupted run continues where it stopped. The last line is
+one JSON object.
 
 gain: the score on tasks that the search never saw, of the winner after 24 candidates, with the warm
 start and without, in 3 seeds. The difference and its 95 % interval by bootstrap over tasks, each
@@ -46,7 +44,7 @@ from evomerge.searching.starting.warm_start import warm_start
 from evomerge.study import Study, read_study
 from evomerge.tasks import Task
 
-# answers that a task's gradient costs: a forward pass and a backward pass of twice its price
+# a task's gradient in answers: a forward pass, and a backward pass at twice its cost
 GRADIENT = 3
 STOCK = 100  # candidates of the stock sampler
 GENERATIONS = 8  # of ours, at most
@@ -60,7 +58,7 @@ def gain(
     steps: int = 24,
     dtype: str = "bfloat16",
 ) -> dict[str, Any]:
-    """Warm start against none on a real pair, 15 slices."""
+    """Likelihood warm start against none, on a real pair with 15 slices."""
     scores: dict[str, list[dict[str, float]]] = {"none": [], "likelihood": []}
     for seed in range(seeds):
         for arm, found in scores.items():
@@ -85,7 +83,8 @@ def gain(
                 search.run()
                 found.append(unseen(search, winner(search)))
                 say(
-                    f"seed {seed}, warm start {arm}: {mean(found[-1]):.3f} on {len(found[-1])} unseen tasks"
+                    f"seed {seed}, warm start {arm}: {mean(found[-1]):.3f} on {len(found[-1])} "
+                    "unseen tasks"
                 )
     tasks = list(scores["none"][0])
     each = [
@@ -180,7 +179,7 @@ def warmed(search: Search, steps: int, file: Path) -> tuple[Distribution, int]:
 
 
 def stock(search: Search, seed: int) -> tuple[float, ...]:
-    """The best trial of Optuna's CmaEsSampler as it comes, by the score on all search tasks."""
+    """The best trial of Optuna's CmaEsSampler with its defaults, scored on all search tasks."""
     genes = search.genome.genes
 
     def objective(trial: optuna.Trial) -> float:
@@ -206,7 +205,8 @@ def reached(search: Search, start: Distribution, goal: float) -> int:
         at = np.clip(optimizer.mean, *sampler.bounds.T).tolist()
         score = mean(unseen(search, at))
         say(
-            f"generation {generation}: the mean has {score:.3f} on unseen tasks, the goal is {goal:.3f}"
+            f"generation {generation}: the mean has {score:.3f} on unseen tasks, the goal is "
+            f"{goal:.3f}"
         )
         if score >= goal:
             return generation * sampler.population * len(tasks)
@@ -266,7 +266,7 @@ def _settings(
 
 @contextmanager
 def search_of(settings: dict[str, Any], kept: Path) -> Iterator[Search]:
-    """A search by a study file of its own in `kept`."""
+    """A search with its own study file in `kept`."""
     kept.mkdir(parents=True, exist_ok=True)
     file = kept / "study.yaml"
     file.write_text(yaml.safe_dump(settings), encoding="utf-8")

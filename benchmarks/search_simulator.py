@@ -51,7 +51,7 @@ class Options:
 
 
 def ours(world: World, seed: int, o: Options) -> Iterator[Step]:
-    """CMA-ES as the loop runs it, and what it would say if it ended after each generation."""
+    """CMA-ES as the loop runs it, with the winner it would choose after each generation."""
     rng = np.random.default_rng([seed, 1])
     d, n = world.tilt.shape[1], len(world.search)
     kept = round(n * o.validation)
@@ -111,7 +111,7 @@ def ours(world: World, seed: int, o: Options) -> Iterator[Step]:
 
 
 def _race(grades: Array, error: float) -> None:
-    """Strike out (nan) what a race would not have asked."""
+    """Set to nan what a race would not have asked for."""
     parts, out = blocks(grades.shape[1]), set[int]()
     for part in parts[:-1]:
         seen = grades.copy()

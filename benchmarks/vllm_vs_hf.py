@@ -64,7 +64,8 @@ def compare(command: list[str], folder: str) -> float:
     for kind, runs in found.items():
         figures = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
         print(
-            f"{kind}: {figures['rate']:.0f} tokens/s, a candidate's weights in {figures['apply']:.3f} s, loaded in {figures['load']:.0f}"
+            f"{kind}: {figures['rate']:.0f} tokens/s, a candidate's weights in "
+            f"{figures['apply']:.3f} s, loaded in {figures['load']:.0f}"
         )
     ours, theirs = (
         statistics.median(run["rate"] for run in found[kind]) for kind in reversed(KINDS)
@@ -73,7 +74,7 @@ def compare(command: list[str], folder: str) -> float:
 
 
 def child(kind: str, folder: Path, dtype: str, eager: bool) -> None:
-    """Print one engine's figures: tokens per second, seconds of loading and of applying a recipe."""
+    """Print one engine's figures: tokens per second, seconds to load and to apply a recipe."""
     from evomerge.answering.choose import make_engine
     from evomerge.answering.engine import EngineSpec
     from evomerge.merging.checkpoints.open_model import open_model

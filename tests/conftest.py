@@ -6,8 +6,9 @@ import json
 import os
 from pathlib import Path
 
-# read when the hub's client is imported, so before all that follows
+# read when the libraries are imported, so before all that follows; subprocesses inherit them
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -89,7 +90,8 @@ def pair(tmp_path_factory):
     )
     (folder / "study.yaml").write_text(
         "study: tiny\n"
-        "genome: {base_model: ./base, models: [./instruct], merge_method: task_arithmetic, layer_granularity: 1}\n"
+        "genome: {base_model: ./base, models: [./instruct], merge_method: task_arithmetic, "
+        "layer_granularity: 1}\n"
         "tasks: [{file: tasks.jsonl}]\n"
         "generation: {max_new_tokens: 12}\n"
         "judge: {metric: grade}\n"

@@ -45,7 +45,7 @@ TIES = {"merge_method": "ties", "parameters": {"normalize": True}}
 
 
 def recipe(family, weights, **top):
-    """Every sibling with its weight (a number, or one per end of the model) and a density of 0.6."""
+    """Every sibling with its weight (a number, or one for each end) and a density of 0.6."""
     models = [
         {"model": str(family / n), "parameters": {"weight": w, "density": 0.6}}
         for n, w in weights.items()

@@ -250,7 +250,10 @@ def test_ctrl_c_leaves_nothing(family):
 
 def test_a_build_imports_no_transformers(family):
     """It would take longer than merging a billion parameters."""
-    code = "import sys; from evomerge.cli import main; sys.exit(main(sys.argv[1:]) or 'transformers' in sys.modules)"
+    code = (
+        "import sys; from evomerge.cli import main; "
+        "sys.exit(main(sys.argv[1:]) or 'transformers' in sys.modules)"
+    )
     command = [
         sys.executable,
         "-c",

@@ -1,6 +1,7 @@
 """The commands as a user calls them, on the tiny pair."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -193,7 +194,8 @@ def test_inference_by_study_and_by_folder_agree(searched, pair, tmp_path):
 
 def test_judge_grade_writes_json_lines(pair, tmp_path):
     (tmp_path / "a.jsonl").write_text(
-        '{"task_id": 0, "output": "あいあおかきくけ", "model": "m"}\n{"task_id": 1, "output": "", "model": "m"}\n'
+        '{"task_id": 0, "output": "あいあおかきくけ", "model": "m"}\n'
+        '{"task_id": 1, "output": "", "model": "m"}\n'
     )
     out = tmp_path / "g.jsonl"
     assert (
@@ -418,20 +420,38 @@ def test_a_damaged_storage_is_one_line(pair, searched, capsys, tmp_path):
         ["export"],
         ["merge"],
         ["infer"],
+        ["judge"],
         ["judge", "grade"],
+        ["judge", "validate"],
+        ["judge", "fit"],
+        ["knowledge"],
+        ["knowledge", "new"],
+        ["knowledge", "check"],
+        ["knowledge", "from-tasks"],
         ["report"],
         ["cache"],
         ["demo"],
         ["schema"],
     ],
 )
-def test_every_command_has_help(command):
-    out = subprocess.run(
-        [sys.executable, "-m", "evomerge.cli", *command, "--help"],
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--help"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith("usage: evomerge")
+    assert re.search(r"\nexamples?:\n  evomerge ", out)
+
+
+def test_help_is_printed_without_the_heavy_libraries():
+    code = "import sys, runpy; sys.argv = ['evomerge', '--help']; runpy.run_module('evomerge')"
+    heavy = "{'torch', 'transformers', 'optuna', 'pandas', 'numpy', 'yaml', 'jinja2'}"
+    check = f"import atexit; atexit.register(lambda: print(sorted({heavy} & set(sys.modules))))"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; {check}; {code}"],
         capture_output=True,
         text=True,
         check=True,
-    ).stdout
-    assert out.startswith("usage: evomerge")
-    if command:
-        assert "example:" in out
+    )
+    assert done.stdout.startswith("usage: evomerge")
+    assert done.stdout.splitlines()[-1] == "[]"

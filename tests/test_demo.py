@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from evomerge import demo
+from evomerge.demo import pair as pair_module
+from evomerge.demo import skills, training
 from evomerge.errors import OutputError
 from evomerge.tasks import load_tasks, split_tasks
 
@@ -21,11 +23,10 @@ from evomerge.tasks import load_tasks, split_tasks
 def quick() -> Iterator[pytest.MonkeyPatch]:
     """Three steps per stage: enough to move every weight that should move."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(demo, "BASE", replace(demo.BASE, steps=3))
-    patch.setattr(
-        demo, "SIBLING_STAGES", tuple(replace(stage, steps=3) for stage in demo.SIBLING_STAGES)
-    )
-    patch.setattr(demo, "BATCH", 8)
+    stages = tuple(replace(stage, steps=3) for stage in pair_module.SIBLING_STAGES)
+    patch.setattr(pair_module, "BASE", replace(pair_module.BASE, steps=3))
+    patch.setattr(pair_module, "SIBLING_STAGES", stages)
+    patch.setattr(training, "BATCH", 8)
     yield patch
     patch.undo()
 
@@ -96,7 +97,7 @@ def test_strings_of_tasks_are_never_trained_on() -> None:
     reserved = frozenset(
         a + b + c for a in alphabet for b in alphabet for c in alphabet if a != "あ"
     )
-    examples = demo.Examples(reserved)
+    examples = skills.ExampleSampler(reserved)
     rng = random.Random(0)
     drawn = [
         draw(rng)
@@ -110,11 +111,11 @@ def test_strings_of_tasks_are_never_trained_on() -> None:
 
 
 def test_brevity_cuts_two_skills_to_one_character() -> None:
-    examples, rng = demo.Examples(frozenset()), random.Random(0)
+    examples, rng = skills.ExampleSampler(frozenset()), random.Random(0)
     for prompt, answer in (examples.brevity(rng) for _ in range(200)):
         _, skill, text = "".join(prompt).removesuffix("\n回答:").split(":")
-        whole = demo.SKILLS[skill].do(text)
-        assert "".join(answer) == (whole[0] if skill in demo.CUT_SHORT else whole) + demo.EOS
+        whole = demo.SKILLS[skill].apply(text)
+        assert "".join(answer) == (whole[0] if skill in skills.CUT_SHORT else whole) + skills.EOS
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(
@@ -146,7 +147,7 @@ def test_a_finished_pair_is_left_alone_and_nothing_else_lies_about(pair: Path) -
 def test_an_older_pair_is_built_anew(quick: pytest.MonkeyPatch, tmp_path: Path) -> None:
     out = tmp_path / "pair"
     out.mkdir()
-    (out / demo.MARKER).write_text(json.dumps({"version": 0, "seed": 0}))
+    (out / pair_module.MARKER).write_text(json.dumps({"version": 0, "seed": 0}))
     lines: list[str] = []
     demo.build_demo(out, progress=lines.append)
     assert any("step 3 of 3" in line for line in lines)
@@ -155,7 +156,7 @@ def test_an_older_pair_is_built_anew(quick: pytest.MonkeyPatch, tmp_path: Path) 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(OutputError, match="is no demo pair"):
+    with pytest.raises(OutputError, match="is not a demo pair"):
         demo.build_demo(tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 

@@ -354,7 +354,7 @@ class TestByGenerate:
 
 
 def test_what_was_told_before_memory_ran_out_is_not_answered_again(family, monkeypatch):
-    """Rows that ended are told at once; then the batch fails, and only the others are tried again."""
+    """Finished rows are reported at once; when the batch then fails, only the others run again."""
     engine = make_engine(family, model="endless", max_new_tokens=9, engine={"batch_size": 8})
     prompts = ["あ", "い", "う", "え"]
     sections = [GenerationSection(max_new_tokens=n) for n in (9, 2, 9, 3)]

@@ -258,8 +258,9 @@ from mergekit.evo.genome import ModelGenome, ModelGenomeDefinition
 
 for line in sys.stdin:
     section, vector, ours = json.loads(line)
-    theirs = ModelGenome(ModelGenomeDefinition.model_validate(section)).genotype_merge_config(np.array(vector))
-    print(json.dumps([c.model_dump(mode="json", exclude_none=True) for c in (theirs, MergeConfiguration.model_validate(ours))]))
+    genome = ModelGenome(ModelGenomeDefinition.model_validate(section))
+    both = genome.genotype_merge_config(np.array(vector)), MergeConfiguration.model_validate(ours)
+    print(json.dumps([config.model_dump(mode="json", exclude_none=True) for config in both]))
 """
 
 

@@ -152,7 +152,7 @@ def test_a_base_that_holds_held_out_tasks_is_told_and_check_reads_it(pair, place
 
 
 def test_the_answers_kept_for_prompts_are_of_their_settings(pair, place):
-    """The same prompts with other settings of a class are answered anew, in the same study's cache."""
+    """Other settings of a class: the same prompts are answered anew, in the same study's cache."""
     longer = Knowledge(
         (KnowledgeClass("かな", "", "あ{input}", max_new_tokens=9), KINDS[1]), BASE.examples
     )
@@ -221,9 +221,9 @@ def test_explaining_asks_the_study_for_its_base_and_the_model_for_classes(pair, 
     asked = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["confidence"] for row in asked] != [row["confidence"] for row in rows]
     assert main([*explain, "--knowledge", str(place / "base.yaml"), "--classify", "model"]) == 2
-    assert "who answers is not clear" in capsys.readouterr().err
+    assert "it is not clear which model answers" in capsys.readouterr().err
     assert main(explain) == 2
-    assert "nothing to explain without a base" in capsys.readouterr().err
+    assert "nothing to explain without a knowledge base" in capsys.readouterr().err
 
 
 def test_the_time_limit_of_a_real_model(pair, place, capsys):
@@ -236,8 +236,8 @@ def test_the_time_limit_of_a_real_model(pair, place, capsys):
 
 
 WRONG = {
-    "nobody answers": ([], "who answers is not clear"),
-    "two answer": (["--model", "m", "--study", "s"], "who answers is not clear"),
+    "nobody answers": ([], "it is not clear which model answers"),
+    "two answer": (["--model", "m", "--study", "s"], "it is not clear which model answers"),
     "no such recipe": (["--recipe", "missing.yaml"], "missing.yaml: no such recipe"),
     "an unknown key": (
         ["--model", "BASE", "--set", "generation.max_tokens=3"],
@@ -248,7 +248,7 @@ WRONG = {
         ["--model", "BASE", "--set", "generation.top_p=2"],
         "`generation.top_p` is out of range",
     ),
-    "no duration": (["--model", "BASE", "--time-limit", "soon"], "--time-limit: is no duration"),
+    "no duration": (["--model", "BASE", "--time-limit", "soon"], "--time-limit: is not a duration"),
     "one answer is no choice": (
         ["--model", "BASE", "--best-of", "1"],
         "--best-of: must be 2 or more",
@@ -260,7 +260,7 @@ WRONG = {
     "no such judge": (["--model", "BASE", "--best-of", "2", "--judge", "mine"], "no such judge"),
     "no such fault": (
         ["--model", "BASE", "--self-check", "boring"],
-        "--self-check: no fault of an answer",
+        "--self-check: is not a fault of an answer",
     ),
     "a retriever of nothing": (
         ["--model", "BASE", "--retriever", "bm25"],
@@ -281,7 +281,7 @@ WRONG = {
     ),
     "a server's batches": (
         ["--server", "http://localhost:1/v1", "--batch-size", "2"],
-        "--batch-size: is the server's own business",
+        "--batch-size: is decided by the server",
     ),
 }
 
@@ -353,7 +353,7 @@ def test_answers_never_take_the_place_of_what_they_are_made_from(pair, place, ca
         str(out),
     ]
     assert main(command) == 2
-    assert f"--{option}: would be written over" in capsys.readouterr().err
+    assert f"--{option}: would be overwritten" in capsys.readouterr().err
     assert files[option].read_bytes() == before
 
 
@@ -378,7 +378,7 @@ def test_a_folder_is_no_place_for_answers(pair, place, capsys, out):
 
 
 def test_the_seed_reaches_the_samples(pair, place):
-    """Best of 2 on one faulty first answer: what is sampled depends on --seed, and on nothing else."""
+    """Best of 2 on one faulty first answer: the samples depend on --seed, and on nothing else."""
     model = [
         "--model",
         pair / "base",

@@ -78,7 +78,10 @@ def child(out, log):
 
 
 def start_child(out, log, **options):
-    code = f"import sys; sys.path.insert(0, {str(HERE.parent)!r}); import test_inference as t; t.child({str(out)!r}, {str(log)!r})"
+    code = (
+        f"import sys; sys.path.insert(0, {str(HERE.parent)!r}); import test_inference as t; "
+        f"t.child({str(out)!r}, {str(log)!r})"
+    )
     paths = {"PYTHONPATH": str(HERE.parents[1])}
     return subprocess.Popen(
         [sys.executable, "-c", code],

@@ -1,4 +1,4 @@
-"""Versions of judges are part of stored studies and of cache keys: a new value forgets old grades."""
+"""Versions of judges are part of stored studies and of cache keys: a new one forgets old grades."""
 
 import math
 from hashlib import sha256

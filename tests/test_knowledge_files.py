@@ -176,8 +176,8 @@ def test_merged_cells(tmp_path, area, row, column):
     book["examples"].merge_cells(area)
     found = lines(saved(book, tmp_path))
     assert (
-        f"sheet examples, row {row}, column {column}: cells are merged (found: {area!r}). Unmerge them, and fill each of them."
-        in found
+        f"sheet examples, row {row}, column {column}: cells are merged (found: {area!r}). "
+        "Unmerge them, and fill each of them." in found
     )
     assert row == 1 or not any("is empty" in line for line in found)
 

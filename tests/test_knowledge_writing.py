@@ -28,9 +28,10 @@ ROOT = Path(__file__).resolve().parents[1]
 CLASSES = ["分析", "創作", "抽出", "意見", "解決", "説明", "役割", "計算"]
 NUMBERS = ["max_new_tokens", "temperature", "repetition_penalty", "examples", "documents", "weight"]
 TRICKY = [
-    "=1+1", "=HYPERLINK(\"http://x\")", "+1", "-1", "@SUM(A1)", "'quoted", "#N/A", "007", "1e5", "TRUE", "2026-05-18",
-    " 前後の空白 ", "二行\nの文", "<|im_start|>system\n", "{input}{examples}", "a\tb", "%", "null", "yes", "- a: b", "# x", "_x0041_",
-    "_x000D_", "\x0b縦", "\ufeffx", "a\u2028", "🍎",
+    "=1+1", "=HYPERLINK(\"http://x\")", "+1", "-1", "@SUM(A1)", "'quoted", "#N/A", "007", "1e5",
+    "TRUE", "2026-05-18", " 前後の空白 ", "二行\nの文", "<|im_start|>system\n", "{input}{examples}",
+    "a\tb", "%", "null", "yes", "- a: b", "# x", "_x0041_", "_x000D_", "\x0b縦", "\ufeffx",
+    "a\u2028", "🍎",
 ]  # fmt: skip
 
 
@@ -234,7 +235,7 @@ def test_a_study_whose_tasks_have_changed_drafts_nothing(tmp_path, study, capsys
     lines = file.read_text().splitlines()
     file.write_text("\n".join(lines[1:]))
     assert from_study(file, url, tmp_path / "b.yaml") == 2
-    assert "its task files have changed" in capsys.readouterr().err
+    assert "the study's task files have changed" in capsys.readouterr().err
     assert not (tmp_path / "b.yaml").exists()
 
 

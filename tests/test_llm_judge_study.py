@@ -8,8 +8,6 @@ import os
 import random
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from collections import Counter
 from contextlib import closing
@@ -17,6 +15,7 @@ from contextlib import closing
 import pytest
 from chat_server import Server
 from fault_server import ACTIONS, PASSES, answer_of
+from process_tools import begin, ended, running
 
 from evomerge.answering.hf.engine import TransformersEngine
 from evomerge.cli import main
@@ -90,7 +89,7 @@ def whole(pair, tmp_path_factory):
 def test_what_is_done_ahead_is_what_comes(whole):
     (trials, verdict), merged, _ = whole
     assert [t[1:3] for t in trials if t[0] == "candidate"] == [divmod(i, 4) for i in range(10)]
-    assert verdict["n"] == 20
+    assert verdict.n == 20
     # each recipe is merged for its search tasks, and four of them once more for the held-out ones
     # and four for the choice of the winner
     assert len(trials) <= sum(merged.values()) <= len(trials) + 4 + 4
@@ -114,21 +113,17 @@ def test_pauses_and_faults_change_nothing(pair, whole, tmp_path, capsys):
 
 def test_kills_change_nothing(pair, whole, tmp_path):
     server, rng = Steady(rate=0.1, seconds=0.02), random.Random(1)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with server.running() as url:
-        command = [sys.executable, "-m", "evomerge.cli", *arguments(pair, tmp_path, url)]
+        command = arguments(pair, tmp_path, url)
         for _ in range(2):
             before = sum(server.given.values())
-            process = subprocess.Popen(
-                command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-            )
+            process = begin(command, tmp_path / "log")
             wanted = before + rng.randint(10, 120)
-            while sum(server.given.values()) < wanted and process.poll() is None:
+            while sum(server.given.values()) < wanted and running(process):
                 time.sleep(0.01)
-            assert process.poll() is None
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-        assert main(command[3:]) == 0
+            os.kill(process, signal.SIGKILL)
+            assert ended(process) == -signal.SIGKILL
+        assert main(command) == 0
     assert outcome(tmp_path) == whole[0]
     with closing(sqlite3.connect(tmp_path / "tiny.grades.sqlite")) as db:
         votes = db.execute("SELECT count(*) FROM votes").fetchone()[0]

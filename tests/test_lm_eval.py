@@ -187,7 +187,10 @@ def test_in_place_values_are_those_of_a_merged_folder(folder, tmp_path, chat):
 
 
 def test_a_group_s_metric_and_the_same_task_twice(folder, tmp_path):
-    tasks = "tasks=[{name: tiny_group, metric: 'acc,none'}, {name: tiny_choice, metric: 'acc_norm,none', weight: -0.5}]"
+    tasks = (
+        "tasks=[{name: tiny_group, metric: 'acc,none'}, {name: tiny_choice, metric: "
+        "'acc_norm,none', weight: -0.5}]"
+    )
     with opened(folder, tmp_path, tasks, "limit=9", "num_fewshot=0") as search:
         recipe = search.genome.decode([0.7, 1.2])
         documents = search.examiner.runner.lm_eval.tasks
@@ -451,7 +454,8 @@ def test_mergekit_evolve_reads_its_files_the_same_way(tmp_path):
         path.write_text(EXAMPLE + extra, encoding="utf-8")
     code = (
         "import json, sys, yaml; from mergekit.evo.config import EvolMergeConfiguration as C; "
-        "print(json.dumps([C.model_validate(yaml.safe_load(open(path))).model_dump(mode='json') for path in sys.argv[1:]]))"
+        "print(json.dumps([C.model_validate(yaml.safe_load(open(path))).model_dump(mode='json') "
+        "for path in sys.argv[1:]]))"
     )
     run = [os.environ["EVOMERGE_MERGEKIT_PYTHON"], "-c", code, *map(str, paths)]
     out = subprocess.run(run, capture_output=True, text=True, check=True)

@@ -57,7 +57,10 @@ def byte_tokenizer(chat=True, bos=False):
         tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )
     if chat:
-        tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+        tokenizer.chat_template = (
+            "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+            "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+        )
     return tokenizer
 
 
@@ -314,7 +317,7 @@ def test_two_runs_of_a_study_that_it_judges_are_equal(pair, judge_folder, tmp_pa
             ([(r.role, r.weights, r.grades) for r in finished.records], finished.verdict)
         )
     assert outcomes[0] == outcomes[1]
-    grades = [g["grade"] for _, _, found in outcomes[0][0] for g in found.values()]
+    grades = [g.grade for _, _, found in outcomes[0][0] for g in found.values()]
     assert all(1 <= g <= 5 for g in grades)
     assert len(set(grades)) > 15
 
@@ -358,7 +361,9 @@ def test_chat_templates_of_other_models(broken):
     tokenizer = byte_tokenizer()
     turns = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}>"
     tokenizer.chat_template = {
-        "no system turn": "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "no system turn": (
+            "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        )
         + turns,
         "drops the system turn": turns.replace(
             "[{{ m.role }}]{{ m.content }}",
@@ -392,7 +397,10 @@ def test_a_long_answer_is_cut_to_the_context_and_the_judge_told():
     assert math.isfinite(judge.grade(TASKS[0], Answer("あいうえお" * 2000, False, 1)).value)
     with pytest.raises(
         JudgeError,
-        match=r"tiny: task 9 with its reference does not fit the judge's context of 3072 tokens\. Use",
+        match=(
+            r"tiny: task 9 with its reference does not fit the judge's context of 3072 tokens\. "
+            r"Use"
+        ),
     ):
         judge.grade(Task(9, "長" * 1000, "短", ""), Answer("1", False, 1))
 
@@ -446,7 +454,10 @@ def test_a_context_that_is_too_short_for_any_task_is_told_at_once(tmp_path):
     save(make_model(0), tmp_path / "tiny")
     with pytest.raises(
         ModelError,
-        match=r"tiny: cannot judge: the rubric .* are \d+ tokens, more than its context \(found: 64\)",
+        match=(
+            r"tiny: cannot judge: the rubric .* are \d+ tokens, more than its context \(found: "
+            r"64\)"
+        ),
     ):
         make_local_judge(JudgeSection(kind="local", model=str(tmp_path / "tiny")))
 

@@ -42,7 +42,7 @@ def test_mergekit_s_bits(name):
 @pytest.mark.parametrize("size", [2**20, 2**20 + 7, 3 * 2**20 - 1])
 @pytest.mark.parametrize("name", ["slerp", "dare_linear"])
 def test_mergekit_s_bits_of_large_tensors(name, size):
-    """slerp works through 2^20 elements at a time, and the order of its sums decides the last bit."""
+    """slerp takes 2^20 elements at a time, and the order of its sums decides the last bit."""
     for dtype in UNIT:
         tensors = make_tensors("noise", (size,), dtype, 1, size)
         case = Case(name, tensors, dtype, [1.0, 0.7], [0.3], False, 1.0, True, 0.37, 5)

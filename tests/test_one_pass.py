@@ -85,7 +85,9 @@ def test_going_on_answers_nothing_twice(pair, tmp_path, passes):
     ("dtype", "tasks", "wanted"),
     [("float32", 4, True), ("bfloat16", 4, False), ("float32", 40, False)],
 )
-def test_unsaid_it_is_for_few_prompts_in_fp32(pair, tmp_path, passes, dtype, tasks, wanted):
+def test_by_default_it_is_chosen_for_few_prompts_in_fp32(
+    pair, tmp_path, passes, dtype, tasks, wanted
+):
     rows = (pair / "tasks.jsonl").read_text(encoding="utf-8").splitlines()[:tasks]
     (tmp_path / "few.jsonl").write_text("\n".join(rows), encoding="utf-8")
     few = f"tasks=[{{file: {tmp_path}/few.jsonl}}]"

@@ -10,7 +10,10 @@ from evomerge.knowledge.chooser import Chooser
 from evomerge.knowledge.records import Document, Example, Knowledge, KnowledgeClass
 from evomerge.study import GenerationSection, PromptSection
 
-TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+TURNS = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 EXAMPLES = (
     Example(2, "計算", "1と2", "3"),
     Example(3, "計算", "1と2と3", "6"),
@@ -42,17 +45,16 @@ def test_examples_are_turns_before_the_task_the_nearest_last():
 
 def test_a_template_with_a_place_for_examples_has_no_turns():
     (prompt,) = prompter(base("{examples}\n問い:{input}")).prepare(["1と2と3と4"])
-    assert (
-        prompt.text
-        == "<system>先生</s><user>指示: 1と2\n回答: 3\n\n指示: 1と2と3\n回答: 6\n問い:1と2と3と4</s><assistant>"
+    assert prompt.text == (
+        "<system>先生</s><user>指示: 1と2\n回答: 3\n\n指示: 1と2と3\n回答: 6\n"
+        "問い:1と2と3と4</s><assistant>"
     )
 
 
 def test_documents_are_quoted_in_the_task_alone():
     (prompt,) = prompter(base("{documents}|{input}", shots=1)).prepare(["1と2と3と4"])
-    assert (
-        prompt.text
-        == "<system>先生</s><user>|1と2と3</s><assistant>6</s><user>題\n本文|1と2と3と4</s><assistant>"
+    assert prompt.text == (
+        "<system>先生</s><user>|1と2と3</s><assistant>6</s><user>題\n本文|1と2と3と4</s><assistant>"
     )
 
 

@@ -92,7 +92,7 @@ def test_broken_candidates_stop_early():
     assert race(rng, quality, 0.05, False) == {8, 9, 10, 11}
 
 
-def test_a_race_of_few_has_nobody_to_lose():
+def test_a_race_of_few_candidates_drops_none():
     grades = np.array([[5.0] * 20, [1.0] * 20])
     assert hopeless(grades, 2, 0.05) == set()
     assert hopeless(np.full((4, 3), np.nan), 2, 0.05) == set()

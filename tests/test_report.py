@@ -13,15 +13,10 @@ from typing import Any
 
 import pytest
 
-from evomerge.reporting.report import (
-    PLOT,
-    headline,
-    progress_chart,
-    remarks,
-    seconds_by_phase,
-    write_report,
-    write_trials_csv,
-)
+from evomerge.reporting.charts import PLOT, progress_chart
+from evomerge.reporting.report import write_report
+from evomerge.reporting.sentences import headline, remarks
+from evomerge.reporting.trial_table import seconds_by_phase, write_trials_csv
 from evomerge.searching.records.verdict_record import (
     HeldOutScore,
     PairedDifference,
@@ -179,11 +174,11 @@ def test_texts_from_models_and_files_are_escaped(tmp_path: Path) -> None:
 
 def test_the_figures_shown_are_those_given(tmp_path: Path) -> None:
     text = " ".join("".join(Elements(make_page(tmp_path / "report.html")).texts).split())
-    assert "The winner is right on a share of 0.814 ± 0.047 of the 70 held-out tasks." in text
+    assert "The winner answers a share of 0.814 ± 0.047 of the 70 held-out tasks correctly." in text
     assert "Better than base: +0.557, 95 % interval +0.429 to +0.671, n = 70." in text
     assert (
-        "No difference from the best uniform weight is shown: +0.043, 95 % interval −0.029 to +0.114, n = 70, which includes zero."
-        in text
+        "No difference from the best uniform weight is shown: +0.043, 95 % interval −0.029 to "
+        "+0.114, n = 70, which includes zero." in text
     )
     for shown in (
         "0.257 ± 0.053",
@@ -213,8 +208,8 @@ def test_an_interval_that_includes_zero_shows_no_difference(
 ) -> None:
     pair = PairedDifference((low + high) / 2, low, high)
     (remark,) = remarks(Verdict("grade", 9, {}, {"winner-base": pair}))
-    assert remark["kind"] == kind
-    assert ("includes zero" in remark["text"]) == (kind == "open")
+    assert remark.kind == kind
+    assert ("includes zero" in remark.text) == (kind == "open")
 
 
 def test_a_single_value_is_shown_without_a_standard_error(tmp_path: Path) -> None:
@@ -230,26 +225,26 @@ def test_a_single_value_is_shown_without_a_standard_error(tmp_path: Path) -> Non
 def test_points_and_level_lines_share_one_scale() -> None:
     chart = progress_chart(trials(), 29, LABELS)
     assert chart is not None
-    level = {line["kind"]: line["y"] for line in chart["lines"]}
-    ticks = {float(t["label"]): t["y"] for t in chart["ticks"]}
+    level = {line.kind: line.y for line in chart.lines}
+    ticks = {float(t.label): t.at for t in chart.ticks}
     (a, ya), (b, yb) = sorted(ticks.items())[0], sorted(ticks.items())[-1]
 
     def expected(score: float) -> float:
         return ya + (score - a) / (b - a) * (yb - ya)
 
-    for point in chart["points"]:
-        assert point["y"] == pytest.approx(expected(point["trial"].score), abs=0.02)
-        assert PLOT["top"] <= point["high"] <= point["y"] <= point["low"] <= PLOT["bottom"]
+    for point in chart.points:
+        assert point.y == pytest.approx(expected(point.trial.score), abs=0.02)
+        assert PLOT.top <= point.high <= point.y <= point.low <= PLOT.bottom
     assert level == {
         k: pytest.approx(expected(v), abs=0.02)
         for k, v in {"base": 0.264, "sibling": 0.721, "uniform": 0.725}.items()
     }
-    assert {line["label"].rpartition(":")[0] for line in chart["lines"]} == {
+    assert {line.label.rpartition(":")[0] for line in chart.lines} == {
         "base",
         "instruct",
         "uniform 0.75",
     }
-    labels = sorted(line["label_y"] for line in chart["lines"])
+    labels = sorted(line.label_y for line in chart.lines)
     assert min(b - a for a, b in itertools.pairwise(labels)) >= 14
 
 
@@ -274,10 +269,10 @@ def test_equal_scores_without_spread_have_a_page(tmp_path: Path) -> None:
 
 
 def test_seconds_are_means_over_complete_trials() -> None:
-    phases = {p["name"]: p for p in seconds_by_phase(trials())}
-    assert phases["answer"]["mean"] == pytest.approx(15.5)
-    assert phases["merge"]["total"] == pytest.approx(0.25 * 29)
-    assert sum(p["share"] for p in phases.values()) == pytest.approx(1)
+    phases = {p.name: p for p in seconds_by_phase(trials())}
+    assert phases["answer"].mean == pytest.approx(15.5)
+    assert phases["merge"].total == pytest.approx(0.25 * 29)
+    assert sum(p.share for p in phases.values()) == pytest.approx(1)
 
 
 def test_the_table_holds_every_trial(tmp_path: Path) -> None:

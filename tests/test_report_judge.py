@@ -18,11 +18,12 @@ from evomerge.answering.engine import Answer
 from evomerge.judging.grade import Grade
 from evomerge.judging.rules.judge import RulesJudge
 from evomerge.reporting.judge_section import (
-    agreement,
+    MeanFigure,
+    compare_judges,
+    grade_bars,
     judge_section,
-    mean_and_error,
-    savings,
-    shares,
+    mean_figure,
+    saved_grades,
 )
 from evomerge.reporting.report import write_report
 from evomerge.searching.records.judge_report import REASON, SHOWN, TEXT, judge_facts
@@ -125,7 +126,7 @@ def test_facts_are_json_and_hold_both_judges_grades() -> None:
 
 def test_agreement_is_scipys_spearman_and_a_plain_difference() -> None:
     facts = judge_facts("llm:big", "abc", TASKS, examined())
-    found = agreement(facts["grades"], facts["rules"])
+    found = compare_judges(facts["grades"], facts["rules"])
     rhos, differences = [], []
     for t in range(len(TASKS)):
         a, b = [facts["grades"][n][t] for n in NAMES], [facts["rules"][n][t] for n in NAMES]
@@ -133,15 +134,12 @@ def test_agreement_is_scipys_spearman_and_a_plain_difference() -> None:
         if len(set(a)) > 1 and len(set(b)) > 1:
             rhos.append(float(spearmanr(a, b).statistic))
     assert 10 < len(rhos) <= 20
-    for got, values in ((found["spearman"], rhos), (found["difference"], differences)):
+    for got, values in ((found.spearman, rhos), (found.difference, differences)):
         mean = sum(values) / len(values)
         spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
-        assert got == {
-            "mean": pytest.approx(mean),
-            "stderr": pytest.approx(spread / math.sqrt(len(values))),
-            "n": len(values),
-        }
-    for order, grades in zip(found["orders"], (facts["grades"], facts["rules"]), strict=True):
+        error = spread / math.sqrt(len(values))
+        assert got == MeanFigure(pytest.approx(mean), pytest.approx(error), len(values))
+    for order, grades in zip(found.orders, (facts["grades"], facts["rules"]), strict=True):
         means = [sum(grades[n]) for n in order]
         assert means == sorted(means, reverse=True)
 
@@ -149,19 +147,16 @@ def test_agreement_is_scipys_spearman_and_a_plain_difference() -> None:
 def test_two_candidates_have_no_rank_correlation_and_the_page_says_so(tmp_path: Path) -> None:
     done = {name: did for name, did in examined().items() if name in ("winner", "base")}
     facts = judge_facts("llm:big", "abc", TASKS, done)
-    assert agreement(facts["grades"], facts["rules"])["spearman"] == {
-        "mean": None,
-        "stderr": None,
-        "n": 0,
-    }
+    compared = compare_judges(facts["grades"], facts["rules"])
+    assert compared.spearman == MeanFigure(None, None, 0)
     assert "over 2 models– ± –0 tasks" in Texts(page(tmp_path, facts)).text
 
 
 def test_shares_of_the_nearest_grade() -> None:
-    found = shares([1.0, 1.49, 1.5, 3.2, 4.5, 5.0, 4.4999, 2.5])
-    assert [bar["count"] for bar in found] == [2, 1, 2, 1, 2]
-    assert sum(bar["share"] for bar in found) == pytest.approx(1)
-    assert mean_and_error([2.0]) == {"mean": 2.0, "stderr": None, "n": 1}
+    found = grade_bars([1.0, 1.49, 1.5, 3.2, 4.5, 5.0, 4.4999, 2.5])
+    assert [bar.count for bar in found] == [2, 1, 2, 1, 2]
+    assert sum(bar.share for bar in found) == pytest.approx(1)
+    assert mean_figure([2.0]) == MeanFigure(2.0, None, 1)
 
 
 def test_the_largest_disagreements_first_and_one_for_each_task() -> None:
@@ -215,19 +210,19 @@ def test_the_page_shows_the_figures(tmp_path: Path) -> None:
     text = Texts(page(tmp_path, json.loads(json.dumps(facts)), saved)).text
     section = judge_section(facts, saved)
     assert section is not None
-    winner, agreed = section["rows"][0], section["agreement"]
+    winner, agreed = section.rows[0], section.agreement
+    assert agreed is not None
+    assert winner.rules is not None
     for shown in (
         "Graded by cascade, version 1f2e.",
-        f"{winner['mean']:.3f} ± {winner['stderr']:.3f}",
-        f"{winner['rules']['mean']:.3f} ± {winner['rules']['stderr']:.3f}",
-        f"{agreed['spearman']['mean']:.3f} ± {agreed['spearman']['stderr']:.3f}".replace("-", "−"),
-        f"{agreed['difference']['mean']:+.3f} ± {agreed['difference']['stderr']:.3f}".replace(
-            "-", "−"
-        ),
+        f"{winner.mean:.3f} ± {winner.stderr:.3f}",
+        f"{winner.rules.mean:.3f} ± {winner.rules.stderr:.3f}",
+        f"{agreed.spearman.mean:.3f} ± {agreed.spearman.stderr:.3f}".replace("-", "−"),
+        f"{agreed.difference.mean:+.3f} ± {agreed.difference.stderr:.3f}".replace("-", "−"),
         "0.612 [0.580, 0.640]",
         "– [–, –]",
         "0.15 to 0.3 apart ordered right0.875 [0.800, 0.900]",
-        "Of 2400 answers the costly judge was asked about 312: 87.0 % of its grades were saved.",
+        "Of 2400 answers, the expensive judge graded 312: 87.0 % of its grades were saved.",
         "Where the two judges differ most",
     ):
         assert shown in text, shown
@@ -237,14 +232,14 @@ def test_the_page_shows_the_figures(tmp_path: Path) -> None:
 def test_the_page_of_a_study_graded_by_rules_claims_no_agreement(tmp_path: Path) -> None:
     text = Texts(page(tmp_path, judge_facts("rules", "2", TASKS, examined()))).text
     assert "Winner and best parent: the largest differences" in text
-    assert "nothing here to compare it with" in text
+    assert "nothing to compare it with here" in text
     assert "Spearman" not in text
     assert "Rules judge ±" not in text
 
 
 def test_no_judge_no_section(tmp_path: Path) -> None:
     assert "<h2>Judge</h2>" not in page(tmp_path, None)
-    assert savings(CascadeSavings(graded=0, asked=0)) is None
+    assert saved_grades(CascadeSavings(graded=0, asked=0)) is None
 
 
 @pytest.mark.parametrize("judge", ["llm:" + EVIL, "rules"])

@@ -1,24 +1,16 @@
-"""A study that is killed at random moments ends as one that is not.
-
-Runs are forks of this process, so that they need not import anything; a kill ends them as it ends
-any process.
-"""
+"""A study that is killed at random moments ends as one that is not."""
 
 import json
 import os
 import random
-import resource
 import signal
 import sqlite3
-import sys
 import time
-import traceback
 from contextlib import closing
 
 import pytest
+from process_tools import begin, ended
 
-import evomerge.answering.hf.engine  # noqa: F401 (before any fork)
-from evomerge.cli import main
 from evomerge.searching.finished import load_finished
 from evomerge.searching.ledger import open_ledger
 
@@ -46,37 +38,6 @@ def arguments(pair, folder, ranking="all"):
         *where,
         *(x for s in settings for x in ("--set", s)),
     ]
-
-
-def begin(command, log, limit=None, first=lambda: None):
-    """A process that runs the command; its output goes to `log`; no file may grow beyond `limit`
-    bytes; `first` is called there.
-    """
-    child = os.fork()
-    if child:
-        return child
-    code = 70
-    try:
-        out = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
-        os.dup2(out, 1)
-        os.dup2(out, 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-        if limit is not None:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        first()
-        code = main(command)
-        sys.stdout.flush()
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def ended(child):
-    """Its exit code."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def outcome(folder):

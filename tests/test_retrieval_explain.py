@@ -68,9 +68,9 @@ def test_no_confusion_table_without_true_classes(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--explain"], "nothing to explain without a base"),
+        (["--explain"], "nothing to explain without a knowledge base"),
         (["--explain", "--knowledge", BASE, "--retriever", "x"], "unknown retriever (found: 'x')"),
-        (["--json", "--model", "m", "--out", "o"], "--json: is for --explain"),
+        (["--json", "--model", "m", "--out", "o"], "--json: goes with --explain"),
         (["--model", "m"], "--out"),
     ],
 )

@@ -43,8 +43,8 @@ from evomerge.study import PromptSection
 
 def test_one_readable_file_of_few_packages():
     text = ANSWER.read_text(encoding="utf-8")
-    assert len(text.splitlines()) < 150
-    assert max(map(len, text.splitlines())) <= 140
+    assert len(text.splitlines()) <= 300
+    assert max(map(len, text.splitlines())) <= 100
     tree = ast.parse(text)
     found = {
         alias.name.split(".")[0]
@@ -86,7 +86,7 @@ def test_the_folder(family, tmp_path):
     readme = (out / "README.md").read_text(encoding="utf-8")
     assert "| winner | 0.500 | 0.100 | 0% |" in readme
     assert str(family / "one") in readme
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="exists already"):
         write_runner(finish(family), out, None)
     write_runner(finish(family), tmp_path / "plain", None)
     assert not (tmp_path / "plain" / "knowledge.yaml").exists()
@@ -170,7 +170,8 @@ def test_every_form_of_task_file(family, tmp_path, monkeypatch, capsys):
     write_runner(finish(family, stop=("い",)), tmp_path / "r", None)
     path, out = tmp_path / "t.jsonl", tmp_path / "o.jsonl"
     path.write_bytes(
-        '\ufeff\r\n{"task_id": 5, "input": "猫"}\r\n{\r\n "input":\r\n "犬\\u2028"}\r\n\r\n{"task_id": null, "input": "鳥"} '.encode()
+        '\ufeff\r\n{"task_id": 5, "input": "猫"}\r\n{\r\n "input":\r\n "犬\\u2028"}\r\n\r\n'
+        '{"task_id": null, "input": "鳥"} '.encode()
     )
     run(tmp_path / "r", monkeypatch, "--tasks", path, "--out", out)
     assert [

@@ -201,7 +201,7 @@ def test_a_search_says_why_it_ends(tmp_path, key, value, said):
     assert search.ledger.facts.stopped.startswith(said)
 
 
-def test_money_ends_a_search(tmp_path):
+def test_a_spent_budget_ends_a_search(tmp_path):
     judge = QualityJudge()
     type(judge).cost = property(lambda self: self.graded * 0.01)
     try:

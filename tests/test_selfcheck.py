@@ -9,7 +9,7 @@ from evomerge.answering.engine import Answer
 from evomerge.answering.prompts import Prompter
 from evomerge.errors import TaskError
 from evomerge.inference import run_inference
-from evomerge.inference.best_of import BestOf, agreement, choose, samples
+from evomerge.inference.best_of import BestOf, best_answer, mutual_grades, sample_settings
 from evomerge.inference.selfcheck import (
     SelfCheck,
     asked_for,
@@ -28,11 +28,18 @@ JA, EN = (
     "Explain in three sentences why the sky is blue.",
 )
 ENGLISH = (
-    "The sky is blue because the molecules of the air scatter the short waves of sunlight far more than the long ones, "
+    "The sky is blue because the molecules of the air scatter the short waves of sunlight far "
+    "more than the long ones, "
     "so that blue light reaches the eye from every direction while the red passes straight through."
 )
-JAPANESE = "空が青いのは、空気の分子が太陽の光のうち波長の短い青い光を強く散乱させるためです。そのため、どの方向からも青い光が目に届きます。"
-CHINESE = "东京是日本的首都，也是日本政治、经济和文化的中心，人口超过一千三百万，城市中有许多历史悠久的寺庙和现代化的建筑。"
+JAPANESE = (
+    "空が青いのは、空気の分子が太陽の光のうち波長の短い青い光を強く散乱させるためです。"
+    "そのため、どの方向からも青い光が目に届きます。"
+)
+CHINESE = (
+    "东京是日本的首都，也是日本政治、经济和文化的中心，人口超过一千三百万，"
+    "城市中有许多历史悠久的寺庙和现代化的建筑。"
+)
 KOREAN = "도쿄는 일본의 수도이며 정치와 경제와 문화의 중심지이고 인구는 천삼백만 명이 넘습니다."
 PLAIN = GenerationSection(max_new_tokens=64)
 
@@ -95,7 +102,7 @@ def test_tables_and_numbers_are_not(text):
     assert faults(said(text), JA) == ()
 
 
-def test_who_is_asked_to_repeat_may():
+def test_repetition_that_the_task_asks_for_is_no_fault():
     assert faults(said("ありがとう。" * 100), "「ありがとう」を100回繰り返してください。") == ()
     assert (
         faults(
@@ -132,11 +139,13 @@ def test_another_language_than_the_tasks(task, text):
         (JA, "https://example.com/a/long/path/of/many/words/that/are/no/prose/at/all"),
         (
             JA,
-            '「東京」(Tokyo) is the capital: "日本の首都は東京です。人口は約千四百万人です。" means that it is.',
+            '「東京」(Tokyo) is the capital: "日本の首都は東京です。人口は約千四百万人です。" '
+            "means that it is.",
         ),
         (
             JA,
-            "```python\nfor name in names: print(name, end=' ')\nwhile not done and some or other: pass\n```",
+            "```python\nfor name in names: print(name, end=' ')\n"
+            "while not done and some or other: pass\n```",
         ),
         ("次の文を英語に訳してください。空はなぜ青いのですか。", ENGLISH),
         ("空が青い理由を英文で書いてください。", ENGLISH),
@@ -231,15 +240,15 @@ def test_the_better_of_two():
 
 
 def test_samples_differ_in_their_seeds():
-    first, *others = samples(4, PLAIN)
+    first, *others = sample_settings(4, PLAIN)
     assert first == PLAIN
     assert {(s.do_sample, s.temperature, s.top_p, s.max_new_tokens) for s in others} == {
         (True, 0.7, 0.95, 64)
     }
     assert len({s.seed for s in others}) == 3
     own = PLAIN.replace(do_sample=True, temperature=1.2, top_p=0.5)
-    assert [(s.temperature, s.top_p) for s in samples(2, own)] == [(1.2, 0.5)] * 2
-    assert samples(1, PLAIN) == [PLAIN]
+    assert [(s.temperature, s.top_p) for s in sample_settings(2, own)] == [(1.2, 0.5)] * 2
+    assert sample_settings(1, PLAIN) == [PLAIN]
 
 
 def test_the_answer_that_the_others_agree_with():
@@ -255,12 +264,12 @@ def test_the_answer_that_the_others_agree_with():
         / 3
         for i, a in enumerate(answers)
     ]
-    assert agreement(task, answers) == pytest.approx(expected)
-    assert choose(task, answers) == choose(task, answers, RulesJudge()) == 1
-    assert choose(replace(task, output="Lima"), answers, RulesJudge()) == 0, (
+    assert mutual_grades(task, answers) == pytest.approx(expected)
+    assert best_answer(task, answers) == best_answer(task, answers, RulesJudge()) == 1
+    assert best_answer(replace(task, output="Lima"), answers, RulesJudge()) == 0, (
         "rules with a reference heed it"
     )
-    assert choose(replace(task, output="Lima"), answers) == 1, "agreement never does"
+    assert best_answer(replace(task, output="Lima"), answers) == 1, "agreement never does"
 
 
 def test_faults_lose_before_any_judge_is_asked():
@@ -276,9 +285,9 @@ def test_faults_lose_before_any_judge_is_asked():
         said("燃えない。" * 50),
         said("東京は日本の首都です。"),
     ]
-    assert choose(Task(0, JA), answers, Longest()) == 3
-    assert choose(Task(0, JA), [said(""), said("")], Longest()) == 0
-    assert choose(Task(0, JA), [said("東京です。"), said("大阪です。")], Longest()) == 0, (
+    assert best_answer(Task(0, JA), answers, Longest()) == 3
+    assert best_answer(Task(0, JA), [said(""), said("")], Longest()) == 0
+    assert best_answer(Task(0, JA), [said("東京です。"), said("大阪です。")], Longest()) == 0, (
         "the first of equals"
     )
 
@@ -298,9 +307,9 @@ def test_a_judge_that_takes_all_at_once_and_one_that_refuses():
             raise TaskError("was not fitted on this task")
 
     two = [said("東京です。"), said("京都です。")]
-    assert choose(Task(0, JA), two, AtOnce()) == 1
+    assert best_answer(Task(0, JA), two, AtOnce()) == 1
     with pytest.raises(TaskError):
-        choose(Task(0, JA), two, Refuses())
+        best_answer(Task(0, JA), two, Refuses())
 
 
 class Scripted:
@@ -358,7 +367,9 @@ def test_a_run_asks_again_for_what_has_a_fault(tmp_path):
     )
     assert outputs(tmp_path / "out.jsonl") == [JAPANESE, "はい。", "太郎です。"]
     assert len(engine.asked) == 5
-    assert done.told == ("self-check (empty, language): 2 of 3 answers had a fault, 0 still have",)
+    assert done.told == (
+        "self-check (empty, language): 2 of 3 answers had a fault, 0 still have one",
+    )
 
     engine = Scripted(table)
     done = run_inference(
@@ -397,7 +408,7 @@ def test_a_run_keeps_the_best_of_three(tmp_path):
     )
     assert outputs(tmp_path / "out.jsonl") == ["Cairo"]
     assert len({settings.seed for _, settings in engine.asked}) == 3
-    assert done.told == ("best of 3 by agreement: another than the first answer to 1 of 1 tasks",)
+    assert done.told == ("best of 3 by agreement: replaced the first answer to 1 of 1 tasks",)
 
 
 def test_a_judge_that_does_not_know_a_task_refuses_before_more_is_paid_for(tmp_path):

@@ -266,7 +266,10 @@ LONG = {
     "vllm": (
         400,
         {
-            "message": "This model's maximum context length is 8 tokens. However, your prompt contains 9 input tokens, …",
+            "message": (
+                "This model's maximum context length is 8 tokens. However, your prompt contains "
+                "9 input tokens, …"
+            ),
             "code": 400,
         },
     ),
@@ -315,7 +318,10 @@ LONG = {
     "tgi": (
         422,
         {
-            "message": "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 8. Given: 7 and 3"
+            "message": (
+                "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 8. "
+                "Given: 7 and 3"
+            )
         },
     ),
     "lm studio": (400, "tokens to keep from the initial prompt is greater than the context length"),

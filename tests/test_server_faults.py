@@ -341,7 +341,8 @@ def test_no_torch_is_needed(tmp_path):
         code = f"""
 import sys
 from evomerge.cli import main
-main(["infer", "--server", {url!r}, "--tasks", {str(tmp_path / "tasks.jsonl")!r}, "--out", {str(tmp_path / "a.jsonl")!r}])
+files = ["--tasks", {str(tmp_path / "tasks.jsonl")!r}, "--out", {str(tmp_path / "a.jsonl")!r}]
+main(["infer", "--server", {url!r}, *files])
 sys.exit("torch" in sys.modules)
 """
         assert (

@@ -8,8 +8,8 @@ import sqlite3
 from contextlib import closing
 
 import pytest
+from process_tools import begin, ended
 from test_llm_judge_study import Steady
-from test_resume import begin, ended
 
 from evomerge import sqlite_file
 from evomerge.answering.hf.engine import TransformersEngine
@@ -57,11 +57,10 @@ def whole(pair, tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def under_way(pair, whole, tmp_path):
-    """A study that stopped in its second generation, as a full disk would leave it."""
-    folder = tmp_path / "study"
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def stopped(pair, tmp_path_factory):
+    """A study that stopped in its second generation, as a full disk would leave it: its folder."""
+    folder = tmp_path_factory.mktemp("stopped")
     finish, done = Ledger.finish, []
 
     def stop(self, trial, result):
@@ -74,6 +73,12 @@ def under_way(pair, whole, tmp_path):
         patch.setattr(Ledger, "finish", stop)
         assert main(arguments(pair, folder)) == 1
     return folder
+
+
+@pytest.fixture
+def under_way(stopped, whole, tmp_path):
+    """A copy of that folder, which the test may change."""
+    return shutil.copytree(stopped, tmp_path / "study")
 
 
 def complaint(capsys, command, code=1):
@@ -133,7 +138,8 @@ def test_a_locked_file_is_waited_for_and_named(
         other.execute("BEGIN EXCLUSIVE")
         line = complaint(capsys, arguments(pair, under_way))
     assert line.startswith(
-        f"evomerge: {under_way / name}: {what} is in use by another process: database is locked. Wait"
+        f"evomerge: {under_way / name}: {what} is in use by another process: database is "
+        "locked. Wait"
     )
     assert f"`fuser {under_way / name}`" in line
     assert main(arguments(pair, under_way)) == 0
@@ -229,7 +235,10 @@ def test_a_damaged_or_locked_grades_cache(tmp_path, monkeypatch):
     file.write_bytes(data[: len(data) // 2])
     with pytest.raises(
         OutputError,
-        match=r"the grades cache is damaged or cut short.*move the file away.*asks for the remaining grades",
+        match=(
+            r"the grades cache is damaged or cut short.*move the file away"
+            r".*asks for the remaining grades"
+        ),
     ):
         GradesCache(file)
 

@@ -1,4 +1,4 @@
-"""The study file's JSON Schema: what ships agrees with it, and it says all that the sections say."""
+"""The study file's JSON Schema: what ships agrees with it, and it covers all of the sections."""
 
 import json
 from pathlib import Path

@@ -376,7 +376,8 @@ from evomerge.study import EngineSection, VllmSection
 
 if __name__ == "__main__":
     family = Path(sys.argv[1])
-    engine = engine_of(family, section=EngineSection(kind="vllm", vllm=VllmSection(enforce_eager=True, tensor_parallel_size=2)))
+    vllm = VllmSection(enforce_eager=True, tensor_parallel_size=2)
+    engine = engine_of(family, section=EngineSection(kind="vllm", vllm=vllm))
     found = []
     for weights in ([1.3] * 4, [0.5] * 4):
         engine.apply(recipe_of(family, weights, [0.3] * 4))

@@ -16,13 +16,20 @@ import torch
 import yaml
 from merging_tools import load_all, same_bits
 from transformers import AutoTokenizer
-from vocabulary_tools import EMBEDDINGS, adding, byte_pairs, save_with, section, word_level
+from vocabulary_tools import (
+    EMBEDDINGS,
+    adding,
+    byte_pairs,
+    linear,
+    save_with,
+    section,
+    task_arithmetic,
+    word_level,
+)
 
 from evomerge.cli import main
 from evomerge.errors import RecipeError
 from evomerge.merging.checkpoints.open_model import open_model
-from evomerge.merging.methods.averaging import linear
-from evomerge.merging.methods.deltas import differences, task_arithmetic
 from evomerge.merging.vocabulary.alignment import make_vocabulary
 
 SCRIPT = shutil.which("mergekit-yaml")
@@ -31,7 +38,9 @@ PYTHON = os.environ.get("EVOMERGE_MERGEKIT_PYTHON") or (
 )
 pytestmark = pytest.mark.skipif(
     not PYTHON,
-    reason="mergekit is not here: install mergekit==0.1.5 elsewhere and set EVOMERGE_MERGEKIT_PYTHON",
+    reason=(
+        "mergekit is not here: install mergekit==0.1.5 elsewhere and set EVOMERGE_MERGEKIT_PYTHON"
+    ),
 )
 
 MERGE_ALL = """
@@ -41,7 +50,8 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 for name, recipe in json.loads(pathlib.Path("recipes.json").read_text()).items():
     try:
-        run_merge(MergeConfiguration.model_validate(recipe), name, MergeOptions(quiet=True), yaml.safe_dump(recipe))
+        config, options = MergeConfiguration.model_validate(recipe), MergeOptions(quiet=True)
+        run_merge(config, name, options, yaml.safe_dump(recipe))
     except Exception as error:
         pathlib.Path(name + ".error").write_text(repr(error))
 """
@@ -211,8 +221,9 @@ def merge(name, models, rows):
     if base is None:
         return linear([rows[f"./{ref}"] for ref in models], [weight(ref) for ref in models])
     siblings = [ref for ref in models if ref != base]
-    deltas = differences(rows[f"./{base}"], [rows[f"./{ref}"] for ref in siblings])
-    return task_arithmetic(rows[f"./{base}"], deltas, [weight(ref) for ref in siblings])
+    return task_arithmetic(
+        rows[f"./{base}"], [rows[f"./{ref}"] for ref in siblings], [weight(ref) for ref in siblings]
+    )
 
 
 @pytest.mark.parametrize("name", CASES)

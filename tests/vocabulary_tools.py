@@ -56,6 +56,22 @@ def save_with(tokenizer, folder, seed, rows=None, dtype=torch.bfloat16, tied=Fal
         tokenizer.save_pretrained(folder)
 
 
+def task_arithmetic(base, siblings, weights):
+    """base + sum of w (x - base), every step rounded to the tensors' dtype, the weights too."""
+    rounded = torch.tensor(weights, dtype=base.dtype)
+    products = [(x - base) * w for x, w in zip(siblings, rounded, strict=True)]
+    return base + torch.stack(products).sum(dim=0)
+
+
+def linear(tensors, weights):
+    """The weighted mean in fp32, each product added without being rounded, as mergekit has it."""
+    rounded = torch.tensor(weights, dtype=torch.float32)
+    total = torch.zeros_like(tensors[0], dtype=torch.float32)
+    for tensor, weight in zip(tensors, rounded, strict=True):
+        total = torch.addcmul(total, tensor.float(), weight)
+    return (total / rounded.sum()).to(tensors[0].dtype)
+
+
 def section(source="union", tokens=None, pad=None):
     """A recipe's `tokenizer`."""
     return SimpleNamespace(source=source, tokens=tokens or {}, pad_to_multiple_of=pad)

@@ -1,4 +1,4 @@
-"""The whole command line, and what becomes of an error."""
+"""The whole command line, and how errors are reported."""
 
 from __future__ import annotations
 
@@ -13,30 +13,41 @@ from evomerge.cli.infer import infer_command
 from evomerge.cli.judges import judge_commands
 from evomerge.cli.knowledge import knowledge_commands
 from evomerge.cli.models import demo, merge, model_commands
+from evomerge.cli.options import examples
 from evomerge.cli.studies import study_commands
 from evomerge.console import Console
 from evomerge.errors import EvomergeError
 
+DESCRIPTION = (
+    "Find the best merge of a base model and its fine-tuned siblings, "
+    "and prove it on held-out tasks."
+)
+EXAMPLES = """evomerge demo demo/
+evomerge search search_spaces/demo.yaml
+evomerge show demo
+evomerge export demo --model merged/"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0 done, 1 failed, 2 wrong usage or input, 130 interrupted."""
+    """Run one command.
+
+    Returns the exit code: 0 done, 1 failed, 2 wrong usage or input, 130 interrupted.
+    """
     args = make_parser().parse_args(argv)
-    # it warns at import of kernels that nobody asked for
+    # when imported, it warns about kernels that are not used here
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    # the hub's retries would stand above our one line
+    # the hub client's retries would be printed above our one line
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    command: Callable[[argparse.Namespace], int | None] = args.command
     try:
-        command: Callable[[argparse.Namespace], int | None] = args.command
         return command(args) or 0
     except EvomergeError as error:
         Console().say(f"evomerge: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        kept = (
-            "nothing was written"
-            if args.command in (merge, demo)
-            else "everything finished is kept, and the same command goes on"
-        )
+        kept = "everything finished is kept; run the same command again to continue"
+        if command in (merge, demo):
+            kept = "nothing was written"
         Console().say(f"evomerge: interrupted; {kept}")
         return 130
     except BrokenPipeError:  # `evomerge show demo | head`
@@ -45,14 +56,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+    """The parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="evomerge",
-        description="Find the best merge of a base model and its fine-tuned siblings, and prove it on held-out tasks.",
+        description=DESCRIPTION,
+        epilog=examples(EXAMPLES),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"evomerge {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-
     study_commands(commands)
     model_commands(commands)
     infer_command(commands)

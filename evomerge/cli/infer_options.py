@@ -1,4 +1,4 @@
-"""The options of infer, which of them go together, and what of a study file they set."""
+"""The options of infer: which of them go together, and what they set of a study file."""
 
 from __future__ import annotations
 
@@ -12,51 +12,32 @@ from evomerge.console import seconds
 from evomerge.errors import InputError
 
 if TYPE_CHECKING:
-    from evomerge.study import PromptSection
+    from evomerge.inference.request import InferenceRequest
 
-EXAMPLES = """evomerge infer --study demo --tasks tasks.jsonl --out answers.jsonl --knowledge base.xlsx
-  evomerge infer --model merged/ --tasks tasks.jsonl --out answers.jsonl --time-limit 55m
-  evomerge infer --recipe best.yaml --tasks tasks.jsonl --out answers.jsonl --quantization 4bit
-  evomerge infer --server http://localhost:8000/v1 --model NAME --tasks tasks.jsonl --out answers.jsonl
-  evomerge infer --explain --tasks tasks.jsonl --knowledge base.xlsx"""
+EXAMPLES = """evomerge infer --study demo --tasks t.jsonl --out a.jsonl --knowledge base.xlsx
+evomerge infer --model merged/ --tasks t.jsonl --out a.jsonl --time-limit 55m
+evomerge infer --recipe best.yaml --tasks t.jsonl --out a.jsonl --quantization 4bit
+evomerge infer --server http://localhost:8000/v1 --model NAME --tasks t.jsonl --out a.jsonl
+evomerge infer --explain --tasks t.jsonl --knowledge base.xlsx"""
 # option -> the key of a study file that it sets
 KEYS = {
     "format": "prompt.format",
-    "knowledge": "prompt.knowledge",
     "retriever": "prompt.retriever",
     "default_class": "prompt.default_class",
     "threshold": "prompt.threshold",
-    "max_new_tokens": "generation.max_new_tokens",
     "batch_size": "engine.batch_size",
     "engine": "engine.kind",
     "quantization": "engine.quantization",
     "device_map": "engine.device_map",
     "seed": "search.seed",
 }
+SERVER_DECIDES = ("batch_size", "engine", "quantization", "device_map", "seed")
+NEED_KNOWLEDGE = ("retriever", "default_class", "threshold")
 
 
 def add_options(p: argparse.ArgumentParser) -> None:
     """All options of infer."""
-    who = p.add_argument_group("who answers")
-    who.add_argument(
-        "--model",
-        metavar="DIR",
-        help="a model folder or hub name; with --server, the server's name for it",
-    )
-    who.add_argument(
-        "--recipe", type=Path, metavar="YAML", help="a mergekit configuration, merged in place"
-    )
-    who.add_argument(
-        "--study",
-        metavar="NAME",
-        help="a study: its winner is merged in place, and asked as in the search",
-    )
-    who.add_argument(
-        "--server",
-        metavar="URL",
-        help="an OpenAI-compatible server; a key is taken from OPENAI_API_KEY",
-    )
-    storage_option(who)
+    _model_options(p)
     files = p.add_argument_group("files")
     files.add_argument(
         "--tasks", type=Path, required=True, metavar="FILE", help="JSON lines: task_id, input"
@@ -65,214 +46,238 @@ def add_options(p: argparse.ArgumentParser) -> None:
         "--out", type=Path, metavar="FILE", help="JSON lines: task_id, input, output"
     )
     _knowledge_options(p)
-    how = p.add_argument_group("how (default: as the study says)")
-    how.add_argument(
+    _generation_options(p)
+    _refining_options(p)
+
+
+def _model_options(p: argparse.ArgumentParser) -> None:
+    group = p.add_argument_group("which model answers")
+    group.add_argument(
+        "--model",
+        metavar="DIR",
+        help="a model folder or hub name; with --server, the server's name for it",
+    )
+    group.add_argument(
+        "--recipe", type=Path, metavar="YAML", help="a mergekit configuration, merged in memory"
+    )
+    group.add_argument(
+        "--study",
+        metavar="NAME",
+        help="a study: its winner is merged in memory, and prompted as in the search",
+    )
+    group.add_argument(
+        "--server",
+        metavar="URL",
+        help="an OpenAI-compatible server; a key is taken from OPENAI_API_KEY",
+    )
+    storage_option(group)
+
+
+def _knowledge_options(p: argparse.ArgumentParser) -> None:
+    group = p.add_argument_group("knowledge base")
+    group.add_argument(
+        "--knowledge",
+        metavar="FILE",
+        help="classes and examples: .xlsx, .yaml, .csv or a folder of CSVs",
+    )
+    group.add_argument(
+        "--retriever",
+        metavar="NAME",
+        help="tfidf (default), bm25, embeddings:MODEL, or several joined by +",
+    )
+    group.add_argument(
+        "--default-class",
+        metavar="NAME",
+        help="the class of tasks whose own is less certain than --threshold",
+    )
+    group.add_argument(
+        "--threshold", type=float, metavar="SHARE", help="confidence from 0 to 1 (default: 0.35)"
+    )
+    group.add_argument(
+        "--classify",
+        choices=["neighbours", "model", "both"],
+        default="neighbours",
+        help="by the nearest examples (default), by the model, or by both",
+    )
+    group.add_argument(
+        "--explain",
+        action="store_true",
+        help="show each task's class and examples, and answer nothing",
+    )
+    group.add_argument(
+        "--json", action="store_true", help="with --explain: one JSON object per line"
+    )
+
+
+def _generation_options(p: argparse.ArgumentParser) -> None:
+    group = p.add_argument_group("generation (default: as in the study)")
+    group.add_argument(
         "--format", choices=["chat", "competition"], help="the prompt's format (default: chat)"
     )
-    how.add_argument(
+    group.add_argument(
         "--max-new-tokens",
         type=int,
         metavar="N",
-        help="the longest answer of all, whatever a class says (default: 256)",
+        help="the longest answer, whatever a class says (default: 256)",
     )
-    how.add_argument(
+    group.add_argument(
         "--engine",
         choices=["transformers", "vllm"],
         help="what runs the model (default: transformers)",
     )
-    how.add_argument(
-        "--quantization", choices=["4bit", "4bit-double"], help="the model in 4 bits (bitsandbytes)"
+    group.add_argument(
+        "--quantization", choices=["4bit", "4bit-double"], help="load in 4 bits (bitsandbytes)"
     )
-    how.add_argument("--device-map", metavar="MAP", help="auto: one model over several GPUs")
-    how.add_argument(
+    group.add_argument("--device-map", metavar="MAP", help="auto: one model over several GPUs")
+    group.add_argument(
         "--batch-size", type=int, metavar="N", help="prompts answered at once (default: 64)"
     )
-    how.add_argument(
+    group.add_argument(
         "--concurrency",
         type=int,
         metavar="N",
         help="with --server: requests under way at once (default: 8)",
     )
-    how.add_argument(
-        "--self-check",
-        nargs="?",
-        const="all",
-        metavar="FAULTS",
-        help="answer again what is faulty: all, or some of empty,repetitive,language,cut",
-    )
-    how.add_argument("--best-of", type=int, metavar="N", help="answer N times and keep the best")
-    how.add_argument(
-        "--judge",
-        metavar="JUDGE",
-        help="with --best-of: agreement (default), rules, learned:FILE, llm, or local:DIR",
-    )
-    how.add_argument("--seed", type=seed, metavar="N", help="of draws, where answers are sampled")
-    how.add_argument(
+    group.add_argument("--seed", type=seed, metavar="N", help="for answers that are sampled")
+    group.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
         help="any key of prompt, generation or engine, as in a study file",
     )
-    how.add_argument(
+    group.add_argument(
         "--time-limit",
         metavar="TIME",
-        help="90s, 55m, 2h: then the file is written, what is unfinished is marked; cheap tasks go first",
+        help="90s, 55m, 2h: then the file is written, with unfinished tasks marked; "
+        "short tasks go first",
     )
 
 
-def _knowledge_options(p: argparse.ArgumentParser) -> None:
-    base = p.add_argument_group("knowledge base")
-    base.add_argument(
-        "--knowledge",
-        metavar="FILE",
-        help="classes and examples: .xlsx, .yaml, .csv or a folder of CSVs",
+def _refining_options(p: argparse.ArgumentParser) -> None:
+    group = p.add_argument_group("answering again")
+    group.add_argument(
+        "--self-check",
+        nargs="?",
+        const="all",
+        metavar="FAULTS",
+        help="answer again where an answer is faulty: all, or some of "
+        "empty,repetitive,language,cut",
     )
-    base.add_argument(
-        "--retriever",
-        metavar="NAME",
-        help="tfidf (default), bm25, embeddings:MODEL, or several joined by +",
+    group.add_argument(
+        "--best-of", type=int, metavar="N", help="answer N times and keep the best answer"
     )
-    base.add_argument(
-        "--default-class", metavar="NAME", help="of tasks whose class is less sure than --threshold"
+    group.add_argument(
+        "--judge",
+        metavar="JUDGE",
+        help="with --best-of: agreement (default), rules, learned:FILE, llm, or local:DIR",
     )
-    base.add_argument(
-        "--threshold", type=float, metavar="SHARE", help="confidence from 0 to 1 (default: 0.35)"
-    )
-    base.add_argument(
-        "--classify",
-        choices=["neighbours", "model", "both"],
-        default="neighbours",
-        help="by nearest examples (default), the model, or both",
-    )
-    base.add_argument(
-        "--explain",
-        action="store_true",
-        help="show each task's class and examples, and answer nothing",
-    )
-    base.add_argument("--json", action="store_true", help="with --explain: a JSON object a line")
+
+
+def option(name: str) -> str:
+    """What a message calls an option."""
+    return f"--{name.replace('_', '-')}"
 
 
 def overrides_of(args: argparse.Namespace) -> list[str]:
-    """The options as keys of a study file; they stand above the study's, and --set above both."""
-    overrides = [
-        f"{key}={json.dumps(value, ensure_ascii=False)}"
-        for option, key in KEYS.items()
-        if (value := getattr(args, option)) is not None
-    ]
-    overrides += ["prompt.template=null"] if args.format is not None else []
-    if args.knowledge is not None and args.default_class is None:
-        overrides.append("prompt.default_class=null")  # a study's is a class of its own base
+    """The options as keys of a study file; they override the study's, and --set overrides both."""
+    overrides = []
+    for name, key in KEYS.items():
+        value = getattr(args, name)
+        if value is not None:
+            overrides.append(f"{key}={json.dumps(value, ensure_ascii=False)}")
+    if args.format is not None:
+        overrides.append("prompt.template=null")
     return [*overrides, *args.set]
 
 
-def check_who(args: argparse.Namespace) -> None:
-    """Raise InputError unless one thing answers."""
-    given = [
-        option
-        for option in ("model", "recipe", "study", "server")
-        if getattr(args, option) is not None
-    ]
-    if len(given) != 1 and sorted(given) != ["model", "server"]:
-        raise InputError(
-            "who answers is not clear",
-            where="evomerge infer",
-            remedy="Give one of --model, --recipe, --study and --server.",
-        )
-    if args.classify != "neighbours" and (args.server is not None or args.engine == "vllm"):
-        raise InputError(
-            "asks a transformers model",
-            where="--classify",
-            found=args.classify,
-            remedy="Use --classify neighbours.",
-        )
+def request_of(args: argparse.Namespace) -> InferenceRequest:
+    """The request that the options make. Raises InputError for a duration that cannot be read."""
+    from evomerge.api.infer_steps import make_request
+
+    limit = None
+    if args.time_limit is not None:
+        limit = seconds(args.time_limit)
+        if limit is None:
+            raise InputError(
+                "is not a duration",
+                where="--time-limit",
+                found=args.time_limit,
+                remedy="Write 90s, 55m or 2h.",
+            )
+    return make_request(
+        model=args.model,
+        recipe=args.recipe,
+        study=args.study,
+        storage=args.storage,
+        server=args.server,
+        concurrency=args.concurrency,
+        knowledge=args.knowledge,
+        classify=args.classify,
+        overrides=overrides_of(args),
+        max_new_tokens=args.max_new_tokens,
+        best_of=args.best_of,
+        judge=args.judge,
+        self_check=args.self_check or (),
+        time_limit=limit,
+    )
 
 
-def check(args: argparse.Namespace) -> float | None:
-    """The time limit in seconds. Raises InputError for options that do not go together."""
+def check_options(args: argparse.Namespace, request: InferenceRequest) -> None:
+    """Raise InputError for options that do not go together."""
+    from evomerge.inference.request import check_request
+
     if args.json:
         raise InputError(
-            "is for --explain", where="--json", remedy="Add --explain, or leave it out."
+            "goes with --explain", where="--json", remedy="Add --explain, or leave it out."
         )
     if args.out is None:
         raise InputError(
-            "where do the answers go?", where="evomerge infer", remedy="Name a file with --out."
+            "where should the answers go?", where="evomerge infer", remedy="Name a file with --out."
         )
-    check_who(args)
+    check_request(request, option)
     _check_out(args)
-    if args.time_limit is not None and args.classify != "neighbours":
-        raise InputError(
-            "does not look at the time limit",
-            where="--classify",
-            found=args.classify,
-            remedy="Use one of the two.",
-        )
-    if args.server is None and args.concurrency is not None:
-        raise InputError("is for a server", where="--concurrency", remedy="Use --batch-size.")
-    for option in (
-        ("batch_size", "engine", "quantization", "device_map", "seed")
-        if args.server is not None
-        else ()
-    ):
-        if getattr(args, option) is not None:
-            raise InputError(
-                "is the server's own business",
-                where=f"--{option.replace('_', '-')}",
-                remedy="Leave it out.",
-            )
-    for option, least in (
-        ("concurrency", 1),
-        ("max_new_tokens", 1),
-        ("batch_size", 1),
-        ("best_of", 2),
-    ):
-        value = getattr(args, option)
-        if value is not None and value < least:
-            raise InputError(
-                f"must be {least} or more", where=f"--{option.replace('_', '-')}", found=value
-            )
-    limit = None if args.time_limit is None else seconds(args.time_limit)
-    if args.time_limit is not None and limit is None:
-        raise InputError(
-            "is no duration",
-            where="--time-limit",
-            found=args.time_limit,
-            remedy="Write 90s, 55m or 2h.",
-        )
-    return limit
+    if args.batch_size is not None and args.batch_size < 1:
+        raise InputError("must be 1 or more", where="--batch-size", found=args.batch_size)
+    if args.server is not None:
+        for name in SERVER_DECIDES:
+            if getattr(args, name) is not None:
+                raise InputError(
+                    "is decided by the server", where=option(name), remedy="Leave it out."
+                )
+    check_knowledge(args, request)
 
 
 def _check_out(args: argparse.Namespace) -> None:
-    """Raise InputError where the answers would take the place of what they are made from."""
+    """Raise InputError where the answers would overwrite what they are made from."""
     out = Path(args.out)
     if not out.name or out.is_dir():
         raise InputError("is a folder", where="--out", found=args.out, remedy="Name a file.")
-    written = {
-        path.resolve()
-        for path in (out, out.with_suffix(".classes.jsonl"), out.with_name(out.name + ".part"))
-    }
-    for option in ("tasks", "knowledge", "recipe"):
-        if (given := getattr(args, option)) is not None and Path(given).resolve() in written:
+    beside = (out.with_suffix(".classes.jsonl"), out.with_name(out.name + ".part"))
+    written = {path.resolve() for path in (out, *beside)}
+    for name in ("tasks", "knowledge", "recipe"):
+        given = getattr(args, name)
+        if given is not None and Path(given).resolve() in written:
             raise InputError(
-                f"would be written over by the answers to --out {out}",
-                where=f"--{option}",
+                f"would be overwritten by the answers to --out {out}",
+                where=option(name),
                 found=given,
                 remedy="Name another --out.",
             )
 
 
-def check_base(args: argparse.Namespace, prompt: PromptSection) -> None:
-    """Raise InputError for options of a base that is not there."""
-    if prompt.knowledge is not None:
-        return
-    for option in ("retriever", "default_class", "threshold"):
-        if getattr(args, option) is not None:
-            raise InputError(
-                "there is no knowledge base",
-                where=f"--{option.replace('_', '-')}",
-                remedy="Name one with --knowledge.",
-            )
+def check_knowledge(args: argparse.Namespace, request: InferenceRequest) -> None:
+    """Raise InputError for options of a knowledge base where there is none."""
+    given = [name for name in NEED_KNOWLEDGE if getattr(args, name) is not None]
     if args.classify != "neighbours":
+        given.append("classify")
+    if not given or args.knowledge is not None:
+        return
+    from evomerge.inference.opening import open_prompt
+
+    if open_prompt(request.settings, request.storage, request.study).knowledge is None:
         raise InputError(
-            "there is no knowledge base", where="--classify", remedy="Name one with --knowledge."
+            "there is no knowledge base",
+            where=option(given[0]),
+            remedy="Name one with --knowledge.",
         )

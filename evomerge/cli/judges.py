@@ -6,28 +6,32 @@ import argparse
 import json
 from pathlib import Path
 
-from evomerge.cli.options import (
-    Commands,
-    add_command,
-    say_written,
-)
+from evomerge.cli.options import Commands, add_command, add_group, say_written
 from evomerge.console import Console
+
+GRADE = "evomerge judge grade --tasks t.jsonl --answers a.jsonl --judge rules --out g.jsonl"
+VALIDATE = (
+    "evomerge judge validate --tasks t.jsonl --answers a.jsonl --grades g.jsonl "
+    "--reference gpt-4-turbo --judge rules"
+)
+FIT = (
+    "evomerge judge fit --tasks t.jsonl --answers a.jsonl --grades g.jsonl "
+    "--reference athene-v2,tulu-405b --out judge.npz"
+)
 
 
 def judge_commands(commands: Commands) -> None:
     """judge grade, judge validate, judge fit."""
-    judge = commands.add_parser("judge", help="grade answers", description="Grade answers.")
-    judging = judge.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    p = add_command(
-        judging,
-        "grade",
-        judge_grade,
-        "grade a file of answers",
-        "evomerge judge grade --tasks t.jsonl --answers a.jsonl --judge rules --out g.jsonl",
-    )
-    p.add_argument(
-        "--tasks", type=Path, required=True, metavar="T", help="the tasks, with references"
-    )
+    does = "grade answers, measure a judge, fit a judge"
+    group = add_group(commands, "judge", does, "\n".join([GRADE, VALIDATE, FIT]))
+    _grade_command(group)
+    _validate_command(group)
+    _fit_command(group)
+
+
+def _grade_command(commands: Commands) -> None:
+    p = add_command(commands, "grade", judge_grade, "grade a file of answers", GRADE)
+    _tasks_option(p)
     p.add_argument(
         "--answers",
         type=Path,
@@ -35,28 +39,26 @@ def judge_commands(commands: Commands) -> None:
         metavar="A",
         help="JSON lines: task_id, output, and model if there are several",
     )
-    _judge(p)
+    _judge_options(p)
     p.add_argument(
         "--out",
         type=Path,
         metavar="G",
         help="JSON lines: task_id, grade, reason, judge, model (default: stdout)",
     )
-    p = add_command(
-        judging,
-        "validate",
-        judge_validate,
-        "tell how far a judge agrees with reference grades",
-        "evomerge judge validate --tasks t.jsonl --answers a.jsonl --grades g.jsonl --reference gpt-4-turbo --judge rules",
-    )
+
+
+def _validate_command(commands: Commands) -> None:
+    does = "measure how far a judge agrees with reference grades"
+    p = add_command(commands, "validate", judge_validate, does, VALIDATE)
     _graded_files(p)
     p.add_argument(
         "--reference",
         required=True,
         metavar="JUDGE_NAME",
-        help="whose grades in the grades file to compare with",
+        help="the judge in the grades file to compare with",
     )
-    _judge(p)
+    _judge_options(p)
     p.add_argument(
         "--again",
         type=int,
@@ -64,15 +66,11 @@ def judge_commands(commands: Commands) -> None:
         metavar="N",
         help="answers graded a second time, without a cache (default: 200)",
     )
-    p.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    p.add_argument("--json", action="store_true", help="print one JSON object")
 
-    p = add_command(
-        judging,
-        "fit",
-        judge_fit,
-        "fit a learned judge on graded answers",
-        "evomerge judge fit --tasks t.jsonl --answers a.jsonl --grades g.jsonl --reference athene-v2,tulu-405b --out judge.npz",
-    )
+
+def _fit_command(commands: Commands) -> None:
+    p = add_command(commands, "fit", judge_fit, "fit a learned judge on graded answers", FIT)
     _graded_files(p)
     p.add_argument(
         "--reference",
@@ -80,7 +78,7 @@ def judge_commands(commands: Commands) -> None:
         required=True,
         nargs="+",
         metavar="JUDGE_NAME",
-        help="whose grades to learn; of several, their mean",
+        help="the judge whose grades to learn; of several, their mean",
     )
     p.add_argument(
         "--out",
@@ -91,11 +89,15 @@ def judge_commands(commands: Commands) -> None:
     )
 
 
-def _graded_files(p: argparse.ArgumentParser) -> None:
-    """Tasks, answers and grades, and of which models."""
+def _tasks_option(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--tasks", type=Path, required=True, metavar="T", help="the tasks, with references"
     )
+
+
+def _graded_files(p: argparse.ArgumentParser) -> None:
+    """Tasks, answers and grades, and of which models."""
+    _tasks_option(p)
     p.add_argument(
         "--answers",
         type=Path,
@@ -103,23 +105,44 @@ def _graded_files(p: argparse.ArgumentParser) -> None:
         metavar="A",
         help="JSON lines: model, task_id, output",
     )
-    grades = "JSON lines: model, task_id, judge, grade (1 to 5), and take for a judge's second run"
-    p.add_argument("--grades", type=Path, required=True, metavar="G", help=grades)
+    p.add_argument(
+        "--grades",
+        type=Path,
+        required=True,
+        metavar="G",
+        help="JSON lines: model, task_id, judge, grade (1 to 5), and take for a judge's second run",
+    )
     p.add_argument(
         "--models",
         choices=["all", "tuning", "test"],
         default="all",
-        help="of which families; see docs/JUDGES.md",
+        help="which families of models; see docs/JUDGES.md",
+    )
+
+
+def _judge_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--judge",
+        default="rules",
+        metavar="JUDGE",
+        help="rules (default), learned:FILE, llm or local",
+    )
+    p.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a key of the study file's judge section: model=…",
     )
 
 
 def judge_grade(args: argparse.Namespace) -> None:
+    """Grade the answers, and say their mean."""
     from evomerge.judging.answer_files import grade_file
     from evomerge.judging.factory import judge_from_options
 
-    summary = grade_file(
-        args.tasks, args.answers, judge_from_options(args.judge, args.set), args.out
-    )
+    judge = judge_from_options(args.judge, args.set)
+    summary = grade_file(args.tasks, args.answers, judge, args.out)
     Console().say(f"{summary.n} answers, mean grade {summary.mean:.3f} ± {summary.stderr:.3f}")
 
 
@@ -146,31 +169,14 @@ def judge_validate(args: argparse.Namespace) -> None:
 
 
 def judge_fit(args: argparse.Namespace) -> None:
-    """Fit, and say what the judge is worth on models that it did not see."""
+    """Fit a judge, and say how well it grades models that it was not fitted on."""
     from evomerge.judging.learned.fit import fit_file
     from evomerge.judging.validation.families import wanted_models
 
     judges = [name for names in args.reference for name in names.split(",") if name]
-    fitted = fit_file(
-        args.tasks, args.answers, args.grades, judges, args.out, wanted_models(args.models)
-    )
+    models = wanted_models(args.models)
+    fitted = fit_file(args.tasks, args.answers, args.grades, judges, args.out, models)
     console = Console()
     for line in fitted.lines():
         console.say(line)
     say_written(console, [args.out])
-
-
-def _judge(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "--judge",
-        default="rules",
-        metavar="JUDGE",
-        help="rules (default), learned:FILE, llm or local",
-    )
-    p.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="a key of the study file's judge section: model=…",
-    )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evomerge.cli.options import Commands, add_command, say_written, storage_option, storage_url
+from evomerge.cli.options import Commands, add_command, add_group, say_written, storage_option
 from evomerge.console import Console
 from evomerge.errors import InputError, KnowledgeError, StudyError
 
@@ -18,25 +18,28 @@ if TYPE_CHECKING:
 
 def knowledge_commands(commands: Commands) -> None:
     """knowledge new, knowledge check, knowledge from-tasks."""
-    does = "make and check knowledge bases"
-    knowledge = commands.add_parser(
-        "knowledge", help=does, description=f"{does[0].upper()}{does[1:]}."
+    group = add_group(
+        commands,
+        "knowledge",
+        "make and check knowledge bases",
+        "evomerge knowledge new base.xlsx\n"
+        "evomerge knowledge check base.xlsx\n"
+        "evomerge knowledge from-tasks tasks.jsonl --out base.xlsx",
     )
-    making = knowledge.add_subparsers(title="commands", metavar="COMMAND", required=True)
     p = add_command(
-        making,
+        group,
         "new",
         new,
-        "write a starter base, with its instructions",
-        "evomerge knowledge new base.xlsx\n  evomerge knowledge new base.yaml",
+        "write a starter knowledge base, with instructions",
+        "evomerge knowledge new base.xlsx\nevomerge knowledge new base.yaml",
     )
     p.add_argument("file", type=Path, metavar="FILE", help="a new .xlsx or .yaml file")
 
     p = add_command(
-        making,
+        group,
         "check",
         check,
-        "find every mistake of a base, with sheet, row and column",
+        "find every mistake in a knowledge base, with sheet, row and column",
         "evomerge knowledge check base.xlsx",
     )
     p.add_argument(
@@ -47,12 +50,12 @@ def knowledge_commands(commands: Commands) -> None:
     )
 
     p = add_command(
-        making,
+        group,
         "from-tasks",
         from_tasks,
-        "draft a base from tasks with references",
+        "draft a knowledge base from tasks with references",
         "evomerge knowledge from-tasks tasks.jsonl --out base.xlsx\n"
-        "  evomerge knowledge from-tasks tasks.jsonl --out base.xlsx --study demo",
+        "evomerge knowledge from-tasks tasks.jsonl --out base.xlsx --study demo",
     )
     p.add_argument(
         "tasks",
@@ -64,12 +67,13 @@ def knowledge_commands(commands: Commands) -> None:
         "--out", type=Path, required=True, metavar="FILE", help="a new .xlsx or .yaml file"
     )
     p.add_argument(
-        "--study", metavar="NAME", help="take examples only from this study's search split"
+        "--study", metavar="NAME", help="take examples from this study's search tasks only"
     )
     storage_option(p)
 
 
 def new(args: argparse.Namespace) -> None:
+    """Write the starter knowledge base."""
     from evomerge.knowledge.starter import README, starter
     from evomerge.knowledge.write_base import write_knowledge
 
@@ -78,7 +82,7 @@ def new(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> int:
-    """One line for each mistake; exit 2 where there are any."""
+    """One line per mistake; exit 2 where there are any."""
     from evomerge.knowledge.read_base import check_knowledge
 
     console = Console()
@@ -96,19 +100,19 @@ def check(args: argparse.Namespace) -> int:
 
 
 def from_tasks(args: argparse.Namespace) -> None:
-    """A base from tasks with references, and what was left out of it."""
+    """Draft a knowledge base from tasks, and say what was left out of it."""
     from evomerge.knowledge.drafting import DRAFTED, draft
     from evomerge.knowledge.write_base import write_knowledge
     from evomerge.tasks import load_tasks
 
     _check_new(args.out)
     tasks = load_tasks(args.tasks)
-    made = draft(tasks, str(args.tasks), None if args.study is None else _study_tasks(args, tasks))
+    searched = None if args.study is None else _study_tasks(args, tasks)
+    made = draft(tasks, str(args.tasks), searched)
     console = Console()
     if made.kept_out:
-        console.say(
-            f"left out, not of the search split of study {args.study}: {_count(made.kept_out, 'task')}"
-        )
+        left_out = _count(made.kept_out, "task")
+        console.say(f"left out, not among the search tasks of study {args.study}: {left_out}")
     if made.skipped:
         console.say(f"left out, without a reference: {_count(made.skipped, 'task')}")
     console.say(_counts(made.knowledge))
@@ -118,11 +122,11 @@ def from_tasks(args: argparse.Namespace) -> None:
 def _study_tasks(
     args: argparse.Namespace, tasks: Sequence[Task]
 ) -> tuple[Sequence[Task], set[int | str]]:
-    """All tasks of the study, which may have more sources than this file, and the ids of its search
-    split.
+    """All tasks of the study and the ids of its search tasks; it may have other sources too.
 
-    Raises StudyError where they cannot be told for certain.
+    Raises StudyError where they are not certain.
     """
+    from evomerge.api.inputs import storage_url
     from evomerge.searching.ledger import open_ledger
     from evomerge.searching.prepare import study_tasks
     from evomerge.tasks import tasks_hash
@@ -132,12 +136,14 @@ def _study_tasks(
         raise StudyError(
             "the study has no split yet", where=args.study, remedy="Run `evomerge search` first."
         )
-    own = tasks if tasks_hash(tasks) == facts.tasks else study_tasks(facts.study)
+    own = tasks
+    if tasks_hash(own) != facts.tasks:
+        own = study_tasks(facts.study)
     if tasks_hash(own) != facts.tasks:
         raise StudyError(
-            "its task files have changed, so that nobody can tell which tasks it holds out",
+            "the study's task files have changed, so its held-out tasks are not known any more",
             where=args.study,
-            remedy="Put them back as they were, or leave --study out.",
+            remedy="Restore the files, or leave --study out.",
         )
     return own, set(facts.split.search)
 
@@ -148,9 +154,9 @@ def _counts(found: Knowledge) -> str:
 
 
 def _count(number: int, name: str) -> str:
-    return (
-        f"{number} {name}" if number == 1 else f"{number} {name}{'es' if name == 'class' else 's'}"
-    )
+    if number == 1:
+        return f"1 {name}"
+    return f"{number} {name}{'es' if name == 'class' else 's'}"
 
 
 def _check_new(path: Path) -> None:
@@ -163,5 +169,5 @@ def _check_new(path: Path) -> None:
         )
     if path.exists():
         raise InputError(
-            "is there already", where=path, remedy="Name a new file; nobody's work is written over."
+            "exists already", where=path, remedy="Name a new file; nothing is overwritten."
         )

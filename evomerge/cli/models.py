@@ -1,11 +1,11 @@
-"""merge, demo, schema: what needs no study."""
+"""merge, demo, schema: the commands that need no study."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from evomerge.cli.options import Commands, add_command, build, say_written, seed, shard_option
+from evomerge.cli.options import Commands, add_command, say_written, seed, shard_option
 from evomerge.console import Console
 
 
@@ -16,13 +16,14 @@ def model_commands(commands: Commands) -> None:
         "merge",
         merge,
         "merge a mergekit YAML to a model folder",
-        "evomerge merge best.yaml merged/\n  evomerge merge best.yaml merged/ --out-shard-size 2GB --random-seed 42",
+        "evomerge merge best.yaml merged/\n"
+        "evomerge merge best.yaml merged/ --out-shard-size 2GB --random-seed 42",
     )
     p.add_argument(
         "config",
         type=Path,
         metavar="CONFIG_YAML",
-        help="a mergekit configuration; mergekit merges what evomerge does not know",
+        help="a mergekit configuration; mergekit merges what evomerge does not support",
     )
     p.add_argument("out", type=Path, metavar="OUT", help="a new folder")
     shard_option(p)
@@ -33,46 +34,32 @@ def model_commands(commands: Commands) -> None:
         metavar="N",
         help="decides what DARE drops, as in mergekit (default: 0)",
     )
-
     p = add_command(
-        commands, "demo", demo, "build the tiny pair and its tasks", "evomerge demo demo/"
+        commands, "demo", demo, "build a tiny pair of models and its tasks", "evomerge demo demo/"
     )
-    p.add_argument("out", type=Path, metavar="DIR")
+    p.add_argument("out", type=Path, metavar="DIR", help="a new or empty folder")
 
     does = "print the JSON Schema of study files, for editors that complete and check YAML"
     add_command(commands, "schema", schema, does, "evomerge schema > study.schema.json")
 
 
 def merge(args: argparse.Namespace) -> None:
-    """A YAML file to a model folder: by mergekit, when that is installed, where evomerge does not
-    know the method.
-    """
-    from evomerge.errors import UnsupportedRecipe
-    from evomerge.merging.mergekit import is_installed, merge_with_mergekit
-    from evomerge.recipe import read_recipe
+    """A YAML file to a model folder."""
+    import evomerge
 
-    try:
-        recipe = read_recipe(args.config)
-        build(
-            recipe,
-            args.out,
-            args.out_shard_size,
-            args.config.read_text(encoding="utf-8"),
-            args.random_seed,
-        )
-    except UnsupportedRecipe as error:  # found before anything is written
-        if not is_installed():
-            raise
-        console = Console()
-        found = "" if error.found is None else f" ({error.found})"
-        console.say(f"{error.where or args.config}: {error.what}{found} here; mergekit merges it")
-        merge_with_mergekit(
-            args.config, args.out, args.out_shard_size, args.random_seed, console.status
-        )
-        say_written(console, [args.out])
+    console = Console()
+    evomerge.merge(
+        args.config,
+        args.out,
+        shard_size=args.out_shard_size,
+        random_seed=args.random_seed,
+        console=console,
+    )
+    say_written(console, [args.out])
 
 
 def demo(args: argparse.Namespace) -> None:
+    """The demo pair and its tasks."""
     from evomerge.demo import build_demo
 
     console = Console()

@@ -1,5 +1,5 @@
 """Final inference: tasks in, answers out."""
 
-from evomerge.inference.run import run_inference
+from evomerge.inference.answer_file import run_inference
 
 __all__ = ["run_inference"]

@@ -1,6 +1,4 @@
-"""Who answers: a model as it lies on disk, a recipe or a study's winner merged in place, or a
-server.
-"""
+"""Opening what answers: a model folder, a recipe or a study's winner in memory, or a server."""
 
 from __future__ import annotations
 
@@ -15,21 +13,22 @@ from evomerge.knowledge.classification.by_model import ModelClassifier
 from evomerge.knowledge.read_base import read_knowledge
 from evomerge.study import GenomeSection, PromptSection, Study, TaskSource, overridden
 
-if TYPE_CHECKING:  # a server is asked without torch
+if TYPE_CHECKING:  # answers of a server need no torch
     from evomerge.answering.engine import Engine
     from evomerge.knowledge.chooser import Chooser
     from evomerge.merging.checkpoints.model_folder import ModelFolder
     from evomerge.recipe import Recipe
 
-BATCH_SIZE = 64  # prompts answered at once, where no study says; out of memory it is halved
-# what of a study file inference heeds
+BATCH_SIZE = 64  # prompts answered at once, without a study; halved when memory runs out
+# the keys of a study file that inference uses
 USED = ("prompt", "generation", "engine", "search.dtype", "search.seed")
 
 
 @dataclass(frozen=True)
 class Opened:
-    """An engine ready to answer, the settings that it answers by, and all that its answers depend
-    on beside the prompts.
+    """An engine ready to answer, and its settings.
+
+    `identity` names all that its answers depend on besides the prompts.
     """
 
     engine: Engine
@@ -41,7 +40,8 @@ class Opened:
 def open_study(
     url: str, name: str, overrides: Sequence[str], say: Callable[[str], None] = lambda line: None
 ) -> Opened:
-    """The study's own engine and prompts with the winner's weights; no merged folder is needed.
+    """A study's engine and prompts with the winner's weights; no merged folder is needed.
+
     Raises StudyError.
     """
     from evomerge.searching.finished import load_finished
@@ -53,7 +53,8 @@ def open_study(
     if any(override.startswith("prompt.knowledge=") for override in overrides):
         if study.prompt.knowledge != finished.study.prompt.knowledge:
             say(
-                f"note: study {name} was searched with other prompts: its verdict does not hold for answers by this base"
+                f"note: study {name} was searched with other prompts: "
+                "its verdict does not hold for answers with this knowledge base"
             )
     elif study.prompt.knowledge is not None:
         check_unchanged_base(study.prompt.knowledge, facts.knowledge, name)
@@ -62,7 +63,7 @@ def open_study(
     if study.engine == finished.study.engine:
         engine.limits.update(facts.limits)
     if finished.verdict is None:
-        say(f"study {name} is not finished: its best trial so far answers")
+        say(f"study {name} is not finished: the best trial so far is used")
     engine.apply(finished.recipe)
     return Opened(
         engine, study.prompt, study, _identity(finished.recipe.digest(), dict(facts.models), study)
@@ -70,7 +71,8 @@ def open_study(
 
 
 def open_folder(ref: str, overrides: Sequence[str]) -> Opened:
-    """A model folder or hub name in the precision it has on disk, unless search.dtype says another.
+    """A model folder or hub name, in its own precision unless search.dtype sets another.
+
     Raises ModelError.
     """
     from evomerge.merging.checkpoints.fingerprint import combined, fingerprint
@@ -87,21 +89,23 @@ def open_folder(ref: str, overrides: Sequence[str]) -> Opened:
     )
 
 
-def open_yaml(path: Path, overrides: Sequence[str]) -> Opened:
-    """A mergekit configuration, merged in place; its models' paths resolve as in `evomerge merge`.
-    Raises RecipeError, ModelError.
+def open_merged(recipe: Recipe | Path, overrides: Sequence[str]) -> Opened:
+    """A recipe, or the mergekit configuration in a file, merged in place.
+
+    Its models' paths resolve as in `evomerge merge`. Raises RecipeError, ModelError.
     """
     from evomerge.merging.checkpoints.fingerprint import combined, fingerprint
     from evomerge.merging.stream import open_recipe
     from evomerge.recipe import read_recipe
 
-    if not path.is_file():
-        raise InputError("no such recipe", where=path, remedy="Name a mergekit YAML.")
-    recipe = read_recipe(path)
+    if isinstance(recipe, Path):
+        if not recipe.is_file():
+            raise InputError("no such recipe", where=recipe, remedy="Name a mergekit YAML.")
+        recipe = read_recipe(recipe)
     models = open_recipe(recipe)
     base, *siblings = models.values()
     study = _seeded(overridden(_study(_dtype(recipe), base.config), overrides, USED))
-    # one model too is merged: scaled, or its layers moved
+    # a single model is merged too: scaled, or with its layers moved
     engine = _engine(base, siblings or [base], study)
     engine.apply(recipe)
     prints = {ref: combined(fingerprint(model.path)) for ref, model in models.items()}
@@ -122,10 +126,10 @@ def open_server_at(
 
 
 def open_chooser(opened: Opened, classify: str, say: Callable[[str], None]) -> Chooser | None:
-    """What chooses classes and examples, where there is a base: by `neighbours`, by the `model`
-    that answers, or by `both`.
+    """What chooses classes and examples, where there is a knowledge base.
 
-    Raises KnowledgeError, InputError.
+    Classes are chosen by the nearest examples (`neighbours`), by the `model` that answers, or by
+    `both`. Raises KnowledgeError, InputError.
     """
     if classify == "neighbours":
         return open_knowledge(opened.prompt, say)
@@ -135,7 +139,7 @@ def open_chooser(opened: Opened, classify: str, say: Callable[[str], None]) -> C
     likelihood = engine.likelihood
     if likelihood is None:
         raise InputError(
-            "asks a transformers model",
+            "needs a transformers model",
             where="--classify",
             found=classify,
             remedy="Use --classify neighbours.",
@@ -152,7 +156,7 @@ def open_chooser(opened: Opened, classify: str, say: Callable[[str], None]) -> C
 def open_prompt(
     overrides: Sequence[str], url: str | None = None, name: str | None = None
 ) -> PromptSection:
-    """The prompts alone, of a study or of none, without any model. Raises StudyError, InputError."""
+    """The prompt settings alone, of a study or the defaults. Raises StudyError, InputError."""
     if url is None or name is None:
         return overridden(_study("bfloat16"), overrides, USED).prompt
     from evomerge.searching.finished import load_finished
@@ -200,11 +204,11 @@ def _identity(recipe: str, models: Mapping[str, Any] | str, study: Study) -> str
 
 
 def check_unchanged_base(path: str, digest: str | None, name: str) -> None:
-    """What was optimised is what answers."""
+    """Raise StudyError unless the knowledge base is the one that the search used."""
     if read_knowledge(path).digest() != digest:
         raise StudyError(
             "the knowledge base has changed since the search",
             where=name,
             found=path,
-            remedy="Put it back, or name it with --knowledge.",
+            remedy="Restore it, or name it with --knowledge.",
         )

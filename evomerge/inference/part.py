@@ -1,8 +1,8 @@
-"""OUT.part: answers that are there while a run is under way, and files that appear whole.
+"""OUT.part: the answers of a run under way; and files that appear whole or not at all.
 
-Its first line says what the answers are made from. Then comes a line for each answer, or for
-several that came together, and one whenever memory has forced smaller batches. A line that a kill
-has torn is cut off.
+Its first line says what the answers are made from. Then follows a line for each answer, or for
+several that arrived together, and one whenever a lack of memory has forced smaller batches. An
+incomplete last line, from a kill, is cut off.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from evomerge.answering.engine import Answer
 from evomerge.errors import InputError, OutputError
 from evomerge.files import ExclusiveLock, LockHeld, replace_durably
 
-# of the header's keys, in a message
+# the header's keys in messages
 CALLED = {"model": "model or settings", "batches": "batch size"}
 FIRST = ""  # the round of each task's first answer
 
@@ -25,13 +25,15 @@ FIRST = ""  # the round of each task's first answer
 class Part:
     """OUT.part, open for appending.
 
-    `rounds` holds what it keeps: round -> index of the task -> answer, without the count of its
-    tokens; `limits` what memory has forced on the engine.
+    `rounds` holds round -> task index -> answer, without the number of its tokens; `limits` what a
+    lack of memory has forced on the engine.
     """
 
     def __init__(self, out: Path, header: Mapping[str, str], total: int) -> None:
-        """Raises InputError: a file of other answers. OutputError: it cannot be written, or another
-        run writes it.
+        """Open or continue the file; `total` is the number of tasks.
+
+        Raises InputError: the file holds other answers. OutputError: it cannot be written, or
+        another run is writing it.
         """
         self.path = out.with_name(out.name + ".part")
         self.rounds: dict[str, dict[int, Answer]] = {FIRST: {}}
@@ -40,7 +42,7 @@ class Part:
         try:
             if out.exists() and not out.is_file():
                 raise OutputError(
-                    "is no ordinary file", where=out, remedy="Name a file for the answers."
+                    "is not a regular file", where=out, remedy="Name a file for the answers."
                 )
             out.parent.mkdir(parents=True, exist_ok=True)
             self._lock = self._locked()
@@ -67,7 +69,7 @@ class Part:
         return self.rounds[FIRST]
 
     def of(self, name: str) -> dict[int, Answer]:
-        """The answers of a round, none where it has not begun."""
+        """The answers of a round, by task index."""
         return self.rounds.setdefault(name, {})
 
     def add(self, answers: Mapping[int, Answer], name: str = FIRST) -> None:
@@ -78,29 +80,30 @@ class Part:
             "batch": list(answers),
             "outputs": [answer.text for answer in answers.values()],
         }
-        record |= (
-            {"cut": cut}
-            if (cut := [i for i, answer in answers.items() if answer.truncated])
-            else {}
-        )
-        self._append(record | ({"round": name} if name else {}))
+        cut = [i for i, answer in answers.items() if answer.truncated]
+        if cut:
+            record["cut"] = cut
+        if name:
+            record["round"] = name
+        self._append(record)
         self.of(name).update(answers)
 
     def limit(self, limits: Mapping[str, int]) -> None:
-        """Keep what memory has forced, where it is new."""
+        """Keep the engine's limits if they have changed."""
         if dict(limits) != self.limits:
             self.limits = dict(limits)
             self._append({"limits": self.limits})
 
     def error(self, error: OSError) -> OutputError:
-        """What to do when the disk is full or nothing may be written."""
-        kept = (
-            f"{len(self.answers)} of {self.total} answers are kept there. " if self.answers else ""
-        )
+        """The error to raise when the disk is full or writing is not permitted."""
+        kept = ""
+        if self.answers:
+            kept = f"{len(self.answers)} of {self.total} answers are kept there. "
         return OutputError(
             f"answers cannot be written: {error.strerror or error}",
             where=self.path,
-            remedy=f"{kept}Free some space or change the folder's permissions, and run the same command again.",
+            remedy=f"{kept}Free some space or change the folder's permissions, "
+            "and run the same command again.",
         )
 
     def _locked(self) -> ExclusiveLock:
@@ -118,21 +121,17 @@ class Part:
     def _resume(self, header: Mapping[str, str]) -> None:
         with os.fdopen(os.dup(self.fd), "rb") as file:
             whole, newline, _torn = file.read().rpartition(b"\n")
-        lines = (
-            [_parse(line, self.path, n) for n, line in enumerate(whole.split(b"\n"), start=1)]
-            if newline
-            else []
-        )
-        if not lines:
+        if not newline:
             self._truncate(0)
             self._append(header)
             return
-        changed = [
-            CALLED.get(key, key) for key, value in header.items() if lines[0].get(key) != value
-        ]
+        numbered = enumerate(whole.split(b"\n"), start=1)
+        lines = [_parse(line, self.path, number) for number, line in numbered]
+        changed = [key for key, value in header.items() if lines[0].get(key) != value]
         if changed:
+            others = " and ".join(CALLED.get(key, key) for key in changed)
             raise InputError(
-                f"the unfinished answers there were made with other {' and '.join(changed)}",
+                f"the unfinished answers there were made with other {others}",
                 where=self.path,
                 remedy="Repeat the command that began it, delete the file, or name another --out.",
             )
@@ -140,12 +139,9 @@ class Part:
             if "limits" in line:
                 self.limits = line["limits"]
                 continue
-            cut = line.get("cut", [])
-            found = {
-                i: Answer(text, i in cut, 0)
-                for i, text in zip(line["batch"], line["outputs"], strict=True)
-            }
-            self.of(line.get("round", FIRST)).update(found)
+            kept, cut = self.of(line.get("round", FIRST)), line.get("cut", [])
+            for i, text in zip(line["batch"], line["outputs"], strict=True):
+                kept[i] = Answer(text, i in cut, 0)
         self._truncate(len(whole) + 1)
 
     def _truncate(self, size: int) -> None:
@@ -165,18 +161,18 @@ class Part:
 def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
         value = json.loads(line)
-    except ValueError as error:
-        value = error
-    wanted = {"prompts"} if number == 1 else {"batch", "outputs"}
-    if not isinstance(value, dict) or not (
-        wanted <= value.keys() or (number > 1 and "limits" in value)
-    ):
-        raise InputError(
-            "holds no unfinished answers that can be read",
-            where=f"{path}, line {number}",
-            remedy="Delete the file, or name another --out.",
-        )
-    return value
+    except ValueError:
+        value = None
+    if isinstance(value, dict):
+        is_header = number == 1 and "prompts" in value
+        is_answers = number > 1 and {"batch", "outputs"} <= value.keys()
+        if is_header or is_answers or (number > 1 and "limits" in value):
+            return value
+    raise InputError(
+        "holds no unfinished answers that can be read",
+        where=f"{path}, line {number}",
+        remedy="Delete the file, or name another --out.",
+    )
 
 
 def replace(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -1,8 +1,7 @@
-"""What is wrong with an answer as anybody sees who knows nothing of the task's subject, and with
-which settings to ask again.
+"""Faults of an answer that show without any knowledge of its subject, and how to ask again.
 
-Everything here would rather miss a fault than see one that is none: docs/INFERENCE.md has the rates
-on graded answers.
+Everything here prefers to miss a fault over reporting one that is not there: docs/INFERENCE.md has
+the rates on graded answers.
 """
 
 from __future__ import annotations
@@ -20,22 +19,23 @@ if TYPE_CHECKING:
     from evomerge.study import GenerationSection
 
 Faults = tuple[str, ...]
-# The most serious first: what an answer is worth that has the fault (GPT-4 turbo grades loops 2.0
-# of 5 and English answers to Japanese tasks 3.2 on average); an answer that is cut has at least
-# begun well.
+# The most serious first, by what an answer with the fault is worth: GPT-4 turbo grades loops 2.0 of
+# 5 and English answers to Japanese tasks 3.2 on average; an answer that is cut has at least begun
+# well.
 SERIOUS = {"empty": 8, "repetitive": 4, "language": 2, "cut": 1}
 
-LONGEST = 20_000  # characters that are looked at, from the end: loops are there
-# share of character n-grams that have occurred before, in all of an answer or in its last
-# characters
+LONGEST = 20_000  # characters that are examined, from the end: loops are there
+# The share of character n-grams that have occurred before, in the whole answer or in its last TAIL
+# characters.
 LOOPS, TAIL = 0.5, 400
-# n; lists and tables repeat their 10-grams but not their 20-grams, a short answer has too few
+# Lists and tables repeat their 10-grams but not their 20-grams; a short answer has too few of them.
 GRAMS, SHORT_GRAMS, SHORT = 20, 10, 100
-# share of Japanese in an answer in English, different words in small letters that make it prose
+# An English answer has a smaller share of Japanese than FOREIGN, and as prose at least PROSE
+# different lower-case words.
 FOREIGN, PROSE = 0.1, 8
 SAMPLING = 0.7  # temperature
 MOST_PENALTY, PENALTY_STEP = 1.3, 0.1
-SEED_STEP = 7919  # no seed that somebody sets is this far from another
+SEED_STEP = 7919  # farther apart than seeds that users set
 
 _NOTHING = re.compile(r"[\s\u200b-\u200f\ufeff。、.,…・:;\"'`「」|*#_~-]*")
 _MARKS = re.compile(r"<\|[^<>|]{1,40}\|>|</?s>")  # turn marks that a model has written out
@@ -51,15 +51,17 @@ _ASKS_REPEATS = re.compile(
 _OTHER_LANGUAGE = re.compile(
     r"英[語訳文単作会字和検]|和英|[一-龠ァ-ヿ]{1,6}(?<!日本)語[でにへをのと]|翻訳|[和直意仏独]訳|訳[しすせをはで]|ローマ字|アルファベット|多言語|言語"
     r"|コード|コマンド|プログラ|関数|スクリプト|正規表現|クエリ|数式|ソース|変換"
-    r"|translat|japan|\bkan(?:ji|a)\b|haiku|\bcode\b|program|function|script|command|regex|\bsql\b|html|css|python|java|json|xml|yaml|latex"
+    r"|translat|japan|\bkan(?:ji|a)\b|haiku|\bcode\b|program|function|script|command"
+    r"|regex|\bsql\b|html|css|python|java|json|xml|yaml|latex"
     r"|\bin (?:english|german|french|spanish|italian|chinese|korean|russian|portuguese)\b|language",
     re.IGNORECASE,
 )
 
 
 def faults(answer: Answer, task: str) -> Faults:
-    """Of "empty", "cut", "repetitive" and "language", those that the answer to a task's text has;
-    an empty one has no other.
+    """Which of "empty", "cut", "repetitive" and "language" the answer has; empty excludes others.
+
+    `task` is the task's text.
     """
     raw = _MARKS.sub(" ", answer.text[-LONGEST:])
     text = clean(raw)
@@ -74,32 +76,27 @@ def faults(answer: Answer, task: str) -> Faults:
 
 
 def retry_settings(fault: Faults, settings: GenerationSection, attempt: int) -> GenerationSection:
-    """How to ask again, `attempt` 1 for the first time; always with another seed than before.
+    """The settings to ask again with, always with a new seed; the first `attempt` is 1.
 
-    empty, language: sampling. cut: room for twice as much, unless it is cut because it goes round
-    in a loop. repetitive: a repetition_penalty 0.1 higher with each attempt, at most 1.3, and from
-    the second on also sampling.
+    empty, language: sampling. cut: room for twice as much, unless a loop caused the cut.
+    repetitive: a repetition_penalty 0.1 higher with each attempt, at most 1.3, and sampling from
+    the second attempt on.
     """
     new = settings.replace(seed=(settings.seed or 0) + SEED_STEP * attempt)
     if "cut" in fault and "repetitive" not in fault:
         new = new.replace(max_new_tokens=settings.max_new_tokens * 2**attempt)
     if "repetitive" in fault:
         own = max(1.0, settings.repetition_penalty)
-        new = new.replace(
-            repetition_penalty=max(own, min(MOST_PENALTY, round(own + PENALTY_STEP * attempt, 4))),
-        )
+        raised = min(MOST_PENALTY, round(own + PENALTY_STEP * attempt, 4))
+        new = new.replace(repetition_penalty=max(own, raised))
     if "empty" in fault or "language" in fault or ("repetitive" in fault and attempt > 1):
-        new = new.replace(
-            do_sample=True,
-            temperature=settings.temperature if settings.do_sample else SAMPLING,
-        )
+        temperature = settings.temperature if settings.do_sample else SAMPLING
+        new = new.replace(do_sample=True, temperature=temperature)
     return new
 
 
 def retry_system(fault: Faults, task: str) -> str | None:
-    """A sentence for the system text that asks for the task's language, where the answer was in
-    another.
-    """
+    """A sentence for the system text that asks for the task's language, if the answer missed it."""
     if "language" not in fault:
         return None
     return "必ず日本語で回答してください。" if _KANA.search(task) else "Answer in English."
@@ -111,59 +108,65 @@ def seriousness(fault: Faults) -> int:
 
 
 def asked_for(fault: Faults, kinds: frozenset[str]) -> Faults:
-    """Those of an answer's faults for which it is asked again. A loop that is cut needs no more
-    room.
-    """
+    """The faults for which a task is asked again. A loop that is cut needs no more room."""
     wanted = tuple(name for name in fault if name in kinds)
     return () if wanted == ("cut",) and "repetitive" in fault else wanted
 
 
 def better(first: Answer, second: Answer, task: str) -> Answer:
     """The answer with the less serious faults, the first of equals."""
-    return second if seriousness(faults(second, task)) < seriousness(faults(first, task)) else first
+    return min(first, second, key=lambda answer: seriousness(faults(answer, task)))
 
 
 @dataclass(frozen=True)
 class SelfCheck:
-    """Asks again, `attempts` times at most, for answers that have one of `kinds` of faults, and
-    keeps the better ones.
+    """Asks again, at most `attempts` times, where an answer has a fault of `kinds`.
+
+    The better answer is kept.
     """
 
     kinds: frozenset[str]
     attempts: int = 1
 
     def __call__(self, run: Run, chosen: dict[int, Answer]) -> str:
-        """As inference/run.py's Refining. An answer for which the time was too short stays the
-        first one.
-        """
+        """See Refining in run.py. When the time is up, the first answers stay."""
         flagged = len(self._flagged(run, chosen))
         for attempt in range(1, self.attempts + 1):
-            asked = {
-                i: new
-                for i, fault in self._flagged(run, chosen).items()
-                if (new := _again(run, run.prompts[i], fault, attempt))
-            }
-            answers = run.ask(asked, f"check {attempt}") if asked else {}
-            for i, answer in answers.items():
+            asked = {}
+            for i, fault in self._flagged(run, chosen).items():
+                prompt = _again(run, run.prompts[i], fault, attempt)
+                if prompt is not None:
+                    asked[i] = prompt
+            if not asked:
+                continue
+            for i, answer in run.ask(asked, f"check {attempt}").items():
                 chosen[i] = better(chosen[i], answer, run.tasks[i].input)
         left = len(self._flagged(run, chosen))
-        return f"self-check ({', '.join(sorted(self.kinds))}): {flagged} of {len(chosen)} answers had a fault, {left} still have"
+        kinds = ", ".join(sorted(self.kinds))
+        return (
+            f"self-check ({kinds}): {flagged} of {len(chosen)} answers had a fault, "
+            f"{left} still have one"
+        )
 
     def _flagged(self, run: Run, chosen: dict[int, Answer]) -> dict[int, Faults]:
-        found = {
-            i: asked_for(faults(answer, run.tasks[i].input), self.kinds)
-            for i, answer in chosen.items()
-        }
-        return {i: fault for i, fault in found.items() if fault}
+        """The faults of the answers that are asked again, by task index."""
+        flagged = {}
+        for i, answer in chosen.items():
+            fault = asked_for(faults(answer, run.tasks[i].input), self.kinds)
+            if fault:
+                flagged[i] = fault
+        return flagged
 
 
 def _again(run: Run, prompt: Prompt, fault: Faults, attempt: int) -> Prompt | None:
-    """The prompt to ask again with, cut to the room that the context has; None where there is none
-    for a longer answer.
+    """The prompt to ask again with, its answer cut to the room that the context has.
+
+    None where the context has no room for a longer answer.
     """
     settings = retry_settings(fault, prompt.settings, attempt)
     note = retry_system(fault, prompt.task)
-    new = replace(run.prompter.noted(prompt, note) if note else prompt, settings=settings)
+    noted = run.prompter.noted(prompt, note) if note else prompt
+    new = replace(noted, settings=settings)
     if run.engine.context is None:
         return new
     length = len(run.engine.tokenizer([new.text], add_special_tokens=False)["input_ids"][0])
@@ -175,17 +178,18 @@ def _again(run: Run, prompt: Prompt, fault: Faults, attempt: int) -> Prompt | No
 
 
 def _loops(text: str, task: str) -> bool:
-    """Whether a cleaned text goes round in a loop, and was not asked to."""
+    """Whether a cleaned text repeats itself in a loop without being asked to."""
     if _ASKS_REPEATS.search(task):
         return False
-    text = LIST_MARK.sub("", text)  # a list's numbers go on while its items are the same
+    text = LIST_MARK.sub("", text)  # a list's numbers differ even where its items repeat
     n = GRAMS if len(text) >= SHORT else SHORT_GRAMS
     return repetition(text, n) > LOOPS or repetition(text[-TAIL:], n) > LOOPS
 
 
 def _is_foreign(prose: str, task: str) -> bool:
-    """Whether a cleaned text without code is plainly in another language than its task, which asks
-    for none.
+    """Whether a cleaned text without code is clearly not in the language of its task.
+
+    False where the task asks for another language.
     """
     if _OTHER_LANGUAGE.search(task):
         return False
@@ -194,15 +198,13 @@ def _is_foreign(prose: str, task: str) -> bool:
         if said < FOREIGN:
             return len(set(_WORD.findall(prose))) >= PROSE or language(prose) == "other"
         return language(prose) == "zh" and len(foreign_letters(prose, task)) >= 3
-    return (
-        asked == 0
-        and len(_WORD.findall(task)) >= 3
-        and said > 0.8
-        and len(_KANA.findall(prose)) >= PROSE
-    )
+    asked_in_english = asked == 0 and len(_WORD.findall(task)) >= 3
+    return asked_in_english and said > 0.8 and len(_KANA.findall(prose)) >= PROSE
 
 
 def _japanese_share(text: str) -> float:
-    """Of a text's letters, three Latin ones counting as one Japanese, as in judging/text.py."""
+    """The share of a text's letters; three Latin ones count as one Japanese, as in text.py."""
     japanese, latin = len(_JAPANESE.findall(text)), len(_LETTER.findall(text))
-    return japanese / (japanese + latin / 3) if japanese or latin else 0.0
+    if japanese + latin == 0:
+        return 0.0
+    return japanese / (japanese + latin / 3)

@@ -1,12 +1,13 @@
-"""Figures on who graded and how far that can be believed, for the report page.
+"""The report's section on the judge: who graded, and how far the grades can be believed.
 
-When a search takes its verdict it remembers `judge_facts`; here they become what the page shows.
+It is computed from what a search remembers at the verdict: searching/records/judge_report.py.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,100 +18,178 @@ if TYPE_CHECKING:
     from evomerge.searching.records.study_facts import CascadeSavings
 
 LEVELS = (1, 2, 3, 4, 5)
+FITTED = {
+    "within_task": "within one task, across models",
+    "model_level": "across models’ means",
+}
+
+
+@dataclass(frozen=True)
+class MeanFigure:
+    """A mean over n values and its standard error s / sqrt(n); None where it is not defined."""
+
+    mean: float | None
+    stderr: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class GradeBar:
+    """How many grades are nearest to `level`."""
+
+    level: int
+    count: int
+    share: float
+
+
+@dataclass(frozen=True)
+class CandidateRow:
+    """One candidate's grades, and their mean by the rules judge where that is another judge."""
+
+    name: str
+    mean: float | None
+    stderr: float | None
+    n: int
+    bars: list[GradeBar]
+    rules: MeanFigure | None
+
+
+@dataclass(frozen=True)
+class JudgeComparison:
+    """How far two judges agree on the same answers.
+
+    `spearman`: within one task over the candidates, averaged over the tasks on which both judges
+    distinguish between any of them; `difference`: first minus second, averaged within a task and
+    then over the tasks; `orders`: the candidates by each judge's mean, highest first.
+    """
+
+    spearman: MeanFigure
+    difference: MeanFigure
+    candidates: int
+    orders: tuple[list[str], list[str]]
+
+
+@dataclass(frozen=True)
+class FittedFigure:
+    """One figure of a learned judge on models that it was not fitted on, with a 95 % interval."""
+
+    name: str
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class SavedGrades:
+    """Of `graded` answers the expensive judge graded `asked`; `saved` is the share it did not."""
+
+    graded: int
+    asked: int
+    saved: float
+
+
+@dataclass(frozen=True)
+class JudgeView:
+    """Everything that the page shows of the judge; `top` scales all bars alike."""
+
+    name: str
+    version: str
+    rows: list[CandidateRow]
+    top: float
+    agreement: JudgeComparison | None
+    held_out: list[FittedFigure]
+    savings: SavedGrades | None
+    pairs: Sequence[Mapping[str, Any]]
+    by_rules: bool
 
 
 def judge_section(
     facts: Mapping[str, Any] | None, cascade: CascadeSavings | None = None
-) -> dict[str, Any] | None:
+) -> JudgeView | None:
     """What the page shows of `judge_facts`, and of what a cascade judge saved."""
     if facts is None:
         return None
     grades, rules = facts["grades"], facts.get("rules")
-    rows = [
-        {
-            "name": name,
-            **mean_and_error(values),
-            "bars": shares(values),
-            "rules": mean_and_error(rules[name]) if rules else None,
-        }
-        for name, values in grades.items()
-    ]
-    return {
-        "name": facts["name"],
-        "version": facts["version"],
-        "rows": rows,
-        # one scale for all bars
-        "top": max((bar["share"] for row in rows for bar in row["bars"]), default=0.0) or 1.0,
-        "agreement": agreement(grades, rules) if rules else None,
-        "held_out": held_out_rows(facts.get("held_out")),
-        "savings": savings(cascade),
-        "pairs": facts["pairs"],
-        "by_rules": rules is None,
-    }
+    by_rules: dict[str, MeanFigure] = {}
+    agreement = None
+    if rules:
+        by_rules = {name: mean_figure(rules[name]) for name in grades}
+        agreement = compare_judges(grades, rules)
+    rows = []
+    for name, values in grades.items():
+        own, bars = mean_figure(values), grade_bars(values)
+        rows.append(CandidateRow(name, own.mean, own.stderr, own.n, bars, by_rules.get(name)))
+    highest = max((bar.share for row in rows for bar in row.bars), default=0.0)
+    return JudgeView(
+        name=facts["name"],
+        version=facts["version"],
+        rows=rows,
+        top=highest or 1.0,
+        agreement=agreement,
+        held_out=fitted_figures(facts.get("held_out")),
+        savings=saved_grades(cascade),
+        pairs=facts["pairs"],
+        by_rules=rules is None,
+    )
 
 
-def mean_and_error(values: Sequence[float]) -> dict[str, Any]:
-    """{"mean", "stderr", "n"}: the standard error is s / sqrt(n) with n - 1 in s; None with fewer
-    than two values.
-    """
+def mean_figure(values: Sequence[float]) -> MeanFigure:
+    """Mean and standard error s / sqrt(n), with n - 1 in s; no error for fewer than two values."""
     n = len(values)
-    error = float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else None
-    return {"mean": float(np.mean(values)) if n else None, "stderr": error, "n": n}
+    if n == 0:
+        return MeanFigure(None, None, 0)
+    mean = float(np.mean(values))
+    if n == 1:
+        return MeanFigure(mean, None, 1)
+    return MeanFigure(mean, float(np.std(values, ddof=1)) / math.sqrt(n), n)
 
 
-def shares(grades: Sequence[float]) -> list[dict[str, Any]]:
-    """The share of the grades nearest to each of 1 to 5; a half goes up, and what lies outside to
-    the end.
-    """
+def grade_bars(grades: Sequence[float]) -> list[GradeBar]:
+    """The share of grades nearest to each of 1 to 5; halves round up, outliers go to the ends."""
     nearest = [min(5, max(1, math.floor(grade + 0.5))) for grade in grades]
     counts = [nearest.count(level) for level in LEVELS]
-    return [
-        {"level": level, "count": count, "share": count / len(grades) if grades else 0.0}
-        for level, count in zip(LEVELS, counts, strict=True)
-    ]
+    total = len(grades) or 1
+    return [GradeBar(level, n, n / total) for level, n in zip(LEVELS, counts, strict=True)]
 
 
-def agreement(a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """How far two judges' grades of the same answers, {candidate: [tasks]}, agree.
-
-    "spearman": within one task over the candidates, mean over the tasks where both tell any apart;
-    "difference": of the grades, a minus b, mean within a task and then over the tasks; each {mean,
-    stderr, n tasks}. "orders": the candidates by each judge's mean, highest first.
-    """
+def compare_judges(
+    first: Mapping[str, Sequence[float]], second: Mapping[str, Sequence[float]]
+) -> JudgeComparison:
+    """How far two judges' grades of the same answers, {candidate: [tasks]}, agree."""
     # [candidates, tasks]
-    first, second = (np.array([grades[name] for name in a], dtype=np.float64) for grades in (a, b))
-    by_task = [spearman(first[:, t], second[:, t]) for t in range(first.shape[1])]
-    orders = [
-        [name for _, name in sorted((-float(np.mean(grades[name])), name) for name in a)]
-        for grades in (a, b)
-    ]
-    return {
-        "spearman": mean_and_error([value for value in by_task if not math.isnan(value)]),
-        "difference": mean_and_error((first - second).mean(0).tolist()),
-        "candidates": len(a),
-        "orders": orders,
-    }
+    a = np.array([first[name] for name in first], dtype=np.float64)
+    b = np.array([second[name] for name in first], dtype=np.float64)
+    by_task = [spearman(a[:, t], b[:, t]) for t in range(a.shape[1])]
+    return JudgeComparison(
+        spearman=mean_figure([value for value in by_task if not math.isnan(value)]),
+        difference=mean_figure((a - b).mean(0).tolist()),
+        candidates=len(first),
+        orders=(by_mean(first), by_mean({name: second[name] for name in first})),
+    )
 
 
-def held_out_rows(held_out: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """A learned judge's agreement with its references on models that it was not fitted on, a row
-    per figure.
-    """
-    names = {"within_task": "within one task, across models", "model_level": "across models’ means"}
-    found = [(text, (held_out or {}).get(key)) for key, text in names.items()]
-    found += [
-        (f"model pairs {gap.replace('-', ' to ')} apart ordered right", value)
-        for gap, value in (held_out or {}).get("pairs", {}).items()
-    ]
-    return [
-        {"name": text, **{k: value.get(k) for k in ("value", "low", "high")}}
-        for text, value in found
-        if isinstance(value, Mapping)
-    ]
+def by_mean(grades: Mapping[str, Sequence[float]]) -> list[str]:
+    """The candidates' names by their mean grade, highest first."""
+    return sorted(grades, key=lambda name: (-float(np.mean(grades[name])), name))
 
 
-def savings(cascade: CascadeSavings | None) -> dict[str, Any] | None:
-    """Of `graded` answers the expensive judge graded `asked`; None without a cascade judge."""
+def fitted_figures(held_out: Mapping[str, Any] | None) -> list[FittedFigure]:
+    """A learned judge's agreement with its references on models that it was not fitted on."""
+    known = held_out or {}
+    named = [(text, known.get(key)) for key, text in FITTED.items()]
+    for gap, value in known.get("pairs", {}).items():
+        named.append((f"model pairs {gap.replace('-', ' to ')} apart ordered right", value))
+    figures = []
+    for name, value in named:
+        if isinstance(value, Mapping):
+            figures.append(
+                FittedFigure(name, value.get("value"), value.get("low"), value.get("high"))
+            )
+    return figures
+
+
+def saved_grades(cascade: CascadeSavings | None) -> SavedGrades | None:
+    """How many grades of the expensive judge a cascade saved; None without a cascade judge."""
     if cascade is None or not cascade.graded:
         return None
-    return {**vars(cascade), "saved": 1 - cascade.asked / cascade.graded}
+    return SavedGrades(cascade.graded, cascade.asked, 1 - cascade.asked / cascade.graded)

@@ -1,5 +1,6 @@
-"""A folder that answers tasks with a study's winner where evomerge is not installed; its files are
-in templates/runner.
+"""The runner: a folder that answers tasks with a study's winner where evomerge is not installed.
+
+Its files are made from templates/runner.
 """
 
 from __future__ import annotations
@@ -23,39 +24,41 @@ from evomerge.merging.checkpoints.new_folder import check_new, new_folder
 from evomerge.merging.layout import KNOWN
 from evomerge.recipe import Recipe
 from evomerge.reporting.export import recipe_text, verdict_markdown
-from evomerge.reporting.report import notes
+from evomerge.reporting.sentences import notes
 from evomerge.searching.finished import Finished
 from evomerge.study import GenerationSection, PromptSection, Study
 
 TEMPLATES = Path(__file__).with_name("templates") / "runner"
 FETCHED = ("model*.safetensors", "*.json", "*.jinja", "*.model")  # of a model on the hub
-PLAIN = "plain"  # the class of all tasks where there is no base
+# the class of all tasks where there is no knowledge base
+PLAIN = KnowledgeClass("plain", "", "{input}")
 
 
 def write_runner(finished: Finished, folder: Path, knowledge: Knowledge | None) -> list[Path]:
-    """Write answer.py and what it reads into a new folder, whole or not at all; returns the files.
+    """Write answer.py and what it reads to a new folder, whole or not at all; returns the files.
 
-    `knowledge` is what gives tasks their class, prompt and settings; None: the study's plain
-    prompt. Raises InputError: the folder is there and not empty. KnowledgeError: the study's
-    default class is none of the base's. OutputError.
+    `knowledge` gives tasks their class, prompt and settings; None: the study's plain prompt.
+    Raises InputError: the folder exists and is not empty. KnowledgeError: the knowledge base does
+    not have the study's default class. OutputError.
     """
     check_new(folder)
     study, recipe = finished.study, finished.recipe
+    name = finished.ledger.name
+    told = notes(finished.ledger.facts)
     texts = {
         "answer.py": (TEMPLATES / "answer.py").read_text(encoding="utf-8"),
         "requirements.txt": _rendered("requirements.txt"),
+        "recipe.yaml": recipe_text(finished),
+        "settings.yaml": _rendered(
+            "settings.yaml", study=name, settings=settings(study, recipe, knowledge)
+        ),
     }
-    texts["recipe.yaml"] = recipe_text(finished)
-    texts["settings.yaml"] = _rendered(
-        "settings.yaml", study=finished.ledger.name, settings=settings(study, recipe, knowledge)
-    )
     if knowledge is not None:
-        texts["knowledge.yaml"] = to_yaml(
-            replace(knowledge, classes=tuple(_texts_of(c, study.prompt) for c in knowledge.classes))
-        )
+        classes = tuple(_texts_of(c, study.prompt) for c in knowledge.classes)
+        texts["knowledge.yaml"] = to_yaml(replace(knowledge, classes=classes))
     texts["README.md"] = _rendered(
         "README.md",
-        study=finished.ledger.name,
+        study=name,
         models=recipe.models,
         donor=recipe.donor,
         dtype=study.search.dtype,
@@ -63,72 +66,91 @@ def write_runner(finished: Finished, folder: Path, knowledge: Knowledge | None) 
         knowledge=knowledge,
         retriever=study.prompt.retriever,
         quantization=study.engine.quantization,
-        verdict=verdict_markdown(finished.verdict, finished.winner, notes(finished.ledger.facts)),
+        verdict=verdict_markdown(finished.verdict, finished.winner, told),
     )
     with new_folder(folder) as unfinished:
-        for name, text in texts.items():
-            (unfinished.path / name).write_text(text, encoding="utf-8")
-    return [folder / name for name in texts]
+        for file, text in texts.items():
+            (unfinished.path / file).write_text(text, encoding="utf-8")
+    return [folder / file for file in texts]
 
 
 def mergeable(recipe: Recipe) -> bool:
-    """Whether answer.py merges it: task arithmetic or linear, one number for each slice and model,
-    layers and tokens as they are.
+    """Whether answer.py can merge the recipe.
+
+    It merges task arithmetic and linear with one number per slice and model, all layers in their
+    order, and the base's tokens.
     """
-    sources = [source for piece in recipe.slices for source in piece.sources]
-    ranges = [{source.layers or (-1, -1) for source in piece.sources} for piece in recipe.slices]
-    starts, ends = [min(r)[0] for r in ranges], [max(r)[1] for r in ranges]
-    weights = [
-        source.parameters.get("weight")
-        for source in sources
-        if source.model != recipe.base_model or recipe.merge_method == "linear"
-    ]
-    return (
-        recipe.merge_method in ("task_arithmetic", "linear")
-        and recipe.tokenizer is None
-        and all(len(r) == 1 for r in ranges)
-        and starts == [0, *ends[:-1]]
-        and all(isinstance(weight, int | float) for weight in weights)
-        and not any("+" in model for model in recipe.models)
-        and set(recipe.parameters) <= {"normalize", "int8_mask"}
-    )
+    if recipe.merge_method not in ("task_arithmetic", "linear") or recipe.tokenizer is not None:
+        return False
+    if not set(recipe.parameters) <= {"normalize", "int8_mask"}:
+        return False
+    if any("+" in model for model in recipe.models):
+        return False
+    return _has_all_layers(recipe) and _has_plain_weights(recipe)
+
+
+def _has_all_layers(recipe: Recipe) -> bool:
+    """Whether each slice's sources share their layers, and each slice follows the one before."""
+    at = 0
+    for piece in recipe.slices:
+        ranges = {source.layers or (-1, -1) for source in piece.sources}
+        (start, end), *others = ranges
+        if others or start != at:
+            return False
+        at = end
+    return True
+
+
+def _has_plain_weights(recipe: Recipe) -> bool:
+    for piece in recipe.slices:
+        for source in piece.sources:
+            needed = source.model != recipe.base_model or recipe.merge_method == "linear"
+            if needed and not isinstance(source.parameters.get("weight"), int | float):
+                return False
+    return True
 
 
 def settings(study: Study, recipe: Recipe, knowledge: Knowledge | None) -> dict[str, Any]:
     """What settings.yaml holds. Raises KnowledgeError."""
-    kinds = (_plain(),) if knowledge is None else knowledge.classes
-    names = [kind.name for kind in kinds]
-    default = study.prompt.default_class
-    if knowledge is not None and default is not None and default not in names:
-        raise KnowledgeError(
-            "the default class is none of the base's",
-            found=default,
-            remedy=f"Classes are: {', '.join(names)}.",
-        )
-    named = knowledge is not None and default is not None
+    voting = _voting() | {"threshold": 0.0, "default": PLAIN.name}
+    classes: dict[str, Any] = {}
+    plain: dict[str, Any] | None = None
+    if knowledge is None:
+        kind = _texts_of(PLAIN, study.prompt)
+        plain = {"class": kind.name, "system": kind.system, "template": kind.template}
+        plain |= _numbers_of(PLAIN, study.generation)
+    else:
+        classes = {kind.name: _numbers_of(kind, study.generation) for kind in knowledge.classes}
+        voting |= _default_class(study.prompt, list(classes))
     return {
         "batch_size": study.engine.batch_size,
-        "seed": study.search.seed if study.generation.seed is None else study.generation.seed,
+        "seed": _or(study.generation.seed, study.search.seed),
         "stop": list(study.generation.stop),
         "too_long": study.prompt.too_long,
         "chat_template": chat_template(study.prompt),
-        "classes": {}
-        if knowledge is None
-        else {kind.name: _numbers_of(kind, study.generation) for kind in kinds},
-        "voting": _voting()
-        | {
-            "threshold": study.prompt.threshold if named else 0.0,
-            "default": default if named else names[0],
-        },
+        "classes": classes,
+        "voting": voting,
         "placeholder": PLACEHOLDER.pattern,
-        "plain": _whole(_texts_of(_plain(), study.prompt), study.generation)
-        if knowledge is None
-        else None,
+        "plain": plain,
         "donor": recipe.donor if mergeable(recipe) else None,
         "models": list(recipe.models),
         "norm_and_head_last": sorted(KNOWN),
         "files": list(FETCHED),
     }
+
+
+def _default_class(prompt: PromptSection, names: list[str]) -> dict[str, Any]:
+    """The class of tasks whose own is less certain than the threshold. Raises KnowledgeError."""
+    default = prompt.default_class
+    if default is None:
+        return {"threshold": 0.0, "default": names[0]}
+    if default not in names:
+        raise KnowledgeError(
+            "the default class is not a class of the knowledge base",
+            found=default,
+            remedy=f"Classes are: {', '.join(names)}.",
+        )
+    return {"threshold": prompt.threshold, "default": default}
 
 
 def chat_template(prompt: PromptSection) -> str | None:
@@ -138,29 +160,22 @@ def chat_template(prompt: PromptSection) -> str | None:
     before, *rest = (prompt.template or COMPETITION).split("{input}")
     asked = " ~ ".join([_literal(before), *(f"m.content ~ {_literal(part)}" for part in rest)])
     other = "m.content ~ " + _literal("\n\n")
-    return f"{{% for m in messages %}}{{{{ ({asked}) if m.role == 'user' else ({other}) }}}}{{% endfor %}}"
+    turn = f"{{{{ ({asked}) if m.role == 'user' else ({other}) }}}}"
+    return f"{{% for m in messages %}}{turn}{{% endfor %}}"
 
 
 def _literal(text: str) -> str:
-    """As Jinja reads texts, which is Python's way: JSON's escapes are a part of it."""
+    """A Jinja string: it reads Python's escapes, and JSON's are among them."""
     return json.dumps(text, ensure_ascii=False)
 
 
-def _plain() -> KnowledgeClass:
-    return KnowledgeClass(PLAIN, "", "{input}")
-
-
 def _texts_of(kind: KnowledgeClass, prompt: PromptSection) -> KnowledgeClass:
-    """The class's texts alone, with the system text that it is answered by; its numbers stand in
-    settings.yaml.
-    """
-    system = (
-        kind.system
-        if kind.system.strip()
-        else (prompt.system or "")
-        if prompt.format == "chat"
-        else ""
-    )
+    """The class's texts with the system text of its prompt; the numbers go to settings.yaml."""
+    system = ""
+    if kind.system.strip():
+        system = kind.system
+    elif prompt.format == "chat" and prompt.system is not None:
+        system = prompt.system
     return KnowledgeClass(kind.name, system, kind.template, kind.description)
 
 
@@ -180,17 +195,8 @@ def _voting() -> dict[str, Any]:
     }
 
 
-def _whole(kind: KnowledgeClass, run: GenerationSection) -> dict[str, Any]:
-    """A class's row of knowledge.yaml with its numbers."""
-    return {"class": kind.name, "system": kind.system, "template": kind.template} | _numbers_of(
-        kind, run
-    )
-
-
 def _numbers_of(kind: KnowledgeClass, run: GenerationSection) -> dict[str, Any]:
-    """How many examples and documents the class's prompt holds, and transformers' generation
-    settings.
-    """
+    """How many examples and documents a class's prompt holds, and its generation settings."""
     sampled = run.do_sample if kind.temperature is None else kind.temperature > 0
     generation: dict[str, Any] = {
         "max_new_tokens": kind.max_new_tokens or run.max_new_tokens,
@@ -198,20 +204,21 @@ def _numbers_of(kind: KnowledgeClass, run: GenerationSection) -> dict[str, Any]:
         "do_sample": sampled,
     }
     if sampled:
-        generation |= {
-            "temperature": kind.temperature or run.temperature,
-            "top_p": run.top_p,
-            "top_k": 0,
-        }
+        generation["temperature"] = kind.temperature or run.temperature
+        generation["top_p"] = run.top_p
+        generation["top_k"] = 0
+    documents = 0
+    if "{documents}" in kind.template:
+        documents = _or(kind.quotes, QUOTES)
     return {
-        "examples": SHOTS if kind.shots is None else kind.shots,
-        "documents": 0
-        if "{documents}" not in kind.template
-        else QUOTES
-        if kind.quotes is None
-        else kind.quotes,
+        "examples": _or(kind.shots, SHOTS),
+        "documents": documents,
         "generation": generation,
     }
+
+
+def _or(number: int | None, default: int) -> int:
+    return default if number is None else number
 
 
 def _rendered(name: str, **values: Any) -> str:
@@ -225,16 +232,15 @@ def _rendered(name: str, **values: Any) -> str:
         autoescape=False,
     )
     environment.filters["yaml"] = _flow
-    return environment.from_string(
-        (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
-    ).render(values)
+    template = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+    return environment.from_string(template).render(values)
 
 
 def _flow(value: Any) -> str:
-    """A value of YAML on one line."""
+    """A value as YAML on one line."""
     text = yaml.dump(
         value,
-        Dumper=_Dumper,
+        Dumper=_FlowDumper,
         allow_unicode=True,
         default_flow_style=True,
         sort_keys=False,
@@ -243,14 +249,13 @@ def _flow(value: Any) -> str:
     return str(text).removesuffix("\n").removesuffix("\n...")
 
 
-class _Dumper(yaml.SafeDumper):
-    """Texts of several lines, or with characters that do not show, are quoted with escapes."""
+class _FlowDumper(yaml.SafeDumper):
+    """Quotes texts of several lines, or with invisible characters, with escapes."""
 
 
-def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar(
-        "tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"'
-    )
+def _flow_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = None if text.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
-_Dumper.add_representer(str, _represent_text)
+_FlowDumper.add_representer(str, _flow_text)

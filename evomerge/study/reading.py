@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -29,18 +30,31 @@ def read_study(
     """
     path = Path(path)
     data = _read_yaml(path)
+    data.setdefault("study", path.stem)
+    return study_from_mapping(data, path.resolve().parent, overrides, environ, str(path))
+
+
+def study_from_mapping(
+    content: Mapping[str, Any],
+    folder: Path,
+    overrides: Sequence[str] = (),
+    environ: Mapping[str, str] = os.environ,
+    where: str = "study file",
+) -> Study:
+    """As `read_study`, from the content of a study file; its paths are relative to `folder`."""
+    data = copy.deepcopy(dict(content))
     for override in overrides:
         _override(data, override)
-    data = _expand(data, environ, str(path), "")
-    data.setdefault("study", path.stem)
-    read_mergekit_evolve(data, str(path))
-    study = validated(Study, data, str(path), folder=path.resolve().parent)
-    for folder in study.task_search_path:
-        if not Path(folder).is_dir():
+    data = _expand(data, environ, where, "")
+    data.setdefault("study", "study")
+    read_mergekit_evolve(data, where)
+    study = validated(Study, data, where, folder=folder)
+    for place in study.task_search_path:
+        if not Path(place).is_dir():
             raise StudyFileError(
                 "no such folder",
-                where=f"{path}: task_search_path",
-                found=folder,
+                where=f"{where}: task_search_path",
+                found=place,
                 remedy="Name folders with task YAMLs.",
             )
     return study

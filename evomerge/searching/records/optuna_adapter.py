@@ -98,9 +98,12 @@ def open_stored(url: str, name: str, create: bool = False) -> StoredStudy:
         if name not in known and not create:
             others = f"There are: {', '.join(known)}." if known else "The storage is empty."
             raise StudyError(f"there is no study {name!r}", where=shown_url(url), remedy=others)
-        study = optuna.create_study(
-            storage=storage, study_name=name, direction="maximize", load_if_exists=True
-        )
+        if name in known:  # loading writes nothing, so that a read-only copy can be shown
+            study = optuna.load_study(storage=storage, study_name=name)
+        else:
+            study = optuna.create_study(
+                storage=storage, study_name=name, direction="maximize", load_if_exists=True
+            )
     return StoredStudy(study, url)
 
 

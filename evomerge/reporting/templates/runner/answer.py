@@ -1,6 +1,4 @@
-"""Answers tasks with the merged model of recipe.yaml, as settings.yaml and knowledge.yaml say: see
-README.md.
-"""
+"""Answers tasks with the merged model of recipe.yaml: see README.md."""
 
 import argparse
 import hashlib
@@ -20,65 +18,58 @@ from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_union
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-FILES = [
-    Path(__file__).resolve().with_name(f"{name}.yaml")
-    for name in ("recipe", "settings", "knowledge")
-]
-RECIPE, SETTINGS, BASE = (
-    yaml.safe_load(file.read_text("utf-8")) if file.exists() else None for file in FILES
-)
+NEVER = "(?!)"  # a pattern that matches nothing
+
+
+def read_yaml(name: str):
+    """The file beside this one, or None."""
+    path = Path(__file__).resolve().with_name(name)
+    return yaml.safe_load(path.read_text("utf-8")) if path.exists() else None
+
+
+RECIPE, SETTINGS, BASE = map(read_yaml, ("recipe.yaml", "settings.yaml", "knowledge.yaml"))
 
 
 def merge(model, donor: str, folders: dict[str, str]) -> None:
-    """Put the recipe's weights in the place of the donor's (the base's), tensor by tensor, with
-    mergekit's roundings.
-    """
-    linear, slices = (
-        RECIPE["merge_method"] == "linear",
-        [piece["sources"] for piece in RECIPE["slices"]],
-    )
-    of_layer = [sources for sources in slices for _ in range(*sources[0]["layer_range"])]
-    files = [
-        (sibling, safe_open(path, "pt"))
-        for sibling, folder in folders.items()
-        for path in Path(folder).glob("model*.safetensors")
-    ]
-    stored = {(sibling, name): file for sibling, file in files for name in file.keys()}  # noqa: SIM118  # nothing is read yet
+    """Replace the donor's (the base's) weights by the merged ones, rounded as mergekit does."""
+    linear = RECIPE["merge_method"] == "linear"
+    of_layer = []  # the sources of each layer
+    for piece in RECIPE["slices"]:
+        of_layer += [piece["sources"] for _ in range(*piece["sources"][0]["layer_range"])]
+    stored = {}
+    for sibling, folder in folders.items():
+        for path in Path(folder).glob("model*.safetensors"):
+            file = safe_open(path, "pt")  # nothing is read yet
+            stored.update({(sibling, name): file for name in file.keys()})  # noqa: SIM118
     for name, live in model.named_parameters():
-        layer, end = (
-            re.search(r"\blayers\.(\d+)\.", name),
-            name.startswith(("model.norm.", "lm_head.")),
-        )
-        place = (
-            int(layer[1])
-            if layer
-            else -1
-            if end and model.config.architectures[0] in SETTINGS["norm_and_head_last"]
-            else 0
-        )
-        sources = [s for s in of_layer[place] if linear or s["model"] != donor]
-        weights = torch.tensor(
-            [s["parameters"]["weight"] for s in sources],
-            dtype=torch.float32 if linear else live.dtype,
-        ).to(live.device)
-        inputs = [
-            live if s["model"] == donor else stored[s["model"], name].get_tensor(name).to(live)
-            for s in sources
-        ]
-        # linear: all in fp32, rounded once
-        start = torch.zeros_like(live, dtype=weights.dtype) if linear else live
-        norm = (
-            weights.sum()
-            if RECIPE["parameters"]["normalize"] and weights.sum().float().abs() >= 1e-8
-            else 1
-        )
-        live.copy_(
-            start
-            + torch.stack([(t - start) * w for t, w in zip(inputs, weights, strict=True)]).sum(
-                dim=0
-            )
-            / norm
-        )
+        sources = of_layer[layer_of(name, model.config.architectures[0])]
+        if not linear:
+            sources = [source for source in sources if source["model"] != donor]
+        inputs = []
+        for ref in [source["model"] for source in sources]:
+            inputs.append(live if ref == donor else stored[ref, name].get_tensor(name).to(live))
+        live.copy_(merged(live, inputs, sources, linear))
+
+
+def layer_of(name: str, architecture: str) -> int:
+    """The layer whose weights a tensor is merged with: embeddings follow the first layer."""
+    if found := re.search(r"\blayers\.(\d+)\.", name):
+        return int(found[1])
+    last = name.startswith(("model.norm.", "lm_head."))
+    return -1 if last and architecture in SETTINGS["norm_and_head_last"] else 0
+
+
+def merged(live, inputs: list, sources: list[dict], linear: bool):
+    """One tensor: linear in fp32, rounded once; task arithmetic in the tensor's own dtype."""
+    dtype = torch.float32 if linear else live.dtype
+    weights = [source["parameters"]["weight"] for source in sources]
+    weights = torch.tensor(weights, dtype=dtype).to(live.device)
+    start = torch.zeros_like(live, dtype=dtype) if linear else live
+    norm = 1
+    if RECIPE["parameters"]["normalize"] and weights.sum().float().abs() >= 1e-8:
+        norm = weights.sum()
+    parts = [(t - start) * w for t, w in zip(inputs, weights, strict=True)]
+    return start + torch.stack(parts).sum(dim=0) / norm
 
 
 def plain(text: str) -> str:
@@ -86,194 +77,182 @@ def plain(text: str) -> str:
 
 
 def request(text: str) -> str:
-    """What a task asks for: its first and its last paragraph, with long quotations emptied."""
-    text = re.sub(
-        SETTINGS["voting"]["quoted"],
-        lambda match: match[0][0] + match[0][-1],
-        unicodedata.normalize("NFKC", text),
-    )
+    """What a task asks for: its first and its last paragraph, without long quotations."""
+    text = unicodedata.normalize("NFKC", text)
+    text = re.sub(SETTINGS["voting"]["quoted"], lambda match: match[0][0] + match[0][-1], text)
     lines = [line for line in text.split("\n") if line.strip()]
     return plain("\n".join(dict.fromkeys([*lines[:1], *lines[-1:]])))
 
 
 def vectors(known: list[str], texts: list[str], longest: int, *views) -> tuple:
     """TF-IDF vectors of both, over n-grams of 1 to `longest` characters of each view of a text."""
-    both = make_union(
-        *(
-            TfidfVectorizer(
-                analyzer="char", ngram_range=(1, longest), preprocessor=v, sublinear_tf=True
-            )
-            for v in views
-        )
-    )
+    options = {"analyzer": "char", "ngram_range": (1, longest), "sublinear_tf": True}
+    both = make_union(*(TfidfVectorizer(preprocessor=view, **options) for view in views))
     return both.fit_transform(known), both.transform(texts)
 
 
+def similarities(known: list[str], tasks: list[str], longest: int):
+    """Cosine similarity of each task (row) to each known text (column)."""
+    old, new = vectors(known, tasks, longest, plain)
+    return (new @ old.T).toarray().clip(0, 1).round(9)
+
+
+def learned_shares(tasks: list[str], owners, weights, count: int):
+    """Each class's factor by a ridge regression on all examples, (tasks, classes)."""
+    rules = SETTINGS["voting"]
+    inputs = [example["input"] for example in BASE["examples"]]
+    known, new = vectors(inputs, tasks, rules["ridge_ngrams"], plain, request)
+    targets = 2.0 * np.eye(count)[owners] - 1  # (examples, classes)
+    ridge = Ridge(alpha=rules["alpha"], solver="sparse_cg")
+    ridge.fit(known, targets, sample_weight=weights)
+    return np.exp(rules["sharp"] * ridge.predict(new).reshape(len(tasks), -1))
+
+
 def choose(tasks: list[str]):
-    """Each task's class, by its nearest examples and by a ridge regression on all, with examples
-    (nearest last) and documents.
+    """Each task with its class, that class's nearest examples (nearest last), and documents.
+
+    The class is found by the nearest examples and by a ridge regression on all of them.
     """
-    rules, classes = (
-        SETTINGS["voting"],
-        {c["class"]: c | SETTINGS["classes"][c["class"]] for c in BASE["classes"]},
-    )
-    names, examples, documents = list(classes), BASE["examples"], BASE.get("documents", [])
-    owners, weights = (
-        np.array([names.index(e["class"]) for e in examples]),
-        np.array([e.get("weight", 1.0) for e in examples]),
-    )
-    groups = (
-        [plain(e["input"]) for e in examples],
-        [f"{d['title']}\n{d['text']}" for d in documents] or ["-"],
-    )
-    similar = [
-        (new @ known.T).toarray().clip(0, 1).round(9)
-        for known, new in (vectors(g, tasks, rules["ngrams"], plain) for g in groups)
-    ]
-    known, new = vectors(
-        [e["input"] for e in examples], tasks, rules["ridge_ngrams"], plain, request
-    )
-    ridge = Ridge(alpha=rules["alpha"], solver="sparse_cg").fit(
-        known, 2.0 * np.eye(len(names))[owners] - 1, sample_weight=weights
-    )
-    learned = np.exp(rules["sharp"] * ridge.predict(new).reshape(len(tasks), -1))
-    for text, bare, likely, row, quoted in zip(
-        tasks, [plain(t).replace(" ", "") for t in tasks], learned, *similar, strict=True
-    ):
-        # it would be the answer
-        near = [i for i in np.argsort(-row, kind="stable") if groups[0][i].replace(" ", "") != bare]
+    rules, examples, documents = SETTINGS["voting"], BASE["examples"], BASE.get("documents", [])
+    classes = {c["class"]: c | SETTINGS["classes"][c["class"]] for c in BASE["classes"]}
+    names = list(classes)
+    owners = np.array([names.index(example["class"]) for example in examples])
+    weights = np.array([example.get("weight", 1.0) for example in examples])
+    inputs = [plain(example["input"]) for example in examples]
+    titled = [f"{d['title']}\n{d['text']}" for d in documents] or ["-"]
+    near_examples = similarities(inputs, tasks, rules["ngrams"])
+    near_documents = similarities(titled, tasks, rules["ngrams"])
+    learned = learned_shares(tasks, owners, weights, len(names))
+    for at, text in enumerate(tasks):
+        row = near_examples[at]
+        # an example that equals the task would give the answer away
+        bare = plain(text).replace(" ", "")
+        near = np.argsort(-row, kind="stable")
+        near = [i for i in near if inputs[i].replace(" ", "") != bare]
         voters = near[: rules["voters"]]
-        votes = np.bincount(
-            owners[voters], weights[voters] * row[voters] ** rules["power"], len(names)
-        ).round(12)
+        strengths = weights[voters] * row[voters] ** rules["power"]
+        votes = np.bincount(owners[voters], strengths, len(names)).round(12)
         shares = votes / (votes.sum() or 1)
         if len(near) == len(examples):  # where one equals the task, the votes decide alone
-            shares = np.maximum(shares, rules["least"]) ** rules["root"] * likely
-        sure = votes.any() and shares.max() / shares.sum() * min(1.0, row[near[0]] / rules["clear"])
-        kind = classes[
-            names[shares.argmax()] if sure and sure >= rules["threshold"] else rules["default"]
-        ]
-        shown = [examples[i] for i in near if examples[i]["class"] == kind["class"]][
-            : kind["examples"]
-        ]
-        yield (
-            text,
-            kind,
-            shown[::-1],
-            [documents[i] for i in np.argsort(-quoted, kind="stable") if documents][
-                : kind["documents"]
-            ],
-        )
+            shares = np.maximum(shares, rules["least"]) ** rules["root"] * learned[at]
+        name = rules["default"]
+        if votes.any():
+            sure = shares.max() / shares.sum() * min(1.0, row[near[0]] / rules["clear"])
+            if sure and sure >= rules["threshold"]:
+                name = names[shares.argmax()]
+        kind = classes[name]
+        shown = [examples[i] for i in near if examples[i]["class"] == name][: kind["examples"]]
+        order = np.argsort(-near_documents[at], kind="stable")
+        quoted = [documents[i] for i in order if documents][: kind["documents"]]
+        yield text, kind, shown[::-1], quoted
+
+
+def turns(kind: dict, text: str, examples: list, documents: list) -> list[tuple[str, str]]:
+    """The conversation: the system text, the examples as turns or in the template, the task."""
+    values = {
+        "input": text,
+        "examples": "\n\n".join(map("指示: {input}\n回答: {output}".format_map, examples)),
+        "documents": "\n\n".join(map("{title}\n{text}".format_map, documents)),
+    }
+    said = [("system", kind["system"])]
+    shots = [] if "{examples}" in kind["template"] else examples
+    for given in [*shots, values]:
+        fill = lambda match, given=given: given.get(match[1], "")  # noqa: E731
+        asked = re.sub(SETTINGS["placeholder"], fill, kind["template"])
+        said += [("user", asked), ("assistant", given.get("output", ""))]
+    return [(role, content) for role, content in said if content]
 
 
 def prompt(
     tokenizer, room: int, text: str, kind: dict, examples: list, documents: list
 ) -> tuple[str, list[int]]:
     """The whole text that the model sees, and its tokens, at most `room` of them."""
-    shots = [] if "{examples}" in kind["template"] else examples
-    shown, quoted = (
-        map("指示: {input}\n回答: {output}".format_map, examples),
-        map("{title}\n{text}".format_map, documents),
-    )
-    given = [
-        *shots,
-        {
-            "input": text,
-            "output": "",
-            "examples": "\n\n".join(shown),
-            "documents": "\n\n".join(quoted),
-        },
-    ]
-    asked = [
-        re.sub(
-            SETTINGS["placeholder"], lambda match, v=values: v.get(match[1], ""), kind["template"]
-        )
-        for values in given
-    ]
-    said = [
-        ("system", kind["system"]),
-        *(
-            t
-            for q, v in zip(asked, given, strict=True)
-            for t in (("user", q), ("assistant", v["output"]))
-        ),
-    ]
-    added = [
-        t.content
-        for t in tokenizer.added_tokens_decoder.values()
-        if t.special or re.fullmatch(r"[<\[].+[>\]]", t.content)
-    ]
-    # a space breaks these
-    control = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or "(?!)")
-    chat = [
-        {"role": role, "content": control.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text)}
-        for role, text in said
-        if text
-    ]
+    tokens = tokenizer.added_tokens_decoder.values()
+    marks = [t.content for t in tokens if t.special or re.fullmatch(r"[<\[].+[>\]]", t.content)]
+    # a space inside turns a control token into plain text
+    control = "|".join(map(re.escape, sorted(marks, key=len, reverse=True))) or NEVER
+    chat = []
+    for role, content in turns(kind, text, examples, documents):
+        content = re.sub(control, lambda match: f"{match[0][0]} {match[0][1:]}", content)
+        chat.append({"role": role, "content": content})
     whole = tokenizer.apply_chat_template(
         chat, chat_template=SETTINGS["chat_template"], tokenize=False, add_generation_prompt=True
     )
     ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
-    if len(ids) > room and (examples or documents):  # the least similar one goes
-        return prompt(
-            tokenizer, room, text, kind, examples[1:], documents if examples else documents[:-1]
-        )
+    if len(ids) > room and examples:  # the least similar one goes
+        return prompt(tokenizer, room, text, kind, examples[1:], documents)
+    if len(ids) > room and documents:
+        return prompt(tokenizer, room, text, kind, examples, documents[:-1])
     if len(ids) > room and (room < 1 or SETTINGS["too_long"] == "refuse"):
-        raise SystemExit(
-            f"a task of {len(ids)} tokens is too long, there is room for {room}: {text[:60]}"
-        )
+        raise SystemExit(f"a task of {len(ids)} tokens is too long for {room}: {text[:60]}")
     return whole, ids[-room:]
 
 
-if __name__ == "__main__":
-    parser, start = argparse.ArgumentParser(description=__doc__), time.monotonic()
-    parser.add_argument(
-        "--path",
-        nargs="*",
-        default=[],
-        metavar="NAME=FOLDER",
-        help="where a model of recipe.yaml lies here",
-    )
-    for flag in ("--tasks", "--out", "--model", "--time-limit"):
-        parser.add_argument(
-            flag,
-            required=flag in ("--tasks", "--out"),
-            type=float if flag == "--time-limit" else str,
-        )
-    args = parser.parse_args()
-    at, tasks, text = 0, {}, Path(args.tasks).read_text("utf-8-sig")
-    # JSON lines; a record may spread over several
+def read_options() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tasks", required=True, metavar="FILE", help="JSON lines: task_id, input")
+    parser.add_argument("--out", required=True, metavar="FILE", help="where the answers go")
+    parser.add_argument("--model", metavar="FOLDER", help="a merged model, used as it is")
+    parser.add_argument("--time-limit", type=float, default=float("inf"), metavar="MINUTES")
+    where = "where a model of recipe.yaml is on this machine"
+    parser.add_argument("--path", nargs="*", default=[], metavar="NAME=FOLDER", help=where)
+    return parser, parser.parse_args()
+
+
+def read_tasks(path: str, parser: argparse.ArgumentParser) -> dict[str, dict]:
+    """JSON lines, where a record may spread over several; the keys are the ids as texts."""
+    text, at, tasks = Path(path).read_text("utf-8-sig"), 0, {}
     while blank := re.compile(r"\s*(?=\S)").match(text, at):
         record, at = json.JSONDecoder().raw_decode(text, blank.end())
-        number = record.get("task_id") if record.get("task_id") not in (None, "") else len(tasks)
-        # half of a surrogate pair ends here
+        number = record.get("task_id")
+        if number in (None, ""):
+            number = len(tasks)
+        # encoding refuses half of a surrogate pair
         task = {"task_id": number, "input": record.get("input", "").encode().decode()}
         if not task["input"].strip() or tasks.setdefault(str(number), task) is not task:
-            parser.error(
-                f"record {len(tasks) + 1} of the tasks has no text under `input`, or an earlier one's task_id: {record}"
-            )
-    donor = (
-        args.model
-        or SETTINGS["donor"]
-        or parser.error(
-            "evomerge alone merges this: evomerge export STUDY --model DIR, --model DIR"
-        )
+            wrong = "has no text under `input`, or an earlier one's task_id"
+            parser.error(f"record {len(tasks) + 1} of the tasks {wrong}: {record}")
+    return tasks
+
+
+def find_models(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, str]:
+    """The folder of each model by its name, downloaded from the hub where there is none."""
+    names = [args.model] if args.model else SETTINGS["models"]
+    places = {name: name for name in names} | dict(path.rsplit("=", 1) for path in args.path)
+    for name, place in places.items():
+        if not Path(place).is_dir() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", place):
+            parser.error(f"there is no folder {place}: name it with --path {name}=FOLDER")
+    for name, place in places.items():
+        if not Path(place).is_dir():
+            places[name] = snapshot_download(place, allow_patterns=SETTINGS["files"])
+    return places
+
+
+def answer(model, tokenizer, waiting: list[int], asked: list, own: list[dict]) -> dict[int, str]:
+    """Answers to the first batch of what is waiting; a batch shares its generation settings."""
+    batch = [i for i in waiting if own[i] == own[waiting[0]]][: SETTINGS["batch_size"]]
+    width = len(asked[batch[-1]])  # the longest is the last
+    padded = [[-1] * (width - len(asked[i])) + asked[i] for i in batch]
+    ids = torch.tensor(padded).to(model.device)
+    ends = model.generation_config.eos_token_id or tokenizer.eos_token_id
+    model.generation_config = GenerationConfig(
+        **own[batch[0]], eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
     )
-    places = {name: name for name in ([args.model] if args.model else SETTINGS["models"])} | dict(
-        p.rsplit("=", 1) for p in args.path
-    )
-    for name in (
-        name
-        for name, at in places.items()
-        if not (Path(at).is_dir() or re.fullmatch(r"\w[\w.-]*/[\w.-]+", at))
-    ):
-        parser.error(
-            f"there is no folder {places[name]}: say where that model lies, with --path {name}=FOLDER"
-        )
-    folders = {
-        name: at if Path(at).is_dir() else snapshot_download(at, allow_patterns=SETTINGS["files"])
-        for name, at in places.items()
-    }
+    torch.manual_seed(SETTINGS["seed"] + batch[0])
+    new = model.generate(ids.where(ids >= 0, ids[:, -1:]), attention_mask=(ids >= 0).long())
+    stop = "|".join(map(re.escape, SETTINGS["stop"])) or NEVER
+    texts = tokenizer.batch_decode(new[:, width:], skip_special_tokens=True)
+    return {i: re.split(stop, text)[0] for i, text in zip(batch, texts, strict=True)}
+
+
+def main() -> None:
+    start = time.monotonic()
+    parser, args = read_options()
+    tasks = read_tasks(args.tasks, parser)
+    donor = args.model or SETTINGS["donor"]
+    if not donor:
+        parser.error("only evomerge merges this: evomerge export STUDY --model DIR, --model DIR")
+    folders = find_models(args, parser)
     tokenizer = AutoTokenizer.from_pretrained(folders[donor])
     model = AutoModelForCausalLM.from_pretrained(
         folders[donor], dtype=RECIPE["dtype"], use_safetensors=True
@@ -282,67 +261,39 @@ if __name__ == "__main__":
     if not args.model:
         merge(model, donor, folders)
     inputs = [task["input"] for task in tasks.values()]
-    choices = (
-        list(choose(inputs)) if BASE else [(text, SETTINGS["plain"], [], []) for text in inputs]
-    )
-    context, own = (
-        getattr(model.config, "max_position_embeddings", 10**9),
-        [choice[1]["generation"] for choice in choices],
-    )
-    asked = [
-        prompt(tokenizer, context - choice[1]["generation"]["max_new_tokens"], *choice)[1]
-        for choice in choices
-    ]
-    keys = [
-        hashlib.sha256(repr((args.model, RECIPE, *x)).encode()).hexdigest()
-        for x in zip(tasks, own, asked, strict=True)
-    ]
-    ends, stop = (
-        model.generation_config.eos_token_id or tokenizer.eos_token_id,
-        "|".join(map(re.escape, SETTINGS["stop"])) or "(?!)",
-    )
+    choices = [(text, SETTINGS["plain"], [], []) for text in inputs]
+    if BASE:
+        choices = list(choose(inputs))
+    own = [kind["generation"] for _, kind, _, _ in choices]
+    context = getattr(model.config, "max_position_embeddings", 10**9)
+    asked, keys = [], []
+    for number, settings, choice in zip(tasks, own, choices, strict=True):
+        asked.append(prompt(tokenizer, context - settings["max_new_tokens"], *choice)[1])
+        made_from = repr((args.model, RECIPE, number, settings, asked[-1]))
+        keys.append(hashlib.sha256(made_from.encode()).hexdigest())
     part, spare = Path(f"{args.out}.part"), Path(f"{args.out}.tmp")
     # what an earlier run has answered
     done = json.loads(part.read_text("utf-8")) if part.exists() else {}
-    waiting = sorted(
-        (i for i, key in enumerate(keys) if key not in done),
-        key=lambda i: len(asked[i]) + own[i]["max_new_tokens"],
-    )
-    while waiting and (then := time.monotonic()) - start < 60 * (
-        float("inf") if args.time_limit is None else args.time_limit
-    ):
-        # the cheapest first; settings are a batch's
-        batch = [i for i in waiting if own[i] == own[waiting[0]]][: SETTINGS["batch_size"]]
-        waiting = [i for i in waiting if i not in batch]
-        # -1: padding
-        ids = torch.tensor(
-            [[-1] * (len(asked[batch[-1]]) - len(asked[i])) + asked[i] for i in batch]
-        ).to(model.device)
-        model.generation_config = GenerationConfig(
-            **own[batch[0]], eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
-        )
-        torch.manual_seed(SETTINGS["seed"] + batch[0])
-        new = model.generate(ids.where(ids >= 0, ids[:, -1:]), attention_mask=(ids >= 0).long())[
-            :, ids.shape[1] :
-        ]
-        outputs = [
-            re.split(stop, text)[0]
-            for text in tokenizer.batch_decode(new, skip_special_tokens=True)
-        ]
-        done |= {keys[i]: {"output": output} for i, output in zip(batch, outputs, strict=True)}
+    waiting = [i for i, key in enumerate(keys) if key not in done]
+    waiting.sort(key=lambda i: len(asked[i]) + own[i]["max_new_tokens"])  # the cheapest first
+    while waiting and time.monotonic() - start < 60 * args.time_limit:
+        then = time.monotonic()
+        answers = answer(model, tokenizer, waiting, asked, own)
+        waiting = [i for i in waiting if i not in answers]
+        done |= {keys[i]: {"output": text} for i, text in answers.items()}
         spare.write_text(json.dumps(done, ensure_ascii=False), "utf-8")
         spare.replace(part)  # whole or not at all
-        print(
-            f"{len(done)} of {len(keys)} tasks, about {(time.monotonic() - then) * len(waiting) / len(batch):.0f} s to go",
-            flush=True,
-        )
-    rows = [
-        task | done.get(key, {"output": "", "unfinished": "time limit"})
-        for task, key in zip(tasks.values(), keys, strict=True)
-    ]
-    spare.write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8", newline="\n"
-    )
+        left = (time.monotonic() - then) * len(waiting) / len(answers)
+        print(f"{len(done)} of {len(keys)} tasks, about {left:.0f} s to go", flush=True)
+    lines = []
+    for task, key in zip(tasks.values(), keys, strict=True):
+        row = task | done.get(key, {"output": "", "unfinished": "time limit"})
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    spare.write_text("".join(lines), "utf-8", newline="\n")
     spare.replace(args.out)
     if done.keys() >= set(keys):
         part.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -295,7 +295,7 @@ def cascade_search(
 
 
 def halves(search, judge):
-    """For each generation, (its better half as recorded, that by `judge`'s grades of every answer)."""
+    """For each generation: its better half as recorded, and by `judge`'s grades of all."""
     done = [r for r in search.ledger.records() if r.role == "candidate" and r.state == "complete"]
     every = {str(task.task_id): task for task in search.split.search}
     found = []
@@ -370,7 +370,9 @@ def test_scores_stand_on_the_expensive_judge_s_level(tmp_path):
 @pytest.mark.parametrize("stop", [Cut, JudgePaused])
 @pytest.mark.parametrize("ranking", ["all", "subset"])
 def test_a_run_that_ends_anywhere_goes_on_as_if_it_had_not(tmp_path, ranking, stop):
-    settings = {"ranking": ranking, "subset": 24, "trials": 12}
+    settings = {"ranking": ranking, "trials": 12}
+    if ranking == "subset":
+        settings["subset"] = 24
     whole, engine, expensive = cascade_search(tmp_path, "whole", **settings)
     whole.run()
     rng, kept, asked, answered, paused = random.Random(0), {}, Counter(), [], 0
@@ -433,7 +435,7 @@ def test_a_failing_candidate_is_replaced(tmp_path, place):
 
 @pytest.fixture(scope="module")
 def learned(pair, tmp_path_factory):
-    """A learned judge of the tiny pair's tasks, fitted on grades that follow the answers' length."""
+    """A learned judge of the tiny pair's tasks, fitted on grades that follow the length."""
     folder, rng = tmp_path_factory.mktemp("learned"), random.Random(0)
     kana = "あいうえおかきくけこ"
     rows = [

@@ -1,7 +1,8 @@
 """Open tasks in the rule-based judge: what it reads from a task, what it checks in an answer, and
 how far it agrees with strong judges.
 
-The agreement is measured on models of families that no weight was tuned on (judging/validation/families.py).
+The agreement is measured on models of families that no weight was tuned on
+(judging/validation/families.py).
 """
 
 from __future__ import annotations
@@ -144,7 +145,8 @@ def test_what_the_points_call_right_is_looked_for() -> None:
 def test_points_are_read_by_what_they_ask_for() -> None:
     reference = "可燃性と難燃性という違いは原子番号によるものです。水素は軽い気体です。"
     read = read_points(
-        "- 可燃性に触れている: 5点\n- 気体の説明だけ: 2点\n- 原子番号が抜けている場合: -2点\n- 水素を褒める: -1点",
+        "- 可燃性に触れている: 5点\n- 気体の説明だけ: 2点\n- 原子番号が抜けている場合: -2点\n"
+        "- 水素を褒める: -1点",
         reference,
     )
     assert "可燃性" in read.wanted
@@ -193,7 +195,8 @@ def test_faults_cost_and_are_named() -> None:
         (good * 8, "repeats"),
         (good.replace("桜が咲き", "樱花盛开这里们"), "another script"),
         (
-            "Japan has four seasons, and each has its own events and food. Spring is for flowers and autumn for leaves.",
+            "Japan has four seasons, and each has its own events and food. Spring is for "
+            "flowers and autumn for leaves.",
             "language is latin",
         ),
         (good[:-8] + "、", "cut off"),

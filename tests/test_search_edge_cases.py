@@ -1,5 +1,5 @@
-"""Where a search has gone wrong before: ends without a candidate, mended causes, small splits,
-killed verdicts, changed files.
+"""A search at its limits: no candidate, fixed failures, small splits, killed verdicts, changed
+files.
 """
 
 import json
@@ -17,7 +17,7 @@ from evomerge.errors import EngineError, EvomergeError, InputError, StudyError, 
 from evomerge.genome.weights import make_genome
 from evomerge.judging.grade import Grade
 from evomerge.recipe import Recipe
-from evomerge.reporting.report import notes
+from evomerge.reporting.sentences import notes
 from evomerge.searching.choosing import choose
 from evomerge.searching.history import History
 from evomerge.searching.open_search import open_search
@@ -50,7 +50,7 @@ class ClosedJudge(QualityJudge):
         )
 
 
-def test_a_mended_cause_lets_the_search_go_on(tmp_path):
+def test_a_search_continues_once_the_cause_of_its_failures_is_fixed(tmp_path):
     class Broken(TaskEngine):
         def answer(self, prompts, settings=None, got=None, deadline=None):
             if not np.allclose(self.vector, self.vector[0]):
@@ -94,7 +94,7 @@ def test_a_second_verdict_that_was_killed_is_made_again(tmp_path):
     assert "look number 2" in " ".join(notes(search.ledger.facts))
 
 
-def test_who_fails_in_a_later_block_of_a_race_has_failed(tmp_path):
+def test_a_failure_in_a_later_block_of_a_race_counts(tmp_path):
     study = make_study(ranking="race", subset=16, trials=8)
     sampler = make_sampler(study, make_genome(study, LAYERS))
     doomed = sampler.draw(History(), sampler.slot(History(), 0, 3))
@@ -122,7 +122,7 @@ def test_few_closed_tasks_are_enough_for_every_generation(tmp_path, ranking):
     assert all(r.n >= 2 for r in candidates(search)), "one task has no standard error"
 
 
-def test_a_validation_split_without_closed_tasks_chooses_nothing_unsaid(tmp_path):
+def test_a_validation_split_without_closed_tasks_is_never_used_silently(tmp_path):
     study = right_or_wrong(make_study(trials=8, validation=0.2))
     search, _, _ = make_search(
         tmp_path, study, judge=ClosedJudge(lambda i: i < 40), tasks=(24, 16, 8)
@@ -194,7 +194,7 @@ def test_a_first_candidate_that_changed_is_refused(pair, tmp_path):
         pass
 
 
-def test_hard_and_easy_tasks_are_no_noise_between_generations(tmp_path):
+def test_differences_in_difficulty_are_not_noise_between_generations(tmp_path):
     class Uneven(QualityJudge):
         def grade(self, task, answer):
             return Grade(

@@ -239,7 +239,10 @@ OTHER_PROSE = (
     "経済の発展には、教育への投資と安定した制度が欠かせない。特に若い世代の雇用を増やす政策が重要だと考えられている。"
     * 2
 )
-ENGLISH = "The bear was tired of life in the woods and went to the sea, where he met some seals and became friends with them."
+ENGLISH = (
+    "The bear was tired of life in the woods and went to the sea, where he met some seals and "
+    "became friends with them."
+)
 
 
 def test_open_tasks_are_graded_by_overlap_and_faults() -> None:
@@ -292,8 +295,9 @@ def test_without_a_reference_only_the_checkable_counts() -> None:
 
 @pytest.mark.parametrize(
     ("reference", "closed"),
-    [("Cairo", True), ("80", True), ("12, 20, 67", True), ("g b c", True), ("ういあ", True), ("1,200円", True), ("三重県", True),
-     ("はい。", True), ("[-4, 2, 5]", True), ("", False), (PROSE, False), (ENGLISH, False), ("伊勢神宮は三重県にあります。", False),
+    [("Cairo", True), ("80", True), ("12, 20, 67", True), ("g b c", True), ("ういあ", True),
+     ("1,200円", True), ("三重県", True), ("はい。", True), ("[-4, 2, 5]", True), ("", False),
+     (PROSE, False), (ENGLISH, False), ("伊勢神宮は三重県にあります。", False),
      ("缶コーヒーの多くは C) 円柱 に近い形をしています。", False)],
 )  # fmt: skip
 def test_which_references_are_closed(reference: str, closed: bool) -> None:
@@ -302,8 +306,9 @@ def test_which_references_are_closed(reference: str, closed: bool) -> None:
 
 @pytest.mark.parametrize(
     ("text", "values"),
-    [("1,234 and 5", ["1234", "5"]), ("3億5000万", ["350000000"]), ("三百二十一", ["321"]), ("twenty-one", ["21"]),
-     ("one hundred and five", ["105"]),     ("-4, 2.50", ["-4", "2.5"]), ("0012", ["0012"]), ("two 3", ["3"])],
+    [("1,234 and 5", ["1234", "5"]), ("3億5000万", ["350000000"]), ("三百二十一", ["321"]),
+     ("twenty-one", ["21"]), ("one hundred and five", ["105"]), ("-4, 2.50", ["-4", "2.5"]),
+     ("0012", ["0012"]), ("two 3", ["3"])],
 )  # fmt: skip
 def test_numbers_in_text(text: str, values: list[str]) -> None:
     assert [n.value for n in find_numbers(text)] == values
@@ -380,8 +385,9 @@ def test_every_kind_of_the_real_pairs_tasks_is_closed_and_right_when_it_says_the
     path = SHARED / "smollm-sibling" / "tasks.jsonl"
     if not path.is_file():
         pytest.skip("needs ../shared/smollm-sibling")
-    frames = {"capital": "The capital is {}.", "minutes": "It is {} minutes.", "sort": "In order: {}.",
-              "letters": "The word has {} letters.",              "first": "The first letters are {}.",
+    frames = {"capital": "The capital is {}.", "minutes": "It is {} minutes.",
+              "sort": "In order: {}.", "letters": "The word has {} letters.",
+              "first": "The first letters are {}.",
               "opposite": 'The opposite is "{}".'}  # fmt: skip
     tasks = load_tasks(path)
     for task in tasks:
@@ -438,5 +444,5 @@ def test_it_agrees_with_a_strong_judge_within_tasks_on_real_answers() -> None:
         ("", "six ", "six and hundred six"),
     ],
 )
-def test_odd_references_that_a_fuzzer_found(question: str, reference: str, answer: str) -> None:
+def test_unusual_references_get_a_grade(question: str, reference: str, answer: str) -> None:
     assert 1 <= grade(question, reference, answer).value <= 5

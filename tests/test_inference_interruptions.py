@@ -1,16 +1,15 @@
-"""Final inference at any moment: killed, out of time, short of memory; and 10,000 tasks."""
+"""Final inference that is killed, out of time or short of memory; and 10,000 tasks."""
 
 import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 import pytest
+from process_tools import ended, fork, running
 from test_inference import ReversingEngine, expected, marked, rows, some_tasks
 
 from evomerge.answering.engine import Answer
@@ -19,7 +18,6 @@ from evomerge.inference import run_inference
 from evomerge.inference.best_of import BestOf
 from evomerge.tasks import Task
 
-HERE = Path(__file__).resolve()
 COUNT = 60
 
 
@@ -40,8 +38,9 @@ class Streaming(ReversingEngine):
 
 
 def child(out, log, seconds):
-    """What the subprocesses below run."""
+    """What the processes below run."""
     run_inference(Streaming(log, seconds), marked(), some_tasks(COUNT), out)
+    return 0
 
 
 def part_of(out):
@@ -50,27 +49,20 @@ def part_of(out):
 
 def test_killed_at_20_random_moments_no_task_is_answered_twice(tmp_path):
     out, log, rng = tmp_path / "a.jsonl", tmp_path / "log", random.Random(7)
-    code = f"import sys; sys.path.insert(0, {str(HERE.parent)!r}); import test_inference_moments as t; "
-    code += f"t.child({str(out)!r}, {str(log)!r}, 0.02)"
     kills = 0
     for _ in range(20):
-        process = subprocess.Popen(
-            [sys.executable, "-c", code],
-            env=os.environ | {"PYTHONPATH": str(HERE.parents[1])},
-            stderr=subprocess.PIPE,
-        )
+        process = fork(partial(child, out, log, 0.02))
         begun = log.read_text().count("\n") if log.exists() else 0
         limit = time.monotonic() + 60
         while (
-            process.poll() is None
+            running(process)
             and time.monotonic() < limit
             and (log.read_text().count("\n") if log.exists() else 0) <= begun
         ):
             time.sleep(0.001)
         time.sleep(rng.random() * 0.06)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        kills += process.returncode == -signal.SIGKILL
+        os.kill(process, signal.SIGKILL)
+        kills += ended(process) == -signal.SIGKILL
         kept = [
             i
             for line in part_of(out).read_bytes().split(b"\n")[1:-1]
@@ -184,16 +176,16 @@ def test_ten_thousand_tasks(tmp_path):
 
 
 def test_a_time_that_is_up_while_asking_again_keeps_what_is_there(tmp_path):
-    """Best of 3: the limit strikes in its rounds, and the same command asks only for what is left."""
+    """Best of 3: the limit strikes in its rounds; the same command then asks only for the rest."""
     tasks, out = some_tasks(12), tmp_path / "a.jsonl"
-    engine = Streaming(seconds=0.02)
+    engine = Streaming(seconds=0.05)  # 36 answers take 1.8 s
     done = run_inference(
-        engine, marked(), tasks, out, deadline=time.monotonic() + 0.45, refine=[BestOf(3)]
+        engine, marked(), tasks, out, deadline=time.monotonic() + 1.3, refine=[BestOf(3)]
     )
     first = len(engine.prompts)
     assert 12 < first < 36
     assert (done.answered, done.unfinished) == (12, 0)
-    assert "the same command goes on" in done.told[-1]
+    assert "run the same command again" in done.told[-1]
     assert part_of(out).exists()
     again = Streaming()
     run_inference(again, marked(), tasks, out, refine=[BestOf(3)])

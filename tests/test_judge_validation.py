@@ -22,8 +22,8 @@ from evomerge.judging.validation.validate import validate_files
 from evomerge.tasks import load_tasks
 
 KEYS = {
-    "judge", "reference", "n_models", "n_answers", "within_task", "model_level", "within_model", "difficulty_baseline", "pairs",
-    "seconds_per_100",
+    "judge", "reference", "n_models", "n_answers", "within_task", "model_level", "within_model",
+    "difficulty_baseline", "pairs", "seconds_per_100",
 }  # fmt: skip
 
 
@@ -112,9 +112,10 @@ def test_what_cannot_be_told_is_none():
 
 def test_families_by_name():
     named = {
-        "meta-llama__Llama-3.1-8B-Instruct": "llama", "shisa-ai__shisa-llama3-70b-v1": "shisa", "allenai__Llama-3.1-Tulu-3-8B~v2": "tulu",
-        "cyberagent__Mistral-Nemo-Japanese-Instruct-2408": "cyberagent", "gpt-4o-mini": "gpt", "some-org__thing-7b": "some-org",
-        "trial-12": "trial", "Qwen/Qwen2.5-7B": "qwen", "7": "7",
+        "meta-llama__Llama-3.1-8B-Instruct": "llama", "shisa-ai__shisa-llama3-70b-v1": "shisa",
+        "allenai__Llama-3.1-Tulu-3-8B~v2": "tulu",
+        "cyberagent__Mistral-Nemo-Japanese-Instruct-2408": "cyberagent", "gpt-4o-mini": "gpt",
+        "some-org__thing-7b": "some-org", "trial-12": "trial", "Qwen/Qwen2.5-7B": "qwen", "7": "7",
     }  # fmt: skip
     assert {name: family(name) for name in named} == named
     tuning, test = split_models([*named, "gpt-4o-mini"])
@@ -191,7 +192,8 @@ def test_text_names_the_honest_figure_the_baseline_and_second_runs(files, capsys
     assert main(command(files, "--again", "5")) == 0
     out = capsys.readouterr().out
     for words in (
-        "honest", "task difficulty alone", "100% of 5 grades the same", "a second take of j: 100% of 24", "no cost", "resampled",
+        "honest", "task difficulty alone", "100% of 5 grades the same",
+        "a second take of j: 100% of 24", "no cost", "resampled",
     ):  # fmt: skip
         assert words in out
 

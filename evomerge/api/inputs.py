@@ -1,0 +1,83 @@
+"""What the public functions accept: study files, recipes, tasks, settings, places."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    from evomerge.recipe import Recipe
+    from evomerge.study import Study
+    from evomerge.tasks import Task
+
+Overrides: TypeAlias = Mapping[str, object] | Sequence[str] | None
+StudyFile: TypeAlias = "str | Path | Mapping[str, Any] | Study"
+RecipeLike: TypeAlias = "str | Path | Mapping[str, Any] | Recipe"
+Tasks: TypeAlias = "str | Path | Iterable[Mapping[str, Any] | Task]"
+
+
+def setting_texts(overrides: Overrides) -> list[str]:
+    """Overrides as "a.b=value" texts, which is how the command line writes them."""
+    if overrides is None:
+        return []
+    if not isinstance(overrides, Mapping):
+        return list(overrides)
+    texts = []
+    for key, value in overrides.items():
+        plain = str(value) if isinstance(value, Path) else value
+        texts.append(f"{key}={json.dumps(plain, ensure_ascii=False)}")
+    return texts
+
+
+def to_study(study_file: StudyFile, overrides: Sequence[str]) -> Study:
+    """A validated study; the paths of a mapping are relative to the working directory."""
+    from evomerge.study import overridden, read_study
+    from evomerge.study.reading import study_from_mapping
+
+    if isinstance(study_file, str | Path):
+        return read_study(study_file, overrides)
+    if isinstance(study_file, Mapping):
+        return study_from_mapping(study_file, Path.cwd(), overrides)
+    return overridden(study_file, overrides, allowed=tuple(study_file.to_dict()))
+
+
+def to_recipe(recipe: RecipeLike) -> tuple[Recipe, str]:
+    """A recipe, and its configuration as it was written."""
+    from evomerge.recipe import Recipe, read_recipe
+
+    if isinstance(recipe, str | Path):
+        return read_recipe(recipe), Path(recipe).read_text(encoding="utf-8")
+    if isinstance(recipe, Mapping):
+        recipe = Recipe.from_dict(recipe)
+    return recipe, recipe.to_yaml()
+
+
+def to_tasks(tasks: Tasks) -> tuple[Task, ...]:
+    """Tasks from a file, or from records with a field `input`. Raises TaskError."""
+    from evomerge.tasks import load_tasks, tasks_from_rows
+
+    if isinstance(tasks, str | Path):
+        return load_tasks(tasks)
+    rows = []
+    for i, task in enumerate(tasks):
+        row = task if isinstance(task, Mapping) else vars(task)
+        rows.append((f"task {i}", row))
+    return tasks_from_rows(rows, where="tasks")
+
+
+def storage_url(storage: str | Path | None, name: str) -> str:
+    """The URL of a study's storage: any of Optuna's, or the path of an SQLite file.
+
+    None: $EVOMERGE_STORAGE, else sqlite:///storage/NAME.db.
+    """
+    if isinstance(storage, Path):
+        return f"sqlite:///{storage}"
+    return storage or os.environ.get("EVOMERGE_STORAGE") or f"sqlite:///storage/{name}.db"
+
+
+def results_folder(results: str | Path | None, name: str) -> Path:
+    """The folder of a study's results; None: $EVOMERGE_RESULTS, else results/; NAME is added."""
+    return Path(results or os.environ.get("EVOMERGE_RESULTS") or "results") / name

@@ -1,0 +1,216 @@
+"""A study as users see it: its trials, its verdict, its winner, its plots, and its files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evomerge.api.inputs import results_folder
+
+if TYPE_CHECKING:
+    import pandas
+    import plotly.graph_objects
+
+    from evomerge.console import Console
+    from evomerge.recipe import Recipe
+    from evomerge.searching.finished import Finished
+    from evomerge.searching.records.trial_record import TrialRecord
+    from evomerge.searching.records.verdict_record import Verdict
+    from evomerge.study import Study
+
+
+@dataclass(frozen=True)
+class LoadedStudy:
+    """A study, finished or still running, as its storage held it when it was loaded.
+
+    The plots are Plotly figures by Optuna (`pip install 'evomerge[plot]'`): `figure.show()` shows
+    one, `figure.write_html(path)` keeps it.
+    """
+
+    finished: Finished
+    storage: str  # its URL
+    written: tuple[Path, ...] = ()  # the result files, where `search` returned it
+
+    def __repr__(self) -> str:
+        state = "running" if self.verdict is None else "finished"
+        return f"<study {self.name}, {state}, {len(self.records)} trials>"
+
+    @property
+    def name(self) -> str:
+        """The study's name."""
+        return self.finished.ledger.name
+
+    @property
+    def study(self) -> Study:
+        """The study file that it runs by, with every default."""
+        return self.finished.study
+
+    @property
+    def records(self) -> list[TrialRecord]:
+        """Every trial in the order of its number, grades by task included."""
+        return self.finished.records
+
+    @property
+    def trials(self) -> pandas.DataFrame:
+        """One row per trial, with the columns of trials.csv.
+
+        number, generation, index, role, state, score, stderr, n (tasks), truncated (share of
+        answers), seconds by phase, reason of a failure, and a column per weight.
+        """
+        import pandas
+
+        from evomerge.reporting.export import slice_labels
+        from evomerge.reporting.trial_table import trial_rows
+
+        frame = pandas.DataFrame(trial_rows(self.records, slice_labels(self.finished)))
+        return frame.astype({"generation": "Int64", "index": "Int64", "score": "float64"})
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """The winner against its parents and the best uniform weight on the held-out tasks.
+
+        None while the search is not finished.
+        """
+        return self.finished.verdict
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the verdict must know besides its figures, one sentence each."""
+        from evomerge.reporting.sentences import notes
+
+        return notes(self.finished.ledger.facts)
+
+    @property
+    def winner(self) -> TrialRecord:
+        """The trial that the verdict names, or the choice by the trials so far."""
+        return self.finished.winner
+
+    @property
+    def best(self) -> TrialRecord:
+        """The candidate with the highest score on the search tasks: good, and lucky as well."""
+        scored = [r for r in self.records if r.role == "candidate" and r.state == "complete"]
+        return max(scored, key=lambda r: (r.score or 0.0, -r.number))
+
+    @property
+    def recipe(self) -> Recipe:
+        """The winner's recipe."""
+        return self.finished.recipe
+
+    @property
+    def recipe_yaml(self) -> str:
+        """The winner's recipe as a mergekit configuration."""
+        from evomerge.reporting.export import recipe_text
+
+        return recipe_text(self.finished)
+
+    @property
+    def answer_cache(self) -> Path:
+        """The file with the answers that the study keeps."""
+        from evomerge.searching.ledger import cache_path
+
+        return cache_path(self.storage, self.name)
+
+    def plot_history(self) -> plotly.graph_objects.Figure:
+        """Every trial's score and the best so far. Raises InputError without Plotly."""
+        from evomerge.reporting.plots import plot_history
+
+        return plot_history(self.finished)
+
+    def plot_importances(self) -> plotly.graph_objects.Figure:
+        """How much of the score's variance each weight explains (fANOVA)."""
+        from evomerge.reporting.plots import plot_importances
+
+        return plot_importances(self.finished)
+
+    def plot_slices(self) -> plotly.graph_objects.Figure:
+        """The score over each weight."""
+        from evomerge.reporting.plots import plot_slices
+
+        return plot_slices(self.finished)
+
+    def plot_parallel(self) -> plotly.graph_objects.Figure:
+        """All weights of each trial as a line, coloured by the score."""
+        from evomerge.reporting.plots import plot_parallel
+
+        return plot_parallel(self.finished)
+
+    def to_json(self) -> dict[str, Any]:
+        """The stable form that `evomerge show --json` prints."""
+        from evomerge.reporting.export import as_json
+
+        return as_json(self.finished)
+
+    def write_results(self, results: str | Path | None = None) -> list[Path]:
+        """Write best.yaml, README.md, verdict.json, trials.csv and report.html to results/NAME/.
+
+        Returns their paths. Raises OutputError.
+        """
+        from evomerge.reporting.export import write_results
+
+        return write_results(self.finished, results_folder(results, self.name))
+
+    def build_model(
+        self,
+        out: str | Path,
+        *,
+        shard_size: str | int = "5GB",
+        console: Console | None = None,
+    ) -> Path:
+        """Build the winner as a new model folder, its model card with the verdict included.
+
+        Raises InputError where the folder exists, ModelError, OutputError.
+        """
+        from evomerge.console import Console
+        from evomerge.files import replace_file
+        from evomerge.reporting.export import card, use_threads
+
+        use_threads(self.study)
+        seed = self.study.search.seed
+        folder = build_model_folder(
+            self.recipe, Path(out), self.recipe_yaml, shard_size, seed, console or Console()
+        )
+        text = card(self.finished)
+        replace_file(folder / "README.md", lambda path: path.write_text(text, encoding="utf-8"))
+        return folder
+
+    def write_runner(self, out: str | Path, knowledge: str | Path | None = None) -> list[Path]:
+        """Write a folder that answers tasks with the winner where evomerge is not installed.
+
+        `knowledge` replaces the study's knowledge base. Returns the files. Raises InputError where
+        the folder exists, StudyError where the study's knowledge base has changed, KnowledgeError.
+        """
+        from evomerge.inference.opening import check_unchanged_base
+        from evomerge.knowledge.read_base import read_knowledge
+        from evomerge.reporting.runner import write_runner
+
+        base = knowledge or self.study.prompt.knowledge
+        if base is not None and knowledge is None:
+            known = self.finished.ledger.facts.knowledge
+            check_unchanged_base(str(base), known, self.name)
+        read = None if base is None else read_knowledge(base)
+        return write_runner(self.finished, Path(out), read)
+
+
+def build_model_folder(
+    recipe: Recipe,
+    out: Path,
+    text: str,
+    shard_size: str | int,
+    random_seed: int,
+    console: Console,
+) -> Path:
+    """Build a recipe's model folder with a progress bar; `text` is its configuration as written."""
+    from evomerge.console import byte_progress
+    from evomerge.merging.build import build_model
+    from evomerge.reporting.card import model_card
+
+    return build_model(
+        recipe,
+        out,
+        write_card=model_card,
+        recipe_text=text,
+        shard_size=shard_size,
+        random_seed=random_seed,
+        progress=byte_progress(console, "merging"),
+    )

@@ -1,0 +1,237 @@
+"""The five public functions, which the commands call too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from evomerge.api.inputs import (
+    Overrides,
+    RecipeLike,
+    StudyFile,
+    Tasks,
+    setting_texts,
+    storage_url,
+    to_recipe,
+    to_study,
+    to_tasks,
+)
+from evomerge.api.loaded_study import LoadedStudy, build_model_folder
+
+if TYPE_CHECKING:
+    from evomerge.console import Console
+    from evomerge.inference.request import Classify
+    from evomerge.inference.result import InferenceResult
+    from evomerge.judging.grade import Judge
+    from evomerge.searching.preflight import Line as Finding
+
+
+def search(
+    study_file: StudyFile,
+    *,
+    storage: str | Path | None = None,
+    results: str | Path | None = None,
+    study: str | None = None,
+    trials: int | None = None,
+    seed: int | None = None,
+    overrides: Overrides = None,
+    console: Console | None = None,
+) -> LoadedStudy:
+    """Run a study, or continue it, and write its results.
+
+    Parameters
+    ----------
+    study_file: a YAML file; or its content as a mapping, with paths relative to the working
+        directory; or a Study.
+    storage: any Optuna storage URL, or the path of an SQLite file (default: $EVOMERGE_STORAGE, or
+        storage/NAME.db).
+    results: the folder that NAME/best.yaml, report.html, … go to (default: $EVOMERGE_RESULTS, or
+        results/).
+    study: the study's name (default: `study:` in the file, or the file's stem).
+    trials, seed: short for the overrides search.trials and search.seed.
+    overrides: settings of the study file by dotted keys: {"search.trials": 24}.
+    console: where progress goes (default: stderr).
+
+    Returns
+    -------
+    The finished study. Calling again with more trials continues it.
+
+    Raises
+    ------
+    StudyFileError, StudyError, ModelError, TaskError, KnowledgeError: something in the study is
+    wrong or has changed since it began. EngineError, JudgeError: the run failed; everything up to
+    then is stored, and the same call continues.
+
+    >>> found = evomerge.search("search_spaces/demo.yaml", trials=24)
+    >>> found.winner.score, found.recipe_yaml
+    """
+    settings = setting_texts(overrides)
+    for key, value in (("study", study), ("search.trials", trials), ("search.seed", seed)):
+        if value is not None:
+            settings.append(f"{key}={value}")
+    checked = to_study(study_file, settings)
+    # seconds of imports, which a mistake in the file need not wait for
+    from evomerge.console import Console
+    from evomerge.searching.open_search import open_search
+
+    url = storage_url(storage, checked.study)
+    with open_search(checked, url, console or Console()) as running:
+        running.run()
+    found = load_study(checked.study, storage=url)
+    return replace(found, written=tuple(found.write_results(results)))
+
+
+def check(
+    study_file: StudyFile,
+    *,
+    base_config: str | Path | None = None,
+    overrides: Overrides = None,
+) -> list[Finding]:
+    """What a study needs, before any work: models, shapes, tokenizer, disk, memory, judge, cost.
+
+    Parameters
+    ----------
+    study_file, overrides: as for `search`.
+    base_config: a config.json to compute with where the base model cannot be reached.
+
+    Returns
+    -------
+    Findings with a `level` (ok, low: it may not suffice, unknown: it could not be reached, wrong),
+    a `subject` and a `text`.
+
+    Raises
+    ------
+    StudyFileError: the study file itself is wrong.
+
+    >>> [finding.text for finding in evomerge.check("study.yaml") if finding.level == "wrong"]
+    []
+    """
+    checked = to_study(study_file, setting_texts(overrides))
+    from evomerge.searching.preflight import check_study
+
+    return check_study(checked, None if base_config is None else Path(base_config))
+
+
+def merge(
+    recipe: RecipeLike,
+    out: str | Path,
+    *,
+    shard_size: str | int = "5GB",
+    random_seed: int = 0,
+    console: Console | None = None,
+) -> Path:
+    """Merge a mergekit configuration to a new model folder.
+
+    mergekit itself, when installed, merges what evomerge does not support.
+
+    Parameters
+    ----------
+    recipe: a YAML file, its content as a mapping, or a Recipe.
+    out: a new folder.
+    shard_size: the largest weight file: "5GB", "200M" or bytes.
+    random_seed: decides which numbers DARE drops, as in mergekit.
+    console: where progress goes (default: stderr).
+
+    Returns
+    -------
+    The folder, written whole or not at all.
+
+    Raises
+    ------
+    RecipeError, ModelError, InputError (the folder exists), OutputError (full disk).
+
+    >>> evomerge.merge("best.yaml", "merged/")
+    """
+    from evomerge.console import Console
+    from evomerge.errors import UnsupportedRecipe
+    from evomerge.merging.mergekit import is_installed, merge_with_mergekit
+
+    console = console or Console()
+    try:
+        parsed, text = to_recipe(recipe)
+        return build_model_folder(parsed, Path(out), text, shard_size, random_seed, console)
+    except UnsupportedRecipe as error:  # found before anything is written
+        if not is_installed() or not isinstance(recipe, str | Path):
+            raise
+        found = "" if error.found is None else f" ({error.found})"
+        console.say(f"{error.where or recipe}: {error.what}{found}; mergekit merges it instead")
+        return merge_with_mergekit(Path(recipe), Path(out), shard_size, random_seed, console.status)
+
+
+def infer(
+    tasks: Tasks,
+    *,
+    out: str | Path | None = None,
+    model: str | Path | None = None,
+    recipe: RecipeLike | None = None,
+    study: str | None = None,
+    server: str | None = None,
+    storage: str | Path | None = None,
+    concurrency: int | None = None,
+    knowledge: str | Path | None = None,
+    classify: Classify = "neighbours",
+    max_new_tokens: int | None = None,
+    overrides: Overrides = None,
+    best_of: int | None = None,
+    judge: Judge | str | None = None,
+    self_check: Sequence[str] | str = (),
+    time_limit: float | None = None,
+    console: Console | None = None,
+) -> InferenceResult:
+    """Answer tasks with a model, a recipe merged in memory, a study's winner, or a server.
+
+    Parameters
+    ----------
+    tasks: a task file, or records with a field `input`.
+    out: a file for the answers, which a later call continues (default: none is kept).
+    model: a folder or hub name; with `server` (a URL), the server's name for the model.
+    recipe: as for `merge`. study, storage: as for `load_study`.
+    concurrency: requests at once to the server.
+    knowledge, classify: a knowledge base, and how tasks get their class: "neighbours", "model" or
+        "both".
+    max_new_tokens: the longest answer. overrides: settings of a study file, for this run.
+    best_of, judge: answer that often, keep the best by "rules", "learned:FILE", …, or agreement.
+    self_check: faults for which a task is asked again: "all", or empty, repetitive, language, cut.
+    time_limit: in seconds; then what exists is returned. console: as for `merge`.
+
+    Returns
+    -------
+    The answers in the order of the tasks. Raises InputError, ModelError, TaskError, EngineError, …
+
+    >>> [a.output for a in evomerge.infer([{"input": "逆順:あいう"}], model="demo/base")]
+    """
+    from evomerge.api.infer_steps import make_request, run_request
+
+    request = make_request(
+        model=model, recipe=recipe, study=study, storage=storage, server=server,
+        concurrency=concurrency, knowledge=knowledge, classify=classify, overrides=overrides,
+        max_new_tokens=max_new_tokens, best_of=best_of, judge=judge, self_check=self_check,
+        time_limit=time_limit,
+    )  # fmt: skip
+    return run_request(request, to_tasks(tasks), out, console)
+
+
+def load_study(name: str, *, storage: str | Path | None = None) -> LoadedStudy:
+    """A study by its name, finished or still running: trials, verdict, winner, plots.
+
+    Parameters
+    ----------
+    name: the study's name.
+    storage: as for `search`. A read-only copy of an SQLite file suffices.
+
+    Returns
+    -------
+    What the storage holds now; load it again to see later trials.
+
+    Raises
+    ------
+    StudyError: there is no such study, or none of its candidates is finished.
+
+    >>> evomerge.load_study("demo").trials.nlargest(3, "score")
+    """
+    from evomerge.searching.finished import load_finished
+
+    url = storage_url(storage, name)
+    return LoadedStudy(load_finished(url, name), url)

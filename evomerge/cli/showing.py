@@ -1,0 +1,76 @@
+"""What `show`, `search` and `cache` print of a study."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from evomerge.console import plus_minus, size
+
+if TYPE_CHECKING:
+    from evomerge.api import LoadedStudy
+    from evomerge.searching.records.trial_record import TrialRecord
+
+WIDTH = 100  # columns of a sentence
+HEADINGS = "trial  gen  idx  role       state     score            n   cut"
+
+
+def print_trials(found: LoadedStudy) -> None:
+    """The trials as a table."""
+    print(HEADINGS)
+    for record in found.records:
+        mark = " <- winner" if record.number == found.winner.number else ""
+        print(trial_line(record) + mark)
+
+
+def trial_line(r: TrialRecord) -> str:
+    """A row of the table; a failed trial shows its reason instead of a score."""
+    score = (r.reason or "")[:15]
+    if r.score is not None:
+        score = plus_minus(r.score, r.stderr)
+    generation, index = _number(r.generation), _number(r.index)
+    return (
+        f"{r.number:>5}  {generation:>3}  {index:>3}  {r.role:9}  {r.state:8}  {score:15}  "
+        f"{r.n:>3}  {r.truncated:>4.0%}"
+    )
+
+
+def print_verdict(found: LoadedStudy) -> None:
+    """The verdict with its paired differences and notes, or the best so far."""
+    verdict, winner = found.verdict, found.winner
+    if verdict is None:
+        print(
+            f"best so far: trial {winner.number} ({winner.role}), "
+            f"{plus_minus(winner.score or 0.0, winner.stderr)} on its tasks; no verdict yet"
+        )
+        return
+    print(
+        f"verdict on {verdict.n} held-out tasks, metric {verdict.metric}; "
+        f"winner: trial {winner.number} ({winner.role})"
+    )
+    for name, c in verdict.candidates.items():
+        line = f"  {name:12} {plus_minus(c.mean, c.stderr)}  cut {c.truncated:>4.0%}"
+        paired = verdict.paired.get(f"winner-{name}")
+        if paired:
+            interval = f"[{paired.low:+.3f}, {paired.high:+.3f}]"
+            line += f"  winner ahead by {paired.diff:+.3f} {interval}"
+        print(line)
+    for sentence in found.notes:
+        print(textwrap.fill(sentence, WIDTH))
+
+
+def cache_line(path: Path) -> str:
+    """The size of an answer cache."""
+    from evomerge.answering.cache import cache_size
+
+    found = cache_size(path)
+    if found is None:
+        return "answer cache: none"
+    n_bytes, batches = found
+    content = "damaged" if batches is None else f"{batches} batches"
+    return f"answer cache: {size(n_bytes)}, {content}, in {path}"
+
+
+def _number(value: int | None) -> str:
+    return "" if value is None else str(value)

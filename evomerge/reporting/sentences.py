@@ -1,0 +1,137 @@
+"""A study's figures in words: the page's headline and remarks, and notes on the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from evomerge.searching.records.study_facts import StudyFacts
+    from evomerge.searching.records.trial_record import TrialRecord
+    from evomerge.searching.records.verdict_record import Verdict
+
+METRICS = {
+    "grade": "mean grade, 1 to 5",
+    "correct": "share of answers that are right",
+    "score": "weighted mean of lm-eval's metrics",
+    "objective": "weighted sum of the objective's parts",
+}
+HEADLINES = {
+    "correct": "The winner answers a share of {figure} of the {n} held-out tasks correctly.",
+    "objective": "The winner reaches an objective of {figure} on the {n} held-out tasks.",
+    "score": "The winner has a score of {figure} on the {n} held-out documents.",
+    "grade": "The winner has a mean grade of {figure} on the {n} held-out tasks.",
+}
+MINUS, NONE = "−", "–"
+
+
+@dataclass(frozen=True)
+class Remark:
+    """One sentence; `kind` is better, worse or open (no difference is shown)."""
+
+    kind: str
+    text: str
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A figure with a true minus sign; an en dash where there is none."""
+    return _formatted(value, f".{digits}f")
+
+
+def signed(value: float | None, digits: int = 3) -> str:
+    """The same, with its sign always shown."""
+    return _formatted(value, f"+.{digits}f")
+
+
+def with_error(value: float | None, error: float | None, sign: bool = False) -> str:
+    """A figure and its standard error; a single value has none."""
+    text = signed(value) if sign else number(value)
+    if value is not None and error is None:
+        return f"{text} (n = 1)"
+    return f"{text} ± {number(error)}"
+
+
+def share(value: float | None) -> str:
+    """A share as a percentage."""
+    return NONE if value is None else f"{100 * value:.1f} %"
+
+
+def model_title(name: str) -> str:
+    """What the verdict calls a candidate, in words."""
+    if name == "uniform":
+        return "best uniform weight"
+    return name.removeprefix("sibling:")
+
+
+def headline(
+    verdict: Verdict | None, trials: Sequence[TrialRecord], winner: TrialRecord | None
+) -> str:
+    """The first sentence: the winner on the held-out tasks, or how far the search has come."""
+    if verdict is not None:
+        mean = verdict.candidates["winner"]
+        figure = with_error(mean.mean, mean.stderr).replace(" ", "\u00a0")
+        sentence = HEADLINES.get(verdict.metric, HEADLINES["grade"])
+        return sentence.format(figure=figure, n=verdict.n)
+    done = sum(t.state == "complete" for t in trials)
+    text = f"The search is not finished: {done} trials are complete, and there is no verdict yet."
+    if winner is not None and winner.score is not None:
+        figure = with_error(winner.score, winner.stderr)
+        if winner.stderr is not None:
+            figure += f" (n = {winner.n})"
+        text += f" Best on the search tasks so far: trial {winner.number}, {figure}."
+    return text
+
+
+def remarks(verdict: Verdict | None) -> list[Remark]:
+    """One sentence per paired difference, which tells when the interval includes zero."""
+    if verdict is None:
+        return []
+    found = []
+    for key, pair in verdict.paired.items():
+        name = model_title(key.removeprefix("winner-"))
+        if key == "winner-uniform":
+            name = f"the {name}"
+        interval = f"{signed(pair.low)} to {signed(pair.high)}"
+        figures = f"{signed(pair.diff)}, 95 % interval {interval}, n = {verdict.n}"
+        if pair.low > 0:
+            found.append(Remark("better", f"Better than {name}: {figures}."))
+        elif pair.high < 0:
+            found.append(Remark("worse", f"Worse than {name}: {figures}."))
+        else:
+            text = f"No difference from {name} is shown: {figures}, which includes zero."
+            found.append(Remark("open", text))
+    return found
+
+
+def notes(facts: StudyFacts) -> list[str]:
+    """What a reader of the verdict must know besides its figures, one sentence each."""
+    told = []
+    look = facts.look
+    if facts.stopped:
+        told.append(f"The search ended because {facts.stopped.removeprefix('converged: ')}.")
+    chosen = facts.validation
+    if chosen is not None:
+        sentence = (
+            f"The winner was chosen among {len(chosen.means)} finalists on {chosen.n} tasks "
+            "that no candidate was ranked on"
+        )
+        if look == 1:
+            sentence += "; the held-out tasks had no part in it"
+        told.append(f"{sentence}.")
+    if look > 1:
+        told.append(
+            f"This is look number {look} at the held-out tasks: the search went on after a "
+            "verdict, so its intervals are too narrow."
+        )
+    saved = facts.cascade
+    if saved is not None and saved.graded:
+        told.append(
+            f"The cascade judge asked the language model about {saved.asked:,} of "
+            f"{saved.graded:,} answers of candidates ({saved.asked / saved.graded:.0%})."
+        )
+    return told
+
+
+def _formatted(value: float | None, spec: str) -> str:
+    return NONE if value is None else format(value, spec).replace("-", MINUS)

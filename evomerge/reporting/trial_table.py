@@ -1,0 +1,117 @@
+"""The trials as a table, and what they cost."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from evomerge.searching.records.trial_record import TrialRecord
+
+PHASES = ("merge", "answer", "judge")
+COLUMNS = ("number", "generation", "index", "role", "state", "score", "stderr", "n", "truncated")
+Cell = str | int | float | None
+
+
+@dataclass(frozen=True)
+class PhaseTime:
+    """Seconds of one phase: per complete trial, in total, and as a share of all phases."""
+
+    name: str
+    mean: float
+    total: float
+    share: float
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """Shares of answers that ended at `max_new_tokens`, and the trial with the highest."""
+
+    mean: float
+    worst: float
+    trial: int
+
+
+def trial_rows(trials: Sequence[TrialRecord], slices: Sequence[str]) -> list[dict[str, Cell]]:
+    """One row per trial: its figures, seconds by phase, reason of failure, weights and parts.
+
+    Columns: those of COLUMNS, seconds_merge, seconds_answer, seconds_judge, reason, `weight LABEL`
+    for each of `slices`, and `part NAME` for each part of an objective.
+    """
+    parts = _part_names(trials)
+    headings = _headings(slices, parts)
+    rows = []
+    for t in trials:
+        row: dict[str, Cell] = dict.fromkeys(headings)
+        for column in COLUMNS:
+            row[column] = getattr(t, column)
+        for phase in PHASES:
+            row[f"seconds_{phase}"] = t.seconds.get(phase)
+        row["reason"] = t.reason
+        for label, weight in zip(slices, t.weights, strict=False):
+            row[f"weight {label}"] = weight
+        for part in parts:
+            row[f"part {part}"] = t.parts.get(part)
+        rows.append(row)
+    return rows
+
+
+def write_trials_csv(out: Path, trials: Sequence[TrialRecord], slices: Sequence[str]) -> Path:
+    """Write `trial_rows` as CSV."""
+    rows = trial_rows(trials, slices)
+    headings = _headings(slices, _part_names(trials))
+    with out.open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, headings)
+        table.writeheader()
+        for row in rows:
+            reason = row["reason"]
+            # A spreadsheet would run a reason that begins like a formula.
+            if isinstance(reason, str) and reason[:1] in ("=", "+", "-", "@"):
+                row["reason"] = f"'{reason}"
+            table.writerow(row)
+    return out
+
+
+def seconds_by_phase(trials: Sequence[TrialRecord]) -> list[PhaseTime]:
+    """The seconds of each phase over the complete trials."""
+    done = [t for t in trials if t.state == "complete"]
+    totals: dict[str, float] = {}
+    for t in done:
+        for phase, seconds in t.seconds.items():
+            totals[phase] = totals.get(phase, 0.0) + seconds
+    everything = sum(totals.values()) or 1.0
+    order = [phase for phase in PHASES if phase in totals]
+    order += [phase for phase in totals if phase not in PHASES]
+    phases = []
+    for phase in order:
+        total = totals[phase]
+        phases.append(PhaseTime(phase, total / len(done), total, total / everything))
+    return phases
+
+
+def truncation(trials: Sequence[TrialRecord]) -> Truncation | None:
+    """How many answers of the complete trials ended at `max_new_tokens`."""
+    done = [t for t in trials if t.state == "complete"]
+    if not done:
+        return None
+    worst = max(done, key=lambda t: t.truncated)
+    mean = sum(t.truncated for t in done) / len(done)
+    return Truncation(mean, worst.truncated, worst.number)
+
+
+def _headings(slices: Sequence[str], parts: Sequence[str]) -> list[str]:
+    """The columns of the table."""
+    headings = list(COLUMNS)
+    headings += [f"seconds_{phase}" for phase in PHASES]
+    headings.append("reason")
+    headings += [f"weight {label}" for label in slices]
+    headings += [f"part {part}" for part in parts]
+    return headings
+
+
+def _part_names(trials: Sequence[TrialRecord]) -> list[str]:
+    """The objective's parts, in the order of their first appearance."""
+    return list(dict.fromkeys(part for t in trials for part in t.parts))

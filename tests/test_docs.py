@@ -1,0 +1,53 @@
+"""The documentation says what the program says."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.glob("*.md"))]
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_command_line_page_is_the_help_of_every_command(monkeypatch):
+    monkeypatch.delenv("EVOMERGE_STORAGE", raising=False)
+    monkeypatch.delenv("EVOMERGE_RESULTS", raising=False)
+    make_cli = load(DOCS / "make_cli.py")
+    if sys.version_info[:2] != make_cli.PYTHON:
+        pytest.skip("argparse lays its help out differently in this version of Python")
+    assert (DOCS / "CLI.md").read_text(encoding="utf-8") == make_cli.cli_page(), "run `make docs`"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page):
+    text = page.read_text(encoding="utf-8")
+    targets = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text)
+    assert not [target for target in targets if not (page.parent / target).exists()]
+
+
+def test_every_path_in_the_architecture_page_exists():
+    text = (DOCS / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:[a-z_]+/)*[a-z_]+(?:/|\.py))`", text)
+    places = [ROOT, ROOT / "evomerge", *(ROOT / "evomerge").glob("*/")]
+    assert not [name for name in named if not any((place / name).exists() for place in places)]
+
+
+def test_the_version_is_the_changelog_s_newest():
+    from evomerge import __version__
+
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    version, date = re.search(r"^## \[?([0-9.]+)\]? - (\S+)$", changelog, re.M).groups()
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert version == __version__
+    assert f"\nversion: {version}\n" in citation
+    assert f'\ndate-released: "{date}"\n' in citation
