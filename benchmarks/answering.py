@@ -31,7 +31,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -46,8 +45,10 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from evomerge.answering.engine import EngineSpec
 from evomerge.answering.hf.decode import Hooks, decode
 from evomerge.answering.hf.engine import TransformersEngine
+from evomerge.answering.hf.sampling import SamplingParams
 from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.recipe import task_arithmetic_recipe
 from evomerge.study import EngineSection, GenerationSection
@@ -161,10 +162,10 @@ def make_engine(
     """An engine without end tokens, so that all engines do the same work."""
     section = EngineSection(device="cpu", batch_size=64)
     settings = GenerationSection(max_new_tokens=new_tokens)
-    engine = TransformersEngine(
-        open_model(str(folder)), [open_model(str(s)) for s in siblings], section, settings, dtype
-    )
-    engine.rules = replace(engine.rules, ends=frozenset())
+    models = [open_model(str(sibling)) for sibling in siblings]
+    spec = EngineSpec(open_model(str(folder)), models, section, settings, dtype)
+    engine = TransformersEngine(spec)
+    engine.runner.end_tokens = frozenset()
     return engine
 
 
@@ -176,8 +177,8 @@ def answer_until(
     hooks = Hooks(stopped=lambda i, tokens: len(tokens) >= lengths[order[i]])
     outputs = decode(
         engine.model,
-        engine.encode([prompts[i] for i in order]),
-        replace(engine.rules, max_new_tokens=LONGEST),
+        engine.runner.encode([prompts[i] for i in order]),
+        SamplingParams(LONGEST),
         hooks=hooks,
     )
     assert [len(output.tokens) for output in outputs] == [lengths[i] for i in order]

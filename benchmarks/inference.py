@@ -19,7 +19,6 @@ import random
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import answering
@@ -27,6 +26,7 @@ import classify
 import torch
 from transformers.utils import logging as transformers_logging
 
+from evomerge.answering.engine import EngineSpec
 from evomerge.answering.hf.engine import TransformersEngine
 from evomerge.answering.prompts import Prompter
 from evomerge.inference import run_inference
@@ -76,13 +76,12 @@ def tasks_vs_template(folder: Path, dtype: str, threads: int, batch_size: int) -
     """The ratio of tasks per second: the loop once, ours before and after it."""
     clock = time.process_time if threads == 1 else time.perf_counter
     section = EngineSection(device="cpu", batch_size=batch_size)
-    engine = TransformersEngine(
-        open_model(str(folder)), [], section, GenerationSection(max_new_tokens=NEW_TOKENS), dtype
-    )
+    generation = GenerationSection(max_new_tokens=NEW_TOKENS)
+    engine = TransformersEngine(EngineSpec(open_model(str(folder)), [], section, generation, dtype))
     # all answers have 64 tokens: the same work for both
-    engine.rules = replace(engine.rules, ends=frozenset())
+    engine.runner.end_tokens = frozenset()
     tasks = [Task(i, text) for i, text in enumerate(inputs(engine))]
-    prompter = Prompter(engine.tokenizer, PromptSection(format="competition"), engine.generation)
+    prompter = Prompter(engine.tokenizer, PromptSection(format="competition"), generation)
 
     def ours() -> None:
         with tempfile.TemporaryDirectory() as place:

@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from evomerge.answering.hf.decode import Output, decode
 from evomerge.answering.hf.population import PopulationModel
-from evomerge.answering.hf.sampling import Rules
+from evomerge.answering.hf.sampling import SamplingParams
 from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.live import LiveModel
 from evomerge.recipe import Recipe, task_arithmetic_recipe
@@ -118,17 +118,17 @@ class Case:
             torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
             for length in lengths
         ]
-        rules = Rules(tokens)  # no token ends an answer
+        params = SamplingParams(tokens)  # no token ends an answer
 
         def one_pass() -> list[list[Output]]:
             with self.population.of(self.recipes) as answer:
                 outputs = answer(
-                    [c for c in range(CANDIDATES) for _ in ids], ids * CANDIDATES, rules
+                    [c for c in range(CANDIDATES) for _ in ids], ids * CANDIDATES, params
                 )
             return [outputs[c * prompts : (c + 1) * prompts] for c in range(CANDIDATES)]
 
         def one_by_one() -> list[list[Output]]:
-            return [self._apply_and_answer(recipe, ids, rules) for recipe in self.recipes]
+            return [self._apply_and_answer(recipe, ids, params) for recipe in self.recipes]
 
         equal = share_of_equal(one_pass(), one_by_one())  # the warm-up as well
         rounds: list[tuple[float, float]] = []
@@ -148,9 +148,11 @@ class Case:
         work()
         return self.clock() - began
 
-    def _apply_and_answer(self, recipe: Recipe, ids: list[list[int]], rules: Rules) -> list[Output]:
+    def _apply_and_answer(
+        self, recipe: Recipe, ids: list[list[int]], params: SamplingParams
+    ) -> list[Output]:
         self.live.apply(recipe)
-        return decode(self.model, ids, rules)
+        return decode(self.model, ids, params)
 
 
 def make_pair(folder: Path, shape: Mapping[str, Any]) -> tuple[str, str]:

@@ -30,7 +30,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-from evomerge.answering.engine import Answer
+from evomerge.answering.engine import Answer, EngineSpec
 from evomerge.answering.hf.engine import TransformersEngine
 from evomerge.answering.prompts import Prompt, Prompter, make_prompter
 from evomerge.inference.best_of import best_answer, grade_answers, sample_settings
@@ -194,9 +194,8 @@ def pair(folder: Path, count: int, new_tokens: int) -> dict[str, Any]:
         GenerationSection(max_new_tokens=new_tokens),
         load_tasks(folder / "tasks.jsonl")[:count],
     )
-    engine = TransformersEngine(
-        open_model(str(folder / "parent")), [], EngineSection(threads=1), generation, "bfloat16"
-    )
+    parent, section = open_model(str(folder / "parent")), EngineSection(threads=1)
+    engine = TransformersEngine(EngineSpec(parent, [], section, generation, "bfloat16"))
     found: dict[str, Any] = {}
     for form in FORMATS:
         prompter = make_prompter(

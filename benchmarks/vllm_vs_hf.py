@@ -75,7 +75,8 @@ def compare(command: list[str], folder: str) -> float:
 
 def child(kind: str, folder: Path, dtype: str, eager: bool) -> None:
     """Print one engine's figures: tokens per second, seconds to load and to apply a recipe."""
-    from evomerge.answering.engine import make_engine
+    from evomerge.answering.choose import make_engine
+    from evomerge.answering.engine import EngineSpec
     from evomerge.merging.checkpoints.open_model import open_model
     from evomerge.recipe import task_arithmetic_recipe
     from evomerge.study import EngineSection, GenerationSection, VllmSection
@@ -87,7 +88,8 @@ def child(kind: str, folder: Path, dtype: str, eager: bool) -> None:
     )
     base, sibling = open_model(str(folder / "base")), open_model(str(folder / "sibling"))
     began = time.perf_counter()
-    engine = make_engine(base, [sibling], section, GenerationSection(max_new_tokens=NEW), dtype)
+    generation = GenerationSection(max_new_tokens=NEW)
+    engine = make_engine(EngineSpec(base, [sibling], section, generation, dtype))
     load = time.perf_counter() - began
     rng = random.Random(0)
     applied, rates = [], []

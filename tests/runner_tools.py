@@ -15,6 +15,7 @@ from merging_tools import SLICES, make_family, random_recipe
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from evomerge.answering.engine import EngineSpec
 from evomerge.answering.hf.engine import TransformersEngine
 from evomerge.answering.prompts import make_prompter
 from evomerge.inference import run_inference
@@ -213,9 +214,7 @@ def rows(path):
 def engine_of(finished):
     study, genome = finished.study, finished.study.genome
     base, *siblings = map(open_model, (genome.base_model, *genome.models))
-    engine = TransformersEngine(
-        base, siblings, study.engine, study.generation, study.search.dtype, study.search.seed
-    )
+    engine = TransformersEngine(EngineSpec.of_study(study, base, siblings))
     engine.apply(finished.recipe)
     return engine
 

@@ -40,6 +40,8 @@ class TaskEngine:
     it counts what it answered.
     """
 
+    population = gradient = likelihood = None
+
     def __init__(self, noise=0.3, fails=()):
         self.noise, self.fails = noise, fails
         self.limits, self.watch, self.tokenizer = {}, None, None

@@ -5,8 +5,8 @@ import torch
 from conftest import make_tokenizer
 from transformers import AutoModelForCausalLM
 
-from evomerge.answering.cache import AnswerCache, answer_all
-from evomerge.answering.engine import Answer
+from evomerge.answering.cache import AnswerCache, answer_all, cache_scope
+from evomerge.answering.engine import Answer, EngineSpec
 from evomerge.answering.hf.engine import TransformersEngine
 from evomerge.answering.pace import Pace
 from evomerge.answering.prompts import make_prompter
@@ -14,7 +14,15 @@ from evomerge.errors import EngineError, InputError, ModelError
 from evomerge.merging.build import build_model
 from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.recipe import task_arithmetic_recipe
-from evomerge.study import EngineSection, GenerationSection, PromptSection
+from evomerge.study import (
+    EngineSection,
+    GenerationSection,
+    GenomeSection,
+    PromptSection,
+    SearchSection,
+    Study,
+    TaskSource,
+)
 
 PROMPTS = ["あ\n", "いうえおか\n", "", "12345:\n", "くけこ\n", "😀あ\n"]
 
@@ -22,7 +30,9 @@ PROMPTS = ["あ\n", "いうえおか\n", "", "12345:\n", "くけこ\n", "😀あ
 def make_engine(pair, batch_size=4, **generation):
     settings = GenerationSection(**({"max_new_tokens": 8} | generation))
     folders = open_model(str(pair / "base")), [open_model(str(pair / "instruct"))]
-    return TransformersEngine(*folders, EngineSection(batch_size=batch_size), settings, "float32")
+    return TransformersEngine(
+        EngineSpec(*folders, EngineSection(batch_size=batch_size), settings, "float32")
+    )
 
 
 def recipe_of(pair, weight=0.7):
@@ -106,7 +116,13 @@ def test_a_model_without_tokenizer_is_named(pair, tmp_path):
     shutil.copytree(pair / "base", tmp_path / "bare", ignore=shutil.ignore_patterns("token*"))
     with pytest.raises(ModelError, match="tokenizer cannot be loaded"):
         TransformersEngine(
-            open_model(str(tmp_path / "bare")), [], EngineSection(), GenerationSection(), "bfloat16"
+            EngineSpec(
+                open_model(str(tmp_path / "bare")),
+                [],
+                EngineSection(),
+                GenerationSection(),
+                "bfloat16",
+            )
         )
 
 
@@ -166,6 +182,47 @@ def test_modes_share_no_answers(tmp_path):
     cache.put(cache.key("r", ["あ\ud800"]), [Answer("\ufffd", True, 3)])
     assert cache.get(cache.key("r", ["あ\ud800"])) == [Answer("\ufffd", True, 3)]
     assert cache.get(cache.key("r", ["あ\ud800"], mode="one pass")) is None
+
+
+def test_keys_are_those_of_stored_caches(tmp_path):
+    """Literal values of version 0.1: whoever changes one pays for every stored answer again."""
+    cache = AnswerCache(tmp_path / "a.sqlite", "scope")
+    assert cache.key("r", ["あ", "b\ud83d"]) == (
+        "6e7c2694e9a680c65a8409fc8f94cffcf11c7f4abc6255e7c53f85a6886e6f90"
+    )
+    assert cache.key("r", ["あ"], "population", [GenerationSection(max_new_tokens=3)]) == (
+        "75468ee4d7207fb12cbde52bfd51c5059038d9d8fbb0009d6311eafbf097b60d"
+    )
+    engine = EngineSection(batch_size=3, residency="disk", batch_tokens=9, device="cpu")
+    genome, tasks = GenomeSection(models=("b",), base_model="a"), (TaskSource(file="x.jsonl"),)
+    study = Study(genome=genome, tasks=tasks, study="s", engine=engine)
+    scope = cache_scope(study, {"a": "1", "b": {"x": 2}})
+    assert scope == "75c8a38e87c1d078da0bfa1f9c03e1996bf142863afa13864ce40543f5ef8e1c"
+    other_batches = study.replace(engine=EngineSection(device="cpu"))
+    assert cache_scope(other_batches, {"a": "1", "b": {"x": 2}}) == scope
+
+
+def test_what_an_engine_can_do_is_an_object_that_it_has(pair):
+    engine = make_engine(pair)
+    assert None not in (engine.population, engine.gradient, engine.likelihood)
+    spec = EngineSpec(
+        open_model(str(pair / "base")), [], EngineSection(), GenerationSection(), "float32"
+    )
+    alone = TransformersEngine(spec)
+    assert (alone.population, alone.gradient) == (None, None)
+    (found,) = alone.likelihood([("あ", "い")])
+    assert found < 0
+    assert alone.likelihood.count_tokens([("あ", "いう"), ("い", "")]) == [2, 0]
+
+
+def test_a_spec_is_a_studys_engine(pair):
+    genome, tasks = GenomeSection(models=("b",), base_model="a"), (TaskSource(file="x.jsonl"),)
+    search = SearchSection(dtype="float32", seed=7)
+    study = Study(genome=genome, tasks=tasks, study="s", search=search)
+    base = open_model(str(pair / "base"))
+    spec = EngineSpec.of_study(study, base, [])
+    wanted = EngineSpec(base, [], study.engine, study.generation, "float32", 7, "refuse")
+    assert spec == wanted
 
 
 def test_pace_tells_speed_and_time_left_of_what_is_answered_here():

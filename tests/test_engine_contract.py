@@ -21,11 +21,12 @@ from transformers import (
 
 import evomerge.answering.hf.engine
 from evomerge.answering.encode import Encoder
-from evomerge.answering.engine import Answer, pack
+from evomerge.answering.engine import Answer, EngineSpec
+from evomerge.answering.hf.batching import pack, pad_rows, shrink_to_fit
 from evomerge.answering.hf.decode import Hooks, decode, shared_prefix
 from evomerge.answering.hf.engine import TransformersEngine
 from evomerge.answering.hf.kv_cache import filled
-from evomerge.answering.hf.sampling import Rules
+from evomerge.answering.hf.sampling import SamplingParams
 from evomerge.errors import EngineError
 from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.study import EngineSection, GenerationSection
@@ -45,7 +46,7 @@ def make_engine(
     folders = open_model(str(family / model)), [open_model(str(family / name)) for name in siblings]
     section = EngineSection(**({"batch_size": 4, "device": "cpu"} | (engine or {})))
     return TransformersEngine(
-        *folders, section, GenerationSection(**generation), dtype, seed, too_long
+        EngineSpec(*folders, section, GenerationSection(**generation), dtype, seed, too_long)
     )
 
 
@@ -115,7 +116,7 @@ def test_the_loop_chooses_what_generate_chooses(make, prefix, penalty):
     """Rows end at different tokens, several at a time; tokens 0 to 9 end an answer."""
     model, rng = make(), random.Random(prefix)
     prompts = some_prompts(rng, prefix)
-    rules = Rules(24, frozenset(range(10)), repetition_penalty=penalty)
+    rules = SamplingParams(24, frozenset(range(10)), repetition_penalty=penalty)
     wanted = plain(model, prompts, rules)
     assert len({len(tokens) for tokens, _ in wanted}) > 4, "rows that end together show little"
     assert [(output.tokens, output.ended) for output in decode(model, prompts, rules)] == wanted
@@ -136,7 +137,7 @@ def test_rows_leave_and_columns_of_padding_with_them():
     outputs = decode(
         model,
         prompts,
-        Rules(12),
+        SamplingParams(12),
         hooks=Hooks(stopped=stopped, rows=lambda order: rows.append(list(order))),
     )
     assert [len(output.tokens) for output in outputs] == [2, 4, 9, 6]
@@ -152,7 +153,7 @@ def test_a_shared_prefix_is_computed_once():
     model.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
-    decode(model, prompts, Rules(2))
+    decode(model, prompts, SamplingParams(2))
     assert seen[0] == (1, 40)
     assert seen[1] == (13, max(map(len, prompts)) - 40)
     assert shared_prefix(prompts) == 40
@@ -181,7 +182,10 @@ def test_draws_follow_the_distribution_that_transformers_processors_leave():
 
     model, prompt, n = small_llama(), [3, 14, 15], 4000
     outputs = decode(
-        model, [prompt] * n, Rules(1, do_sample=True, temperature=3.0, top_p=0.8), list(range(n))
+        model,
+        [prompt] * n,
+        SamplingParams(1, do_sample=True, temperature=3.0, top_p=0.8),
+        list(range(n)),
     )
     counts = (
         torch.bincount(torch.tensor([output.tokens[0] for output in outputs]), minlength=90) / n
@@ -202,7 +206,7 @@ def test_several_end_tokens_and_pads_that_are_ends(family):
     """
     model = AutoModelForCausalLM.from_pretrained(family / "base", dtype=torch.float32)
     prompts = Encoder(make_tokenizer(), None, NEW)(PROMPTS)
-    rules = Rules(NEW, frozenset({2, 7, 9}), repetition_penalty=1.5)
+    rules = SamplingParams(NEW, frozenset({2, 7, 9}), repetition_penalty=1.5)
     assert [(o.tokens, o.ended) for o in decode(model, prompts, rules)] == plain(
         model, prompts, rules, pad=2
     )
@@ -264,6 +268,31 @@ def test_out_of_memory_with_one_prompt_is_one_line(family, monkeypatch):
     ) as caught:
         engine.answer(["あいう", "か"])
     assert "\n" not in str(caught.value)
+
+
+def test_work_is_tried_again_only_while_memory_runs_out():
+    sizes, size = [], [8]
+
+    def work():
+        sizes.append(size[0])
+        if size[0] > 2:
+            raise torch.OutOfMemoryError
+        return size[0]
+
+    def shrink():
+        size[0] //= 2
+
+    assert shrink_to_fit(work, shrink) == 2
+    assert sizes == [8, 4, 2]
+    with pytest.raises(ZeroDivisionError):
+        shrink_to_fit(lambda: 1 // 0, shrink)
+
+
+def test_rows_are_padded_on_either_side():
+    ids, mask = pad_rows([[5, 6, 7], [8]], 0, True, torch.device("cpu"))
+    assert (ids.tolist(), mask.tolist()) == ([[5, 6, 7], [0, 0, 8]], [[1, 1, 1], [0, 0, 1]])
+    ids, mask = pad_rows([[5, 6, 7], [8]], None, False, torch.device("cpu"))
+    assert (ids.tolist(), mask.tolist()) == ([[5, 6, 7], [8, 8, 8]], [[1, 1, 1], [1, 0, 0]])
 
 
 def test_other_errors_are_not_taken_for_it(family, monkeypatch):

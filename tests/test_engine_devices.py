@@ -14,7 +14,8 @@ import torch
 from engine_contract import CONTEXT, NEW, PROMPTS, RECIPES, contract_family, recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from evomerge.answering.engine import make_engine
+from evomerge.answering.choose import make_engine
+from evomerge.answering.engine import EngineSpec
 from evomerge.answering.hf.engine import TransformersEngine
 from evomerge.cli import main
 from evomerge.merging.build import build_model
@@ -46,10 +47,13 @@ def family(tmp_path_factory):
     return contract_family(tmp_path_factory.mktemp("devices"), **SIZES)
 
 
-def make(family, siblings=(), dtype="float32", model="base", **engine):
+def make(family, siblings=(), dtype="float32", model="base", device_map=None, **engine):
     folders = open_model(str(family / model)), [open_model(str(family / name)) for name in siblings]
     section = EngineSection(**({"device": "cpu", "batch_size": 1} | engine))
-    return make_engine(*folders, section, GenerationSection(max_new_tokens=NEW), dtype)
+    # unchecked: a study file holds no map of modules
+    section = section.model_copy(update={"device_map": device_map})
+    generation = GenerationSection(max_new_tokens=NEW)
+    return make_engine(EngineSpec(*folders, section, generation, dtype))
 
 
 def texts_of(engine, prompts):

@@ -26,7 +26,7 @@ from evomerge.answering.hf.likelihood import (
     LikelihoodEngine,
     loglikelihood,
     open_likelihood_engine,
-    spoken,
+    split_pairs,
 )
 from evomerge.cli import main
 from evomerge.errors import EngineError, JudgeError, ModelError, StudyFileError
@@ -180,7 +180,7 @@ def test_absolute_positions_and_recurrent_states(kind):
 def test_a_space_that_the_tokenizer_glues():
     tokenizer = word_tokenizer()
     name = {i: t for t, i in tokenizer.get_vocab().items()}
-    told = lambda *pair: [[name[t] for t in part] for part in spoken(tokenizer, [pair])[0]]  # noqa: E731
+    told = lambda *pair: [[name[t] for t in part] for part in split_pairs(tokenizer, [pair])[0]]  # noqa: E731
     assert told("a:", "4") == [["▁a", ":"], ["4"]]  # and not the ▁4 that 4 is alone
     assert told("a:", " 4") == [["▁a", ":"], ["▁4"]]
     # the prompt's own space has become part of the digit's token
@@ -317,7 +317,7 @@ def test_two_runs_of_a_study_that_it_judges_are_equal(pair, judge_folder, tmp_pa
             ([(r.role, r.weights, r.grades) for r in finished.records], finished.verdict)
         )
     assert outcomes[0] == outcomes[1]
-    grades = [g["grade"] for _, _, found in outcomes[0][0] for g in found.values()]
+    grades = [g.grade for _, _, found in outcomes[0][0] for g in found.values()]
     assert all(1 <= g <= 5 for g in grades)
     assert len(set(grades)) > 15
 
@@ -473,7 +473,7 @@ def test_a_real_small_model_with_a_space_in_its_tokens():
     ]
     rows = [
         (given[: len(given) + 1 - len(said)], said)
-        for given, said in spoken(engine.tokenizer, pairs)
+        for given, said in split_pairs(engine.tokenizer, pairs)
     ]
     assert engine.loglikelihood(pairs) == pytest.approx(one_by_one(engine.model, rows), abs=2e-4)
     assert engine.loglikelihood(pairs)[0] > engine.loglikelihood(pairs)[1]

@@ -5,8 +5,10 @@ candidate.
 import sqlite3
 
 import pytest
+import torch
 
-from evomerge.answering.hf.population import PopulationEngine
+from evomerge.answering.hf import population as population_module
+from evomerge.answering.hf.population import TransformersPopulation
 from evomerge.cli import main
 from evomerge.searching.finished import load_finished
 
@@ -41,13 +43,13 @@ def outcomes(finished):
 @pytest.fixture
 def passes(monkeypatch):
     """How many candidates and prompts each pass had."""
-    seen, answer_all = [], PopulationEngine.answer_all
+    seen, answer_all = [], TransformersPopulation.__call__
 
     def counted(self, recipes, prompts, settings=None):
         seen.append((len(recipes), len(prompts)))
         return answer_all(self, recipes, prompts, settings)
 
-    monkeypatch.setattr(PopulationEngine, "answer_all", counted)
+    monkeypatch.setattr(TransformersPopulation, "__call__", counted)
     return seen
 
 
@@ -109,7 +111,7 @@ def test_a_killed_pass_loses_a_batch_and_a_full_memory_is_remembered(
     """
     settings = ("search.dtype=float32", "engine.population=true", "search.trials=8")
     whole = search(pair, tmp_path, "whole", *settings)
-    count, answer_all, attempt = [], PopulationEngine.answer_all, PopulationEngine._attempt_part
+    count, answer_all, decode = [], TransformersPopulation.__call__, population_module.decode
     wanted = len(passes)
 
     def interrupted(self, recipes, prompts, settings=None):
@@ -118,10 +120,12 @@ def test_a_killed_pass_loses_a_batch_and_a_full_memory_is_remembered(
             raise KeyboardInterrupt
         return answer_all(self, recipes, prompts, settings)
 
-    def small(self, answer, part, *rest):
-        return None if len(part) > 12 else attempt(self, answer, part, *rest)
+    def small(model, rows, *args, **kwargs):
+        if len(rows) > 12:
+            raise torch.OutOfMemoryError
+        return decode(model, rows, *args, **kwargs)
 
-    monkeypatch.setattr(PopulationEngine, "_attempt_part", small)
+    monkeypatch.setattr(population_module, "decode", small)
     where = [
         "--storage",
         f"sqlite:///{tmp_path}/cut.db",
@@ -137,7 +141,7 @@ def test_a_killed_pass_loses_a_batch_and_a_full_memory_is_remembered(
         *(x for s in settings for x in ("--set", s)),
     ]
     with monkeypatch.context() as patch:
-        patch.setattr(PopulationEngine, "answer_all", interrupted)
+        patch.setattr(TransformersPopulation, "__call__", interrupted)
         assert main(command) == 130
     passes.clear()
     assert main(command) == 0

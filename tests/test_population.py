@@ -8,10 +8,12 @@ from conftest import make_model, save
 from merging_tools import SLICES, differing, load_all, make_family, moved, random_recipe
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from evomerge.answering.hf import population as population_module
+from evomerge.answering.engine import EngineSpec
+from evomerge.answering.hf import per_row as per_row_module
 from evomerge.answering.hf.decode import decode
-from evomerge.answering.hf.population import PopulationEngine, PopulationModel, pays, suits
-from evomerge.answering.hf.sampling import Rules
+from evomerge.answering.hf.engine import TransformersEngine
+from evomerge.answering.hf.population import PopulationModel, pays, suits
+from evomerge.answering.hf.sampling import SamplingParams
 from evomerge.errors import RecipeError
 from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.live import LiveModel
@@ -123,11 +125,11 @@ def answer_all(population, recipes, rules):
 def test_the_tokens_of_every_merged_model(family, siblings, monkeypatch):
     recipes = candidates(family, siblings, 4)
     _, _, population = make_population(family, siblings)
-    answers = answer_all(population, recipes, Rules(12, frozenset(ENDS)))
+    answers = answer_all(population, recipes, SamplingParams(12, frozenset(ENDS)))
     wanted = [by_generate(family, recipe) for recipe in recipes]
     assert answers == wanted
-    monkeypatch.setattr(population_module, "GROUPED", 1)  # every call of a linear layer merges
-    assert answer_all(population, recipes, Rules(12, frozenset(ENDS))) == wanted
+    monkeypatch.setattr(per_row_module, "GROUPED", 1)  # every call of a linear layer merges
+    assert answer_all(population, recipes, SamplingParams(12, frozenset(ENDS))) == wanted
     assert len({str(row) for row in wanted}) == 4  # the candidates do differ
     assert len({len(answer) for row in wanted for answer in row}) > 1  # rows did leave in between
 
@@ -138,7 +140,7 @@ def test_the_logits_of_a_merged_model_in_float64(tmp_path):
     recipe = candidates(family, ["one", "two"], 3)[1]
     model, _, population = make_population(family)
     with population.of([recipe]) as answer:
-        ours = last_logits(model, lambda: answer([0], [PROMPTS[2]], Rules(1)))[0]
+        ours = last_logits(model, lambda: answer([0], [PROMPTS[2]], SamplingParams(1)))[0]
     exact = AutoModelForCausalLM.from_pretrained(family / "base", dtype=torch.float64)
     exact.load_state_dict(
         {name: tensor.double() for name, tensor in merged_tensors(recipe, open_recipe(recipe))}
@@ -236,14 +238,14 @@ def test_afterwards_the_live_model_is_what_it_was(plain):
     live.apply(first)
     weights, before = (
         {n: p.clone() for n, p in model.named_parameters()},
-        decode(model, PROMPTS, Rules(8)),
+        decode(model, PROMPTS, SamplingParams(8)),
     )
     mine = torch.nn.Linear.forward.__get__(model.lm_head)
     model.lm_head.forward = mine
 
     def interrupted():
         with population.of([second]) as answer:
-            answer([0], PROMPTS[:1], Rules(2))
+            answer([0], PROMPTS[:1], SamplingParams(2))
             assert "forward" in model.model.layers[0].mlp.up_proj.__dict__
             raise KeyboardInterrupt
 
@@ -254,7 +256,7 @@ def test_afterwards_the_live_model_is_what_it_was(plain):
     ]
     assert model.lm_head.forward is mine
     assert not differing(weights, dict(model.named_parameters()))
-    assert decode(model, PROMPTS, Rules(8)) == before
+    assert decode(model, PROMPTS, SamplingParams(8)) == before
     live.apply(second)
     assert not differing(
         {n: p.detach() for n, p in model.named_parameters()},
@@ -281,7 +283,9 @@ def test_bf16_is_as_near_to_the_exact_merge_as_the_merged_model(tmp_path):
     recipes = candidates(family, ["one"], 8, "bfloat16")
     model, live, population = make_population(family, ["one"], torch.bfloat16)
     with population.of(recipes) as answer:
-        ours = last_logits(model, lambda: answer(list(range(8)), [PROMPTS[2]] * 8, Rules(1)))
+        ours = last_logits(
+            model, lambda: answer(list(range(8)), [PROMPTS[2]] * 8, SamplingParams(1))
+        )
     base, one = (
         {n: p.double() for n, p in load_all(family / name).items()} for name in ("base", "one")
     )
@@ -292,7 +296,7 @@ def test_bf16_is_as_near_to_the_exact_merge_as_the_merged_model(tmp_path):
         exact.load_state_dict({n: base[n] + hows[n].weights[0] * (one[n] - base[n]) for n in base})
         wanted = last_logits(exact, lambda: exact(torch.tensor([PROMPTS[2]])))[0]
         live.apply(recipe)
-        theirs = last_logits(model, lambda: decode(model, [PROMPTS[2]], Rules(1)))[0]
+        theirs = last_logits(model, lambda: decode(model, [PROMPTS[2]], SamplingParams(1)))[0]
         errors.append([(logits - wanted).square().mean() for logits in (row, theirs)])
     ours_off, theirs_off = torch.tensor(errors).mean(0).sqrt().tolist()
     assert 0 < ours_off < 1.3 * theirs_off
@@ -301,9 +305,8 @@ def test_bf16_is_as_near_to_the_exact_merge_as_the_merged_model(tmp_path):
 def make_engine(plain, **settings):
     generation = GenerationSection(max_new_tokens=10, stop=("3",))
     folders = open_model(str(plain / "base")), [open_model(str(plain / s)) for s in ("one", "two")]
-    return PopulationEngine(
-        *folders, EngineSection(device="cpu", **settings), generation, "float32"
-    )
+    section = EngineSection(device="cpu", **settings)
+    return TransformersEngine(EngineSpec(*folders, section, generation, "float32"))
 
 
 def test_the_engine_answers_as_it_does_candidate_after_candidate(plain, monkeypatch):
@@ -317,9 +320,9 @@ def test_the_engine_answers_as_it_does_candidate_after_candidate(plain, monkeypa
         engine.apply(recipe)
         wanted.append([engine.answer([prompt])[0] for prompt in prompts])
     assert {answer.truncated for row in wanted for answer in row} == {True, False}
-    assert engine.suits(recipes)
-    assert engine.answer_all(recipes, prompts) == wanted
-    assert make_engine(plain, batch_tokens=44).answer_all(recipes, prompts) == wanted
+    assert engine.population.suits(recipes)
+    assert engine.population(recipes, prompts) == wanted
+    assert make_engine(plain, batch_tokens=44).population(recipes, prompts) == wanted
     sizes = []
 
     def small(model, rows, *args, **kwargs):
@@ -329,7 +332,7 @@ def test_the_engine_answers_as_it_does_candidate_after_candidate(plain, monkeypa
         return decode(model, rows, *args, **kwargs)
 
     monkeypatch.setattr("evomerge.answering.hf.population.decode", small)
-    assert engine.answer_all(recipes, prompts) == wanted
+    assert engine.population(recipes, prompts) == wanted
     assert sizes[0] == 6
     assert sum(size for size in sizes if size <= 4) == 9
     assert engine.limits
@@ -337,8 +340,8 @@ def test_the_engine_answers_as_it_does_candidate_after_candidate(plain, monkeypa
 
 def test_no_candidate_and_no_prompt(plain):
     engine = make_engine(plain)
-    assert engine.answer_all([], ["あ"]) == []
-    assert engine.answer_all([recipe_of(plain)], []) == [[]]
+    assert engine.population([], ["あ"]) == []
+    assert engine.population([recipe_of(plain)], []) == [[]]
 
 
 def test_it_is_chosen_only_where_it_was_measured():

@@ -18,7 +18,8 @@ import torch
 from conftest import CHARACTERS, make_model, save
 from engine_contract import Contract, contract_family
 
-from evomerge.answering.engine import Answer, make_engine
+from evomerge.answering.choose import make_engine
+from evomerge.answering.engine import Answer, EngineSpec
 from evomerge.errors import EngineError, RecipeError
 from evomerge.merging.build import build_model
 from evomerge.merging.checkpoints.open_model import open_model
@@ -66,14 +67,8 @@ def engine_of(
     **generation,
 ):
     folders = open_model(str(family / base)), [open_model(str(family / name)) for name in siblings]
-    engine = make_engine(
-        *folders,
-        section,
-        GenerationSection(**({"max_new_tokens": 12} | generation)),
-        dtype,
-        7,
-        too_long,
-    )
+    settings = GenerationSection(**({"max_new_tokens": 12} | generation))
+    engine = make_engine(EngineSpec(*folders, section, settings, dtype, 7, too_long))
     ALIVE.append(engine)
     return engine
 
@@ -436,9 +431,8 @@ class TestVllm(Contract):
             open_model(str(family / model)),
             [open_model(str(family / name)) for name in siblings],
         )
-        engine = make_engine(
-            *folders, SECTION, GenerationSection(**generation), dtype, seed, too_long
-        )
+        settings = GenerationSection(**generation)
+        engine = make_engine(EngineSpec(*folders, SECTION, settings, dtype, seed, too_long))
         ALIVE.append(engine)
         return engine
 
@@ -512,14 +506,10 @@ def test_the_demo_study_runs_to_a_verdict(tmp_path):
 
 @pytest.mark.skipif(INSTALLED, reason="vLLM is installed here")
 def test_an_absent_vllm_names_the_extra(pair):
+    base, section = open_model(str(pair / "base")), EngineSection(kind="vllm")
+    spec = EngineSpec(base, [], section, GenerationSection(), "float32")
     with pytest.raises(EngineError, match=r"pip install 'evomerge\[vllm\]'"):
-        make_engine(
-            open_model(str(pair / "base")),
-            [],
-            EngineSection(kind="vllm"),
-            GenerationSection(),
-            "float32",
-        )
+        make_engine(spec)
 
 
 @pytest.mark.parametrize(
@@ -534,7 +524,9 @@ def test_an_absent_vllm_names_the_extra(pair):
 )
 def test_what_only_transformers_honours_is_refused(pair, keys):
     section = EngineSection(kind="vllm", **keys)
+    base = open_model(str(pair / "base"))
+    spec = EngineSpec(base, [], section, GenerationSection(), "float32")
     with pytest.raises(
-        EngineError, match=f"engine.{next(iter(keys))}: the vLLM engine does not take this key"
+        EngineError, match=f"engine.{next(iter(keys))}: the vLLM engine does not support this key"
     ):
-        make_engine(open_model(str(pair / "base")), [], section, GenerationSection(), "float32")
+        make_engine(spec)

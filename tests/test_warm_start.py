@@ -16,16 +16,12 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
+from evomerge.answering.engine import EngineSpec
 from evomerge.answering.hf import gradient as gradient_module
+from evomerge.answering.hf import references as references_module
 from evomerge.answering.hf.engine import TransformersEngine
-from evomerge.answering.hf.gradient import (
-    MICRO_TOKENS,
-    GradientModel,
-    batches,
-    inner,
-    likelihoods,
-    make_pair,
-)
+from evomerge.answering.hf.gradient import MICRO_TOKENS, GradientModel, inner
+from evomerge.answering.hf.references import batches, likelihoods, make_pair
 from evomerge.answering.prompts import Prompter
 from evomerge.errors import StudyFileError
 from evomerge.genome.weights import Genome
@@ -187,7 +183,7 @@ def test_likelihoods_do_not_depend_on_batch_prefix_or_padding(tmp_path, monkeypa
     together = likelihoods(model, PAIRS).tolist()
     alone = [likelihoods(model, [pair]).item() for pair in PAIRS]
     shared = likelihoods(model, [PAIRS[i] for i in (0, 1, 3)]).tolist()
-    monkeypatch.setattr(gradient_module, "SHARED", 1000)
+    monkeypatch.setattr(references_module, "SHARED", 1000)
     apart = likelihoods(model, [PAIRS[i] for i in (0, 1, 3)]).tolist()
     assert together == pytest.approx(alone, abs=1e-5)
     assert shared == pytest.approx(apart, abs=1e-5)
@@ -241,18 +237,17 @@ def engine(pair):
 def make_engine(pair, dtype="float32", **settings):
     models = [open_model(str(pair / name)) for name in ("base", "instruct")]
     section = EngineSection(batch_size=8, threads=1)
-    return TransformersEngine(
-        models[0], models[1:], section, GenerationSection(max_new_tokens=12, **settings), dtype
-    )
+    generation = GenerationSection(max_new_tokens=12, **settings)
+    return TransformersEngine(EngineSpec(models[0], models[1:], section, generation, dtype))
 
 
 def test_a_reference_is_cut_as_the_model_would_have_said_it(engine):
     tokens = dict(engine.tokenizer.get_vocab().items())
-    assert engine._pair("あ1\n", "いう") == (
+    assert engine.gradient.pair("あ1\n", "いう") == (
         [tokens[c] for c in "あ1\n"],
         [tokens["い"], tokens["う"], 2],
     )
-    assert len(engine._pair("あ", "い" * 40)[1]) == 12  # no answer is longer
+    assert len(engine.gradient.pair("あ", "い" * 40)[1]) == 12  # no answer is longer
 
 
 def test_a_space_in_front_is_no_part_of_the_reference():
@@ -420,7 +415,7 @@ def test_without_references_or_gradients_it_is_refused(engine, pair):
     with pytest.raises(StudyFileError, match="no search task has a reference"):
         check_warm_start(genome, [Task(0, "あ")])
     with pytest.raises(StudyFileError, match=r"engine\.kind: transformers"):
-        check_warm_start(genome, TASKS, SimpleNamespace())
+        check_warm_start(genome, TASKS, SimpleNamespace(gradient=None))
     check_warm_start(genome, TASKS, engine)
     _, found = start(engine, pair, steps=2, tasks=[Task(99, "あ"), *TASKS[:3]])
     assert [step.tasks for step in found.steps] == [3, 3]

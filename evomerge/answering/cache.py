@@ -1,7 +1,7 @@
-"""Answers already paid for: an SQLite file beside the study, keyed by whole batches.
+"""Answers already computed: an SQLite file beside the study, keyed by whole batches.
 
-A batch is kept or not kept as one, because the answers of a padded batch may depend on what shares
-it.
+A batch is kept as a whole or not at all, because the answers of a padded batch may depend on what
+shares it.
 """
 
 from __future__ import annotations
@@ -16,52 +16,56 @@ from pathlib import Path
 from typing import Any
 
 from evomerge import sqlite_file
-from evomerge.answering.engine import Answer, Engine, Settings
+from evomerge.answering.engine import Answer, Engine, Settings, items_at
 from evomerge.answering.pace import Pace
 from evomerge.errors import OutputError
 from evomerge.study import Study
 
 SCHEMA = "CREATE TABLE IF NOT EXISTS batches (key TEXT PRIMARY KEY, answers TEXT NOT NULL)"
 WHAT = "the answer cache"
-DAMAGED = "Finished trials are kept in the study: move the file away, and the same command answers anew what is left."
+DAMAGED = (
+    "Finished trials are kept in the study: move the file away, "
+    "and the same command answers the rest again."
+)
 MERGED = "merged"  # the mode in which the live model holds the merged weights
+UNKEYED = ("batch_size", "batch_tokens", "residency")  # engine keys that change no answer
 
 
 class AnswerCache:
     """Batches of answers by key; every write is durable when `put` returns."""
 
     def __init__(self, path: Path, scope: str) -> None:
-        """`scope` names all that the answers depend on beside recipe, prompts and mode: models,
-        generation, engine.
-        """
+        """`scope`: the rest of what answers depend on; see `cache_scope`."""
         self.path, self.scope = path, scope
         self.db = sqlite_file.connect(path, WHAT, DAMAGED, SCHEMA)
 
     def key(
         self, recipe: str, prompts: Sequence[str], mode: str = MERGED, settings: Settings = None
     ) -> str:
-        """SHA-256 of scope, mode, recipe digest, the batch's prompts, and their own settings where
-        they have any.
-        """
+        """SHA-256 of scope, mode, recipe digest, the batch's prompts and their own settings."""
         parts: list[object] = [self.scope, mode, recipe, list(prompts)]
-        parts += [] if settings is None else [[own.model_dump() for own in settings]]
+        if settings is not None:
+            parts.append([own.model_dump() for own in settings])
         return sha256(json.dumps(parts).encode()).hexdigest()
 
     def get(self, key: str, count: int | None = None) -> list[Answer] | None:
-        """The batch's answers, `count` of them; None where they are not there or damaged. Raises
-        OutputError.
+        """The batch's answers, `count` of them; None if they are missing or damaged.
+
+        Raises OutputError.
         """
         try:
             row = self.db.execute("SELECT answers FROM batches WHERE key = ?", (key,)).fetchone()
-            found = None if row is None else [Answer(*fields) for fields in json.loads(row[0])]
+            if row is None:
+                return None
+            found = [Answer(*fields) for fields in json.loads(row[0])]
         except (ValueError, TypeError):
-            return None  # they are answered anew
+            return None  # they are computed again
         except sqlite3.Error as error:
             raise sqlite_file.explained(error, WHAT, self.path, DAMAGED) from error
-        return None if found is None or count not in (None, len(found)) else found
+        return found if count in (None, len(found)) else None
 
     def put(self, key: str, answers: Sequence[Answer]) -> None:
-        """Raises OutputError, on a full disk for example."""
+        """Keep a batch. Raises OutputError, for example on a full disk."""
         try:
             text = json.dumps([astuple(answer) for answer in answers])
             self.db.execute("INSERT OR REPLACE INTO batches VALUES (?, ?)", (key, text))
@@ -69,29 +73,31 @@ class AnswerCache:
             raise sqlite_file.explained(error, WHAT, self.path, DAMAGED) from error
 
     def close(self) -> None:
+        """Close the file."""
         self.db.close()
 
 
 def cache_size(path: Path) -> tuple[int, int | None] | None:
-    """(bytes, batches) of the cache in `path`, None where there is none; the batches are None when
-    it cannot be read.
+    """(bytes, batches) of the cache in `path`; None if it does not exist.
+
+    The batches are None when it cannot be read.
     """
     files = _files(path)
     if not files:
         return None
+    size = sum(files.values())
+    address = f"{path.absolute().as_uri()}?mode=ro"
     try:
-        with closing(
-            sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=60)
-        ) as db:
-            batches = int(db.execute("SELECT count(*) FROM batches").fetchone()[0])
+        with closing(sqlite3.connect(address, uri=True, timeout=60)) as db:
+            return size, int(db.execute("SELECT count(*) FROM batches").fetchone()[0])
     except sqlite3.Error:
-        return sum(files.values()), None
-    return sum(files.values()), batches
+        return size, None
 
 
 def clear(path: Path) -> int:
-    """Delete the cache in `path`; how many bytes that freed. Nobody may be using it. Raises
-    OutputError.
+    """Delete the cache in `path`, which must not be in use; returns how many bytes that freed.
+
+    Raises OutputError.
     """
     files = _files(path)
     try:
@@ -107,8 +113,8 @@ def clear(path: Path) -> int:
 
 
 def _files(path: Path) -> dict[Path, int]:
-    """The database and what SQLite keeps beside it -> bytes."""
-    files = [path, *(path.with_name(path.name + suffix) for suffix in ("-journal", "-wal", "-shm"))]
+    """The sizes in bytes of the database and of what SQLite keeps beside it."""
+    files = [path.with_name(path.name + end) for end in ("", "-journal", "-wal", "-shm")]
     return {file: file.stat().st_size for file in files if file.is_file()}
 
 
@@ -124,18 +130,17 @@ def answer_all(
     got: Callable[[Sequence[int], Sequence[Answer]], None] = lambda indices, answers: None,
     settings: Settings = None,
 ) -> list[Answer]:
-    """Answers to all prompts, in order; `apply` merges, and runs only when some batch is not in the
-    cache.
+    """Answers to all prompts, in order; `apply` merges, if any batch is not in the cache.
 
     `remember` gets the engine's limits when memory has changed them, before the answers under them
-    are kept; `got` gets the prompts' places and the answers of each batch when it is there.
+    are kept; `got` gets the prompts' indices and the answers of each batch as it is complete.
     `settings` are the prompts' own, if they have any.
     """
-    answers: list[Answer | None] = [None] * len(prompts)
+    answers: dict[int, Answer] = {}
     applied = False
     for batch in engine.batches(prompts, settings):
-        texts = [prompts[i] for i in batch]
-        own = None if settings is None else [settings[i] for i in batch]
+        texts = items_at(prompts, batch)
+        own = None if settings is None else items_at(settings, batch)
         key = cache.key(recipe, texts, mode, own)
         found = cache.get(key, len(batch))
         if found is not None:
@@ -149,29 +154,20 @@ def answer_all(
             pace.end(len(batch), sum(answer.tokens for answer in found))
             cache.put(key, found)
         got(batch, found)
-        for i, answer in zip(batch, found, strict=True):
-            answers[i] = answer
-    return [answer for answer in answers if answer is not None]
+        answers.update(zip(batch, found, strict=True))
+    return [answers[i] for i in range(len(prompts))]
 
 
 def cache_scope(study: Study, models: Mapping[str, Any]) -> str:
-    """All that answers depend on beside recipe, mode and prompts: a batch is known by its prompts,
-    however it was packed.
+    """SHA-256 of what answers depend on besides recipe, mode and prompts.
+
+    A batch is identified by its prompts, however it was packed: see UNKEYED.
     """
     data = study.to_dict()
-    engine = {
-        key: value
-        for key, value in data["engine"].items()
-        if key not in ("batch_size", "batch_tokens", "residency")
-    }
-    parts = [
-        data["generation"],
-        data["prompt"]["too_long"],
-        engine,
-        data["search"]["dtype"],
-        data["search"]["seed"],
-        models,
-    ]
+    engine = {key: value for key, value in data["engine"].items() if key not in UNKEYED}
+    search = data["search"]
+    too_long = data["prompt"]["too_long"]
+    parts = [data["generation"], too_long, engine, search["dtype"], search["seed"], models]
     return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -179,10 +175,12 @@ def cache_scope(study: Study, models: Mapping[str, Any]) -> str:
 def watched(
     engine: Engine, pace: Pace, remember: Callable[[Mapping[str, int]], None]
 ) -> Iterator[None]:
-    """While the engine answers, `pace` watches; limits that memory forces are remembered, also when
-    it fails in the end.
+    """While the engine answers, `pace` watches it.
+
+    Limits that memory forces are remembered, even if it fails in the end.
     """
-    limits, engine.watch = dict(engine.limits), pace.watch
+    limits = dict(engine.limits)
+    engine.watch = pace.watch
     pace.begin()
     try:
         yield

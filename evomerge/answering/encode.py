@@ -1,13 +1,11 @@
-"""Prompts to tokens: what is empty, too long, or no valid text has its rule here, the same for
-every engine.
-"""
+"""Prompts to tokens: one rule for every engine about empty, too long and invalid texts."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from evomerge.answering.servers.openai_protocol import whole
 from evomerge.errors import EngineError
@@ -16,12 +14,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
-KEPT = 100_000  # prompts whose tokens are remembered: every candidate asks the same ones
+KEPT = 100_000  # prompts whose tokens are remembered: every candidate gets the same ones
 
 
 class Encoder:
-    """Token lists of prompts, each with room for its answer in the context; special tokens stand in
-    the text.
+    """Token lists of prompts, each with room for its answer in the context.
+
+    Special tokens are part of the text: none are added.
     """
 
     def __init__(
@@ -31,19 +30,17 @@ class Encoder:
         max_new_tokens: int,
         too_long: Literal["refuse", "truncate"] = "refuse",
     ) -> None:
-        self.tokenizer, self.context, self.max_new_tokens, self.too_long = (
-            tokenizer,
-            context,
-            max_new_tokens,
-            too_long,
-        )
+        self.tokenizer = tokenizer
+        self.context = context
+        self.max_new_tokens = max_new_tokens
+        self.too_long = too_long
         self._known: dict[str, list[int]] = {}
-        self._cut = 0
+        self._warned = False
 
     def __call__(
         self, prompts: Sequence[str], new_tokens: Sequence[int] | None = None
     ) -> list[list[int]]:
-        """`new_tokens`: the longest answer to each; None: `max_new_tokens` to all.
+        """The tokens of prompts; `new_tokens`: the longest answer to each, else `max_new_tokens`.
 
         Raises EngineError: a prompt that leaves no room, unless `too_long` is truncate.
         """
@@ -51,28 +48,16 @@ class Encoder:
             self._known.clear()
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
         if new:
-            texts = [whole(prompt) for prompt in new]
+            texts = list(map(whole, new))
             rows = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-            self._known |= {
-                prompt: list(row) or self._first() for prompt, row in zip(new, rows, strict=True)
-            }
-        wanted = [self.max_new_tokens] * len(prompts) if new_tokens is None else new_tokens
+            for prompt, row in zip(new, rows, strict=True):
+                # an empty prompt becomes one token, as in transformers' `generate`
+                self._known[prompt] = list(row) or [first_token(self.tokenizer)]
+        if new_tokens is None:
+            new_tokens = [self.max_new_tokens] * len(prompts)
         return [
             self._fitted(self._known[prompt], prompt, most)
-            for prompt, most in zip(prompts, wanted, strict=True)
-        ]
-
-    def _first(self) -> list[int]:
-        """What stands for an empty prompt, as in transformers' `generate`: the token that texts
-        begin with, or else one that is there.
-        """
-        t = self.tokenizer
-        return [
-            next(
-                token
-                for token in (t.bos_token_id, t.eos_token_id, t.pad_token_id, 0)
-                if token is not None
-            )
+            for prompt, most in zip(prompts, new_tokens, strict=True)
         ]
 
     def _fitted(self, row: list[int], prompt: str, new_tokens: int) -> list[int]:
@@ -80,31 +65,41 @@ class Encoder:
             return row
         room = self.context - new_tokens
         if self.too_long == "refuse" or room < 1:
+            remedy = "Lower generation.max_new_tokens, shorten the task"
             raise EngineError(
-                f"a prompt of {len(row)} tokens and max_new_tokens {new_tokens} exceed the context of {self.context}",
+                f"a prompt of {len(row)} tokens and max_new_tokens {new_tokens} "
+                f"exceed the context of {self.context}",
                 found=prompt,
-                remedy="Lower generation.max_new_tokens, shorten the task"
-                + (", or set prompt.too_long: truncate." if room > 0 else "."),
+                remedy=remedy + (", or set prompt.too_long: truncate." if room > 0 else "."),
             )
-        if not self._cut:
+        if not self._warned:
             log.warning(
-                "a prompt of %d tokens is cut from the left to the %d that leave room for an answer",
+                "a prompt of %d tokens is cut from the left to the %d that leave room for an "
+                "answer; so are others that are too long",
                 len(row),
                 room,
             )
-        self._cut += 1
+            self._warned = True
         return row[-room:]
 
 
+def first_token(tokenizer: Any) -> int:
+    """The token that texts begin with, or else one that always exists."""
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+        if token is not None:
+            return int(token)
+    return 0
+
+
 def prompt_seed(seed: int, prompt: str) -> int:
-    """A seed from the study's and the prompt: an answer depends on neither its neighbours nor on
-    what was answered before.
+    """A seed from the study's seed and the prompt.
+
+    So an answer depends neither on its neighbours nor on what was answered before.
     """
-    return int.from_bytes(
-        hashlib.sha256(f"{seed}\0{prompt}".encode("utf-8", "surrogatepass")).digest()[:4], "big"
-    )
+    text = f"{seed}\0{prompt}".encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.sha256(text).digest()[:4], "big")
 
 
 def first_stop(text: str, stops: Sequence[str]) -> int | None:
     """Where the earliest stop string begins."""
-    return min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
+    return min((text.find(stop) for stop in stops if stop in text), default=None)

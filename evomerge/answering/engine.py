@@ -1,30 +1,35 @@
-"""What an engine is: something that takes a recipe's weights and answers prompts; and how one is
-chosen.
+"""What an engine is: it takes the weights of a recipe and answers prompts.
+
+What only some engines can do is an object that they have, or None: see the capabilities below.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
+    from evomerge.genome.weights import Genome
     from evomerge.merging.checkpoints.model_folder import ModelFolder
     from evomerge.recipe import Recipe
-    from evomerge.study import EngineSection, GenerationSection
+    from evomerge.study import EngineSection, GenerationSection, Study
 
-Watch = Callable[[int, int], None]  # (answers that have ended, new tokens) of the batch under way
-# each prompt's own; None: the engine's for all
+T = TypeVar("T")
+Watch = Callable[[int, int], None]  # (finished answers, new tokens) of the current batch
+# one per prompt; None: the engine's own for all of them
 Settings: TypeAlias = "Sequence[GenerationSection] | None"
-Got = Callable[[int, "Answer"], None]  # a prompt's place in the batch, and its answer
+Got = Callable[[int, "Answer"], None]  # a prompt's index in the batch, and its answer
+Pairs: TypeAlias = "Sequence[tuple[str, str]]"  # a prompt, and the text that follows it
 
 
 @dataclass(frozen=True)
 class Answer:
     """What the model said to one prompt.
 
-    `truncated` is True when `max_new_tokens`, or a deadline, ended it rather than an end token or a
-    stop string; `tokens` counts new tokens.
+    `truncated` is True when `max_new_tokens` or a deadline ended it, not an end token or a stop
+    string; `tokens` counts new tokens.
     """
 
     text: str
@@ -32,14 +37,104 @@ class Answer:
     tokens: int
 
 
+@dataclass(frozen=True)
+class EngineSpec:
+    """Everything an engine is built from.
+
+    Without siblings the model answers as it is on disk and `apply` is not available. `too_long`
+    says what happens to a prompt that leaves no room for its answer in the context.
+    """
+
+    base: ModelFolder
+    siblings: Sequence[ModelFolder]
+    engine: EngineSection
+    generation: GenerationSection
+    dtype: str  # a torch name, such as bfloat16
+    seed: int = 0
+    too_long: Literal["refuse", "truncate"] = "refuse"
+
+    @classmethod
+    def of_study(
+        cls, study: Study, base: ModelFolder, siblings: Sequence[ModelFolder]
+    ) -> EngineSpec:
+        """The engine that a study asks for, on these models."""
+        search = study.search
+        return cls(
+            base,
+            siblings,
+            study.engine,
+            study.generation,
+            search.dtype,
+            search.seed,
+            study.prompt.too_long,
+        )
+
+
+@dataclass(frozen=True)
+class LikelihoodGradient:
+    """The log-likelihood of references at one vector, and its gradient."""
+
+    values: tuple[float, ...]  # each reference's mean per token, in nats
+    gradient: tuple[float, ...]  # (d,): the derivative of the mean of `values`
+
+    @property
+    def mean(self) -> float:
+        """The mean over references, in nats per token."""
+        return sum(self.values) / len(self.values)
+
+
+class PopulationCapability(Protocol):
+    """Answers for many candidates in one pass; the live model keeps its weights."""
+
+    def suits(self, recipes: Sequence[Recipe]) -> bool:
+        """Whether these recipes can share a pass."""
+
+    def pays(self, candidates: int, prompts: int) -> bool:
+        """Whether one pass is known to be faster than one candidate after another."""
+
+    def __call__(
+        self, recipes: Sequence[Recipe], prompts: Sequence[str], settings: Settings = None
+    ) -> list[list[Answer]]:
+        """Every candidate's answers, [candidate][prompt].
+
+        Raises RecipeError for a recipe that does not suit, EngineError as `Engine.answer` does.
+        """
+
+
+class GradientCapability(Protocol):
+    """The gradient of the references' log-likelihood with respect to a genome's vector."""
+
+    def __call__(self, genome: Genome, vector: Sequence[float], pairs: Pairs) -> LikelihoodGradient:
+        """The value and gradient at `vector`, (d,), over (prompt, reference) pairs.
+
+        The live model has the vector's weights afterwards. Raises StudyFileError for a genome that
+        is not linear in its vector, EngineError when one pair does not fit into memory.
+        """
+
+
+class LikelihoodCapability(Protocol):
+    """How likely the model as it is finds continuations of prompts."""
+
+    @property
+    def model(self) -> Any:
+        """The live transformers model itself, which lm-eval wraps."""
+
+    def __call__(self, pairs: Pairs) -> list[float]:
+        """log P(continuation | prompt) of each pair, summed over its tokens, in nats.
+
+        Raises EngineError when one pair does not fit into memory.
+        """
+
+    def count_tokens(self, pairs: Pairs) -> list[int]:
+        """The number of tokens that each continuation has."""
+
+
 class Engine(Protocol):
     """One loaded model whose weights are replaced in place between candidates.
 
-    `tokenizer` is transformers' of the model. `context`: tokens that it has positions for, None
-    where that is not known. `limits` holds what memory has forced, such as a smaller
-    `batch_tokens`: a search remembers it and gives it back when it goes on. `watch`, where it is
-    set, is called while a batch is answered. `settings` are each prompt's own; None: the engine's
-    for all.
+    `tokenizer` is the model's, from transformers. `context` is the number of positions it has, None
+    if unknown. `limits` holds what memory has forced, such as a smaller `batch_tokens`: a search
+    stores it and restores it on resume. `watch`, if set, is called while a batch is answered.
     """
 
     tokenizer: Any
@@ -47,11 +142,21 @@ class Engine(Protocol):
     limits: dict[str, int]
     watch: Watch | None
 
+    @property
+    def population(self) -> PopulationCapability | None: ...
+
+    @property
+    def gradient(self) -> GradientCapability | None: ...
+
+    @property
+    def likelihood(self) -> LikelihoodCapability | None: ...
+
     def apply(self, recipe: Recipe) -> None:
         """Give the live model the recipe's weights, computed from the untouched base."""
 
     def batches(self, prompts: Sequence[str], settings: Settings = None) -> list[list[int]]:
-        """Which prompts share a batch, by index: a function of the prompts and the settings alone.
+        """Which prompts share a batch, by index: a function of prompts and settings alone.
+
         Raises EngineError.
         """
 
@@ -62,58 +167,20 @@ class Engine(Protocol):
         got: Got | None = None,
         deadline: float | None = None,
     ) -> list[Answer]:
-        """Answer the prompts of one batch, in their order; what `limits` forbid is answered in
-        parts.
+        """Answer the prompts of one batch, in order; in parts if `limits` require it.
 
         A prompt is the whole text the model sees, special tokens included as text. `got` is called
-        as soon as an answer has ended by itself. At `deadline`, a time.monotonic(), answers under
-        way end with what they have and `got` is not called for them; one that was not begun is
-        empty, and both are truncated. Raises EngineError.
+        as soon as an answer has ended by itself. At `deadline`, a time.monotonic(), unfinished
+        answers end with what they have and `got` is not called for them; one that was not started
+        is empty, and both are truncated. Raises EngineError.
         """
 
 
-def make_engine(
-    base: ModelFolder,
-    siblings: Sequence[ModelFolder],
-    engine: EngineSection,
-    generation: GenerationSection,
-    dtype: str,
-    seed: int = 0,
-    too_long: Literal["refuse", "truncate"] = "refuse",
-) -> Engine:
-    """The engine that `engine.kind` names, its model loaded. Raises EngineError, and ModelError for
-    a model it cannot load.
-    """
-    if engine.kind == "vllm":
-        from evomerge.answering.vllm.engine import VllmEngine
-
-        return VllmEngine(base, siblings, engine, generation, dtype, seed, too_long)
-    from evomerge.answering.hf.population import PopulationEngine
-
-    return PopulationEngine(base, siblings, engine, generation, dtype, seed, too_long)
+def items_at(items: Sequence[T], indices: Iterable[int]) -> list[T]:
+    """The items with these indices, in their order."""
+    return [items[i] for i in indices]
 
 
-def pack(
-    lengths: Sequence[int], new_tokens: int | Sequence[int], rows: int, tokens: int | None = None
-) -> list[list[int]]:
-    """Indices of prompts of these lengths, longest first, in batches; ties keep their order.
-
-    A batch has at most `rows` prompts, and prompts x (longest + most new_tokens) is at most
-    `tokens`, unless it is a single one.
-    """
-    new = [new_tokens] * len(lengths) if isinstance(new_tokens, int) else new_tokens
-    batches: list[list[int]] = []
-    longest = most = 0  # of the last batch
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        size = len(batches[-1]) + 1 if batches else 1
-        if (
-            batches
-            and size <= rows
-            and (tokens is None or size * (longest + max(most, new[i])) <= tokens)
-        ):
-            batches[-1].append(i)
-            most = max(most, new[i])
-        else:
-            batches.append([i])
-            longest, most = lengths[i], new[i]
-    return batches
+def has_passed(deadline: float | None) -> bool:
+    """Whether the deadline, a time.monotonic(), has passed; None never does."""
+    return deadline is not None and time.monotonic() >= deadline

@@ -13,7 +13,7 @@ EVERY = 0.2  # seconds between two reports
 class Pace:
     """Counts the answers to `total` prompts; `report` gets a line now and then, and one at the end.
 
-    Answers that were paid for before count as answered and not as speed.
+    Answers from the cache count as answered but not as speed.
     """
 
     def __init__(
@@ -23,18 +23,21 @@ class Pace:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.total, self.report, self.clock = total, report, clock
-        self.answered = 0  # all whose batch is done, found ones too
+        self.answered = 0  # in complete batches, those from the cache included
         # answers made here, their new tokens, and the time that took
         self.fresh, self.tokens, self.seconds = 0, 0, 0.0
-        self._under_way, self._began, self._shown = (0, 0), clock(), -EVERY
+        self._current = (0, 0)  # answers ended, and new tokens, of the current batch
+        self._began = clock()
+        self._shown = -EVERY
 
     def begin(self) -> None:
         """A batch begins."""
-        self._began, self._under_way = self.clock(), (0, 0)
+        self._began = self.clock()
+        self._current = (0, 0)
 
     def watch(self, ended: int, tokens: int) -> None:
         """See `Engine.watch`."""
-        self._under_way = ended, tokens
+        self._current = (ended, tokens)
         if self.report and self.clock() - self._shown >= EVERY:
             self._shown = self.clock()
             self.report(self.line())
@@ -42,33 +45,35 @@ class Pace:
     def end(self, answers: int, tokens: int) -> None:
         """A batch is answered."""
         self.seconds += self.clock() - self._began
-        self.fresh, self.tokens, self._under_way = (
-            self.fresh + answers,
-            self.tokens + tokens,
-            (0, 0),
-        )
-        self._began = self.clock()
+        self.fresh += answers
+        self.tokens += tokens
+        self.begin()
         self.found(answers)
 
     def found(self, answers: int) -> None:
-        """So many more answers are there."""
+        """This many more answers are available."""
         self.answered += answers
         if self.report:
             self.report(self.line())
 
     @property
     def rate(self) -> float | None:
-        """New tokens per second of the batches answered here; None when there were none."""
+        """New tokens per second of the batches answered here; None if there were none."""
         return self.tokens / self.seconds if self.seconds else None
 
     def line(self) -> str:
         """answered 12/50  310 tokens/s  ETA 3 min."""
-        ended, tokens = self._under_way
+        ended, tokens = self._current
         text = f"answered {self.answered + ended}/{self.total}"
-        seconds = self.seconds + (self.clock() - self._began if tokens else 0.0)
-        ended, tokens = self.fresh + ended, self.tokens + tokens
+        left = self.total - self.answered - ended
+        seconds = self.seconds
+        if tokens:
+            seconds += self.clock() - self._began
+        tokens += self.tokens
         if not tokens or not seconds:
             return text
         text += f"  {tokens / seconds:.0f} tokens/s"
-        left = self.total - self.answered - self._under_way[0]
-        return f"{text}  ETA {duration(seconds / ended * left)}" if ended and left else text
+        fresh = self.fresh + ended
+        if not fresh or not left:
+            return text
+        return f"{text}  ETA {duration(seconds / fresh * left)}"

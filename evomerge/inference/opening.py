@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,19 +133,17 @@ def open_chooser(opened: Opened, classify: str, say: Callable[[str], None]) -> C
     """
     if classify == "neighbours":
         return open_knowledge(opened.prompt, say)
-    from evomerge.answering.hf.engine import TransformersEngine
-    from evomerge.answering.hf.likelihood import loglikelihood
     from evomerge.answering.prompts import make_prompter
 
     engine = opened.engine
-    if not isinstance(engine, TransformersEngine):
+    likelihood = engine.likelihood
+    if likelihood is None:
         raise InputError(
             "needs a transformers model",
             where="--classify",
             found=classify,
             remedy="Use --classify neighbours.",
         )
-    likelihood = partial(loglikelihood, engine.model, engine.tokenizer)
     render = make_prompter(engine.tokenizer, opened.prompt).render
     return open_knowledge(
         opened.prompt,
@@ -189,17 +186,10 @@ def _study(dtype: str, config: Mapping[str, Any] | None = None) -> Study:
 
 
 def _engine(base: ModelFolder, siblings: Sequence[ModelFolder], study: Study) -> Engine:
-    from evomerge.answering.engine import make_engine
+    from evomerge.answering.choose import make_engine
+    from evomerge.answering.engine import EngineSpec
 
-    return make_engine(
-        base,
-        siblings,
-        study.engine,
-        study.generation,
-        study.search.dtype,
-        study.search.seed,
-        study.prompt.too_long,
-    )
+    return make_engine(EngineSpec.of_study(study, base, siblings))
 
 
 def _dtype(recipe: Recipe) -> str:

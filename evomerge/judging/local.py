@@ -40,7 +40,7 @@ EXAMPLE = Task(0, "1+1は？", "2", "")  # is tried before any answer is graded
 _VISIBLE = re.compile(r"[^\s\u200b\ufeff]")
 
 
-class LikelihoodCapability(Protocol):
+class DigitModel(Protocol):
     """What the judge needs of an engine."""
 
     @property
@@ -62,9 +62,7 @@ class LikelihoodCapability(Protocol):
 class LocalJudge:
     """Grades 1.0 to 5.0 by the engine that it is given; `correct` is always None."""
 
-    def __init__(
-        self, engine: LikelihoodCapability, model: str, template: str | None = None
-    ) -> None:
+    def __init__(self, engine: DigitModel, model: str, template: str | None = None) -> None:
         """Check that the model can judge; `model` is its name.
 
         Raises ModelError: no digits in the vocabulary, or a context or chat template that does not

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 from evomerge.answering.cache import AnswerCache
 from evomerge.answering.engine import Engine
-from evomerge.answering.hf.engine import TransformersEngine
 from evomerge.answering.lm_eval.harness import LmEvalRunner
 from evomerge.answering.prompts import Prompter
 from evomerge.console import Console
@@ -46,8 +45,8 @@ def judged_search(
 
     likelihood = warm_start = None
     if study.objective.likelihood:
-        assert isinstance(engine, TransformersEngine)  # the study file was checked for it
-        likelihood = LikelihoodPart(engine, prompter, cache)
+        assert engine.likelihood is not None  # the study file was checked for it
+        likelihood = LikelihoodPart(engine, engine.likelihood, prompter, cache)
     if study.search.warm_start is not None:
         warm_start = LikelihoodStart(problem, engine, prompter)
     one_pass = OnePass(problem, engine, cache, ledger)

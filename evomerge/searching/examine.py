@@ -13,9 +13,7 @@ from itertools import chain
 from typing import Protocol
 
 from evomerge.answering.cache import MERGED, AnswerCache, answer_all
-from evomerge.answering.engine import Answer, Engine
-from evomerge.answering.hf.engine import TransformersEngine
-from evomerge.answering.hf.likelihood import loglikelihood, spoken
+from evomerge.answering.engine import Answer, Engine, LikelihoodCapability
 from evomerge.answering.lm_eval.harness import LmEvalRunner
 from evomerge.answering.pace import Pace
 from evomerge.answering.prompts import Prompter
@@ -216,7 +214,8 @@ class LmEvalExaminer:
 class LikelihoodPart:
     """log P(reference | prompt) in nats per token, kept in the answer cache task by task."""
 
-    engine: TransformersEngine
+    engine: Engine
+    likelihood: LikelihoodCapability
     prompter: Prompter
     cache: AnswerCache
 
@@ -238,9 +237,9 @@ class LikelihoodPart:
                 values[keys[-1]] = float(kept[0].text)
         if missing:
             self.engine.apply(recipe)
-            model, tokenizer, pairs = self.engine.model, self.engine.tokenizer, [*missing.values()]
-            sums = loglikelihood(model, tokenizer, pairs)
-            for key, total, (_, said) in zip(missing, sums, spoken(tokenizer, pairs), strict=True):
-                values[key] = total / max(1, len(said))
+            pairs = [*missing.values()]
+            sums, counts = self.likelihood(pairs), self.likelihood.count_tokens(pairs)
+            for key, total, count in zip(missing, sums, counts, strict=True):
+                values[key] = total / max(1, count)
                 self.cache.put(key, [Answer(repr(values[key]), False, 0)])
         return [values[key] if task.output else None for key, task in zip(keys, tasks, strict=True)]

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from evomerge.answering.cache import AnswerCache, cache_scope
-from evomerge.answering.engine import Engine, make_engine
-from evomerge.answering.hf.engine import TransformersEngine
+from evomerge.answering.choose import make_engine
+from evomerge.answering.engine import Engine, EngineSpec
 from evomerge.answering.lm_eval.harness import LmEvalRunner
 from evomerge.answering.prompts import make_prompter
 from evomerge.console import Console
@@ -81,15 +81,7 @@ def resume(prepared: Prepared, ledger: Ledger, url: str, console: Console) -> It
     study, judge = prepared.study, None
     if prepared.lm_eval is None:
         judge = _open_judge(prepared, url, ledger)
-    engine = make_engine(
-        prepared.base,
-        prepared.siblings,
-        study.engine,
-        study.generation,
-        study.search.dtype,
-        study.search.seed,
-        study.prompt.too_long,
-    )
+    engine = make_engine(EngineSpec.of_study(study, prepared.base, prepared.siblings))
     cache = AnswerCache(cache_path(url, study.study), cache_scope(study, dict(ledger.facts.models)))
     drain = True
     try:
@@ -128,7 +120,7 @@ def _resume_lm_eval(
 ) -> Search:
     """Build lm-eval's prompts; refuse a study whose prompts have changed since it began."""
     assert prepared.lm_eval is not None
-    if not isinstance(engine, TransformersEngine):
+    if engine.likelihood is None:
         raise StudyFileError(
             "lm-eval needs a transformers model",
             where="engine.kind",

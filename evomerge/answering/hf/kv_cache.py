@@ -1,6 +1,4 @@
-"""The rows of a batch: keys and values in memory that rows leave, and which prompts are read
-together.
-"""
+"""Keys and values of a batch in memory that rows leave, and which prompts are read together."""
 
 from __future__ import annotations
 
@@ -14,16 +12,17 @@ PASS = 256  # tokens of padding that cost as much as one more forward pass
 
 
 def filled(keep: Sequence[int]) -> list[int]:
-    """The rows to keep, in an order that moves few: rows from the end stand where others have left."""
+    """The rows to keep, reordered so that few move: those at the end take the places of others."""
     n = len(keep)
     tail = iter([row for row in keep if row >= n])
     kept = set(keep)
     return [row if row in kept else next(tail) for row in range(n)]
 
 
-def alike(gaps: Sequence[int]) -> list[slice]:
-    """Rows next to each other whose prompts are read together: a group's padding, in tokens, costs
-    less than one more pass.
+def group_by_padding(gaps: Sequence[int]) -> list[slice]:
+    """Neighbouring rows whose prompts are read together.
+
+    The padding of a group, in tokens, costs less than one more pass.
     """
     groups: list[slice] = []
     padding = 0
@@ -39,16 +38,17 @@ def alike(gaps: Sequence[int]) -> list[slice]:
     return groups
 
 
-class Rows(DynamicLayer):
-    """Keys and values (rows, heads, columns, dim) of one layer in memory for the longest answer.
+class SlotKVCache(DynamicLayer):
+    """Keys and values (rows, heads, columns, dim) of one layer, with room for the longest answer.
 
-    Nothing is copied when a column comes; when rows leave, only those that take their places are.
+    Nothing is copied when a column is added; when rows leave, only those that take their slots are.
     """
 
     def __init__(self, rows: int, columns: int) -> None:
-        super().__init__()
+        DynamicLayer.__init__(self)
         self.rows, self.columns = rows, columns
-        self.first, self.at, self.end = 0, 0, 0  # the row and the columns that count; see `window`
+        # the first row and the columns that count; see `window`
+        self.first, self.at, self.end = 0, 0, 0
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -56,40 +56,47 @@ class Rows(DynamicLayer):
         """Append columns; returns views of all that count."""
         rows, _, more, _ = key_states.shape
         if not self.is_initialized:
-            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-            self.all_keys, self.all_values = (
-                x.new_zeros(self.rows, x.shape[1], self.columns, x.shape[3])
-                for x in (key_states, value_states)
-            )
-        some, span = slice(self.first, self.first + rows), slice(self.end, self.end + more)
-        self.all_keys[some, :, span], self.all_values[some, :, span] = key_states, value_states
+            self.dtype, self.device = key_states.dtype, key_states.device
+            self.all_keys = self._room_for(key_states)
+            self.all_values = self._room_for(value_states)
+            self.is_initialized = True
+        some = slice(self.first, self.first + rows)
+        span = slice(self.end, self.end + more)
+        self.all_keys[some, :, span] = key_states
+        self.all_values[some, :, span] = value_states
         self.end += more
         return self._view(rows)
 
     def window(self, first: int, at: int, end: int) -> None:
-        """What comes belongs to the rows from `first` on; columns from `at` to `end` are there.
-        Columns never written are 0.
+        """What is appended belongs to the rows from `first` on; columns `at` to `end` count.
+
+        Columns that were never written are 0.
         """
         self.first, self.at, self.end = first, at, end
 
     def spread(self, rows: int) -> None:
         """Copy the first row to all."""
-        for all_ in (self.all_keys, self.all_values):
-            all_[1:rows, :, : self.end] = all_[:1, :, : self.end]
+        for tensor in (self.all_keys, self.all_values):
+            tensor[1:rows, :, : self.end] = tensor[:1, :, : self.end]
         self._view(rows)
 
     def keep(self, order: Sequence[int], at: int) -> None:
-        """See `Forward.keep`; columns before `at` do not count any more."""
+        """See `Forward.keep`; columns before `at` no longer count."""
         moved = [(to, row) for to, row in enumerate(order) if to != row]
         if moved:
-            to, row = (torch.tensor(x, device=self.device) for x in zip(*moved, strict=True))
-            for all_ in (self.all_keys, self.all_values):
-                all_[to, :, at : self.end] = all_[row, :, at : self.end]
+            to, row = torch.tensor(moved, device=self.device).unbind(1)
+            for tensor in (self.all_keys, self.all_values):
+                tensor[to, :, at : self.end] = tensor[row, :, at : self.end]
         self.at = at
         self._view(len(order))
 
     def get_seq_length(self) -> int:
+        """The number of columns that count."""
         return self.end - self.at
+
+    def _room_for(self, states: Tensor) -> Tensor:
+        _, heads, _, dim = states.shape
+        return states.new_zeros(self.rows, heads, self.columns, dim)
 
     def _view(self, rows: int) -> tuple[Tensor, Tensor]:
         some, span = slice(self.first, self.first + rows), slice(self.at, self.end)

@@ -1,4 +1,4 @@
-"""Loading a model and its tokenizer with transformers: devices, 4 bits, what can go wrong."""
+"""Loading a model and its tokenizer with transformers: devices, 4 bits, errors."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ def context_of(config: Any) -> int | None:
 
 
 def load_tokenizer(folder: ModelFolder, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer, padding on the left; a missing pad token is the end token. Raises
-    ModelError.
+    """The folder's tokenizer, padding on the left; a missing pad token becomes the end token.
+
+    Raises ModelError.
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -40,7 +41,7 @@ def load_tokenizer(folder: ModelFolder, trust_remote_code: bool = False) -> PreT
             remedy="Add the tokenizer's files.",
         ) from error
     tokenizer.padding_side = "left"
-    tokenizer.model_max_length = 10**9  # what is too long has our own words
+    tokenizer.model_max_length = 10**9  # prompts that are too long get an error of ours
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ModelError(
@@ -52,14 +53,12 @@ def load_tokenizer(folder: ModelFolder, trust_remote_code: bool = False) -> PreT
     return tokenizer
 
 
-def load_model(
-    folder: ModelFolder, engine: EngineSection, dtype: torch.dtype
-) -> Any:  # a PreTrainedModel, whose own annotations hide `generate`
-    """The folder's model in `dtype`, on the section's device, spread by its device_map, or in 4
-    bits; ready to answer.
+def load_model(folder: ModelFolder, engine: EngineSection, dtype: torch.dtype) -> Any:
+    """The folder's model in `dtype`, ready to answer.
 
-    Raises EngineError: it does not fit the device, or bitsandbytes is missing. ModelError:
-    transformers cannot load it.
+    It is on the section's device, spread by its device_map, or in 4 bits. It is a PreTrainedModel,
+    whose own annotations hide `generate`. Raises EngineError: it does not fit the device, or
+    bitsandbytes is missing. ModelError: transformers cannot load it.
     """
     transformers_logging.disable_progress_bar()  # our own progress says what takes time
     device = engine.device
@@ -68,10 +67,10 @@ def load_model(
     device_map: Any = engine.device_map
     quantization = _quantization(engine)
     if quantization is not None and device_map is None:
-        # tensor by tensor: the unquantised model is never there as a whole
+        # tensor by tensor: the unquantised model is never held as a whole
         device_map = {"": device}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             str(folder.path),
             dtype=dtype,
             device_map=device_map,
@@ -80,7 +79,7 @@ def load_model(
             quantization_config=quantization,
         )
         if device_map is None:
-            model.to(torch.device(device))  # type: ignore[arg-type]
+            model.to(torch.device(device))
     except torch.OutOfMemoryError as error:
         raise EngineError(
             "the model does not fit the device",
@@ -99,14 +98,15 @@ def load_model(
 
 
 def _quantization(engine: EngineSection) -> BitsAndBytesConfig | None:
-    """How the live model is quantised: NF4, computed in bfloat16. Raises EngineError without
-    bitsandbytes.
+    """How the live model is quantised: NF4, computed in bfloat16.
+
+    Raises EngineError without bitsandbytes.
     """
     if engine.quantization is None:
         return None
     if importlib.util.find_spec("bitsandbytes") is None:
         raise EngineError(
-            "a live model in 4 bits needs bitsandbytes",
+            "a model in 4 bits needs bitsandbytes",
             where="engine.quantization",
             found=engine.quantization,
             remedy="Run pip install 'evomerge[4bit]'.",

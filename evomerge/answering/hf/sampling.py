@@ -14,9 +14,11 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from evomerge.answering.engine import items_at
+
 
 @dataclass(frozen=True)
-class Rules:
+class SamplingParams:
     """How a token is chosen and what ends an answer; names as in transformers."""
 
     max_new_tokens: int
@@ -38,68 +40,74 @@ class Rules:
         return found
 
 
-class Choice:
-    """One token per row from its logits: the largest, or drawn by a seed of the row's own. Rows of
-    one way choose together.
+class TokenSampler:
+    """One token per row from its logits: the largest, or drawn with the row's own seed.
+
+    Rows with the same parameters are chosen together.
     """
 
-    def __init__(self, rules: Sequence[Rules], seeds: Sequence[int], device: torch.device) -> None:
+    def __init__(
+        self, params: Sequence[SamplingParams], seeds: Sequence[int], device: torch.device
+    ) -> None:
         self.device = device
-        self.ways = [replace(r, max_new_tokens=0, ends=frozenset()) for r in rules]  # of the rows
-        self.processors = {way: way.processors() for way in dict.fromkeys(self.ways)}
-        self.sampled = any(way.do_sample for way in self.ways)
-        if self.sampled:
-            most = max(r.max_new_tokens for r in rules)
-            draws = torch.zeros(len(rules), most, dtype=torch.float64)  # (rows, steps)
-            for row, rule, seed in zip(draws, rules, seeds, strict=True):
-                row[: rule.max_new_tokens] = torch.rand(
-                    rule.max_new_tokens,
-                    dtype=torch.float64,
-                    generator=torch.Generator().manual_seed(seed),
-                )
-            self.draws = draws.to(device)
+        # of each row, without what ends its answer
+        self.kinds = [replace(p, max_new_tokens=0, ends=frozenset()) for p in params]
+        self.processors = {kind: kind.processors() for kind in dict.fromkeys(self.kinds)}
+        self.draws: Tensor | None = None  # (rows, steps)
+        if any(kind.do_sample for kind in self.kinds):
+            self.draws = _draws(params, seeds).to(device)
         self._group()
 
     def __call__(self, logits: Tensor, ids: Tensor, step: int) -> Tensor:
         """logits (rows, vocabulary), ids (rows, columns) -> (rows,)."""
+        draws = None if self.draws is None else self.draws[:, step : step + 1]
         if len(self.groups) == 1:
-            return self._of(
-                self.ways[0], logits, ids, self.draws[:, step : step + 1] if self.sampled else None
-            )
+            return self._choose(self.kinds[0], logits, ids, draws)
         chosen = torch.empty(len(logits), dtype=torch.long, device=logits.device)
-        for way, rows in self.groups.items():
-            chosen[rows] = self._of(
-                way,
-                logits[rows],
-                ids[rows],
-                self.draws[rows, step : step + 1] if self.sampled else None,
-            )
+        for kind, rows in self.groups.items():
+            own = None if draws is None else draws[rows]
+            chosen[rows] = self._choose(kind, logits[rows], ids[rows], own)
         return chosen
 
     def keep(self, order: Iterable[int]) -> None:
+        """Only these rows stay, in this order."""
         rows = list(order)
-        self.ways = [self.ways[row] for row in rows]
-        if self.sampled:
+        self.kinds = items_at(self.kinds, rows)
+        if self.draws is not None:
             self.draws = self.draws[rows]
         self._group()
 
     def _group(self) -> None:
-        self.groups = {
-            way: torch.tensor(
-                [row for row, own in enumerate(self.ways) if own == way], device=self.device
-            )
-            for way in dict.fromkeys(self.ways)
-        }
+        rows_of: dict[SamplingParams, list[int]] = {}
+        for row, kind in enumerate(self.kinds):
+            rows_of.setdefault(kind, []).append(row)
+        self.groups: dict[SamplingParams, Tensor] = {}
+        for kind, rows in rows_of.items():
+            self.groups[kind] = torch.tensor(rows, device=self.device)
 
-    def _of(self, way: Rules, logits: Tensor, ids: Tensor, draws: Tensor | None) -> Tensor:
-        """The choice of rows of one way; draws (rows, 1)."""
-        if self.processors[way]:
-            logits = self.processors[way](ids, logits.float())  # type: ignore[arg-type]  # subclasses of Tensor that do not exist at run time
-        if not way.do_sample:
+    def _choose(
+        self, kind: SamplingParams, logits: Tensor, ids: Tensor, draws: Tensor | None
+    ) -> Tensor:
+        """The tokens of rows of one kind; draws (rows, 1)."""
+        if self.processors[kind]:
+            # annotated for subclasses of Tensor that do not exist at run time
+            logits = self.processors[kind](ids, logits.float())  # type: ignore[arg-type]
+        if not kind.do_sample:
             return logits.argmax(-1)
         assert draws is not None
         # the inverse of this distribution function, at the row's draw
         below = logits.double().softmax(-1).cumsum(-1)
         drawn = torch.searchsorted(below, draws * below[:, -1:], right=True)
-        # above it only where weights have made NaN
+        # beyond the vocabulary only where weights have produced NaN
         return drawn.clamp(max=logits.shape[-1] - 1)[:, 0]
+
+
+def _draws(params: Sequence[SamplingParams], seeds: Sequence[int]) -> Tensor:
+    """Each row's numbers from 0 to 1, one for each step, (rows, steps)."""
+    most = max(p.max_new_tokens for p in params)
+    draws = torch.zeros(len(params), most, dtype=torch.float64)
+    for row, own, seed in zip(draws, params, seeds, strict=True):
+        generator = torch.Generator().manual_seed(seed)
+        steps = own.max_new_tokens
+        row[:steps] = torch.rand(steps, dtype=torch.float64, generator=generator)
+    return draws

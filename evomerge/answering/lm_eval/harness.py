@@ -25,7 +25,7 @@ from evomerge.tasks import Task
 
 if TYPE_CHECKING:
     from evomerge.answering.cache import AnswerCache
-    from evomerge.answering.hf.engine import TransformersEngine
+    from evomerge.answering.engine import Engine
 
 FEWSHOT_SEED = 1234  # lm-eval's own default: the examples are those that it would draw
 
@@ -33,13 +33,14 @@ FEWSHOT_SEED = 1234  # lm-eval's own default: the examples are those that it wou
 class LmEvalRunner:
     """Answers the documents of `lm_eval` with the engine's live model."""
 
-    def __init__(self, lm_eval: LmEvalTasks, engine: TransformersEngine) -> None:
+    def __init__(self, lm_eval: LmEvalTasks, engine: Engine) -> None:
         """Build every prompt with the engine's tokenizer; `prompts` is a hash of them.
 
         Raises TaskError.
         """
         from lm_eval.models.huggingface import HFLM
 
+        assert engine.likelihood is not None
         self.lm_eval, self.study = lm_eval, lm_eval.study
         self.warnings = list(lm_eval.warnings)
         chat = self.study.apply_chat_template
@@ -54,7 +55,7 @@ class LmEvalRunner:
         self._requests: dict[str, dict[int, list[Any]]] = {}
         with quiet():
             self.lm = HFLM(
-                pretrained=engine.model,
+                pretrained=engine.likelihood.model,
                 tokenizer=engine.tokenizer,
                 batch_size=self.study.engine.batch_size,
             )

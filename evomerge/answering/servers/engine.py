@@ -51,6 +51,10 @@ class ServerEngine:
     twice.
     """
 
+    population = None
+    gradient = None
+    likelihood = None
+
     def __init__(
         self,
         url: str,

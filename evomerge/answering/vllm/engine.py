@@ -1,56 +1,45 @@
-"""The vLLM engine: loads once, takes each candidate's weights from memory, and schedules a whole
-batch itself.
+"""The vLLM engine: it loads once and takes each candidate's weights from memory.
 
 vLLM packs weights into layouts of its own, which cannot be merged into. So the live model is kept
-in host memory as its files would hold it (`HostWeights`), is merged there, and every worker takes
-its part from that memory by vLLM's own `reload_weights`: no disk, no pickling, and the same way for
-one worker and for several (`tensor_parallel_size`).
+in host memory as its files would hold it (`HostWeights`) and merged there, and every worker takes
+its part from that memory with vLLM's own `reload_weights`: no disk, no pickling, and the same way
+for one worker and for several (`tensor_parallel_size`).
 """
 
 from __future__ import annotations
 
 import importlib.util
-import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from evomerge.answering.encode import Encoder, first_stop, prompt_seed
-from evomerge.answering.engine import Answer, Got, Settings, Watch
+from evomerge.answering.engine import Answer, EngineSpec, Got, Settings, Watch, has_passed
 from evomerge.answering.hf.loading import load_tokenizer
 from evomerge.answering.vllm.host_weights import host_weights_of
 from evomerge.answering.vllm.loading import BATCH, end_tokens, first_line, load_llm, refuse_others
 from evomerge.errors import EngineError
-from evomerge.merging.checkpoints.model_folder import ModelFolder
 from evomerge.merging.live import LiveModel
 from evomerge.recipe import Recipe
-from evomerge.study import EngineSection, GenerationSection
+from evomerge.study import GenerationSection
 
-# a prompt's place, its tokens, whether it has ended
+# a prompt's index, its new tokens, whether its answer has ended
 Outputs = Generator[tuple[int, list[int], bool], None, None]
+RESUME = "Run the same command again: it resumes where it stopped."
 
 
 class VllmEngine:
-    """Answers with vLLM. Without siblings the model answers as it lies on disk, and `apply` is not
-    there for it.
-    """
+    """Answers with vLLM; it has no capabilities beyond that."""
 
-    def __init__(
-        self,
-        base: ModelFolder,
-        siblings: Sequence[ModelFolder],
-        engine: EngineSection,
-        generation: GenerationSection,
-        dtype: str,
-        seed: int = 0,
-        too_long: Literal["refuse", "truncate"] = "refuse",
-    ) -> None:
-        """Raises EngineError when vLLM is absent or refuses its arguments, ModelError for a bad
-        tokenizer or tensor.
-        """
-        refuse_others(engine)
+    population = None
+    gradient = None
+    likelihood = None
+
+    def __init__(self, spec: EngineSpec) -> None:
+        """Raises EngineError: vLLM is absent or refuses its arguments; ModelError: bad files."""
+        refuse_others(spec.engine)
         if importlib.util.find_spec("vllm") is None:
             raise EngineError(
                 "vLLM is not installed",
@@ -58,26 +47,31 @@ class VllmEngine:
                 found="vllm",
                 remedy="Run pip install 'evomerge[vllm]'.",
             )
-        self.settings, self.generation, self.seed = engine, generation, seed
+        base, section = spec.base, spec.engine
+        self.generation, self.seed = spec.generation, spec.seed
         self.limits: dict[str, int] = {}  # vLLM fits its batches into memory itself
         self.watch: Watch | None = None
-        if engine.threads is not None:
-            torch.set_num_threads(engine.threads)
-        self.tokenizer = load_tokenizer(base, engine.trust_remote_code)
+        if section.threads is not None:
+            torch.set_num_threads(section.threads)
+        self.tokenizer = load_tokenizer(base, section.trust_remote_code)
         self.ends = end_tokens(base, self.tokenizer)
         self.live: LiveModel | None = None
-        if siblings:
-            self.weights = host_weights_of(base, getattr(torch, dtype))
-            self.live = LiveModel(self.weights.module, base, siblings, seed, engine.residency)
-        self.llm = load_llm(base, engine, dtype, seed)
+        if spec.siblings:
+            self.weights = host_weights_of(base, getattr(torch, spec.dtype))
+            self.live = LiveModel(
+                self.weights.module, base, spec.siblings, spec.seed, section.residency
+            )
+        self.llm = load_llm(base, section, spec.dtype, spec.seed)
         self.context: int | None = self.llm.llm_engine.model_config.max_model_len
-        self.encode = Encoder(self.tokenizer, self.context, generation.max_new_tokens, too_long)
+        most = spec.generation.max_new_tokens
+        self.encode = Encoder(self.tokenizer, self.context, most, spec.too_long)
         self._applied = ""  # digest of the recipe whose weights vLLM holds
-        self._broken: str | None = None  # why it can answer no more
+        self._broken: str | None = None  # why it can no longer answer
 
     def apply(self, recipe: Recipe) -> None:
-        """Merge in host memory, then let vLLM take the weights. What fails to merge leaves vLLM as
-        it was.
+        """Merge in host memory, then have vLLM take the weights.
+
+        If merging fails, vLLM is left as it was.
         """
         assert self.live is not None, "an engine without siblings merges nothing"
         self._check()
@@ -92,12 +86,9 @@ class VllmEngine:
         self._applied = recipe.digest()
 
     def batches(self, prompts: Sequence[str], settings: Settings = None) -> list[list[int]]:
-        """Indices of the prompts, in their order, in groups of BATCH: vLLM needs no sorting, as it
-        pads nothing.
-        """
-        return [
-            list(range(at, min(at + BATCH, len(prompts)))) for at in range(0, len(prompts), BATCH)
-        ]
+        """Indices of the prompts, in order, in groups of BATCH: without padding none are sorted."""
+        indices = list(range(len(prompts)))
+        return [indices[at : at + BATCH] for at in range(0, len(indices), BATCH)]
 
     def answer(
         self,
@@ -106,19 +97,19 @@ class VllmEngine:
         got: Got | None = None,
         deadline: float | None = None,
     ) -> list[Answer]:
-        """Answer one batch; see `Engine.answer`. Raises EngineError: out of memory, a prompt that
-        leaves no room in the context.
+        """Answer one batch; see `Engine.answer`.
 
-        At the deadline the step under way is still finished. What `got` raises goes through, and
-        the engine answers on.
+        At the deadline the current step is still finished. What `got` raises is passed on, and the
+        engine stays usable. Raises EngineError: out of memory, or a prompt that leaves no room in
+        the context.
         """
         self._check()
         own = [self.generation] * len(prompts) if settings is None else settings
-        # all are checked before vLLM has any
+        # all are checked before vLLM gets any
         rows = self.encode(prompts, [g.max_new_tokens for g in own])
-        parameters = [self._sampling(prompt, g) for prompt, g in zip(prompts, own, strict=True)]
+        params = [self._sampling(prompt, g) for prompt, g in zip(prompts, own, strict=True)]
         answers = [Answer("", True, 0)] * len(prompts)
-        with closing(self._outputs(rows, parameters, deadline)) as outputs:
+        with closing(self._outputs(rows, params, deadline)) as outputs:
             for place, tokens, ended in outputs:
                 answers[place] = self._finish(tokens, own[place])
                 if ended and got is not None:
@@ -126,62 +117,61 @@ class VllmEngine:
         return answers
 
     def _outputs(
-        self, rows: Sequence[list[int]], parameters: Sequence[Any], deadline: float | None
+        self, rows: Sequence[list[int]], params: Sequence[Any], deadline: float | None
     ) -> Outputs:
-        """Each answer when it ends; at the deadline the others with their tokens so far."""
+        """Each answer as it ends; at the deadline the others with their tokens so far."""
         with self._breaking("vLLM could not answer"):
-            # Keys and values of other weights must go; and those of an earlier batch, which a
-            # resumed run does not answer.
+            # Keys and values computed with other weights must go, and also those of an earlier
+            # batch, which a resumed run does not answer.
             if not self.llm.reset_prefix_cache():
                 raise RuntimeError("its prefix cache is in use")
-            yield from run_steps(self.llm.llm_engine, rows, parameters, self.watch, deadline)
+            yield from run_steps(self.llm.llm_engine, rows, params, self.watch, deadline)
 
     def _sampling(self, prompt: str, g: GenerationSection) -> Any:
-        """vLLM's settings for one prompt, with a seed of its own, so that its answer does not
-        depend on what shares the batch.
+        """vLLM's parameters for one prompt.
+
+        It has its own seed, so its answer does not depend on what shares the batch.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        drawing: dict[str, Any] = {"temperature": 0.0, "top_p": 1.0, "seed": None}
+        if g.do_sample:
+            seed = prompt_seed(self.seed if g.seed is None else g.seed, prompt)
+            drawing = {"temperature": g.temperature, "top_p": g.top_p, "seed": seed}
         return SamplingParams(
             max_tokens=g.max_new_tokens,
-            temperature=g.temperature if g.do_sample else 0.0,
-            top_p=g.top_p if g.do_sample else 1.0,
             top_k=0,
             repetition_penalty=g.repetition_penalty,
-            seed=prompt_seed(self.seed if g.seed is None else g.seed, prompt)
-            if g.do_sample
-            else None,
             stop=list(g.stop) or None,
             stop_token_ids=self.ends,
-            # `ends` says all: vLLM's own end token is the tokenizer's, which may be another
+            # `ends` is complete: vLLM's own end token is the tokenizer's, which may be another
             ignore_eos=True,
             detokenize=bool(g.stop),
             output_kind=RequestOutputKind.FINAL_ONLY,
+            **drawing,
         )
 
     def _finish(self, tokens: Sequence[int], g: GenerationSection) -> Answer:
-        """The text up to an end token or a stop text."""
+        """The text up to an end token or a stop string."""
         ended = bool(tokens) and tokens[-1] in self.ends
-        kept = list(tokens[:-1] if ended else tokens)
+        kept = list(tokens)
+        if ended:
+            kept.pop()
         text = str(self.tokenizer.decode(kept, skip_special_tokens=True))
         stop = first_stop(text, g.stop)
         return Answer(text[:stop], truncated=not ended and stop is None, tokens=len(kept))
 
     def _check(self) -> None:
         if self._broken is not None:
-            raise EngineError(
-                self._broken, remedy="Run the same command again: it goes on where it stopped."
-            )
+            raise EngineError(self._broken, remedy=RESUME)
 
     @contextmanager
     def _breaking(self, what: str) -> Iterator[None]:
-        """What fails within leaves vLLM half changed: the error says so, and nothing is answered
-        any more.
-        """
+        """A failure within leaves vLLM half changed: from then on it refuses to answer."""
         try:
             yield
-        except Exception as error:  # vLLM lets through torch's, its own and its kernels' errors
+        except Exception as error:  # vLLM raises torch's, its own and its kernels' errors
             self._broken = f"{what}: {first_line(error)}"
             self._applied = ""
             if isinstance(error, torch.OutOfMemoryError):
@@ -189,59 +179,52 @@ class VllmEngine:
                     what + ": out of memory",
                     remedy="Lower engine.vllm.gpu_memory_utilization or max_model_len.",
                 ) from error
-            raise EngineError(
-                self._broken, remedy="Run the same command again: it goes on where it stopped."
-            ) from error
+            raise EngineError(self._broken, remedy=RESUME) from error
 
 
 def run_steps(
     engine: Any,
     rows: Sequence[list[int]],
-    parameters: Sequence[Any],
+    params: Sequence[Any],
     watch: Watch | None = None,
     deadline: float | None = None,
 ) -> Outputs:
-    """What vLLM's `LLM.generate` does with token lists, an answer given out in the step that ends
-    it; see `_outputs`.
+    """What vLLM's `LLM.generate` does with token lists, but each answer is yielded as it ends.
 
-    Whoever closes this early leaves nothing under way in vLLM. Unfinished tokens are read from
-    where vLLM keeps them: having it hand them out with every step costs 1 ms a step of 256 prompts,
-    a tenth of a small model's speed.
+    Closing this early leaves no request behind in vLLM. Unfinished tokens are read from where vLLM
+    keeps them: having it return them with every step costs 1 ms a step of 256 prompts, a tenth of a
+    small model's speed.
     """
     from vllm.inputs import tokens_input
 
-    under_way: set[int] = set()
+    running: set[int] = set()
     done = 0  # tokens of ended answers
     try:
-        for place, (row, own) in enumerate(zip(rows, parameters, strict=True)):
-            if _over(deadline):
+        for place, (row, own) in enumerate(zip(rows, params, strict=True)):
+            if has_passed(deadline):
                 return
             engine.add_request(str(place), tokens_input(list(row)), own)
-            under_way.add(place)
-        while engine.has_unfinished_requests() and not _over(deadline):
+            running.add(place)
+        while engine.has_unfinished_requests() and not has_passed(deadline):
             for output in engine.step():
                 place, tokens = int(output.request_id), list(output.outputs[0].token_ids)
-                under_way.remove(place)
+                running.remove(place)
                 done += len(tokens)
                 yield place, tokens, True
             if watch is not None:
-                watch(
-                    len(rows) - len(under_way),
-                    done + sum(s.detokenizer.num_output_tokens() for s in _unfinished(engine)),
-                )
+                states = _unfinished(engine)
+                tokens_so_far = sum(state.detokenizer.num_output_tokens() for state in states)
+                watch(len(rows) - len(running), done + tokens_so_far)
         for state in _unfinished(engine):
             yield int(state.external_req_id), list(state.detokenizer.output_token_ids), False
     finally:
-        if under_way:
-            engine.abort_request([str(place) for place in under_way])
+        if running:
+            engine.abort_request([str(place) for place in running])
 
 
 def _unfinished(engine: Any) -> list[Any]:
-    """The states of all requests that have not ended: no stable interface, but the version is
-    pinned and tests hold it.
+    """The states of all requests that have not ended.
+
+    This is not a stable interface, but vLLM's version is pinned and tests cover it.
     """
     return list(engine.output_processor.request_states.values())
-
-
-def _over(deadline: float | None) -> bool:
-    return deadline is not None and time.monotonic() >= deadline

@@ -1,8 +1,7 @@
-"""A model's weights in memory that other processes can read as a safetensors file, written in place
-between candidates.
+"""A model's weights in memory that other processes can read as a safetensors file.
 
-For engines that keep weights in a layout of their own: a live model is merged here, and the engine
-loads it from here.
+For engines that keep weights in a layout of their own: the live model is merged here, in place, and
+the engine loads it from here.
 """
 
 from __future__ import annotations
@@ -27,29 +26,29 @@ NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 
 class HostWeights:
-    """Tensors of `shapes` in one dtype. `module` holds them as parameters; `folder` holds them as
-    model.safetensors.
+    """Tensors of `shapes` in one dtype: parameters of `module`, and model.safetensors in `folder`.
 
     Both are the same memory. It belongs to no file system, so it has no size limit of its own and
-    goes with the process however that ends; the folder holds only a link, through which processes
-    of the same user can map it.
+    is freed with the process however that ends; the folder holds only a link, through which
+    processes of the same user can map it.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
-        """Raises EngineError when there is no memory for it."""
+        """Raises EngineError when there is not enough memory."""
         header, starts, size = _layout(shapes, dtype)
         free = free_bytes(torch.device("cpu"))
         if size > free:
             raise EngineError(
-                f"the merged weights need {size / 1e9:.1f} GB of host memory, and {free / 1e9:.1f} GB are free",
+                f"the merged weights need {size / 1e9:.1f} GB of host memory, "
+                f"and {free / 1e9:.1f} GB are free",
                 remedy="Free some, or use engine.kind: transformers.",
             )
         self._file = os.memfd_create("evomerge-weights", os.MFD_CLOEXEC)
-        # taken now: what keeps base and siblings counts what is left
+        # allocated now: base and siblings are placed by what is left
         os.posix_fallocate(self._file, 0, len(header) + size)
         os.pwrite(self._file, header, 0)
         self.folder = Path(tempfile.mkdtemp(prefix="evomerge-weights-"))
-        self.close = weakref.finalize(self, _close, self._file, self.folder)
+        self.close = weakref.finalize(self, _release, self._file, self.folder)
         (self.folder / "model.safetensors").symlink_to(f"/proc/{os.getpid()}/fd/{self._file}")
         numbers = (len(header) + size) // dtype.itemsize
         whole = torch.from_file(
@@ -63,7 +62,7 @@ class HostWeights:
 
 
 def host_weights_of(model: ModelFolder, dtype: torch.dtype) -> HostWeights:
-    """Room for the model's tensors, a tied head left out. Nothing is in it until it is merged into."""
+    """Room for the model's tensors, without a tied head; it is empty until it is merged into."""
     tied = {"lm_head.weight"} if model.config.get("tie_word_embeddings") else set()
     return HostWeights({name: model.shape(name) for name in sorted(model.keys - tied)}, dtype)
 
@@ -94,7 +93,7 @@ def _layout(
 
 
 def _register(root: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Make the tensor the parameter that `root.named_parameters()` calls `name`."""
+    """Make the tensor the parameter called `name` in `root.named_parameters()`."""
     *path, leaf = name.split(".")
     for part in path:
         if part not in root._modules:
@@ -103,6 +102,6 @@ def _register(root: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
     root.register_parameter(leaf, torch.nn.Parameter(tensor, requires_grad=False))
 
 
-def _close(file: int, folder: Path) -> None:
+def _release(file: int, folder: Path) -> None:
     os.close(file)
     shutil.rmtree(folder, ignore_errors=True)

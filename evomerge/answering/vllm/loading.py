@@ -1,6 +1,4 @@
-"""Loading a model into vLLM: what it takes, its memory on a CPU, what ends an answer, what can go
-wrong.
-"""
+"""Loading a model into vLLM: its arguments, its memory on a CPU, end tokens, errors."""
 
 from __future__ import annotations
 
@@ -20,8 +18,8 @@ from evomerge.study import EngineSection
 
 # Prompts given to vLLM at once, and the most that it runs at once. Answers are kept by whole
 # batches, so an interrupted candidate loses at most one. vLLM fills a finished answer's place only
-# from what it was given: at the end of a batch the device idles, which with 256 costs little.
-# Fixed, as what shares a batch must not depend on the machine.
+# from what it was given: at the end of a batch the device idles, which with 256 costs little. The
+# number is fixed because what shares a batch must not depend on the machine.
 BATCH = 256
 CPU_SHARE = 0.4  # of the free host memory, that keys and values may take on a CPU
 BLOCK = 128  # positions of a block of keys and values on a CPU: the least that a prompt takes
@@ -35,28 +33,22 @@ ENVIRONMENT = {
 
 
 def refuse_others(engine: EngineSection) -> None:
-    """Keys that only the transformers engine honours are refused, never ignored; `batch_size` has a
-    default, and see BATCH.
+    """Refuse keys that only the transformers engine honours; they are never ignored.
+
+    `batch_size` has a default, so it is not among them; see BATCH.
     """
+    device = None if engine.device == "auto" else engine.device
     keys: list[tuple[str, object, str]] = [
-        (
-            "device",
-            engine.device if engine.device != "auto" else None,
-            "Leave it out: vLLM's build decides.",
-        ),
+        ("device", device, "Leave it out: vLLM's build decides."),
         ("device_map", engine.device_map, "Use engine.vllm.tensor_parallel_size."),
         ("quantization", engine.quantization, "Use engine.vllm.quantization."),
-        (
-            "batch_tokens",
-            engine.batch_tokens,
-            "Leave it out: vLLM fits what it runs into memory itself.",
-        ),
+        ("batch_tokens", engine.batch_tokens, "Leave it out: vLLM manages its memory itself."),
         ("population", engine.population or None, "Leave it out."),
     ]
     for key, found, remedy in keys:
         if found is not None:
             raise EngineError(
-                "the vLLM engine does not take this key",
+                "the vLLM engine does not support this key",
                 where=f"engine.{key}",
                 found=found,
                 remedy=remedy,
@@ -71,14 +63,13 @@ def load_llm(base: ModelFolder, engine: EngineSection, dtype: str, seed: int) ->
             from vllm import LLM, SamplingParams
             from vllm.platforms import current_platform
 
-            if (
-                current_platform.is_cpu()
-                and engine.vllm.gpu_memory_utilization is None
-                and "VLLM_CPU_KVCACHE_SPACE" not in os.environ
-            ):
-                arguments["kv_cache_memory_bytes"] = _cpu_cache(
-                    base.config, engine.vllm.max_model_len, dtype
-                )
+            set_by_user = (
+                engine.vllm.gpu_memory_utilization is not None
+                or "VLLM_CPU_KVCACHE_SPACE" in os.environ
+            )
+            if current_platform.is_cpu() and not set_by_user:
+                longest = engine.vllm.max_model_len
+                arguments["kv_cache_memory_bytes"] = _cpu_cache(base.config, longest, dtype)
             llm = LLM(
                 model=str(base.path),
                 dtype=dtype,
@@ -91,7 +82,7 @@ def load_llm(base: ModelFolder, engine: EngineSection, dtype: str, seed: int) ->
                 **arguments,
             )
             # A shape that vLLM has no kernel for, such as heads of 24 numbers on a CPU, shows only
-            # now: better than in every trial.
+            # when it answers: better here than in every trial.
             llm.generate(
                 [{"prompt_token_ids": [0]}],
                 SamplingParams(max_tokens=1, detokenize=False),
@@ -104,7 +95,7 @@ def load_llm(base: ModelFolder, engine: EngineSection, dtype: str, seed: int) ->
                 where=base.path,
                 remedy="Raise engine.vllm.tensor_parallel_size, or quantise.",
             ) from error
-        except Exception as error:  # many kinds, by what vLLM cannot do
+        except Exception as error:  # vLLM raises many kinds
             raise EngineError(
                 f"vLLM cannot load the model: {first_line(error)}",
                 where=base.path,
@@ -113,8 +104,7 @@ def load_llm(base: ModelFolder, engine: EngineSection, dtype: str, seed: int) ->
 
 
 def _cpu_cache(config: Mapping[str, Any], max_model_len: int | None, dtype: str) -> int:
-    """Bytes of keys and values on a CPU: of a whole batch at its longest, if CPU_SHARE of the free
-    memory holds that.
+    """Bytes of keys and values on a CPU: a whole batch at its longest, within CPU_SHARE.
 
     vLLM's own default, nine tenths of the machine's memory, is refused on any machine that does
     something else too.
@@ -126,8 +116,9 @@ def _cpu_cache(config: Mapping[str, Any], max_model_len: int | None, dtype: str)
 
 
 def end_tokens(base: ModelFolder, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What ends an answer, by the same rule as transformers: generation_config.json, else
-    config.json, else the tokenizer.
+    """What ends an answer: by generation_config.json, else config.json, else the tokenizer.
+
+    That is the rule of transformers too. Raises ModelError for a file that cannot be read.
     """
     ends: Any = base.config.get("eos_token_id")
     if (base.path / "generation_config.json").is_file():
@@ -137,17 +128,20 @@ def end_tokens(base: ModelFolder, tokenizer: PreTrainedTokenizerBase) -> list[in
             raise ModelError(
                 f"generation_config.json cannot be read: {error}",
                 where=base.path,
-                remedy="Mend it, or remove it.",
+                remedy="Fix it, or remove it.",
             ) from error
     if ends is None:
         ends = tokenizer.eos_token_id
-    return [] if ends is None else list(ends) if isinstance(ends, list) else [ends]
+    if isinstance(ends, list):
+        return list(ends)
+    return [] if ends is None else [ends]
 
 
 @contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """These variables where the user set none, for what only the environment can tell vLLM;
-    afterwards it is as before.
+    """Set these variables where the user has not, until the context ends.
+
+    They are for what vLLM takes only from the environment.
     """
     added = {name: value for name, value in values.items() if name not in os.environ}
     os.environ.update(added)
@@ -159,5 +153,5 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """The error's first line, as one."""
+    """The error's first line, or its type if it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -12,7 +12,6 @@ from itertools import chain
 
 from evomerge.answering.cache import AnswerCache, watched
 from evomerge.answering.engine import Engine, Settings
-from evomerge.answering.hf.population import PopulationEngine, pays
 from evomerge.answering.pace import Pace
 from evomerge.errors import StudyFileError
 from evomerge.recipe import Recipe
@@ -40,18 +39,16 @@ class OnePass:
         As `engine.population` says. By default in fp32, where the tokens are the merged model's,
         and only where it surely pays.
         """
-        study, engine = self.problem.study, self.engine
+        study, population = self.problem.study, self.engine.population
         asked_for = study.engine.population
-        if not isinstance(engine, PopulationEngine) or engine.live is None or asked_for is False:
+        if population is None or asked_for is False:
             return False
-        parameters = sum(p.numel() for p in engine.model.parameters())
-        device = next(iter(engine.model.parameters())).device.type
         exact = study.search.dtype == "float32"
-        sure = exact and pays(self.problem.sampler.population, prompts, parameters, device)
+        sure = exact and population.pays(self.problem.sampler.population, prompts)
         if not asked_for and not sure:
             return False
         genome = self.problem.genome
-        suits = engine.suits([genome.decode(genome.parent(0))])
+        suits = population.suits([genome.decode(genome.parent(0))])
         if asked_for and not suits:
             raise StudyFileError(
                 "these candidates cannot share a pass",
@@ -72,8 +69,8 @@ class OnePass:
 
         Batches of prompts follow one another. Raises EngineError.
         """
-        engine = self.engine
-        assert isinstance(engine, PopulationEngine)
+        engine, population = self.engine, self.engine.population
+        assert population is not None
         recipes = [self.problem.genome.decode(vector) for vector in self.vectors(generation)]
         pace = Pace(len(recipes) * len(prompts), report)
         for batch in engine.batches(prompts, settings):
@@ -85,7 +82,7 @@ class OnePass:
                 continue
             began = time.perf_counter()
             with watched(engine, pace, lambda limits: self.ledger.remember("limits", dict(limits))):
-                answers = engine.answer_all(recipes, texts, own)
+                answers = population(recipes, texts, own)
             share = (time.perf_counter() - began) / len(recipes)
             tokens = sum(answer.tokens for answer in chain(*answers))
             pace.end(len(recipes) * len(batch), tokens)

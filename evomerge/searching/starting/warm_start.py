@@ -15,12 +15,11 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from evomerge.answering.engine import Engine
-from evomerge.answering.hf.gradient import Likelihood, check_gradient
+from evomerge.answering.hf.gradient import check_gradient
 from evomerge.answering.prompts import Prompter
 from evomerge.console import Console
 from evomerge.errors import StudyFileError
@@ -43,16 +42,6 @@ AVERAGED = 0.25
 WIDEST = 3.0  # a scale lies in 1 / WIDEST to WIDEST of their geometric mean
 # that mean: at a good place the steps of a search from nowhere only lead away (docs/SEARCH.md)
 NARROWED = 1 / 3
-
-
-@runtime_checkable
-class GradientEngine(Protocol):
-    """An engine that knows how the references' likelihood changes with the genome's numbers."""
-
-    def gradient(
-        self, genome: Genome, vector: Sequence[float], pairs: Sequence[tuple[str, str]]
-    ) -> Likelihood:
-        """Of (prompt, reference) pairs at a vector."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +110,7 @@ def check_warm_start(genome: Genome, tasks: Sequence[Task], engine: Engine | Non
             where="search.warm_start",
             remedy="Leave it out, or add `output` to tasks.",
         )
-    if engine is not None and not isinstance(engine, GradientEngine):
+    if engine is not None and engine.gradient is None:
         raise StudyFileError(
             "needs an engine with gradients",
             where="search.warm_start",
@@ -146,7 +135,7 @@ def warm_start(
     memory does not suffice.
     """
     check_warm_start(genome, tasks, engine)
-    assert isinstance(engine, GradientEngine)
+    assert engine.gradient is not None
     pairs = [(prompter.render(task.input), task.output) for task in tasks if task.output]
     count, steps = study.search.warm_start_steps, list(done)
     for number in range(len(steps), count):

@@ -1,0 +1,271 @@
+"""From prompts to batches that fit into memory, and from new tokens to answers."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from evomerge.answering.encode import Encoder, first_stop, prompt_seed
+from evomerge.answering.engine import (
+    Answer,
+    EngineSpec,
+    Got,
+    Settings,
+    Watch,
+    has_passed,
+    items_at,
+)
+from evomerge.answering.hf.decode import Hooks, Output
+from evomerge.answering.hf.sampling import SamplingParams
+from evomerge.errors import EngineError
+from evomerge.merging.placement import is_out_of_memory
+from evomerge.study import GenerationSection
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+STOP_MARGIN = 8  # extra tokens that are decoded to look for a stop string
+
+
+def pack(
+    lengths: Sequence[int], new_tokens: int | Sequence[int], rows: int, tokens: int | None = None
+) -> list[list[int]]:
+    """Indices of prompts of these lengths in batches, longest first; ties keep their order.
+
+    A batch has at most `rows` prompts, and prompts x (longest + most new_tokens) is at most
+    `tokens`, except for a batch of one.
+    """
+    if isinstance(new_tokens, int):
+        new_tokens = [new_tokens] * len(lengths)
+    batches: list[list[int]] = []
+    longest = most = 0  # of the last batch
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        size = len(batches[-1]) + 1 if batches else 1
+        needed = size * (longest + max(most, new_tokens[i]))
+        if batches and size <= rows and (tokens is None or needed <= tokens):
+            batches[-1].append(i)
+            most = max(most, new_tokens[i])
+        else:
+            batches.append([i])
+            longest, most = lengths[i], new_tokens[i]
+    return batches
+
+
+def shrink_to_fit(work: Callable[[], T], shrink: Callable[[], None]) -> T:
+    """What `work` returns; as often as it runs out of memory, `shrink` is called and it runs again.
+
+    `shrink` raises EngineError when nothing can be made smaller.
+    """
+    while True:
+        try:
+            return work()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # only here are the error and everything its frames held released
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        shrink()
+
+
+def pad_rows(
+    rows: Sequence[Sequence[int]], pad: int | None, left: bool, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token lists as (ids, mask), both (rows, columns), padded on the left or on the right.
+
+    `pad` None repeats a row's own first token.
+    """
+    width = max(map(len, rows))
+    ids, mask = [], []
+    for row in rows:
+        gap, ones = width - len(row), [1] * len(row)
+        padding = [row[0] if pad is None else pad] * gap
+        if left:
+            ids.append([*padding, *row])
+            mask.append([0] * gap + ones)
+        else:
+            ids.append([*row, *padding])
+            mask.append(ones + [0] * gap)
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt with its tokens and settings."""
+
+    prompt: str
+    tokens: list[int]
+    settings: GenerationSection
+
+
+# answers the requests with these indices, with these hooks, in that order
+RunBatch = Callable[[Sequence[int], Hooks], list[Output]]
+
+
+class BatchRunner:
+    """Answers requests batch by batch, within the engine section and what memory allows.
+
+    An engine and its capabilities share one. `limits` and `watch` are those of `Engine`.
+    """
+
+    def __init__(
+        self,
+        spec: EngineSpec,
+        tokenizer: PreTrainedTokenizerBase,
+        context: int | None,
+        end_tokens: frozenset[int],
+    ) -> None:
+        self.section = spec.engine
+        self.generation = spec.generation
+        self.seed = spec.seed
+        self.tokenizer = tokenizer
+        self.end_tokens = end_tokens
+        self.encode = Encoder(tokenizer, context, spec.generation.max_new_tokens, spec.too_long)
+        self.limits: dict[str, int] = {}
+        self.watch: Watch | None = None
+
+    def requests(self, prompts: Sequence[str], settings: Settings = None) -> list[Request]:
+        """The prompts with their tokens and settings. Raises EngineError for one too long."""
+        own = [self.generation] * len(prompts) if settings is None else settings
+        rows = self.encode(prompts, [g.max_new_tokens for g in own])
+        return [Request(*parts) for parts in zip(prompts, rows, own, strict=True)]
+
+    def batches(self, requests: Sequence[Request]) -> list[list[int]]:
+        """Indices of the requests in batches of `batch_size` and `batch_tokens`, longest first.
+
+        `limits` do not change them.
+        """
+        section = self.section
+        return _packed(requests, section.batch_size, section.batch_tokens)
+
+    def run(
+        self,
+        requests: Sequence[Request],
+        rows: int,
+        run_batch: RunBatch,
+        got: Got | None = None,
+        deadline: float | None = None,
+    ) -> list[Answer]:
+        """Answers in the order of the requests, at most `rows` of them at a time.
+
+        Out of memory, half of the tokens that failed become the limit, which is stored in `limits`,
+        and all but what `got` has received is tried again. Raises EngineError when a single request
+        does not fit into memory.
+        """
+        outputs: dict[int, Output] = {}
+        batch: list[int] = []  # the indices that are being answered
+
+        def done(place: int, output: Output) -> None:
+            if got is not None:
+                outputs[batch[place]] = output
+                got(batch[place], self.answer_of(output, requests[batch[place]]))
+
+        def run_next() -> list[Output]:
+            waiting = [i for i in range(len(requests)) if i not in outputs]
+            batch.clear()
+            if not waiting or has_passed(deadline):
+                return []
+            batch.extend(items_at(waiting, self._first_batch(items_at(requests, waiting), rows)))
+            stopped = self._stopped_of(items_at(requests, batch))
+            watch = self._watch_after(outputs.values())
+            over = None if deadline is None else lambda: has_passed(deadline)
+            return run_batch(batch, Hooks(stopped, watch, done=done, over=over))
+
+        def shrink() -> None:
+            self._halve(items_at(requests, batch))
+
+        while len(outputs) < len(requests) and not has_passed(deadline):
+            found = shrink_to_fit(run_next, shrink)
+            outputs.update(zip(batch, found, strict=True))
+        return [self.answer_of(outputs.get(i, Output()), r) for i, r in enumerate(requests)]
+
+    def inputs_of(
+        self, requests: Sequence[Request]
+    ) -> tuple[list[list[int]], list[SamplingParams], list[int]]:
+        """What `decode` takes: tokens, sampling parameters, and seeds if any request is sampled."""
+        tokens = [request.tokens for request in requests]
+        params = [self.params_of(request.settings) for request in requests]
+        if not any(p.do_sample for p in params):
+            return tokens, params, []
+        seeds = []
+        for request in requests:
+            own = request.settings.seed
+            seeds.append(prompt_seed(self.seed if own is None else own, request.prompt))
+        return tokens, params, seeds
+
+    def params_of(self, g: GenerationSection) -> SamplingParams:
+        """A prompt's own settings with the model's end tokens."""
+        return SamplingParams(
+            g.max_new_tokens,
+            self.end_tokens,
+            g.do_sample,
+            g.temperature,
+            g.top_p,
+            g.repetition_penalty,
+        )
+
+    def stopped(self, tokens: list[int], stops: Sequence[str]) -> bool:
+        """Whether the latest tokens complete a stop string; a character has up to four tokens."""
+        most = 4 * max(map(len, stops)) + STOP_MARGIN
+        text = str(self.tokenizer.decode(tokens[-most:], skip_special_tokens=True))
+        return first_stop(text, stops) is not None
+
+    def answer_of(self, output: Output, request: Request) -> Answer:
+        """The text up to a stop string."""
+        text = str(self.tokenizer.decode(output.tokens, skip_special_tokens=True))
+        stop = first_stop(text, request.settings.stop)
+        truncated = not output.ended and stop is None
+        return Answer(text[:stop], truncated, len(output.tokens))
+
+    def _first_batch(self, requests: Sequence[Request], rows: int) -> list[int]:
+        """Indices of the first batch, within section and limits."""
+        tokens = self.limits.get("batch_tokens", self.section.batch_tokens)
+        if tokens is not None and self.section.batch_tokens is not None:
+            tokens = min(tokens, self.section.batch_tokens)
+        return _packed(requests, rows, tokens)[0]
+
+    def _halve(self, requests: Sequence[Request]) -> None:
+        """Limit batches to half of the tokens that were too many. Raises EngineError at one."""
+        width = max(len(request.tokens) for request in requests)
+        new = max(request.settings.max_new_tokens for request in requests)
+        if len(requests) == 1:
+            raise EngineError(
+                f"out of memory with a single prompt of {width} tokens and max_new_tokens {new}",
+                remedy="Lower generation.max_new_tokens, shorten the task, "
+                "or use a device with more memory.",
+            )
+        limit = len(requests) * (width + new) // 2
+        self.limits["batch_tokens"] = limit
+        log.warning(
+            "out of memory with %d prompts: batches have at most %d tokens from now on",
+            len(requests),
+            limit,
+        )
+
+    def _stopped_of(self, requests: Sequence[Request]) -> Callable[[int, list[int]], bool] | None:
+        """`Hooks.stopped` of a batch; None where no prompt has stop strings."""
+        stops = [request.settings.stop for request in requests]
+        if not any(stops):
+            return None
+        return lambda place, tokens: bool(stops[place]) and self.stopped(tokens, stops[place])
+
+    def _watch_after(self, before: Collection[Output]) -> Watch | None:
+        """The watch, with the outputs of earlier parts of the batch added to what it gets."""
+        watch = self.watch
+        if watch is None:
+            return None
+        ended = len(before)
+        tokens = sum(len(output.tokens) for output in before)
+        return lambda more, new: watch(ended + more, tokens + new)
+
+
+def _packed(requests: Sequence[Request], rows: int, tokens: int | None) -> list[list[int]]:
+    lengths = [len(request.tokens) for request in requests]
+    new = [request.settings.max_new_tokens for request in requests]
+    return pack(lengths, new, rows, tokens)

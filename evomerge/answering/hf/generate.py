@@ -1,0 +1,106 @@
+"""Answering with transformers' own `generate`, for models that `decode` does not support."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, StoppingCriteriaList, set_seed
+
+from evomerge.answering.encode import prompt_seed
+from evomerge.answering.engine import items_at
+from evomerge.answering.hf.batching import BatchRunner, Request, pad_rows
+from evomerge.answering.hf.decode import Hooks, Output
+from evomerge.answering.hf.sampling import SamplingParams
+from evomerge.study import GenerationSection
+
+
+def generate_all(
+    model: Any, runner: BatchRunner, requests: Sequence[Request], hooks: Hooks
+) -> list[Output]:
+    """`generate` for each group of prompts with the same settings, in order of appearance.
+
+    Of the hooks `done` and `over` are called.
+    """
+    outputs = [Output() for _ in requests]
+    groups: dict[GenerationSection, list[int]] = {}
+    for place, request in enumerate(requests):
+        groups.setdefault(request.settings, []).append(place)
+    for settings, places in groups.items():
+        if hooks.over is not None and hooks.over():
+            break
+        found = _generate(model, runner, items_at(requests, places), settings, hooks)
+        for place, output in zip(places, found, strict=True):
+            outputs[place] = output
+            complete = output.ended or len(output.tokens) == settings.max_new_tokens
+            if complete and hooks.done is not None:
+                hooks.done(place, output)
+    return outputs
+
+
+@torch.inference_mode()
+def _generate(
+    model: Any,
+    runner: BatchRunner,
+    requests: Sequence[Request],
+    settings: GenerationSection,
+    hooks: Hooks,
+) -> list[Output]:
+    """One call of `generate`: all rows run to the end of the longest answer."""
+    pad = runner.tokenizer.pad_token_id
+    device = model.get_input_embeddings().weight.device
+    input_ids, mask = pad_rows([request.tokens for request in requests], pad, True, device)
+    width = input_ids.shape[1]
+
+    def stop(ids: torch.Tensor, scores: object) -> torch.Tensor:
+        # transformers' own `stop_strings` fail with tokenizers that have no rule for joining tokens
+        over = hooks.over is not None and hooks.over()
+        ended = []
+        for row in ids[:, width:].tolist():
+            stopped = bool(settings.stop) and runner.stopped(row, settings.stop)
+            ended.append(over or stopped)
+        return ids.new_tensor(ended).bool()
+
+    stopping = StoppingCriteriaList()
+    if settings.stop or hooks.over is not None:
+        stopping.append(stop)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        if settings.do_sample:
+            seed = runner.seed if settings.seed is None else settings.seed
+            set_seed(prompt_seed(seed, "\0".join(request.prompt for request in requests)))
+        output = model.generate(
+            input_ids=input_ids,
+            attention_mask=mask,
+            generation_config=_config(runner.params_of(settings), pad),
+            stopping_criteria=stopping,
+        )
+    return [_until_end(runner, row, settings.stop) for row in output[:, width:].tolist()]
+
+
+def _config(params: SamplingParams, pad: int) -> Any:
+    """The parameters as transformers' configuration, with nothing from the model's own."""
+    make: Any = GenerationConfig  # its constructor is not annotated
+    drawing = {}
+    if params.do_sample:
+        drawing = {"temperature": params.temperature, "top_p": params.top_p, "top_k": 0}
+    return make(
+        max_new_tokens=params.max_new_tokens,
+        do_sample=params.do_sample,
+        repetition_penalty=params.repetition_penalty,
+        eos_token_id=sorted(params.ends) or None,
+        pad_token_id=pad,
+        **drawing,
+    )
+
+
+def _until_end(runner: BatchRunner, tokens: list[int], stops: Sequence[str]) -> Output:
+    """What `decode` would have made of a row: `generate` fills it up after its end."""
+    kept: list[int] = []
+    for token in tokens:
+        if token in runner.end_tokens:
+            return Output(kept, ended=True)
+        kept.append(token)
+        if stops and runner.stopped(kept, stops):
+            return Output(kept, ended=True)
+    return Output(kept)
