@@ -62,7 +62,8 @@ def cdf(x: Array) -> Array:
 
 def expected_grade(level: Array) -> Array:
     """Of a rounded grade within 1 to 5: 1 + the chances of passing 1.5, 2.5, 3.5 and 4.5."""
-    return 1 + cdf((level[..., None] - np.array([1.5, 2.5, 3.5, 4.5])) / NOISE).sum(axis=-1)
+    passed: Array = cdf((level[..., None] - np.array([1.5, 2.5, 3.5, 4.5])) / NOISE).sum(axis=-1)
+    return 1 + passed
 
 
 def fit_difficulties(path: Path, judge: str = "gpt-4-turbo") -> list[float]:
