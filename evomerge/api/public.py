@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from evomerge.inference.request import Classify
     from evomerge.inference.result import InferenceResult
     from evomerge.judging.grade import Judge
-    from evomerge.searching.preflight import Finding
+    from evomerge.searching.preflight import PreflightFinding
 
 
 def search(
@@ -88,7 +88,7 @@ def check(
     *,
     base_config: str | Path | None = None,
     overrides: Overrides = None,
-) -> list[Finding]:
+) -> list[PreflightFinding]:
     """What a study needs, before any work: models, shapes, tokenizer, disk, memory, judge, cost.
 
     Parameters
