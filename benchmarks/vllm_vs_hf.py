@@ -75,8 +75,8 @@ def compare(command: list[str], folder: str) -> float:
 
 def child(kind: str, folder: Path, dtype: str, eager: bool) -> None:
     """Print one engine's figures: tokens per second, seconds to load and to apply a recipe."""
-    from evomerge.answering.choose import make_engine
     from evomerge.answering.engine import EngineSpec
+    from evomerge.answering.make_engine import make_engine
     from evomerge.merging.checkpoints.open_model import open_model
     from evomerge.recipe import task_arithmetic_recipe
     from evomerge.study import EngineSection, GenerationSection, VllmSection

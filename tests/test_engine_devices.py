@@ -14,9 +14,9 @@ import torch
 from engine_contract import CONTEXT, NEW, PROMPTS, RECIPES, contract_family, recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from evomerge.answering.choose import make_engine
 from evomerge.answering.engine import EngineSpec
 from evomerge.answering.hf.engine import TransformersEngine
+from evomerge.answering.make_engine import make_engine
 from evomerge.cli import main
 from evomerge.merging.build import build_model
 from evomerge.merging.checkpoints.open_model import open_model

@@ -9,7 +9,7 @@ import numpy as np
 from evomerge.judging.cascade import CascadeJudge
 from evomerge.judging.learned import features
 from evomerge.judging.learned.judge import Facts, JudgeWeights, LearnedJudge, save_judge, task_key
-from evomerge.judging.llm.rubric import Rubric
+from evomerge.judging.llm.judge_prompt import Rubric
 from evomerge.judging.local import TEMPLATE, LocalJudge
 from evomerge.judging.rules.judge import RulesJudge
 from evomerge.tasks import Task

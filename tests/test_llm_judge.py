@@ -18,7 +18,7 @@ from evomerge.cli import main
 from evomerge.errors import InputError, JudgePaused, ModelError, StudyFileError
 from evomerge.judging.factory import make_judge
 from evomerge.judging.llm.judge import LlmJudge, NoGrade
-from evomerge.judging.llm.rubric import Rubric, fenced, read_vote
+from evomerge.judging.llm.judge_prompt import Rubric, fenced, read_vote
 from evomerge.study import JudgeSection, read_judge
 from evomerge.tasks import Task
 

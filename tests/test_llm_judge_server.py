@@ -24,7 +24,7 @@ from evomerge.answering.engine import Answer
 from evomerge.cli import main
 from evomerge.errors import ModelError
 from evomerge.judging.llm.judge import LlmJudge, NoGrade
-from evomerge.judging.llm.rubric import fenced
+from evomerge.judging.llm.judge_prompt import fenced
 from evomerge.study import JudgeSection
 from evomerge.tasks import Task
 

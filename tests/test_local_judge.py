@@ -31,7 +31,7 @@ from evomerge.answering.hf.likelihood import (
 from evomerge.cli import main
 from evomerge.errors import EngineError, JudgeError, ModelError, StudyFileError
 from evomerge.judging.factory import make_judge
-from evomerge.judging.llm.rubric import SYSTEM
+from evomerge.judging.llm.judge_prompt import SYSTEM
 from evomerge.judging.local import LEAD, TEMPLATE, LocalJudge, make_local_judge
 from evomerge.searching.finished import load_finished
 from evomerge.study import EngineSection, JudgeSection

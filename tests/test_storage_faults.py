@@ -16,7 +16,7 @@ from evomerge.answering.hf.engine import TransformersEngine
 from evomerge.cli import main
 from evomerge.errors import OutputError
 from evomerge.judging.llm.grades_cache import GradesCache, Usage
-from evomerge.judging.llm.rubric import Vote
+from evomerge.judging.llm.judge_prompt import Vote
 from evomerge.searching.finished import load_finished
 from evomerge.searching.ledger import Ledger
 

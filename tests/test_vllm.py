@@ -18,8 +18,8 @@ import torch
 from conftest import CHARACTERS, make_model, save
 from engine_contract import Contract, contract_family
 
-from evomerge.answering.choose import make_engine
 from evomerge.answering.engine import Answer, EngineSpec
+from evomerge.answering.make_engine import make_engine
 from evomerge.errors import EngineError, RecipeError
 from evomerge.merging.build import build_model
 from evomerge.merging.checkpoints.open_model import open_model

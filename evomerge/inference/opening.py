@@ -186,8 +186,8 @@ def _study(dtype: str, config: Mapping[str, Any] | None = None) -> Study:
 
 
 def _engine(base: ModelFolder, siblings: Sequence[ModelFolder], study: Study) -> Engine:
-    from evomerge.answering.choose import make_engine
     from evomerge.answering.engine import EngineSpec
+    from evomerge.answering.make_engine import make_engine
 
     return make_engine(EngineSpec.of_study(study, base, siblings))
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from evomerge.answering.servers.openai_protocol import whole
 from evomerge.errors import EngineError, JudgeError, ModelError, StudyFileError
 from evomerge.judging.grade import Grade
-from evomerge.judging.llm.rubric import GRADES, RUBRIC, Rubric
+from evomerge.judging.llm.judge_prompt import GRADES, RUBRIC, Rubric
 from evomerge.tasks import Task
 
 if TYPE_CHECKING:

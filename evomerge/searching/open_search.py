@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from evomerge.answering.cache import AnswerCache, cache_scope
-from evomerge.answering.choose import make_engine
 from evomerge.answering.engine import Engine, EngineSpec
 from evomerge.answering.lm_eval.harness import LmEvalRunner
+from evomerge.answering.make_engine import make_engine
 from evomerge.answering.prompts import make_prompter
 from evomerge.console import Console
 from evomerge.errors import StudyError, StudyFileError

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from evomerge import sqlite_file
 from evomerge.answering.engine import Answer
-from evomerge.judging.llm.rubric import Vote
+from evomerge.judging.llm.judge_prompt import Vote
 from evomerge.tasks import Task
 
 SCHEMA = """

@@ -25,7 +25,7 @@ from evomerge.judging.grade import Grade
 from evomerge.judging.llm.budget import GOES_ON, Budget
 from evomerge.judging.llm.grades_cache import GradesCache, Usage, grade_key
 from evomerge.judging.llm.judge_client import JudgeClient, Stopped, TooLong
-from evomerge.judging.llm.rubric import RUBRIC, Rubric, Vote, one_line, read_vote
+from evomerge.judging.llm.judge_prompt import RUBRIC, Rubric, Vote, one_line, read_vote
 from evomerge.study import JudgeSection
 from evomerge.tasks import Task
 

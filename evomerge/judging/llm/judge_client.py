@@ -27,7 +27,7 @@ from evomerge.answering.servers.openai_protocol import (
 from evomerge.errors import EvomergeError, InputError, JudgeError, JudgePaused, ModelError
 from evomerge.judging.llm.budget import GOES_ON, Budget, RateLimit
 from evomerge.judging.llm.grades_cache import Usage
-from evomerge.judging.llm.rubric import RESPONSE_FORMAT
+from evomerge.judging.llm.judge_prompt import RESPONSE_FORMAT
 from evomerge.study import JUDGE_MODEL, JudgeSection
 
 OPENAI = "https://api.openai.com/v1"
