@@ -165,7 +165,7 @@ def make_engine(
     models = [open_model(str(sibling)) for sibling in siblings]
     spec = EngineSpec(open_model(str(folder)), models, section, settings, dtype)
     engine = TransformersEngine(spec)
-    engine.runner.end_tokens = frozenset()
+    engine.executor.end_tokens = frozenset()
     return engine
 
 
@@ -174,10 +174,10 @@ def answer_until(
 ) -> list[list[int]]:
     """The engine's loop on one batch, with a given length for each answer."""
     order = engine.batches(prompts)[0]
-    hooks = Hooks(stopped=lambda i, tokens: len(tokens) >= lengths[order[i]])
+    hooks = Hooks(is_complete=lambda i, tokens: len(tokens) >= lengths[order[i]])
     outputs = decode(
         engine.model,
-        engine.runner.encode([prompts[i] for i in order]),
+        engine.executor.encode([prompts[i] for i in order]),
         SamplingParams(LONGEST),
         hooks=hooks,
     )

@@ -79,7 +79,7 @@ def tasks_vs_template(folder: Path, dtype: str, threads: int, batch_size: int) -
     generation = GenerationSection(max_new_tokens=NEW_TOKENS)
     engine = TransformersEngine(EngineSpec(open_model(str(folder)), [], section, generation, dtype))
     # all answers have 64 tokens: the same work for both
-    engine.runner.end_tokens = frozenset()
+    engine.executor.end_tokens = frozenset()
     tasks = [Task(i, text) for i, text in enumerate(inputs(engine))]
     prompter = Prompter(engine.tokenizer, PromptSection(format="competition"), generation)
 

@@ -70,7 +70,7 @@ class TimedEngine:
         self,
         prompts: Sequence[str],
         settings: object = None,
-        got: object = None,
+        on_answer: object = None,
         deadline: float | None = None,
     ) -> list[Answer]:
         began = time.perf_counter()

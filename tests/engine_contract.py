@@ -303,7 +303,7 @@ class Contract:
         sections = [GenerationSection(max_new_tokens=n) for n in (6, 2, 4, 1)]
         prompts, seen = ["あ\n", "いう\n", "え\n", "お\n"], []
         answers = engine.answer(
-            prompts, sections, got=lambda place, answer: seen.append((place, answer))
+            prompts, sections, on_answer=lambda place, answer: seen.append((place, answer))
         )
         assert answers == [Answer("い" * n, True, n) for n in (6, 2, 4, 1)]
         assert seen == [(place, answers[place]) for place in (3, 1, 2, 0)]
@@ -315,7 +315,7 @@ class Contract:
             raise Enough
 
         with pytest.raises(Enough):
-            engine.answer(prompts, sections, got=first)
+            engine.answer(prompts, sections, on_answer=first)
         assert engine.answer(prompts, sections) == answers, "what was under way is still there"
 
     def test_at_the_deadline_answers_end_with_what_they_have(self, family, monkeypatch):
@@ -347,8 +347,8 @@ class Contract:
 
     def test_after_the_deadline_nothing_is_begun(self, live):
         seen = []
-        assert live.answer(PROMPTS, got=lambda *of: seen.append(of), deadline=time.monotonic()) == [
-            Answer("", True, 0)
-        ] * len(PROMPTS)
+        assert live.answer(
+            PROMPTS, on_answer=lambda *of: seen.append(of), deadline=time.monotonic()
+        ) == [Answer("", True, 0)] * len(PROMPTS)
         assert not seen
         assert live.answer(PROMPTS[:2], deadline=time.monotonic() + 1e4) == live.answer(PROMPTS[:2])

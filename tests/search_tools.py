@@ -40,7 +40,7 @@ class TaskEngine:
     it counts what it answered.
     """
 
-    population = gradient = likelihood = None
+    batched_candidates = gradient = likelihood = None
 
     def __init__(self, noise=0.3, fails=()):
         self.noise, self.fails = noise, fails
@@ -58,7 +58,7 @@ class TaskEngine:
     def batches(self, prompts, settings=None):
         return [list(range(i, min(i + 8, len(prompts)))) for i in range(0, len(prompts), 8)]
 
-    def answer(self, prompts, settings=None, got=None, deadline=None):
+    def answer(self, prompts, settings=None, on_answer=None, deadline=None):
         self.answered += [(self.name, prompt) for prompt in prompts]
         distance = float(np.abs(self.vector - BEST).mean())
         luck = [zlib.crc32(f"{self.name}/{prompt}".encode()) / 2**32 - 0.5 for prompt in prompts]
@@ -76,7 +76,7 @@ class Cutting(TaskEngine):
 
     left = 0
 
-    def answer(self, prompts, settings=None, got=None, deadline=None):
+    def answer(self, prompts, settings=None, on_answer=None, deadline=None):
         if Cutting.left <= 0:
             raise Cut
         Cutting.left -= 1

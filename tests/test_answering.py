@@ -5,7 +5,8 @@ import torch
 from conftest import make_tokenizer
 from transformers import AutoModelForCausalLM
 
-from evomerge.answering.cache import AnswerCache, answer_all, cache_scope
+from evomerge.answering.answer_all import answer_all
+from evomerge.answering.cache import AnswerCache, cache_scope
 from evomerge.answering.engine import Answer, EngineSpec
 from evomerge.answering.hf.engine import TransformersEngine
 from evomerge.answering.pace import Pace
@@ -137,7 +138,7 @@ class Counting:
     def batches(self, prompts, settings=None):
         return [list(range(i, min(i + 2, len(prompts)))) for i in range(0, len(prompts), 2)]
 
-    def answer(self, prompts, settings=None, got=None, deadline=None):
+    def answer(self, prompts, settings=None, on_answer=None, deadline=None):
         self.answered += len(prompts)
         return [Answer(p.upper(), False, len(p)) for p in prompts]
 
@@ -149,7 +150,12 @@ def test_nothing_is_paid_for_twice_and_merging_only_when_needed(tmp_path):
     def run(recipe):
         cache = AnswerCache(tmp_path / "a.sqlite", "scope")
         return answer_all(
-            engine, cache, recipe, prompts, lambda: merges.append(recipe), Pace(len(prompts))
+            engine,
+            cache,
+            recipe=recipe,
+            prompts=prompts,
+            apply=lambda: merges.append(recipe),
+            pace=Pace(len(prompts)),
         )
 
     assert [a.text for a in run("r1")] == ["A", "B", "C", "D", "E"]
@@ -163,7 +169,7 @@ def test_nothing_is_paid_for_twice_and_merging_only_when_needed(tmp_path):
 
 def test_limits_are_remembered_before_the_answers_under_them_are_kept(tmp_path):
     class Shrinking(Counting):
-        def answer(self, prompts, settings=None, got=None, deadline=None):
+        def answer(self, prompts, settings=None, on_answer=None, deadline=None):
             if self.answered == 2:
                 self.limits["batch_tokens"] = 7
             return super().answer(prompts)
@@ -173,7 +179,15 @@ def test_limits_are_remembered_before_the_answers_under_them_are_kept(tmp_path):
     def remember(limits):
         remembered.append((dict(limits), cache.get(cache.key("r", ["c", "d"]))))
 
-    answer_all(engine, cache, "r", ["a", "b", "c", "d", "e"], lambda: None, Pace(5), remember)
+    answer_all(
+        engine,
+        cache,
+        recipe="r",
+        prompts=["a", "b", "c", "d", "e"],
+        apply=lambda: None,
+        pace=Pace(5),
+        remember=remember,
+    )
     assert remembered == [({"batch_tokens": 7}, None)]
 
 
@@ -204,12 +218,12 @@ def test_keys_are_those_of_stored_caches(tmp_path):
 
 def test_what_an_engine_can_do_is_an_object_that_it_has(pair):
     engine = make_engine(pair)
-    assert None not in (engine.population, engine.gradient, engine.likelihood)
+    assert None not in (engine.batched_candidates, engine.gradient, engine.likelihood)
     spec = EngineSpec(
         open_model(str(pair / "base")), [], EngineSection(), GenerationSection(), "float32"
     )
     alone = TransformersEngine(spec)
-    assert (alone.population, alone.gradient) == (None, None)
+    assert (alone.batched_candidates, alone.gradient) == (None, None)
     (found,) = alone.likelihood([("あ", "い")])
     assert found < 0
     assert alone.likelihood.count_tokens([("あ", "いう"), ("い", "")]) == [2, 0]

@@ -138,7 +138,7 @@ def test_rows_leave_and_columns_of_padding_with_them():
         model,
         prompts,
         SamplingParams(12),
-        hooks=Hooks(stopped=stopped, rows=lambda order: rows.append(list(order))),
+        hooks=Hooks(is_complete=stopped, on_rows=lambda order: rows.append(list(order))),
     )
     assert [len(output.tokens) for output in outputs] == [2, 4, 9, 6]
     assert all(output.ended for output in outputs)
@@ -364,7 +364,7 @@ def test_what_was_told_before_memory_ran_out_is_not_answered_again(family, monke
         asked.append([r.max_new_tokens for r in rules])
         if len(asked) == 1:
             with pytest.raises(Full):
-                decode(model, rows, rules, seeds, replace(hooks, over=full_after(3)))
+                decode(model, rows, rules, seeds, replace(hooks, should_stop=full_after(3)))
             raise torch.OutOfMemoryError
         return decode(model, rows, rules, seeds, hooks)
 
@@ -383,7 +383,7 @@ def test_what_was_told_before_memory_ran_out_is_not_answered_again(family, monke
         return over
 
     monkeypatch.setattr(evomerge.answering.hf.engine, "decode", failing)
-    assert engine.answer(prompts, sections, got=lambda *of: seen.append(of)) == wanted
+    assert engine.answer(prompts, sections, on_answer=lambda *of: seen.append(of)) == wanted
     assert [sorted(part) for part in asked] == [[2, 3, 9, 9], [9, 9]]
     assert sorted(seen) == list(enumerate(wanted))
     assert engine.limits == {"batch_tokens": 20}  # 4 x 10, halved

@@ -102,7 +102,7 @@ def test_a_model_in_4_bits_answers_as_it_lies_on_disk(family, quantization):
     batched = make(family, dtype="bfloat16", model="one", quantization=quantization, batch_size=4)
     sections = [GenerationSection(max_new_tokens=1 + i % 5) for i in range(len(prompts))]
     seen = []
-    answers = batched.answer(prompts[:4], sections[:4], got=lambda *of: seen.append(of))
+    answers = batched.answer(prompts[:4], sections[:4], on_answer=lambda *of: seen.append(of))
     assert sorted(seen) == list(enumerate(answers))
     assert all(
         answer.tokens <= section.max_new_tokens

@@ -42,7 +42,7 @@ class ReversingEngine:
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
         return [order[at : at + SIZE] for at in range(0, len(order), SIZE)]
 
-    def answer(self, prompts, settings=None, got=None, deadline=None):
+    def answer(self, prompts, settings=None, on_answer=None, deadline=None):
         if self.fail_at is not None and len(self.prompts) >= self.fail_at:
             raise EngineError("out of memory")
         self.prompts += prompts
@@ -288,7 +288,7 @@ def test_no_space_for_the_final_file_keeps_the_part(tmp_path, monkeypatch):
 
 def test_two_runs_never_write_the_same_answers(tmp_path):
     class Nested(ReversingEngine):
-        def answer(self, prompts, settings=None, got=None, deadline=None):
+        def answer(self, prompts, settings=None, on_answer=None, deadline=None):
             with pytest.raises(OutputError, match="another run"):
                 run_inference(ReversingEngine(), marked(), some_tasks(), tmp_path / "a.jsonl")
             return super().answer(prompts)

@@ -26,14 +26,14 @@ class Streaming(ReversingEngine):
     the middle of one.
     """
 
-    def answer(self, prompts, settings=None, got=None, deadline=None):
+    def answer(self, prompts, settings=None, on_answer=None, deadline=None):
         answers = [Answer("", True, 0)] * len(prompts)
         for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
             if deadline is not None and time.monotonic() >= deadline:
                 answers[i] = Answer(prompts[i][::-1][:2], True, 2)
                 break
             answers[i] = super().answer([prompts[i]])[0]
-            got(i, answers[i])
+            on_answer(i, answers[i])
         return answers
 
 

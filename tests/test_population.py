@@ -12,7 +12,7 @@ from evomerge.answering.engine import EngineSpec
 from evomerge.answering.hf import per_row as per_row_module
 from evomerge.answering.hf.decode import decode
 from evomerge.answering.hf.engine import TransformersEngine
-from evomerge.answering.hf.population import PopulationModel, pays, suits
+from evomerge.answering.hf.population import PopulationModel, is_faster, suits
 from evomerge.answering.hf.sampling import SamplingParams
 from evomerge.errors import RecipeError
 from evomerge.merging.checkpoints.open_model import open_model
@@ -320,9 +320,9 @@ def test_the_engine_answers_as_it_does_candidate_after_candidate(plain, monkeypa
         engine.apply(recipe)
         wanted.append([engine.answer([prompt])[0] for prompt in prompts])
     assert {answer.truncated for row in wanted for answer in row} == {True, False}
-    assert engine.population.suits(recipes)
-    assert engine.population(recipes, prompts) == wanted
-    assert make_engine(plain, batch_tokens=44).population(recipes, prompts) == wanted
+    assert engine.batched_candidates.suits(recipes)
+    assert engine.batched_candidates(recipes, prompts) == wanted
+    assert make_engine(plain, batch_tokens=44).batched_candidates(recipes, prompts) == wanted
     sizes = []
 
     def small(model, rows, *args, **kwargs):
@@ -332,7 +332,7 @@ def test_the_engine_answers_as_it_does_candidate_after_candidate(plain, monkeypa
         return decode(model, rows, *args, **kwargs)
 
     monkeypatch.setattr("evomerge.answering.hf.population.decode", small)
-    assert engine.population(recipes, prompts) == wanted
+    assert engine.batched_candidates(recipes, prompts) == wanted
     assert sizes[0] == 6
     assert sum(size for size in sizes if size <= 4) == 9
     assert engine.limits
@@ -340,13 +340,13 @@ def test_the_engine_answers_as_it_does_candidate_after_candidate(plain, monkeypa
 
 def test_no_candidate_and_no_prompt(plain):
     engine = make_engine(plain)
-    assert engine.population([], ["あ"]) == []
-    assert engine.population([recipe_of(plain)], []) == [[]]
+    assert engine.batched_candidates([], ["あ"]) == []
+    assert engine.batched_candidates([recipe_of(plain)], []) == [[]]
 
 
 def test_it_is_chosen_only_where_it_was_measured():
-    assert pays(12, 2, 20_000_000, "cpu")
-    assert not pays(12, 24, 20_000_000, "cpu")
-    assert not pays(2, 2, 20_000_000, "cpu")
-    assert not pays(12, 2, 7_000_000_000, "cpu")
-    assert not pays(12, 2, 20_000_000, "cuda")
+    assert is_faster(12, 2, 20_000_000, "cpu")
+    assert not is_faster(12, 24, 20_000_000, "cpu")
+    assert not is_faster(2, 2, 20_000_000, "cpu")
+    assert not is_faster(12, 2, 7_000_000_000, "cpu")
+    assert not is_faster(12, 2, 20_000_000, "cuda")

@@ -52,7 +52,7 @@ class ClosedJudge(QualityJudge):
 
 def test_a_search_continues_once_the_cause_of_its_failures_is_fixed(tmp_path):
     class Broken(TaskEngine):
-        def answer(self, prompts, settings=None, got=None, deadline=None):
+        def answer(self, prompts, settings=None, on_answer=None, deadline=None):
             if not np.allclose(self.vector, self.vector[0]):
                 raise EngineError("no memory")
             return super().answer(prompts)
@@ -102,7 +102,7 @@ def test_a_failure_in_a_later_block_of_a_race_counts(tmp_path):
     class Late(TaskEngine):
         first = None
 
-        def answer(self, prompts, settings=None, got=None, deadline=None):
+        def answer(self, prompts, settings=None, on_answer=None, deadline=None):
             if np.allclose(self.vector, doomed, atol=1e-3):
                 Late.first = Late.first or tuple(prompts)
                 if tuple(prompts) != Late.first:
@@ -258,7 +258,7 @@ def test_a_study_that_goes_on_has_not_ended(tmp_path):
     make_search(tmp_path, make_study(trials=8))[0].run()
 
     class Cutting(TaskEngine):
-        def answer(self, prompts, settings=None, got=None, deadline=None):
+        def answer(self, prompts, settings=None, on_answer=None, deadline=None):
             raise Cut
 
     search, _, _ = make_search(tmp_path, make_study(trials=24), Cutting())

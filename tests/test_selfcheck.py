@@ -324,7 +324,7 @@ class Scripted:
     def batches(self, prompts, settings=None):
         return [list(range(len(prompts)))]
 
-    def answer(self, prompts, settings=None, got=None, deadline=None):
+    def answer(self, prompts, settings=None, on_answer=None, deadline=None):
         own = settings or [PLAIN] * len(prompts)
         self.asked += zip(prompts, own, strict=True)
         return [self.table(prompt, each) for prompt, each in zip(prompts, own, strict=True)]

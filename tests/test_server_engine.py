@@ -194,12 +194,12 @@ def test_a_prompt_with_half_a_pair_is_sent_whole():
 
 
 def test_an_answer_is_given_when_it_comes():
-    """Prompt a takes longer than all others together; what `got` raises ends the asking."""
+    """Prompt a takes longer than all others together; what `on_answer` raises ends the asking."""
     server = Server(plan=lambda number, prompt: time.sleep(0.5) if prompt.endswith("a") else None)
     with server.running() as url:
         asks, prompter, _ = engine(url, concurrency=2)
         texts, seen = [prompter.render(text) for text in "abcd"], []
-        answers = asks.answer(texts, got=lambda *of: seen.append(of))
+        answers = asks.answer(texts, on_answer=lambda *of: seen.append(of))
         assert [place for place, _ in seen] == [1, 2, 3, 0]
         assert sorted(seen) == list(enumerate(answers))
 
@@ -207,7 +207,7 @@ def test_an_answer_is_given_when_it_comes():
             raise OSError("no space")
 
         with pytest.raises(OSError, match="no space"):
-            asks.answer([prompter.render(f"{i}") for i in range(90)], got=full)
+            asks.answer([prompter.render(f"{i}") for i in range(90)], on_answer=full)
         assert len(server.prompts()) < 20
         assert asks.answer(texts) == answers
 
@@ -230,7 +230,7 @@ def test_the_deadline_waits_for_no_server(monkeypatch, slow):
         asks, prompter, _ = engine(url, concurrency=4)
         texts, seen = [prompter.render(f"{i}") for i in (1, 2, 300, 4, 500, 600, 700, 800)], []
         began = time.monotonic()
-        answers = asks.answer(texts, got=lambda *of: seen.append(of), deadline=began + 1.5)
+        answers = asks.answer(texts, on_answer=lambda *of: seen.append(of), deadline=began + 1.5)
         assert 1.4 < time.monotonic() - began < 2.5
         assert sorted(seen) == [(i, answers[i]) for i in (0, 1, 3)]
         assert [answers[i] for i in (2, 4, 5, 6, 7)] == [Answer("", True, 0)] * 5

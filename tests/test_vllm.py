@@ -267,7 +267,7 @@ def test_the_answers_are_those_of_vllms_own_generate(family, engine):
     sections = [kinds[i % len(kinds)] for i in range(len(prompts))]
     seen, watched = [], []
     engine.watch = lambda *at: watched.append(at)
-    answers = engine.answer(prompts, sections, got=lambda *of: seen.append(of))
+    answers = engine.answer(prompts, sections, on_answer=lambda *of: seen.append(of))
     engine.watch = None
     assert [(a.text, not a.truncated) for a in answers] == generated(engine, prompts, sections)
     assert sorted(seen) == list(enumerate(answers))

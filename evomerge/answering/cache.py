@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import astuple
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from evomerge import sqlite_file
-from evomerge.answering.engine import Answer, Engine, Settings, items_at
-from evomerge.answering.pace import Pace
+from evomerge.answering.engine import Answer, PromptSettings
 from evomerge.errors import OutputError
 from evomerge.study import Study
 
@@ -27,7 +26,10 @@ DAMAGED = (
     "Finished trials are kept in the study: move the file away, "
     "and the same command answers the rest again."
 )
-MERGED = "merged"  # the mode in which the live model holds the merged weights
+# Modes: what answers, with the same recipe and prompts.
+MERGED = "merged"  # the live model, with the recipe's weights merged into it
+ONE_PASS = "population"  # a batch of several candidates: a weight that is not merged is not rounded
+LIKELIHOOD = "likelihood"  # no answer, but how likely a given continuation is
 UNKEYED = ("batch_size", "batch_tokens", "residency")  # engine keys that change no answer
 
 
@@ -40,7 +42,11 @@ class AnswerCache:
         self.db = sqlite_file.connect(path, WHAT, DAMAGED, SCHEMA)
 
     def key(
-        self, recipe: str, prompts: Sequence[str], mode: str = MERGED, settings: Settings = None
+        self,
+        recipe: str,
+        prompts: Sequence[str],
+        mode: str = MERGED,
+        settings: PromptSettings = None,
     ) -> str:
         """SHA-256 of scope, mode, recipe digest, the batch's prompts and their own settings."""
         parts: list[object] = [self.scope, mode, recipe, list(prompts)]
@@ -118,46 +124,6 @@ def _files(path: Path) -> dict[Path, int]:
     return {file: file.stat().st_size for file in files if file.is_file()}
 
 
-def answer_all(
-    engine: Engine,
-    cache: AnswerCache,
-    recipe: str,
-    prompts: Sequence[str],
-    apply: Callable[[], None],
-    pace: Pace,
-    remember: Callable[[Mapping[str, int]], None] = lambda limits: None,
-    mode: str = MERGED,
-    got: Callable[[Sequence[int], Sequence[Answer]], None] = lambda indices, answers: None,
-    settings: Settings = None,
-) -> list[Answer]:
-    """Answers to all prompts, in order; `apply` merges, if any batch is not in the cache.
-
-    `remember` gets the engine's limits when memory has changed them, before the answers under them
-    are kept; `got` gets the prompts' indices and the answers of each batch as it is complete.
-    `settings` are the prompts' own, if they have any.
-    """
-    answers: dict[int, Answer] = {}
-    applied = False
-    for batch in engine.batches(prompts, settings):
-        texts = items_at(prompts, batch)
-        own = None if settings is None else items_at(settings, batch)
-        key = cache.key(recipe, texts, mode, own)
-        found = cache.get(key, len(batch))
-        if found is not None:
-            pace.found(len(batch))
-        else:
-            if not applied:
-                apply()
-                applied = True
-            with watched(engine, pace, remember):
-                found = engine.answer(texts, own)
-            pace.end(len(batch), sum(answer.tokens for answer in found))
-            cache.put(key, found)
-        got(batch, found)
-        answers.update(zip(batch, found, strict=True))
-    return [answers[i] for i in range(len(prompts))]
-
-
 def cache_scope(study: Study, models: Mapping[str, Any]) -> str:
     """SHA-256 of what answers depend on besides recipe, mode and prompts.
 
@@ -169,22 +135,3 @@ def cache_scope(study: Study, models: Mapping[str, Any]) -> str:
     too_long = data["prompt"]["too_long"]
     parts = [data["generation"], too_long, engine, search["dtype"], search["seed"], models]
     return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-@contextmanager
-def watched(
-    engine: Engine, pace: Pace, remember: Callable[[Mapping[str, int]], None]
-) -> Iterator[None]:
-    """While the engine answers, `pace` watches it.
-
-    Limits that memory forces are remembered, even if it fails in the end.
-    """
-    limits = dict(engine.limits)
-    engine.watch = pace.watch
-    pace.begin()
-    try:
-        yield
-    finally:
-        engine.watch = None
-        if engine.limits != limits:
-            remember(engine.limits)

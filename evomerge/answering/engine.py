@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Watch = Callable[[int, int], None]  # (finished answers, new tokens) of the current batch
 # one per prompt; None: the engine's own for all of them
-Settings: TypeAlias = "Sequence[GenerationSection] | None"
-Got = Callable[[int, "Answer"], None]  # a prompt's index in the batch, and its answer
+PromptSettings: TypeAlias = "Sequence[GenerationSection] | None"
+# a prompt's index in the batch, and its answer, as soon as it has ended
+OnAnswer = Callable[[int, "Answer"], None]
 Pairs: TypeAlias = "Sequence[tuple[str, str]]"  # a prompt, and the text that follows it
 
 
@@ -58,15 +59,14 @@ class EngineSpec:
         cls, study: Study, base: ModelFolder, siblings: Sequence[ModelFolder]
     ) -> EngineSpec:
         """The engine that a study asks for, on these models."""
-        search = study.search
         return cls(
-            base,
-            siblings,
-            study.engine,
-            study.generation,
-            search.dtype,
-            search.seed,
-            study.prompt.too_long,
+            base=base,
+            siblings=siblings,
+            engine=study.engine,
+            generation=study.generation,
+            dtype=study.search.dtype,
+            seed=study.search.seed,
+            too_long=study.prompt.too_long,
         )
 
 
@@ -83,17 +83,17 @@ class LikelihoodGradient:
         return sum(self.values) / len(self.values)
 
 
-class PopulationCapability(Protocol):
+class BatchedCandidatesCapability(Protocol):
     """Answers for many candidates in one pass; the live model keeps its weights."""
 
     def suits(self, recipes: Sequence[Recipe]) -> bool:
         """Whether these recipes can share a pass."""
 
-    def pays(self, candidates: int, prompts: int) -> bool:
+    def is_faster(self, candidates: int, prompts: int) -> bool:
         """Whether one pass is known to be faster than one candidate after another."""
 
     def __call__(
-        self, recipes: Sequence[Recipe], prompts: Sequence[str], settings: Settings = None
+        self, recipes: Sequence[Recipe], prompts: Sequence[str], settings: PromptSettings = None
     ) -> list[list[Answer]]:
         """Every candidate's answers, [candidate][prompt].
 
@@ -143,7 +143,7 @@ class Engine(Protocol):
     watch: Watch | None
 
     @property
-    def population(self) -> PopulationCapability | None: ...
+    def batched_candidates(self) -> BatchedCandidatesCapability | None: ...
 
     @property
     def gradient(self) -> GradientCapability | None: ...
@@ -154,7 +154,7 @@ class Engine(Protocol):
     def apply(self, recipe: Recipe) -> None:
         """Give the live model the recipe's weights, computed from the untouched base."""
 
-    def batches(self, prompts: Sequence[str], settings: Settings = None) -> list[list[int]]:
+    def batches(self, prompts: Sequence[str], settings: PromptSettings = None) -> list[list[int]]:
         """Which prompts share a batch, by index: a function of prompts and settings alone.
 
         Raises EngineError.
@@ -163,16 +163,16 @@ class Engine(Protocol):
     def answer(
         self,
         prompts: Sequence[str],
-        settings: Settings = None,
-        got: Got | None = None,
+        settings: PromptSettings = None,
+        on_answer: OnAnswer | None = None,
         deadline: float | None = None,
     ) -> list[Answer]:
         """Answer the prompts of one batch, in order; in parts if `limits` require it.
 
-        A prompt is the whole text the model sees, special tokens included as text. `got` is called
-        as soon as an answer has ended by itself. At `deadline`, a time.monotonic(), unfinished
-        answers end with what they have and `got` is not called for them; one that was not started
-        is empty, and both are truncated. Raises EngineError.
+        A prompt is the whole text the model sees, special tokens included as text. `on_answer` is
+        called as soon as an answer has ended by itself. At `deadline`, a time.monotonic(),
+        unfinished answers end with what they have and `on_answer` is not called for them; one that
+        was not started is empty, and both are truncated. Raises EngineError.
         """
 
 

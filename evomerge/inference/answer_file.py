@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evomerge.answering.engine import Answer, Engine, Settings
+from evomerge.answering.engine import Answer, Engine, PromptSettings
 from evomerge.answering.prompts import Prompt, Prompter
 from evomerge.errors import EngineError, TaskError
 from evomerge.inference.part import Part, replace
@@ -102,7 +102,7 @@ def _header(
 
 
 def _checked_batches(
-    engine: Engine, tasks: Sequence[Task], texts: Sequence[str], settings: Settings
+    engine: Engine, tasks: Sequence[Task], texts: Sequence[str], settings: PromptSettings
 ) -> list[list[int]]:
     """As `make_batches`; an error about a prompt that is too long names its task."""
     try:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Protocol, runtime_checkable
 
-from evomerge.answering.engine import Answer, Engine, Settings
+from evomerge.answering.engine import Answer, Engine, PromptSettings
 from evomerge.answering.prompts import Prompt, Prompter
 from evomerge.inference.part import FIRST, Part
 from evomerge.tasks import Task
@@ -33,7 +33,7 @@ class AnswersEach(Protocol):
     def answer_each(
         self,
         prompts: Sequence[str],
-        settings: Settings = None,
+        settings: PromptSettings = None,
         deadline: float | None = None,
         shorter: Callable[[int], str | None] | None = None,
     ) -> Iterator[tuple[int, Answer]]: ...
@@ -97,19 +97,19 @@ class Run:
         batch: Sequence[int],
         places: Sequence[int],
         texts: Sequence[str],
-        settings: Settings,
+        settings: PromptSettings,
         name: str,
     ) -> None:
         """Answer what is missing of a batch; each answer is kept as soon as it has ended."""
         rest = [places[i] for i in batch]
         told: set[int] = set()
 
-        def got(at: int, answer: Answer) -> None:
+        def on_answer(at: int, answer: Answer) -> None:
             told.add(at)
             self._keep({rest[at]: answer}, name)
 
         own = None if settings is None else [settings[i] for i in batch]
-        answers = self.engine.answer([texts[i] for i in batch], own, got, self.deadline)
+        answers = self.engine.answer([texts[i] for i in batch], own, on_answer, self.deadline)
         self.part.limit(self.engine.limits)
         untold: dict[int, Answer] = {}
         for at, answer in enumerate(answers):
@@ -146,7 +146,7 @@ class Run:
             self.progress(len(self.part.answers), len(self.tasks))
 
 
-def make_batches(engine: Engine, texts: Sequence[str], settings: Settings) -> list[list[int]]:
+def make_batches(engine: Engine, texts: Sequence[str], settings: PromptSettings) -> list[list[int]]:
     """Which prompts share a batch: one each where answers do not depend on other prompts."""
     if isinstance(engine, AnswersEach):
         return [[i] for i in range(len(texts))]

@@ -52,7 +52,7 @@ class LiveModel:
             parameter, numbers = self.live[name], torch.Size(base.shape(name)).numel()
             parameters[name] = LiveParameter(parameter.device, quantized.dtype(parameter), numbers)
         self.resident = Resident(base, siblings, parameters, residency)
-        self._parameters = sum(parameter.numbers for parameter in parameters.values())
+        self._parameters = sum(parameter.elements for parameter in parameters.values())
         self._plan: MergePlan | None = None  # the last one
         self._applied: dict[str, object] = {}  # what each parameter holds now
 
@@ -95,7 +95,7 @@ class LiveModel:
         stale = [name for name in self.names if self._applied.get(name) != states[name]]
         streamed = []
         for name in stale:
-            if plan.pure(name, self.resident.parameters[name].dtype):
+            if plan.needs_no_cast_or_realignment(name, self.resident.parameters[name].dtype):
                 streamed.append(name)
                 continue
             self._applied.pop(name, None)  # an interrupted write must not count as done
@@ -155,7 +155,7 @@ class LiveModel:
         if tensor.is_single_delta and not quantized.is_quantized(out):
             (delta,) = others.values()
             kernel = fused.kernel(out.device, out.dtype, self._parameters)
-            kernel(out, inputs.positive, delta, tensor.weights[0])
+            kernel(out, inputs.base_no_neg_zero, delta, tensor.weights[0])
             return
         generator = plan.draws.generator(name) if tensor.draws else None
         if method.takes_deltas:

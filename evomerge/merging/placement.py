@@ -35,7 +35,7 @@ class Inputs:
     base: Tensor
     others: Sequence[Tensor]  # deltas, or the siblings' weights
     # the base with 0 for -0, which `add_weighted_into` needs; mostly the same tensor
-    positive: Tensor
+    base_no_neg_zero: Tensor
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class LiveParameter:
 
     device: torch.device
     dtype: torch.dtype
-    numbers: int
+    elements: int
 
 
 class Resident:
@@ -105,7 +105,7 @@ class Resident:
                     torch.cuda.current_stream(device).wait_event(event)
                 for name in groups[i]:
                     item = inputs.pop(name)
-                    for tensor in (item.base, item.positive, *item.others):
+                    for tensor in (item.base, item.base_no_neg_zero, *item.others):
                         if tensor.is_cuda:  # its memory may be taken again only after this merge
                             tensor.record_stream(torch.cuda.current_stream(tensor.device))
                     yield name, item
@@ -195,7 +195,7 @@ class Resident:
 
     def _size(self, name: str) -> int:
         parameter = self.parameters[name]
-        return parameter.numbers * parameter.dtype.itemsize * (1 + len(self.siblings))
+        return parameter.elements * parameter.dtype.itemsize * (1 + len(self.siblings))
 
     def _choose(self) -> dict[str, Residency]:
         """Device, then host, then disk, in the order of the layers."""

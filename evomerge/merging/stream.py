@@ -136,7 +136,7 @@ class MergePlan:
         check_overflow(merged, name)
         return merged
 
-    def pure(self, name: str, dtype: torch.dtype) -> bool:
+    def needs_no_cast_or_realignment(self, name: str, dtype: torch.dtype) -> bool:
         """Whether the tensor can be merged from its inputs alone.
 
         It is merged in `dtype`, stays in it, and none of its rows moves.

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Protocol
 
-from evomerge.answering.cache import MERGED, AnswerCache, answer_all
+from evomerge.answering.answer_all import answer_all
+from evomerge.answering.cache import LIKELIHOOD, MERGED, AnswerCache
 from evomerge.answering.engine import Answer, Engine, LikelihoodCapability
 from evomerge.answering.lm_eval.harness import LmEvalRunner
 from evomerge.answering.pace import Pace
@@ -22,8 +23,6 @@ from evomerge.judging.grade import Grade, Judge
 from evomerge.recipe import Recipe
 from evomerge.searching.prefetch import Item, PendingEvaluation, Prefetcher
 from evomerge.tasks import Task
-
-LIKELIHOOD = "likelihood"  # a mode of the answer cache
 
 
 @dataclass(frozen=True)
@@ -147,14 +146,14 @@ class JudgedExaminer:
         evaluation.answers = answer_all(
             self.engine,
             self.cache,
-            recipe.digest(),
-            [prompt.text for prompt in prompts],
-            apply,
-            pace,
-            self.remember_limits,
-            mode,
-            evaluation.batch_answered,
-            self.prompter.settings(prompts),
+            recipe=recipe.digest(),
+            prompts=[prompt.text for prompt in prompts],
+            settings=self.prompter.settings(prompts),
+            mode=mode,
+            apply=apply,
+            pace=pace,
+            remember=self.remember_limits,
+            on_batch=evaluation.batch_answered,
         )
         elsewhere = evaluation.seconds["merge"] + evaluation.seconds["judge"]
         shared = self.shared_seconds(recipe)

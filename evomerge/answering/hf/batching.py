@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -15,8 +15,8 @@ from evomerge.answering.encode import Encoder, first_stop, prompt_seed
 from evomerge.answering.engine import (
     Answer,
     EngineSpec,
-    Got,
-    Settings,
+    OnAnswer,
+    PromptSettings,
     Watch,
     has_passed,
     items_at,
@@ -108,7 +108,7 @@ class Request:
 RunBatch = Callable[[Sequence[int], Hooks], list[Output]]
 
 
-class BatchRunner:
+class BatchExecutor:
     """Answers requests batch by batch, within the engine section and what memory allows.
 
     An engine and its capabilities share one. `limits` and `watch` are those of `Engine`.
@@ -130,7 +130,7 @@ class BatchRunner:
         self.limits: dict[str, int] = {}
         self.watch: Watch | None = None
 
-    def requests(self, prompts: Sequence[str], settings: Settings = None) -> list[Request]:
+    def requests(self, prompts: Sequence[str], settings: PromptSettings = None) -> list[Request]:
         """The prompts with their tokens and settings. Raises EngineError for one too long."""
         own = [self.generation] * len(prompts) if settings is None else settings
         rows = self.encode(prompts, [g.max_new_tokens for g in own])
@@ -149,41 +149,19 @@ class BatchRunner:
         requests: Sequence[Request],
         rows: int,
         run_batch: RunBatch,
-        got: Got | None = None,
+        on_answer: OnAnswer | None = None,
         deadline: float | None = None,
     ) -> list[Answer]:
         """Answers in the order of the requests, at most `rows` of them at a time.
 
         Out of memory, half of the tokens that failed become the limit, which is stored in `limits`,
-        and all but what `got` has received is tried again. Raises EngineError when a single request
-        does not fit into memory.
+        and all but what `on_answer` has received is tried again. Raises EngineError when a single
+        request does not fit into memory.
         """
-        outputs: dict[int, Output] = {}
-        batch: list[int] = []  # the indices that are being answered
-
-        def done(place: int, output: Output) -> None:
-            if got is not None:
-                outputs[batch[place]] = output
-                got(batch[place], self.answer_of(output, requests[batch[place]]))
-
-        def run_next() -> list[Output]:
-            waiting = [i for i in range(len(requests)) if i not in outputs]
-            batch.clear()
-            if not waiting or has_passed(deadline):
-                return []
-            batch.extend(items_at(waiting, self._first_batch(items_at(requests, waiting), rows)))
-            stopped = self._stopped_of(items_at(requests, batch))
-            watch = self._watch_after(outputs.values())
-            over = None if deadline is None else lambda: has_passed(deadline)
-            return run_batch(batch, Hooks(stopped, watch, done=done, over=over))
-
-        def shrink() -> None:
-            self._halve(items_at(requests, batch))
-
-        while len(outputs) < len(requests) and not has_passed(deadline):
-            found = shrink_to_fit(run_next, shrink)
-            outputs.update(zip(batch, found, strict=True))
-        return [self.answer_of(outputs.get(i, Output()), r) for i, r in enumerate(requests)]
+        run = _Run(self, requests, rows, run_batch, on_answer, deadline)
+        while len(run.outputs) < len(requests) and not has_passed(deadline):
+            shrink_to_fit(run.answer_next, run.shrink)
+        return [self.answer_of(run.outputs.get(i, Output()), r) for i, r in enumerate(requests)]
 
     def inputs_of(
         self, requests: Sequence[Request]
@@ -210,7 +188,7 @@ class BatchRunner:
             g.repetition_penalty,
         )
 
-    def stopped(self, tokens: list[int], stops: Sequence[str]) -> bool:
+    def has_stop(self, tokens: list[int], stops: Sequence[str]) -> bool:
         """Whether the latest tokens complete a stop string; a character has up to four tokens."""
         most = 4 * max(map(len, stops)) + STOP_MARGIN
         text = str(self.tokenizer.decode(tokens[-most:], skip_special_tokens=True))
@@ -223,14 +201,14 @@ class BatchRunner:
         truncated = not output.ended and stop is None
         return Answer(text[:stop], truncated, len(output.tokens))
 
-    def _first_batch(self, requests: Sequence[Request], rows: int) -> list[int]:
+    def first_batch(self, requests: Sequence[Request], rows: int) -> list[int]:
         """Indices of the first batch, within section and limits."""
         tokens = self.limits.get("batch_tokens", self.section.batch_tokens)
         if tokens is not None and self.section.batch_tokens is not None:
             tokens = min(tokens, self.section.batch_tokens)
         return _packed(requests, rows, tokens)[0]
 
-    def _halve(self, requests: Sequence[Request]) -> None:
+    def halve(self, requests: Sequence[Request]) -> None:
         """Limit batches to half of the tokens that were too many. Raises EngineError at one."""
         width = max(len(request.tokens) for request in requests)
         new = max(request.settings.max_new_tokens for request in requests)
@@ -248,21 +226,60 @@ class BatchRunner:
             limit,
         )
 
-    def _stopped_of(self, requests: Sequence[Request]) -> Callable[[int, list[int]], bool] | None:
-        """`Hooks.stopped` of a batch; None where no prompt has stop strings."""
-        stops = [request.settings.stop for request in requests]
-        if not any(stops):
-            return None
-        return lambda place, tokens: bool(stops[place]) and self.stopped(tokens, stops[place])
 
-    def _watch_after(self, before: Collection[Output]) -> Watch | None:
-        """The watch, with the outputs of earlier parts of the batch added to what it gets."""
-        watch = self.watch
-        if watch is None:
-            return None
-        ended = len(before)
-        tokens = sum(len(output.tokens) for output in before)
-        return lambda more, new: watch(ended + more, tokens + new)
+@dataclass
+class _Run:
+    """One call of `BatchExecutor.run`, part by part."""
+
+    executor: BatchExecutor
+    requests: Sequence[Request]
+    rows: int
+    run_batch: RunBatch
+    on_answer: OnAnswer | None
+    deadline: float | None
+    outputs: dict[int, Output] = field(default_factory=dict)  # those that are kept, by index
+    batch: list[int] = field(default_factory=list)  # the indices that are being answered
+
+    def answer_next(self) -> None:
+        """Answer as many of the requests that are left as fit together."""
+        waiting = [i for i in range(len(self.requests)) if i not in self.outputs]
+        if not waiting or has_passed(self.deadline):
+            return
+        first = self.executor.first_batch(items_at(self.requests, waiting), self.rows)
+        self.batch = items_at(waiting, first)
+        found = self.run_batch(self.batch, self._hooks(items_at(self.requests, self.batch)))
+        self.outputs.update(zip(self.batch, found, strict=True))
+
+    def shrink(self) -> None:
+        """Halve the batches after one ran out of memory. Raises EngineError at one request."""
+        self.executor.halve(items_at(self.requests, self.batch))
+
+    def _hooks(self, batch: Sequence[Request]) -> Hooks:
+        stops = [request.settings.stop for request in batch]
+        watch, deadline = self.executor.watch, self.deadline
+        ended = len(self.outputs)
+        tokens = sum(len(output.tokens) for output in self.outputs.values())
+
+        def is_complete(index: int, tokens: list[int]) -> bool:
+            return bool(stops[index]) and self.executor.has_stop(tokens, stops[index])
+
+        def on_progress(more: int, new: int) -> None:
+            assert watch is not None
+            watch(ended + more, tokens + new)
+
+        return Hooks(
+            is_complete=is_complete if any(stops) else None,
+            on_progress=None if watch is None else on_progress,
+            on_finished=None if self.on_answer is None else self._keep,
+            should_stop=None if deadline is None else lambda: has_passed(deadline),
+        )
+
+    def _keep(self, index: int, output: Output) -> None:
+        """Keep the output of a batch's request as soon as it has ended, and hand it on."""
+        assert self.on_answer is not None
+        i = self.batch[index]
+        self.outputs[i] = output
+        self.on_answer(i, self.executor.answer_of(output, self.requests[i]))
 
 
 def _packed(requests: Sequence[Request], rows: int, tokens: int | None) -> list[list[int]]:

@@ -49,18 +49,18 @@ class Output:
 class Hooks:
     """What a caller may add to the loop.
 
-    `stopped` says whether a prompt's new tokens end its answer, given its index and the tokens.
-    `watch` gets (answers ended, new tokens) of the batch after every step. `rows` gets the prompts'
-    indices in the order of the batch, before the first forward pass and whenever rows have left.
-    `done` gets a prompt's index and its output when it leaves. `over` says whether all shall end as
-    they are.
+    `is_complete` says whether a prompt's new tokens end its answer, given its index and the tokens.
+    `on_progress` gets (answers ended, new tokens) of the batch after every step. `on_rows` gets the
+    prompts' indices in the order of the batch, before the first forward pass and whenever rows have
+    left. `on_finished` gets a prompt's index and its output when it leaves. `should_stop` says
+    whether all shall end as they are.
     """
 
-    stopped: Callable[[int, list[int]], bool] | None = None
-    watch: Callable[[int, int], None] | None = None
-    rows: Callable[[list[int]], None] | None = None
-    done: Callable[[int, Output], None] | None = None
-    over: Callable[[], bool] | None = None
+    is_complete: Callable[[int, list[int]], bool] | None = None
+    on_progress: Callable[[int, int], None] | None = None
+    on_rows: Callable[[list[int]], None] | None = None
+    on_finished: Callable[[int, Output], None] | None = None
+    should_stop: Callable[[], bool] | None = None
 
 
 @torch.inference_mode()
@@ -84,27 +84,29 @@ def decode(
         params = [params] * len(prompts)
     most = max(p.max_new_tokens for p in params)
     forward = Forward(model, prompts, most)
-    if hooks.rows:
-        hooks.rows(alive)
+    if hooks.on_rows:
+        hooks.on_rows(alive)
     sample = TokenSampler(params, seeds, forward.device)
     logits = forward.start(SHARED if share else None)  # (rows, vocabulary)
     for step in range(most):
         chosen = sample(logits, forward.ids, step)  # (rows,)
         keep = []
         for row, token in enumerate(chosen.tolist()):
-            place = alive[row]
-            output = outputs[place]
-            output.ended = token in params[place].ends
+            index = alive[row]
+            output = outputs[index]
+            output.ended = token in params[index].ends
             if not output.ended:
                 output.tokens.append(token)
-                output.ended = hooks.stopped is not None and hooks.stopped(place, output.tokens)
-            if not output.ended and step + 1 < params[place].max_new_tokens:
+                if hooks.is_complete:
+                    output.ended = hooks.is_complete(index, output.tokens)
+            if not output.ended and step + 1 < params[index].max_new_tokens:
                 keep.append(row)
-            elif hooks.done:
-                hooks.done(place, output)
-        if hooks.watch:
-            hooks.watch(len(prompts) - len(keep), sum(len(output.tokens) for output in outputs))
-        if not keep or (hooks.over and hooks.over()):
+            elif hooks.on_finished:
+                hooks.on_finished(index, output)
+        if hooks.on_progress:
+            tokens = sum(len(output.tokens) for output in outputs)
+            hooks.on_progress(len(prompts) - len(keep), tokens)
+        if not keep or (hooks.should_stop and hooks.should_stop()):
             break
         if len(keep) < len(alive):
             order = filled(keep)
@@ -112,8 +114,8 @@ def decode(
             chosen = chosen[torch.tensor(order, device=chosen.device)]
             forward.keep(order)
             sample.keep(order)
-            if hooks.rows:
-                hooks.rows(alive)
+            if hooks.on_rows:
+                hooks.on_rows(alive)
         logits = forward.step(chosen)
     return outputs
 
@@ -170,35 +172,37 @@ class Forward:
         A common prefix of at least `share` tokens is computed once; with None no padding is left
         out either.
         """
-        prompts, rows = self.prompts, len(self.prompts)
         grouped = share is not None and self.positioned and self.plain
-        prefix = shared_prefix(prompts) if grouped and rows > 1 else 0
-        if share is None or prefix < share:
-            prefix = 0
-        width = max(map(len, prompts))
-        self._cache = self._make_cache(rows, width + self.max_new_tokens)
-        lengths = torch.tensor(list(map(len, prompts)))
-        gaps = (width - lengths).tolist()
+        prefix = 0
+        if grouped and share is not None and len(self.prompts) > 1:
+            prefix = shared_prefix(self.prompts)
+            if prefix < share:
+                prefix = 0
+        lengths = torch.tensor(list(map(len, self.prompts)))
+        width = int(lengths.max())
+        gaps = (width - lengths).tolist()  # columns of padding
+        self._cache = self._make_cache(len(self.prompts), width + self.max_new_tokens)
         self._fill(prefix, width, width - lengths)
         # columns that could be cut off on the left
-        self._gaps = gaps
-        if prefix:
-            self._gaps = [0] * rows
+        self._gaps = [0] * len(gaps) if prefix else gaps
         self._at, self._end = 0, width
         # positions of the answers' tokens
         self._next = lengths[:, None].to(self.device)
         positions = (self._mask.cumsum(-1) - 1).clamp(min=0)[:, :width]
-        if prefix:
-            self._run(self._ids[:1, :prefix], self._mask[:1, :prefix], positions[:1, :prefix])
-            for layer in self._slots():
-                layer.spread(rows)
         if not grouped:
-            ids = self._ids[:, prefix:width]
-            return self._run(ids, self._mask[:, :width], positions[:, prefix:])
-        groups = group_by_padding(gaps)
-        return torch.cat(
-            [self._start_group(g, prefix, width, positions, min(gaps[g])) for g in groups]
-        )
+            return self._run(self._ids[:, :width], self._mask[:, :width], positions)
+        if prefix:
+            self._read_prefix(prefix, positions)
+        logits = []
+        for group in group_by_padding(gaps):
+            logits.append(self._read_group(group, prefix, width, positions, min(gaps[group])))
+        return torch.cat(logits)
+
+    def _read_prefix(self, prefix: int, positions: Tensor) -> None:
+        """Compute the shared prefix once, in the first row, and copy its keys and values to all."""
+        self._run(self._ids[:1, :prefix], self._mask[:1, :prefix], positions[:1, :prefix])
+        for layer in self._slots():
+            layer.spread(len(self.prompts))
 
     def _fill(self, prefix: int, width: int, gaps: Tensor) -> None:
         """Set mask and tokens, (rows, columns); `gaps`, (rows,), follow the prefix."""
@@ -212,7 +216,7 @@ class Forward:
         self._mask = mask.long().to(self.device)
         self._ids = torch.tensor(ids, device=self.device)
 
-    def _start_group(
+    def _read_group(
         self, group: slice, prefix: int, width: int, positions: Tensor, gap: int
     ) -> Tensor:
         """Read the rest of some rows' prompts without the `gap` columns that are padding in all.

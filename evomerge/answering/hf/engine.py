@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from evomerge.answering.engine import Answer, EngineSpec, Got, Settings, Watch, items_at
-from evomerge.answering.hf.batching import BatchRunner
+from evomerge.answering.engine import Answer, EngineSpec, OnAnswer, PromptSettings, Watch, items_at
+from evomerge.answering.hf.batching import BatchExecutor
 from evomerge.answering.hf.decode import Hooks, Output, decodable, decode
 from evomerge.answering.hf.generate import generate_all
 from evomerge.answering.hf.gradient import TransformersGradient
@@ -36,58 +36,58 @@ class TransformersEngine:
         self.live = _open_live(self.model, spec) if spec.siblings else None
         self.context = context_of(self.model.config)
         ends = _end_tokens(self.model, self.tokenizer)
-        self.runner = BatchRunner(spec, self.tokenizer, self.context, ends)
-        self.limits = self.runner.limits
+        self.executor = BatchExecutor(spec, self.tokenizer, self.context, ends)
+        self.limits = self.executor.limits
         self.likelihood = TransformersLikelihood(self.model, self.tokenizer)
         self.gradient: TransformersGradient | None = None
-        self.population: TransformersPopulation | None = None
+        self.batched_candidates: TransformersPopulation | None = None
         if self.live is not None:
-            self.gradient = TransformersGradient(self.model, self.live, self.runner)
-            self.population = TransformersPopulation(self.model, self.live, self.runner)
+            self.gradient = TransformersGradient(self.model, self.live, self.executor)
+            self.batched_candidates = TransformersPopulation(self.model, self.live, self.executor)
 
     @property
     def watch(self) -> Watch | None:
         """See `Engine`."""
-        return self.runner.watch
+        return self.executor.watch
 
     @watch.setter
     def watch(self, watch: Watch | None) -> None:
-        self.runner.watch = watch
+        self.executor.watch = watch
 
     def apply(self, recipe: Recipe) -> None:
         """Give the live model the recipe's weights, in place."""
         assert self.live is not None, "an engine without siblings merges nothing"
         self.live.apply(recipe)
 
-    def batches(self, prompts: Sequence[str], settings: Settings = None) -> list[list[int]]:
+    def batches(self, prompts: Sequence[str], settings: PromptSettings = None) -> list[list[int]]:
         """Indices of the prompts in batches of `batch_size` and `batch_tokens`, longest first.
 
         `limits` do not change them.
         """
-        return self.runner.batches(self.runner.requests(prompts, settings))
+        return self.executor.batches(self.executor.requests(prompts, settings))
 
     def answer(
         self,
         prompts: Sequence[str],
-        settings: Settings = None,
-        got: Got | None = None,
+        settings: PromptSettings = None,
+        on_answer: OnAnswer | None = None,
         deadline: float | None = None,
     ) -> list[Answer]:
-        """Answer one batch, in parts where memory requires it; see `BatchRunner.run`.
+        """Answer one batch, in parts where memory requires it; see `BatchExecutor.run`.
 
         Raises EngineError: out of memory with one prompt, or a prompt that leaves no room in the
         context.
         """
-        requests = self.runner.requests(prompts, settings)
+        requests = self.executor.requests(prompts, settings)
 
         def run_batch(batch: Sequence[int], hooks: Hooks) -> list[Output]:
             part = items_at(requests, batch)
             if not decodable(self.model):
-                return generate_all(self.model, self.runner, part, hooks)
-            return decode(self.model, *self.runner.inputs_of(part), hooks)
+                return generate_all(self.model, self.executor, part, hooks)
+            return decode(self.model, *self.executor.inputs_of(part), hooks)
 
-        rows = self.runner.section.batch_size
-        return self.runner.run(requests, rows, run_batch, got, deadline)
+        rows = self.executor.section.batch_size
+        return self.executor.run(requests, rows, run_batch, on_answer, deadline)
 
 
 def _open_live(model: Any, spec: EngineSpec) -> LiveModel:

@@ -10,72 +10,72 @@ from transformers import GenerationConfig, StoppingCriteriaList, set_seed
 
 from evomerge.answering.encode import prompt_seed
 from evomerge.answering.engine import items_at
-from evomerge.answering.hf.batching import BatchRunner, Request, pad_rows
+from evomerge.answering.hf.batching import BatchExecutor, Request, pad_rows
 from evomerge.answering.hf.decode import Hooks, Output
 from evomerge.answering.hf.sampling import SamplingParams
 from evomerge.study import GenerationSection
 
 
 def generate_all(
-    model: Any, runner: BatchRunner, requests: Sequence[Request], hooks: Hooks
+    model: Any, executor: BatchExecutor, requests: Sequence[Request], hooks: Hooks
 ) -> list[Output]:
     """`generate` for each group of prompts with the same settings, in order of appearance.
 
-    Of the hooks `done` and `over` are called.
+    Of the hooks `on_finished` and `should_stop` are called.
     """
     outputs = [Output() for _ in requests]
     groups: dict[GenerationSection, list[int]] = {}
-    for place, request in enumerate(requests):
-        groups.setdefault(request.settings, []).append(place)
-    for settings, places in groups.items():
-        if hooks.over is not None and hooks.over():
+    for index, request in enumerate(requests):
+        groups.setdefault(request.settings, []).append(index)
+    for settings, indices in groups.items():
+        if hooks.should_stop is not None and hooks.should_stop():
             break
-        found = _generate(model, runner, items_at(requests, places), settings, hooks)
-        for place, output in zip(places, found, strict=True):
-            outputs[place] = output
+        found = _generate(model, executor, items_at(requests, indices), settings, hooks)
+        for index, output in zip(indices, found, strict=True):
+            outputs[index] = output
             complete = output.ended or len(output.tokens) == settings.max_new_tokens
-            if complete and hooks.done is not None:
-                hooks.done(place, output)
+            if complete and hooks.on_finished is not None:
+                hooks.on_finished(index, output)
     return outputs
 
 
 @torch.inference_mode()
 def _generate(
     model: Any,
-    runner: BatchRunner,
+    executor: BatchExecutor,
     requests: Sequence[Request],
     settings: GenerationSection,
     hooks: Hooks,
 ) -> list[Output]:
     """One call of `generate`: all rows run to the end of the longest answer."""
-    pad = runner.tokenizer.pad_token_id
+    pad = executor.tokenizer.pad_token_id
     device = model.get_input_embeddings().weight.device
     input_ids, mask = pad_rows([request.tokens for request in requests], pad, True, device)
     width = input_ids.shape[1]
 
     def stop(ids: torch.Tensor, scores: object) -> torch.Tensor:
         # transformers' own `stop_strings` fail with tokenizers that have no rule for joining tokens
-        over = hooks.over is not None and hooks.over()
+        over = hooks.should_stop is not None and hooks.should_stop()
         ended = []
         for row in ids[:, width:].tolist():
-            stopped = bool(settings.stop) and runner.stopped(row, settings.stop)
+            stopped = bool(settings.stop) and executor.has_stop(row, settings.stop)
             ended.append(over or stopped)
         return ids.new_tensor(ended).bool()
 
     stopping = StoppingCriteriaList()
-    if settings.stop or hooks.over is not None:
+    if settings.stop or hooks.should_stop is not None:
         stopping.append(stop)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         if settings.do_sample:
-            seed = runner.seed if settings.seed is None else settings.seed
+            seed = executor.seed if settings.seed is None else settings.seed
             set_seed(prompt_seed(seed, "\0".join(request.prompt for request in requests)))
         output = model.generate(
             input_ids=input_ids,
             attention_mask=mask,
-            generation_config=_config(runner.params_of(settings), pad),
+            generation_config=_config(executor.params_of(settings), pad),
             stopping_criteria=stopping,
         )
-    return [_until_end(runner, row, settings.stop) for row in output[:, width:].tolist()]
+    return [_until_end(executor, row, settings.stop) for row in output[:, width:].tolist()]
 
 
 def _config(params: SamplingParams, pad: int) -> Any:
@@ -94,13 +94,13 @@ def _config(params: SamplingParams, pad: int) -> Any:
     )
 
 
-def _until_end(runner: BatchRunner, tokens: list[int], stops: Sequence[str]) -> Output:
+def _until_end(executor: BatchExecutor, tokens: list[int], stops: Sequence[str]) -> Output:
     """What `decode` would have made of a row: `generate` fills it up after its end."""
     kept: list[int] = []
     for token in tokens:
-        if token in runner.end_tokens:
+        if token in executor.end_tokens:
             return Output(kept, ended=True)
         kept.append(token)
-        if stops and runner.stopped(kept, stops):
+        if stops and executor.has_stop(kept, stops):
             return Output(kept, ended=True)
     return Output(kept)

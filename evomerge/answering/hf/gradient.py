@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from evomerge.answering.engine import LikelihoodGradient, Pairs, items_at
-from evomerge.answering.hf.batching import BatchRunner, shrink_to_fit
+from evomerge.answering.hf.batching import BatchExecutor, shrink_to_fit
 from evomerge.answering.hf.references import TokenPair, batches, likelihoods, make_pair
 from evomerge.errors import EngineError, StudyFileError
 from evomerge.genome.weights import Genome
@@ -54,9 +54,9 @@ def check_gradient(genome: Genome) -> None:
 class TransformersGradient:
     """See `GradientCapability`."""
 
-    def __init__(self, model: Any, live: LiveModel, runner: BatchRunner) -> None:
+    def __init__(self, model: Any, live: LiveModel, executor: BatchExecutor) -> None:
         """`model`: the module whose parameters `live` merges."""
-        self.model, self.live, self.runner = model, live, runner
+        self.model, self.live, self.executor = model, live, executor
         self._known: GradientModel | None = None  # of the last genome
 
     def __call__(self, genome: Genome, vector: Sequence[float], pairs: Pairs) -> LikelihoodGradient:
@@ -68,7 +68,7 @@ class TransformersGradient:
         """
         if self._known is None or self._known.genome != genome:
             self._known = GradientModel(self.model, self.live, genome)
-        compute, limits = self._known, self.runner.limits
+        compute, limits = self._known, self.executor.limits
         tokens = [self.pair(prompt, reference) for prompt, reference in pairs]
         longest = max(len(prompt) + len(reference) for prompt, reference in tokens)
 
@@ -93,11 +93,11 @@ class TransformersGradient:
 
     def pair(self, prompt: str, reference: str) -> TokenPair:
         """Tokens of a prompt, and of its reference up to one of the model's end tokens."""
-        end: int | None = self.runner.tokenizer.eos_token_id
-        ends = self.runner.end_tokens
+        end: int | None = self.executor.tokenizer.eos_token_id
+        ends = self.executor.end_tokens
         if ends and end not in ends:
             end = min(ends)
-        return make_pair(self.runner.encode, prompt, reference, end)
+        return make_pair(self.executor.encode, prompt, reference, end)
 
 
 class GradientModel:

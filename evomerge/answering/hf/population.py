@@ -2,7 +2,7 @@
 
 This suits plain task arithmetic, where every tensor of a candidate is base + sum_m w_m delta_m; see
 per_row.py. It costs arithmetic: 1 + m products instead of one. So it pays while a few rows wait for
-weights to be read or for the overhead of calls (`pays`), and loses with many rows.
+weights to be read or for the overhead of calls (`is_faster`), and loses with many rows.
 
 Base and deltas are those that the LiveModel keeps, not copies of them; its live parameters stay as
 they are. A merged weight is rounded to its dtype, and this sum is not: fp32 gives the merged
@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from evomerge.answering.engine import Answer, Settings, items_at
-from evomerge.answering.hf.batching import BatchRunner
+from evomerge.answering.engine import Answer, PromptSettings, items_at
+from evomerge.answering.hf.batching import BatchExecutor
 from evomerge.answering.hf.decode import Hooks, Output, decodable, decode
 from evomerge.answering.hf.per_row import PerRow, RowWeights, forward_maker, own_parameters
 from evomerge.answering.hf.sampling import SamplingParams
@@ -69,7 +70,7 @@ def _values(key: str, setting: Any) -> Iterator[float | bool]:
             yield scalar(key, item)
 
 
-def pays(candidates: int, prompts: int, parameters: int, device: str) -> bool:
+def is_faster(candidates: int, prompts: int, parameters: int, device: str) -> bool:
     """Whether one pass is certain to be faster than one candidate after another.
 
     By the measurements in docs/PERFORMANCE.md; False where there are none.
@@ -78,24 +79,24 @@ def pays(candidates: int, prompts: int, parameters: int, device: str) -> bool:
 
 
 class TransformersPopulation:
-    """See `PopulationCapability`."""
+    """See `BatchedCandidatesCapability`."""
 
-    def __init__(self, model: Any, live: LiveModel, runner: BatchRunner) -> None:
+    def __init__(self, model: Any, live: LiveModel, executor: BatchExecutor) -> None:
         """`model`: the module whose parameters `live` merges."""
-        self.model, self.live, self.runner = model, live, runner
+        self.model, self.live, self.executor = model, live, executor
 
     def suits(self, recipes: Sequence[Recipe]) -> bool:
         """Whether these recipes can share a pass of this model."""
         return PopulationModel(self.model, self.live).suits(recipes)
 
-    def pays(self, candidates: int, prompts: int) -> bool:
+    def is_faster(self, candidates: int, prompts: int) -> bool:
         """Whether one pass of this model is certain to be faster."""
         parameters = list(self.model.parameters())
         numbers = sum(p.numel() for p in parameters)
-        return pays(candidates, prompts, numbers, parameters[0].device.type)
+        return is_faster(candidates, prompts, numbers, parameters[0].device.type)
 
     def __call__(
-        self, recipes: Sequence[Recipe], prompts: Sequence[str], settings: Settings = None
+        self, recipes: Sequence[Recipe], prompts: Sequence[str], settings: PromptSettings = None
     ) -> list[list[Answer]]:
         """Every candidate's answers, [candidate][prompt].
 
@@ -104,16 +105,18 @@ class TransformersPopulation:
         EngineError as `Engine.answer` does.
         """
         count = len(recipes)
-        requests = self.runner.requests(prompts, settings)
+        requests = self.executor.requests(prompts, settings)
         # all candidates of the first prompt, then of the second
         rows = [request for request in requests for _ in recipes]
         with PopulationModel(self.model, self.live).of(recipes) as answer_rows:
 
             def run_batch(batch: Sequence[int], hooks: Hooks) -> list[Output]:
                 candidates = [i % count for i in batch]
-                return answer_rows(candidates, *self.runner.inputs_of(items_at(rows, batch)), hooks)
+                return answer_rows(
+                    candidates, *self.executor.inputs_of(items_at(rows, batch)), hooks
+                )
 
-            answers = self.runner.run(rows, self.runner.section.batch_size * count, run_batch)
+            answers = self.executor.run(rows, self.executor.section.batch_size * count, run_batch)
         return [answers[candidate::count] for candidate in range(count)]
 
 
@@ -162,7 +165,7 @@ class PopulationModel:
             def select(order: list[int]) -> None:
                 weights.select(items_at(candidates, order))
 
-            selecting = Hooks(given.stopped, given.watch, select, given.done, given.over)
+            selecting = replace(given, on_rows=select)
             return decode(self.model, prompts, params, seeds, selecting, share=False)
 
         with self._per_row(weights):
@@ -194,7 +197,7 @@ class PopulationModel:
             return False
         if live.resident.places[name] != "device" or quantized.is_quantized(live.live[name]):
             return False
-        return plan.pure(name, live.resident.parameters[name].dtype)
+        return plan.needs_no_cast_or_realignment(name, live.resident.parameters[name].dtype)
 
     @contextmanager
     def _per_row(self, weights: RowWeights) -> Iterator[None]:

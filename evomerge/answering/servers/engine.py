@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from evomerge.answering.engine import Answer, Got, Settings, Watch
+from evomerge.answering.engine import Answer, OnAnswer, PromptSettings, Watch
 from evomerge.answering.servers.client import (
     OpenAIClient,
     RetryPolicy,
@@ -51,7 +51,7 @@ class ServerEngine:
     twice.
     """
 
-    population = None
+    batched_candidates = None
     gradient = None
     likelihood = None
 
@@ -93,7 +93,7 @@ class ServerEngine:
             remedy="Use another engine.",
         )
 
-    def batches(self, prompts: Sequence[str], settings: Settings = None) -> list[list[int]]:
+    def batches(self, prompts: Sequence[str], settings: PromptSettings = None) -> list[list[int]]:
         """`concurrency` prompts each, in their order."""
         indices = list(range(len(prompts)))
         starts = range(0, len(indices), self.concurrency)
@@ -102,8 +102,8 @@ class ServerEngine:
     def answer(
         self,
         prompts: Sequence[str],
-        settings: Settings = None,
-        got: Got | None = None,
+        settings: PromptSettings = None,
+        on_answer: OnAnswer | None = None,
         deadline: float | None = None,
     ) -> list[Answer]:
         """Answer all prompts, in their order; see `Engine.answer`.
@@ -114,14 +114,14 @@ class ServerEngine:
         answers = [Answer("", True, 0)] * len(prompts)
         for index, answer in self.answer_each(prompts, settings, deadline):
             answers[index] = answer
-            if got is not None:
-                got(index, answer)
+            if on_answer is not None:
+                on_answer(index, answer)
         return answers
 
     def answer_each(
         self,
         prompts: Sequence[str],
-        settings: Settings = None,
+        settings: PromptSettings = None,
         deadline: float | None = None,
         shorter: Shorter | None = None,
     ) -> Iterator[tuple[int, Answer]]:

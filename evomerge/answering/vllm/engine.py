@@ -16,7 +16,14 @@ from typing import Any
 import torch
 
 from evomerge.answering.encode import Encoder, first_stop, prompt_seed
-from evomerge.answering.engine import Answer, EngineSpec, Got, Settings, Watch, has_passed
+from evomerge.answering.engine import (
+    Answer,
+    EngineSpec,
+    OnAnswer,
+    PromptSettings,
+    Watch,
+    has_passed,
+)
 from evomerge.answering.hf.loading import load_tokenizer
 from evomerge.answering.vllm.host_weights import host_weights_of
 from evomerge.answering.vllm.loading import BATCH, end_tokens, first_line, load_llm, refuse_others
@@ -33,7 +40,7 @@ RESUME = "Run the same command again: it resumes where it stopped."
 class VllmEngine:
     """Answers with vLLM; it has no capabilities beyond that."""
 
-    population = None
+    batched_candidates = None
     gradient = None
     likelihood = None
 
@@ -85,7 +92,7 @@ class VllmEngine:
             )
         self._applied = recipe.digest()
 
-    def batches(self, prompts: Sequence[str], settings: Settings = None) -> list[list[int]]:
+    def batches(self, prompts: Sequence[str], settings: PromptSettings = None) -> list[list[int]]:
         """Indices of the prompts, in order, in groups of BATCH: without padding none are sorted."""
         indices = list(range(len(prompts)))
         return [indices[at : at + BATCH] for at in range(0, len(indices), BATCH)]
@@ -93,15 +100,15 @@ class VllmEngine:
     def answer(
         self,
         prompts: Sequence[str],
-        settings: Settings = None,
-        got: Got | None = None,
+        settings: PromptSettings = None,
+        on_answer: OnAnswer | None = None,
         deadline: float | None = None,
     ) -> list[Answer]:
         """Answer one batch; see `Engine.answer`.
 
-        At the deadline the current step is still finished. What `got` raises is passed on, and the
-        engine stays usable. Raises EngineError: out of memory, or a prompt that leaves no room in
-        the context.
+        At the deadline the current step is still finished. What `on_answer` raises is passed on,
+        and the engine stays usable. Raises EngineError: out of memory, or a prompt that leaves no
+        room in the context.
         """
         self._check()
         own = [self.generation] * len(prompts) if settings is None else settings
@@ -110,10 +117,10 @@ class VllmEngine:
         params = [self._sampling(prompt, g) for prompt, g in zip(prompts, own, strict=True)]
         answers = [Answer("", True, 0)] * len(prompts)
         with closing(self._outputs(rows, params, deadline)) as outputs:
-            for place, tokens, ended in outputs:
-                answers[place] = self._finish(tokens, own[place])
-                if ended and got is not None:
-                    got(place, answers[place])
+            for index, tokens, ended in outputs:
+                answers[index] = self._finish(tokens, own[index])
+                if ended and on_answer is not None:
+                    on_answer(index, answers[index])
         return answers
 
     def _outputs(

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
-from evomerge.answering.cache import AnswerCache, watched
-from evomerge.answering.engine import Engine, Settings
+from evomerge.answering.answer_all import watched
+from evomerge.answering.cache import ONE_PASS, AnswerCache
+from evomerge.answering.engine import Engine, PromptSettings
 from evomerge.answering.pace import Pace
 from evomerge.errors import StudyFileError
 from evomerge.recipe import Recipe
@@ -19,7 +20,6 @@ from evomerge.searching.ledger import Ledger
 from evomerge.searching.prepare import Problem
 
 REMEDY = "It is for plain task_arithmetic with the models on one device, not in 4 bits; remove it."
-MODE = "population"  # of the answer cache: a weight that is not merged is not rounded
 
 
 @dataclass
@@ -39,12 +39,12 @@ class OnePass:
         As `engine.population` says. By default in fp32, where the tokens are the merged model's,
         and only where it surely pays.
         """
-        study, population = self.problem.study, self.engine.population
+        study, population = self.problem.study, self.engine.batched_candidates
         asked_for = study.engine.population
         if population is None or asked_for is False:
             return False
         exact = study.search.dtype == "float32"
-        sure = exact and population.pays(self.problem.sampler.population, prompts)
+        sure = exact and population.is_faster(self.problem.sampler.population, prompts)
         if not asked_for and not sure:
             return False
         genome = self.problem.genome
@@ -63,20 +63,20 @@ class OnePass:
         generation: int,
         prompts: Sequence[str],
         report: Callable[[str], None],
-        settings: Settings = None,
+        settings: PromptSettings = None,
     ) -> None:
         """Answer for every candidate of the generation what is not in the cache yet.
 
         Batches of prompts follow one another. Raises EngineError.
         """
-        engine, population = self.engine, self.engine.population
+        engine, population = self.engine, self.engine.batched_candidates
         assert population is not None
         recipes = [self.problem.genome.decode(vector) for vector in self.vectors(generation)]
         pace = Pace(len(recipes) * len(prompts), report)
         for batch in engine.batches(prompts, settings):
             texts = [prompts[i] for i in batch]
             own = None if settings is None else [settings[i] for i in batch]
-            keys = [self.cache.key(recipe.digest(), texts, MODE, own) for recipe in recipes]
+            keys = [self.cache.key(recipe.digest(), texts, ONE_PASS, own) for recipe in recipes]
             if None not in [self.cache.get(key, len(batch)) for key in keys]:
                 pace.found(len(recipes) * len(batch))
                 continue

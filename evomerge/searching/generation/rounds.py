@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from evomerge.answering.cache import MERGED
+from evomerge.answering.cache import MERGED, ONE_PASS
 from evomerge.console import Console
 from evomerge.errors import EngineError
 from evomerge.judging.cascade import CascadeJudge
@@ -20,7 +20,6 @@ from evomerge.judging.grade import Grade
 from evomerge.recipe import Recipe
 from evomerge.searching.examine import Examined, Examiner, JudgedExaminer
 from evomerge.searching.generation.cascade_round import CascadeRound
-from evomerge.searching.generation.one_pass import MODE as ONE_PASS
 from evomerge.searching.generation.one_pass import OnePass
 from evomerge.searching.generation.racing import blocks, hopeless, subset_size, task_order
 from evomerge.searching.ledger import Ledger
