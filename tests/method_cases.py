@@ -8,7 +8,9 @@ import torch
 from hypothesis import strategies as st
 from mergekit_server import mergekit
 
-from evomerge.merging.methods import averaging, deltas
+from evomerge.merging.methods.deltas import differences
+from evomerge.merging.methods.registry import get_method
+from evomerge.merging.tensor_plan import TensorPlan
 
 # the largest relative error of one rounding
 UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
@@ -17,6 +19,11 @@ WEIGHTED = ("task_arithmetic", "ties", "dare_ties", "dare_linear", "linear")
 
 def seeded(seed):
     return torch.Generator().manual_seed(seed)
+
+
+def make_plan(method, **settings):
+    """A plan of tensors that come from nowhere."""
+    return TensorPlan(method, None, (), **settings)
 
 
 @dataclass(frozen=True)
@@ -35,35 +42,22 @@ class Case:
     seed: int
 
     def ours(self):
-        base, *siblings = self.tensors
+        method, (base, *others) = get_method(self.method), self.tensors
+        weights = self.weights[1:]
         if self.method == "linear":
-            return averaging.linear(self.tensors, self.weights, self.normalize)
-        if self.method == "slerp":
-            return averaging.slerp(base, siblings[0], self.t)
-        weights, differences = self.weights[1:], deltas.differences(base, siblings)
-        if self.method == "task_arithmetic":
-            return deltas.task_arithmetic(base, differences, weights, self.normalize, self.scale)
-        if self.method == "ties":
-            return deltas.ties(
-                base,
-                differences,
-                weights,
-                self.densities,
-                self.normalize,
-                self.scale,
-                self.rescale,
-            )
-        dare = getattr(deltas, self.method)
-        return dare(
-            base,
-            differences,
-            weights,
-            self.densities,
-            seeded(self.seed),
-            self.normalize,
-            self.scale,
-            self.rescale,
+            others, weights = self.tensors, self.weights
+        elif method.takes_deltas:
+            others = differences(base, others)
+        plan = make_plan(
+            self.method,
+            weights=tuple(weights),
+            densities=tuple(self.densities),
+            normalize=self.normalize,
+            scale=self.scale,
+            rescale=self.rescale,
+            parameters={"t": self.t},
         )
+        return method.merge(base, others, plan, seeded(self.seed))
 
     def theirs_is_nan(self):
         """Where mergekit forgets that fp16 holds neither its smallest divisor, 1e-8, nor a large

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from mergekit_server import mergekit
 from merging_tools import same_bits
-from method_cases import UNIT, WEIGHTED, Case, cases, make_tensors, seeded
+from method_cases import UNIT, WEIGHTED, Case, cases, make_plan, make_tensors, seeded
 
 from evomerge.merging.methods import thinning
 from evomerge.merging.methods.deltas import add_weighted_into, differences, task_arithmetic, ties
@@ -176,7 +176,8 @@ def test_a_sum_of_zero_elects_plus(case):
     deltas = (np.asarray(siblings) - base) * kept
     out, _, _ = combined(base, deltas, case.weights[1:], True, False, 1.0, 0.0)
     all_deltas = differences(case.tensors[0], case.tensors[1:])
-    ours = ties(case.tensors[0], all_deltas, case.weights[1:], case.densities, normalize=False)
+    plan = make_plan("ties", weights=tuple(case.weights[1:]), densities=tuple(case.densities))
+    ours = ties(case.tensors[0], all_deltas, plan)
     assert torch.equal(ours.reshape(-1), torch.tensor(out).to(case.dtype))
 
 
@@ -282,7 +283,11 @@ def test_fp16_neither_divides_by_zero_nor_overflows():
     """
     base, one, two = make_tensors("far", (70001,), torch.float16, 2, 0)
     plain, normal = (
-        task_arithmetic(base, differences(base, [one, two]), [0.5, -0.5], normalize)
+        task_arithmetic(
+            base,
+            differences(base, [one, two]),
+            make_plan("task_arithmetic", weights=(0.5, -0.5), normalize=normalize),
+        )
         for normalize in (False, True)
     )
     assert normal.isfinite().all()
@@ -301,4 +306,5 @@ def test_in_place_is_the_same(case):
     base, sibling = case.tensors[0] + 0.0, case.tensors[1]
     out = torch.full_like(base, 9.0)
     add_weighted_into(out, base, sibling - base, case.weights[0])
-    assert same_bits(out, task_arithmetic(base, [sibling - base], case.weights[:1]))
+    plan = make_plan("task_arithmetic", weights=tuple(case.weights[:1]))
+    assert same_bits(out, task_arithmetic(base, [sibling - base], plan))

@@ -8,7 +8,7 @@ from typing import Any
 from evomerge.genome.model_walk import walk
 from evomerge.genome.search_space import SearchSpace
 from evomerge.recipe import Recipe, task_arithmetic_recipe
-from evomerge.study import MIXING
+from evomerge.study import mixes_models
 
 
 def vector_to_recipe(space: SearchSpace, vector: Sequence[float]) -> Recipe:
@@ -56,7 +56,7 @@ def _weighted(space: SearchSpace, x: Sequence[float]) -> Recipe:
     data: dict[str, Any] = {"parameters": {"normalize": float(space.normalize)}}
     if space.base_model is not None:
         data["base_model"] = space.base_model
-    if space.method not in MIXING:
+    if not mixes_models(space.method):
         data["parameters"]["int8_mask"] = 1.0
     if space.smooth:
         return _recipe(space, models=_sources(space, x, range(len(space.slices))), **data)

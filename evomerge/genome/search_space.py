@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evomerge.genome.model_walk import walk
-from evomerge.study import DENSE
+from evomerge.recipe import METHODS
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class SearchSpace:
     @property
     def parameters(self) -> tuple[str, ...]:
         """What each model has in each group and filter set."""
-        return ("weight", "density") if self.method in DENSE else ("weight",)
+        dense = METHODS[self.method].has_densities
+        return ("weight", "density") if dense else ("weight",)
 
     @property
     def filter_sets(self) -> tuple[str | None, ...]:

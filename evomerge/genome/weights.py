@@ -23,8 +23,8 @@ from evomerge.errors import StudyFileError
 from evomerge.genome.decoding import vector_to_recipe
 from evomerge.genome.model_walk import walk
 from evomerge.genome.search_space import Gene, SearchSpace
-from evomerge.recipe import Recipe
-from evomerge.study import MIXING, Study
+from evomerge.recipe import BUILT_IN, METHODS, Recipe
+from evomerge.study import Study, mixes_models
 
 Vector = tuple[float, ...]
 __all__ = ["Gene", "Genome", "make_genome", "walk"]
@@ -65,7 +65,7 @@ class Genome(SearchSpace):
                 return ()
             edges = range(len(walk(len(self.models))))
             return tuple((edge + weight,) * self.dimensions for edge in edges)
-        if self.method != "linear":
+        if not mixes_models(self.method):
             return (self._fill(lambda _: weight),)
         if self.base_model is None:
             return (self._fill(lambda _: 1 / len(self.models)),)
@@ -129,10 +129,11 @@ def make_genome(study: Study, n_layers: int) -> Genome:
             remedy=f"Use one of {', '.join(fits)}.",
         )
     method, models, normalize = section.merge_method, section.models, section.normalize
-    if method in MIXING and section.base_model not in models:
+    if mixes_models(method) and section.base_model not in models:
         models = section.all_models
     if normalize is None:
-        normalize = method in NORMALIZED
+        own = method not in BUILT_IN and METHODS[method].normalize
+        normalize = own or method in NORMALIZED
     return Genome(
         method=method,
         base_model=section.base_model,

@@ -5,7 +5,8 @@ Adding a difference of weights to the live ones would drift; see docs/LOG.md.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -49,8 +50,8 @@ class LiveModel:
         self._check_names()
         parameters = {}
         for name in self.names:
-            parameter, numbers = self.live[name], torch.Size(base.shape(name)).numel()
-            parameters[name] = LiveParameter(parameter.device, quantized.dtype(parameter), numbers)
+            parameter, elements = self.live[name], torch.Size(base.shape(name)).numel()
+            parameters[name] = LiveParameter(parameter.device, quantized.dtype(parameter), elements)
         self.resident = Resident(base, siblings, parameters, residency)
         self._parameters = sum(parameter.elements for parameter in parameters.values())
         self._plan: MergePlan | None = None  # the last one
@@ -87,9 +88,7 @@ class LiveModel:
         Raises RecipeError when a live model cannot follow, ModelError on NaN or infinite weights,
         EngineError when even streaming needs more memory than there is.
         """
-        models = {ref: self._find(ref) for ref in recipe.models}
-        plan = MergePlan(recipe, models, self.random_seed, after=self._plan)
-        self._plan = plan
+        plan = self._plan = self.plan(recipe, after=self._plan)
         self._check_in_place(plan)
         states = {name: self._state(plan, name) for name in self.names}
         stale = [name for name in self.names if self._applied.get(name) != states[name]]
@@ -98,22 +97,40 @@ class LiveModel:
             if plan.needs_no_cast_or_realignment(name, self.resident.parameters[name].dtype):
                 streamed.append(name)
                 continue
-            self._applied.pop(name, None)  # an interrupted write must not count as done
-            self._write_from_files(name, plan)
-            self._applied[name] = states[name]
-        takes_deltas = get_method(recipe.merge_method).takes_deltas
-        while streamed:
+            with self._marking(name, states[name]):
+                self._write_from_files(name, plan)
+        self._write_streamed(streamed, plan, states)
+
+    def plan(self, recipe: Recipe, after: MergePlan | None = None) -> MergePlan:
+        """How a recipe of the loaded models is merged; `after` as for `MergePlan`.
+
+        Raises ModelError for a model that is not loaded, RecipeError as `MergePlan` does.
+        """
+        models = {ref: self._find(ref) for ref in recipe.models}
+        return MergePlan(recipe, models, self.random_seed, after=after)
+
+    @contextmanager
+    def _marking(self, name: str, state: object) -> Iterator[None]:
+        """While a parameter is written it holds nothing known; afterwards `state`."""
+        self._applied.pop(name, None)  # an interrupted write must not count as done
+        yield
+        self._applied[name] = state
+
+    def _write_streamed(
+        self, names: Sequence[str], plan: MergePlan, states: Mapping[str, object]
+    ) -> None:
+        """Merge tensors from their inputs alone; out of memory, again with less of them kept."""
+        while names:
             try:
-                for name, inputs in self.resident.stream(streamed, takes_deltas):
-                    self._applied.pop(name, None)
-                    self._write(name, plan, inputs)
-                    self._applied[name] = states[name]
-                streamed = []
+                for name, inputs in self.resident.stream(names, plan.layout.method.takes_deltas):
+                    with self._marking(name, states[name]):
+                        self._write(name, plan, inputs)
+                return
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 self.resident.retreat()
-                streamed = [name for name in streamed if self._applied.get(name) != states[name]]
+                names = [name for name in names if self._applied.get(name) != states[name]]
 
     def _check_in_place(self, plan: MergePlan) -> None:
         """Raise RecipeError for layers or rows that would leave their place."""

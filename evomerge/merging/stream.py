@@ -22,7 +22,7 @@ from evomerge.merging.tensor_merge import (
 )
 from evomerge.recipe import Recipe
 
-# numbers that go through an element-wise method at once: 1 MB in bf16 stays in a core's cache
+# elements that go through an element-wise method at once: 1 MB in bf16 stays in a core's cache
 CHUNK = 1 << 19
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -145,7 +145,7 @@ class MergePlan:
         return same and not self._moves_rows(name)
 
     def elementwise(self, name: str) -> bool:
-        """Whether every number of the merged tensor depends on its own place only."""
+        """Whether every element of the merged tensor depends on its own place only."""
         return self.layout.method.elementwise and not self._moves_rows(name)
 
     def chunked(self, name: str) -> ChunkedMerge:

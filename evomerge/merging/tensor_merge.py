@@ -18,15 +18,15 @@ from evomerge.merging.tensor_plan import TensorPlan
 
 @dataclass(frozen=True)
 class ChunkedMerge:
-    """A tensor on the CPU whose numbers depend on their own places only: any part merges alone."""
+    """A tensor on the CPU whose elements depend on their own places only: any part merges alone."""
 
     plan: TensorPlan
     models: Mapping[str, ModelFolder]
-    inputs: Mapping[str, torch.Tensor]  # by model: (numbers,), mapped, as on disk
+    inputs: Mapping[str, torch.Tensor]  # by model: (elements,), mapped, as on disk
     dtype: torch.dtype  # to merge in
 
     def merge_into(self, out: torch.Tensor, start: int) -> None:
-        """Write the numbers from `start` on into `out`, (n,).
+        """Write the elements from `start` on into `out`, (n,).
 
         Raises ModelError on NaN or infinite weights, RecipeError on an overflow of float16.
         """
@@ -39,7 +39,8 @@ class ChunkedMerge:
             base = tensors[plan.base[0]]
             torch.sub(tensors[plan.siblings[0][0]], base, out=out)
             out.mul_(torch.tensor(plan.weights[0], dtype=self.dtype))
-            out.add_(0.0).add_(base)  # 0 first: a sum over one product turns -0 into 0
+            # `add_weighted_into`, which takes a base without -0: here 0 is added first instead
+            out.add_(0.0).add_(base)
         else:
             out.copy_(merge_tensors(plan, tensors, None))
         check_overflow(out, plan.inputs[0][1])

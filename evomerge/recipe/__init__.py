@@ -8,7 +8,7 @@ from evomerge.recipe.mergekit_keys import (
     DARE,
     MERGEKIT,
     METHODS,
-    Method,
+    MethodTraits,
     scalar,
 )
 
@@ -18,7 +18,7 @@ __all__ = [
     "DARE",
     "MERGEKIT",
     "METHODS",
-    "Method",
+    "MethodTraits",
     "Recipe",
     "Slice",
     "Source",

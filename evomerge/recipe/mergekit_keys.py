@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from evomerge.errors import RecipeError
@@ -11,25 +11,63 @@ from evomerge.errors import RecipeError
 MERGEKIT = "mergekit itself may: pip install 'evomerge[mergekit]'."
 
 
-@dataclass(frozen=True)
-class Method:
-    """What a recipe of one merge method must hold."""
+@dataclass(frozen=True, kw_only=True)
+class MethodTraits:
+    """What a merge method needs and does; `evomerge.merging.methods` has the functions."""
 
-    link: str  # for a model card
-    base: bool  # a base model among the sources: needed, or (linear) a source like the others
-    settings: tuple[str, ...]  # needed for each sibling, or (slerp) for the slice
-    parameters: tuple[str, ...] = ()  # of a user's own method, besides PARAMETERS
+    link: str = ""  # Markdown for a model card
+    # a base model among the sources; else the base, if there is one, is a source like the others
+    needs_base: bool = True
+    takes_deltas: bool = False  # the function gets siblings minus base, else the siblings
+    elementwise: bool = False  # each element depends on its own place only: merged in chunks
+    weighted: bool = True  # needs the parameter `weight` of every sibling
+    has_densities: bool = False  # takes the parameter `density` of every sibling, 1 by default
+    draws: bool = False  # thins deltas out at random where the density is below 1
+    rounds_weights: bool = True  # to the dtype of the tensors; else it computes in float32
+    normalize: bool = False  # the parameter's default
+    rescale: bool = False  # the parameter's default
+    # further parameters with their defaults; None: the recipe must give one
+    parameters: Mapping[str, float | None] = field(default_factory=dict)
 
 
-METHODS = {
-    "task_arithmetic": Method(
-        "[Task Arithmetic](https://arxiv.org/abs/2212.04089)", True, ("weight",)
+METHODS: dict[str, MethodTraits] = {
+    "task_arithmetic": MethodTraits(
+        link="[Task Arithmetic](https://arxiv.org/abs/2212.04089)",
+        takes_deltas=True,
+        elementwise=True,
     ),
-    "ties": Method("[TIES](https://arxiv.org/abs/2306.01708)", True, ("weight",)),
-    "dare_ties": Method("[DARE TIES](https://arxiv.org/abs/2311.03099)", True, ("weight",)),
-    "dare_linear": Method("[Linear DARE](https://arxiv.org/abs/2311.03099)", True, ("weight",)),
-    "linear": Method("[Linear](https://arxiv.org/abs/2203.05482)", False, ("weight",)),
-    "slerp": Method("[SLERP](https://en.wikipedia.org/wiki/Slerp)", True, ()),
+    "ties": MethodTraits(
+        link="[TIES](https://arxiv.org/abs/2306.01708)",
+        takes_deltas=True,
+        has_densities=True,
+        normalize=True,
+    ),
+    "dare_ties": MethodTraits(
+        link="[DARE TIES](https://arxiv.org/abs/2311.03099)",
+        takes_deltas=True,
+        has_densities=True,
+        draws=True,
+        rescale=True,
+    ),
+    "dare_linear": MethodTraits(
+        link="[Linear DARE](https://arxiv.org/abs/2311.03099)",
+        takes_deltas=True,
+        has_densities=True,
+        draws=True,
+        rescale=True,
+    ),
+    "linear": MethodTraits(
+        link="[Linear](https://arxiv.org/abs/2203.05482)",
+        needs_base=False,
+        elementwise=True,
+        rounds_weights=False,
+        normalize=True,
+    ),
+    "slerp": MethodTraits(
+        link="[SLERP](https://en.wikipedia.org/wiki/Slerp)",
+        weighted=False,
+        parameters={"t": None},
+    ),
 }
 BUILT_IN = frozenset(METHODS)  # without the methods that users register
 DARE = ("dare_ties", "dare_linear")  # these drop numbers at random

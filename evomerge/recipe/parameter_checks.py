@@ -29,7 +29,7 @@ class ParameterChecks:
                 found=value,
                 remedy="Write parameters: {weight: 1.0}.",
             )
-        known = (*PARAMETERS, *METHODS[self.method].parameters)
+        known = tuple(dict.fromkeys((*PARAMETERS, *METHODS[self.method].parameters)))
         for key, setting in value.items():
             if key not in known:
                 raise RecipeError(

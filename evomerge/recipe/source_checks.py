@@ -99,7 +99,7 @@ class SourceChecks:
     def _check_models(self, sources: Sequence[Source], base: str | None, where: str) -> None:
         """What mergekit too refuses: no base, a model twice, slerp of more or fewer than two."""
         names = [source.model for source in sources]
-        if METHODS[self.method].base and base not in names:
+        if METHODS[self.method].needs_base and base not in names:
             raise RecipeError(
                 "the base is not among the `sources`",
                 where=where,

@@ -105,7 +105,7 @@ def _check_base(data: Mapping[str, Any], method: str, where: str) -> None:
     if not named and slices and isinstance(slices, list):
         # a slice may name its own base
         named = all(isinstance(item, Mapping) and item.get("base_model") for item in slices)
-    if METHODS[method].base and not named:
+    if METHODS[method].needs_base and not named:
         raise RecipeError(
             "`base_model` is missing",
             where=where,

@@ -52,7 +52,7 @@ def model_card(
     }
     base, using = None, ""
     # slerp has no direction: its base model is a source like the other
-    if method.base and recipe.merge_method != "slerp" and recipe.base_model is not None:
+    if method.needs_base and recipe.merge_method != "slerp" and recipe.base_model is not None:
         base, using = recipe.base_model, f" using {_link(recipe.base_model)} as a base"
     return CARD.format(
         front=yaml.safe_dump(front, sort_keys=True),

@@ -5,7 +5,7 @@ Everything is checked here, once; a message names the key, the value found and t
 
 from evomerge.study.comparing import STOPPING_KEYS, changed_keys
 from evomerge.study.engine_keys import EngineSection, VllmSection
-from evomerge.study.genome_keys import DENSE, MIXING, GenomeSection
+from evomerge.study.genome_keys import GenomeSection, mixes_models
 from evomerge.study.judge_keys import JUDGE_MODEL, JudgeSection
 from evomerge.study.prompt_keys import GenerationSection, PromptSection, SplitSection, TaskSource
 from evomerge.study.reading import overridden, read_judge, read_setting, read_study
@@ -15,9 +15,7 @@ from evomerge.study.study_file import BEFORE, Study
 
 __all__ = [
     "BEFORE",
-    "DENSE",
     "JUDGE_MODEL",
-    "MIXING",
     "STOPPING_KEYS",
     "SUBSET",
     "EngineSection",
@@ -32,6 +30,7 @@ __all__ = [
     "TaskSource",
     "VllmSection",
     "changed_keys",
+    "mixes_models",
     "overridden",
     "read_judge",
     "read_setting",

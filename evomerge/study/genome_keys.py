@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
+from evomerge.recipe import BUILT_IN, METHODS
 from evomerge.study.section import (
     ModelRef,
     Remedy,
@@ -17,10 +26,31 @@ from evomerge.study.section import (
     require,
 )
 
-# these keep a share of each difference: its density is searched too
-DENSE = ("ties", "dare_ties", "dare_linear")
-# these mix models as they are: the base, if there is one, is a model like the others
-MIXING = ("linear", "slerp")
+
+def mixes_models(method: str) -> bool:
+    """Whether models are mixed as they are: the base, if there is one, is one more of them."""
+    return method == "slerp" or not METHODS[method].needs_base
+
+
+def _searchable(method: str) -> str:
+    """A method of this name exists, and weights are all that its recipes must hold."""
+    traits = METHODS.get(method)
+    require(
+        traits is not None,
+        "",
+        "is not a merge method",
+        method,
+        f"Use {', '.join(METHODS)}, or one that your program has registered.",
+    )
+    searched = traits is not None and traits.weighted and None not in traits.parameters.values()
+    require(
+        searched or method in BUILT_IN,
+        "",
+        "cannot be searched: its recipes need more than weights and densities",
+        method,
+        "Register it with `weighted`, and with a default for each of its parameters.",
+    )
+    return method
 
 
 class GenomeSection(Section):
@@ -39,8 +69,11 @@ class GenomeSection(Section):
         description="The model that the siblings come from. linear and slerp work without one; "
         "there it is one more model to mix.",
     )
-    merge_method: Literal[
-        "task_arithmetic", "ties", "dare_ties", "dare_linear", "linear", "slerp"
+    merge_method: Annotated[
+        str,
+        AfterValidator(_searchable),
+        # without the methods that a program registers
+        WithJsonSchema({"type": "string", "enum": list(METHODS)}),
     ] = Field(default="task_arithmetic", description="How the models are merged.")
     layer_granularity: Annotated[int, Remedy("Use 1 or more layers, or -1 for one slice.")] = Field(
         default=-1, ge=-1, description="Layers per slice; -1 or 0: one slice holds all layers."
@@ -81,13 +114,14 @@ class GenomeSection(Section):
     @model_validator(mode="after")
     def _check_models(self) -> Self:
         method, base = self.merge_method, self.base_model
-        if method not in MIXING:
+        mixed = mixes_models(method)
+        if not mixed:
             need = f"Add the model that the siblings come from: {method} needs it."
             require(base is not None, "base_model", "is missing", None, need)
         twice = [model for model in self.models if self.models.count(model) > 1]
         require(not twice, "models", "names a model twice", next(iter(twice), None), "Keep one.")
         require(
-            method in MIXING or base not in self.models,
+            mixed or base not in self.models,
             "models",
             "holds the base, whose weight changes nothing",
             base,

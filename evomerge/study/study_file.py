@@ -7,8 +7,9 @@ from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from evomerge.recipe import METHODS
 from evomerge.study.engine_keys import EngineSection
-from evomerge.study.genome_keys import DENSE, GenomeSection
+from evomerge.study.genome_keys import GenomeSection
 from evomerge.study.judge_keys import JudgeSection
 from evomerge.study.messages import validated
 from evomerge.study.prompt_keys import (
@@ -180,7 +181,7 @@ class Study(Section):
         for key in ("density_bounds", "start_density"):
             value = getattr(search, key)
             require(
-                value is None or method in DENSE,
+                value is None or METHODS[method].has_densities,
                 f"search.{key}",
                 f"changes nothing: {method} has no densities",
                 value,

@@ -201,8 +201,7 @@ class GradientModel:
         plan: MergePlan | None = None
         for j in range(d):
             recipe = self.genome.decode([float(i == j) for i in range(d)])
-            models = {ref: live._find(ref) for ref in recipe.models}
-            plan = MergePlan(recipe, models, live.random_seed, after=plan)
+            plan = live.plan(recipe, after=plan)
             for name in live.names:
                 how = plan.tensors[name]
                 for (ref, _), weight in zip(how.siblings, how.weights, strict=True):

@@ -172,8 +172,7 @@ class PopulationModel:
             yield answer
 
     def _plan_of(self, recipe: Recipe) -> MergePlan:
-        models = {ref: self.live._find(ref) for ref in recipe.models}
-        self._plan = MergePlan(recipe, models, self.live.random_seed, after=self._plan)
+        self._plan = self.live.plan(recipe, after=self._plan)
         return self._plan
 
     def _fits(self, plan: MergePlan) -> bool:

@@ -146,10 +146,10 @@ def _write_shard(
 
 def _chunks(plan: MergePlan, offsets: dict[PlannedTensor, int]) -> Iterator[Chunk]:
     for item, offset in offsets.items():
-        tensor, numbers = plan.chunked(item.name), math.prod(item.shape)
-        for start in range(0, numbers, CHUNK):
+        tensor, elements = plan.chunked(item.name), math.prod(item.shape)
+        for start in range(0, elements, CHUNK):
             at = offset + start * item.dtype.itemsize
-            yield Chunk(tensor, start, min(CHUNK, numbers - start), item.dtype, at)
+            yield Chunk(tensor, start, min(CHUNK, elements - start), item.dtype, at)
 
 
 def _merge_chunks(file: int, chunks: Iterator[Chunk], count: ByteCount) -> None:

@@ -6,40 +6,62 @@ result has them too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
+from evomerge.errors import RecipeError
+from evomerge.merging.tensor_plan import TensorPlan
+
 PARALLEL = 0.9995  # |cos| above which slerp is linear interpolation
-SLERP_CHUNK = 1 << 20  # numbers that slerp holds in fp32 at a time
+SLERP_CHUNK = 1 << 20  # elements that slerp holds in fp32 at a time
 SMALLEST = 1e-8  # a norm up to it does not divide
 
 
-def linear(tensors: Sequence[Tensor], weights: Sequence[float], normalize: bool = True) -> Tensor:
-    """out = sum_m w_m x_m, divided by sum_m w_m when `normalize`.
+def linear(
+    base: Tensor | None,
+    models: Iterable[Tensor],
+    plan: TensorPlan,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """out = sum_m w_m x_m, divided by sum_m w_m when `normalize`; the base is one of the models.
 
-    Wortsman et al. 2022, arXiv 2203.05482.
+    Wortsman et al. 2022, arXiv 2203.05482. Raises RecipeError on weights that sum to 0.
     """
-    rounded = torch.tensor(list(weights), dtype=torch.float32, device=tensors[0].device)
+    if plan.normalize and torch.tensor(plan.weights).sum() == 0:
+        raise RecipeError(
+            "the weights sum to 0, so they cannot be normalised",
+            found=plan.weights,
+            remedy="Change one of them.",
+        )
+    tensors = list(models)
+    rounded = torch.tensor(plan.weights, dtype=torch.float32, device=tensors[0].device)
     total = torch.zeros_like(tensors[0], dtype=torch.float32)
     for tensor, weight in zip(tensors, rounded, strict=True):
         total.addcmul_(tensor, weight)
-    if normalize:
+    if plan.normalize:
         total.div_(rounded.sum())
     return total.to(tensors[0].dtype)
 
 
-def slerp(base: Tensor, other: Tensor, t: float) -> Tensor:
+def slerp(
+    base: Tensor | None,
+    others: Iterable[Tensor],
+    plan: TensorPlan,
+    generator: torch.Generator | None = None,
+) -> Tensor:
     """Spherical interpolation of two tensors taken as vectors: t = 0 is the base, t = 1 the other.
 
     out = (sin((1 - t) a) base + sin(t a) other) / sin(a), a the angle between them: Shoemake 1985,
     SIGGRAPH, p. 247. Nearly parallel vectors are interpolated linearly.
     """
+    assert base is not None
+    (other,) = others
     v0, v1 = base.reshape(1, -1), other.reshape(1, -1)
     if not v0.numel():
         return base.clone()
-    step = torch.tensor([[t]], dtype=torch.float32, device=base.device)
+    step = torch.tensor([[plan.parameters["t"]]], dtype=torch.float32, device=base.device)
     cosine = _cosine(v0, v1)
     straight = cosine.abs() > PARALLEL
     angle = torch.acos(torch.where(straight, 0, cosine))

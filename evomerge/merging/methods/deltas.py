@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from evomerge.merging.methods.thinning import drop, pieces, trim
+from evomerge.merging.tensor_plan import TensorPlan
 
 SMALLEST = 1e-8  # a sum of weights below it does not divide
 
@@ -37,28 +38,24 @@ def differences(base: Tensor, siblings: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def task_arithmetic(
-    base: Tensor,
+    base: Tensor | None,
     deltas: Iterable[Tensor],
-    weights: Sequence[float],
-    normalize: bool = False,
-    scale: float = 1.0,
+    plan: TensorPlan,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """out = b + scale * sum_m w_m d_m, every step rounded, the weights too.
 
     base and deltas: any one shape and dtype. `normalize` divides the sum by the sum of the
     weights; `scale` is mergekit's `lambda`. Ilharco et al. 2023, arXiv 2212.04089, section 2.
     """
-    return _in_pieces(add_weighted, base, deltas, weights, normalize, scale)
+    return _in_pieces(add_weighted, base, deltas, plan)
 
 
 def ties(
-    base: Tensor,
+    base: Tensor | None,
     deltas: Iterable[Tensor],
-    weights: Sequence[float],
-    densities: Sequence[float],
-    normalize: bool = True,
-    scale: float = 1.0,
-    rescale: bool = False,
+    plan: TensorPlan,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Trim, elect sign, merge: Yadav et al. 2023, arXiv 2306.01708, section 3.
 
@@ -66,67 +63,50 @@ def ties(
     disagree in sign, those of the sign with the larger sum count. `normalize` divides by the
     weights that counted.
     """
-    trimmed = (trim(d, density, rescale) for d, density in zip(deltas, densities, strict=True))
-    return _in_pieces(add_elected, base, trimmed, weights, normalize, scale)
+    pairs = zip(deltas, plan.densities, strict=True)
+    trimmed = (trim(delta, density, plan.rescale) for delta, density in pairs)
+    return _in_pieces(add_elected, base, trimmed, plan)
 
 
 def dare_ties(
-    base: Tensor,
+    base: Tensor | None,
     deltas: Iterable[Tensor],
-    weights: Sequence[float],
-    densities: Sequence[float],
-    generator: torch.Generator,
-    normalize: bool = False,
-    scale: float = 1.0,
-    rescale: bool = True,
+    plan: TensorPlan,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Drop at random, rescale, then elect signs as TIES does.
 
     Yu et al. 2024, arXiv 2311.03099, section 3.
     """
-    thinned = _dropped(deltas, densities, generator, rescale)
-    return _in_pieces(add_elected, base, thinned, weights, normalize, scale)
+    return _in_pieces(add_elected, base, _dropped(deltas, plan, generator), plan)
 
 
 def dare_linear(
-    base: Tensor,
+    base: Tensor | None,
     deltas: Iterable[Tensor],
-    weights: Sequence[float],
-    densities: Sequence[float],
-    generator: torch.Generator,
-    normalize: bool = False,
-    scale: float = 1.0,
-    rescale: bool = True,
+    plan: TensorPlan,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Drop at random, rescale, then task arithmetic.
 
     Yu et al. 2024, arXiv 2311.03099, section 3.
     """
-    thinned = _dropped(deltas, densities, generator, rescale)
-    return _in_pieces(add_weighted, base, thinned, weights, normalize, scale)
+    return _in_pieces(add_weighted, base, _dropped(deltas, plan, generator), plan)
 
 
 def _dropped(
-    deltas: Iterable[Tensor],
-    densities: Sequence[float],
-    generator: torch.Generator,
-    rescale: bool,
+    deltas: Iterable[Tensor], plan: TensorPlan, generator: torch.Generator | None
 ) -> Iterator[Tensor]:
-    return (
-        drop(delta, density, generator, rescale)
-        for delta, density in zip(deltas, densities, strict=True)
-    )
+    pairs = zip(deltas, plan.densities, strict=True)
+    return (drop(delta, density, generator, plan.rescale) for delta, density in pairs)
 
 
 def _in_pieces(
-    add: Adder,
-    base: Tensor,
-    deltas: Iterable[Tensor],
-    weights: Sequence[float],
-    normalize: bool,
-    scale: float,
+    add: Adder, base: Tensor | None, deltas: Iterable[Tensor], plan: TensorPlan
 ) -> Tensor:
     """`add` of everything; on the CPU in pieces, which give the same bits sooner."""
+    assert base is not None
+    weights, normalize, scale = plan.weights, plan.normalize, plan.scale
     thinned = list(deltas)  # one by one: of the untouched deltas only one is held at a time
     if base.device.type != "cpu" or not thinned:
         return add(base, thinned, weights, normalize, scale)
@@ -166,7 +146,7 @@ def add_elected(
     normalize: bool = False,
     scale: float = 1.0,
 ) -> Tensor:
-    """The same where each number counts only the weighted deltas that have the elected sign.
+    """The same where each element counts only the weighted deltas that have the elected sign.
 
     A sum of 0 elects plus.
     """
@@ -189,7 +169,9 @@ def add_weighted_into(out: Tensor, base: Tensor, delta: Tensor, weight: float) -
     """`add_weighted` of one delta without temporaries: out = r(b + r(d * r(w))).
 
     `torch.add(alpha=)` would round once only. `base` must hold no -0: mergekit's sum over one
-    product turns -0 into 0, and -0 + -0 would stay -0 here.
+    product turns -0 into 0, and -0 + -0 would stay -0 here. The same bits come from `fused`, in one
+    pass, and from `ChunkedMerge.merge_into`, for a base that may hold -0; `LiveModel._write` takes
+    this or `fused`, with `Inputs.base_no_neg_zero`.
     """
     torch.mul(delta, torch.tensor(weight, dtype=base.dtype, device=base.device), out=out)
     out.add_(base)

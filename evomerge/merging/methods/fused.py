@@ -2,7 +2,7 @@
 
 Two torch operations pass over the live weights three times; compiled, it is one reading of base and
 delta and one writing. Compiling takes some 3 to 15 seconds, so it is for models whose merge is long
-enough to notice.
+enough to notice. `deltas.add_weighted_into` names all places that compute this.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def _compiled(device: str, dtype: torch.dtype) -> Kernel | None:
         )
 
     try:
-        for numbers in (5, 100_003):
-            base, delta, out, wanted = _sample(numbers, device, dtype)
+        for elements in (5, 100_003):
+            base, delta, out, wanted = _sample(elements, device, dtype)
             run(out, base, delta, 0.7310585786300049)
             add_weighted_into(wanted, base, delta, 0.7310585786300049)
             if not torch.equal(out, wanted):
@@ -66,9 +66,11 @@ def _compiled(device: str, dtype: torch.dtype) -> Kernel | None:
     return run
 
 
-def _sample(numbers: int, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _sample(
+    elements: int, device: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Base and delta of all magnitudes, and two places for results."""
-    generator = torch.Generator().manual_seed(numbers)
-    base = torch.randn(numbers, generator=generator).to(device=device, dtype=dtype)
-    delta = torch.randn(numbers, generator=generator).to(device=device, dtype=dtype) * 0.01
+    generator = torch.Generator().manual_seed(elements)
+    base = torch.randn(elements, generator=generator).to(device=device, dtype=dtype)
+    delta = torch.randn(elements, generator=generator).to(device=device, dtype=dtype) * 0.01
     return base, delta, torch.empty_like(base), torch.empty_like(base)

@@ -1,11 +1,11 @@
-"""Fewer numbers in a delta: TIES keeps the largest of them, DARE a random choice."""
+"""Fewer elements in a delta: TIES keeps the largest of them, DARE a random choice."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-PIECE = 1 << 19  # numbers that are drawn or added up at a time
+PIECE = 1 << 19  # elements that are drawn or added up at a time
 
 
 def trim(delta: Tensor, density: float, rescale: bool = False) -> Tensor:
@@ -28,13 +28,16 @@ def trim(delta: Tensor, density: float, rescale: bool = False) -> Tensor:
     return _rescaled(delta, mask.reshape(delta.shape).mul_(delta), rescale)
 
 
-def drop(delta: Tensor, density: float, generator: torch.Generator, rescale: bool = True) -> Tensor:
+def drop(
+    delta: Tensor, density: float, generator: torch.Generator | None, rescale: bool = True
+) -> Tensor:
     """Keep each number with probability `density`; density 1 draws nothing.
 
     The draws are the CPU's, whatever the delta's device.
     """
     if density >= 1:
         return delta
+    assert generator is not None
     # bf16 draws in bf16, other dtypes in fp32: a density is rounded to the dtype that draws.
     dtype = delta.dtype if delta.dtype == torch.bfloat16 else torch.float32
     delta_ = delta.to(dtype)
@@ -46,9 +49,9 @@ def drop(delta: Tensor, density: float, generator: torch.Generator, rescale: boo
     return _rescaled(delta_, flat.reshape(delta.shape), rescale).to(delta.dtype)
 
 
-def pieces(numbers: int) -> list[slice]:
+def pieces(elements: int) -> list[slice]:
     """Parts of a flat tensor that fit a core's cache, in order."""
-    return [slice(start, start + PIECE) for start in range(0, numbers, PIECE)]
+    return [slice(start, start + PIECE) for start in range(0, elements, PIECE)]
 
 
 def _rescaled(delta: Tensor, kept: Tensor, rescale: bool) -> Tensor:
