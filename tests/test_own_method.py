@@ -1,11 +1,15 @@
-"""Merge methods that a user registers: on disk and live, with parameters of their own."""
+"""Merge methods that a user registers: on disk and live, with parameters of their own, searched."""
+
+import io
 
 import pytest
 import torch
 from merging_tools import differing, load_all, make_family
 from transformers import AutoModelForCausalLM
 
-from evomerge.errors import InputError, RecipeError, UnsupportedRecipe
+import evomerge
+from evomerge.console import Console
+from evomerge.errors import InputError, RecipeError, StudyFileError, UnsupportedRecipe
 from evomerge.merging.build import build_model
 from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.live import LiveModel
@@ -28,6 +32,14 @@ def loudest(base, others, plan, generator):
     return list(others)[int(torch.stack(norms).argmax())]
 
 
+def halved(base, others, plan, generator):
+    """base + share * sum_m w_m d_m, the weights in float64."""
+    total = base.double()
+    for weight, delta in zip(plan.weights, others, strict=True):
+        total = total + plan.parameters["share"] * weight * delta.double()
+    return total.to(base.dtype)
+
+
 @pytest.fixture
 def family(tmp_path):
     return make_family(tmp_path)
@@ -47,8 +59,11 @@ def methods():
         "[The share of the mean](https://example.org)",
     )
     register_method("loudest", MergeMethod(loudest, needs_base=False))
+    evomerge.register_method(
+        "halved", evomerge.MergeMethod(halved, takes_deltas=True, parameters={"share": 0.5})
+    )
     yield
-    for name in ("share_of_mean", "loudest"):
+    for name in ("share_of_mean", "loudest", "halved"):
         del METHODS[name], registry._METHODS[name]
 
 
@@ -132,3 +147,44 @@ def test_its_recipes_keep_every_digit(family):
 def test_the_card_links_it(family):
     recipe = make_recipe(family, "share_of_mean", parameters={"share": 1.0})
     assert "[The share of the mean](https://example.org) merge method" in model_card(recipe, "x")
+
+
+def search(pair, folder, method):
+    """A short search of a method."""
+    return evomerge.search(
+        pair / "study.yaml",
+        storage=folder / "studies.db",
+        results=folder / "results",
+        trials=4,
+        overrides={"genome.merge_method": method, "search.dtype": "float32"},
+        console=Console(io.StringIO()),
+    )
+
+
+def test_a_study_searches_it(pair, tmp_path):
+    """Half of twice the weights is task arithmetic, so both searches see the same parents."""
+    found = search(pair, tmp_path / "own", "halved")
+    plain = search(pair, tmp_path / "plain", "task_arithmetic")
+    assert found.recipe.merge_method == "halved"
+    assert len(found.records) == len(plain.records)
+    roles = {record.role: record.score for record in found.records if record.weights == (0.0, 0.0)}
+    assert roles == {r.role: r.score for r in plain.records if r.weights == (0.0, 0.0)}
+    again = evomerge.load_study("tiny", storage=tmp_path / "own" / "studies.db")
+    assert again.study.genome.merge_method == "halved"
+    assert again.to_json() == found.to_json()
+    built = load_all(found.build_model(tmp_path / "model", console=Console(io.StringIO())))
+    base, other = load_all(pair / "base"), load_all(pair / "instruct")
+    weight = found.winner.weights[0]
+    name = "model.layers.0.mlp.up_proj.weight"
+    delta = (other[name].float() - base[name].float()).double()
+    wanted = (base[name].double() + 0.5 * weight * delta).float()
+    assert torch.equal(built[name], wanted)
+
+
+def test_a_study_cannot_search_what_needs_more_than_weights(pair, tmp_path):
+    for method, words in (
+        ("share_of_mean", "cannot be searched.*with a default"),
+        ("quietest", "is not a merge method.*registered"),
+    ):
+        with pytest.raises(StudyFileError, match=f"(?s)`genome.merge_method` {words}"):
+            search(pair, tmp_path, method)
