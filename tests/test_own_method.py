@@ -167,6 +167,7 @@ def test_a_study_searches_it(pair, tmp_path):
     plain = search(pair, tmp_path / "plain", "task_arithmetic")
     assert found.recipe.merge_method == "halved"
     assert len(found.records) == len(plain.records)
+    assert len(found.recipe.slices) == 2
     roles = {record.role: record.score for record in found.records if record.weights == (0.0, 0.0)}
     assert roles == {r.role: r.score for r in plain.records if r.weights == (0.0, 0.0)}
     again = evomerge.load_study("tiny", storage=tmp_path / "own" / "studies.db")

@@ -26,6 +26,7 @@ from evomerge.answering.servers.openai_protocol import (
     KEY,
     TurnsAsJson,
     read_reply,
+    request_settings,
     server_url,
     whole,
 )
@@ -215,17 +216,7 @@ class ServerEngine:
 
     def _request(self, sdk: Any, prompt: str, g: GenerationSection) -> Any:
         """One request. Raises openai.OpenAIError, ValueError."""
-        settings: dict[str, Any] = {
-            "model": self.model,
-            "max_tokens": g.max_new_tokens,
-            "temperature": g.temperature if g.do_sample else 0.0,
-        }
-        if g.stop:
-            settings["stop"] = list(g.stop)
-        if g.do_sample:
-            settings |= {"top_p": g.top_p, "seed": g.seed or 0}
-        if g.repetition_penalty != 1.0:  # not a field of OpenAI's; vLLM, SGLang and others know it
-            settings["extra_body"] = {"repetition_penalty": g.repetition_penalty}
+        settings = request_settings(self.model, g)
         if self.chat:
             return sdk.chat.completions.create(messages=json.loads(prompt), **settings)
         return sdk.completions.create(prompt=prompt, **settings)

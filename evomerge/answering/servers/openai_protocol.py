@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from evomerge.answering.engine import Answer
 from evomerge.errors import InputError
+from evomerge.study import GenerationSection
 
 KEY = "OPENAI_API_KEY"
 # How servers say that a prompt is too long: OpenAI, vLLM, llama.cpp, SGLang, TGI, LM Studio,
@@ -73,6 +74,22 @@ def api_key() -> str:
 def whole(text: str) -> str:
     """The text with surrogate pairs joined, and lone surrogates, which UTF-8 lacks, as U+FFFD."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def request_settings(model: str | None, g: GenerationSection) -> dict[str, Any]:
+    """What a request of either endpoint says besides its prompt."""
+    settings: dict[str, Any] = {
+        "model": model,
+        "max_tokens": g.max_new_tokens,
+        "temperature": g.temperature if g.do_sample else 0.0,
+    }
+    if g.stop:
+        settings["stop"] = list(g.stop)
+    if g.do_sample:
+        settings |= {"top_p": g.top_p, "seed": g.seed or 0}
+    if g.repetition_penalty != 1.0:  # not a field of OpenAI's; vLLM, SGLang and others know it
+        settings["extra_body"] = {"repetition_penalty": g.repetition_penalty}
+    return settings
 
 
 def read_reply(reply: Any) -> Answer:
