@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from evomerge.errors import RecipeError
@@ -30,6 +30,7 @@ class MethodTraits:
     parameters: Mapping[str, float | None] = field(default_factory=dict)
 
 
+DARE_TRAITS = MethodTraits(takes_deltas=True, has_densities=True, draws=True, rescale=True)
 METHODS: dict[str, MethodTraits] = {
     "task_arithmetic": MethodTraits(
         link="[Task Arithmetic](https://arxiv.org/abs/2212.04089)",
@@ -42,20 +43,8 @@ METHODS: dict[str, MethodTraits] = {
         has_densities=True,
         normalize=True,
     ),
-    "dare_ties": MethodTraits(
-        link="[DARE TIES](https://arxiv.org/abs/2311.03099)",
-        takes_deltas=True,
-        has_densities=True,
-        draws=True,
-        rescale=True,
-    ),
-    "dare_linear": MethodTraits(
-        link="[Linear DARE](https://arxiv.org/abs/2311.03099)",
-        takes_deltas=True,
-        has_densities=True,
-        draws=True,
-        rescale=True,
-    ),
+    "dare_ties": replace(DARE_TRAITS, link="[DARE TIES](https://arxiv.org/abs/2311.03099)"),
+    "dare_linear": replace(DARE_TRAITS, link="[Linear DARE](https://arxiv.org/abs/2311.03099)"),
     "linear": MethodTraits(
         link="[Linear](https://arxiv.org/abs/2203.05482)",
         needs_base=False,
@@ -64,9 +53,7 @@ METHODS: dict[str, MethodTraits] = {
         normalize=True,
     ),
     "slerp": MethodTraits(
-        link="[SLERP](https://en.wikipedia.org/wiki/Slerp)",
-        weighted=False,
-        parameters={"t": None},
+        link="[SLERP](https://en.wikipedia.org/wiki/Slerp)", weighted=False, parameters={"t": None}
     ),
 }
 BUILT_IN = frozenset(METHODS)  # without the methods that users register

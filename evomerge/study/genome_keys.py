@@ -35,21 +35,12 @@ def mixes_models(method: str) -> bool:
 def _searchable(method: str) -> str:
     """A method of this name exists, and weights are all that its recipes must hold."""
     traits = METHODS.get(method)
-    require(
-        traits is not None,
-        "",
-        "is not a merge method",
-        method,
-        f"Use {', '.join(METHODS)}, or one that your program has registered.",
-    )
+    names = f"Use {', '.join(METHODS)}, or one that your program has registered."
+    require(traits is not None, "", "is not a merge method", method, names)
     searched = traits is not None and traits.weighted and None not in traits.parameters.values()
-    require(
-        searched or method in BUILT_IN,
-        "",
-        "cannot be searched: its recipes need more than weights and densities",
-        method,
-        "Register it with `weighted`, and with a default for each of its parameters.",
-    )
+    what = "cannot be searched: its recipes need more than weights and densities"
+    remedy = "Register it with `weighted`, and with a default for each of its parameters."
+    require(searched or method in BUILT_IN, "", what, method, remedy)
     return method
 
 

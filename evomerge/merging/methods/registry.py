@@ -44,11 +44,11 @@ class MergeMethod(MethodTraits):
 
 
 def register_method(name: str, method: MergeMethod, link: str = "") -> None:
-    """Let recipes name a merge method of your own in `merge_method`, on disk and live.
+    """Let recipes and study files name a merge method of your own in `merge_method`.
 
-    `link` is Markdown for the model card. Answers are cached by recipe: a function that has been
-    changed needs a new name. Register it in every process that merges.
-    Raises InputError when the name is taken.
+    A search sets weights and densities alone. `link` is Markdown for the model card. Answers are
+    cached by recipe: a function that has been changed needs a new name. Register it in every
+    process that merges. Raises InputError when the name is taken.
 
         def mean(base, others, plan, generator):
             return base + sum(others) * plan.parameters["share"]
