@@ -34,7 +34,7 @@ from evomerge.recipe import Recipe
 from evomerge.searching.assemble import judged_search
 from evomerge.searching.ledger import open_ledger
 from evomerge.searching.prepare import Problem
-from evomerge.searching.starting.study_sampler import make_sampler
+from evomerge.searching.samplers.make_sampler import make_sampler
 from evomerge.study import (
     GenomeSection,
     JudgeSection,

@@ -48,7 +48,7 @@ def run(own, ledger, trials, interrupt=()):
     while done < trials:
         trial = begin(own, ledger)
         if trial.number in interrupt:
-            ledger.release_stale()
+            ledger.mark_interrupted()
             continue
         ledger.finish(trial, result(trial.weights))
         done += 1

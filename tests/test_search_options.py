@@ -28,9 +28,9 @@ from evomerge.recipe import Recipe
 from evomerge.searching.history import History
 from evomerge.searching.ledger import check_unchanged
 from evomerge.searching.records.study_facts import StudyFacts
+from evomerge.searching.samplers.make_sampler import make_sampler
 from evomerge.searching.starting.known_candidates import encode
 from evomerge.searching.starting.source_study import start_from_source
-from evomerge.searching.starting.study_sampler import make_sampler
 from evomerge.study import SUBSET, ObjectiveSection, SearchSection, SplitSection, TaskSource
 
 

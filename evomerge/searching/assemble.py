@@ -11,9 +11,9 @@ from evomerge.answering.prompts import Prompter
 from evomerge.console import Console
 from evomerge.judging.grade import Judge
 from evomerge.searching.choosing import FinalTest, compared_with
-from evomerge.searching.examine import Examiner, JudgedExaminer, LikelihoodPart, LmEvalExaminer
+from evomerge.searching.evaluate import Evaluator, JudgedEvaluator, LikelihoodPart, LmEvalEvaluator
+from evomerge.searching.generation.generation_plan import AllTasksPlan, GenerationPlan
 from evomerge.searching.generation.one_pass import OnePass
-from evomerge.searching.generation.rounds import EveryTask, Rounds
 from evomerge.searching.ledger import Ledger
 from evomerge.searching.loop import Search
 from evomerge.searching.prefetch import Upcoming
@@ -50,12 +50,12 @@ def judged_search(
     if study.search.warm_start is not None:
         warm_start = LikelihoodStart(problem, engine, prompter)
     one_pass = OnePass(problem, engine, cache, ledger)
-    examiner = JudgedExaminer(
-        engine, prompter, judge, cache, console, remember_limits, one_pass.spent, likelihood
+    evaluator = JudgedEvaluator(
+        engine, prompter, judge, cache, console, remember_limits, one_pass.take_seconds, likelihood
     )
     scorer = make_scorer(study, problem.split, longest)
-    plan = Rounds(problem, ledger, examiner, scorer, one_pass, console)
-    return _search(problem, ledger, console, examiner, plan, scorer, warm_start)
+    plan = GenerationPlan(problem, ledger, evaluator, scorer, one_pass, console)
+    return _search(problem, ledger, console, evaluator, plan, scorer, warm_start)
 
 
 def lm_eval_search(
@@ -68,19 +68,19 @@ def lm_eval_search(
 ) -> Search:
     """A search over tasks of lm-eval, whose prompts are prepared."""
     engine.limits.update(ledger.facts.limits)
-    examiner = LmEvalExaminer(engine, runner, cache, console)
+    evaluator = LmEvalEvaluator(engine, runner, cache, console)
     study = problem.study
     scorer = make_scorer(study, problem.split, lambda task: study.generation.max_new_tokens)
-    plan = EveryTask(examiner, problem.split.search)
-    return _search(problem, ledger, console, examiner, plan, scorer)
+    plan = AllTasksPlan(evaluator, problem.split.search)
+    return _search(problem, ledger, console, evaluator, plan, scorer)
 
 
 def _search(
     problem: Problem,
     ledger: Ledger,
     console: Console,
-    examiner: Examiner,
-    plan: Rounds | EveryTask,
+    evaluator: Evaluator,
+    plan: GenerationPlan | AllTasksPlan,
     scorer: Scorer,
     warm_start: LikelihoodStart | None = None,
 ) -> Search:
@@ -89,7 +89,7 @@ def _search(
         return [trial.weights for trial in trials.values()]
 
     upcoming = Upcoming(problem, ledger, plan, compared)
-    final_test = FinalTest(problem, ledger, examiner, scorer, console)
+    final_test = FinalTest(problem, ledger, evaluator, scorer, console)
     return Search(
-        problem, ledger, examiner, plan, scorer, upcoming, final_test, console, warm_start
+        problem, ledger, evaluator, plan, scorer, upcoming, final_test, console, warm_start
     )

@@ -15,7 +15,7 @@ from evomerge.answering.cache import MERGED
 from evomerge.console import Console
 from evomerge.errors import StudyFileError
 from evomerge.genome.weights import Genome
-from evomerge.searching.examine import Examined, Examiner
+from evomerge.searching.evaluate import Evaluation, Evaluator
 from evomerge.searching.generation.racing import t_quantile
 from evomerge.searching.history import History
 from evomerge.searching.ledger import Ledger
@@ -160,7 +160,7 @@ class FinalTest:
 
     problem: Problem
     ledger: Ledger
-    examiner: Examiner
+    evaluator: Evaluator
     scorer: Scorer
     console: Console
 
@@ -224,19 +224,19 @@ class FinalTest:
 
     def _examine(
         self, compared: Mapping[str, TrialRecord], tasks: Sequence[Task], label: str
-    ) -> dict[str, Examined]:
+    ) -> dict[str, Evaluation]:
         """Each of some trials on the same tasks; while a judge is waited for, the next answer."""
         recipes = [self.problem.genome.decode(trial.weights) for trial in compared.values()]
         examined = {}
         for i, (name, trial) in enumerate(compared.items()):
             upcoming = [(recipe, tasks, MERGED) for recipe in recipes[i + 1 :]]
             shown = label.format(name=name, number=trial.number)
-            examined[name] = self.examiner.examine(recipes[i], [tasks], shown, upcoming=upcoming)
+            examined[name] = self.evaluator.evaluate(recipes[i], [tasks], shown, upcoming=upcoming)
         return examined
 
-    def _remember_answers(self, examined: Mapping[str, Examined]) -> None:
+    def _remember_answers(self, examined: Mapping[str, Evaluation]) -> None:
         """What the report shows of the judge and of the held-out answers."""
-        tasks, judge = self.problem.split.held_out, self.examiner.judge
+        tasks, judge = self.problem.split.held_out, self.evaluator.judge
         if judge is not None:
             facts = judge_facts(judge.name, judge.version, tasks, examined, known_agreement(judge))
             self.ledger.remember("judge_report", facts)
@@ -248,7 +248,7 @@ def finalists(candidates: Iterable[TrialRecord], count: int) -> list[TrialRecord
     return sorted(candidates, key=lambda trial: (-(trial.score or 0.0), trial.number))[:count]
 
 
-def samples(tasks: Sequence[Task], examined: Mapping[str, Examined]) -> list[Sample]:
+def samples(tasks: Sequence[Task], examined: Mapping[str, Evaluation]) -> list[Sample]:
     """Held-out answers side by side, those first on which the candidates' grades differ most."""
     spreads = []
     for i in range(len(tasks)):

@@ -100,7 +100,7 @@ class History:
         """
         return best([t for t in self.references if t.role == "uniform" or is_uniform(t.weights)])
 
-    def task_levels(self, metric: str) -> dict[str, float]:
+    def task_baselines(self, metric: str) -> dict[str, float]:
         """Task key -> its mean value by the references, which answer every search task."""
         found: dict[str, list[float]] = {}
         for t in self.references:

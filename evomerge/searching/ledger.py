@@ -57,7 +57,7 @@ class Ledger:
         facts = self.facts
         return History(tuple(self._read(tuple(self.space) or facts.names)), facts.start)
 
-    def release_stale(self) -> int:
+    def mark_interrupted(self) -> int:
         """Mark trials of a process that ended as interrupted. Returns how many there were."""
         stale = self.storage.running()
         for number in stale:

@@ -15,8 +15,8 @@ from evomerge.console import Console
 from evomerge.errors import EngineError, StudyFileError
 from evomerge.recipe import Recipe
 from evomerge.searching.choosing import FinalTest
-from evomerge.searching.examine import Examined, Examiner
-from evomerge.searching.generation.rounds import EveryTask, Rounds
+from evomerge.searching.evaluate import Evaluation, Evaluator
+from evomerge.searching.generation.generation_plan import AllTasksPlan, GenerationPlan
 from evomerge.searching.generation.stopping import StudyClock, progress_line, why_stop
 from evomerge.searching.ledger import Ledger
 from evomerge.searching.prefetch import Item, Reference, Upcoming
@@ -35,8 +35,8 @@ class Search:
 
     problem: Problem
     ledger: Ledger
-    examiner: Examiner
-    plan: Rounds | EveryTask
+    evaluator: Evaluator
+    plan: GenerationPlan | AllTasksPlan
     scorer: Scorer
     upcoming: Upcoming
     final_test: FinalTest
@@ -52,7 +52,7 @@ class Search:
 
     def run(self) -> Verdict:
         """Search to the end. Raises whatever stops a run; all that was done is recorded."""
-        stale = self.ledger.release_stale()
+        stale = self.ledger.mark_interrupted()
         if stale:
             self.console.say(f"{stale} interrupted trial(s) start again")
         if self.study.engine.population:
@@ -80,7 +80,7 @@ class Search:
 
     def _generations(self) -> str:
         """Candidates until there is a reason to stop, which is returned."""
-        judge = self.examiner.judge
+        judge = self.evaluator.judge
         reason = why_stop(self.study, self.sampler, self.ledger, self.clock, judge)
         if reason is None:
             self.ledger.remember("stopped", None)
@@ -109,7 +109,7 @@ class Search:
         vector = self.sampler.draw(history, slot)
         trial = self.ledger.start("candidate", vector.tolist(), slot.generation, slot.index)
         upcoming = self.upcoming.after_candidate(slot)
-        self._trial(trial, label, lambda r: self.plan.examine(slot, r, label, upcoming))
+        self._trial(trial, label, lambda r: self.plan.evaluate(slot, r, label, upcoming))
 
     def _mean(self) -> None:
         """The mean of the distribution that the search arrived at."""
@@ -127,10 +127,12 @@ class Search:
 
     def _examine_whole(self, trial: TrialRecord, label: str, upcoming: Iterable[Item]) -> None:
         """A trial that answers every search task."""
-        examine, tasks = self.examiner.examine, [self.split.search]
+        examine, tasks = self.evaluator.examine, [self.split.search]
         self._trial(trial, label, lambda r: examine(r, tasks, label, upcoming=upcoming))
 
-    def _trial(self, trial: TrialRecord, label: str, examine: Callable[[Recipe], Examined]) -> None:
+    def _trial(
+        self, trial: TrialRecord, label: str, examine: Callable[[Recipe], Evaluation]
+    ) -> None:
         """Examine, score, record. A candidate may fail; all else stops the run."""
         try:
             examined = examine(self.genome.decode(trial.weights))
@@ -143,7 +145,7 @@ class Search:
             return
         levels: dict[str, float] = {}
         if trial.role == "candidate":
-            levels = self.ledger.history().task_levels(self.study.metric)
+            levels = self.ledger.history().task_baselines(self.study.metric)
         self.ledger.finish(trial, self.scorer.result(examined, levels))
         self.clock.remember()
         seconds = sum(examined.seconds.values())

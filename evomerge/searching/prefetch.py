@@ -108,7 +108,7 @@ class TaskPlan(Protocol):
     """Which tasks a generation answers, and how."""
 
     @property
-    def together(self) -> bool:
+    def compares_candidates_first(self) -> bool:
         """Whether a generation's candidates are compared before their trials begin."""
 
     def tasks(self, generation: int) -> Sequence[Task]:
@@ -133,13 +133,15 @@ class Upcoming:
         genome, tasks = self.problem.genome, self.problem.split.search
         for _, weights in following:
             yield genome.decode(weights), tasks, MERGED
-        fixed = self.problem.study.search.warm_start is None and not self.plan.together
+        fixed = (
+            self.problem.study.search.warm_start is None and not self.plan.compares_candidates_first
+        )
         if fixed and self.plan.mode() == MERGED:
             yield from self._draws(0, 0)
 
     def after_candidate(self, slot: Slot) -> Iterator[Item]:
         """The rest of the generation, whose draws are independent, and then the verdict's."""
-        if not self.plan.together:
+        if not self.plan.compares_candidates_first:
             yield from self._draws(slot.generation, slot.index + 1)
         yield from self.after_mean()
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from evomerge.errors import StudyFileError
-from evomerge.searching.examine import Examined
+from evomerge.searching.evaluate import Evaluation
 from evomerge.searching.records.trial_record import Result, TaskGrade, metric_values
 from evomerge.study import Study
 from evomerge.tasks import Split, Task
@@ -105,7 +105,7 @@ class Scorer:
     sources: Mapping[str, int]
     longest: Callable[[Task], int]
 
-    def by_task(self, examined: Examined) -> dict[str, TaskGrade]:
+    def by_task(self, examined: Evaluation) -> dict[str, TaskGrade]:
         """Task key -> its grade, with the objective's parts where the study has an objective."""
         found = {}
         for i, task in enumerate(examined.tasks):
@@ -119,7 +119,7 @@ class Scorer:
             found[task.key] = known
         return found
 
-    def task_values(self, examined: Examined, missing: float) -> list[float]:
+    def task_values(self, examined: Evaluation, missing: float) -> list[float]:
         """What is maximised, in the tasks' order; `missing` where a task has no value."""
         values = metric_values(self.by_task(examined), self.study.metric)
         return [values.get(task.key, missing) for task in examined.tasks]
@@ -138,7 +138,7 @@ class Scorer:
         )
         return float(self.shares.get(task, 1.0) * total)
 
-    def result(self, examined: Examined, levels: Mapping[str, float]) -> Result:
+    def result(self, examined: Evaluation, levels: Mapping[str, float]) -> Result:
         """A trial's result.
 
         `levels` are the search tasks' mean values by the references: they correct for the tasks

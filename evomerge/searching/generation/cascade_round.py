@@ -11,7 +11,7 @@ from evomerge.errors import EngineError
 from evomerge.judging.cascade import CascadeJudge, Floats, completed, composed, settle
 from evomerge.judging.grade import Grade
 from evomerge.recipe import Recipe
-from evomerge.searching.examine import Examined, JudgedExaminer
+from evomerge.searching.evaluate import Evaluation, JudgedEvaluator
 from evomerge.searching.generation.racing import BLOCK, blocks, task_order
 from evomerge.searching.records.study_facts import CascadeSavings
 from evomerge.searching.scoring import Scorer
@@ -24,7 +24,7 @@ class CascadeRow:
     """One candidate of the generation: answers and grades in the tasks' order."""
 
     recipe: Recipe
-    examined: Examined  # with the learned judge's grades
+    examined: Evaluation  # with the learned judge's grades
     expensive: list[Grade | None] = field(default_factory=list)  # the llm judge's
 
 
@@ -44,7 +44,7 @@ class CascadeRound:
 
     judge: CascadeJudge
     study: Study
-    examiner: JudgedExaminer
+    evaluator: JudgedEvaluator
     scorer: Scorer
 
     def run(
@@ -76,15 +76,15 @@ class CascadeRound:
         for recipe in recipes:
             item = (recipe, tasks, mode)
             try:
-                evaluation = self.examiner.evaluation(item, label, graded=False)
-                self.examiner.prefetcher.keep(item, evaluation)
-                likelihoods = self.examiner.likelihoods(recipe, tasks)
+                evaluation = self.evaluator.evaluation(item, label, graded=False)
+                self.evaluator.prefetcher.keep(item, evaluation)
+                likelihoods = self.evaluator.likelihoods(recipe, tasks)
             except EngineError:
                 continue
             answers, grades = evaluation.answers, []
             for task, answer in zip(tasks, answers, strict=True):
                 grades.append(self.judge.proxy.grade(task, answer))
-            examined = Examined(tasks, answers, grades, {}, likelihoods=likelihoods)
+            examined = Evaluation(tasks, answers, grades, {}, likelihoods=likelihoods)
             rows.append(CascadeRow(recipe, examined, [None] * len(tasks)))
         return rows
 

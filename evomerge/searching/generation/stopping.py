@@ -60,7 +60,7 @@ def why_stop(
         return None
     generations = [history.generation(number) for number in range(complete)]
     sigma = sampler.sigma(history, complete)
-    return why_converged(s, generations, sigma, history.task_levels(study.metric), study.metric)
+    return why_converged(s, generations, sigma, history.task_baselines(study.metric), study.metric)
 
 
 def why_limited(s: SearchSection, candidates: int, spending: Spending) -> str | None:

@@ -10,7 +10,7 @@ from evomerge.searching.ledger import Ledger, open_ledger
 from evomerge.searching.records.optuna_adapter import sqlite_path
 from evomerge.searching.records.study_facts import Start
 from evomerge.searching.samplers.cmaes_adapter import Distribution
-from evomerge.searching.starting.study_sampler import make_sampler
+from evomerge.searching.samplers.make_sampler import make_sampler
 from evomerge.study import Study
 
 

@@ -18,7 +18,7 @@ from evomerge.errors import EngineError
 from evomerge.judging.cascade import CascadeJudge
 from evomerge.judging.grade import Grade
 from evomerge.recipe import Recipe
-from evomerge.searching.examine import Examined, Examiner, JudgedExaminer
+from evomerge.searching.evaluate import Evaluation, Evaluator, JudgedEvaluator
 from evomerge.searching.generation.cascade_round import CascadeRound
 from evomerge.searching.generation.one_pass import MODE as ONE_PASS
 from evomerge.searching.generation.one_pass import OnePass
@@ -34,7 +34,7 @@ from evomerge.tasks import Task
 
 
 @dataclass
-class Decided:
+class GenerationDecisions:
     """What is known of a generation's candidates before their trials, by their recipes' digests."""
 
     recipes: tuple[str, ...]
@@ -43,12 +43,12 @@ class Decided:
 
 
 @dataclass
-class EveryTask:
+class AllTasksPlan:
     """The plan of a study whose candidates all answer every search task, one after another."""
 
-    examiner: Examiner
+    evaluator: Evaluator
     search_tasks: Sequence[Task]
-    together: bool = False
+    compares_candidates_first: bool = False
 
     def tasks(self, generation: int) -> Sequence[Task]:
         """Every search task."""
@@ -58,40 +58,40 @@ class EveryTask:
         """Candidates are merged."""
         return MERGED
 
-    def examine(
+    def evaluate(
         self, slot: Slot, recipe: Recipe, label: str, upcoming: Iterable[Item] = ()
-    ) -> Examined:
+    ) -> Evaluation:
         """One candidate. Raises EngineError."""
-        return self.examiner.examine(recipe, [self.search_tasks], label, MERGED, upcoming)
+        return self.evaluator.evaluate(recipe, [self.search_tasks], label, MERGED, upcoming)
 
 
-class Rounds:
+class GenerationPlan:
     """One generation at a time, as `search.ranking`, the judge and the engine want it."""
 
     def __init__(
         self,
         problem: Problem,
         ledger: Ledger,
-        examiner: JudgedExaminer,
+        evaluator: JudgedEvaluator,
         scorer: Scorer,
         one_pass: OnePass,
         console: Console,
     ) -> None:
         self.study, self.genome, self.sampler = problem.study, problem.genome, problem.sampler
         self.search_tasks, self.ledger = problem.split.search, ledger
-        self.examiner, self.scorer = examiner, scorer
+        self.evaluator, self.scorer = evaluator, scorer
         self.one_pass, self.console = one_pass, console
-        self.decided: Decided | None = None
+        self.decided: GenerationDecisions | None = None
         self._mode: str | None = None
 
     @property
-    def together(self) -> bool:
+    def compares_candidates_first(self) -> bool:
         """Whether a generation's candidates are compared before their trials begin.
 
         So it is in a race, and for the cascade judge.
         """
         raced = self.study.search.ranking == "race"
-        return raced or isinstance(self.examiner.judge, CascadeJudge)
+        return raced or isinstance(self.evaluator.judge, CascadeJudge)
 
     def mode(self) -> str:
         """How candidates answer: each merged, or all in one pass. Raises StudyFileError."""
@@ -107,7 +107,7 @@ class Rounds:
         if s.ranking == "all":
             return self.search_tasks
         history = self.ledger.history()
-        levels = history.task_levels(self.study.metric)
+        levels = history.task_baselines(self.study.metric)
         # an open task, which is neither right nor wrong, has no level
         eligible = [task for task in self.search_tasks if task.key in levels]
         if not eligible:
@@ -124,14 +124,14 @@ class Rounds:
             return [tasks]
         return [tasks[block.start : block.stop] for block in blocks(len(tasks))]
 
-    def examine(
+    def evaluate(
         self, slot: Slot, recipe: Recipe, label: str, upcoming: Iterable[Item] = ()
-    ) -> Examined:
+    ) -> Evaluation:
         """One candidate, after what must be known of its whole generation. Raises EngineError."""
         generation, named = slot.generation, f"gen {slot.generation + 1}"
         if self.mode() == ONE_PASS:
             self._answer_in_one_pass(generation, named)
-        if self.together:
+        if self.compares_candidates_first:
             vectors = self.one_pass.vectors(generation)
             self.prepare(generation, [self.genome.decode(v) for v in vectors], named)
         every, grades = self.blocks(generation), None
@@ -140,10 +140,10 @@ class Rounds:
             count = max(1, self.decided.blocks.get(recipe.digest(), count))
             grades = self.decided.grades.get(recipe.digest())
         mode = self.mode()
-        return self.examiner.examine(recipe, every[:count], label, mode, upcoming, grades)
+        return self.evaluator.evaluate(recipe, every[:count], label, mode, upcoming, grades)
 
     def _answer_in_one_pass(self, generation: int, named: str) -> None:
-        prompter = self.examiner.prompter
+        prompter = self.evaluator.prompter
         prompts = prompter.prepare([task.input for task in self.tasks(generation)])
 
         def report(line: str) -> None:
@@ -157,14 +157,14 @@ class Rounds:
         digests = tuple(recipe.digest() for recipe in recipes)
         if self.decided is not None and self.decided.recipes == digests:
             return
-        self.decided = Decided(digests)
+        self.decided = GenerationDecisions(digests)
         # of candidates that were replaced; their answers are kept
-        self.examiner.prefetcher.begun.clear()
-        judge = self.examiner.judge
+        self.evaluator.prefetcher.begun.clear()
+        judge = self.evaluator.judge
         if not isinstance(judge, CascadeJudge):
             self._race(self.decided, recipes, self.blocks(generation), label)
             return
-        cascade = CascadeRound(judge, self.study, self.examiner, self.scorer)
+        cascade = CascadeRound(judge, self.study, self.evaluator, self.scorer)
         keep = max(1, self.sampler.population // 2)
         tasks = self.tasks(generation)
         outcome = cascade.run(recipes, tasks, keep, self.mode(), label)
@@ -174,7 +174,7 @@ class Rounds:
 
     def _race(
         self,
-        decided: Decided,
+        decided: GenerationDecisions,
         recipes: Sequence[Recipe],
         every: Sequence[Sequence[Task]],
         label: str,
@@ -210,18 +210,18 @@ class Rounds:
         for i in racing:
             item = (recipes[i], block, MERGED)
             try:
-                begun[i] = self.examiner.evaluation(item, label)
+                begun[i] = self.evaluator.evaluation(item, label)
             except EngineError:
                 continue
-            self.examiner.prefetcher.keep(item, begun[i])
+            self.evaluator.prefetcher.keep(item, begun[i])
         return begun
 
     def _values(self, recipe: Recipe, evaluation: PendingEvaluation) -> list[float]:
         """What a candidate is ranked by, by task; nan where a task has no value."""
         tasks = tuple(evaluation.tasks)
-        likelihoods = self.examiner.likelihoods(recipe, tasks)
+        likelihoods = self.evaluator.likelihoods(recipe, tasks)
         grades = evaluation.wait()
-        examined = Examined(tasks, evaluation.answers, grades, {}, likelihoods=likelihoods)
+        examined = Evaluation(tasks, evaluation.answers, grades, {}, likelihoods=likelihoods)
         return self.scorer.task_values(examined, missing=np.nan)
 
     def _remember_savings(self, generation: int, savings: CascadeSavings) -> None:

@@ -27,7 +27,7 @@ LIKELIHOOD = "likelihood"  # a mode of the answer cache
 
 
 @dataclass(frozen=True)
-class Examined:
+class Evaluation:
     """Answers and grades, in the tasks' order."""
 
     tasks: tuple[Task, ...]
@@ -41,14 +41,14 @@ class Examined:
     likelihoods: list[float | None] | None = None
 
 
-class Examiner(Protocol):
+class Evaluator(Protocol):
     """Answers and grades."""
 
     @property
     def judge(self) -> Judge | None:
         """Who grades; None where the tasks bring metrics of their own."""
 
-    def examine(
+    def evaluate(
         self,
         recipe: Recipe,
         blocks: Sequence[Sequence[Task]],
@@ -56,7 +56,7 @@ class Examiner(Protocol):
         mode: str = MERGED,
         upcoming: Iterable[Item] = (),
         grades: Mapping[str, Grade] | None = None,
-    ) -> Examined:
+    ) -> Evaluation:
         """Blocks of tasks, each answered in batches of its own. Raises EngineError, JudgeError.
 
         While a judge is waited for, the `upcoming` items are begun. `grades`, by task key, replace
@@ -65,8 +65,8 @@ class Examiner(Protocol):
 
 
 @dataclass
-class JudgedExaminer:
-    """The examiner of tasks that a judge grades."""
+class JudgedEvaluator:
+    """The evaluator of tasks that a judge grades."""
 
     engine: Engine
     prompter: Prompter
@@ -80,7 +80,7 @@ class JudgedExaminer:
     likelihood: LikelihoodPart | None = None
     prefetcher: Prefetcher = field(default_factory=Prefetcher)
 
-    def examine(
+    def evaluate(
         self,
         recipe: Recipe,
         blocks: Sequence[Sequence[Task]],
@@ -88,8 +88,8 @@ class JudgedExaminer:
         mode: str = MERGED,
         upcoming: Iterable[Item] = (),
         grades: Mapping[str, Grade] | None = None,
-    ) -> Examined:
-        """As `Examiner.examine`."""
+    ) -> Evaluation:
+        """As `Evaluator.examine`."""
         evaluations = []
         for block in blocks:
             evaluations.append(self.evaluation((recipe, block, mode), label, grades is None))
@@ -111,7 +111,7 @@ class JudgedExaminer:
                 rates.append(evaluation.tokens_per_second)
             for phase, spent in evaluation.seconds.items():
                 seconds[phase] += spent
-        return Examined(
+        return Evaluation(
             tasks=tasks,
             answers=answers,
             grades=given,
@@ -167,8 +167,8 @@ class JudgedExaminer:
 
 
 @dataclass
-class LmEvalExaminer:
-    """The examiner of lm-eval's tasks: lm-eval builds the prompts and computes the metrics."""
+class LmEvalEvaluator:
+    """The evaluator of lm-eval's tasks: lm-eval builds the prompts and computes the metrics."""
 
     engine: Engine
     runner: LmEvalRunner
@@ -176,7 +176,7 @@ class LmEvalExaminer:
     console: Console
     judge: Judge | None = None
 
-    def examine(
+    def evaluate(
         self,
         recipe: Recipe,
         blocks: Sequence[Sequence[Task]],
@@ -184,8 +184,8 @@ class LmEvalExaminer:
         mode: str = MERGED,
         upcoming: Iterable[Item] = (),
         grades: Mapping[str, Grade] | None = None,
-    ) -> Examined:
-        """As `Examiner.examine`; nothing is done ahead, and no grades are given."""
+    ) -> Evaluation:
+        """As `Evaluator.examine`; nothing is done ahead, and no grades are given."""
         tasks = tuple(chain(*blocks))
         merging = 0.0
 
@@ -199,7 +199,7 @@ class LmEvalExaminer:
             self.console.status(f"{label}  answered {n}/{len(tasks)}", detail=True)
 
         began = time.perf_counter()
-        outcomes = self.runner.examine(recipe.digest(), tasks, self.cache, apply, progress)
+        outcomes = self.runner.evaluate(recipe.digest(), tasks, self.cache, apply, progress)
         answering = time.perf_counter() - began - merging
         given = []
         scores = self.runner.lm_eval.scores(tasks, outcomes)
@@ -207,7 +207,7 @@ class LmEvalExaminer:
             given.append(Grade(score, None, str(outcome.values)))
         seconds = {"merge": round(merging, 4), "answer": round(answering, 4), "judge": 0.0}
         answers = [outcome.answer for outcome in outcomes]
-        return Examined(tasks, answers, given, seconds, figure="score")
+        return Evaluation(tasks, answers, given, seconds, figure="score")
 
 
 @dataclass(frozen=True)
