@@ -157,7 +157,15 @@ def run_study(
         )
         timed: Any = engine
         console = Console(StringIO())
-        search = judged_search(problem, ledger, console, timed, prompter, judge, cache)
+        search = judged_search(
+            problem=problem,
+            ledger=ledger,
+            console=console,
+            engine=timed,
+            prompter=prompter,
+            judge=judge,
+            cache=cache,
+        )
         began = time.perf_counter()
         search.run()
         wall = time.perf_counter() - began

@@ -222,7 +222,7 @@ def reached(search: Search, start: Distribution, goal: float) -> int:
 
 def winner(search: Search) -> tuple[float, ...]:
     """The vector that the verdict was about."""
-    found = search.ledger.history().trial(search.ledger.facts.finalists["winner"])
+    found = search.ledger.history().trial(search.ledger.facts.compared["winner"])
     assert found is not None
     return found.weights
 

@@ -140,7 +140,15 @@ def make_search(folder, study, engine=None, judge=None, tasks=(32, 16, 0), conso
     prompter = Prompter(None, PromptSection(format="template", template="{input}"))
     problem = Problem(study, genome, split, sampler)
     console = console or Console(StringIO())
-    search = judged_search(problem, ledger, console, engine, prompter, judge, cache)
+    search = judged_search(
+        problem=problem,
+        ledger=ledger,
+        console=console,
+        engine=engine,
+        prompter=prompter,
+        judge=judge,
+        cache=cache,
+    )
     return search, engine, judge
 
 

@@ -132,7 +132,7 @@ def test_the_winner_is_chosen_on_tasks_that_the_search_did_not_see(tmp_path):
     chosen = facts.validation
     assert chosen.n == 12
     assert len(chosen.means) == 3, "two trials and the mean"
-    assert facts.finalists["winner"] == chosen.winner
+    assert facts.compared["winner"] == chosen.winner
     before = {p for r in search.ledger.records() for p in r.grades}
     assert not before & {str(i) for i in range(40, 52)}
     asked = {prompt for _, prompt in engine.answered}

@@ -27,7 +27,10 @@ DAMAGED = (
     "Finished trials are kept in the study: move the file away, "
     "and the same command answers the rest again."
 )
-MERGED = "merged"  # the mode in which the live model holds the merged weights
+# modes, a part of each key
+MERGED = "merged"  # the live model holds the merged weights
+ONE_PASS = "population"  # candidates share a pass: a weight that is not merged is not rounded
+LIKELIHOOD = "likelihood"  # of the references, in place of answers
 UNKEYED = ("batch_size", "batch_tokens", "residency")  # engine keys that change no answer
 
 

@@ -70,7 +70,7 @@ class LoadedStudy:
     def verdict(self) -> Verdict | None:
         """The winner against its parents and the best uniform weight on the held-out tasks.
 
-        None while the search is not snapshot.
+        None while the search is not finished.
         """
         return self.snapshot.verdict
 
@@ -89,8 +89,9 @@ class LoadedStudy:
     @property
     def best(self) -> TrialRecord:
         """The candidate with the highest score on the search tasks: good, and lucky as well."""
-        scored = [r for r in self.records if r.role == "candidate" and r.state == "complete"]
-        return max(scored, key=lambda r: (r.score or 0.0, -r.number))
+        from evomerge.searching.history import History
+
+        return History(tuple(self.records)).best_candidate()
 
     @property
     def recipe(self) -> Recipe:

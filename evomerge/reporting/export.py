@@ -69,7 +69,7 @@ def write_page(snapshot: StudySnapshot, out: Path) -> Path:
         slices=slice_labels(snapshot),
         labels=reference_labels(snapshot),
         samples=facts.samples,
-        told=notes(facts),
+        notes=notes(facts),
         judge=facts.judge_report,
         cascade=facts.cascade,
         study_file=yaml.safe_dump(facts.study_file, allow_unicode=True, sort_keys=False),
@@ -106,8 +106,10 @@ def card(snapshot: StudySnapshot) -> str:
     return model_card(snapshot.recipe, snapshot.ledger.name, verdict, recipe_text(snapshot))
 
 
-def verdict_markdown(verdict: Verdict | None, winner: TrialRecord, told: Sequence[str] = ()) -> str:
-    """The verdict as a Markdown section; `told` are sentences below its tables."""
+def verdict_markdown(
+    verdict: Verdict | None, winner: TrialRecord, notes: Sequence[str] = ()
+) -> str:
+    """The verdict as a Markdown section; `notes` are sentences below its tables."""
     if verdict is None:
         return (
             "## Verdict\n\n"
@@ -126,11 +128,11 @@ def verdict_markdown(verdict: Verdict | None, winner: TrialRecord, told: Sequenc
         error = "n = 1" if c.stderr is None else f"{c.stderr:.3f}"
         lines.append(f"| {name} | {c.mean:.3f} | {error} | {c.truncated:.0%} |")
     lines += ["", "| paired difference | mean | 95 % interval |", "|---|---|---|"]
-    for name, p in verdict.paired.items():
-        pair, interval = name.replace("-", " − ", 1), f"{p.low:+.3f} to {p.high:+.3f}"
-        lines.append(f"| {pair} | {p.diff:+.3f} | {interval} |")
-    if told:
-        lines += ["", " ".join(told)]
+    for name, p in verdict.leads.items():
+        interval = f"{p.low:+.3f} to {p.high:+.3f}"
+        lines.append(f"| winner − {name} | {p.diff:+.3f} | {interval} |")
+    if notes:
+        lines += ["", " ".join(notes)]
     return "\n".join(lines) + "\n"
 
 

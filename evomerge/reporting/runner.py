@@ -44,7 +44,6 @@ def write_runner(snapshot: StudySnapshot, folder: Path, knowledge: Knowledge | N
     check_new(folder)
     study, recipe = snapshot.study, snapshot.recipe
     name = snapshot.ledger.name
-    told = notes(snapshot.ledger.facts)
     texts = {
         "answer.py": (TEMPLATES / "answer.py").read_text(encoding="utf-8"),
         "requirements.txt": _rendered("requirements.txt"),
@@ -66,7 +65,7 @@ def write_runner(snapshot: StudySnapshot, folder: Path, knowledge: Knowledge | N
         knowledge=knowledge,
         retriever=study.prompt.retriever,
         quantization=study.engine.quantization,
-        verdict=verdict_markdown(snapshot.verdict, snapshot.winner, told),
+        verdict=verdict_markdown(snapshot.verdict, snapshot.winner, notes(snapshot.ledger.facts)),
     )
     with new_folder(folder) as unfinished:
         for file, text in texts.items():

@@ -24,6 +24,7 @@ from evomerge.tasks import Task
 
 
 def judged_search(
+    *,
     problem: Problem,
     ledger: Ledger,
     console: Console,
@@ -51,14 +52,30 @@ def judged_search(
         warm_start = LikelihoodStart(problem, engine, prompter)
     one_pass = OnePass(problem, engine, cache, ledger)
     evaluator = JudgedEvaluator(
-        engine, prompter, judge, cache, console, remember_limits, one_pass.take_seconds, likelihood
+        engine=engine,
+        prompter=prompter,
+        judge=judge,
+        cache=cache,
+        console=console,
+        remember_limits=remember_limits,
+        shared_seconds=one_pass.take_seconds,
+        likelihood=likelihood,
     )
     scorer = make_scorer(study, problem.split, longest)
     plan = GenerationPlan(problem, ledger, evaluator, scorer, one_pass, console)
-    return _search(problem, ledger, console, evaluator, plan, scorer, warm_start)
+    return _search(
+        problem=problem,
+        ledger=ledger,
+        console=console,
+        evaluator=evaluator,
+        plan=plan,
+        scorer=scorer,
+        warm_start=warm_start,
+    )
 
 
 def lm_eval_search(
+    *,
     problem: Problem,
     ledger: Ledger,
     console: Console,
@@ -72,10 +89,18 @@ def lm_eval_search(
     study = problem.study
     scorer = make_scorer(study, problem.split, lambda task: study.generation.max_new_tokens)
     plan = AllTasksPlan(evaluator, problem.split.search)
-    return _search(problem, ledger, console, evaluator, plan, scorer)
+    return _search(
+        problem=problem,
+        ledger=ledger,
+        console=console,
+        evaluator=evaluator,
+        plan=plan,
+        scorer=scorer,
+    )
 
 
 def _search(
+    *,
     problem: Problem,
     ledger: Ledger,
     console: Console,
@@ -88,8 +113,14 @@ def _search(
         trials = compared_with(ledger.history(), problem.genome)
         return [trial.weights for trial in trials.values()]
 
-    upcoming = Upcoming(problem, ledger, plan, compared)
-    final_test = FinalTest(problem, ledger, evaluator, scorer, console)
     return Search(
-        problem, ledger, evaluator, plan, scorer, upcoming, final_test, console, warm_start
+        problem=problem,
+        ledger=ledger,
+        evaluator=evaluator,
+        generation_plan=plan,
+        scorer=scorer,
+        upcoming=Upcoming(problem, ledger, plan, compared),
+        final_test=FinalTest(problem, ledger, evaluator, scorer, console),
+        console=console,
+        warm_start=warm_start,
     )

@@ -59,14 +59,14 @@ def open_study(prepared: Prepared, url: str, console: Console) -> Ledger:
     study, genome, sampler = prepared.study, prepared.genome, prepared.sampler
     ledger = open_ledger(url, study.study, sampler.space, create=True)
     check_unchanged(ledger, _facts(prepared, ledger.facts))
-    first = tuple(tuple(vector.tolist()) for vector in sampler.first)
-    if ledger.facts.first not in (None, first):
+    known = tuple(tuple(vector.tolist()) for vector in sampler.known_candidates)
+    if ledger.facts.known_candidates not in (None, known):
         raise StudyError(
             "a file of search.recipes has changed",
             where=ledger.name,
             remedy="Undo it, or start a new study with --study NEW_NAME.",
         )
-    ledger.remember("first", first)
+    ledger.remember("known_candidates", known)
     start_from_source(study, url, genome, ledger)
     _introduce(prepared, console)
     return ledger
@@ -112,7 +112,15 @@ def _resume_judged(
     prompter = make_prompter(
         engine.tokenizer, study.prompt, study.generation, prepared.chooser, engine.context
     )
-    return judged_search(prepared, ledger, console, engine, prompter, judge, cache)
+    return judged_search(
+        problem=prepared,
+        ledger=ledger,
+        console=console,
+        engine=engine,
+        prompter=prompter,
+        judge=judge,
+        cache=cache,
+    )
 
 
 def _resume_lm_eval(
@@ -137,7 +145,14 @@ def _resume_lm_eval(
             remedy="Start a new study with --study NEW_NAME.",
         )
     ledger.remember("prompts", runner.prompts)
-    return lm_eval_search(prepared, ledger, console, engine, runner, cache)
+    return lm_eval_search(
+        problem=prepared,
+        ledger=ledger,
+        console=console,
+        engine=engine,
+        runner=runner,
+        cache=cache,
+    )
 
 
 def _open_judge(prepared: Prepared, url: str, ledger: Ledger) -> Judge:

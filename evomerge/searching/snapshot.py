@@ -53,6 +53,6 @@ def load_snapshot(url: str, name: str) -> StudySnapshot:
 def winner_of(facts: StudyFacts, history: History, metric: str) -> TrialRecord:
     """The trial that the verdict names, or the choice by the trials so far."""
     named = None
-    if "winner" in facts.finalists:
-        named = history.trial(facts.finalists["winner"])
+    if "winner" in facts.compared:
+        named = history.trial(facts.compared["winner"])
     return named or choose_winner(history, metric)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
-from evomerge.answering.cache import AnswerCache, watched
+from evomerge.answering.cache import ONE_PASS, AnswerCache, watched
 from evomerge.answering.engine import Engine, Settings
 from evomerge.answering.pace import Pace
 from evomerge.errors import StudyFileError
@@ -19,7 +19,6 @@ from evomerge.searching.ledger import Ledger
 from evomerge.searching.prepare import Problem
 
 REMEDY = "It is for plain task_arithmetic with the models on one device, not in 4 bits; remove it."
-MODE = "population"  # of the answer cache: a weight that is not merged is not rounded
 
 
 @dataclass
@@ -71,12 +70,14 @@ class OnePass:
         """
         engine, population = self.engine, self.engine.population
         assert population is not None
-        recipes = [self.problem.genome.decode(vector) for vector in self.vectors(generation)]
+        history, trials = self.ledger.history(), self.problem.study.search.trials
+        vectors = self.problem.sampler.vectors(history, generation, trials)
+        recipes = [self.problem.genome.decode(vector) for vector in vectors]
         pace = Pace(len(recipes) * len(prompts), report)
         for batch in engine.batches(prompts, settings):
             texts = [prompts[i] for i in batch]
             own = None if settings is None else [settings[i] for i in batch]
-            keys = [self.cache.key(recipe.digest(), texts, MODE, own) for recipe in recipes]
+            keys = [self.cache.key(recipe.digest(), texts, ONE_PASS, own) for recipe in recipes]
             if None not in [self.cache.get(key, len(batch)) for key in keys]:
                 pace.found(len(recipes) * len(batch))
                 continue
@@ -90,22 +91,6 @@ class OnePass:
                 self.seconds[recipe.digest()] = self.seconds.get(recipe.digest(), 0.0) + share
                 self.cache.put(key, found)
 
-    def spent(self, recipe: Recipe) -> float:
+    def take_seconds(self, recipe: Recipe) -> float:
         """Seconds of a pass that were this candidate's; they are given out once."""
         return self.seconds.pop(recipe.digest(), 0.0)
-
-    def vectors(self, generation: int) -> list[tuple[float, ...]]:
-        """The generation's candidates up to the last trial: those finished, and those to draw."""
-        history, sampler = self.ledger.history(), self.problem.sampler
-        size = sampler.population
-        found = []
-        for index in range(size):
-            if generation * size + index >= self.problem.study.search.trials:
-                break
-            finished = history.finished.get((generation, index))
-            if finished is not None:
-                found.append(finished.weights)
-            else:
-                slot = sampler.slot(history, generation, index)
-                found.append(tuple(sampler.draw(history, slot).tolist()))
-        return found

@@ -21,17 +21,22 @@ VERSION = 1  # of the format that is written
 class Start:
     """The distribution of the first generation where it comes from elsewhere.
 
-    mean (d,), cov (d, d). With `first` the mean is the first candidate too.
+    mean (d,), cov (d, d). With `mean_is_first` the mean is the first candidate too.
     """
 
     mean: tuple[float, ...]
     sigma: float
     cov: tuple[tuple[float, ...], ...]
-    first: bool = False
+    mean_is_first: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The stored form."""
-        return asdict(self)
+        return {
+            "mean": self.mean,
+            "sigma": self.sigma,
+            "cov": self.cov,
+            "first": self.mean_is_first,
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Start:
@@ -95,7 +100,7 @@ class CascadeSavings:
 
 @dataclass(frozen=True)
 class StudyFacts:
-    """A study's facts; a field's name is its key in the storage."""
+    """A study's facts; a field's name is its key in the storage, except for STORED_KEYS."""
 
     version: int = VERSION
     study_file: Mapping[str, Any] | None = None  # resolved, as `Study.to_dict` wrote it
@@ -108,7 +113,7 @@ class StudyFacts:
     knowledge: str | None = None  # hash of the knowledge base
     judge: str | None = None  # name and version
     prompts: str | None = None  # hash of lm-eval's prompts
-    first: tuple[tuple[float, ...], ...] | None = None  # known candidates
+    known_candidates: tuple[tuple[float, ...], ...] | None = None  # in the order of their slots
     start: Start | None = None
     warm_start: tuple[GradientStep, ...] = ()
     limits: Mapping[str, int] = field(default_factory=dict)  # batch sizes that memory has forced
@@ -118,7 +123,9 @@ class StudyFacts:
     # generation -> (answers graded, answers that the expensive judge graded)
     cascade_generations: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     validation: ValidationChoice | None = None
-    finalists: Mapping[str, int] = field(default_factory=dict)  # name -> trial number
+    compared: Mapping[str, int] = field(
+        default_factory=dict
+    )  # by the verdict: name -> trial number
     verdict: Verdict | None = None
     look: int = 1  # how many verdicts the study has had
     samples: tuple[Sample, ...] = ()
@@ -152,6 +159,8 @@ def read_facts(attributes: Mapping[str, Any], name: str = "study") -> StudyFacts
     for key, read in READERS.items():
         if a.get(key) is not None:
             a[key] = read(a[key])
+    for name, key in STORED_KEYS.items():
+        a[name] = a.pop(key, None)
     known = {key: value for key, value in a.items() if key in FIELDS and value is not None}
     return StudyFacts(**known)
 
@@ -195,4 +204,6 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "verdict": Verdict.from_dict,
     "samples": _samples,
 }
+# fields of StudyFacts with another key in the storage
+STORED_KEYS = {"known_candidates": "first", "compared": "finalists"}
 FIELDS = frozenset(StudyFacts.__dataclass_fields__)

@@ -107,7 +107,7 @@ class TrialRecord:
     parts: Mapping[str, float] = field(default_factory=dict)
 
     @property
-    def place(self) -> tuple[int | None, int | None]:
+    def slot(self) -> tuple[int | None, int | None]:
         """Generation and index."""
         return self.generation, self.index
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +39,7 @@ class CmaSampler:
 
     def __init__(
         self,
+        *,
         names: Sequence[str],
         bounds: Sequence[tuple[float, float]],
         declared: Sequence[tuple[float, float]],
@@ -49,13 +50,13 @@ class CmaSampler:
         scales: Sequence[float] | None = None,
         lr_adapt: bool = False,
         cov: np.ndarray | None = None,
-        first: Sequence[Sequence[float]] = (),
+        known_candidates: Sequence[Sequence[float]] = (),
     ) -> None:
         """Sequences have one item per dimension.
 
         `bounds` hold the candidates; `declared`, at least as wide, also parents and uniform
         weights. The first step size of dimension i is sigma * scales[i]; scales are 1 by default,
-        and `cov` (d, d) replaces them. `first` are known vectors: the first candidates, in order.
+        and `cov` (d, d) replaces them. `known_candidates` are the first candidates, in order.
         """
         self.names, self.seed, self.lr_adapt = tuple(names), seed, lr_adapt
         self.bounds = np.array(bounds, dtype=float)
@@ -64,7 +65,7 @@ class CmaSampler:
         shape = np.diag(units**2) if cov is None else np.array(cov, dtype=float)
         mean = np.clip(np.array(starts, dtype=float), *self.bounds.T)
         self.default = Distribution(mean, sigma, shape)
-        self.first = [np.array(x, dtype=float) for x in first]
+        self.known_candidates = [np.array(x, dtype=float) for x in known_candidates]
         self.population = population or default_population(len(names))
 
     def start(self, history: History) -> Distribution:
@@ -77,13 +78,13 @@ class CmaSampler:
 
     def known(self, history: History) -> list[np.ndarray]:
         """The vectors that come before any draw."""
-        if history.start is None or not history.start.first:
-            return self.first
-        return [self.start(history).mean, *self.first]
+        if history.start is None or not history.start.mean_is_first:
+            return self.known_candidates
+        return [self.start(history).mean, *self.known_candidates]
 
     def next_slot(self, history: History) -> Slot:
         """The first place, in order, that has no finished candidate."""
-        return self.slot(history, *history.next_place(self.population))
+        return self.slot(history, *history.next_slot(self.population))
 
     def slot(self, history: History, generation: int, index: int) -> Slot:
         """A place, and how often a candidate has failed there."""
@@ -94,14 +95,39 @@ class CmaSampler:
 
         They are a known vector, or a function of the seed, the slot and the generations before it.
         """
-        place = slot.generation * self.population + slot.index
+        position = slot.generation * self.population + slot.index
         known = self.known(history)
-        if place < len(known) and not slot.attempt:
-            return known[place].copy()
+        if position < len(known) and not slot.attempt:
+            return known[position].copy()
         optimizer = self.replay(history, slot.generation)
         optimizer.reseed_rng(_seed(self.seed, slot))
         asked: np.ndarray = optimizer.ask()
         return asked
+
+    def vectors(self, history: History, generation: int, trials: int) -> list[tuple[float, ...]]:
+        """The generation's candidates up to the last trial: those finished, and those to draw."""
+        vectors = []
+        for index in self._indices(generation, trials):
+            finished = history.finished.get((generation, index))
+            if finished is None:
+                vectors.append(self._drawn(history, generation, index))
+            else:
+                vectors.append(finished.weights)
+        return vectors
+
+    def unfinished(
+        self, history: History, generation: int, trials: int, first: int
+    ) -> Iterator[tuple[float, ...]]:
+        """Draws for the slots from index `first` to the last trial that have no candidate yet."""
+        for index in self._indices(generation, trials):
+            if index >= first and (generation, index) not in history.finished:
+                yield self._drawn(history, generation, index)
+
+    def _indices(self, generation: int, trials: int) -> range:
+        return range(min(self.population, trials - generation * self.population))
+
+    def _drawn(self, history: History, generation: int, index: int) -> tuple[float, ...]:
+        return tuple(self.draw(history, self.slot(history, generation, index)).tolist())
 
     def mean(self, history: History) -> tuple[int, np.ndarray]:
         """How many generations are complete, and the mean after them, (d,), within the bounds."""
@@ -140,8 +166,8 @@ class CmaSampler:
         x = np.array(trial.weights)
         assert trial.generation is not None
         assert trial.index is not None
-        place = trial.generation * self.population + trial.index
-        if place >= len(known) or not np.array_equal(x, known[place]):
+        position = trial.generation * self.population + trial.index
+        if position >= len(known) or not np.array_equal(x, known[position]):
             return x
         return within_reach(x, state(optimizer), self.bounds)
 

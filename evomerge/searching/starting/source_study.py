@@ -39,7 +39,9 @@ def start_from_source(study: Study, url: str, genome: Genome, ledger: Ledger) ->
         )
     assert facts.n_layers is not None
     theirs = facts.study
-    sampler = make_sampler(theirs, make_genome(theirs, facts.n_layers), facts.first or ())
+    sampler = make_sampler(
+        theirs, make_genome(theirs, facts.n_layers), facts.known_candidates or ()
+    )
     history = source.history()
     if not history.complete_generations(sampler.population):
         raise StudyError(
@@ -50,10 +52,10 @@ def start_from_source(study: Study, url: str, genome: Genome, ledger: Ledger) ->
     ledger.remember("start", as_start(sampler.distribution(history)))
 
 
-def as_start(distribution: Distribution, first: bool = False) -> Start:
-    """A distribution as a study remembers it; with `first` its mean is the first candidate too."""
+def as_start(distribution: Distribution, mean_is_first: bool = False) -> Start:
+    """A distribution as a study remembers it; `mean_is_first` as of `Start`."""
     cov = tuple(tuple(row) for row in distribution.cov.tolist())
-    return Start(tuple(distribution.mean.tolist()), distribution.sigma, cov, first)
+    return Start(tuple(distribution.mean.tolist()), distribution.sigma, cov, mean_is_first)
 
 
 def source_url(url: str, study: Study) -> str:
