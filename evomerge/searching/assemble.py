@@ -24,10 +24,10 @@ from evomerge.tasks import Task
 
 
 def judged_search(
-    *,
     problem: Problem,
     ledger: Ledger,
     console: Console,
+    *,
     engine: Engine,
     prompter: Prompter,
     judge: Judge,
@@ -44,12 +44,12 @@ def judged_search(
     def longest(task: Task) -> int:
         return prompter.prepare([task.input])[0].settings.max_new_tokens
 
-    likelihood = warm_start = None
+    likelihood = start = None
     if study.objective.likelihood:
         assert engine.likelihood is not None  # the study file was checked for it
         likelihood = LikelihoodPart(engine, engine.likelihood, prompter, cache)
     if study.search.warm_start is not None:
-        warm_start = LikelihoodStart(problem, engine, prompter)
+        start = LikelihoodStart(problem, engine, prompter)
     one_pass = OnePass(problem, engine, cache, ledger)
     evaluator = JudgedEvaluator(
         engine=engine,
@@ -64,21 +64,15 @@ def judged_search(
     scorer = make_scorer(study, problem.split, longest)
     plan = GenerationPlan(problem, ledger, evaluator, scorer, one_pass, console)
     return _search(
-        problem=problem,
-        ledger=ledger,
-        console=console,
-        evaluator=evaluator,
-        plan=plan,
-        scorer=scorer,
-        warm_start=warm_start,
+        problem, ledger, console, evaluator=evaluator, plan=plan, scorer=scorer, warm_start=start
     )
 
 
 def lm_eval_search(
-    *,
     problem: Problem,
     ledger: Ledger,
     console: Console,
+    *,
     engine: Engine,
     runner: LmEvalRunner,
     cache: AnswerCache,
@@ -89,21 +83,14 @@ def lm_eval_search(
     study = problem.study
     scorer = make_scorer(study, problem.split, lambda task: study.generation.max_new_tokens)
     plan = AllTasksPlan(evaluator, problem.split.search)
-    return _search(
-        problem=problem,
-        ledger=ledger,
-        console=console,
-        evaluator=evaluator,
-        plan=plan,
-        scorer=scorer,
-    )
+    return _search(problem, ledger, console, evaluator=evaluator, plan=plan, scorer=scorer)
 
 
 def _search(
-    *,
     problem: Problem,
     ledger: Ledger,
     console: Console,
+    *,
     evaluator: Evaluator,
     plan: GenerationPlan | AllTasksPlan,
     scorer: Scorer,

@@ -5,7 +5,7 @@ docs/SEARCH.md says what each rule of the choice is worth.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,8 +133,8 @@ def make_verdict(
         mean, error = mean_and_error(list(values.values()))
         if sources:
             error = stratified_error(values, sources)
-        cut = float(np.mean([grade.truncated for grade in grades.values()]))
-        candidates[name] = HeldOutScore(mean, error, cut)
+        truncated = float(np.mean([grade.truncated for grade in grades.values()]))
+        candidates[name] = HeldOutScore(mean, error, truncated)
         if name != "winner":
             paired[f"{LEAD}{name}"] = _paired_difference(winner, values, seed, sources)
     return Verdict(metric, len(winner), candidates, paired)
@@ -202,7 +202,7 @@ class FinalTest:
         if not tasks:
             return choose_winner(history, metric)
         compared = {}
-        for trial in finalists(history.candidates, study.search.finalists):
+        for trial in best_first(history.candidates)[: study.search.finalists]:
             compared[str(trial.number)] = trial
         if history.mean is not None:
             compared["mean"] = history.mean
@@ -244,11 +244,6 @@ class FinalTest:
             facts = judge_facts(judge.name, judge.version, tasks, evaluations, known)
             self.ledger.remember("judge_report", facts)
         self.ledger.remember("samples", samples(tasks, evaluations))
-
-
-def finalists(candidates: Iterable[TrialRecord], count: int) -> list[TrialRecord]:
-    """The trials with the best scores, best first; the earlier one where two are equal."""
-    return best_first(candidates)[:count]
 
 
 def samples(tasks: Sequence[Task], evaluations: Mapping[str, Evaluation]) -> list[Sample]:

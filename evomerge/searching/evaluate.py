@@ -100,9 +100,7 @@ class JudgedEvaluator:
     ) -> Evaluation:
         """As `Evaluator.evaluate`."""
         begun = [self.take_or_begin((recipe, block, mode), label) for block in blocks]
-        self.prefetcher.while_waiting(
-            begun, upcoming, lambda item: self.begin(item, f"{label}, ahead")
-        )
+        self.prefetcher.while_waiting(begun, upcoming, lambda i: self.begin(i, f"{label}, ahead"))
         grades = list(chain.from_iterable(pending.wait() for pending in begun))
         return self._evaluation(recipe, begun, grades)
 
@@ -115,9 +113,7 @@ class JudgedEvaluator:
         mode: str,
     ) -> Evaluation:
         """As `evaluate`, with grades by task key that are known already. Raises EngineError."""
-        begun = []
-        for block in blocks:
-            begun.append(self.take_or_begin((recipe, block, mode), label, graded=False))
+        begun = [self.take_or_begin((recipe, block, mode), label, False) for block in blocks]
         return self._evaluation(recipe, begun, [grades[task.key] for task in chain(*blocks)])
 
     def _evaluation(

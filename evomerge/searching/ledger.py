@@ -53,8 +53,17 @@ class Ledger:
 
     def history(self) -> History:
         """The records as something to ask."""
-        facts = self.facts
-        return History(tuple(self._read(tuple(self.space) or facts.names)), facts.start)
+        facts, records = self.facts, []
+        for t in self.storage.trials():
+            if "role" not in t.user_attrs:
+                continue
+            record = self._ended.get(t.number)
+            if record is None:
+                record = _record(t, tuple(self.space) or facts.names)
+                if t.state.is_finished():
+                    self._ended[t.number] = record
+            records.append(record)
+        return History(tuple(records), facts.start)
 
     def mark_interrupted(self) -> int:
         """Mark trials of a process that ended as interrupted. Returns how many there were."""
@@ -82,19 +91,6 @@ class Ledger:
     def fail(self, trial: TrialRecord, reason: str) -> None:
         """Record why a trial failed and end it."""
         self.storage.end_trial(trial.number, "reason", reason)
-
-    def _read(self, names: Sequence[str]) -> list[TrialRecord]:
-        records = []
-        for t in self.storage.trials():
-            if "role" not in t.user_attrs:
-                continue
-            record = self._ended.get(t.number)
-            if record is None:
-                record = _record(t, names)
-                if t.state.is_finished():
-                    self._ended[t.number] = record
-            records.append(record)
-        return records
 
 
 def open_ledger(

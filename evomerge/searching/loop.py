@@ -123,15 +123,12 @@ class Search:
             )
         elif not history.has("mean", mean.tolist()):
             trial = self.ledger.start("mean", mean.tolist(), generation)
-            upcoming = self.upcoming.after_mean()
-            self._evaluate_whole(trial, "the distribution's mean", upcoming)
+            self._evaluate_whole(trial, "the distribution's mean", self.upcoming.after_mean())
 
-    def _evaluate_whole(self, trial: TrialRecord, label: str, upcoming: Iterable[Item]) -> None:
+    def _evaluate_whole(self, trial: TrialRecord, label: str, ahead: Iterable[Item]) -> None:
         """A trial that answers every search task."""
         evaluate, tasks = self.evaluator.evaluate, [self.split.search]
-        self._evaluate_and_record(
-            trial, label, lambda r: evaluate(r, tasks, label, upcoming=upcoming)
-        )
+        self._evaluate_and_record(trial, label, lambda r: evaluate(r, tasks, label, upcoming=ahead))
 
     def _evaluate_and_record(
         self, trial: TrialRecord, label: str, evaluate: Callable[[Recipe], Evaluation]
@@ -146,10 +143,8 @@ class Search:
             self.failures[trial.slot] += 1
             self.console.say(f"{label}: failed: {error}")
             return
-        baselines: dict[str, float] = {}
-        if trial.role == "candidate":
-            baselines = self.ledger.history().task_baselines(self.study.metric)
-        self.ledger.finish(trial, self.scorer.result(evaluation, baselines))
+        baselines = self.ledger.history().task_baselines(self.study.metric)
+        result = self.scorer.result(evaluation, baselines if trial.role == "candidate" else {})
+        self.ledger.finish(trial, result)
         self.clock.remember()
-        seconds = sum(evaluation.seconds.values())
-        self.console.status(progress_line(self.study, self.ledger.history(), label, seconds))
+        self.console.status(progress_line(self.study, self.ledger.history(), label))

@@ -113,13 +113,7 @@ def _resume_judged(
         engine.tokenizer, study.prompt, study.generation, prepared.chooser, engine.context
     )
     return judged_search(
-        problem=prepared,
-        ledger=ledger,
-        console=console,
-        engine=engine,
-        prompter=prompter,
-        judge=judge,
-        cache=cache,
+        prepared, ledger, console, engine=engine, prompter=prompter, judge=judge, cache=cache
     )
 
 
@@ -145,14 +139,7 @@ def _resume_lm_eval(
             remedy="Start a new study with --study NEW_NAME.",
         )
     ledger.remember("prompts", runner.prompts)
-    return lm_eval_search(
-        problem=prepared,
-        ledger=ledger,
-        console=console,
-        engine=engine,
-        runner=runner,
-        cache=cache,
-    )
+    return lm_eval_search(prepared, ledger, console, engine=engine, runner=runner, cache=cache)
 
 
 def _open_judge(prepared: Prepared, url: str, ledger: Ledger) -> Judge:
@@ -206,10 +193,7 @@ def _prints(model: ModelFolder, known: Mapping[str, Any]) -> dict[str, dict[str,
     prints = fingerprint(model.path, known)
     if isinstance(model, AdaptedModel):
         mark = "adapter/"
-        old = {}
-        for name, value in known.items():
-            if name.startswith(mark):
-                old[name.removeprefix(mark)] = value
+        old = {k.removeprefix(mark): known[k] for k in known if k.startswith(mark)}
         for name, value in fingerprint(model.adapter, old).items():
             prints[mark + name] = value
     return prints

@@ -154,7 +154,7 @@ class Upcoming:
         """The generation's unfinished candidates from an index on, up to the last trial."""
         history, trials = self.ledger.history(), self.problem.study.search.trials
         tasks, mode = self.generation_plan.tasks(generation), self.generation_plan.mode()
-        for vector in self.problem.sampler.unfinished(history, generation, trials, first):
+        for vector in self.problem.sampler.vectors(history, generation, trials, first, False):
             yield self.problem.genome.decode(vector), tasks, mode
 
 

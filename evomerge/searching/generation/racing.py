@@ -74,9 +74,7 @@ def hopeless(grades: NDArray[Any], keep: int, error: float, looks: int = 1) -> s
     return {i for i in range(count) if better[i].sum() >= keep}
 
 
-def paired_moments(
-    grades: NDArray[Any],
-) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+def paired_moments(grades: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """How many tasks i and j both saw; mean and variance there of what j has more than i: [i, j].
 
     Grades are (candidates, tasks), nan where unseen.

@@ -135,7 +135,7 @@ def _error(
     return float(np.sqrt(scatter + np.mean(drawn)))
 
 
-def progress_line(study: Study, history: History, label: str, seconds: float) -> str:
+def progress_line(study: Study, history: History, label: str) -> str:
     """A line on the trial that has just ended, and on how long the rest will take."""
     paces = [sum(trial.seconds.values()) for trial in history.complete[-20:]]
     left = study.search.trials - len(history.candidates) + 5  # the mean and the verdict
@@ -144,5 +144,5 @@ def progress_line(study: Study, history: History, label: str, seconds: float) ->
     return (
         f"{label}  {last.score:.3f}  "
         f"best {plus_minus(best.score, best.stderr)} (#{best.number})  "
-        f"{seconds:.1f} s/candidate  ETA {duration(left * float(np.mean(paces)))}"
+        f"{paces[-1]:.1f} s/candidate  ETA {duration(left * float(np.mean(paces)))}"
     )

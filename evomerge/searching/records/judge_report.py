@@ -43,8 +43,8 @@ def judge_facts(
 
     `evaluations` holds the candidates' answers to the held-out `tasks` and their grades, "winner"
     and the best "uniform" among them. `held_out` is a learned judge's own agreement, as its file
-    has it. {"name", "version", "n": tasks, "grades": {candidate: [n]}, "rules": the same by the rules
-    judge, or None where it was the judge, "pairs": what differs most, each {task_id, input,
+    has it. {"name", "version", "n": tasks, "grades": {candidate: [n]}, "rules": the same by the
+    rules judge, or None where it was the judge, "pairs": what differs most, each {task_id, input,
     reference, who, text, "sides": two of {name, grade, reason, text}}, "held_out"}: two judges of
     the answer `text` of `who`, or the winner and a parent with texts of their own.
     """

@@ -7,7 +7,7 @@ Format 1 is that of evomerge 0.1, which wrote no `version`. In format 0 (before 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any
 
 from evomerge.errors import StudyError
@@ -31,12 +31,9 @@ class Start:
 
     def to_dict(self) -> dict[str, Any]:
         """The stored form."""
-        return {
-            "mean": self.mean,
-            "sigma": self.sigma,
-            "cov": self.cov,
-            "first": self.mean_is_first,
-        }
+        stored = asdict(self)
+        stored["first"] = stored.pop("mean_is_first")
+        return stored
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Start:
@@ -56,10 +53,6 @@ class GradientStep:
     tasks: int
     seconds: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """The stored form."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> GradientStep:
         """The inverse of `to_dict`, also after JSON."""
@@ -75,10 +68,6 @@ class SplitKeys:
     validation: tuple[int | str, ...]
     held_out: tuple[int | str, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """The stored form."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SplitKeys:
         """The inverse of `to_dict`; a study from before the validation tasks has none."""
@@ -92,10 +81,6 @@ class CascadeSavings:
 
     graded: int
     asked: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """The stored form."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -123,9 +108,7 @@ class StudyFacts:
     # generation -> (answers graded, answers that the expensive judge graded)
     cascade_generations: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     validation: ValidationChoice | None = None
-    compared: Mapping[str, int] = field(
-        default_factory=dict
-    )  # by the verdict: name -> trial number
+    compared: Mapping[str, int] = field(default_factory=dict)  # name -> trial number
     verdict: Verdict | None = None
     look: int = 1  # how many verdicts the study has had
     samples: tuple[Sample, ...] = ()
@@ -169,6 +152,8 @@ def stored(value: Any) -> Any:
     """A fact in its stored form: plain JSON values."""
     if hasattr(value, "to_dict"):
         return value.to_dict()
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
     if isinstance(value, list | tuple):
         return [stored(item) for item in value]
     if isinstance(value, Mapping):
@@ -176,16 +161,8 @@ def stored(value: Any) -> Any:
     return value
 
 
-def _steps(data: list[Mapping[str, Any]]) -> tuple[GradientStep, ...]:
-    return tuple(GradientStep.from_dict(step) for step in data)
-
-
-def _samples(data: list[Mapping[str, Any]]) -> tuple[Sample, ...]:
-    return tuple(Sample.from_dict(sample) for sample in data)
-
-
-def _vectors(data: list[list[float]]) -> tuple[tuple[float, ...], ...]:
-    return tuple(tuple(vector) for vector in data)
+def _each(read: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
+    return lambda data: tuple(map(read, data))
 
 
 def _generations(data: Mapping[str, list[int]]) -> dict[int, tuple[int, int]]:
@@ -195,14 +172,14 @@ def _generations(data: Mapping[str, list[int]]) -> dict[int, tuple[int, int]]:
 READERS: dict[str, Callable[[Any], Any]] = {
     "split": SplitKeys.from_dict,
     "names": tuple,
-    "first": _vectors,
+    "first": _each(tuple),
     "start": Start.from_dict,
-    "warm_start": _steps,
+    "warm_start": _each(GradientStep.from_dict),
     "cascade": lambda data: CascadeSavings(**data),
     "cascade_generations": _generations,
     "validation": ValidationChoice.from_dict,
     "verdict": Verdict.from_dict,
-    "samples": _samples,
+    "samples": _each(Sample.from_dict),
 }
 # fields of StudyFacts with another key in the storage
 STORED_KEYS = {"known_candidates": "first", "compared": "finalists"}

@@ -118,10 +118,6 @@ class Sample:
     reference: str
     answers: Mapping[str, SampleAnswer]
 
-    def to_dict(self) -> dict[str, Any]:
-        """The stored form."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Sample:
         """The inverse of `to_dict`."""

@@ -83,11 +83,11 @@ class CmaSampler:
         return [self.start(history).mean, *self.known_candidates]
 
     def next_slot(self, history: History) -> Slot:
-        """The first place, in order, that has no finished candidate."""
+        """The first slot, in order, that has no finished candidate."""
         return self.slot(history, *history.next_slot(self.population))
 
     def slot(self, history: History, generation: int, index: int) -> Slot:
-        """A place, and how often a candidate has failed there."""
+        """A slot, and how often a candidate has failed there."""
         return Slot(generation, index, history.failures(generation, index))
 
     def draw(self, history: History, slot: Slot) -> np.ndarray:
@@ -104,30 +104,19 @@ class CmaSampler:
         asked: np.ndarray = optimizer.ask()
         return asked
 
-    def vectors(self, history: History, generation: int, trials: int) -> list[tuple[float, ...]]:
-        """The generation's candidates up to the last trial: those finished, and those to draw."""
-        vectors = []
-        for index in self._indices(generation, trials):
-            finished = history.finished.get((generation, index))
-            if finished is None:
-                vectors.append(self._drawn(history, generation, index))
-            else:
-                vectors.append(finished.weights)
-        return vectors
-
-    def unfinished(
-        self, history: History, generation: int, trials: int, first: int
+    def vectors(
+        self, history: History, generation: int, trials: int, first: int = 0, finished: bool = True
     ) -> Iterator[tuple[float, ...]]:
-        """Draws for the slots from index `first` to the last trial that have no candidate yet."""
-        for index in self._indices(generation, trials):
-            if index >= first and (generation, index) not in history.finished:
-                yield self._drawn(history, generation, index)
+        """The generation's candidates from index `first` up to the last of all trials.
 
-    def _indices(self, generation: int, trials: int) -> range:
-        return range(min(self.population, trials - generation * self.population))
-
-    def _drawn(self, history: History, generation: int, index: int) -> tuple[float, ...]:
-        return tuple(self.draw(history, self.slot(history, generation, index)).tolist())
+        Those that are `finished`, unless they are left out, and those to draw.
+        """
+        for index in range(first, min(self.population, trials - generation * self.population)):
+            trial = history.finished.get((generation, index))
+            if trial is None:
+                yield tuple(self.draw(history, self.slot(history, generation, index)).tolist())
+            elif finished:
+                yield trial.weights
 
     def mean(self, history: History) -> tuple[int, np.ndarray]:
         """How many generations are complete, and the mean after them, (d,), within the bounds."""

@@ -39,9 +39,8 @@ def start_from_source(study: Study, url: str, genome: Genome, ledger: Ledger) ->
         )
     assert facts.n_layers is not None
     theirs = facts.study
-    sampler = make_sampler(
-        theirs, make_genome(theirs, facts.n_layers), facts.known_candidates or ()
-    )
+    known = facts.known_candidates or ()
+    sampler = make_sampler(theirs, make_genome(theirs, facts.n_layers), known)
     history = source.history()
     if not history.complete_generations(sampler.population):
         raise StudyError(
