@@ -158,7 +158,7 @@ def run_study(
         timed: Any = engine
         console = Console(StringIO())
         search = judged_search(
-            problem, ledger, console, engine=timed, prompter=prompter, judge=judge, cache=cache
+            problem, ledger, console, timed, prompter=prompter, judge=judge, cache=cache
         )
         began = time.perf_counter()
         search.run()

@@ -141,7 +141,7 @@ def make_search(folder, study, engine=None, judge=None, tasks=(32, 16, 0), conso
     problem = Problem(study, genome, split, sampler)
     console = console or Console(StringIO())
     search = judged_search(
-        problem, ledger, console, engine=engine, prompter=prompter, judge=judge, cache=cache
+        problem, ledger, console, engine, prompter=prompter, judge=judge, cache=cache
     )
     return search, engine, judge
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from evomerge.answering.cache import LIKELIHOOD, MERGED, AnswerCache, answer_all
 from evomerge.answering.engine import Answer, Engine, LikelihoodCapability
@@ -22,6 +22,8 @@ from evomerge.judging.grade import Grade, Judge
 from evomerge.recipe import Recipe
 from evomerge.searching.prefetch import Item, PendingEvaluation, Prefetcher
 from evomerge.tasks import Task
+
+Blocks: TypeAlias = Sequence[Sequence[Task]]  # each is answered in batches of its own
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Evaluator(Protocol):
     def evaluate(
         self,
         recipe: Recipe,
-        blocks: Sequence[Sequence[Task]],
+        blocks: Blocks,
         label: str = "",
         mode: str = MERGED,
         upcoming: Iterable[Item] = (),
@@ -93,7 +95,7 @@ class JudgedEvaluator:
     def evaluate(
         self,
         recipe: Recipe,
-        blocks: Sequence[Sequence[Task]],
+        blocks: Blocks,
         label: str = "",
         mode: str = MERGED,
         upcoming: Iterable[Item] = (),
@@ -105,12 +107,7 @@ class JudgedEvaluator:
         return self._evaluation(recipe, begun, grades)
 
     def evaluate_with_grades(
-        self,
-        recipe: Recipe,
-        blocks: Sequence[Sequence[Task]],
-        grades: Mapping[str, Grade],
-        label: str,
-        mode: str,
+        self, recipe: Recipe, blocks: Blocks, grades: Mapping[str, Grade], label: str, mode: str
     ) -> Evaluation:
         """As `evaluate`, with grades by task key that are known already. Raises EngineError."""
         begun = [self.take_or_begin((recipe, block, mode), label, False) for block in blocks]
@@ -194,7 +191,7 @@ class LmEvalEvaluator:
     def evaluate(
         self,
         recipe: Recipe,
-        blocks: Sequence[Sequence[Task]],
+        blocks: Blocks,
         label: str = "",
         mode: str = MERGED,
         upcoming: Iterable[Item] = (),

@@ -88,7 +88,14 @@ def resume(prepared: Prepared, ledger: Ledger, url: str, console: Console) -> It
         if judge is None:
             yield _resume_lm_eval(prepared, ledger, console, engine, cache)
         else:
-            yield _resume_judged(prepared, ledger, console, engine, judge, cache)
+            if study.search.warm_start is not None:
+                check_warm_start(prepared.genome, prepared.split.search, engine)
+            prompter = make_prompter(
+                engine.tokenizer, study.prompt, study.generation, prepared.chooser, engine.context
+            )
+            yield judged_search(
+                prepared, ledger, console, engine, prompter=prompter, judge=judge, cache=cache
+            )
     except KeyboardInterrupt:
         drain = False  # no server is waited for
         raise
@@ -96,25 +103,6 @@ def resume(prepared: Prepared, ledger: Ledger, url: str, console: Console) -> It
         if isinstance(judge, WaitingJudge):
             judge.close(drain)
         cache.close()
-
-
-def _resume_judged(
-    prepared: Prepared,
-    ledger: Ledger,
-    console: Console,
-    engine: Engine,
-    judge: Judge,
-    cache: AnswerCache,
-) -> Search:
-    study = prepared.study
-    if study.search.warm_start is not None:
-        check_warm_start(prepared.genome, prepared.split.search, engine)
-    prompter = make_prompter(
-        engine.tokenizer, study.prompt, study.generation, prepared.chooser, engine.context
-    )
-    return judged_search(
-        prepared, ledger, console, engine=engine, prompter=prompter, judge=judge, cache=cache
-    )
 
 
 def _resume_lm_eval(
@@ -139,7 +127,7 @@ def _resume_lm_eval(
             remedy="Start a new study with --study NEW_NAME.",
         )
     ledger.remember("prompts", runner.prompts)
-    return lm_eval_search(prepared, ledger, console, engine=engine, runner=runner, cache=cache)
+    return lm_eval_search(prepared, ledger, console, engine, runner=runner, cache=cache)
 
 
 def _open_judge(prepared: Prepared, url: str, ledger: Ledger) -> Judge:

@@ -92,10 +92,7 @@ def two_phase_mean(
 
 
 def draw_variance(above: np.ndarray, total: int) -> float:
-    """The variance of a mean because n of `total` tasks were drawn, s_d² (1/n - 1/N).
-
-    `above` (n,) holds grade - baseline; a single task has no variance: 0.
-    """
+    """s_d² (1/n - 1/N): a mean's variance from drawing n of `total` tasks; 0 for a single one."""
     if len(above) < 2:
         return 0.0
     return float(above.var(ddof=1)) * (1 / len(above) - 1 / total)

@@ -27,7 +27,7 @@ from evomerge.searching.samplers.cmaes_adapter import (
 
 @dataclass(frozen=True)
 class Slot:
-    """A place in a generation, and how often a candidate has failed there."""
+    """A position in a generation, and how often a candidate has failed there."""
 
     generation: int
     index: int
