@@ -75,7 +75,7 @@ def hopeless(grades: NDArray[Any], keep: int, error: float, looks: int = 1) -> s
 
 
 def paired_moments(grades: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """How many tasks i and j both saw; mean and variance there of what j has more than i: [i, j]."""
+    """[i, j]: tasks that both saw, and mean and variance there of what j has more than i."""
     differences = grades[None, :, :] - grades[:, None, :]  # [i, j, t]
     seen = ~np.isnan(differences)
     n = seen.sum(axis=2)
