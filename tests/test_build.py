@@ -57,7 +57,7 @@ def run(*args, **settings):
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *settings.pop("path", [])])}
     python = settings.pop("python", sys.executable)
     return subprocess.run(
-        [python, "-m", "evomerge.cli", *args],
+        [python, "-m", "evomerge", *args],
         capture_output=True,
         text=True,
         check=False,

@@ -11,7 +11,7 @@ from evomerge.cli import main
 from evomerge.inference.part import Part
 from evomerge.knowledge.records import Example, Knowledge, KnowledgeClass
 from evomerge.knowledge.write_base import write_knowledge
-from evomerge.searching.finished import load_finished
+from evomerge.searching.snapshot import load_snapshot
 
 KINDS = (
     KnowledgeClass("かな", "", "あ{input}", max_new_tokens=5),
@@ -132,7 +132,7 @@ def test_a_base_that_holds_held_out_tasks_is_told_and_check_reads_it(pair, place
         Knowledge(KINDS, (*examples, Example(99, "かな", "あい", "う"))), place / "all.yaml"
     )
     assert search(pair, place, f"prompt.knowledge={place}/all.yaml") == 0
-    searched = load_finished(f"sqlite:///{place}/s.db", "tiny").ledger.facts.split.search
+    searched = load_snapshot(f"sqlite:///{place}/s.db", "tiny").ledger.facts.split.search
     # inputs are there several times
     unseen = {task["input"] for task in tasks if task["task_id"] not in searched}
     count = sum(task["input"] in unseen for task in tasks)

@@ -33,7 +33,7 @@ from evomerge.errors import EngineError, JudgeError, ModelError, StudyFileError
 from evomerge.judging.factory import make_judge
 from evomerge.judging.llm.judge_prompt import SYSTEM
 from evomerge.judging.local import LEAD, TEMPLATE, LocalJudge, make_local_judge
-from evomerge.searching.finished import load_finished
+from evomerge.searching.snapshot import load_snapshot
 from evomerge.study import EngineSection, JudgeSection
 from evomerge.tasks import Task
 
@@ -311,7 +311,7 @@ def test_two_runs_of_a_study_that_it_judges_are_equal(pair, judge_folder, tmp_pa
             *(x for s in settings for x in ("--set", s)),
         ]
         assert main(["search", str(pair / "study.yaml"), *options]) == 0
-        finished = load_finished(url, "tiny")
+        finished = load_snapshot(url, "tiny")
         assert finished.ledger.facts.judge == f"local:judge {judge.version}"
         outcomes.append(
             ([(r.role, r.weights, r.grades) for r in finished.records], finished.verdict)

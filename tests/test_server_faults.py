@@ -158,7 +158,7 @@ def test_stopped_by_hand(tmp_path, stop):
         command = [
             sys.executable,
             "-m",
-            "evomerge.cli",
+            "evomerge",
             "infer",
             "--server",
             url,

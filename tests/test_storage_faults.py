@@ -17,8 +17,8 @@ from evomerge.cli import main
 from evomerge.errors import OutputError
 from evomerge.judging.llm.grades_cache import GradesCache, Usage
 from evomerge.judging.llm.judge_prompt import Vote
-from evomerge.searching.finished import load_finished
 from evomerge.searching.ledger import Ledger
+from evomerge.searching.snapshot import load_snapshot
 
 
 def arguments(pair, folder, trials=8):
@@ -42,7 +42,7 @@ def arguments(pair, folder, trials=8):
 
 
 def outcome(folder):
-    finished = load_finished(f"sqlite:///{folder}/s.db", "tiny")
+    finished = load_snapshot(f"sqlite:///{folder}/s.db", "tiny")
     keys = ("role", "generation", "index", "weights", "score", "grades")
     return [
         [getattr(r, k) for k in keys] for r in finished.records if r.state == "complete"

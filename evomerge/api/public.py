@@ -231,7 +231,7 @@ def load_study(name: str, *, storage: str | Path | None = None) -> LoadedStudy:
 
     >>> evomerge.load_study("demo").trials.nlargest(3, "score")
     """
-    from evomerge.searching.finished import load_finished
+    from evomerge.searching.snapshot import load_snapshot
 
     url = storage_url(storage, name)
-    return LoadedStudy(load_finished(url, name), url)
+    return LoadedStudy(load_snapshot(url, name), url)

@@ -44,29 +44,29 @@ def open_study(
 
     Raises StudyError.
     """
-    from evomerge.searching.finished import load_finished
     from evomerge.searching.prepare import open_models
+    from evomerge.searching.snapshot import load_snapshot
 
-    finished = load_finished(url, name)
-    study = _seeded(overridden(finished.study, overrides, USED))
-    facts = finished.ledger.facts
+    snapshot = load_snapshot(url, name)
+    study = _seeded(overridden(snapshot.study, overrides, USED))
+    facts = snapshot.ledger.facts
     if any(override.startswith("prompt.knowledge=") for override in overrides):
-        if study.prompt.knowledge != finished.study.prompt.knowledge:
+        if study.prompt.knowledge != snapshot.study.prompt.knowledge:
             say(
                 f"note: study {name} was searched with other prompts: "
                 "its verdict does not hold for answers with this knowledge base"
             )
     elif study.prompt.knowledge is not None:
         check_unchanged_base(study.prompt.knowledge, facts.knowledge, name)
-    base, siblings = open_models(finished.study)
+    base, siblings = open_models(snapshot.study)
     engine = _engine(base, siblings, study)
-    if study.engine == finished.study.engine:
+    if study.engine == snapshot.study.engine:
         engine.limits.update(facts.limits)
-    if finished.verdict is None:
+    if snapshot.verdict is None:
         say(f"study {name} is not finished: the best trial so far is used")
-    engine.apply(finished.recipe)
+    engine.apply(snapshot.recipe)
     return Opened(
-        engine, study.prompt, study, _identity(finished.recipe.digest(), dict(facts.models), study)
+        engine, study.prompt, study, _identity(snapshot.recipe.digest(), dict(facts.models), study)
     )
 
 
@@ -159,9 +159,9 @@ def open_prompt(
     """The prompt settings alone, of a study or the defaults. Raises StudyError, InputError."""
     if url is None or name is None:
         return overridden(_study("bfloat16"), overrides, USED).prompt
-    from evomerge.searching.finished import load_finished
+    from evomerge.searching.snapshot import load_snapshot
 
-    return overridden(load_finished(url, name).study, overrides, USED).prompt
+    return overridden(load_snapshot(url, name).study, overrides, USED).prompt
 
 
 def _seeded(study: Study) -> Study:

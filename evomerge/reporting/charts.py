@@ -127,25 +127,24 @@ def verdict_rows(verdict: Verdict | None) -> list[VerdictRow]:
     """A row per candidate with its figures and the geometry of its two interval bars."""
     if verdict is None:
         return []
-    candidates, paired = verdict.candidates, verdict.paired
+    candidates, leads = verdict.candidates, verdict.leads
     means: dict[str, tuple[float, float, float]] = {}
     for name, c in candidates.items():
         error = Z95 * (c.stderr or 0.0)
         means[name] = (c.mean - error, c.mean, c.mean + error)
     x_mean = scale(flattened(means.values()), 6, CELL_WIDTH - 6)
-    pairs = {key: (p.low, p.diff, p.high) for key, p in paired.items()}
+    pairs = {name: (p.low, p.diff, p.high) for name, p in leads.items()}
     x_pair = scale([0.0, *flattened(pairs.values())], 6, CELL_WIDTH - 6)
     rows = []
     for name, c in candidates.items():
-        key = f"winner-{name}"
         row = VerdictRow(
             name=name,
             mean=c.mean,
             stderr=c.stderr,
             truncated=c.truncated,
             bar=[x_mean(value) for value in means[name]],
-            pair=paired.get(key),
-            pair_bar=[x_pair(value) for value in pairs[key]] if key in pairs else None,
+            pair=leads.get(name),
+            pair_bar=[x_pair(value) for value in pairs[name]] if name in pairs else None,
             zero=x_pair(0.0),
         )
         rows.append(row)

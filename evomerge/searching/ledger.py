@@ -1,6 +1,6 @@
 """The ledger: what a study remembers, in an Optuna storage.
 
-A trial begins in one write, with its numbers and its place; its outcome is one more write before
+A trial begins in one write, with its numbers and its slot; its outcome is one more write before
 the trial ends. So a run that is killed leaves trials that are whole or marked as interrupted.
 """
 
@@ -18,7 +18,7 @@ from evomerge.errors import StudyError
 from evomerge.files import ExclusiveLock, LockHeld
 from evomerge.searching.history import History
 from evomerge.searching.records.optuna_adapter import STATES, StoredStudy, open_stored, sqlite_path
-from evomerge.searching.records.study_facts import StudyFacts, read_facts, stored
+from evomerge.searching.records.study_facts import STORED_KEYS, StudyFacts, read_facts, stored
 from evomerge.searching.records.trial_record import INTERRUPTED, Result, TrialRecord, read_trial
 from evomerge.study import BEFORE, changed_keys
 
@@ -45,19 +45,27 @@ class Ledger:
 
     def remember(self, key: str, value: object) -> None:
         """Write one of the facts, durably; `key` is a field of StudyFacts."""
-        self.storage.set_attribute(key, stored(value))
+        self.storage.set_attribute(STORED_KEYS.get(key, key), stored(value))
 
     def records(self) -> list[TrialRecord]:
         """Every trial that has a role, in the order of their numbers."""
-        names = tuple(self.space) or self.facts.names
-        return self._read(names)
+        return list(self.history().trials)
 
     def history(self) -> History:
         """The records as something to ask."""
-        facts = self.facts
-        return History(tuple(self._read(tuple(self.space) or facts.names)), facts.start)
+        facts, records = self.facts, []
+        for t in self.storage.trials():
+            if "role" not in t.user_attrs:
+                continue
+            record = self._ended.get(t.number)
+            if record is None:
+                record = _record(t, tuple(self.space) or facts.names)
+                if t.state.is_finished():
+                    self._ended[t.number] = record
+            records.append(record)
+        return History(tuple(records), facts.start)
 
-    def release_stale(self) -> int:
+    def mark_interrupted(self) -> int:
         """Mark trials of a process that ended as interrupted. Returns how many there were."""
         stale = self.storage.running()
         for number in stale:
@@ -73,8 +81,8 @@ class Ledger:
     ) -> TrialRecord:
         """A running trial with these weights, stored whole or not at all."""
         params = dict(zip(self.space, map(float, weights), strict=True))
-        place = {"generation": generation, "index": index, "role": role}
-        return _record(self.storage.start_trial(params, self.space, place), tuple(self.space))
+        slot = {"generation": generation, "index": index, "role": role}
+        return _record(self.storage.start_trial(params, self.space, slot), tuple(self.space))
 
     def finish(self, trial: TrialRecord, result: Result) -> None:
         """Record a trial's result and end it."""
@@ -83,19 +91,6 @@ class Ledger:
     def fail(self, trial: TrialRecord, reason: str) -> None:
         """Record why a trial failed and end it."""
         self.storage.end_trial(trial.number, "reason", reason)
-
-    def _read(self, names: Sequence[str]) -> list[TrialRecord]:
-        records = []
-        for t in self.storage.trials():
-            if "role" not in t.user_attrs:
-                continue
-            record = self._ended.get(t.number)
-            if record is None:
-                record = _record(t, names)
-                if t.state.is_finished():
-                    self._ended[t.number] = record
-            records.append(record)
-        return records
 
 
 def open_ledger(

@@ -59,14 +59,14 @@ def open_study(prepared: Prepared, url: str, console: Console) -> Ledger:
     study, genome, sampler = prepared.study, prepared.genome, prepared.sampler
     ledger = open_ledger(url, study.study, sampler.space, create=True)
     check_unchanged(ledger, _facts(prepared, ledger.facts))
-    first = tuple(tuple(vector.tolist()) for vector in sampler.first)
-    if ledger.facts.first not in (None, first):
+    known = tuple(tuple(vector.tolist()) for vector in sampler.known_candidates)
+    if ledger.facts.known_candidates not in (None, known):
         raise StudyError(
             "a file of search.recipes has changed",
             where=ledger.name,
             remedy="Undo it, or start a new study with --study NEW_NAME.",
         )
-    ledger.remember("first", first)
+    ledger.remember("known_candidates", known)
     start_from_source(study, url, genome, ledger)
     _introduce(prepared, console)
     return ledger
@@ -88,7 +88,14 @@ def resume(prepared: Prepared, ledger: Ledger, url: str, console: Console) -> It
         if judge is None:
             yield _resume_lm_eval(prepared, ledger, console, engine, cache)
         else:
-            yield _resume_judged(prepared, ledger, console, engine, judge, cache)
+            if study.search.warm_start is not None:
+                check_warm_start(prepared.genome, prepared.split.search, engine)
+            prompter = make_prompter(
+                engine.tokenizer, study.prompt, study.generation, prepared.chooser, engine.context
+            )
+            yield judged_search(
+                prepared, ledger, console, engine, prompter=prompter, judge=judge, cache=cache
+            )
     except KeyboardInterrupt:
         drain = False  # no server is waited for
         raise
@@ -96,23 +103,6 @@ def resume(prepared: Prepared, ledger: Ledger, url: str, console: Console) -> It
         if isinstance(judge, WaitingJudge):
             judge.close(drain)
         cache.close()
-
-
-def _resume_judged(
-    prepared: Prepared,
-    ledger: Ledger,
-    console: Console,
-    engine: Engine,
-    judge: Judge,
-    cache: AnswerCache,
-) -> Search:
-    study = prepared.study
-    if study.search.warm_start is not None:
-        check_warm_start(prepared.genome, prepared.split.search, engine)
-    prompter = make_prompter(
-        engine.tokenizer, study.prompt, study.generation, prepared.chooser, engine.context
-    )
-    return judged_search(prepared, ledger, console, engine, prompter, judge, cache)
 
 
 def _resume_lm_eval(
@@ -137,7 +127,7 @@ def _resume_lm_eval(
             remedy="Start a new study with --study NEW_NAME.",
         )
     ledger.remember("prompts", runner.prompts)
-    return lm_eval_search(prepared, ledger, console, engine, runner, cache)
+    return lm_eval_search(prepared, ledger, console, engine, runner=runner, cache=cache)
 
 
 def _open_judge(prepared: Prepared, url: str, ledger: Ledger) -> Judge:
@@ -191,10 +181,7 @@ def _prints(model: ModelFolder, known: Mapping[str, Any]) -> dict[str, dict[str,
     prints = fingerprint(model.path, known)
     if isinstance(model, AdaptedModel):
         mark = "adapter/"
-        old = {}
-        for name, value in known.items():
-            if name.startswith(mark):
-                old[name.removeprefix(mark)] = value
+        old = {k.removeprefix(mark): known[k] for k in known if k.startswith(mark)}
         for name, value in fingerprint(model.adapter, old).items():
             prints[mark + name] = value
     return prints

@@ -29,7 +29,7 @@ Reference: TypeAlias = tuple[str, tuple[float, ...]]  # role and weights
 
 @dataclass
 class PendingEvaluation:
-    """A recipe's answers to some tasks, and their grades, known or pending, by place."""
+    """A recipe's answers to some tasks, and their grades, known or pending, by index."""
 
     judge: Judge | None  # None: only the answers are wanted
     tasks: Sequence[Task]
@@ -41,16 +41,16 @@ class PendingEvaluation:
     grades: dict[int, Grade] = field(default_factory=dict)
     pending: list[tuple[list[int], PendingGrades]] = field(default_factory=list)
 
-    def batch_answered(self, places: Sequence[int], answers: Sequence[Answer]) -> None:
+    def batch_answered(self, indices: Sequence[int], answers: Sequence[Answer]) -> None:
         """Request the grades of a batch of answers, or grade it here and now."""
         began = time.perf_counter()
-        tasks = [self.tasks[i] for i in places]
+        tasks = [self.tasks[i] for i in indices]
         if isinstance(self.judge, WaitingJudge):
-            self.pending.append((list(places), self.judge.submit(tasks, answers)))
+            self.pending.append((list(indices), self.judge.submit(tasks, answers)))
         elif isinstance(self.judge, BatchJudge):
-            self.grades.update(zip(places, self.judge.grade_all(tasks, answers), strict=True))
+            self.grades.update(zip(indices, self.judge.grade_all(tasks, answers), strict=True))
         elif self.judge is not None:
-            for i, task, answer in zip(places, tasks, answers, strict=True):
+            for i, task, answer in zip(indices, tasks, answers, strict=True):
                 self.grades[i] = self.judge.grade(task, answer)
         self.seconds["judge"] += time.perf_counter() - began
 
@@ -64,8 +64,8 @@ class PendingEvaluation:
         `seconds["judge"]` grows by the time spent waiting here.
         """
         began = time.perf_counter()
-        for places, pending in self.pending:
-            self.grades.update(zip(places, pending.result(), strict=True))
+        for indices, pending in self.pending:
+            self.grades.update(zip(indices, pending.result(), strict=True))
         self.seconds["judge"] += time.perf_counter() - began
         return [self.grades[i] for i in range(len(self.tasks))]
 
@@ -76,9 +76,9 @@ class Prefetcher:
 
     begun: dict[Key, PendingEvaluation] = field(default_factory=dict)
 
-    def take(self, item: Item, begin: Callable[[Item], PendingEvaluation]) -> PendingEvaluation:
-        """What was begun before, or begins now."""
-        return self.begun.pop(_key(item), None) or begin(item)
+    def take(self, item: Item) -> PendingEvaluation | None:
+        """What was begun ahead; None: it has not begun."""
+        return self.begun.pop(_key(item), None)
 
     def keep(self, item: Item, evaluation: PendingEvaluation) -> None:
         """Put an evaluation back for its own turn."""
@@ -108,7 +108,7 @@ class TaskPlan(Protocol):
     """Which tasks a generation answers, and how."""
 
     @property
-    def together(self) -> bool:
+    def compares_candidates_first(self) -> bool:
         """Whether a generation's candidates are compared before their trials begin."""
 
     def tasks(self, generation: int) -> Sequence[Task]:
@@ -124,7 +124,7 @@ class Upcoming:
 
     problem: Problem
     ledger: Ledger
-    plan: TaskPlan
+    generation_plan: TaskPlan
     # the trials that the verdict compares the winner with, once the references are graded
     compared: Callable[[], Iterable[Sequence[float]]]
 
@@ -133,13 +133,14 @@ class Upcoming:
         genome, tasks = self.problem.genome, self.problem.split.search
         for _, weights in following:
             yield genome.decode(weights), tasks, MERGED
-        fixed = self.problem.study.search.warm_start is None and not self.plan.together
-        if fixed and self.plan.mode() == MERGED:
+        plan, warm_start = self.generation_plan, self.problem.study.search.warm_start
+        fixed = warm_start is None and not plan.compares_candidates_first
+        if fixed and plan.mode() == MERGED:
             yield from self._draws(0, 0)
 
     def after_candidate(self, slot: Slot) -> Iterator[Item]:
         """The rest of the generation, whose draws are independent, and then the verdict's."""
-        if not self.plan.together:
+        if not self.generation_plan.compares_candidates_first:
             yield from self._draws(slot.generation, slot.index + 1)
         yield from self.after_mean()
 
@@ -150,15 +151,11 @@ class Upcoming:
             yield genome.decode(weights), tasks, MERGED
 
     def _draws(self, generation: int, first: int) -> Iterator[Item]:
-        """The generation's unfinished candidates from a place on, up to the last trial."""
-        history, sampler = self.ledger.history(), self.problem.sampler
-        tasks, mode = self.plan.tasks(generation), self.plan.mode()
-        for index in range(first, sampler.population):
-            number = generation * sampler.population + index
-            finished = (generation, index) in history.finished
-            if number < self.problem.study.search.trials and not finished:
-                vector = sampler.draw(history, sampler.slot(history, generation, index))
-                yield self.problem.genome.decode(vector.tolist()), tasks, mode
+        """The generation's unfinished candidates from an index on, up to the last trial."""
+        history, trials = self.ledger.history(), self.problem.study.search.trials
+        tasks, mode = self.generation_plan.tasks(generation), self.generation_plan.mode()
+        for vector in self.problem.sampler.vectors(history, generation, trials, first, False):
+            yield self.problem.genome.decode(vector), tasks, mode
 
 
 def _key(item: Item) -> Key:

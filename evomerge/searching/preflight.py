@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from evomerge.console import size
 from evomerge.errors import EvomergeError, ModelError
 from evomerge.genome.weights import Genome, make_genome
 from evomerge.merging.checkpoints.compatibility import check_fit
@@ -196,20 +197,20 @@ class Preflight:
         model = parameters * BYTES[study.search.dtype]
         positions = engine.batch_size * (study.generation.max_new_tokens + 512)
         copies = len(study.genome.all_models)
-        live = _gb(live_bytes(study, config, parameters))
+        live = size(live_bytes(study, config, parameters))
         self.add(
             "ok",
             "memory",
             f"{_millions(parameters)} parameters, {live} live in "
             f"{engine.quantization or study.search.dtype}, about "
-            f"{_gb(kv_cache_bytes(config, positions))} of keys and values ({engine.batch_size} "
-            f"answers at once); base and siblings: {_gb(copies * model)}, "
+            f"{size(kv_cache_bytes(config, positions))} of keys and values ({engine.batch_size} "
+            f"answers at once); base and siblings: {size(copies * model)}, "
             f"{WAITING[engine.residency]}",
         )
         free = shutil.disk_usage(Path.cwd()).free
-        text = f"{_gb(copies * model)} of models and {_gb(model)} for an exported one"
+        text = f"{size(copies * model)} of models and {size(model)} for an exported one"
         level = "ok" if free > model * (1 + copies) else "low"
-        self.add(level, "disk", f"{text}; {_gb(free)} free here")
+        self.add(level, "disk", f"{text}; {size(free)} free here")
 
 
 def live_bytes(study: Study, config: Mapping[str, Any], parameters: int) -> float:
@@ -264,10 +265,6 @@ def judging_cost(study: Study, answers: int) -> str:
     if study.judge.kind == "llm":
         return f"{requests} at most, before retries: equal answers are graded once"
     return "the judge costs nothing"
-
-
-def _gb(n_bytes: float) -> str:
-    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.1f} MB"
 
 
 def _millions(count: int) -> str:

@@ -97,7 +97,7 @@ class LmEvalRunner:
             requests.setdefault(numbers[instance.doc_id], []).append(instance)
         return requests
 
-    def examine(
+    def evaluate(
         self,
         recipe: str,
         tasks: Sequence[Task],

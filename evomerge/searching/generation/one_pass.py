@@ -71,7 +71,9 @@ class OnePass:
         """
         engine, population = self.engine, self.engine.batched_candidates
         assert population is not None
-        recipes = [self.problem.genome.decode(vector) for vector in self.vectors(generation)]
+        history, trials = self.ledger.history(), self.problem.study.search.trials
+        vectors = self.problem.sampler.vectors(history, generation, trials)
+        recipes = [self.problem.genome.decode(vector) for vector in vectors]
         pace = Pace(len(recipes) * len(prompts), report)
         for batch in engine.batches(prompts, settings):
             texts = [prompts[i] for i in batch]
@@ -90,22 +92,6 @@ class OnePass:
                 self.seconds[recipe.digest()] = self.seconds.get(recipe.digest(), 0.0) + share
                 self.cache.put(key, found)
 
-    def spent(self, recipe: Recipe) -> float:
+    def take_seconds(self, recipe: Recipe) -> float:
         """Seconds of a pass that were this candidate's; they are given out once."""
         return self.seconds.pop(recipe.digest(), 0.0)
-
-    def vectors(self, generation: int) -> list[tuple[float, ...]]:
-        """The generation's candidates up to the last trial: those finished, and those to draw."""
-        history, sampler = self.ledger.history(), self.problem.sampler
-        size = sampler.population
-        found = []
-        for index in range(size):
-            if generation * size + index >= self.problem.study.search.trials:
-                break
-            finished = history.finished.get((generation, index))
-            if finished is not None:
-                found.append(finished.weights)
-            else:
-                slot = sampler.slot(history, generation, index)
-                found.append(tuple(sampler.draw(history, slot).tolist()))
-        return found

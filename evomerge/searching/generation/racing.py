@@ -62,13 +62,7 @@ def hopeless(grades: NDArray[Any], keep: int, error: float, looks: int = 1) -> s
     if count <= keep:
         return set()
     level = error / (looks * keep * (count - keep))
-    differences = grades[None, :, :] - grades[:, None, :]  # [i, j, t]: what j has more than i
-    seen = ~np.isnan(differences)
-    n = seen.sum(axis=2)
-    filled = np.where(seen, differences, 0.0)
-    mean = filled.sum(axis=2) / np.maximum(n, 1)
-    squares = (np.where(seen, differences - mean[:, :, None], 0.0) ** 2).sum(axis=2)
-    variance = squares / np.maximum(n - 1, 1)
+    n, mean, variance = paired_moments(grades)
     pairs = (n > 1) & ~np.eye(count, dtype=bool)
     if not pairs.any():
         return set()
@@ -78,6 +72,17 @@ def hopeless(grades: NDArray[Any], keep: int, error: float, looks: int = 1) -> s
         needed[n == count_seen] = t_quantile(level, int(count_seen) - 1)
     better = pairs & (mean > needed * np.sqrt(variance / np.maximum(n, 1)))
     return {i for i in range(count) if better[i].sum() >= keep}
+
+
+def paired_moments(grades: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """[i, j]: tasks that both saw, and mean and variance there of what j has more than i."""
+    differences = grades[None, :, :] - grades[:, None, :]  # [i, j, t]
+    seen = ~np.isnan(differences)
+    n = seen.sum(axis=2)
+    filled = np.where(seen, differences, 0.0)
+    mean = filled.sum(axis=2) / np.maximum(n, 1)
+    squares = (np.where(seen, differences - mean[:, :, None], 0.0) ** 2).sum(axis=2)
+    return n, mean, squares / np.maximum(n - 1, 1)
 
 
 @lru_cache(maxsize=4096)

@@ -65,7 +65,7 @@ def encode(genome: Genome, recipe: Recipe, where: str) -> tuple[float, ...]:
     for name in names:
         if _all_settings(layout, name, genome.models) != _all_settings(ours, name, genome.models):
             raise _not_a_merge(where, name)
-    if not set(map(_place, recipe.siblings)) <= set(map(_place, genome.models)):
+    if not set(map(_resolved, recipe.siblings)) <= set(map(_resolved, genome.models)):
         raise _not_a_merge(where, "its models")
     return tuple(vector)
 
@@ -119,16 +119,16 @@ def _settings(layout: Layout, name: str, models: Sequence[str]) -> list[tuple[fl
     for i, (ref, _) in enumerate(plan.siblings):
         weight = plan.weights[i] if plan.weights else 1.0
         density = plan.densities[i] if plan.densities else 1.0
-        found[_place(ref)] = (float(weight), float(density))
-    return [found.get(_place(ref), (0.0, 1.0)) for ref in models]
+        found[_resolved(ref)] = (float(weight), float(density))
+    return [found.get(_resolved(ref), (0.0, 1.0)) for ref in models]
 
 
 def _all_settings(layout: Layout, name: str, models: Sequence[str]) -> tuple[object, ...]:
     plan = layout.plan(name)
-    base = None if plan.base is None else _place(plan.base[0])
+    base = None if plan.base is None else _resolved(plan.base[0])
     return (_settings(layout, name, models), base, plan.normalize, plan.scale, plan.rescale)
 
 
-def _place(ref: str) -> str:
+def _resolved(ref: str) -> str:
     """A model by where it lies, however that is written."""
     return str(Path(ref).resolve()) if Path(ref).exists() else ref

@@ -10,7 +10,7 @@ from evomerge.searching.ledger import Ledger, open_ledger
 from evomerge.searching.records.optuna_adapter import sqlite_path
 from evomerge.searching.records.study_facts import Start
 from evomerge.searching.samplers.cmaes_adapter import Distribution
-from evomerge.searching.starting.study_sampler import make_sampler
+from evomerge.searching.samplers.make_sampler import make_sampler
 from evomerge.study import Study
 
 
@@ -39,7 +39,8 @@ def start_from_source(study: Study, url: str, genome: Genome, ledger: Ledger) ->
         )
     assert facts.n_layers is not None
     theirs = facts.study
-    sampler = make_sampler(theirs, make_genome(theirs, facts.n_layers), facts.first or ())
+    known = facts.known_candidates or ()
+    sampler = make_sampler(theirs, make_genome(theirs, facts.n_layers), known)
     history = source.history()
     if not history.complete_generations(sampler.population):
         raise StudyError(
@@ -50,10 +51,10 @@ def start_from_source(study: Study, url: str, genome: Genome, ledger: Ledger) ->
     ledger.remember("start", as_start(sampler.distribution(history)))
 
 
-def as_start(distribution: Distribution, first: bool = False) -> Start:
-    """A distribution as a study remembers it; with `first` its mean is the first candidate too."""
+def as_start(distribution: Distribution, mean_is_first: bool = False) -> Start:
+    """A distribution as a study remembers it; `mean_is_first` as of `Start`."""
     cov = tuple(tuple(row) for row in distribution.cov.tolist())
-    return Start(tuple(distribution.mean.tolist()), distribution.sigma, cov, first)
+    return Start(tuple(distribution.mean.tolist()), distribution.sigma, cov, mean_is_first)
 
 
 def source_url(url: str, study: Study) -> str:

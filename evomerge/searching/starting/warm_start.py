@@ -95,7 +95,7 @@ class LikelihoodStart:
         default = self.problem.sampler.default
         cov = default.cov * np.outer(found.scales, found.scales) / size**2
         start = Distribution(np.array(found.mean), default.sigma * size, cov)
-        ledger.remember("start", as_start(start, first=True))
+        ledger.remember("start", as_start(start, mean_is_first=True))
 
 
 def check_warm_start(genome: Genome, tasks: Sequence[Task], engine: Engine | None = None) -> None:
@@ -139,8 +139,8 @@ def warm_start(
     pairs = [(prompter.render(task.input), task.output) for task in tasks if task.output]
     count, steps = study.search.warm_start_steps, list(done)
     for number in range(len(steps), count):
-        vector = walked(genome, [step.gradient for step in steps], count)[-1]
-        chosen = drawn(study.search.seed, number, len(pairs), BATCH)
+        vector = adam_trajectory(genome, [step.gradient for step in steps], count)[-1]
+        chosen = minibatch_indices(study.search.seed, number, len(pairs), BATCH)
         began = time.perf_counter()
         found = engine.gradient(genome, vector.tolist(), [pairs[i] for i in chosen])
         seconds = round(time.perf_counter() - began, 4)
@@ -152,14 +152,16 @@ def warm_start(
         report(f"{number + 1}/{count}  loss {steps[-1].loss:.3f} nats a token  {seconds:.1f} s")
     gradients = [step.gradient for step in steps[:count]]
     return WarmStart(
-        tuple(average(walked(genome, gradients, count)).tolist()),
-        tuple(scales(gradients).tolist()),
+        tuple(average(adam_trajectory(genome, gradients, count)).tolist()),
+        tuple(step_scales(gradients).tolist()),
         tuple(steps[:count]),
         round(sum(step.seconds for step in steps[:count]), 4),
     )
 
 
-def walked(genome: Genome, gradients: Sequence[Sequence[float]], count: int) -> list[np.ndarray]:
+def adam_trajectory(
+    genome: Genome, gradients: Sequence[Sequence[float]], count: int
+) -> list[np.ndarray]:
     """Every vector (d,) of a walk of `count` Adam steps: the start, and one for each gradient.
 
     The rate falls along a line to 0 after the last step. Numbers stay within their bounds.
@@ -185,7 +187,7 @@ def average(vectors: Sequence[np.ndarray]) -> np.ndarray:
     return mean
 
 
-def scales(gradients: Sequence[Sequence[float]]) -> np.ndarray:
+def step_scales(gradients: Sequence[Sequence[float]]) -> np.ndarray:
     """(d,) factors of the first step size, large where the likelihood is flat.
 
     Their geometric mean is NARROWED. A log-likelihood's curvature is the mean square of its
@@ -201,14 +203,14 @@ def scales(gradients: Sequence[Sequence[float]]) -> np.ndarray:
     return factors
 
 
-def drawn(seed: int, step: int, count: int, size: int) -> list[int]:
+def minibatch_indices(seed: int, step: int, count: int, size: int) -> list[int]:
     """Which of `count` tasks a step sees.
 
     It is a part of an endless row of shuffled decks, so that all come equally often.
     """
     size = min(size, count)
-    places = range(step * size, (step + 1) * size)
+    positions = range(step * size, (step + 1) * size)
     decks: dict[int, list[int]] = {}
-    for deck in {place // count for place in places}:
+    for deck in {position // count for position in positions}:
         decks[deck] = random.Random(f"warm start/{seed}/{deck}").sample(range(count), count)
-    return [decks[place // count][place % count] for place in places]
+    return [decks[position // count][position % count] for position in positions]
