@@ -96,7 +96,7 @@ def tasks_from_rows(rows: Iterable[tuple[str, Mapping[str, Any]]], where: str) -
         tasks.append(task)
     if not tasks:
         raise TaskError(
-            "holds no tasks", where=where, remedy="Add at least one record with a field `input`."
+            "contains no tasks", where=where, remedy="Add at least one record with a field `input`."
         )
     return tuple(tasks)
 
@@ -112,7 +112,7 @@ def _task(row: Mapping[str, Any], number: int, at: str) -> Task:
         )
     if not isinstance(text, str) or not text.strip():
         raise TaskError(
-            "`input` is not a text",
+            "`input` is not text",
             where=at,
             found=text,
             remedy="Write the instruction as a non-empty string.",
@@ -121,7 +121,7 @@ def _task(row: Mapping[str, Any], number: int, at: str) -> Task:
         task_id = number
     if not isinstance(task_id, int | str) or isinstance(task_id, bool):
         raise TaskError(
-            "`task_id` is neither a number nor a text",
+            "`task_id` is neither a number nor text",
             where=at,
             found=task_id,
             remedy="Use 0, 1, 2, … or names.",
@@ -138,7 +138,7 @@ def _text(row: Mapping[str, Any], key: str, at: str) -> str:
         return str(value)
     if not isinstance(value, str):
         raise TaskError(
-            f"`{key}` is not a text", where=at, found=value, remedy="Write it as a string."
+            f"`{key}` is not text", where=at, found=value, remedy="Write it as a string."
         )
     return value
 
@@ -155,7 +155,7 @@ def split_tasks(
         raise TaskError(
             "too few tasks to hold some out",
             found=len(tasks),
-            remedy="Add tasks: two are the least, and fifty or more give a useful verdict.",
+            remedy="Add tasks: at least two are needed, and fifty or more give a useful verdict.",
         )
     others, kept = _part(tasks, held_out, random.Random(seed))
     if not validation:

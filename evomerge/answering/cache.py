@@ -24,8 +24,8 @@ from evomerge.study import Study
 SCHEMA = "CREATE TABLE IF NOT EXISTS batches (key TEXT PRIMARY KEY, answers TEXT NOT NULL)"
 WHAT = "the answer cache"
 DAMAGED = (
-    "Finished trials are kept in the study: move the file away, "
-    "and the same command answers the rest again."
+    "Finished trials are stored in the study: move the file away, and the same command generates "
+    "the other answers again."
 )
 MERGED = "merged"  # the mode in which the live model holds the merged weights
 UNKEYED = ("batch_size", "batch_tokens", "residency")  # engine keys that change no answer

@@ -74,8 +74,8 @@ class Encoder:
             )
         if not self._warned:
             log.warning(
-                "a prompt of %d tokens is cut from the left to the %d that leave room for an "
-                "answer; so are others that are too long",
+                "a prompt of %d tokens is cut on the left to the %d that leave room for an answer; "
+                "other prompts that are too long are cut as well",
                 len(row),
                 room,
             )

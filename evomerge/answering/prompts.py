@@ -245,7 +245,7 @@ def make_prompter(
             where="prompt.format",
             found="chat",
             remedy="Use `format: competition`, "
-            "or `format: template` with a `template` that holds {input}.",
+            "or `format: template` with a `template` that contains {input}.",
         )
     return Prompter(
         tokenizer, section, generation or GenerationSection(), chooser, context, longest

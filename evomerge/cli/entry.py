@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Console().say(f"evomerge: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        kept = "everything finished is kept; run the same command again to continue"
+        kept = "everything finished is kept; run the same command again to resume"
         if command in (merge, demo):
             kept = "nothing was written"
         Console().say(f"evomerge: interrupted; {kept}")

@@ -81,7 +81,7 @@ def confusion_table(
     counts = confusion(true, found, names)
     right = sum(a == b for a, b in zip(true, found, strict=True))
     share = right / len(true)
-    yield f"right: {right} of {len(true)} ({share:.3f}); true class down, found across"
+    yield f"right: {right} of {len(true)} ({share:.3f}); rows: true class, columns: predicted class"
     cell = max(3, len(str(counts.max())) + 1)
     # with many classes, as many columns as fit; the first line counts all of them
     shown = min(len(names), (WIDTH - LABEL) // cell)

@@ -72,10 +72,10 @@ def _report(console: Console, args: argparse.Namespace, result: InferenceResult)
     for line in result.notes:
         console.say(line)
     if result.unfinished:
-        begun = f", {result.partial} of them begun" if result.partial else ""
+        begun = f", {result.partial} of them with partial answers" if result.partial else ""
         console.say(
             f"the time limit of {args.time_limit} left {result.unfinished} of {len(result)} tasks "
             f"unfinished{begun}: they are marked in the file; "
-            "run the same command again to continue"
+            "run the same command again to resume"
         )
     say_written(console, [args.out])

@@ -64,7 +64,7 @@ def _validate_command(commands: Commands) -> None:
         type=int,
         default=200,
         metavar="N",
-        help="answers graded a second time, without a cache (default: 200)",
+        help="how many answers are graded a second time, without a cache (default: 200)",
     )
     p.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -78,7 +78,7 @@ def _fit_command(commands: Commands) -> None:
         required=True,
         nargs="+",
         metavar="JUDGE_NAME",
-        help="the judge whose grades to learn; of several, their mean",
+        help="the judge whose grades are learned; for several judges, their mean",
     )
     p.add_argument(
         "--out",

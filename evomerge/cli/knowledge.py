@@ -141,7 +141,7 @@ def _study_tasks(
         own = study_tasks(facts.study)
     if tasks_hash(own) != facts.tasks:
         raise StudyError(
-            "the study's task files have changed, so its held-out tasks are not known any more",
+            "the study's task files have changed, so its held-out tasks are no longer known",
             where=args.study,
             remedy="Restore the files, or leave --study out.",
         )
@@ -169,5 +169,5 @@ def _check_new(path: Path) -> None:
         )
     if path.exists():
         raise InputError(
-            "exists already", where=path, remedy="Name a new file; nothing is overwritten."
+            "already exists", where=path, remedy="Name a new file; nothing is overwritten."
         )

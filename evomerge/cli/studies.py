@@ -48,12 +48,12 @@ def study_commands(commands: Commands) -> None:
         commands,
         "cache",
         cache,
-        "show or clear the answers that a study keeps",
+        "show or clear the stored answers of a study",
         "evomerge cache demo\nevomerge cache demo --clear",
     )
     study_option(p)
     p.add_argument(
-        "--clear", action="store_true", help="delete them; trials, grades and verdict stay"
+        "--clear", action="store_true", help="delete them; trials, grades and the verdict are kept"
     )
 
 
@@ -62,7 +62,7 @@ def _search_command(commands: Commands) -> None:
         commands,
         "search",
         search,
-        "run a study, or continue it",
+        "run a study, or resume it",
         "evomerge search search_spaces/demo.yaml\n"
         "evomerge search search_spaces/demo.yaml --set search.trials=24",
     )
@@ -84,7 +84,7 @@ def _check_command(commands: Commands) -> None:
         commands,
         "check",
         check,
-        "tell what a study needs, before any work",
+        "report what a study needs before it runs",
         "evomerge check search_spaces/demo.yaml\n"
         "evomerge check search_spaces/llm-jp-3-13b.yaml --base-config config.json",
     )
@@ -93,7 +93,7 @@ def _check_command(commands: Commands) -> None:
         "--base-config",
         type=Path,
         metavar="FILE",
-        help="a config.json to compute with where the base model cannot be reached",
+        help="a config.json to use if the base model cannot be reached",
     )
     set_option(p)
 

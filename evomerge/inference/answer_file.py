@@ -18,7 +18,7 @@ from evomerge.tasks import Task
 
 UNFINISHED = "time limit"  # the mark of an unfinished task
 LATE = (
-    "the time limit came before everything was asked again: run the same command again to finish it"
+    "the time limit was reached before every retry was done: run the same command again to resume"
 )
 
 
@@ -169,7 +169,7 @@ def _check_texts(tasks: Sequence[Task]) -> None:
             f"{task.task_id}{task.input}".encode()
         except UnicodeEncodeError as error:
             raise TaskError(
-                "the text holds half of a surrogate pair",
+                "the text contains half of a surrogate pair",
                 where=f"task {task.task_id!r}",
                 found=error.object[error.start : error.end],
                 remedy="Write the whole character.",

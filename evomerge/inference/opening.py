@@ -53,8 +53,8 @@ def open_study(
     if any(override.startswith("prompt.knowledge=") for override in overrides):
         if study.prompt.knowledge != finished.study.prompt.knowledge:
             say(
-                f"note: study {name} was searched with other prompts: "
-                "its verdict does not hold for answers with this knowledge base"
+                f"note: study {name} was searched with different prompts: its verdict does not "
+                "hold for answers with this knowledge base"
             )
     elif study.prompt.knowledge is not None:
         check_unchanged_base(study.prompt.knowledge, facts.knowledge, name)

@@ -131,9 +131,9 @@ class Part:
         if changed:
             others = " and ".join(CALLED.get(key, key) for key in changed)
             raise InputError(
-                f"the unfinished answers there were made with other {others}",
+                f"the unfinished answers in this file were made with a different {others}",
                 where=self.path,
-                remedy="Repeat the command that began it, delete the file, or name another --out.",
+                remedy="Run the original command again, delete the file, or name another --out.",
             )
         for line in lines[1:]:
             if "limits" in line:
@@ -169,7 +169,7 @@ def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
         if is_header or is_answers or (number > 1 and "limits" in value):
             return value
     raise InputError(
-        "holds no unfinished answers that can be read",
+        "contains no readable unfinished answers",
         where=f"{path}, line {number}",
         remedy="Delete the file, or name another --out.",
     )

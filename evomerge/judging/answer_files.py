@@ -106,7 +106,7 @@ def read_answers(path: str | Path, tasks: Sequence[Task]) -> list[AnswerLine]:
         lines.append(line)
     if not lines:
         raise InputError(
-            "holds no answers",
+            "contains no answers",
             where=path,
             remedy='Write lines such as {"task_id": 0, "output": "…"}.',
         )

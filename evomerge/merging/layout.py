@@ -127,7 +127,7 @@ class Layout:
         if match:
             if int(match[2]) >= self.n_layers:
                 raise ModelError(
-                    f"tensor {name} lies past the configuration's {self.n_layers} layers",
+                    f"tensor {name} is beyond the configuration's {self.n_layers} layers",
                     remedy="Correct config.json.",
                 )
             return self._layers[int(match[2])]
@@ -198,8 +198,8 @@ class Layout:
         value = self.parameter(key, name, default=default)
         if value is None:
             raise RecipeError(
-                f"no `{key}` for {name}",
-                remedy=f"Give the slice or the recipe parameters: {{{key}: …}}.",
+                f"`{key}` is not set for {name}",
+                remedy=f"Add parameters: {{{key}: …}} to the slice or the recipe.",
             )
         return float(value)
 
@@ -212,9 +212,9 @@ class Layout:
             value = self.parameter(key, name, source, default)
             if value is None:
                 raise RecipeError(
-                    f"no `{key}` for {name}",
+                    f"`{key}` is not set for {name}",
                     where=source.model,
-                    remedy=f"Give the source parameters: {{{key}: …}}.",
+                    remedy=f"Add parameters: {{{key}: …}} to the source.",
                 )
             values.append(float(value))
         return tuple(values)
@@ -232,7 +232,7 @@ def _check_ranges(piece: Slice, n_layers: int, where: str) -> None:
     for source in piece.sources:
         if source.layers is not None and source.layers[1] > n_layers:
             raise RecipeError(
-                f"`layer_range` ends past the model's {n_layers} layers",
+                f"`layer_range` ends beyond the model's {n_layers} layers",
                 where=where,
                 found=list(source.layers),
                 remedy="Lower its end.",

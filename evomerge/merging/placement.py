@@ -118,7 +118,7 @@ class Resident:
         kept = set(self.places.values()) - {"disk"}
         if not kept:
             raise EngineError(
-                "out of memory while merging, though nothing but the live model is kept",
+                "out of memory while merging, although only the live model is kept in memory",
                 remedy="Use a larger device, or engine.quantization.",
             )
         full = "device" if "device" in kept else "host"
@@ -132,7 +132,7 @@ class Resident:
             self._host.pop(name, None)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        log.warning("out of memory: base and siblings now wait here: %s", self.describe())
+        log.warning("out of memory: base and siblings are now kept here: %s", self.describe())
 
     def _fetch_layer(
         self, names: Sequence[str]

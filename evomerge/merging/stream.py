@@ -89,7 +89,7 @@ class MergePlan:
                         f"a weight is infinite in {dtype}",
                         where=name,
                         found=number,
-                        remedy="Write a smaller one.",
+                        remedy="Use a smaller one.",
                     )
 
     def _draw_counts(self) -> dict[str, int]:

@@ -63,7 +63,7 @@ class SourceChecks:
             source = self._source(item, None, place)
             if item.get("layer_range") is not None:
                 raise RecipeError(
-                    "`layer_range` does nothing under `models`",
+                    "`layer_range` has no effect under `models`",
                     where=place,
                     remedy="Remove it, or write `slices`.",
                 )

@@ -111,7 +111,7 @@ def verdict_markdown(verdict: Verdict | None, winner: TrialRecord, told: Sequenc
     if verdict is None:
         return (
             "## Verdict\n\n"
-            "The search is not finished, so nothing was compared on held-out tasks yet.\n"
+            "The search is not finished, so nothing has been compared on held-out tasks yet.\n"
         )
     lines = [
         "## Verdict",

@@ -154,7 +154,7 @@ def _undo(stored_file: Mapping[str, Mapping[str, object]], changed: Sequence[str
     if not settings:
         return "Undo the change"
     rest = ", and undo the rest" if len(settings) < len(changed) else ""
-    return f"Continue it as it began with {' '.join(settings)}{rest}"
+    return f"Resume it as it began with {' '.join(settings)}{rest}"
 
 
 @contextmanager

@@ -54,7 +54,7 @@ class Search:
         """Search to the end. Raises whatever stops a run; all that was done is recorded."""
         stale = self.ledger.release_stale()
         if stale:
-            self.console.say(f"{stale} interrupted trial(s) start again")
+            self.console.say(f"{stale} interrupted trial(s) are restarted")
         if self.study.engine.population:
             self.plan.mode()  # refused before any work where it cannot be
         self._references()
@@ -102,7 +102,7 @@ class Search:
         if self.failures[slot.generation, slot.index] >= MAX_ATTEMPTS:
             raise EngineError(
                 f"{MAX_ATTEMPTS} candidates in a row failed: {history.last_failure()}",
-                remedy="Fix the cause and run the same command.",
+                remedy="Fix the cause and run the same command again.",
             )
         done = len(history.candidates) + 1
         label = f"gen {slot.generation + 1}  trial {done}/{self.study.search.trials}"
@@ -118,7 +118,7 @@ class Search:
         if not generation:
             none = f"no generation of {self.sampler.population} is complete"
             self.console.say(
-                f"{none}: the best trial wins, and of few noisy ones it is mostly lucky"
+                f"{none}: the best trial wins, which among few noisy ones is mostly luck"
             )
         elif not history.has("mean", mean.tolist()):
             trial = self.ledger.start("mean", mean.tolist(), generation)

@@ -64,7 +64,7 @@ def open_study(prepared: Prepared, url: str, console: Console) -> Ledger:
         raise StudyError(
             "a file of search.recipes has changed",
             where=ledger.name,
-            remedy="Undo it, or start a new study with --study NEW_NAME.",
+            remedy="Undo the change, or start a new study with --study NEW_NAME.",
         )
     ledger.remember("first", first)
     start_from_source(study, url, genome, ledger)
@@ -208,7 +208,7 @@ def _introduce(prepared: Prepared, console: Console) -> None:
         size += f", {genome.dimensions} numbers"
     kept = ""
     if split.validation:
-        kept = f", {len(split.validation)} for the choice of the winner"
+        kept = f", {len(split.validation)} to validate the finalists"
     console.say(
         f"study {study.study}: {size}, {len(split.search)} tasks to search on, "
         f"{len(split.held_out)} held out{kept}, {study.search.trials} candidates in generations of "
@@ -219,6 +219,6 @@ def _introduce(prepared: Prepared, console: Console) -> None:
         known = held_out_examples(prepared.chooser.knowledge, split)
     if known:
         console.say(
-            f"note: {known} example(s) of the knowledge base are held-out tasks, which it shows to "
-            "other tasks"
+            f"note: {known} example(s) of the knowledge base are held-out tasks, and may appear in "
+            "the prompts of other tasks"
         )

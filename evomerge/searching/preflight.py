@@ -88,11 +88,12 @@ class Preflight:
         url = j.base_url or os.environ.get("OPENAI_BASE_URL") or "OpenAI"
         named = j.model or os.environ.get(JUDGE_MODEL) or "the only model"
         text = (
-            f"{named} at {url}, {j.votes} vote(s) for an answer, {j.concurrency} requests at once, "
+            f"{named} at {url}, {j.votes} vote(s) for an answer, {j.concurrency} concurrent "
+            "requests, "
             f"budget: {', '.join(limits) or 'none'}"
         )
         if j.kind == "cascade":
-            text += f"; {j.file} first, wrong halves at most {j.error:g}"
+            text += f"; {j.file} first, wrong better halves at most {j.error:g}"
         if url == "OpenAI" and not os.environ.get("OPENAI_API_KEY"):
             self.add("wrong", "judge", f"{text}; OPENAI_API_KEY is not set")
         else:
@@ -173,7 +174,7 @@ class Preflight:
         searched, kept, held_out = counts
         text = f"{searched} to search on, {held_out} held out"
         if kept:
-            text += f", {kept} for the choice of the winner"
+            text += f", {kept} to validate the finalists"
         self.add("ok", "tasks", text)
         return counts
 
@@ -203,7 +204,7 @@ class Preflight:
             f"{_millions(parameters)} parameters, {live} live in "
             f"{engine.quantization or study.search.dtype}, about "
             f"{_gb(kv_cache_bytes(config, positions))} of keys and values ({engine.batch_size} "
-            f"answers at once); base and siblings: {_gb(copies * model)}, "
+            f"answers per batch); base and siblings: {_gb(copies * model)}, "
             f"{WAITING[engine.residency]}",
         )
         free = shutil.disk_usage(Path.cwd()).free
@@ -247,10 +248,10 @@ def cost(study: Study, genome: Genome, counts: tuple[int, int, int] | None) -> s
     answers = s.trials * ranked + fixed * searched
     answers += (s.finalists + 1) * kept + (2 + len(study.genome.all_models)) * held_out
     if study.lm_eval:
-        return f"{text}; {answers:,} times a document is answered"
+        return f"{text}; {answers:,} answers to documents"
     more = ""
     if s.ranking != "all" and ranked != searched:
-        more = " or more, for a generation answers more tasks as the step size shrinks"
+        more = " or more, because a generation answers more tasks as the step size shrinks"
     tokens = study.generation.max_new_tokens
     judging = judging_cost(study, answers)
     return f"{text}; {answers:,} answers{more} of at most {tokens} tokens; {judging}"
@@ -260,7 +261,7 @@ def judging_cost(study: Study, answers: int) -> str:
     """How many requests the judge may need."""
     requests = f"{answers * study.judge.votes:,} requests to the judge"
     if study.judge.kind == "cascade":
-        return f"at most {requests}, fewer where the learned one decides"
+        return f"at most {requests}, fewer where the learned judge decides"
     if study.judge.kind == "llm":
         return f"{requests} at most, before retries: equal answers are graded once"
     return "the judge costs nothing"

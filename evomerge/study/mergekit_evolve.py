@@ -37,7 +37,7 @@ def read_mergekit_evolve(data: dict[str, Any], where: str) -> None:
         wrong += [f"judge.{key}" for key, value in judge.items() if value in ("lm-eval", "score")]
     if wrong:
         raise StudyFileError(
-            f"`{wrong[0]}` goes only with lm-eval tasks, and there are none",
+            f"`{wrong[0]}` applies only to lm-eval tasks, and there are none",
             where=where,
             remedy="Remove it.",
         )
@@ -47,7 +47,7 @@ def _fill_in(data: dict[str, Any], where: str) -> None:
     for key in BROUGHT:
         if key in data:
             raise StudyFileError(
-                f"`{key}` changes nothing: lm-eval tasks bring their own",
+                f"`{key}` has no effect: lm-eval tasks bring their own",
                 where=where,
                 remedy="Remove it.",
             )

@@ -243,7 +243,7 @@ class BatchRunner:
         limit = len(requests) * (width + new) // 2
         self.limits["batch_tokens"] = limit
         log.warning(
-            "out of memory with %d prompts: batches have at most %d tokens from now on",
+            "out of memory with %d prompts: from now on batches have at most %d tokens",
             len(requests),
             limit,
         )

@@ -44,7 +44,7 @@ def check_gradient(genome: Genome) -> None:
         return
     normalized = ", normalized" if genome.method == "task_arithmetic" else ""
     raise StudyFileError(
-        "is for task_arithmetic without normalize",
+        "requires task_arithmetic without normalize",
         where="search.warm_start",
         found=genome.method + normalized,
         remedy="Leave it out, or change the method.",
@@ -84,7 +84,8 @@ class TransformersGradient:
                 )
             limits["gradient_tokens"] = micro // 2
             log.warning(
-                "out of memory with %d tokens: gradients of %d at a time from now on",
+                "out of memory with %d tokens: from now on gradients are computed for at most %d "
+                "at a time",
                 micro,
                 micro // 2,
             )
@@ -108,7 +109,7 @@ class GradientModel:
         check_gradient(genome)
         if any(quantized.is_quantized(parameter) for parameter in live.live.values()):
             raise StudyFileError(
-                "a model in 4 bits has no gradient",
+                "a 4-bit model has no gradient",
                 where="search.warm_start",
                 remedy="Leave out engine.quantization.",
             )

@@ -90,9 +90,9 @@ def open_likelihood_engine(
     folder = open_model(ref)
     if len(folder.places) > 1:
         raise ModelError(
-            "a model and its adapter cannot be loaded as one",
+            "a model with an adapter cannot be loaded here",
             where=ref,
-            remedy="Write the merge of both with evomerge merge.",
+            remedy="Merge the two with evomerge merge first.",
         )
     section = section or EngineSection()
     if dtype is None:
@@ -228,6 +228,6 @@ def _halved(rows: int, width: int) -> int:
             remedy="Use a smaller model or a device with more memory.",
         )
     log.warning(
-        "out of memory with %d prompts: batches have at most %d from now on", rows, rows // 2
+        "out of memory with %d prompts: from now on batches have at most %d", rows, rows // 2
     )
     return rows // 2

@@ -106,7 +106,7 @@ def _quantization(engine: EngineSection) -> BitsAndBytesConfig | None:
         return None
     if importlib.util.find_spec("bitsandbytes") is None:
         raise EngineError(
-            "a model in 4 bits needs bitsandbytes",
+            "a 4-bit model needs bitsandbytes",
             where="engine.quantization",
             found=engine.quantization,
             remedy="Run pip install 'evomerge[4bit]'.",

@@ -144,7 +144,7 @@ class PopulationModel:
         for recipe, plan in zip(recipes, plans, strict=True):
             if not (suits(recipe) and self._fits(plan)):
                 raise RecipeError(
-                    "a recipe cannot share a pass",
+                    "this recipe cannot share a forward pass",
                     found=recipe.merge_method,
                     remedy="Set engine.population: false.",
                 )

@@ -101,7 +101,7 @@ class LmEvalTasks:
                 raise TaskError(
                     "too few documents for both search and verdict",
                     where=f"task {o.name if pool == 0 else empty[0]}",
-                    remedy="Raise `limit`, or bring split.held_out nearer to 0.5.",
+                    remedy="Raise `limit`, or move split.held_out closer to 0.5.",
                 )
             for name in o.leaves:
                 share = pool if o.pooled else counts[name] * len(o.leaves)

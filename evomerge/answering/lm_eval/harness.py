@@ -68,7 +68,7 @@ class LmEvalRunner:
         if too_long:
             self.warnings.append(
                 f"{too_long} of {len(lm_eval.tasks)} documents are longer than the context; "
-                "lm-eval cuts them on the left"
+                "lm-eval truncates them on the left"
             )
         prints = [self._prints(name, ids) for name, ids in lm_eval.documents.items()]
         self.prompts = digest(prints)

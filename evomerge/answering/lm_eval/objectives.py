@@ -65,8 +65,8 @@ def load_objectives(study: Study) -> tuple[dict[str, Any], tuple[Objective, ...]
                 leaves[name].higher_is_better().get(title, True) for name in objective.leaves
             ):
                 warnings.append(
-                    f"task {source.name}: less of {source.metric} is better, but a weight above 0 "
-                    "asks for more of it"
+                    f"task {source.name}: lower {source.metric} is better, but a weight above 0 "
+                    "rewards higher values"
                 )
     return leaves, tuple(objectives), warnings
 
@@ -150,10 +150,10 @@ def _load_one(manager: Any, name: str) -> Any:
     known: list[str] = [*manager.all_subtasks, *manager.all_groups]
     if name in manager.all_tags:
         raise TaskError(
-            "this is a tag, which has no metric of its own",
+            "this is a tag, and a tag has no metric",
             where="tasks",
             found=name,
-            remedy="Name its tasks one by one.",
+            remedy="Name its tasks individually.",
         )
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3)
@@ -162,7 +162,7 @@ def _load_one(manager: Any, name: str) -> Any:
             if near
             else "A task of your own needs `task_search_path`."
         )
-        raise TaskError("lm-eval knows no such task", where="tasks", found=name, remedy=remedy)
+        raise TaskError("lm-eval has no such task", where="tasks", found=name, remedy=remedy)
     try:
         loaded = manager.load([name])
     except Exception as error:  # datasets, its hub client and the tasks' own code raise many kinds
@@ -179,11 +179,11 @@ def _check_runs(name: str, leaf: Any) -> None:
         raise TaskError(
             "the task runs code that the model wrote",
             where=f"task {name}",
-            remedy="evomerge does not; name another.",
+            remedy="Name another task: evomerge does not run such code.",
         )
     if getattr(leaf, "MULTIMODAL", False):
         raise TaskError(
-            "the task shows images or sound", where=f"task {name}", remedy="Name a text task."
+            "the task contains images or audio", where=f"task {name}", remedy="Name a text task."
         )
 
 

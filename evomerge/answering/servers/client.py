@@ -179,7 +179,7 @@ def only_model(listed: Sequence[str], url: str, remedy: str) -> str:
     if len(listed) == 1:
         return listed[0]
     if not listed:
-        raise ModelError("the server lists no model", where=url, remedy=remedy)
+        raise ModelError("the server lists no models", where=url, remedy=remedy)
     what = f"the server lists {len(listed)} models"
     raise ModelError(what, where=url, remedy=f"{remedy} It lists: {names(listed)}.")
 

@@ -40,8 +40,8 @@ CONCURRENCY = 8  # requests at the same time
 RETRIES = 5  # of a request, after 0.5 to 8 s or as long as Retry-After says
 READ = 600.0  # seconds for a whole reply
 SHORTEN = "Shorten the task, or lower generation.max_new_tokens. Finished answers are kept."
-NO_COMPLETIONS = "Check --server, or use --format chat: completions are not offered everywhere."
-GOES_ON = "Finished answers are kept: run the same command again to go on."
+NO_COMPLETIONS = "Check --server, or use --format chat: not every server offers completions."
+GOES_ON = "Finished answers are kept: run the same command again to resume."
 
 
 class ServerEngine:
@@ -88,7 +88,7 @@ class ServerEngine:
     def apply(self, recipe: Recipe) -> None:
         """Raises EngineError: nothing can be merged on a server."""
         raise EngineError(
-            "a server's weights cannot be replaced, so it cannot search",
+            "a server's weights cannot be replaced, so it cannot be used in a search",
             where=self.url,
             remedy="Use another engine.",
         )
@@ -255,7 +255,7 @@ class ServerEngine:
             what = f"the server cannot be reached: {said}"
             remedy = f"Start it, or check --server. {GOES_ON}"
         elif failure.kind == "unreadable":
-            what, remedy = f"the server's reply holds no answer: {said}", GOES_ON
+            what, remedy = f"the server's reply contains no answer: {said}", GOES_ON
         elif failure.refused:
             what = f"the server refused access with status {status}: {said}"
             remedy = f"Check the key in {KEY}." if self.client.key else f"Set {KEY}."
@@ -299,7 +299,7 @@ def _connect(url: str) -> OpenAIClient:
         return OpenAIClient(url, READ)
     except ImportError as error:
         raise EngineError(
-            "asking a server needs the package openai",
+            "using a server requires the package openai",
             where="--server",
             remedy="Run pip install 'evomerge[server]'.",
         ) from error

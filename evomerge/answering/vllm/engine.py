@@ -79,7 +79,7 @@ class VllmEngine:
             return
         self._applied = ""
         self.live.apply(recipe)
-        with self._breaking("vLLM could not take the weights"):
+        with self._breaking("vLLM could not load the weights"):
             self.llm.collective_rpc(
                 "reload_weights", kwargs={"weights_path": str(self.weights.folder)}
             )

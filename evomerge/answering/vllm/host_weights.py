@@ -39,9 +39,9 @@ class HostWeights:
         free = free_bytes(torch.device("cpu"))
         if size > free:
             raise EngineError(
-                f"the merged weights need {size / 1e9:.1f} GB of host memory, "
-                f"and {free / 1e9:.1f} GB are free",
-                remedy="Free some, or use engine.kind: transformers.",
+                f"the merged weights need {size / 1e9:.1f} GB of host memory, but only "
+                f"{free / 1e9:.1f} GB are free",
+                remedy="Free some memory, or use engine.kind: transformers.",
             )
         self._file = os.memfd_create("evomerge-weights", os.MFD_CLOEXEC)
         # allocated now: base and siblings are placed by what is left

@@ -52,13 +52,13 @@ class Fitted:
             lines.append(self.unmatched)
         if self.dropped:
             lines.append(
-                f"not fitted for lack of {FEWEST} graded answers, and refused by this judge: "
+                f"not fitted because they have fewer than {FEWEST} graded answers, and refused by "
+                "this judge: "
                 f"tasks {', '.join(self.dropped)}"
             )
         if self.held_out is None:
             lines.append(
-                f"too few models (under {2 * FEWEST}) to tell how well it agrees on models that it "
-                "has not seen"
+                f"too few models (under {2 * FEWEST}) to tell how well it agrees on unseen models"
             )
         else:
             lines.append(self._held_out_line(self.held_out))
@@ -80,7 +80,7 @@ class Fitted:
         judges = "judges" if len(self.judges) > 1 else "judge"
         return (
             f"on {kind} held out, {FOLDS} folds, against the same {judges}: "
-            f"{', '.join(told) or 'nothing can be told'}"
+            f"{', '.join(told) or 'not enough data'}"
         )
 
 

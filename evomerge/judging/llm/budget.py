@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from evomerge.errors import JudgePaused
 from evomerge.judging.llm.grades_cache import Usage
 
-GOES_ON = "All grades are kept: run the same command again to go on."
+GOES_ON = "All grades are kept: run the same command again to resume."
 MILLION = 1_000_000
 
 

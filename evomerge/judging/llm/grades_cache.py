@@ -33,8 +33,8 @@ INSERT OR IGNORE INTO spent VALUES (1, 0, 0, 0);
 
 WHAT = "the grades cache"
 DAMAGED = (
-    "Finished trials are kept in the study: move the file away, and the same command asks for the "
-    "remaining grades again."
+    "Finished trials are stored in the study: move the file away, and the same command requests "
+    "the remaining grades again."
 )
 
 

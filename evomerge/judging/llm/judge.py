@@ -229,7 +229,8 @@ class LlmJudge:
             if vote is not None:
                 return vote
         raise NoGrade(
-            f"paused: no grade can be read in {self.section.asks} replies on task {task.task_id}",
+            f"paused: no grade could be read from {self.section.asks} replies on task "
+            f"{task.task_id}",
             where=self.name,
             found=one_line(text, 60),
             remedy=f"The answer has no grade. {GOES_ON}",

@@ -81,7 +81,7 @@ def read_grades(path: str | Path, tasks: Sequence[Task]) -> list[GradeLine]:
         lines.append(line)
     if not lines:
         raise InputError(
-            "holds no grades",
+            "contains no grades",
             where=path,
             remedy='Write lines such as {"model": "m", "task_id": 0, "judge": "j", "grade": 4}.',
         )

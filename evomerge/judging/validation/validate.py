@@ -84,7 +84,7 @@ class Validation:
             f"{self.n_models} models to {self.n_tasks} tasks",
             "",
             "Spearman                                          value   95 % interval     n",
-            _row("within one task, across models (the honest one)", a.within_task, "tasks"),
+            _row("within one task, across models (judge by this)", a.within_task, "tasks"),
             _row("across the models' means", a.model_level, "models"),
             _row("within a model, across tasks", a.within_model, "models"),
             _row("  explained by task difficulty alone", a.difficulty_baseline, "models"),

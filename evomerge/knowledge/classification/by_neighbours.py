@@ -76,7 +76,7 @@ class Classifier:
         self.names = [c.name for c in knowledge.classes]
         if default is not None and default not in self.names:
             raise KnowledgeError(
-                "the default class is none of the base's",
+                "the default class is not a class of the knowledge base",
                 found=default,
                 remedy=f"Use one of: {', '.join(self.names)}.",
             )

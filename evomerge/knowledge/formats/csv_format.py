@@ -32,7 +32,7 @@ def read_csv(path: Path, tables: Tables) -> None:
                 raise KnowledgeError(
                     "the folder has no examples.csv",
                     where=path,
-                    remedy="Export the sheets under their names.",
+                    remedy="Export each sheet under its name.",
                 )
         if "classes.csv" in files:
             return

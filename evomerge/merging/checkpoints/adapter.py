@@ -214,7 +214,10 @@ def _as_list(setting: Any) -> list[Any]:
 
 def _wrong_type(key: str, found: object, file: Path) -> ModelError:
     return ModelError(
-        f"`{key}` is not what peft writes there", where=file, found=found, remedy="Correct it."
+        f"`{key}` has a value that peft does not write",
+        where=file,
+        found=found,
+        remedy="Correct it.",
     )
 
 

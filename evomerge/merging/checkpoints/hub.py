@@ -19,7 +19,7 @@ def find_folder(ref: str, kind: str, remedy: str) -> Path:
         return path
     is_name = ref.partition("@")[0].count("/") == 1 and not ref.startswith((".", "/", "~"))
     if path.exists() or not is_name:
-        raise ModelError(f"there is no {kind} folder", where=ref, remedy=remedy)
+        raise ModelError(f"there is no such {kind} folder", where=ref, remedy=remedy)
     return download(ref)
 
 

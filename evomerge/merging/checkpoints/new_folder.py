@@ -40,7 +40,7 @@ def check_new(out: Path) -> None:
     """Raise InputError when `out` exists and holds something."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(
-            "exists already", where=out, remedy="Name a new folder, or remove this one."
+            "already exists", where=out, remedy="Name a new folder, or remove this one."
         )
 
 

@@ -69,7 +69,9 @@ def register_method(name: str, method: MergeMethod, link: str = "") -> None:
     """
     if name in recipe.METHODS:
         raise InputError(
-            "a merge method of this name exists", where=name, remedy="Choose another name."
+            "a merge method with this name already exists",
+            where=name,
+            remedy="Choose another name.",
         )
     _METHODS[name] = method
     recipe.METHODS[name] = recipe.Method(

@@ -182,8 +182,8 @@ def _cut(tokenizer: Any, size: int, ref: str) -> Any:
     kind = state.get("model", {}).get("type", "no fast tokenizer")
     if kind != "BPE":
         raise RecipeError(
-            f"the tokenizer has {len(unused)} tokens past the {size} rows of the embeddings, "
-            "and only a BPE can be cut",
+            f"the tokenizer has {len(unused)} tokens beyond the {size} rows of the embeddings, and "
+            "only a BPE tokenizer can be cut",
             where=ref,
             found=kind,
             remedy="Remove the tokens, or add rows to the model.",
@@ -208,7 +208,7 @@ def _cut(tokenizer: Any, size: int, ref: str) -> Any:
         raise ModelError(
             f"the tokenizer cannot be cut to {size} rows: {error}",
             where=ref,
-            remedy="Remove the tokens past them.",
+            remedy="Remove the tokens beyond them.",
         ) from error
     return tokenizer
 

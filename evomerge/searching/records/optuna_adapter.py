@@ -129,7 +129,7 @@ def storage_errors(url: str, name: str) -> Iterator[None]:
         remedy = "Repair it, then run the same command."
         if path is not None:
             remedy = (
-                f"The answers that were generated are kept in another file, {name}.answers.sqlite: "
+                f"The generated answers are stored in another file, {name}.answers.sqlite: "
                 f"move {path.name} away, and `evomerge search` starts over with them."
             )
         where = path or shown_url(url)

@@ -33,7 +33,7 @@ def start_from_source(study: Study, url: str, genome: Genome, ledger: Ledger) ->
     facts = source.facts
     if facts.names != tuple(genome.names):
         raise StudyError(
-            "the source study searches other numbers",
+            "the source study searches different numbers",
             where=source.name,
             remedy="Leave out search.source_study.",
         )
@@ -45,7 +45,7 @@ def start_from_source(study: Study, url: str, genome: Genome, ledger: Ledger) ->
         raise StudyError(
             "the source study has no complete generation yet",
             where=source.name,
-            remedy="Let it run on first.",
+            remedy="Let it finish one first.",
         )
     ledger.remember("start", as_start(sampler.distribution(history)))
 

@@ -192,7 +192,7 @@ def read_options() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tasks", required=True, metavar="FILE", help="JSON lines: task_id, input")
     parser.add_argument("--out", required=True, metavar="FILE", help="where the answers go")
-    parser.add_argument("--model", metavar="FOLDER", help="a merged model, used as it is")
+    parser.add_argument("--model", metavar="FOLDER", help="a merged model, used without merging")
     parser.add_argument("--time-limit", type=float, default=float("inf"), metavar="MINUTES")
     where = "where a model of recipe.yaml is on this machine"
     parser.add_argument("--path", nargs="*", default=[], metavar="NAME=FOLDER", help=where)
@@ -210,7 +210,7 @@ def read_tasks(path: str, parser: argparse.ArgumentParser) -> dict[str, dict]:
         # encoding refuses half of a surrogate pair
         task = {"task_id": number, "input": record.get("input", "").encode().decode()}
         if not task["input"].strip() or tasks.setdefault(str(number), task) is not task:
-            wrong = "has no text under `input`, or an earlier one's task_id"
+            wrong = "has no text under `input`, or repeats an earlier task_id"
             parser.error(f"record {len(tasks) + 1} of the tasks {wrong}: {record}")
     return tasks
 
@@ -251,7 +251,9 @@ def main() -> None:
     tasks = read_tasks(args.tasks, parser)
     donor = args.model or SETTINGS["donor"]
     if not donor:
-        parser.error("only evomerge merges this: evomerge export STUDY --model DIR, --model DIR")
+        parser.error(
+            "only evomerge can merge this: run evomerge export STUDY --model DIR, add --model DIR"
+        )
     folders = find_models(args, parser)
     tokenizer = AutoTokenizer.from_pretrained(folders[donor])
     model = AutoModelForCausalLM.from_pretrained(
