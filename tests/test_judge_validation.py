@@ -242,7 +242,7 @@ def test_other_wrong_input_is_one_line(files, tmp_path, capsys):
     assert main(command([files[0], files[1], tmp_path / "none.jsonl"])) == 2
     assert "no such grades file" in capsys.readouterr().err
     assert main(command(files, judge="learned:" + str(tmp_path / "none.npz"))) == 2
-    assert "no such file of a learned judge" in capsys.readouterr().err
+    assert "no such learned judge file" in capsys.readouterr().err
     assert main(command(files, judge="magic")) == 2
     assert "no such judge" in capsys.readouterr().err
     apart = write(

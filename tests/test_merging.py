@@ -68,7 +68,7 @@ def test_the_first_slice_rules_the_embedding_and_the_last_the_head(family):
 
 
 def test_a_slice_that_passes_the_end_is_refused():
-    with pytest.raises(RecipeError, match="ends past the model"):
+    with pytest.raises(RecipeError, match="ends beyond the model"):
         Layout(task_arithmetic_recipe("b", ["s"], [(0, 5)], [[1.0]]), 4)
 
 

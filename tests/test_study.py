@@ -71,7 +71,7 @@ def test_a_hub_name_stays_a_hub_name(tmp_path):
             ["`genome.base_model` is missing", "task_arithmetic"],
         ),
         (MINIMAL.replace("[./instruct]", "[./a, ./x/../a]"), ["twice"]),
-        (MINIMAL.replace("[./instruct]", "[./base, ./b]"), ["holds the base"]),
+        (MINIMAL.replace("[./instruct]", "[./base, ./b]"), ["contains the base"]),
         (genome(merge_method="linear", models="[./a]"), ["two models"]),
         (genome(merge_method="slerp", smooth="true"), ["smooth"]),
         (genome(merge_method="slerp", filters="[mlp]"), ["filters"]),

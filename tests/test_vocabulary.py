@@ -230,13 +230,13 @@ def test_a_wrong_section_is_refused_in_a_line(three, case):
 
 def test_tokens_past_the_embeddings_are_refused_where_they_are_needed(three):
     models = opened(three, "base", "two")
-    with pytest.raises(RecipeError, match="only a BPE can be cut"):
+    with pytest.raises(RecipeError, match="only a BPE tokenizer can be cut"):
         make_vocabulary(section("base"), "two", models)
     union = make_vocabulary(section(), "base", models)
     assert "r" not in union.tokens  # number 3 of 3 rows, and no other model has it
     own = make_vocabulary(section("two"), "base", models)
     own.check_rules(["base"])
-    with pytest.raises(RecipeError, match="two: token 'r' has a number past the end"):
+    with pytest.raises(RecipeError, match="two: token 'r' has an id beyond the end"):
         own.check_rules(["base", "two"])
 
 

@@ -51,8 +51,8 @@ README = (
     (
         "examples",
         "One row for each task with a good answer. Three or more for each class; the more varied "
-        "they are, the better the classes can be told apart. An example that equals the task itself "
-        "is never shown.\n1行に1つの手本。種類ごとに3つ以上。",
+        "they are, the better the classes can be told apart. An example that equals the task "
+        "itself is never shown.\n1行に1つの手本。種類ごとに3つ以上。",
     ),
     (
         "documents",

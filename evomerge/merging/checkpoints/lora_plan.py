@@ -125,7 +125,7 @@ class _LoraPlan:
             raise self._error(f"it targets {module}, and a LoRA on experts is not supported")
         if not self.adapter.targets(module):
             raise self._error(
-                f"it holds a LoRA for {module}, which its `target_modules` leave out",
+                f"it contains a LoRA for {module}, which its `target_modules` leave out",
                 "Correct adapter_config.json.",
             )
         if self.config.get("lora_bias") and f"{module}.bias" not in self.base.keys:
@@ -164,7 +164,7 @@ class _LoraPlan:
         """A whole tensor of the adapter must replace one of the base's, of the same shape."""
         place = source(self.base, name)
         if place not in self.base.keys:
-            raise self._error(f"it holds {name}, which the base lacks", OWN_BASE)
+            raise self._error(f"it contains {name}, which the base lacks", OWN_BASE)
         found, wanted = self.adapter.shapes[key], self.base.shape(place)
         if found == wanted:
             return
