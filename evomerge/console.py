@@ -31,7 +31,7 @@ class Console:
         print(text, file=self.stream, flush=True)
 
     def status(self, text: str, detail: bool = False) -> None:
-        """Show progress: at once on a terminal, otherwise as a line every ten seconds at most.
+        """Show progress: immediately on a terminal, otherwise as a line every ten seconds at most.
 
         A `detail` becomes a line every minute at most.
         """
@@ -101,7 +101,7 @@ def byte_progress(console: Console, doing: str) -> Callable[[int, int], None]:
     shown = -REDRAW_EVERY
 
     def progress(done: int, total: int) -> None:
-        """Show how far it is."""
+        """Show the progress."""
         nonlocal shown
         now = time.monotonic()
         if now - shown < REDRAW_EVERY and done < total:

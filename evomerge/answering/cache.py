@@ -1,4 +1,4 @@
-"""Answers already computed: an SQLite file beside the study, keyed by whole batches.
+"""The cache of answers: an SQLite file next to the study, keyed by whole batches.
 
 A batch is kept as a whole or not at all, because the answers of a padded batch may depend on what
 shares it.
@@ -113,7 +113,7 @@ def clear(path: Path) -> int:
 
 
 def _files(path: Path) -> dict[Path, int]:
-    """The sizes in bytes of the database and of what SQLite keeps beside it."""
+    """The sizes in bytes of the database and of the files that SQLite keeps next to it."""
     files = [path.with_name(path.name + end) for end in ("", "-journal", "-wal", "-shm")]
     return {file: file.stat().st_size for file in files if file.is_file()}
 
@@ -175,9 +175,9 @@ def cache_scope(study: Study, models: Mapping[str, Any]) -> str:
 def watched(
     engine: Engine, pace: Pace, remember: Callable[[Mapping[str, int]], None]
 ) -> Iterator[None]:
-    """While the engine answers, `pace` watches it.
+    """Let `pace` watch the engine while it answers.
 
-    Limits that memory forces are remembered, even if it fails in the end.
+    Limits that a lack of memory forces are remembered, even if the engine fails in the end.
     """
     limits = dict(engine.limits)
     engine.watch = pace.watch

@@ -1,6 +1,6 @@
-"""What an engine is: it takes the weights of a recipe and answers prompts.
+"""The interface of engines: an engine takes the weights of a recipe and answers prompts.
 
-What only some engines can do is an object that they have, or None: see the capabilities below.
+A capability that only some engines have is an attribute that holds an object or None; see below.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class EngineSpec:
     def of_study(
         cls, study: Study, base: ModelFolder, siblings: Sequence[ModelFolder]
     ) -> EngineSpec:
-        """The engine that a study asks for, on these models."""
+        """The engine that a study names, on these models."""
         search = study.search
         return cls(
             base,
@@ -113,7 +113,7 @@ class GradientCapability(Protocol):
 
 
 class LikelihoodCapability(Protocol):
-    """How likely the model as it is finds continuations of prompts."""
+    """The likelihood of continuations of prompts under the model with its current weights."""
 
     @property
     def model(self) -> Any:

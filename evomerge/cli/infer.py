@@ -44,7 +44,7 @@ def infer(args: argparse.Namespace) -> None:
 
 
 def _explain(args: argparse.Namespace, request: InferenceRequest) -> None:
-    """Show what the knowledge base makes of each task; a model is loaded only to classify."""
+    """Show what each task gets from the knowledge base; a model is loaded only to classify."""
     from evomerge.cli.explaining import explain
     from evomerge.inference.opening import open_chooser, open_prompt
     from evomerge.inference.request import check_answerer, open_request
@@ -68,7 +68,7 @@ def _explain(args: argparse.Namespace, request: InferenceRequest) -> None:
 
 
 def _report(console: Console, args: argparse.Namespace, result: InferenceResult) -> None:
-    """What was done, and what was not."""
+    """Report what was done, and what was not."""
     for line in result.notes:
         console.say(line)
     if result.unfinished:

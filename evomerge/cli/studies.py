@@ -129,7 +129,7 @@ def _export_command(commands: Commands) -> None:
 
 
 def search(args: argparse.Namespace) -> None:
-    """Run or continue a study, and write the results."""
+    """Run or resume a study, and write the results."""
     import evomerge
     from evomerge.cli.showing import print_verdict
 
@@ -147,7 +147,7 @@ def search(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> int:
-    """A line per finding; exit 2 when one is wrong."""
+    """Print one line per finding; exit 2 if one is wrong."""
     import evomerge
 
     findings = evomerge.check(args.study_file, base_config=args.base_config, overrides=args.set)
@@ -157,7 +157,7 @@ def check(args: argparse.Namespace) -> int:
 
 
 def show(args: argparse.Namespace) -> None:
-    """Trials and verdict as a table, or as one JSON object."""
+    """Print trials and verdict as a table, or as one JSON object."""
     import evomerge
     from evomerge.cli.showing import cache_line, print_trials, print_verdict
 
@@ -172,7 +172,7 @@ def show(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    """The winner's YAML, its model folder, or a runner."""
+    """Write the winner's YAML, its model folder, or a runner."""
     import evomerge
     from evomerge.files import replace_file
 
@@ -204,7 +204,7 @@ def report(args: argparse.Namespace) -> None:
 
 
 def cache(args: argparse.Namespace) -> None:
-    """The size of a study's answer cache; --clear deletes it, unless a search is running."""
+    """Print the size of a study's answer cache; --clear deletes it, unless a search is running."""
     from evomerge.answering.cache import clear
     from evomerge.api.inputs import storage_url
     from evomerge.cli.showing import cache_line

@@ -1,5 +1,4 @@
-"""Best of n: several answers to a task, of which a judge keeps one, or the answers themselves where
-there is nothing to judge by.
+"""Best of n: of several answers to a task one is kept, by a judge or by their agreement.
 
 Without a judge, or with the rules and no reference, it is minimum Bayes risk (Kumar and Byrne,
 "Minimum Bayes-Risk Decoding for Statistical Machine Translation", 2004): the answer that is best

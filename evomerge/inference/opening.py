@@ -165,7 +165,7 @@ def open_prompt(
 
 
 def _seeded(study: Study) -> Study:
-    """With the seed of the draws said: what answers again takes others from there."""
+    """The settings with the seed filled in, from which retries derive other seeds."""
     own = study.generation.seed
     seed = study.search.seed if own is None else own
     return study.replace(generation=study.generation.replace(seed=seed))

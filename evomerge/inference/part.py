@@ -1,4 +1,4 @@
-"""OUT.part: the answers of a run under way; and files that appear whole or not at all.
+"""OUT.part: the answers of a running inference; and files that appear whole or not at all.
 
 Its first line says what the answers are made from. Then follows a line for each answer, or for
 several that arrived together, and one whenever a lack of memory has forced smaller batches. An
@@ -25,8 +25,8 @@ FIRST = ""  # the round of each task's first answer
 class Part:
     """OUT.part, open for appending.
 
-    `rounds` holds round -> task index -> answer, without the number of its tokens; `limits` what a
-    lack of memory has forced on the engine.
+    `rounds` holds round -> task index -> answer, without the number of its tokens; `limits` those
+    that a lack of memory has forced on the engine.
     """
 
     def __init__(self, out: Path, header: Mapping[str, str], total: int) -> None:

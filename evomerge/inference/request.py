@@ -1,4 +1,4 @@
-"""A request for answers: which model, on which settings; its checks, and carrying it out."""
+"""A request for answers: the model and the settings, their checks, and carrying it out."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def answer_tasks(
 
 
 def _refining_steps(request: InferenceRequest, tasks: Sequence[Task], say: Say) -> list[Refining]:
-    """The steps that answer again: best of n first, so that the self-check sees what it chose."""
+    """The steps that answer again: best of n first, so that the self-check sees its choice."""
     from evomerge.inference.best_of import BestOf
     from evomerge.inference.selfcheck import SelfCheck
     from evomerge.judging.factory import check_tasks

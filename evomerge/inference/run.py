@@ -1,8 +1,8 @@
-"""A run of inference under way: which prompts are asked together, and in which order.
+"""A running inference: which prompts share a batch, and in which order they are answered.
 
-Which prompts share a batch is a function of the tasks and the settings. What is left of a batch
-that was interrupted is answered together, so no task is answered twice; in bfloat16 such a smaller
-batch may choose other words than the whole one would have.
+Which prompts share a batch is a function of the tasks and the settings. The rest of an interrupted
+batch is answered together, so no task is answered twice; in bfloat16 such a smaller batch may
+choose other words than the whole one would have.
 """
 
 from __future__ import annotations
@@ -43,12 +43,13 @@ class Refining(Protocol):
     """A step that may answer tasks again and choose: selfcheck.py and best_of.py."""
 
     def __call__(self, run: Run, chosen: dict[int, Answer]) -> str:
-        """Change `chosen`, the answers by task index, with `run.ask`; return a line that tells."""
+        """Change `chosen`, the answers by task index, with `run.ask`; return a line that reports
+        it."""
 
 
 @dataclass
 class Run:
-    """One run under way; tasks and prompts are in the same order."""
+    """One running inference; tasks and prompts are in the same order."""
 
     engine: Engine
     prompter: Prompter
@@ -100,7 +101,7 @@ class Run:
         settings: Settings,
         name: str,
     ) -> None:
-        """Answer what is missing of a batch; each answer is kept as soon as it has ended."""
+        """Answer the missing prompts of a batch; each answer is stored as soon as it has ended."""
         rest = [places[i] for i in batch]
         told: set[int] = set()
 

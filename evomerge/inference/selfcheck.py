@@ -103,7 +103,8 @@ def retry_system(fault: Faults, task: str) -> str | None:
 
 
 def seriousness(fault: Faults) -> int:
-    """0 for none; a more serious fault counts more than all lesser ones together."""
+    """How serious the faults are, 0 for none: a more serious one outweighs all lesser ones
+    together."""
     return sum(SERIOUS[name] for name in fault)
 
 
@@ -122,14 +123,14 @@ def better(first: Answer, second: Answer, task: str) -> Answer:
 class SelfCheck:
     """Asks again, at most `attempts` times, where an answer has a fault of `kinds`.
 
-    The better answer is kept.
+    The better of the two answers is kept.
     """
 
     kinds: frozenset[str]
     attempts: int = 1
 
     def __call__(self, run: Run, chosen: dict[int, Answer]) -> str:
-        """See Refining in run.py. When the time is up, the first answers stay."""
+        """See Refining in run.py. When the time is up, the first answers are kept."""
         flagged = len(self._flagged(run, chosen))
         for attempt in range(1, self.attempts + 1):
             asked = {}

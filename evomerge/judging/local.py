@@ -1,8 +1,8 @@
 """The local judge: a model in this process, for users without a server.
 
 The grade is the expectation of the digits 1 to 5 under the softmax of their log-likelihoods: even a
-weak model that would write 3 every time shows by its doubts which of two answers is better. Nothing
-is sampled.
+weak model that would always write 3 shows by its uncertainty which of two answers is better.
+Nothing is sampled.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _VISIBLE = re.compile(r"[^\s\u200b\ufeff]")
 
 
 class DigitModel(Protocol):
-    """What the judge needs of an engine."""
+    """What the judge needs from an engine."""
 
     @property
     def tokenizer(self) -> Any: ...

@@ -136,7 +136,7 @@ class Chooser:
         return self.choose_all([text])[0]
 
     def choose_all(self, texts: Sequence[str]) -> list[TaskKnowledge]:
-        """As `choose`, for many tasks at once, which is far faster."""
+        """Choose for many tasks together, which is far faster."""
         near = self.retriever.nearest(texts, WIDE)
         classified = self._classified(texts, near)
         kinds = [self.knowledge[found.class_name] for found in classified]
@@ -196,7 +196,7 @@ class Chooser:
     def _documents(
         self, texts: Sequence[str], kinds: Sequence[KnowledgeClass]
     ) -> list[tuple[Document, ...]]:
-        """For each task the documents that its template quotes, nearest first.
+        """The documents that each task's template quotes, nearest first.
 
         Those that share nothing with the task keep the base's order.
         """

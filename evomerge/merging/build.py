@@ -1,4 +1,4 @@
-"""A recipe as a model folder on disk: what mergekit would have written, whole or not at all."""
+"""A recipe as a model folder on disk, as mergekit would have written it, whole or not at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which of a recipe's parameters and tensors go into which merged tensor: mergekit's rules."""
+"""The assignment of a recipe's parameters and tensors to merged tensors, by mergekit's rules."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ KNOWN = frozenset(f"{family}ForCausalLM" for family in FAMILIES)
 
 @dataclass(frozen=True)
 class LayerPosition:
-    """Where a tensor's parameters come from."""
+    """The place that a tensor's parameters come from."""
 
     piece: Slice
     layer: int | None  # within the slice; None outside the layers
@@ -83,7 +83,7 @@ class Layout:
 
     @property
     def lenders(self) -> list[int]:
-        """For each merged layer, the donor's layer whose names and settings it has."""
+        """The donor's layer whose names and settings each merged layer has."""
         lenders = []
         for position in self._layers:
             source = position.piece.sources[0]

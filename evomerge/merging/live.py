@@ -167,7 +167,7 @@ class LiveModel:
         quantized.write(out, merged)
 
     def _state(self, plan: MergePlan, name: str) -> object:
-        """All that decides a parameter's bits."""
+        """Everything that decides a parameter's bits."""
         tensor = plan.tensors[name]
         places = tuple(plan.models[ref].places for ref, _ in tensor.inputs)
         drawn = plan.draws.starts[name] if tensor.draws else None

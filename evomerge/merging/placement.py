@@ -1,4 +1,5 @@
-"""Where base and siblings wait between candidates: on the device, in host memory, or on disk."""
+"""Where base and siblings are kept between candidates: on the device, in host memory, or on
+disk."""
 
 from __future__ import annotations
 
@@ -74,7 +75,7 @@ class Resident:
         log.info("base and siblings: %s", self.describe())
 
     def describe(self) -> str:
-        """How many bytes wait where, in words for the log."""
+        """How many bytes are kept where, in words for the log."""
         sizes = Counter[str]()
         for name, place in self.places.items():
             sizes[place] += self._size(name)
@@ -111,7 +112,8 @@ class Resident:
                     yield name, item
 
     def retreat(self) -> None:
-        """Free memory after it ran out: what waits on a device goes to the host, else to the disk.
+        """Free memory after it ran out: what is kept on a device goes to the host, else to the
+        disk.
 
         Raises EngineError when all of it is on disk already.
         """

@@ -1,4 +1,4 @@
-"""What a mergekit configuration may hold: methods, keys, dtypes, and how a value is read."""
+"""What a mergekit configuration may contain: methods, keys, dtypes, and how a value is read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MERGEKIT = "mergekit itself may: pip install 'evomerge[mergekit]'."
 
 @dataclass(frozen=True)
 class Method:
-    """What a recipe of one merge method must hold."""
+    """What a recipe of one merge method must contain."""
 
     link: str  # for a model card
     base: bool  # a base model among the sources: needed, or (linear) a source like the others
@@ -74,7 +74,7 @@ def scalar(key: str, value: Any) -> float | bool:
 
 
 def check_keys(found: Iterable[str], keys: Sequence[str], where: str) -> None:
-    """Refuse what is found beyond `keys`. Raises RecipeError."""
+    """Refuse keys other than `keys`. Raises RecipeError."""
     for key in found:
         if key not in keys:
             raise RecipeError(

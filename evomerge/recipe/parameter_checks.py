@@ -101,5 +101,5 @@ class ParameterChecks:
 
 
 def _listed(value: Any) -> list[Any]:
-    """The items of a list; an empty list is no gradient, but a wrong value."""
+    """The items of a list; an empty list is not a gradient, but a wrong value."""
     return value if isinstance(value, list) and value else [value]

@@ -22,7 +22,7 @@ STEPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.25, 0.5, 1.0, 2.0)  # between an axis's t
 
 @dataclass(frozen=True)
 class PlotArea:
-    """Where the progress chart's plot lies in its picture."""
+    """The position of the progress chart's plot in its picture."""
 
     left: float = 46.0
     right: float = 610.0

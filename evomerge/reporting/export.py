@@ -77,7 +77,7 @@ def write_page(finished: Finished, out: Path) -> Path:
 
 
 def slice_labels(finished: Finished) -> list[str]:
-    """What each searched number is called, in the order of a trial's weights."""
+    """The label of each searched number, in the order of a trial's weights."""
     return [gene.label for gene in finished.genome.genes]
 
 
@@ -135,7 +135,7 @@ def verdict_markdown(verdict: Verdict | None, winner: TrialRecord, told: Sequenc
 
 
 def reference_labels(finished: Finished) -> dict[int, str]:
-    """Trial number -> what a parent or uniform weight is called."""
+    """Trial number -> the label of a parent or uniform weight."""
     genome = finished.genome
     names: dict[tuple[float, ...], str] = {}
     for weight in (*finished.study.search.uniform, 1.0):

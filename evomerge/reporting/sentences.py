@@ -58,7 +58,7 @@ def share(value: float | None) -> str:
 
 
 def model_title(name: str) -> str:
-    """What the verdict calls a candidate, in words."""
+    """The verdict's name of a candidate, in words."""
     if name == "uniform":
         return "best uniform weight"
     return name.removeprefix("sibling:")

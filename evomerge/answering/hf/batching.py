@@ -57,7 +57,7 @@ def pack(
 
 
 def shrink_to_fit(work: Callable[[], T], shrink: Callable[[], None]) -> T:
-    """What `work` returns; as often as it runs out of memory, `shrink` is called and it runs again.
+    """Return what `work` returns; whenever it runs out of memory, call `shrink` and run it again.
 
     `shrink` raises EngineError when nothing can be made smaller.
     """
@@ -155,8 +155,8 @@ class BatchRunner:
         """Answers in the order of the requests, at most `rows` of them at a time.
 
         Out of memory, half of the tokens that failed become the limit, which is stored in `limits`,
-        and all but what `got` has received is tried again. Raises EngineError when a single request
-        does not fit into memory.
+        and everything that `got` has not received is retried. Raises EngineError when a single
+        request does not fit into memory.
         """
         outputs: dict[int, Output] = {}
         batch: list[int] = []  # the indices that are being answered

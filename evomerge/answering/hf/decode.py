@@ -52,8 +52,8 @@ class Hooks:
     `stopped` says whether a prompt's new tokens end its answer, given its index and the tokens.
     `watch` gets (answers ended, new tokens) of the batch after every step. `rows` gets the prompts'
     indices in the order of the batch, before the first forward pass and whenever rows have left.
-    `done` gets a prompt's index and its output when it leaves. `over` says whether all shall end as
-    they are.
+    `done` gets a prompt's index and its output when it leaves. `over` says whether all rows must
+    end now.
     """
 
     stopped: Callable[[int, list[int]], bool] | None = None
@@ -160,7 +160,7 @@ class Forward:
     def ids(self) -> Tensor:
         """(rows, columns) tokens so far; padding repeats a token of the row.
 
-        So a repetition penalty meets no other token.
+        A repetition penalty therefore sees no other token.
         """
         return self._ids[:, self._at : self._end]
 
@@ -240,7 +240,7 @@ class Forward:
         return logits
 
     def keep(self, order: Sequence[int]) -> None:
-        """Only these rows stay, in this order."""
+        """Keep only these rows, in this order."""
         index = torch.tensor(order, device=self.device)
         self._mask, self._ids, self._next = self._mask[index], self._ids[index], self._next[index]
         self._gaps = items_at(self._gaps, order)
@@ -251,7 +251,7 @@ class Forward:
                 layer.keep(order, self._at)
             else:
                 assert isinstance(layer, DynamicLayer)
-                layer.reorder_cache(index)  # type: ignore[arg-type]  # int64, as it wants
+                layer.reorder_cache(index)  # type: ignore[arg-type]  # int64, as it requires
 
     def _slots(self) -> list[SlotKVCache]:
         """The layers of a plain cache."""

@@ -119,7 +119,8 @@ class GradientModel:
     def __call__(
         self, pairs: Sequence[TokenPair], vector: Sequence[float], micro_tokens: int = MICRO_TOKENS
     ) -> LikelihoodGradient:
-        """The live model gets the vector's weights and keeps them; running out of memory raises."""
+        """Give the live model the vector's weights, which it keeps; running out of memory
+        raises."""
         self.live.apply(self.genome.decode(vector))
         total = torch.zeros(self.genome.dimensions, dtype=torch.float64)
         values = [0.0] * len(pairs)
@@ -135,7 +136,7 @@ class GradientModel:
 
     @contextmanager
     def _reducing(self, total: Tensor) -> Iterator[None]:
-        """Until the context ends, backward adds to `total`, (d,), and leaves no gradient behind."""
+        """Make backward add to `total`, (d,), and leave no gradients, until the context ends."""
         parameters = self.live.live
         before = {name: parameter.requires_grad for name, parameter in parameters.items()}
         handles = []
@@ -190,7 +191,7 @@ class GradientModel:
         return deltas
 
     def _slopes(self) -> dict[str, list[dict[int, float]]]:
-        """Of each tensor, for each sibling: {index in the vector: how its weight grows with it}.
+        """For each tensor and sibling, {index in the vector: derivative of the weight by it}.
 
         They come from decoding the unit vectors.
         """

@@ -1,4 +1,4 @@
-"""How likely a model finds continuations of prompts.
+"""The likelihood of continuations of prompts under a model.
 
 The judge in process, classification by model and the likelihood objective use it.
 Prompt and continuation are tokenised as one text, because a tokenizer may attach a space to what
@@ -63,7 +63,7 @@ class LikelihoodEngine:
     batch_tokens: int
 
     def loglikelihood(self, pairs: Pairs) -> list[float]:
-        """As the function below."""
+        """See the function `loglikelihood`."""
         return loglikelihood(self.model, self.tokenizer, pairs, self.batch_size, self.batch_tokens)
 
     def length(self, prompt: str) -> int:

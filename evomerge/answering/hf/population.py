@@ -1,8 +1,8 @@
 """A whole generation in one pass: the rows of one batch belong to different candidates.
 
 This suits plain task arithmetic, where every tensor of a candidate is base + sum_m w_m delta_m; see
-per_row.py. It costs arithmetic: 1 + m products instead of one. So it pays while a few rows wait for
-weights to be read or for the overhead of calls (`pays`), and loses with many rows.
+per_row.py. It costs arithmetic: 1 + m products instead of one. It pays as long as a few rows wait
+for weights to be read or for the overhead of calls (`pays`), and is slower with many rows.
 
 Base and deltas are those that the LiveModel keeps, not copies of them; its live parameters stay as
 they are. A merged weight is rounded to its dtype, and this sum is not: fp32 gives the merged
@@ -135,7 +135,7 @@ class PopulationModel:
 
     @contextmanager
     def of(self, recipes: Sequence[Recipe]) -> Iterator[AnswerRows]:
-        """Until the context ends, candidates can answer with the function that it gives.
+        """Provide, until the context ends, the function with which candidates answer.
 
         answer(candidates, prompts, params, seeds, hooks) is `decode`, row i with the weights of
         recipes[candidates[i]]. Raises RecipeError for a recipe that does not suit.

@@ -1,4 +1,4 @@
-"""lm-eval's tasks as tasks: the same documents for every candidate, and what each counts.
+"""lm-eval's documents as tasks: the same for every candidate, with the weight of each.
 
 A document is a Task with the id "NAME/number". What is optimised is the weighted mean of the tasks'
 metrics: each document's value is scaled so that the plain mean of all of them is that
@@ -54,7 +54,7 @@ class LmEvalTasks:
         self.tasks = tuple(tasks)
 
     def _chosen(self, name: str, n: int) -> list[int]:
-        """The first `limit` documents of n; with `shuffle` drawn ones, the same for all."""
+        """The first `limit` of n documents, or with `shuffle` random ones, the same for all."""
         limit = self.study.limit
         if limit is None or limit >= n:
             return list(range(n))

@@ -139,7 +139,7 @@ def _aggregation(group: Any, metric: str, filter_name: str) -> Any:
 
 
 def _set_fewshot(leaf: Any, wanted: int | None) -> None:
-    """As lm-eval does: a task that says 0 keeps it."""
+    """Set `num_fewshot` as lm-eval does: a task that sets 0 keeps it."""
     own = leaf.get_config("num_fewshot")
     if own is None or (wanted is not None and own != 0):
         leaf.set_config(key="num_fewshot", value=wanted or 0)

@@ -1,7 +1,7 @@
 """One client of OpenAI-compatible servers, for answers and for grades.
 
 It holds the connection and the key, lists models, sends a request again after a passing failure,
-and says in words why a request failed. What a failure means to the user is the caller's to say.
+and says in words why a request failed. What a failure means to the user is up to the caller.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class RetryPolicy:
 class ServerFailure(Exception):
     """Why a request failed.
 
-    `said` is one line without the key. `unreachable` means that no connection was made, `broken`
+    `said` is one line, without the key. `unreachable` means that no connection was made, `broken`
     that one was lost, `unreadable` that the reply has not the protocol's shape.
     """
 
@@ -96,7 +96,7 @@ class OpenAIClient:
     def request(self, send: Callable[[Any], T], policy: RetryPolicy, pause: Pause) -> T:
         """The result of `send(sdk)`, which is repeated after failures that may pass.
 
-        Raises ServerFailure; whatever else `send` raises passes through.
+        Raises ServerFailure; any other exception of `send` passes through.
         """
         attempt = 0
         while True:
@@ -157,7 +157,7 @@ class OpenAIClient:
         return text if len(text) <= LINE else text[: LINE - 1] + "…"
 
     def close(self) -> None:
-        """End what is under way: its threads fail at once."""
+        """End running requests, whose threads fail immediately."""
         self.sdk.close()
 
 

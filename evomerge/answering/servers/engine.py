@@ -1,6 +1,6 @@
 """Any OpenAI-compatible server as an engine, for inference only: its weights cannot be merged.
 
-Every prompt is one request, so no answer depends on what else is asked at the same time. With
+Every prompt is one request, so no answer depends on concurrent ones. With
 `format: chat` a prompt is the turns as JSON, which the server's own template renders. Otherwise it
 is the whole text, for the completions endpoint, where most servers prepend a begin token if the
 model's tokenizer does (the other engines do not).
@@ -45,9 +45,9 @@ GOES_ON = "Finished answers are kept: run the same command again to resume."
 
 
 class ServerEngine:
-    """Asks a server, `concurrency` prompts at a time.
+    """Sends prompts to a server, `concurrency` at a time.
 
-    Inference uses `answer_each`, which yields every answer as it arrives, so that none is asked for
+    Inference uses `answer_each`, which yields every answer as it arrives, so that none is requested
     twice.
     """
 
@@ -169,8 +169,8 @@ class ServerEngine:
     ) -> Answer:
         """One answer. Raises EngineError, ModelError.
 
-        vLLM and llama.cpp accept a prompt that leaves little room and cut the answer short. An
-        answer with fewer tokens than we allow is asked for again with a shorter prompt, as long as
+        vLLM and llama.cpp accept a prompt that leaves little room, and cut the answer short. An
+        answer with fewer tokens than we allow is requested again with a shorter prompt, as long as
         that makes it longer; where it does not, the server has a limit of its own.
         """
         cut = Answer("", True, 0)  # the best of those
@@ -195,7 +195,7 @@ class ServerEngine:
     def _reply(
         self, client: OpenAIClient, prompt: str, g: GenerationSection, stop: threading.Event
     ) -> Answer:
-        """What the server says to one prompt. Raises ServerFailure, EngineError."""
+        """The server's reply to one prompt. Raises ServerFailure, EngineError."""
 
         def pause(asked: float | None, delay: float) -> bool:
             return not stop.wait(delay if asked is None else asked)
@@ -276,7 +276,7 @@ class ServerEngine:
         return SHORTEN if failure.too_long else GOES_ON
 
     def _unknown_model(self, status: int, said: str) -> ModelError | None:
-        """An error that names the server's models, where it does not list the one asked for."""
+        """An error that names the server's models, where it does not list the requested one."""
         if self.model is None or (status != 404 and self.model not in said):
             return None
         try:

@@ -27,7 +27,7 @@ TOO_LONG = re.compile(
 
 
 class TurnsAsJson:
-    """Takes a tokenizer's place in a Prompter and leaves the turns as they are, in JSON."""
+    """Takes a tokenizer's place in a Prompter and renders the turns unchanged, as JSON."""
 
     chat_template = "the server's"
 

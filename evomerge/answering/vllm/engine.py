@@ -168,7 +168,7 @@ class VllmEngine:
 
     @contextmanager
     def _breaking(self, what: str) -> Iterator[None]:
-        """A failure within leaves vLLM half changed: from then on it refuses to answer."""
+        """Refuse to answer after a failure within, because it leaves vLLM half changed."""
         try:
             yield
         except Exception as error:  # vLLM raises torch's, its own and its kernels' errors

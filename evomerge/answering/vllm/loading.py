@@ -139,7 +139,7 @@ def end_tokens(base: ModelFolder, tokenizer: PreTrainedTokenizerBase) -> list[in
 
 @contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set these variables where the user has not, until the context ends.
+    """Set these environment variables, unless the user has, until the context ends.
 
     They are for what vLLM takes only from the environment.
     """

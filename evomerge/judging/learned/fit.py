@@ -31,7 +31,7 @@ FOLDS = 4
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a fit reports."""
+    """The report of a fit."""
 
     n_answers: int
     n_tasks: int

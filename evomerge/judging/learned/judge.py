@@ -64,7 +64,7 @@ class JudgeWeights:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a file tells about itself."""
+    """The facts about a judge that its file contains."""
 
     tasks: tuple[str, ...]  # keys by `task_key`, in the weights' order
     ids: tuple[str, ...]
@@ -118,12 +118,12 @@ class LearnedJudge:
 
 
 def task_key(task: Task) -> str:
-    """A task by its input and how it is graded, whatever its id."""
+    """A key of a task by its input and how it is graded, whatever its id."""
     return sha256(json.dumps([task.input, task.output, task.eval_aspect]).encode()).hexdigest()[:16]
 
 
 def save_judge(path: Path, weights: JudgeWeights, facts: Facts) -> None:
-    """Write an .npz file of arrays and a JSON text, of which nothing runs on loading.
+    """Write an .npz file of arrays and a JSON text, none of which is executed on loading.
 
     Raises OutputError.
     """

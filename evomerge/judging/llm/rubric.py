@@ -1,4 +1,4 @@
-"""What an LLM judge is asked, and how its reply is read.
+"""The prompt of an LLM judge, and how its reply is read.
 
 The rubric has five points and is written in Japanese, as the tasks are; it includes a task's own
 grading points. The answer is fenced by two lines with a number that its author cannot have known.

@@ -38,7 +38,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Agreements:
-    """What `compare` finds; `within_task` is the one to judge by."""
+    """The result of `compare`; `within_task` is the figure to judge by."""
 
     within_task: Agreement
     model_level: Agreement

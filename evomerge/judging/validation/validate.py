@@ -46,7 +46,7 @@ class Repeatability:
 
 @dataclass(frozen=True)
 class Validation:
-    """What was found; `cost_per_100` is None where the judge names no price."""
+    """The result; `cost_per_100` is None where the judge has no price."""
 
     judge: str
     reference: str
@@ -173,7 +173,7 @@ def _places(names: Iterable[str]) -> dict[str, int]:
 def _second_run(
     judge: str, settings: Sequence[str], lines: Sequence[AnswerLine], given: Sequence[Grade], n: int
 ) -> Repeatability | None:
-    """The judge once more, without its cache, on n answers."""
+    """Run the judge again, without its cache, on n answers."""
     if n <= 0:
         return None
     rows = sorted(random.Random(0).sample(range(len(lines)), min(n, len(lines))))

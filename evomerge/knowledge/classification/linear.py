@@ -1,6 +1,6 @@
-"""A linear classifier of tasks: what a class's examples have in common.
+"""A linear classifier of tasks, by what a class's examples have in common.
 
-It learns from all of them at once, since for an unusual task the nearest ones tell little.
+It learns from all of them, because for an unusual task the nearest ones say little.
 """
 
 from __future__ import annotations

@@ -151,7 +151,7 @@ def _merged(found: Any, at: dict[str, int], where: str, tables: Tables) -> set[t
 
 
 def _not_text(cell: Any) -> tuple[str, str] | None:
-    """What is wrong with a cell that holds neither a text nor a number: (what, remedy)."""
+    """The mistake in a cell that contains neither text nor a number: (what, remedy)."""
     if cell.data_type == "f":
         return "contains a formula", "Paste its value instead, or format the cell as text."
     if cell.data_type == "e":

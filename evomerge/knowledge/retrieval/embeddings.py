@@ -24,7 +24,7 @@ class EmbeddingRetriever(VectorRetriever):
         self.matrix = self._embed(self.inputs)  # (base, dimensions), rows of length 1
 
     def over(self, inputs: Sequence[str]) -> EmbeddingRetriever:
-        """One for other texts, which also finds what equals the given text."""
+        """A retriever for other texts, which also finds a text equal to the given one."""
         return EmbeddingRetriever(inputs, self.model, itself=True)
 
     def similar(self, texts: Sequence[str]) -> Matrix:

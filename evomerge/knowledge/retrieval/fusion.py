@@ -28,7 +28,7 @@ class FusedRetriever:
         return in_batches(self._batch, texts, min(k, self.size))
 
     def over(self, inputs: Sequence[str]) -> FusedRetriever:
-        """One for other texts, which also finds what equals the given text."""
+        """A retriever for other texts, which also finds a text equal to the given one."""
         parts = [retriever.over(inputs) for retriever in self.retrievers]
         return FusedRetriever(parts, len(inputs))
 

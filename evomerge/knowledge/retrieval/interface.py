@@ -38,9 +38,10 @@ class Retriever(Protocol):
     def nearest(self, texts: Sequence[str], k: int) -> Nearest: ...
 
     def over(self, inputs: Sequence[str]) -> Retriever:
-        """One of the same kind for other texts, which also finds what equals the given text.
+        """A retriever of the same kind for other texts, which also finds a text equal to the given
+        one.
 
-        It is for documents, which give away no answer.
+        It is for documents, which do not give away an answer.
         """
         ...
 
@@ -77,7 +78,7 @@ class VectorRetriever:
 def in_batches(
     search: Callable[[Sequence[str], int], Nearest], texts: Sequence[str], k: int
 ) -> Nearest:
-    """Search BATCH texts at a time and put the results together."""
+    """Search BATCH texts at a time and concatenate the results."""
     found = [search(texts[i : i + BATCH], k) for i in range(0, len(texts), BATCH)]
     if not found:
         return Nearest(np.empty((0, k), np.int64), np.empty((0, k)))

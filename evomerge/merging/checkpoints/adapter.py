@@ -69,7 +69,7 @@ class Adapter:
     def rank_and_scaling(self, module: str) -> tuple[int, float]:
         """(r, alpha / r), or alpha / sqrt(r) with `use_rslora` (arXiv 2312.03732).
 
-        Of the patterns that end the module's name the first one decides. Raises ModelError.
+        The first of the patterns that end the module's name decides. Raises ModelError.
         """
         rank = self._by_pattern("r", "rank_pattern", module)
         alpha = self._by_pattern("lora_alpha", "alpha_pattern", module)
@@ -113,7 +113,7 @@ class Adapter:
         return None
 
     def saves(self, module: str) -> bool:
-        """Whether the adapter holds the whole module, by peft's rule."""
+        """Whether the adapter contains the whole module, by peft's rule."""
         return any(module.endswith(name) for name in self.config.get("modules_to_save") or [])
 
 

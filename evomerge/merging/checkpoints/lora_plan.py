@@ -1,4 +1,5 @@
-"""Which of an adapter's tensors change which of a base's, checked before anything is merged."""
+"""The plan of which adapter tensors change which base tensors, checked before anything is
+merged."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ def open_lora(base: ModelFolder, adapter: str, ref: str = "") -> AdaptedModel:
 
 
 class _LoraPlan:
-    """For each tensor of the merged model, what the adapter adds to it or puts in its place."""
+    """What the adapter adds to each tensor of the merged model, or puts in its place."""
 
     def __init__(self, base: ModelFolder, adapter: Adapter) -> None:
         self.base, self.adapter, self.config = base, adapter, adapter.config

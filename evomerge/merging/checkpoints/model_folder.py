@@ -21,7 +21,7 @@ VOCABULARY = (EMBED, HEAD)  # tensors with a row for each token
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model on disk; its weights are mapped, and read only when a tensor is asked for."""
+    """A model on disk; its weights are mapped, and read only when a tensor is requested."""
 
     path: Path
     config: dict[str, Any]

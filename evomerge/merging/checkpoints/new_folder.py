@@ -37,7 +37,7 @@ class Unfinished:
 
 
 def check_new(out: Path) -> None:
-    """Raise InputError when `out` exists and holds something."""
+    """Raise InputError when `out` exists and is not empty."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(
             "already exists", where=out, remedy="Name a new folder, or remove this one."

@@ -16,7 +16,7 @@ COPY_AGAIN = "Copy or download it again."
 
 
 class SafetensorsReader:
-    """One open file. Its header is read at once, its tensors when they are needed."""
+    """One open file. Its header is read immediately, its tensors when they are needed."""
 
     def __init__(self, path: Path) -> None:
         """Raises ModelError when the file cannot be opened or its header is damaged."""

@@ -1,6 +1,6 @@
 """The merge methods by name: the six built in, and those that a user registers.
 
-What a recipe must know of a method without torch lies in `evomerge.recipe.METHODS`.
+What a recipe must know of a method without torch is in `evomerge.recipe.METHODS`.
 """
 
 from __future__ import annotations

@@ -64,10 +64,10 @@ class Vocabulary:
     ) -> dict[str, torch.Tensor]:
         """One vocabulary tensor of each model, (model rows, ...) -> (size, ...).
 
-        They come back in the dtype that holds them all; one that needs no new row as it is, or as a
-        view. The models must come in the order of the slice's sources: a mean is summed in it.
-        `base` is the slice's base where that is not the recipe's. Raises ModelError and RecipeError
-        where a row that is needed does not exist.
+        They come back in the dtype that holds them all; one that needs no new row is returned
+        unchanged, or as a view. The models must come in the order of the slice's sources: a mean is
+        summed in it. `base` is the slice's base where that is not the recipe's. Raises ModelError
+        and RecipeError where a row that is needed does not exist.
         """
         self._check_tensors(tensors)
         dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))

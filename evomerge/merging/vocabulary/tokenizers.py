@@ -30,7 +30,7 @@ FILES = (
 
 @dataclass(frozen=True)
 class Rule:
-    """What `tokens:` says of one token: `model`'s row for it, or that model's row `row`.
+    """The rule that `tokens:` gives for one token: `model`'s row for it, or that model's row `row`.
 
     No model means zeros.
     """

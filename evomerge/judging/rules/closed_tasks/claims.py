@@ -71,7 +71,7 @@ def whole_word(word: str) -> re.Pattern[str]:
 
 
 def denied(text: str, start: int, end: int) -> bool:
-    """Whether a negation stands right before or after text[start:end]."""
+    """Whether a negation comes right before or after text[start:end]."""
     if _NOT_BEFORE.search(text[max(0, start - 40) : start]):
         return True
     return _NOT_AFTER.match(text[end : end + 30]) is not None

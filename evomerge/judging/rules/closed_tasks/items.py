@@ -30,7 +30,7 @@ Span = tuple[int, int, str]  # start, end, expected item
 
 
 def judge_polarity(yes: bool, said: str) -> Finding:
-    """Yes or no, by the word after the last marked answer, or else the first such word."""
+    """Judge yes or no by the word after the last marked answer, or else the first such word."""
     found = _after_mark(_YES_OR_NO, said) or _YES_OR_NO.search(said)
     if found is None:
         return Finding(False, 0.0, "says neither yes nor no")
@@ -42,7 +42,7 @@ def judge_polarity(yes: bool, said: str) -> Finding:
 
 
 def judge_letter(expected: str, said: str) -> Finding:
-    """One of the options A to J."""
+    """Judge one of the options A to J."""
     letters = {m.group(1) for m in _LETTER.finditer(said)}
     chosen = _chosen_letter(said, letters)
     if not chosen:
@@ -81,7 +81,7 @@ def split_items(text: str) -> list[str]:
 
 
 def judge_items(question: str, expected: list[str], said: str) -> Finding:
-    """A list: every expected item, and no other."""
+    """Judge a list: every expected item, and no other."""
     text = LIST_MARK.sub("", said).casefold()
     letters = all(re.fullmatch("[a-z0-9\u3041-\u30ff]", item) for item in expected)
     in_order = r"\bsort|\border\b|\beach\b|順|並|それぞれ"

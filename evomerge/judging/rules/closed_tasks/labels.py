@@ -55,7 +55,7 @@ _COMMON = frozenset(
 
 @dataclass(frozen=True)
 class _Label:
-    """An expected word or name, where it stands in a text, and its question.
+    """An expected word or name, its occurrences in a text, and its question.
 
     `capital`: it is a name, so other names beside it are rivals. `terms` are the words that a
     sentence about the question holds.
@@ -73,7 +73,7 @@ class _Label:
 
 
 def judge_label(question: str, expected: str, said: str, *, capital: bool) -> Finding:
-    """A word or name as the answer's conclusion."""
+    """Judge a word or name as the answer's conclusion."""
     pattern = whole_word(expected)
     lines = [line for line in without_region(said, pattern).split("\n") if line.strip()]
     text = without_region(_ASIDE.sub("", after_correction(said)), pattern)
@@ -104,7 +104,8 @@ def _is_short(item: str) -> bool:
 
 
 def _judge_sentences(label: _Label, text: str) -> Finding:
-    """By the first part of a sentence that names the label, unless another claim comes first."""
+    """Judge by the first part of a sentence that names the label, unless another claim comes
+    first."""
     for sentence in map(str.strip, _SENTENCE_END.split(text)):
         if not sentence or sentence.endswith("?"):
             continue
@@ -118,7 +119,7 @@ def _judge_sentences(label: _Label, text: str) -> Finding:
 
 
 def _judge_part(label: _Label, part: str) -> Finding:
-    """By the first mention in a part of a sentence that is not denied."""
+    """Judge by the first mention in a part of a sentence that is not denied."""
     match = None
     for mention in label.pattern.finditer(part):
         if not denied(part, mention.start(), mention.end()):

@@ -45,7 +45,7 @@ _FAR_FROM_REFERENCE = 0.05
 
 @dataclass(frozen=True)
 class Expected:
-    """What an open task's question, reference and grading points tell, worked out once per task."""
+    """What an open task's question, reference and grading points imply, computed once per task."""
 
     question: str
     reference: str

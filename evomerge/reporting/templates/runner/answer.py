@@ -77,7 +77,7 @@ def plain(text: str) -> str:
 
 
 def request(text: str) -> str:
-    """What a task asks for: its first and its last paragraph, without long quotations."""
+    """The request in a task: its first and its last paragraph, without long quotations."""
     text = unicodedata.normalize("NFKC", text)
     text = re.sub(SETTINGS["voting"]["quoted"], lambda match: match[0][0] + match[0][-1], text)
     lines = [line for line in text.split("\n") if line.strip()]
@@ -229,7 +229,7 @@ def find_models(args: argparse.Namespace, parser: argparse.ArgumentParser) -> di
 
 
 def answer(model, tokenizer, waiting: list[int], asked: list, own: list[dict]) -> dict[int, str]:
-    """Answers to the first batch of what is waiting; a batch shares its generation settings."""
+    """Answers to the first batch of the waiting tasks; a batch shares its generation settings."""
     batch = [i for i in waiting if own[i] == own[waiting[0]]][: SETTINGS["batch_size"]]
     width = len(asked[batch[-1]])  # the longest is the last
     padded = [[-1] * (width - len(asked[i])) + asked[i] for i in batch]
