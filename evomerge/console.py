@@ -13,7 +13,8 @@ from evomerge.errors import InputError
 PLAIN_EVERY = 10.0  # seconds between plain progress lines
 REDRAW_EVERY = 0.1  # seconds between a progress bar's changes
 BAR = 24  # its columns
-DETAIL_EVERY = 60.0  # seconds of silence before a plain line says how far a single candidate is
+# seconds without output before a plain line shows the progress within a candidate
+DETAIL_EVERY = 60.0
 
 
 class Console:

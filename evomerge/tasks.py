@@ -42,7 +42,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Split:
-    """Which tasks are for the search, which for the verdict, and which for the winner's choice."""
+    """Which tasks are for the search, which are held out, and which are for validation."""
 
     search: tuple[Task, ...]
     held_out: tuple[Task, ...]
@@ -67,7 +67,7 @@ def load_dataset_tasks(name: str, split: str | None = None) -> tuple[Task, ...]:
         import datasets
 
         loaded = datasets.load_dataset(name, split=split or "test")
-    except Exception as error:  # the hub's client raises many kinds of its own
+    except Exception as error:  # the hub's client raises many kinds of errors
         first = str(error).splitlines()[:1]
         raise TaskError(
             f"the dataset cannot be loaded: {type(error).__name__}: {''.join(first)}",
@@ -146,7 +146,7 @@ def _text(row: Mapping[str, Any], key: str, at: str) -> str:
 def split_tasks(
     tasks: Sequence[Task], held_out: float, seed: int, validation: float = 0.0
 ) -> Split:
-    """Split by a seeded shuffle within each `kind`: every part holds every kind in the same share.
+    """Split by a seeded shuffle within each `kind`: every part has the same share of every kind.
 
     `held_out` is the share kept for the verdict, 0 < held_out < 1; `validation` is the share of the
     others that is kept for the choice of the winner. Raises TaskError where a part would be empty.
@@ -204,6 +204,6 @@ def tasks_hash(tasks: Sequence[Task]) -> str:
     records = []
     for task in tasks:
         record = asdict(task) | {"task_id": task.stored_id}
-        del record["source"]  # the stored name holds it
+        del record["source"]  # the stored name contains it
         records.append(record)
     return sha256(json.dumps(records, ensure_ascii=False).encode()).hexdigest()

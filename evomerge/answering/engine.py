@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Watch = Callable[[int, int], None]  # (finished answers, new tokens) of the current batch
-# one per prompt; None: the engine's own for all of them
+# one per prompt; None: the engine's defaults for all of them
 Settings: TypeAlias = "Sequence[GenerationSection] | None"
 Got = Callable[[int, "Answer"], None]  # a prompt's index in the batch, and its answer
 Pairs: TypeAlias = "Sequence[tuple[str, str]]"  # a prompt, and the text that follows it

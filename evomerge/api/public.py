@@ -68,7 +68,7 @@ def search(
         if value is not None:
             settings.append(f"{key}={value}")
     checked = to_study(study_file, settings)
-    # seconds of imports, which a mistake in the file need not wait for
+    # these imports take seconds; a mistake in the file is reported before them
     from evomerge.console import Console
     from evomerge.searching.open_search import open_search
 

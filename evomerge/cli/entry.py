@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns the exit code: 0 done, 1 failed, 2 wrong usage or input, 130 interrupted.
     """
     args = make_parser().parse_args(argv)
-    # when imported, it warns about kernels that are not used here
+    # its import warns about kernels that are not used here
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # the hub client's retries would be printed above our one line
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")

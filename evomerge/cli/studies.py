@@ -211,7 +211,7 @@ def cache(args: argparse.Namespace) -> None:
     from evomerge.searching.ledger import cache_path, only_worker, open_ledger
 
     url = storage_url(args.storage, args.study)
-    open_ledger(url, args.study)  # an unknown name is an error
+    open_ledger(url, args.study)  # an unknown name raises an error
     path = cache_path(url, args.study)
     if args.clear:
         with only_worker(url, args.study):

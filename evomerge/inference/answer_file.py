@@ -27,7 +27,7 @@ class Done:
     answered: int
     unfinished: int = 0
     partial: int = 0
-    told: tuple[str, ...] = ()  # lines on what was done besides answering
+    told: tuple[str, ...] = ()  # lines about what was done besides answering
 
 
 def run_inference(

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from evomerge.tasks import Task
 
 TEMPERATURE, TOP_P = 0.7, 0.95
-# far from any seed that a user sets, and from those of the self-check
+# far from any seed that a user sets, and from the seeds of the self-check
 SEED_STEP = 104_729
-NO_REFERENCE = 3.0  # what an answer is worth that nothing can be compared with
+NO_REFERENCE = 3.0  # the value of an answer that nothing can be compared with
 
 
 def sample_settings(n: int, settings: GenerationSection) -> list[GenerationSection]:

@@ -173,7 +173,7 @@ def _seeded(study: Study) -> Study:
 
 def _study(dtype: str, config: Mapping[str, Any] | None = None) -> Study:
     """The defaults of a study file, without a search; answers leave half of a small context."""
-    # a study needs a genome; inference reads nothing of it
+    # a study needs a genome, but inference does not read it
     genome = GenomeSection(models=("-",), base_model="none")
     study = Study(genome=genome, tasks=(TaskSource(file="-"),), study="inference")
     context = (config or {}).get("max_position_embeddings")

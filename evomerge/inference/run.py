@@ -79,7 +79,7 @@ class Run:
         kept = self.part.of(name)
         texts, settings = [prompt.text for prompt in prompts], self.prompter.settings(prompts)
         batches = make_batches(self.engine, texts, settings)
-        # the cheapest first: most answers are there when the time is up
+        # the cheapest first, so that most answers exist when the time is up
         if self.deadline is not None:
             batches.sort(key=lambda batch: sum(cost(prompts[i]) for i in batch) / len(batch))
         missing = [[i for i in batch if places[i] not in kept] for batch in batches]

@@ -10,7 +10,7 @@ from evomerge.judging.grade import Judge
 from evomerge.study import EngineSection, JudgeSection, read_judge, read_setting
 from evomerge.tasks import Task
 
-CACHE = Path("storage/judge.grades.sqlite")  # of the commands, which belong to no study
+CACHE = Path("storage/judge.grades.sqlite")  # the section of the commands, which belong to no study
 
 
 def make_judge(

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 VERSION = "1"
 _ASKED = "上の回答を採点してください。"
-# the rubric without its order to write a reason and JSON: the digit has to come first
+# the rubric without its request for a reason and JSON, because the digit has to come first
 TEMPLATE = (
     RUBRIC.partition(_ASKED)[0]
     + _ASKED
@@ -36,7 +36,7 @@ TEMPLATE = (
 LEAD = "点数："
 ROOM = 8  # tokens kept free for the digit
 AT_ONCE = 256  # answers whose tokens are in memory together
-EXAMPLE = Task(0, "1+1は？", "2", "")  # is tried before any answer is graded
+EXAMPLE = Task(0, "1+1は？", "2", "")  # tried before any answer is graded
 _VISIBLE = re.compile(r"[^\s\u200b\ufeff]")
 
 

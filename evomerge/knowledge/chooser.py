@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 SHOTS = 3  # examples of the class that its prompt shows, where the class does not say
 QUOTES = 3  # documents that {documents} quotes, where the class does not say
 WIDE = 64  # neighbours among which they are looked for first
-FUSED_VOTERS = 5  # fused scores fall off slowly: more voters would nearly count alike
+FUSED_VOTERS = 5  # fused scores decrease slowly: more voters would count almost equally
 
 WAYS = ("neighbours", "model", "both")  # of classification
 
@@ -182,7 +182,7 @@ class Chooser:
         """Search all examples for tasks that found too few of their class among the nearest."""
         thin = [i for i, kind in enumerate(kinds) if len(own[i]) < self._needed(kind)]
         whole = len(self.knowledge.examples) + len(self.knowledge.classes)
-        # all examples of some tasks at a time: those of 10,000 take gigabytes
+        # a few tasks at a time: the similarities of 10,000 tasks take gigabytes
         for start in range(0, len(thin), BATCH):
             some = thin[start : start + BATCH]
             near = self.retriever.nearest([texts[i] for i in some], whole)

@@ -17,8 +17,8 @@ from evomerge.recipe import MERGEKIT, Recipe, Slice, Source
 LAYER = re.compile(r"^(.*?\blayers\.)(\d+)(\..*)$")
 # outside the layers: the first slice's and the last's
 FIRST, LAST = ("model.embed_tokens.",), ("model.norm.", "lm_head.")
-# What mergekit 0.1.5 has a description of. Of other architectures it takes all that is outside the
-# layers from the first slice.
+# The architectures that mergekit 0.1.5 describes. In others it takes everything outside the layers
+# from the first slice.
 FAMILIES = [
     "Apertus",
     "Arcee",

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 Residency = Literal["device", "host", "disk"]
 # a tensor that does not fit goes to the next one
 ORDER: tuple[Residency, ...] = ("device", "host", "disk")
-SHARE = 0.6  # of the free memory that models may take; the rest is for keys and values
+SHARE = 0.6  # share of the free memory that models may take; the rest is for keys and values
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -168,7 +168,7 @@ class Resident:
         if self.deltas:
             others = [other.sub(base) for other in others]
         if place != "device":
-            # without asking whether there is a -0, which would wait for the copy
+            # without checking for a -0, which would wait for the copy
             return Inputs(base, others, base + 0.0)
         if device.type == "cpu":  # what is mapped may change on disk
             base = base.clone()
@@ -190,7 +190,7 @@ class Resident:
             tensors = [tensor.clone() for tensor in self._read(name, torch.device("cpu"))]
             self._host[name] = tensors
             if self.parameters[name].device.type == "cuda":
-                # where the host cannot pin more, copies from it are slower, but right
+                # if the host cannot pin more memory, copies from it are slower, but correct
                 with suppress(RuntimeError):
                     self._host[name] = [tensor.pin_memory() for tensor in tensors]
         return self._host[name]

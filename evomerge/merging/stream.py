@@ -22,7 +22,7 @@ from evomerge.merging.tensor_merge import (
 )
 from evomerge.recipe import Recipe
 
-# numbers that go through an element-wise method at once: 1 MB in bf16 stays in a core's cache
+# numbers per call of an element-wise method: 1 MB in bf16 stays in a core's cache
 CHUNK = 1 << 19
 FLOAT32_MAX = torch.finfo(torch.float32).max
 

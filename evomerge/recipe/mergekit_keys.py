@@ -46,7 +46,7 @@ KEYS = (
     "tokenizer",
 )
 MERGEKIT_ONLY = ("modules", "chat_template")  # keys that only mergekit itself understands
-# a method ignores those it has no use for
+# a method ignores those that it does not need
 PARAMETERS = ("weight", "density", "t", "normalize", "rescale", "lambda", "int8_mask")
 BOOLEANS = ("normalize", "rescale", "int8_mask")
 WORDS = dict.fromkeys(("1", "true", "t", "yes", "y", "on"), True) | dict.fromkeys(

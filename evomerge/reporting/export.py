@@ -24,7 +24,7 @@ from evomerge.searching.records.verdict_record import Verdict
 from evomerge.study import Study
 
 SEED_COMMENT = "# The same numbers are dropped with: mergekit-yaml --random-seed {seed}\n"
-# of a trial, in `evomerge show --json`
+# the keys of a trial in `evomerge show --json`
 SHOWN = (
     "number",
     "generation",

@@ -1,6 +1,6 @@
 """One recipe on some tasks: merge, answer, judge.
 
-Answers and grades come from their caches where they were paid for before. There are two examiners:
+Answers and grades come from their caches where they exist. There are two examiners:
 one for tasks with a judge, one for the tasks of lm-eval, which bring metrics of their own.
 """
 
@@ -35,9 +35,9 @@ class Examined:
     grades: list[Grade]
     seconds: dict[str, float]
     tokens_per_second: float | None = None  # None: every answer came from the cache
-    # what a grade's value is called: a judge's grade, or a document's share of lm-eval's score
+    # the name of a grade's value: a judge's grade, or a document's share of lm-eval's score
     figure: str = "grade"
-    # where the objective wants them: nats per token, None for a task without a reference
+    # if the objective needs them: nats per token, None for a task without a reference
     likelihoods: list[float | None] | None = None
 
 
@@ -46,7 +46,7 @@ class Examiner(Protocol):
 
     @property
     def judge(self) -> Judge | None:
-        """Who grades; None where the tasks bring metrics of their own."""
+        """The judge; None where the tasks bring metrics of their own."""
 
     def examine(
         self,
@@ -59,7 +59,7 @@ class Examiner(Protocol):
     ) -> Examined:
         """Blocks of tasks, each answered in batches of its own. Raises EngineError, JudgeError.
 
-        While a judge is waited for, the `upcoming` items are begun. `grades`, by task key, replace
+        While the judge works, the `upcoming` items are started. `grades`, by task key, replace
         those of the judge.
         """
 
@@ -89,7 +89,7 @@ class JudgedExaminer:
         upcoming: Iterable[Item] = (),
         grades: Mapping[str, Grade] | None = None,
     ) -> Examined:
-        """As `Examiner.examine`."""
+        """See `Examiner.examine`."""
         evaluations = []
         for block in blocks:
             evaluations.append(self.evaluation((recipe, block, mode), label, grades is None))
@@ -121,11 +121,11 @@ class JudgedExaminer:
         )
 
     def likelihoods(self, recipe: Recipe, tasks: Sequence[Task]) -> list[float | None] | None:
-        """The references' likelihoods where the objective wants them. Raises EngineError."""
+        """The references' likelihoods where the objective needs them. Raises EngineError."""
         return None if self.likelihood is None else self.likelihood.of(recipe, tasks)
 
     def evaluation(self, item: Item, label: str, graded: bool = True) -> PendingEvaluation:
-        """What was begun ahead, or begins now. Raises EngineError."""
+        """The evaluation that was started ahead, or starts now. Raises EngineError."""
         return self.prefetcher.take(item, lambda item: self.begin(item, label, graded))
 
     def begin(self, item: Item, label: str, graded: bool = True) -> PendingEvaluation:
@@ -185,7 +185,7 @@ class LmEvalExaminer:
         upcoming: Iterable[Item] = (),
         grades: Mapping[str, Grade] | None = None,
     ) -> Examined:
-        """As `Examiner.examine`; nothing is done ahead, and no grades are given."""
+        """See `Examiner.examine`; nothing is done ahead, and no grades are given."""
         tasks = tuple(chain(*blocks))
         merging = 0.0
 

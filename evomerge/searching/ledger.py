@@ -1,7 +1,8 @@
-"""The ledger: what a study remembers, in an Optuna storage.
+"""The ledger: the stored state of a study, in an Optuna storage.
 
 A trial begins in one write, with its numbers and its place; its outcome is one more write before
-the trial ends. So a run that is killed leaves trials that are whole or marked as interrupted.
+the trial ends. A run that is killed therefore leaves trials that are complete or marked as
+interrupted.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ class Ledger:
 
     @property
     def facts(self) -> StudyFacts:
-        """What the study remembers besides its trials. Raises StudyError for a newer format."""
+        """What the study stores besides its trials. Raises StudyError for a newer format."""
         return read_facts(self.storage.attributes(), self.name)
 
     def remember(self, key: str, value: object) -> None:
-        """Write one of the facts, durably; `key` is a field of StudyFacts."""
+        """Store one of the facts durably; `key` is a field of StudyFacts."""
         self.storage.set_attribute(key, stored(value))
 
     def records(self) -> list[TrialRecord]:
@@ -53,7 +54,7 @@ class Ledger:
         return self._read(names)
 
     def history(self) -> History:
-        """The records as something to ask."""
+        """The history of the records."""
         facts = self.facts
         return History(tuple(self._read(tuple(self.space) or facts.names)), facts.start)
 
@@ -71,7 +72,7 @@ class Ledger:
         generation: int | None = None,
         index: int | None = None,
     ) -> TrialRecord:
-        """A running trial with these weights, stored whole or not at all."""
+        """Start a trial with these weights, stored whole or not at all."""
         params = dict(zip(self.space, map(float, weights), strict=True))
         place = {"generation": generation, "index": index, "role": role}
         return _record(self.storage.start_trial(params, self.space, place), tuple(self.space))
@@ -144,7 +145,8 @@ BEGINNING = ("models", "tasks", "split", "names", "n_layers", "files", "knowledg
 
 
 def _undo(stored_file: Mapping[str, Mapping[str, object]], changed: Sequence[str]) -> str:
-    """How to undo a change. Where a default is younger than the study, no user has changed it."""
+    """The remedy that undoes a change. No user has changed a default that is newer than the
+    study."""
     settings = []
     for key in changed:
         section, _, name = key.partition(".")
@@ -185,13 +187,13 @@ def only_worker(url: str, name: str) -> Iterator[None]:
 
 
 def cache_path(url: str, name: str) -> Path:
-    """The answer cache of a study: beside its SQLite file, else in storage/."""
+    """The answer cache of a study: next to its SQLite file, else in storage/."""
     path = sqlite_path(url)
     return (path.parent if path else Path("storage")) / f"{name}.answers.sqlite"
 
 
 def grades_path(url: str, name: str) -> Path:
-    """The llm judge's grades of a study, beside its answers."""
+    """The llm judge's grades of a study, next to its answers."""
     return cache_path(url, name).with_name(f"{name}.grades.sqlite")
 
 

@@ -1,8 +1,8 @@
-"""A study's story: references, generations, the mean, the choice of the winner, the verdict.
+"""The course of a study: references, generations, the mean, the choice of the winner, the verdict.
 
 A trial is drawn, decoded into a recipe, examined (merge, answer, judge), scored and recorded; the
-next generation is drawn from what the ledger holds. So a run that is cut anywhere continues as if
-it had not been.
+next generation is drawn from what the ledger holds. A run that is interrupted anywhere therefore
+resumes as if it had not been.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MAX_ATTEMPTS = 3  # failures at one place of a generation before the run stops
 
 @dataclass
 class Search:
-    """One study under way. `run` continues from whatever the ledger holds."""
+    """One running study. `run` resumes from the state of the ledger."""
 
     problem: Problem
     ledger: Ledger
@@ -47,16 +47,16 @@ class Search:
         problem = self.problem
         self.study, self.genome, self.split = problem.study, problem.genome, problem.split
         self.sampler, self.clock = problem.sampler, StudyClock(self.ledger)
-        # by place, in this run: a cause that was fixed lets a study continue
+        # by place, in this run only, so that a study resumes once the cause is fixed
         self.failures: Counter[tuple[int | None, int | None]] = Counter()
 
     def run(self) -> Verdict:
-        """Search to the end. Raises whatever stops a run; all that was done is recorded."""
+        """Search to the end. Raises whatever stops a run; everything done so far is stored."""
         stale = self.ledger.release_stale()
         if stale:
             self.console.say(f"{stale} interrupted trial(s) are restarted")
         if self.study.engine.population:
-            self.plan.mode()  # refused before any work where it cannot be
+            self.plan.mode()  # refused here, before any work
         self._references()
         if self.warm_start is not None:
             self.warm_start.run(self.ledger, self.console, self.clock)
@@ -67,7 +67,7 @@ class Search:
         return self.final_test.run()
 
     def _references(self) -> None:
-        """The parents and the uniform weights, each once."""
+        """Examine the parents and the uniform weights, each once."""
         wanted = self.genome.references(self.study.search.uniform)
         for i, (role, weights) in enumerate(wanted):
             history = self.ledger.history()
@@ -79,7 +79,7 @@ class Search:
             self._examine_whole(self.ledger.start(role, weights), label, upcoming)
 
     def _generations(self) -> str:
-        """Candidates until there is a reason to stop, which is returned."""
+        """Examine candidates until there is a reason to stop, which is returned."""
         judge = self.examiner.judge
         reason = why_stop(self.study, self.sampler, self.ledger, self.clock, judge)
         if reason is None:
@@ -96,7 +96,7 @@ class Search:
         return reason
 
     def _candidate(self) -> None:
-        """One trial at the first place of the first unfinished generation."""
+        """Run one trial at the first place of the first unfinished generation."""
         history = self.ledger.history()
         slot = self.sampler.next_slot(history)
         if self.failures[slot.generation, slot.index] >= MAX_ATTEMPTS:
@@ -112,7 +112,7 @@ class Search:
         self._trial(trial, label, lambda r: self.plan.examine(slot, r, label, upcoming))
 
     def _mean(self) -> None:
-        """The mean of the distribution that the search arrived at."""
+        """Examine the mean of the distribution that the search arrived at."""
         history = self.ledger.history()
         generation, mean = self.sampler.mean(history)
         if not generation:
@@ -126,12 +126,12 @@ class Search:
             self._examine_whole(trial, "the distribution's mean", upcoming)
 
     def _examine_whole(self, trial: TrialRecord, label: str, upcoming: Iterable[Item]) -> None:
-        """A trial that answers every search task."""
+        """Run a trial that answers every search task."""
         examine, tasks = self.examiner.examine, [self.split.search]
         self._trial(trial, label, lambda r: examine(r, tasks, label, upcoming=upcoming))
 
     def _trial(self, trial: TrialRecord, label: str, examine: Callable[[Recipe], Examined]) -> None:
-        """Examine, score, record. A candidate may fail; all else stops the run."""
+        """Examine, score, record. A candidate may fail; anything else stops the run."""
         try:
             examined = examine(self.genome.decode(trial.weights))
         except EngineError as error:

@@ -1,8 +1,8 @@
 """From a study file to a search that is ready to run: prepare, open, resume.
 
-`prepare` (prepare.py) touches nothing. `open_study` opens the ledger and checks that the study is
-the one that began. `resume` loads the model and the judge. Everything that a user can get wrong is
-raised before the first trial.
+`prepare` (prepare.py) touches nothing. `open_study` opens the ledger and checks that the study has
+not changed since it began. `resume` loads the model and the judge. Everything that a user can get
+wrong is raised before the first trial.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from evomerge.tasks import stored_ids, tasks_hash
 
 @contextmanager
 def open_search(study: Study, url: str, console: Console) -> Iterator[Search]:
-    """A search ready to run or to continue. Raises InputError, EngineError, JudgeError."""
+    """A search ready to run or to resume. Raises InputError, EngineError, JudgeError."""
     prepared = prepare(study, console.say)
     with only_worker(url, study.study):
         ledger = open_study(prepared, url, console)
@@ -90,7 +90,7 @@ def resume(prepared: Prepared, ledger: Ledger, url: str, console: Console) -> It
         else:
             yield _resume_judged(prepared, ledger, console, engine, judge, cache)
     except KeyboardInterrupt:
-        drain = False  # no server is waited for
+        drain = False  # do not wait for a server
         raise
     finally:
         if isinstance(judge, WaitingJudge):
@@ -143,7 +143,7 @@ def _resume_lm_eval(
 def _open_judge(prepared: Prepared, url: str, ledger: Ledger) -> Judge:
     """The study's judge.
 
-    Raises TaskError when it does not know the tasks, StudyError when another one graded so far.
+    Raises TaskError when it does not know the tasks, StudyError when another judge graded so far.
     """
     study = prepared.study
     judge = make_judge(
@@ -166,7 +166,7 @@ def _open_judge(prepared: Prepared, url: str, ledger: Ledger) -> Judge:
 
 
 def _facts(prepared: Prepared, known: StudyFacts) -> StudyFacts:
-    """What the study is, from its files: compared when it continues."""
+    """The facts of the study from its files, which are compared when it resumes."""
     study, split, chooser = prepared.study, prepared.split, prepared.chooser
     models = [prepared.base, *prepared.siblings]
     files = {}
@@ -201,7 +201,7 @@ def _prints(model: ModelFolder, known: Mapping[str, Any]) -> dict[str, dict[str,
 
 
 def _introduce(prepared: Prepared, console: Console) -> None:
-    """Say what the search is over."""
+    """Report what the search covers."""
     study, split, genome = prepared.study, prepared.split, prepared.genome
     size = f"{len(genome.slices)} slices x {len(genome.siblings)} sibling(s)"
     if genome.dimensions != len(genome.slices) * len(genome.siblings):

@@ -1,4 +1,4 @@
-"""What a study will need, before any work: models, tokenizers, tasks, judge, memory, disk, cost."""
+"""What a study will need before it runs: models, tokenizers, tasks, judge, memory, disk, cost."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Preflight:
     lines: list[Finding] = field(default_factory=list)
 
     def add(self, level: str, subject: str, text: str) -> None:
-        """One more finding."""
+        """Add one finding."""
         self.lines.append(Finding(level, subject, text))
 
     def run(self, base_config: Path | None) -> None:
@@ -75,7 +75,7 @@ class Preflight:
             self.add("wrong", "slices, memory, disk", str(error))
 
     def judge(self) -> None:
-        """Who grades; a server is not contacted."""
+        """Check the judge; a server is not contacted."""
         j = self.study.judge
         if j.kind not in ("llm", "cascade"):
             self.add("ok", "judge", f"{j.kind}, offline, metric {j.metric}")
@@ -179,7 +179,7 @@ class Preflight:
         return counts
 
     def slices(self, genome: Genome) -> None:
-        """What is searched."""
+        """Check what is searched."""
         plain = genome.dimensions == len(genome.slices) * len(genome.siblings)
         self.add(
             "ok",

@@ -77,7 +77,7 @@ def two_phase_mean(
     flatter a candidate that drew them. score = mean(grade - level over the n tasks seen) +
     mean(level over all N); the error, of tasks like these, is that of two-phase sampling,
     s_d² (1/n - 1/N) + s_g² / N, with s_d² the variance of grade - level and s_g² that of the grade
-    (Cochran 1977, chapter 12). With every task seen this is s_g / √N, the error of a plain mean.
+    (Cochran 1977, chapter 12). With every task seen, this is s_g / √N, the error of a plain mean.
     """
     values = np.array(list(grades.values()), dtype=float)
     above = values - np.array([levels[task] for task in grades], dtype=float)

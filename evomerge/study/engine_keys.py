@@ -1,4 +1,4 @@
-"""`engine:` what answers, and on what."""
+"""`engine:` the engine that answers, and its device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from evomerge.study.section import Section, Text
 
 
 class VllmSection(Section):
-    """Arguments of vLLM's `LLM`, as there; null: vLLM's default."""
+    """Arguments of vLLM's `LLM` with the same names; null: vLLM's default."""
 
     tensor_parallel_size: int = Field(default=1, ge=1, description="GPUs that share one model.")
     max_model_len: int | None = Field(default=None, description="Longest context, in tokens.")
@@ -24,7 +24,7 @@ class VllmSection(Section):
 
 
 class EngineSection(Section):
-    """What answers."""
+    """The engine that answers."""
 
     kind: Literal["transformers", "vllm"] = Field(
         default="transformers", description="Which engine runs the model."

@@ -19,7 +19,7 @@ from evomerge.study.section import (
 
 # these keep a share of each difference: its density is searched too
 DENSE = ("ties", "dare_ties", "dare_linear")
-# these mix models as they are: the base, if there is one, is a model like the others
+# these mix whole models: the base, if there is one, is a model like the others
 MIXING = ("linear", "slerp")
 
 

@@ -1,4 +1,4 @@
-"""`judge:` who grades, what of the grades is optimised, and what may be spent on them."""
+"""`judge:` the judge, the figure of its grades that is optimised, and its budget."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ JUDGE_MODEL = "EVOMERGE_JUDGE_MODEL"  # the environment's name for `judge.model`
 
 
 class JudgeSection(Section):
-    """Who grades, and which of its figures is optimised."""
+    """The judge, and which of its figures is optimised."""
 
     kind: Literal["rules", "learned", "llm", "cascade", "local", "lm-eval"] = Field(
         default="rules",

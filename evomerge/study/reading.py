@@ -1,4 +1,4 @@
-"""YAML in, one validated, frozen study out. A mergekit-evolve configuration is read as it is."""
+"""YAML in, one validated, frozen study out. A mergekit-evolve configuration is read unchanged."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def study_from_mapping(
     environ: Mapping[str, str] = os.environ,
     where: str = "study file",
 ) -> Study:
-    """As `read_study`, from the content of a study file; its paths are relative to `folder`."""
+    """Read a study from the content of a study file; its paths are relative to `folder`."""
     data = copy.deepcopy(dict(content))
     for override in overrides:
         _override(data, override)

@@ -20,7 +20,7 @@ from evomerge.study.prompt_keys import (
 from evomerge.study.search_keys import ObjectiveSection, SearchSection
 from evomerge.study.section import PathText, Remedy, Section, StudyName, as_tuple, require
 
-# What studies did before they named it.
+# The behaviour of studies from before the key existed.
 BEFORE: dict[str, dict[str, Any]] = {
     "split": {"validation": 0.0},
     "search": {"ranking": "all", "lr_adapt": False},
@@ -112,7 +112,7 @@ class Study(Section):
 
     @property
     def metric(self) -> str:
-        """What of a task's grades is optimised, and compared in the verdict."""
+        """Which figure of a task's grades is optimised, and compared in the verdict."""
         weights = {source.weight for source in self.tasks}
         weighted = len(weights) > 1 and not self.lm_eval
         if weighted or self.objective != ObjectiveSection():
@@ -145,14 +145,14 @@ class Study(Section):
         return 0.8 if low < 0.8 < high else (low + high) / 2
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists and dicts, every default written out: what the study remembers."""
+        """Plain lists and dicts, every default written out, as the study is stored."""
         return self.model_dump(mode="json")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Study:
         """The inverse of `to_dict`. Raises StudyFileError.
 
-        What a study of an older version does not name is as it was then.
+        A key that an older version did not store keeps the behaviour of that version.
         """
         whole = dict(data)
         for section, values in BEFORE.items():
@@ -223,7 +223,7 @@ class Study(Section):
 
     @model_validator(mode="after")
     def _check_evaluation(self) -> Self:
-        """What answers and grades, and what that costs."""
+        """The rules on engine, judge and cost."""
         search, engine, judge = self.search, self.engine, self.judge
         require(
             search.max_cost is None

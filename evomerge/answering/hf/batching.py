@@ -67,7 +67,7 @@ def shrink_to_fit(work: Callable[[], T], shrink: Callable[[], None]) -> T:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-        # only here are the error and everything its frames held released
+        # only here are the error and everything that its frames held released
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

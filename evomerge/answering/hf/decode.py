@@ -151,7 +151,7 @@ class Forward:
         if "logits_to_keep" in known:
             self.extra["logits_to_keep"] = 1
         layers = DynamicCache(config=model.config).layers
-        # A sliding window counts columns, gaps too; GPT-Neo's does, though its layers look plain.
+        # A sliding window counts columns, gaps too; GPT-Neo's does, although its layers look plain.
         self.plain = model.config.model_type != "gpt_neo" and all(
             type(layer) is DynamicLayer for layer in layers
         )

@@ -132,7 +132,7 @@ def loglikelihood(
     single row.
     """
     parts = split_pairs(tokenizer, pairs)
-    by_row: dict[tuple[int, ...], list[int]] = {}  # what is given -> the pairs that it is given in
+    by_row: dict[tuple[int, ...], list[int]] = {}  # given tokens -> the pairs that have them
     for i, (given, continuation) in enumerate(parts):
         if continuation:
             by_row.setdefault(given, []).append(i)
@@ -178,7 +178,7 @@ def split_pairs(tokenizer: Any, pairs: Pairs) -> list[SplitPair]:
     for (prompt, _), tokens in zip(pairs, joined, strict=True):
         start = _common(alone[prompt], tokens)
         if start == 0:
-            # the very first token has a likelihood only after one that texts begin with
+            # the very first token has a likelihood only after a token that texts begin with
             tokens = [first_token(tokenizer), *tokens]
             start = 1
         parts.append((tuple(tokens[:-1]), tuple(tokens[start:])))

@@ -28,7 +28,8 @@ from evomerge.merging.live import LiveModel
 from evomerge.merging.stream import MergePlan
 from evomerge.recipe import Recipe, scalar
 
-PLAIN = {"normalize": False, "lambda": 1.0}  # what a recipe must set, if it sets them
+# the values that a recipe must have where it sets these keys
+PLAIN = {"normalize": False, "lambda": 1.0}
 AnswerRows = Callable[..., list[Output]]
 
 
@@ -219,5 +220,5 @@ class PopulationModel:
             for module, forward in before:
                 if forward is None:
                     del module.forward
-                else:  # one that something else, such as accelerate, had set
+                else:  # a hook that something else, such as accelerate, had set
                     module.forward = forward

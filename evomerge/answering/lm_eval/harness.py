@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from evomerge.answering.cache import AnswerCache
     from evomerge.answering.engine import Engine
 
-FEWSHOT_SEED = 1234  # lm-eval's own default: the examples are those that it would draw
+FEWSHOT_SEED = 1234  # lm-eval's default, so that the examples are those that it would draw
 
 
 class LmEvalRunner:
@@ -86,7 +86,7 @@ class LmEvalRunner:
                 tokenizer_name="",
             )
         except Exception as error:
-            # templates of tasks and of tokenizers raise what they like
+            # templates of tasks and of tokenizers can raise anything
             raise TaskError(
                 f"the prompts cannot be built: {line(error)}",
                 where=f"task {name}",

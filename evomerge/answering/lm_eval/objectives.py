@@ -82,7 +82,7 @@ def _load(names: Sequence[str], folders: list[str]) -> dict[str, Any]:
                 return {name: _load_one(own, name) for name in names}
             except TaskError:
                 if not set(names) & set(own.all_groups):
-                    raise  # else a group may hold tasks of lm-eval's own
+                    raise  # otherwise a group may contain lm-eval's own tasks
     manager = TaskManager(include_path=folders or None)
     return {name: _load_one(manager, name) for name in names}
 
@@ -165,7 +165,8 @@ def _load_one(manager: Any, name: str) -> Any:
         raise TaskError("lm-eval has no such task", where="tasks", found=name, remedy=remedy)
     try:
         loaded = manager.load([name])
-    except Exception as error:  # datasets, its hub client and the tasks' own code raise many kinds
+    # datasets, its hub client and the tasks' code raise many kinds of errors
+    except Exception as error:
         raise TaskError(
             f"the task cannot be loaded: {line(error)}",
             where=f"task {name}",

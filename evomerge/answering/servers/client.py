@@ -24,10 +24,10 @@ Pause = Callable[[float | None, float], bool]
 Kind = Literal["timeout", "unreachable", "broken", "status", "unreadable"]
 
 CONNECT = 10.0  # seconds
-LONGEST_WAIT = 600.0  # seconds of a Retry-After that are waited for
+LONGEST_WAIT = 600.0  # seconds of a Retry-After that we wait at most
 PASSING = (408, 409, 425, 429)  # statuses that may pass, and all from 500 on
 LISTED = 20  # models that a message names
-LINE = 300  # characters of a server's words that a message shows
+LINE = 300  # characters of a server's message that ours shows
 REFUSED = (401, 403)
 
 
@@ -88,7 +88,7 @@ class OpenAIClient:
         self.key = api_key()
         self.errors: Any = openai
         limits = openai.Timeout(timeout, connect=min(CONNECT, timeout))
-        # A server without keys accepts any, and without one the client would not start.
+        # A server without keys accepts any key, and without one the client would not start.
         self.sdk: Any = openai.OpenAI(
             base_url=url, api_key=self.key or "none", max_retries=0, timeout=limits
         )

@@ -37,7 +37,7 @@ from evomerge.study import GenerationSection
 Shorter = Callable[[int], str | None]
 
 CONCURRENCY = 8  # requests at the same time
-RETRIES = 5  # of a request, after 0.5 to 8 s or as long as Retry-After says
+RETRIES = 5  # retries of a request, after 0.5 to 8 s or as long as Retry-After says
 READ = 600.0  # seconds for a whole reply
 SHORTEN = "Shorten the task, or lower generation.max_new_tokens. Finished answers are kept."
 NO_COMPLETIONS = "Check --server, or use --format chat: not every server offers completions."
@@ -173,7 +173,7 @@ class ServerEngine:
         answer with fewer tokens than we allow is requested again with a shorter prompt, as long as
         that makes it longer; where it does not, the server has a limit of its own.
         """
-        cut = Answer("", True, 0)  # the best of those
+        cut = Answer("", True, 0)  # the best of the attempts
         while True:
             try:
                 answer = self._reply(client, prompt, g, stop)

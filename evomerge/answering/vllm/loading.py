@@ -21,7 +21,7 @@ from evomerge.study import EngineSection
 # from what it was given: at the end of a batch the device idles, which with 256 costs little. The
 # number is fixed because what shares a batch must not depend on the machine.
 BATCH = 256
-CPU_SHARE = 0.4  # of the free host memory, that keys and values may take on a CPU
+CPU_SHARE = 0.4  # share of the free host memory that keys and values may take on a CPU
 BLOCK = 128  # positions of a block of keys and values on a CPU: the least that a prompt takes
 ENVIRONMENT = {
     # the scheduler in this process: the same prompts are scheduled the same way
@@ -95,7 +95,7 @@ def load_llm(base: ModelFolder, engine: EngineSection, dtype: str, seed: int) ->
                 where=base.path,
                 remedy="Raise engine.vllm.tensor_parallel_size, or quantise.",
             ) from error
-        except Exception as error:  # vLLM raises many kinds
+        except Exception as error:  # vLLM raises many kinds of errors
             raise EngineError(
                 f"vLLM cannot load the model: {first_line(error)}",
                 where=base.path,

@@ -24,7 +24,7 @@ from evomerge.judging.validation.families import family
 from evomerge.judging.validation.reference import Joined, join_grades, pick, read_grades
 from evomerge.tasks import Task, load_tasks
 
-FAMILY_POWER = 0.5  # a family of n models counts like sqrt(n): 0 is each model alike, 1 each family
+FAMILY_POWER = 0.5  # a family of n models counts like sqrt(n); 0: all models alike, 1: all families
 FEWEST = 5  # graded answers to a task
 FOLDS = 4
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from evomerge.tasks import Task
 
 FORMAT, FORMAT_VERSION = "evomerge-learned-judge", 2
-CLIP = 3.0  # standard deviations: an unusual answer counts as no further out than that
+CLIP = 3.0  # standard deviations: an unusual answer counts as no farther out than this
 
 
 @dataclass(frozen=True)

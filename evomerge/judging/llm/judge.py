@@ -29,7 +29,7 @@ from evomerge.judging.llm.rubric import RUBRIC, Rubric, Vote, one_line, read_vot
 from evomerge.study import JudgeSection
 from evomerge.tasks import Task
 
-Votes: TypeAlias = "dict[int, Future[Vote] | Vote]"  # by the vote's number: expected or there
+Votes: TypeAlias = "dict[int, Future[Vote] | Vote]"  # by the vote's number: pending or received
 
 
 class NoGrade(JudgePaused):
@@ -109,7 +109,7 @@ class LlmJudge:
         self.identity = json.dumps([self.client.model, s.temperature, s.reply_tokens])
         identity = json.dumps([self.identity, self.rubric.digest, s.votes])
         self.version = sha256(identity.encode()).hexdigest()[:12]
-        self.failure: EvomergeError | None = None  # the first that ended the run
+        self.failure: EvomergeError | None = None  # the first error, which ended the run
         self._queue: SimpleQueue[VoteRequest | None] = SimpleQueue()
         self._wanted: dict[tuple[str, int], Future[Vote]] = {}  # queued or running
         self._workers: list[threading.Thread] = []

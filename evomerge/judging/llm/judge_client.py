@@ -79,7 +79,7 @@ class JudgeClient:
         listed = self._list()
         named = section.model or os.environ.get(JUDGE_MODEL)
         self.model = named or only_model(listed, self.url, f"Set judge.model, or {JUDGE_MODEL}.")
-        if listed and self.model not in listed:  # some servers know more than they list
+        if listed and self.model not in listed:  # some servers have more models than they list
             self._probe(listed)
 
     def ask(self, messages: list[dict[str, str]], seed: int | None, stop: threading.Event) -> Reply:
@@ -152,7 +152,7 @@ class JudgeClient:
             if name in sent and name in said:
                 self.unsupported.add(name)
                 return True
-        if "response_format" in sent:  # often refused without being named
+        if "response_format" in sent:  # often refused without an error that names it
             self.unsupported.add("response_format")
             return True
         return False

@@ -15,7 +15,7 @@ from typing import Any
 from evomerge.answering.servers.openai_protocol import whole
 from evomerge.tasks import Task
 
-VERSION = "1"  # of all texts here: another rubric gives other grades
+VERSION = "1"  # the version of all texts here: a different rubric gives different grades
 LONGEST = 20_000  # characters of an answer that are shown
 GRADES = (1, 2, 3, 4, 5)
 

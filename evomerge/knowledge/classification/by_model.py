@@ -19,7 +19,8 @@ CONTENT_FREE = ("N/A", "[MASK]", "")
 LONGEST = 1000
 # tasks in one request, so that the texts of 10,000 are never in memory together
 TOGETHER = 64
-# share of the votes that every class keeps in `both`: one without a neighbour is still possible
+# share of the votes that every class keeps in `both`, so that one without a neighbour stays
+# possible
 LEAST = 0.01
 
 JAPANESE = re.compile("[\u3040-\u30ff\u4e00-\u9fff]")

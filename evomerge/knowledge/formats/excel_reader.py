@@ -64,11 +64,11 @@ def _workbook(path: Path) -> Any:
         file.seek(0)
         try:
             with warnings.catch_warnings():
-                # openpyxl warns of drop-down lists and the like, which do no harm
+                # openpyxl warns about drop-down lists and the like, which are harmless
                 warnings.simplefilter("ignore", UserWarning)
                 return openpyxl.load_workbook(file)
         except Exception as error:
-            # openpyxl lets zipfile's, the XML parser's and its own errors through
+            # openpyxl passes on zipfile's and the XML parser's errors, and raises its own
             raise KnowledgeError(
                 f"not a readable Excel file: {error}",
                 where=path,

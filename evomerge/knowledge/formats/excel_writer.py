@@ -115,7 +115,7 @@ def write_excel(knowledge: Knowledge, path: Path, readme: Sequence[tuple[str, st
     book = _book(knowledge, path, readme)
 
     def save(file: Path) -> None:
-        # a stream: openpyxl would take the temporary file's suffix for a wrong one
+        # a stream, because openpyxl would reject the temporary file's suffix
         with file.open("wb") as stream:
             book.save(stream)
 
@@ -220,7 +220,7 @@ def _fill_header(sheet: Any, columns: dict[str, Column]) -> None:
         whole.width = column.width
         whole.alignment = wrap
         if name not in CHECKS:
-            whole.number_format = "@"  # what is typed below the last row is a text too
+            whole.number_format = "@"  # text is expected below the last row too
 
 
 def _set_page(sheet: Any) -> None:

@@ -99,7 +99,7 @@ def _read_row(sheet: str, i: int, node: yaml.Node, path: Path, tables: Tables) -
             )
             reported.add(name)
         elif value.tag != NULL:
-            cells[name] = str(value.value)  # as it was written: yes stays yes
+            cells[name] = str(value.value)  # kept as written: yes stays yes
     return Row(i + 2, cells, place, frozenset(reported))
 
 

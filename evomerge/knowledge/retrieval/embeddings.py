@@ -49,7 +49,7 @@ def _load(name: str) -> Any:
         ) from error
     try:
         return SentenceTransformer(name)
-    except Exception as error:  # the library lets the hub's, torch's and its own errors through
+    except Exception as error:  # the library passes on the hub's, torch's and its own errors
         lines = str(error).splitlines() or [type(error).__name__]
         raise ModelError(
             f"cannot be loaded: {lines[0]}",

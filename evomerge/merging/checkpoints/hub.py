@@ -32,7 +32,7 @@ def download(name: str) -> Path:
         return Path(
             snapshot_download(owner_name, revision=revision or None, allow_patterns=list(PATTERNS))
         )
-    except Exception as error:  # the client raises its own, httpx's and OSError
+    except Exception as error:  # the client raises its own errors, httpx's and OSError
         raise ModelError(
             f"cannot be fetched from the hub ({type(error).__name__})",
             where=name,

@@ -28,7 +28,7 @@ class Unfinished:
     """
 
     path: Path
-    lock: ExclusiveLock | None  # None: on a file system without locks nothing is taken for dead
+    lock: ExclusiveLock | None  # None: on a file system without locks no folder is considered dead
 
     @property
     def helper_lock(self) -> Path:
@@ -83,7 +83,7 @@ def _make(out: Path) -> Unfinished:
         try:
             lock = ExclusiveLock(hidden / LOCK)
         except LockHeld:
-            continue  # another process took it for dead before it was locked
+            continue  # another process considered it dead before it was locked
         except OSError:
             lock = None
         path = hidden / "model"

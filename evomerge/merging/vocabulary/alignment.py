@@ -29,7 +29,7 @@ from evomerge.merging.vocabulary.tokenizers import (
 )
 from evomerge.recipe import TokenizerSection
 
-# instead of a row: the model has no such token; it has, past the end of its embeddings
+# instead of a row: the model lacks the token; it has the token, beyond the end of its embeddings
 LACKING, BEYOND = -1, -2
 ZEROS, MEAN = -1, -2  # instead of a donor
 

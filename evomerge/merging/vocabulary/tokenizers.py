@@ -114,7 +114,7 @@ def unite(tokenizers: Mapping[str, Any], sizes: Mapping[str, int]) -> Any:
         # were cut off.
         first.save_pretrained(folder)
         united = read_tokenizer(folder, "the union's tokenizer")
-    # All at once: token by token, each call rebuilds the matcher of the added ones.
+    # In one call: token by token, each call would rebuild the matcher of the added ones.
     united.add_tokens([token for token in plain if token not in added and token not in present])
     united.add_tokens(list(added.values()))
     return united
@@ -196,7 +196,7 @@ def _cut(tokenizer: Any, size: int, ref: str) -> Any:
     kept = []
     for merge in bpe["merges"]:
         a, b = merge.split(" ") if isinstance(merge, str) else merge
-        # A merge into a token that is cut goes too; mergekit fails there.
+        # A merge into a token that is cut is removed too; mergekit fails there.
         if unused.isdisjoint((a, b, a + b.removeprefix(prefix))):
             kept.append((a, b))
     bpe["merges"] = kept

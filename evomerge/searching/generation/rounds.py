@@ -1,8 +1,8 @@
 """What each candidate of a generation answers, and which judge grades it.
 
 Everything here is a function of the study and of the generation's candidates; answers and grades
-come from their caches when it is worked out again. So a run that was killed in the middle of a
-generation comes to the same end.
+come from their caches when it is computed again. A run that was killed in the middle of a
+generation therefore has the same result.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from evomerge.tasks import Task
 
 @dataclass
 class Decided:
-    """What is known of a generation's candidates before their trials, by their recipes' digests."""
+    """What is known about a generation's candidates before their trials, by their recipes'
+    digests."""
 
     recipes: tuple[str, ...]
     blocks: dict[str, int] = field(default_factory=dict)  # how many each answers
@@ -55,18 +56,18 @@ class EveryTask:
         return self.search_tasks
 
     def mode(self) -> str:
-        """Candidates are merged."""
+        """The mode in which candidates are merged."""
         return MERGED
 
     def examine(
         self, slot: Slot, recipe: Recipe, label: str, upcoming: Iterable[Item] = ()
     ) -> Examined:
-        """One candidate. Raises EngineError."""
+        """Examine one candidate. Raises EngineError."""
         return self.examiner.examine(recipe, [self.search_tasks], label, MERGED, upcoming)
 
 
 class Rounds:
-    """One generation at a time, as `search.ranking`, the judge and the engine want it."""
+    """One generation at a time, as `search.ranking`, the judge and the engine require."""
 
     def __init__(
         self,
@@ -88,7 +89,7 @@ class Rounds:
     def together(self) -> bool:
         """Whether a generation's candidates are compared before their trials begin.
 
-        So it is in a race, and for the cascade judge.
+        This is so in a race, and with the cascade judge.
         """
         raced = self.study.search.ranking == "race"
         return raced or isinstance(self.examiner.judge, CascadeJudge)
@@ -127,7 +128,8 @@ class Rounds:
     def examine(
         self, slot: Slot, recipe: Recipe, label: str, upcoming: Iterable[Item] = ()
     ) -> Examined:
-        """One candidate, after what must be known of its whole generation. Raises EngineError."""
+        """Examine one candidate, after what must be known of its whole generation. Raises
+        EngineError."""
         generation, named = slot.generation, f"gen {slot.generation + 1}"
         if self.mode() == ONE_PASS:
             self._answer_in_one_pass(generation, named)
@@ -153,7 +155,7 @@ class Rounds:
         self.one_pass.ahead(generation, texts, report, prompter.settings(prompts))
 
     def prepare(self, generation: int, recipes: Sequence[Recipe], label: str) -> None:
-        """Work out what must be known about the whole generation: a race, or a cascade's round."""
+        """Compute what must be known about the whole generation: a race, or a cascade's round."""
         digests = tuple(recipe.digest() for recipe in recipes)
         if self.decided is not None and self.decided.recipes == digests:
             return
@@ -179,7 +181,7 @@ class Rounds:
         every: Sequence[Sequence[Task]],
         label: str,
     ) -> None:
-        """Block by block; what cannot enter the better half any more stops (racing.hopeless)."""
+        """Run a race block by block; a candidate that can no longer enter the better half stops."""
         values = np.full((len(recipes), sum(map(len, every))), np.nan)
         racing = list(range(len(recipes)))
         keep = max(1, self.sampler.population // 2)
@@ -225,7 +227,7 @@ class Rounds:
         return self.scorer.task_values(examined, missing=np.nan)
 
     def _remember_savings(self, generation: int, savings: CascadeSavings) -> None:
-        """By generation, so that working it out again counts once."""
+        """Store the savings by generation, so that computing one again counts once."""
         known = dict(self.ledger.facts.cascade_generations)
         known[generation] = (savings.graded, savings.asked)
         self.ledger.remember("cascade_generations", known)

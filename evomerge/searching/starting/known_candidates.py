@@ -17,7 +17,7 @@ OUTSIDE = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
 def first_vectors(study: Study, genome: Genome) -> list[tuple[float, ...]]:
     """The vectors of `search.recipes` and `search.vectors`.
 
-    Raises StudyFileError for one that the genome does not hold.
+    Raises StudyFileError for one that the genome does not contain.
     """
     vectors = [encode(genome, read_recipe(path), path) for path in study.search.recipes]
     for i, vector in enumerate(study.search.vectors):
@@ -130,5 +130,5 @@ def _all_settings(layout: Layout, name: str, models: Sequence[str]) -> tuple[obj
 
 
 def _place(ref: str) -> str:
-    """A model by where it lies, however that is written."""
+    """The place of a model, however it is written."""
     return str(Path(ref).resolve()) if Path(ref).exists() else ref

@@ -15,7 +15,7 @@ from evomerge.study import Study
 
 
 def start_from_source(study: Study, url: str, genome: Genome, ledger: Ledger) -> None:
-    """Remember the distribution of `search.source_study` as it is now, once.
+    """Store the current distribution of `search.source_study`, once.
 
     Raises StudyError when that study cannot be a source.
     """
@@ -51,7 +51,7 @@ def start_from_source(study: Study, url: str, genome: Genome, ledger: Ledger) ->
 
 
 def as_start(distribution: Distribution, first: bool = False) -> Start:
-    """A distribution as a study remembers it; with `first` its mean is the first candidate too."""
+    """A distribution as a study stores it; with `first` its mean is the first candidate too."""
     cov = tuple(tuple(row) for row in distribution.cov.tolist())
     return Start(tuple(distribution.mean.tolist()), distribution.sigma, cov, first)
 

@@ -18,7 +18,7 @@ def make_sampler(
 ) -> CmaSampler:
     """The study's sampler.
 
-    `first` are the known candidates as a study remembers them; None: as its file names them.
+    `first` are the known candidates as a study stores them; None: as its file names them.
     """
     s = study.search
     if first is None:

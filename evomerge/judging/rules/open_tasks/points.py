@@ -1,7 +1,8 @@
 """The grading points of a task (`eval_aspect`), read for what a rule can check.
 
-Lines look like "- 三重県と答えられている: 5点", "- Xが抜けている場合: -2点", "問題1は左が正解". What a good answer must contain
-is on lines with four or five points, on lines that deduct for something missing, and before 正解.
+Lines look like "- 三重県と答えられている: 5点", "- Xが抜けている場合: -2点", "問題1は左が正解".
+What a good answer must contain is on lines with four or five points, on lines that deduct for
+something missing, and before 正解.
 """
 
 from __future__ import annotations

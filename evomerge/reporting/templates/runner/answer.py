@@ -179,7 +179,7 @@ def prompt(
         chat, chat_template=SETTINGS["chat_template"], tokenize=False, add_generation_prompt=True
     )
     ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
-    if len(ids) > room and examples:  # the least similar one goes
+    if len(ids) > room and examples:  # the least similar one is dropped
         return prompt(tokenizer, room, text, kind, examples[1:], documents)
     if len(ids) > room and documents:
         return prompt(tokenizer, room, text, kind, examples, documents[:-1])
@@ -207,7 +207,7 @@ def read_tasks(path: str, parser: argparse.ArgumentParser) -> dict[str, dict]:
         number = record.get("task_id")
         if number in (None, ""):
             number = len(tasks)
-        # encoding refuses half of a surrogate pair
+        # encoding rejects half of a surrogate pair
         task = {"task_id": number, "input": record.get("input", "").encode().decode()}
         if not task["input"].strip() or tasks.setdefault(str(number), task) is not task:
             wrong = "has no text under `input`, or repeats an earlier task_id"
@@ -274,7 +274,7 @@ def main() -> None:
         made_from = repr((args.model, RECIPE, number, settings, asked[-1]))
         keys.append(hashlib.sha256(made_from.encode()).hexdigest())
     part, spare = Path(f"{args.out}.part"), Path(f"{args.out}.tmp")
-    # what an earlier run has answered
+    # answers of an earlier run
     done = json.loads(part.read_text("utf-8")) if part.exists() else {}
     waiting = [i for i, key in enumerate(keys) if key not in done]
     waiting.sort(key=lambda i: len(asked[i]) + own[i]["max_new_tokens"])  # the cheapest first
