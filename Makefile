@@ -55,8 +55,9 @@ test-vllm: $(VLLM)/.ready ## test the vLLM engine on the CPU, in .venv-vllm (3.5
 	@$(VLLM)/bin/python benchmarks/vllm_vs_hf.py
 $(EXTRAS:%=test-%): test-%: $(VENV)/.ready-%
 	@$(if $(filter mergekit,$*),EVOMERGE_MERGEKIT_PYTHON=$(CURDIR)/$(BIN)/python) $(PYTEST) $(PARALLEL) -rs $(TESTS-$*)
-docs: $(READY) ## write docs/CLI.md, the help of every command
+docs: $(READY) ## write docs/CLI.md, docs/STUDY_FILE.md and the study file's JSON Schema
 	@$(BIN)/python docs/make_cli.py
+	@$(BIN)/python docs/make_study_file.py
 check: $(READY) ## run the linter, the format check and the type checker
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .

@@ -34,10 +34,13 @@ OPTIONAL = {n for extra in EXTRAS.keys() - {"dev", "real-pair"} for n in EXTRAS[
 
 
 def imported(path):
-    """(top-level module, inside a function) of every import of another package in a file."""
+    """(top-level module, not run on import) of every import of another package in a file."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
-    inside = {id(node) for function in functions for node in ast.walk(function)}
+    inside = set()
+    for outer in ast.walk(tree):
+        function = isinstance(outer, ast.FunctionDef | ast.AsyncFunctionDef)
+        if function or (isinstance(outer, ast.If) and "TYPE_CHECKING" in ast.unparse(outer.test)):
+            inside |= {id(node) for node in ast.walk(outer)}
     for node in ast.walk(tree):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and not node.level:

@@ -28,6 +28,13 @@ def test_the_command_line_page_is_the_help_of_every_command(monkeypatch):
     assert (DOCS / "CLI.md").read_text(encoding="utf-8") == make_cli.cli_page(), "run `make docs`"
 
 
+def test_the_study_file_page_describes_every_key():
+    make_study_file = load(DOCS / "make_study_file.py")
+    page = (DOCS / "STUDY_FILE.md").read_text(encoding="utf-8")
+    assert page == make_study_file.study_file_page(), "run `make docs`"
+    assert make_study_file.SCHEMA.read_text(encoding="utf-8") == make_study_file.schema_text()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_to_files(page):
     text = page.read_text(encoding="utf-8")

@@ -80,7 +80,7 @@ def test_stdout_when_no_file_is_named(
     assert json.loads(captured.out)["task_id"] == 0
     assert captured.err == ""
     assert isinstance(summary, GradeSummary)
-    assert math.isnan(summary.stderr)
+    assert summary.stderr is None
 
 
 def test_half_a_surrogate_pair_is_graded_and_written(tmp_path: Path, tasks: Path) -> None:

@@ -182,7 +182,7 @@ def test_a_seed_that_is_none(tmp_path, capsys, seed):
     with pytest.raises(SystemExit) as stopped:
         main(["merge", "r.yml", str(tmp_path / "out"), f"--random-seed={seed}"])
     assert stopped.value.code == 2
-    assert "no seed" in capsys.readouterr().err
+    assert "not a seed" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_made(tmp_path, capsys):

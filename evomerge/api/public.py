@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from evomerge.inference.request import Classify
     from evomerge.inference.result import InferenceResult
     from evomerge.judging.grade import Judge
-    from evomerge.searching.preflight import Finding
+    from evomerge.searching.preflight import PreflightFinding
 
 
 def search(
@@ -54,11 +54,15 @@ def search(
     overrides: settings of the study file by dotted keys: {"search.trials": 24}.
     console: where progress goes (default: stderr).
 
-    Returns ------- The finished study. Calling again with more trials resumes it.
+    Returns
+    -------
+    The finished study. Calling again with more trials resumes it.
 
-    Raises ------ StudyFileError, StudyError, ModelError, TaskError, KnowledgeError: something in
-    the study is wrong or has changed since it began. EngineError, JudgeError: the run failed;
-    everything up to then is stored, and the same call resumes.
+    Raises
+    ------
+    StudyFileError, StudyError, ModelError, TaskError, KnowledgeError: something in the study is
+    wrong or has changed since it began. EngineError, JudgeError: the run failed; everything up to
+    then is stored, and the same call resumes.
 
     >>> found = evomerge.search("search_spaces/demo.yaml", trials=24)
     >>> found.winner.score, found.recipe_yaml
@@ -84,12 +88,13 @@ def check(
     *,
     base_config: str | Path | None = None,
     overrides: Overrides = None,
-) -> list[Finding]:
-    """Report what a study needs before it runs: models, shapes, tokenizer, disk, memory, judge,
-    cost.
+) -> list[PreflightFinding]:
+    """Report what a study needs: models, shapes, tokenizer, disk, memory, judge, cost.
 
-    Parameters ---------- study_file, overrides: as for `search`. base_config: a config.json to use
-    if the base model cannot be reached.
+    Parameters
+    ----------
+    study_file, overrides: as for `search`.
+    base_config: a config.json to use if the base model cannot be reached.
 
     Returns
     -------

@@ -31,7 +31,8 @@ evomerge export demo --model merged/"""
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
-    Returns the exit code: 0 done, 1 failed, 2 wrong usage or input, 130 interrupted.
+    Returns the exit code: 0 done, 1 failed, 2 wrong usage or input, 3 paused, 130
+    interrupted.
     """
     args = make_parser().parse_args(argv)
     # its import warns about kernels that are not used here

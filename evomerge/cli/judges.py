@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from evomerge.cli.options import Commands, add_command, add_group, say_written
-from evomerge.console import Console
+from evomerge.console import Console, plus_minus
 
 GRADE = "evomerge judge grade --tasks t.jsonl --answers a.jsonl --judge rules --out g.jsonl"
 VALIDATE = (
@@ -143,7 +143,7 @@ def judge_grade(args: argparse.Namespace) -> None:
 
     judge = judge_from_options(args.judge, args.set)
     summary = grade_file(args.tasks, args.answers, judge, args.out)
-    Console().say(f"{summary.n} answers, mean grade {summary.mean:.3f} ± {summary.stderr:.3f}")
+    Console().say(f"{summary.n} answers, mean grade {plus_minus(summary.mean, summary.stderr)}")
 
 
 def judge_validate(args: argparse.Namespace) -> None:

@@ -24,11 +24,11 @@ _SURROGATES = dict.fromkeys(range(55296, 57344), "�")
 
 @dataclass(frozen=True)
 class GradeSummary:
-    """`n` grades, their mean (1 to 5) and its standard error (NaN for a single grade)."""
+    """`n` grades, their mean (1 to 5) and its standard error (None for a single grade)."""
 
     n: int
     mean: float
-    stderr: float
+    stderr: float | None
 
 
 @dataclass(frozen=True)
@@ -170,5 +170,5 @@ def _record(line: AnswerLine, grade: Grade, judge: Judge) -> dict[str, Any]:
 
 def _summary(grades: Sequence[float]) -> GradeSummary:
     n = len(grades)
-    stderr = stdev(grades) / math.sqrt(n) if n > 1 else math.nan
+    stderr = stdev(grades) / math.sqrt(n) if n > 1 else None
     return GradeSummary(n, fmean(grades), stderr)

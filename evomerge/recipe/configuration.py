@@ -18,7 +18,7 @@ from evomerge.recipe.mergekit_keys import BUILT_IN
 from evomerge.recipe.parameter_checks import ParameterChecks
 from evomerge.recipe.rounding import rounded
 from evomerge.recipe.source_checks import SourceChecks
-from evomerge.recipe.top_level_checks import check_top_level, read_tokenizer
+from evomerge.recipe.top_level_checks import check_top_level, read_tokenizer_section
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Recipe:
             out_dtype=data.get("out_dtype"),
             parameters=values.parameters(data.get("parameters"), where),
             slices=slices,
-            tokenizer=read_tokenizer(data, where),
+            tokenizer=read_tokenizer_section(data, where),
         )
 
     @property

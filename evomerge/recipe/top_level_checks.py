@@ -58,7 +58,7 @@ def check_top_level(data: Any, where: str) -> str:
     return method
 
 
-def read_tokenizer(data: Mapping[str, Any], where: str) -> TokenizerSection | None:
+def read_tokenizer_section(data: Mapping[str, Any], where: str) -> TokenizerSection | None:
     """`tokenizer_source: X`, or mergekit's `tokenizer: {source, tokens, pad_to_multiple_of}`.
 
     Raises RecipeError.

@@ -27,7 +27,7 @@ WAITING = {
 
 
 @dataclass(frozen=True)
-class Finding:
+class PreflightFinding:
     """One finding.
 
     `level` is ok, low (it may not suffice), unknown (it could not be reached) or wrong.
@@ -38,7 +38,7 @@ class Finding:
     text: str
 
 
-def check_study(study: Study, base_config: Path | None = None) -> list[Finding]:
+def check_study(study: Study, base_config: Path | None = None) -> list[PreflightFinding]:
     """Every finding, good or bad; nothing is raised for what a user can fix."""
     check = Preflight(study)
     check.run(base_config)
@@ -50,11 +50,11 @@ class Preflight:
     """Collects the findings on one study."""
 
     study: Study
-    lines: list[Finding] = field(default_factory=list)
+    lines: list[PreflightFinding] = field(default_factory=list)
 
     def add(self, level: str, subject: str, text: str) -> None:
         """Add one finding."""
-        self.lines.append(Finding(level, subject, text))
+        self.lines.append(PreflightFinding(level, subject, text))
 
     def run(self, base_config: Path | None) -> None:
         """Check everything; `base_config` is used when the base cannot be reached."""
