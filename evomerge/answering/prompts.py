@@ -35,8 +35,7 @@ TOKEN = re.compile(r"[<\[].+[>\]]")
 
 @dataclass(frozen=True)
 class Prompt:
-    """The prompt of one task: the whole `text`, how it is answered, and what it takes from the
-    knowledge base.
+    """The prompt of one task: the whole `text`, its settings, and what comes from the base.
 
     `examples` and `documents` are those that had room, in the order of the choice.
     """
@@ -131,8 +130,7 @@ class Prompter:
         examples: Sequence[Example],
         documents: Sequence[Document],
     ) -> str:
-        """The prompt by the class's template; examples replace {examples}, or are turns before the
-        task."""
+        """The class's template filled in; examples replace {examples}, or are earlier turns."""
         asked = self._plain(render(kind.template, text, examples, documents))
         turns = []
         if "{examples}" not in kind.template:
@@ -159,8 +157,7 @@ class Prompter:
         return text + template.replace("{input}", asked)
 
     def _chat(self, turns: list[dict[str, str]]) -> str:
-        """The prompt by the chat template; without system turns the text goes above the first user
-        turn."""
+        """The chat template filled in; without system turns, the first user turn gets the text."""
         from jinja2 import TemplateError
 
         try:

@@ -52,8 +52,7 @@ def _task_arithmetic(space: SearchSpace, x: Sequence[float]) -> Recipe:
 
 
 def _weighted(space: SearchSpace, x: Sequence[float]) -> Recipe:
-    """A recipe of any method with weights: sources per slice, or with `smooth` once with
-    gradients."""
+    """A recipe with weights: sources per slice, or with `smooth` once with gradients."""
     data: dict[str, Any] = {"parameters": {"normalize": float(space.normalize)}}
     if space.base_model is not None:
         data["base_model"] = space.base_model

@@ -43,8 +43,7 @@ class Refining(Protocol):
     """A step that may answer tasks again and choose: selfcheck.py and best_of.py."""
 
     def __call__(self, run: Run, chosen: dict[int, Answer]) -> str:
-        """Change `chosen`, the answers by task index, with `run.ask`; return a line that reports
-        it."""
+        """Change `chosen`, the answers by task index, with `run.ask`; return a line about it."""
 
 
 @dataclass

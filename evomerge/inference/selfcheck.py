@@ -103,8 +103,7 @@ def retry_system(fault: Faults, task: str) -> str | None:
 
 
 def seriousness(fault: Faults) -> int:
-    """How serious the faults are, 0 for none: a more serious one outweighs all lesser ones
-    together."""
+    """How serious the faults are, 0 for none: a more serious one outweighs all lesser ones."""
     return sum(SERIOUS[name] for name in fault)
 
 

@@ -1,5 +1,4 @@
-"""Where base and siblings are kept between candidates: on the device, in host memory, or on
-disk."""
+"""Where base and siblings are kept between candidates: device, host memory or disk."""
 
 from __future__ import annotations
 
@@ -112,8 +111,7 @@ class Resident:
                     yield name, item
 
     def retreat(self) -> None:
-        """Free memory after it ran out: what is kept on a device goes to the host, else to the
-        disk.
+        """Free memory after it ran out: move what is on a device to the host, else to the disk.
 
         Raises EngineError when all of it is on disk already.
         """

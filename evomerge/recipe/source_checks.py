@@ -97,8 +97,7 @@ class SourceChecks:
         return given[0], given[1]
 
     def _check_models(self, sources: Sequence[Source], base: str | None, where: str) -> None:
-        """Refuse what mergekit refuses too: no base, a model twice, slerp of more or fewer than
-        two."""
+        """Refuse what mergekit refuses: no base, a model twice, slerp of not exactly two."""
         names = [source.model for source in sources]
         if METHODS[self.method].base and base not in names:
             raise RecipeError(

@@ -165,8 +165,7 @@ class FinalTest:
     console: Console
 
     def run(self) -> Verdict:
-        """Choose the winner and compare it with the references. Raises EngineError, JudgeError,
-        StudyFileError.
+        """Choose the winner and compare it. Raises EngineError, JudgeError, StudyFileError.
 
         What was computed before an interruption comes from the cache. Each look at the held-out
         tasks is counted: a winner that is chosen after one look is no longer chosen blindly.

@@ -18,8 +18,7 @@ from evomerge.study import Study
 
 @dataclass(frozen=True)
 class Finished:
-    """The contents of a study: its trials by number, the winner so far, the verdict if there is
-    one."""
+    """The contents of a study: its trials by number, the winner so far, and any verdict."""
 
     ledger: Ledger
     study: Study

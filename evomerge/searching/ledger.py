@@ -145,8 +145,7 @@ BEGINNING = ("models", "tasks", "split", "names", "n_layers", "files", "knowledg
 
 
 def _undo(stored_file: Mapping[str, Mapping[str, object]], changed: Sequence[str]) -> str:
-    """The remedy that undoes a change. No user has changed a default that is newer than the
-    study."""
+    """The remedy for a change. A default that is newer than the study was not changed."""
     settings = []
     for key in changed:
         section, _, name = key.partition(".")

@@ -95,8 +95,7 @@ def _config(params: SamplingParams, pad: int) -> Any:
 
 
 def _until_end(runner: BatchRunner, tokens: list[int], stops: Sequence[str]) -> Output:
-    """The tokens that `decode` would have returned for a row, which `generate` pads after its
-    end."""
+    """The tokens that `decode` would have returned for a row, which `generate` pads."""
     kept: list[int] = []
     for token in tokens:
         if token in runner.end_tokens:

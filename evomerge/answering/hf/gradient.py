@@ -119,8 +119,7 @@ class GradientModel:
     def __call__(
         self, pairs: Sequence[TokenPair], vector: Sequence[float], micro_tokens: int = MICRO_TOKENS
     ) -> LikelihoodGradient:
-        """Give the live model the vector's weights, which it keeps; running out of memory
-        raises."""
+        """Give the live model the vector's weights to keep; running out of memory raises."""
         self.live.apply(self.genome.decode(vector))
         total = torch.zeros(self.genome.dimensions, dtype=torch.float64)
         values = [0.0] * len(pairs)

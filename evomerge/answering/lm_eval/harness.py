@@ -222,8 +222,7 @@ class LmEvalRunner:
 
     @contextlib.contextmanager
     def _seeded(self) -> Iterator[None]:
-        """Make sampling draw the same for every candidate; the caller's generators are not
-        touched."""
+        """Make every candidate sample alike; the caller's generators are not touched."""
         device = self.lm.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(self.study.search.seed)

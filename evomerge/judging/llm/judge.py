@@ -172,8 +172,7 @@ class LlmJudge:
         return PendingVotes(votes)
 
     def close(self, drain: bool = True) -> None:
-        """Send no further request. `drain` waits for running ones, whose grades have been
-        charged."""
+        """Send no further request. `drain` waits for running ones, which cost money already."""
         self._stop.set()
         for _ in self._workers:
             self._queue.put(None)

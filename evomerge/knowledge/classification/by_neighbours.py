@@ -39,8 +39,7 @@ class Classification:
 
 
 def class_texts(knowledge: Knowledge, descriptions: bool = False) -> list[str]:
-    """The texts that a retriever needs for the vote: the inputs of all examples, then
-    descriptions."""
+    """The texts that a retriever needs for the vote: all examples' inputs, then descriptions."""
     texts = [example.input for example in knowledge.examples]
     if descriptions:
         texts += [c.description for c in _described(knowledge)]

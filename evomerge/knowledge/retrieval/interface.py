@@ -38,8 +38,7 @@ class Retriever(Protocol):
     def nearest(self, texts: Sequence[str], k: int) -> Nearest: ...
 
     def over(self, inputs: Sequence[str]) -> Retriever:
-        """A retriever of the same kind for other texts, which also finds a text equal to the given
-        one.
+        """A retriever for other texts, which also finds a text equal to the given one.
 
         It is for documents, which do not give away an answer.
         """

@@ -1,5 +1,4 @@
-"""The plan of which adapter tensors change which base tensors, checked before anything is
-merged."""
+"""Which adapter tensors change which of the base's, checked before anything is merged."""
 
 from __future__ import annotations
 

@@ -47,15 +47,16 @@ def blocks(size: int, block: int = BLOCK) -> list[range]:
 def hopeless(grades: NDArray[Any], keep: int, error: float, looks: int = 1) -> set[int]:
     """Candidates that cannot enter the better `keep` any more.
 
-    Grades are (candidates, tasks), nan where unseen. Candidate i is out when at least `keep` others
-    are better than it by a one-sided paired t test over the tasks that both saw. Where i does
-    belong to the better `keep`, one of these others does not, and that test alone erred: of such
-    pairs there are keep * (candidates - keep), each tested at `looks` looks, so each test has the
-    level error / (looks * keep * (candidates - keep)) and all of them together err with at most
-    `error` per generation (Bonferroni; racing as in Heidrich-Meisner and Igel 2009,
-    https://doi.org/10.1145/1553374.1553426). The variance is the pair's own or that of the average
-    pair, whichever is larger: few grades often do not differ, by chance. Bounds that assume nothing
-    beyond the grades' range (Hoeffding, empirical Bernstein) never decide here.
+    Grades are (candidates, tasks), nan where unseen.
+    Candidate i is out when at least `keep` others are better than it by a one-sided paired t test
+    over the tasks that both saw. Where i does belong to the better `keep`, one of these others does
+    not, and that test alone erred: of such pairs there are keep * (candidates - keep), each tested
+    at `looks` looks, so each test has the level error / (looks * keep * (candidates - keep)) and
+    all of them together err with at most `error` per generation (Bonferroni; racing as in
+    Heidrich-Meisner and Igel 2009, https://doi.org/10.1145/1553374.1553426). The variance is the
+    pair's own or that of the average pair, whichever is larger: by chance, few grades often do not
+    differ at all. Bounds that assume nothing beyond the grades' range (Hoeffding, empirical
+    Bernstein) never decide here.
     """
     count = len(grades)
     if count <= keep:

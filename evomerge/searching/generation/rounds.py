@@ -35,8 +35,7 @@ from evomerge.tasks import Task
 
 @dataclass
 class Decided:
-    """What is known about a generation's candidates before their trials, by their recipes'
-    digests."""
+    """What is known about a generation's candidates before their trials, by recipe digest."""
 
     recipes: tuple[str, ...]
     blocks: dict[str, int] = field(default_factory=dict)  # how many each answers
@@ -128,8 +127,7 @@ class Rounds:
     def examine(
         self, slot: Slot, recipe: Recipe, label: str, upcoming: Iterable[Item] = ()
     ) -> Examined:
-        """Examine one candidate, after what must be known of its whole generation. Raises
-        EngineError."""
+        """Examine one candidate, after preparing its whole generation. Raises EngineError."""
         generation, named = slot.generation, f"gen {slot.generation + 1}"
         if self.mode() == ONE_PASS:
             self._answer_in_one_pass(generation, named)

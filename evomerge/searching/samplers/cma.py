@@ -68,8 +68,7 @@ class CmaSampler:
         self.population = population or default_population(len(names))
 
     def start(self, history: History) -> Distribution:
-        """The distribution of the first generation: the default, or the one that the study has
-        stored."""
+        """The distribution of the first generation: the default, or the stored one."""
         if history.start is None:
             return self.default
         mean = np.clip(np.array(history.start.mean, dtype=float), *self.bounds.T)

@@ -104,8 +104,7 @@ def _is_short(item: str) -> bool:
 
 
 def _judge_sentences(label: _Label, text: str) -> Finding:
-    """Judge by the first part of a sentence that names the label, unless another claim comes
-    first."""
+    """Judge by the first part of a sentence that names the label, unless a claim precedes it."""
     for sentence in map(str.strip, _SENTENCE_END.split(text)):
         if not sentence or sentence.endswith("?"):
             continue
