@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # answers of a server need no torch
     from evomerge.merging.checkpoints.model_folder import ModelFolder
     from evomerge.recipe import Recipe
 
-BATCH_SIZE = 64  # prompts answered at once, without a study; halved when memory runs out
+BATCH_SIZE = 64  # prompts per batch, without a study; halved when memory runs out
 # the keys of a study file that inference uses
 USED = ("prompt", "generation", "engine", "search.dtype", "search.seed")
 

@@ -96,7 +96,7 @@ def retry_settings(fault: Faults, settings: GenerationSection, attempt: int) -> 
 
 
 def retry_system(fault: Faults, task: str) -> str | None:
-    """A sentence for the system text that asks for the task's language, if the answer missed it."""
+    """A request for the task's language, for the system text, if the answer is not in it."""
     if "language" not in fault:
         return None
     return "必ず日本語で回答してください。" if _KANA.search(task) else "Answer in English."
@@ -189,7 +189,7 @@ def _loops(text: str, task: str) -> bool:
 def _is_foreign(prose: str, task: str) -> bool:
     """Whether a cleaned text without code is clearly not in the language of its task.
 
-    False where the task asks for another language.
+    False where the task requests another language.
     """
     if _OTHER_LANGUAGE.search(task):
         return False

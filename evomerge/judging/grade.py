@@ -52,7 +52,7 @@ class PendingGrades(Protocol):
 
 @runtime_checkable
 class BatchJudge(Protocol):
-    """A judge that grades several answers at once more cheaply than one by one."""
+    """A judge that grades several answers together more cheaply than one by one."""
 
     def grade_all(self, tasks: Sequence[Task], answers: Sequence[Answer]) -> list[Grade]:
         """Grade answers, in order. Raises JudgeError."""

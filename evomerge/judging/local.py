@@ -32,7 +32,7 @@ TEMPLATE = (
     + _ASKED
     + "説明や記号を付けず、点数を表す1から5の数字を一つだけ返してください。"
 )
-# the judge's turn is begun for it; a full-width colon, which no tokenizer merges with a digit
+# the judge's turn begins with it; a full-width colon, which no tokenizer merges with a digit
 LEAD = "点数："
 ROOM = 8  # tokens kept free for the digit
 AT_ONCE = 256  # answers whose tokens are in memory together
@@ -201,7 +201,7 @@ def make_local_judge(section: JudgeSection, engine: EngineSection | None = None)
 
 
 def as_prompt(tokenizer: Any, messages: Sequence[dict[str, str]], where: str) -> str:
-    """The turns in the tokenizer's chat template, with the judge's turn begun.
+    """The turns in the tokenizer's chat template, up to the beginning of the judge's turn.
 
     Without a chat template they follow each other as plain text. Where the template has no system
     turn, its text opens the user's. Raises ModelError.

@@ -42,9 +42,9 @@ class TaskKnowledge:
     """What a task gets from the base.
 
     `similarity` is that of the nearest example of the class, 0 to 1, and `confidence` that in the
-    class. `examples` are in the order of the prompt, with the nearest last, where a model heeds it
-    most. `documents` have the nearest first; there are none where the class's template does not
-    quote any.
+    class. `examples` are in the order of the prompt, with the nearest last, where it influences a
+    model most. `documents` have the nearest first; there are none where the class's template does
+    not quote any.
     """
 
     kind: KnowledgeClass

@@ -224,7 +224,7 @@ def live_bytes(study: Study, config: Mapping[str, Any], parameters: int) -> floa
     rows = int(config["vocab_size"]) * int(config["hidden_size"])
     if not config.get("tie_word_embeddings"):
         rows *= 2
-    # double: a scale is a byte, and has a scale of its own
+    # double: a scale is a byte, and has its own scale
     scales = 4 / 64 if study.engine.quantization == "4bit" else 1 / 64 + 4 / (64 * 256)
     return rows * whole + (parameters - rows) * (0.5 + scales)
 

@@ -79,7 +79,7 @@ def _absolute(path: str, info: ValidationInfo) -> str:
 
 
 def folder_or_name(ref: str, info: ValidationInfo) -> str:
-    """A local folder as an absolute path; a name on the hub stays as it is."""
+    """A local folder as an absolute path; a name on the hub is left unchanged."""
     folder: Path | None = info.context
     if folder is not None and (ref.startswith((".", "/", "~")) or (folder / ref).exists()):
         return _absolute(ref, info)

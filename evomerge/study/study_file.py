@@ -98,7 +98,7 @@ class Study(Section):
         default=True, description="With lm-eval tasks: prompts use the chat template."
     )
     fewshot_as_multiturn: bool = Field(
-        default=True, description="With the chat template: each example is a turn of its own."
+        default=True, description="With the chat template: each example is a separate turn."
     )
     task_search_path: Annotated[
         tuple[PathText, ...],

@@ -1,9 +1,9 @@
 """The decode loop: many prompts through one model at once, each row only as long as its answer.
 
 It does three things that a plain batched `generate` does not. A row whose answer has ended leaves
-the batch and the cache at once, so one long answer does not hold thirty short ones. Columns that
-are padding in every remaining row are no longer read. And tokens that all prompts begin with are
-computed once; their keys and values are copied to the rows.
+the batch and the cache immediately, so one long answer does not hold thirty short ones. Columns
+that are padding in every remaining row are no longer read. And tokens that all prompts begin with
+are computed once; their keys and values are copied to the rows.
 
 It chooses what `generate` chooses: the same forward pass, positions and logits processors. A row's
 draws come from its own seed, so they do not depend on its neighbours. The order of tokens in a row

@@ -6,7 +6,7 @@ in the vector, w_m = sum_j C_mj x_j. So
     d loss / d x_j = sum over tensors and siblings of C_mj <d loss / d W, D_m>
 
 A tensor's gradient is reduced to these few products as soon as it is computed, and freed: the
-gradients of the whole model are never held at once. Rounding is ignored: a weight that is rounded
+gradients of the whole model are never held together. Rounding is ignored: a weight that is rounded
 to bf16 gets the slope of the one that is not.
 """
 

@@ -175,7 +175,7 @@ class PopulationModel:
         return self._plan
 
     def _fits(self, plan: MergePlan) -> bool:
-        """Whether every tensor is the base of its own place plus deltas, kept on the device."""
+        """Whether every tensor is the base of the same place plus deltas, kept on the device."""
         # hooks that move tensors would be bypassed
         if len(set(getattr(self.model, "hf_device_map", {}).values())) > 1:
             return False

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One document's response, and the value of each "metric,filter" that some objective wants."""
+    """One document's response, and the value of each "metric,filter" that some objective uses."""
 
     answer: Answer
     values: dict[str, float]
@@ -80,7 +80,7 @@ class LmEvalTasks:
         return [o for o in self.objectives if name in o.leaves]
 
     def metrics(self, name: str) -> set[str]:
-        """Each "metric,filter" that some objective wants of a leaf's documents."""
+        """Each "metric,filter" that some objective uses on a leaf's documents."""
         return {o.metric for o in self.of(name)}
 
     def coefficients(self, tasks: Sequence[Task]) -> dict[str, dict[str, float]]:

@@ -202,7 +202,7 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
         seconds = float(text)
     except ValueError:
         try:
-            date = parsedate_to_datetime(text)  # in GMT, whether or not it says so
+            date = parsedate_to_datetime(text)  # in GMT, even if the zone is missing
         except ValueError:
             return None
         aware = date if date.tzinfo else date.replace(tzinfo=UTC)

@@ -1,6 +1,6 @@
 """The vLLM engine: it loads once and takes each candidate's weights from memory.
 
-vLLM packs weights into layouts of its own, which cannot be merged into. So the live model is kept
+vLLM packs weights into its own layouts, which cannot be merged into. So the live model is kept
 in host memory as its files would hold it (`HostWeights`) and merged there, and every worker takes
 its part from that memory with vLLM's own `reload_weights`: no disk, no pickling, and the same way
 for one worker and for several (`tensor_parallel_size`).

@@ -28,7 +28,7 @@ NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 class HostWeights:
     """Tensors of `shapes` in one dtype: parameters of `module`, and model.safetensors in `folder`.
 
-    Both are the same memory. It belongs to no file system, so it has no size limit of its own and
+    Both are the same memory. It belongs to no file system, so it has no size limit and
     is freed with the process however that ends; the folder holds only a link, through which
     processes of the same user can map it.
     """

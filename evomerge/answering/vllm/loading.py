@@ -16,10 +16,10 @@ from evomerge.merging.checkpoints.size import kv_cache_bytes
 from evomerge.merging.placement import free_bytes
 from evomerge.study import EngineSection
 
-# Prompts given to vLLM at once, and the most that it runs at once. Answers are kept by whole
-# batches, so an interrupted candidate loses at most one. vLLM fills a finished answer's place only
-# from what it was given: at the end of a batch the device idles, which with 256 costs little. The
-# number is fixed because what shares a batch must not depend on the machine.
+# Prompts given to vLLM in one call, and the most that it runs concurrently. Answers are kept by
+# whole batches, so an interrupted candidate loses at most one. vLLM fills a finished answer's place
+# only from what it was given: at the end of a batch the device idles, which with 256 costs little.
+# The number is fixed because what shares a batch must not depend on the machine.
 BATCH = 256
 CPU_SHARE = 0.4  # share of the free host memory that keys and values may take on a CPU
 BLOCK = 128  # positions of a block of keys and values on a CPU: the least that a prompt takes

@@ -3,7 +3,7 @@
 Answers are graded blind and one by one: a request holds a task and one answer, never the model it
 came from, and the order in which answers are sent is a hash. `submit` returns immediately, so that
 a search can merge and answer in the meantime. A grade is the median of the votes that the server
-gave; where one is missing there is no grade, and the run pauses.
+gave; if one is missing, there is no grade, and the run pauses.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ Loglikelihood = Callable[[Sequence[tuple[str, str]]], list[float]]
 
 # Zhao et al. 2021, section 5: their probabilities are averaged
 CONTENT_FREE = ("N/A", "[MASK]", "")
-# characters of a task that are shown: what it asks for is at its beginning or end
+# characters of a task that are shown: its request is at its beginning or end
 LONGEST = 1000
 # tasks in one request, so that the texts of 10,000 are never in memory together
 TOGETHER = 64

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-BATCH = 128  # texts compared at once: 128 x 5,000 similarities take 5 MB
+BATCH = 128  # texts compared per batch: 128 x 5,000 similarities take 5 MB
 DIGITS = 9  # similarities that differ by less are equal: the last bits depend on the order of sums
 
 Matrix = NDArray[np.float64]

@@ -63,7 +63,7 @@ class Adapter:
         return {key: self._weights.shape(key) for key in self._weights.keys}
 
     def read(self, key: str) -> torch.Tensor:
-        """A tensor as it lies on disk. Raises ModelError when the file is damaged."""
+        """A tensor as it is on disk. Raises ModelError when the file is damaged."""
         return self._weights.tensor(key)
 
     def rank_and_scaling(self, module: str) -> tuple[int, float]:

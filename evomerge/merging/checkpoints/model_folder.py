@@ -61,7 +61,7 @@ class ModelFolder:
         return self._headers[self.stored(name)][1]
 
     def get_tensor(self, name: str) -> torch.Tensor:
-        """The tensor as it lies on disk. Raises ModelError when the file is damaged."""
+        """The tensor as it is on disk. Raises ModelError when the file is damaged."""
         name = self.stored(name)
         return self._reader(name).tensor(name)
 

@@ -52,7 +52,7 @@ class SafetensorsReader:
         return DTYPES.get(self._slice(name).get_dtype())
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor as it lies on disk, mapped. Raises ModelError when the file is damaged."""
+        """The tensor as it is on disk, mapped. Raises ModelError when the file is damaged."""
         try:
             tensor: torch.Tensor = self._file.get_tensor(name)
         except SafetensorError as error:

@@ -128,7 +128,7 @@ def _two_answers(
 def _pair(
     task: Task, sides: list[dict[str, Any]], who: str | None = None, answer: Answer | None = None
 ) -> dict[str, Any]:
-    """`who` gave the `answer` that both sides are about, or each side has a text of its own."""
+    """`who` gave the `answer` that both sides are about, or each side has its own text."""
     return {
         "task_id": task.stored_id,
         "input": _cut(task.input, TEXT),

@@ -33,7 +33,7 @@ def first_vectors(study: Study, genome: Genome) -> list[tuple[float, ...]]:
         for x, gene in zip(vector, genome.genes, strict=True):
             if not gene.low <= x <= gene.high:
                 raise StudyFileError(
-                    "a first candidate lies outside the bounds",
+                    "a first candidate is outside the bounds",
                     found=x,
                     remedy="Widen search.bounds, or remove it.",
                 )
@@ -88,7 +88,7 @@ def _check_form(genome: Genome, recipe: Recipe, where: str) -> None:
         )
     if recipe.tokenizer is not None and genome.tokenizer_source is None:
         raise StudyFileError(
-            "it has a tokenizer of its own, the genome has none", where=where, remedy="Remove it."
+            "it has its own tokenizer, but the genome has none", where=where, remedy="Remove it."
         )
     if recipe.dtype not in (None, genome.dtype):
         raise StudyFileError(

@@ -43,7 +43,7 @@ class Finding:
 
 
 def whole_word(word: str) -> re.Pattern[str]:
-    """A pattern for a word that stands by itself.
+    """A pattern for a word that is not part of another one.
 
     Its ends are word boundaries, or in Japanese changes of script; a word of hiragana alone must
     have punctuation or です next to it.

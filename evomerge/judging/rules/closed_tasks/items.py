@@ -103,7 +103,7 @@ def judge_items(question: str, expected: list[str], said: str) -> Finding:
             best = near
             others = " and others" if extra else ""
             why = f"gives {abbreviated(', '.join(names))}{others}, not {', '.join(expected)}"
-    if letters:  # "garden: g, button: b": the letters that stand alone, in order
+    if letters:  # "garden: g, button: b": the single letters, in order
         alone = re.findall(r"(?<![\w'])\w(?![\w'])", text)
         if alone == expected:
             return Finding(True, 1.0, "gives the expected letters in order")
@@ -126,7 +126,7 @@ def _item_runs(text: str, expected: list[str]) -> list[list[Span]]:
 
 
 def _extra(text: str, start: int, end: int, *, letters: bool) -> bool:
-    """Whether the list goes on before or after the span with items that are not expected."""
+    """Whether the list extends before or after the span with items that are not expected."""
     item = r"\w" if letters else rf"(?:[{CJK}]{{1,8}}|[a-z]+(?:\s[a-z]+)?)"
     separator = r"\s*(?:[,、・/\n]|\band\b|と)\s*(?:and\s*)?"
     if re.match(rf"{separator}{item}\s*(?:$|[,、.。\n・])", text[end:]):

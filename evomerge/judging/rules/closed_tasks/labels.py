@@ -57,7 +57,7 @@ _COMMON = frozenset(
 class _Label:
     """An expected word or name, its occurrences in a text, and its question.
 
-    `capital`: it is a name, so other names beside it are rivals. `terms` are the words that a
+    `capital`: it is a name, so other names next to it are rivals. `terms` are the words that a
     sentence about the question holds.
     """
 
@@ -140,7 +140,7 @@ def _judge_part(label: _Label, part: str) -> Finding:
 def _claims(label: _Label, part: str, match: re.Match[str]) -> bool:
     """Whether a part of a sentence claims the label: it opens with it, or says that something is.
 
-    A plain word must open or close what is claimed; no rival name may stand in it.
+    A plain word must open or close what is claimed; it may not contain a rival name.
     """
     copula = _COPULA.search(part)
     if _LEAD.match(part[: match.start()]):

@@ -22,7 +22,7 @@ NEVER = "(?!)"  # a pattern that matches nothing
 
 
 def read_yaml(name: str):
-    """The file beside this one, or None."""
+    """The file next to this one, or None."""
     path = Path(__file__).resolve().with_name(name)
     return yaml.safe_load(path.read_text("utf-8")) if path.exists() else None
 
@@ -221,7 +221,7 @@ def find_models(args: argparse.Namespace, parser: argparse.ArgumentParser) -> di
     places = {name: name for name in names} | dict(path.rsplit("=", 1) for path in args.path)
     for name, place in places.items():
         if not Path(place).is_dir() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", place):
-            parser.error(f"there is no folder {place}: name it with --path {name}=FOLDER")
+            parser.error(f"there is no folder {place}: give it with --path {name}=FOLDER")
     for name, place in places.items():
         if not Path(place).is_dir():
             places[name] = snapshot_download(place, allow_patterns=SETTINGS["files"])
