@@ -222,9 +222,9 @@ def test_a_part_of_something_else_is_refused(tmp_path):
         run_inference(ReversingEngine(fail_at=8), marked(), some_tasks(), out, model="m1")
     before = (tmp_path / "a.jsonl.part").read_bytes()
     others = {
-        "other model": (marked(), some_tasks(), "m2"),
-        "other prompts": (marked("!"), some_tasks(), "m1"),
-        "other tasks": (marked(), some_tasks()[:-1], "m1"),
+        "differ from this run in model": (marked(), some_tasks(), "m2"),
+        "differ from this run in prompts": (marked("!"), some_tasks(), "m1"),
+        "differ from this run in tasks": (marked(), some_tasks()[:-1], "m1"),
     }
     for what, (prompter, tasks, model) in others.items():
         with pytest.raises(InputError, match=what) as caught:

@@ -127,7 +127,7 @@ def test_damaged_missing_and_pickled_weights(family):
     (family / "two/model.safetensors.index.json").write_text("[]")
     with pytest.raises(ModelError, match="index of shards"):
         open_model(str(family / "two"))
-    with pytest.raises(ModelError, match="no model folder"):
+    with pytest.raises(ModelError, match="no such model folder"):
         open_model(str(family / "nowhere"))
     (family / "one/config.json").write_text("{")
     with pytest.raises(ModelError, match=r"config\.json cannot be read"):

@@ -109,7 +109,7 @@ def test_gradients_and_filters_of_an_own_parameter(family, tmp_path):
 
 
 def test_what_is_wrong_is_said(family, tmp_path):
-    with pytest.raises(RecipeError, match="no `share` for"):
+    with pytest.raises(RecipeError, match="`share` is not set for"):
         build_model(make_recipe(family, "share_of_mean"), tmp_path / "out")
     with pytest.raises(RecipeError, match="`share` is not supported"):
         make_recipe(family, "loudest", parameters={"share": 1.0})

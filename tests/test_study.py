@@ -82,9 +82,9 @@ def test_a_hub_name_stays_a_hub_name(tmp_path):
         ),
         (
             genome(merge_method="linear", filters="[attn, self_attn]"),
-            ["'self_attn'", "decides nothing"],
+            ["'self_attn'", "has no effect"],
         ),
-        (genome(merge_method="linear", filters="['*']"), ["decides nothing"]),
+        (genome(merge_method="linear", filters="['*']"), ["has no effect"]),
         (
             genome(merge_method="linear") + "search: {density_bounds: [0.1, 0.9]}\n",
             ["no densities"],

@@ -190,7 +190,7 @@ BAD = {
     ),
     "a row too far": (
         section(tokens={"p": {"source": {"kind": "model_token", "model": "one", "token_id": 3}}}),
-        "passes the 3 rows",
+        "exceeds the 3 rows",
     ),
     "both id and token": (
         section(
@@ -206,7 +206,7 @@ BAD = {
     "a key": (section(tokens={"p": {"source": "one", "forced": True}}), "malformed"),
     "force alone": (section(tokens={"p": {"force": True}}), "`force` needs a `source`"),
     "no token": (section(tokens={"": {"source": ZERO}}), "cannot be a token"),
-    "no row for a new token": (section("base", {"new": {"source": ZERO}}), "past the end"),
+    "no row for a new token": (section("base", {"new": {"source": ZERO}}), "beyond the end"),
 }
 
 
@@ -245,7 +245,7 @@ def test_a_damaged_model_is_refused_in_a_line(three, tmp_path):
     with pytest.raises(ModelError, match="tokenizer cannot be loaded"):
         make_vocabulary(section(str(tmp_path / "nowhere")), "base", models)
     vocabulary = make_vocabulary(section("one"), "base", models)
-    with pytest.raises(ModelError, match="passes the 2 rows"):
+    with pytest.raises(ModelError, match="exceeds the 2 rows"):
         vocabulary.align({"base": torch.zeros(2, 4), "one": torch.zeros(3, 4)})
     with pytest.raises(ModelError, match="widths differ"):
         vocabulary.align({"base": torch.zeros(3, 4), "one": torch.zeros(3, 5)})

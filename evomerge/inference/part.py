@@ -131,7 +131,7 @@ class Part:
         if changed:
             others = " and ".join(CALLED.get(key, key) for key in changed)
             raise InputError(
-                f"the unfinished answers in this file were made with a different {others}",
+                f"the unfinished answers in this file differ from this run in {others}",
                 where=self.path,
                 remedy="Run the original command again, delete the file, or name another --out.",
             )

@@ -251,9 +251,7 @@ def main() -> None:
     tasks = read_tasks(args.tasks, parser)
     donor = args.model or SETTINGS["donor"]
     if not donor:
-        parser.error(
-            "only evomerge can merge this: run evomerge export STUDY --model DIR, add --model DIR"
-        )
+        parser.error("only evomerge can merge this: evomerge export STUDY --model DIR, --model DIR")
     folders = find_models(args, parser)
     tokenizer = AutoTokenizer.from_pretrained(folders[donor])
     model = AutoModelForCausalLM.from_pretrained(
