@@ -13,7 +13,8 @@ READY    = $(VENV)/.ready
 VLLM     = .venv-vllm
 DEMO     = demo/.ready
 PYTEST   = $(BIN)/python -m pytest
-PARALLEL = -n auto --maxprocesses 8 --dist worksteal
+# one more process than cores: some tests wait for a server
+PARALLEL = -n $(shell $(PYTHON) -c "import os; print(min(8, os.cpu_count() + 1))") --dist worksteal
 EXTRAS   = mergekit lm-eval 4bit bm25 embeddings serve
 BENCHES  = $(filter-out benchmarks/make_% benchmarks/search_%,$(wildcard benchmarks/*.py))
 SEARCH   = $(BIN)/evomerge search $(SPACE) --study $(STUDY) $(if $(TRIALS),--trials $(TRIALS))
@@ -46,7 +47,7 @@ report: $(READY) ## write results/STUDY/report.html again
 demo: $(DEMO) ## build the tiny demo pair and its tasks in demo/
 real-pair: $(VENV)/.ready-real-pair ## build a real pair of 135 M parameters in pairs/real/ (about 7 minutes)
 	@$(BIN)/python benchmarks/make_real_pair.py pairs/real
-test: $(READY) ## run the tests, one process per core
+test: $(READY) ## run the tests, in parallel
 	@$(PYTEST) $(PARALLEL)
 test-EXTRA: ## tests that need an extra: test-mergekit, -lm-eval, -4bit, -bm25, -embeddings, -serve
 	@echo 'Name the extra: make $(EXTRAS:%=test-%)' >&2; exit 2

@@ -99,5 +99,6 @@ class OutputError(RunError):
 def _short(value: object, limit: int = 80) -> str:
     text = repr(value)
     if len(text) > limit:
-        text = text[: limit - 1] + "…"
+        tail = limit // 2  # the end of a path says more than its middle
+        text = text[: limit - tail - 1] + "…" + text[-tail:]
     return text
