@@ -243,7 +243,7 @@ WRONG = {
         ["--model", "BASE", "--set", "generation.max_tokens=3"],
         "Did you mean `generation.max_new_tokens`?",
     ),
-    "another section": (["--model", "BASE", "--set", "judge.kind=rules"], "changes nothing here"),
+    "another section": (["--model", "BASE", "--set", "judge.kind=rules"], "has no effect here"),
     "a value out of range": (
         ["--model", "BASE", "--set", "generation.top_p=2"],
         "`generation.top_p` is out of range",
@@ -260,7 +260,7 @@ WRONG = {
     "no such judge": (["--model", "BASE", "--best-of", "2", "--judge", "mine"], "no such judge"),
     "no such fault": (
         ["--model", "BASE", "--self-check", "boring"],
-        "--self-check: is not a fault of an answer",
+        "--self-check: is not a known fault",
     ),
     "a retriever of nothing": (
         ["--model", "BASE", "--retriever", "bm25"],
@@ -272,7 +272,7 @@ WRONG = {
     ),
     "no such class": (
         ["--model", "BASE", "--knowledge", "KNOWLEDGE", "--default-class", "詩"],
-        "the default class is none of the base's",
+        "the default class is not a class of the knowledge base",
     ),
     "no such base": (["--model", "BASE", "--knowledge", "none.xlsx"], "no such knowledge base"),
     "a threshold above 1": (

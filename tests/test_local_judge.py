@@ -419,7 +419,7 @@ def test_out_of_memory_is_the_judges_failure_not_a_candidates(judge, monkeypatch
 def test_bad_models_are_told_in_one_line(tmp_path, monkeypatch):
     with pytest.raises(StudyFileError, match=r"judge\.model: the local judge needs a model"):
         make_local_judge(JudgeSection.model_construct(kind="local", model=None))
-    with pytest.raises(ModelError, match="there is no model folder"):
+    with pytest.raises(ModelError, match="there is no such model folder"):
         make_local_judge(JudgeSection(kind="local", model=str(tmp_path / "nowhere")))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match="has no config"):

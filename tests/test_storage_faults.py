@@ -174,7 +174,7 @@ def test_a_damaged_answer_cache_costs_its_answers_alone(pair, whole, under_way, 
     file.write_bytes(data[: int(keep * len(data))])
     line = complaint(capsys, arguments(pair, under_way))
     assert line.startswith(f"evomerge: {file}: the answer cache is damaged or cut short")
-    assert "Finished trials are kept in the study: move the file away" in line
+    assert "Finished trials are stored in the study: move the file away" in line
     file.rename(under_way / "away")
     assert main(arguments(pair, under_way)) == 0
     assert outcome(under_way) == outcome(whole)
@@ -237,7 +237,7 @@ def test_a_damaged_or_locked_grades_cache(tmp_path, monkeypatch):
         OutputError,
         match=(
             r"the grades cache is damaged or cut short.*move the file away"
-            r".*asks for the remaining grades"
+            r".*requests the remaining grades"
         ),
     ):
         GradesCache(file)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # answers of a server need no torch
     from evomerge.merging.checkpoints.model_folder import ModelFolder
     from evomerge.recipe import Recipe
 
-BATCH_SIZE = 64  # prompts answered at once, without a study; halved when memory runs out
+BATCH_SIZE = 64  # prompts per batch, without a study; halved when memory runs out
 # the keys of a study file that inference uses
 USED = ("prompt", "generation", "engine", "search.dtype", "search.seed")
 
@@ -53,8 +53,8 @@ def open_study(
     if any(override.startswith("prompt.knowledge=") for override in overrides):
         if study.prompt.knowledge != snapshot.study.prompt.knowledge:
             say(
-                f"note: study {name} was searched with other prompts: "
-                "its verdict does not hold for answers with this knowledge base"
+                f"note: study {name} was searched with different prompts: its verdict does not "
+                "hold for answers with this knowledge base"
             )
     elif study.prompt.knowledge is not None:
         check_unchanged_base(study.prompt.knowledge, facts.knowledge, name)
@@ -165,7 +165,7 @@ def open_prompt(
 
 
 def _seeded(study: Study) -> Study:
-    """With the seed of the draws said: what answers again takes others from there."""
+    """The settings with the seed filled in, from which retries derive other seeds."""
     own = study.generation.seed
     seed = study.search.seed if own is None else own
     return study.replace(generation=study.generation.replace(seed=seed))
@@ -173,7 +173,7 @@ def _seeded(study: Study) -> Study:
 
 def _study(dtype: str, config: Mapping[str, Any] | None = None) -> Study:
     """The defaults of a study file, without a search; answers leave half of a small context."""
-    # a study needs a genome; inference reads nothing of it
+    # a study needs a genome, but inference does not read it
     genome = GenomeSection(models=("-",), base_model="none")
     study = Study(genome=genome, tasks=(TaskSource(file="-"),), study="inference")
     context = (config or {}).get("max_position_embeddings")

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 Axis = Callable[[float], float]  # a value -> its place in pixels
 
 Z95 = 1.96  # standard errors to each side of a mean in a 95 % interval
-LABEL_GAP = 14.0  # smallest distance between two labels beside the progress chart
+LABEL_GAP = 14.0  # smallest distance between two labels next to the progress chart
 CELL_WIDTH = 130.0  # of an interval bar in the verdict table
 STEPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.25, 0.5, 1.0, 2.0)  # between an axis's ticks
 
 
 @dataclass(frozen=True)
 class PlotArea:
-    """Where the progress chart's plot lies in its picture."""
+    """The position of the progress chart's plot in its picture."""
 
     left: float = 46.0
     right: float = 610.0

@@ -24,7 +24,7 @@ from evomerge.searching.snapshot import StudySnapshot
 from evomerge.study import Study
 
 SEED_COMMENT = "# The same numbers are dropped with: mergekit-yaml --random-seed {seed}\n"
-# of a trial, in `evomerge show --json`
+# the keys of a trial in `evomerge show --json`
 SHOWN = (
     "number",
     "generation",
@@ -77,7 +77,7 @@ def write_page(snapshot: StudySnapshot, out: Path) -> Path:
 
 
 def slice_labels(snapshot: StudySnapshot) -> list[str]:
-    """What each searched number is called, in the order of a trial's weights."""
+    """The label of each searched number, in the order of a trial's weights."""
     return [gene.label for gene in snapshot.genome.genes]
 
 
@@ -113,7 +113,7 @@ def verdict_markdown(
     if verdict is None:
         return (
             "## Verdict\n\n"
-            "The search is not finished, so nothing was compared on held-out tasks yet.\n"
+            "The search is not finished, so nothing has been compared on held-out tasks yet.\n"
         )
     lines = [
         "## Verdict",
@@ -137,7 +137,7 @@ def verdict_markdown(
 
 
 def reference_labels(snapshot: StudySnapshot) -> dict[int, str]:
-    """Trial number -> what a parent or uniform weight is called."""
+    """Trial number -> the label of a parent or uniform weight."""
     genome = snapshot.genome
     names: dict[tuple[float, ...], str] = {}
     for weight in (*snapshot.study.search.uniform, 1.0):

@@ -51,7 +51,7 @@ def plot_parallel(snapshot: StudySnapshot) -> plotly.graph_objects.Figure:
 
 
 def _trials(snapshot: StudySnapshot) -> optuna.Study:
-    """The Optuna study behind it. Raises InputError without Plotly."""
+    """The Optuna study behind the plots. Raises InputError without Plotly."""
     if importlib.util.find_spec("plotly") is None:
         raise InputError(
             "plots need Plotly", where="plot", remedy="Run: pip install 'evomerge[plot]'."

@@ -1,4 +1,4 @@
-"""What a study found, as one self-contained page.
+"""The findings of a study, as one self-contained page.
 
 The page loads nothing: style and charts are inline, and it runs no script. The template escapes
 every text, since answers come from models and references from files. The figures become words and

@@ -58,7 +58,7 @@ def share(value: float | None) -> str:
 
 
 def model_title(name: str) -> str:
-    """What the verdict calls a candidate, in words."""
+    """The verdict's name of a candidate, in words."""
     if name == "uniform":
         return "best uniform weight"
     return name.removeprefix("sibling:")
@@ -113,22 +113,22 @@ def notes(facts: StudyFacts) -> list[str]:
     chosen = facts.validation
     if chosen is not None:
         sentence = (
-            f"The winner was chosen among {len(chosen.means)} finalists on {chosen.n} tasks "
-            "that no candidate was ranked on"
+            f"The winner was chosen among {len(chosen.means)} finalists on {chosen.n} validation "
+            "tasks, on which no candidate was ranked"
         )
         if look == 1:
-            sentence += "; the held-out tasks had no part in it"
+            sentence += "; the held-out tasks played no part in it"
         lines.append(f"{sentence}.")
     if look > 1:
         lines.append(
-            f"This is look number {look} at the held-out tasks: the search went on after a "
-            "verdict, so its intervals are too narrow."
+            f"This is look number {look} at the held-out tasks: the search was resumed after a "
+            "verdict, so the intervals are too narrow."
         )
     saved = facts.cascade
     if saved is not None and saved.graded:
         lines.append(
-            f"The cascade judge asked the language model about {saved.asked:,} of "
-            f"{saved.graded:,} answers of candidates ({saved.asked / saved.graded:.0%})."
+            f"The cascade judge had the language model grade {saved.asked:,} of "
+            f"{saved.graded:,} candidate answers ({saved.asked / saved.graded:.0%})."
         )
     return lines
 

@@ -38,7 +38,7 @@ def judged_search(
     engine.limits.update(ledger.facts.limits)
 
     def remember_limits(limits: Mapping[str, int]) -> None:
-        # memory has forced smaller batches: the study uses them also when it is resumed
+        # a lack of memory has forced smaller batches: the study also uses them when it resumes
         ledger.remember("limits", dict(limits))
 
     def longest(task: Task) -> int:

@@ -1,6 +1,6 @@
 """The winner, chosen under noise, and the verdict on tasks that the search never saw.
 
-docs/SEARCH.md says what each rule of the choice is worth.
+docs/SEARCH.md reports what each rule of the choice contributes.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ from evomerge.tasks import Task
 # that an equal trial beats the mean: three standard errors of many tasks, more of few (Student
 # 1908)
 CHANCE = 0.00135
-SAMPLES = 12  # held-out tasks whose answers are kept for the report
-SAMPLE_CHARACTERS = 600  # of each text kept for the report
+SAMPLES = 12  # held-out tasks whose answers are stored for the report
+SAMPLE_CHARACTERS = 600  # characters of each text that is stored for the report
 
 
 def choose(
@@ -105,7 +105,7 @@ def compared_with(history: History, genome: Genome) -> dict[str, TrialRecord]:
 
 
 def sibling_names(siblings: Sequence[str]) -> list[str]:
-    """What the siblings are called in a verdict: "instruct" alone, else "sibling:FOLDER_NAME"."""
+    """The names of the siblings in a verdict: "instruct" alone, else "sibling:FOLDER_NAME"."""
     if len(siblings) == 1:
         return ["instruct"]
     stems = [Path(ref).name for ref in siblings]
@@ -168,8 +168,8 @@ class FinalTest:
     def run(self) -> Verdict:
         """Choose the winner and compare it. Raises EngineError, JudgeError, StudyFileError.
 
-        What was paid for before a run was cut comes from the cache. Each look at the held-out tasks
-        is counted: a winner that is chosen after one look was not chosen blindly any more.
+        What was computed before an interruption comes from the cache. Each look at the held-out
+        tasks is counted: a winner that is chosen after one look is no longer chosen blindly.
         """
         history, facts = self.ledger.history(), self.ledger.facts
         winner = self._choose(history)
@@ -226,7 +226,7 @@ class FinalTest:
     def _evaluate(
         self, compared: Mapping[str, TrialRecord], tasks: Sequence[Task], label: str
     ) -> dict[str, Evaluation]:
-        """Each of some trials on the same tasks; while a judge is waited for, the next answer."""
+        """Evaluate trials on the same tasks; while the judge works, the next ones answer."""
         recipes = [self.problem.genome.decode(trial.weights) for trial in compared.values()]
         evaluations = {}
         for i, (name, trial) in enumerate(compared.items()):
@@ -237,7 +237,7 @@ class FinalTest:
         return evaluations
 
     def _remember_answers(self, evaluations: Mapping[str, Evaluation]) -> None:
-        """What the report shows of the judge and of the held-out answers."""
+        """Store what the report shows about the judge and the held-out answers."""
         tasks, judge = self.problem.split.held_out, self.evaluator.judge
         if judge is not None:
             known = known_agreement(judge)

@@ -1,6 +1,6 @@
 """One recipe on some tasks: merge, answer, judge.
 
-Answers and grades come from their caches where they were paid for before. There are two evaluators:
+Answers and grades come from their caches where they exist. There are two evaluators:
 one for tasks with a judge, one for the tasks of lm-eval, which bring metrics of their own.
 """
 
@@ -36,9 +36,9 @@ class Evaluation:
     grades: list[Grade]
     seconds: dict[str, float]
     tokens_per_second: float | None = None  # None: every answer came from the cache
-    # what a grade's value is called: a judge's grade, or a document's share of lm-eval's score
+    # the name of a grade's value: a judge's grade, or a document's share of lm-eval's score
     figure: str = "grade"
-    # where the objective wants them: nats per token, None for a task without a reference
+    # if the objective needs them: nats per token, None for a task without a reference
     likelihoods: list[float | None] | None = None
 
 
@@ -47,7 +47,7 @@ class Evaluator(Protocol):
 
     @property
     def judge(self) -> Judge | None:
-        """Who grades; None where the tasks bring metrics of their own."""
+        """The judge; None where the tasks bring metrics of their own."""
 
     def evaluate(
         self,
@@ -59,7 +59,7 @@ class Evaluator(Protocol):
     ) -> Evaluation:
         """Blocks of tasks, each answered in batches of its own. Raises EngineError, JudgeError.
 
-        While a judge is waited for, the `upcoming` items are begun.
+        While the judge works, the `upcoming` items are started.
         """
 
 
@@ -101,7 +101,7 @@ class JudgedEvaluator:
         mode: str = MERGED,
         upcoming: Iterable[Item] = (),
     ) -> Evaluation:
-        """As `Evaluator.evaluate`."""
+        """See `Evaluator.evaluate`."""
         begun = [self.take_or_begin((recipe, block, mode), label) for block in blocks]
         self.prefetcher.while_waiting(begun, upcoming, lambda i: self.begin(i, f"{label}, ahead"))
         grades = list(chain.from_iterable(pending.wait() for pending in begun))
@@ -110,7 +110,7 @@ class JudgedEvaluator:
     def evaluate_with_grades(
         self, recipe: Recipe, blocks: Blocks, grades: Mapping[str, Grade], label: str, mode: str
     ) -> Evaluation:
-        """As `evaluate`, with grades by task key that are known already. Raises EngineError."""
+        """As `evaluate`, but with grades that are known, by task key. Raises EngineError."""
         begun = [self.take_or_begin((recipe, block, mode), label, False) for block in blocks]
         return self._evaluation(recipe, begun, [grades[task.key] for task in chain(*blocks)])
 
@@ -138,11 +138,11 @@ class JudgedEvaluator:
         )
 
     def likelihoods(self, recipe: Recipe, tasks: Sequence[Task]) -> list[float | None] | None:
-        """The references' likelihoods where the objective wants them. Raises EngineError."""
+        """The references' likelihoods where the objective needs them. Raises EngineError."""
         return None if self.likelihood is None else self.likelihood.of(recipe, tasks)
 
     def take_or_begin(self, item: Item, label: str, graded: bool = True) -> PendingEvaluation:
-        """What was begun ahead, or begins now. Raises EngineError."""
+        """The evaluation that was started ahead, or starts now. Raises EngineError."""
         return self.prefetcher.take(item) or self.begin(item, label, graded)
 
     def begin(self, item: Item, label: str, graded: bool = True) -> PendingEvaluation:
@@ -197,7 +197,7 @@ class LmEvalEvaluator:
         mode: str = MERGED,
         upcoming: Iterable[Item] = (),
     ) -> Evaluation:
-        """As `Evaluator.evaluate`; nothing is done ahead."""
+        """See `Evaluator.evaluate`; nothing is done ahead."""
         tasks = tuple(chain(*blocks))
         merge = TimedMerge(self.engine, recipe)
 

@@ -1,4 +1,4 @@
-"""What the trials of a study say so far: an immutable view over the ledger's records."""
+"""The trials of a study so far: an immutable view of the ledger's records."""
 
 from __future__ import annotations
 

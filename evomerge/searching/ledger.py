@@ -1,7 +1,7 @@
-"""The ledger: what a study remembers, in an Optuna storage.
+"""The ledger: the stored state of a study, in an Optuna storage.
 
 A trial begins in one write, with its numbers and its slot; its outcome is one more write before
-the trial ends. So a run that is killed leaves trials that are whole or marked as interrupted.
+the trial ends. A run that is killed therefore leaves complete or interrupted trials.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class Ledger:
 
     @property
     def facts(self) -> StudyFacts:
-        """What the study remembers besides its trials. Raises StudyError for a newer format."""
+        """What the study stores besides its trials. Raises StudyError for a newer format."""
         return read_facts(self.storage.attributes(), self.name)
 
     def remember(self, key: str, value: object) -> None:
-        """Write one of the facts, durably; `key` is a field of StudyFacts."""
+        """Store one of the facts durably; `key` is a field of StudyFacts."""
         self.storage.set_attribute(STORED_KEYS.get(key, key), stored(value))
 
     def records(self) -> list[TrialRecord]:
@@ -52,7 +52,7 @@ class Ledger:
         return list(self.history().trials)
 
     def history(self) -> History:
-        """The records as something to ask."""
+        """The history of the records."""
         facts, records = self.facts, []
         for t in self.storage.trials():
             if "role" not in t.user_attrs:
@@ -79,7 +79,7 @@ class Ledger:
         generation: int | None = None,
         index: int | None = None,
     ) -> TrialRecord:
-        """A running trial with these weights, stored whole or not at all."""
+        """Start a trial with these weights, stored whole or not at all."""
         params = dict(zip(self.space, map(float, weights), strict=True))
         slot = {"generation": generation, "index": index, "role": role}
         return _record(self.storage.start_trial(params, self.space, slot), tuple(self.space))
@@ -139,7 +139,7 @@ BEGINNING = ("models", "tasks", "split", "names", "n_layers", "files", "knowledg
 
 
 def _undo(stored_file: Mapping[str, Mapping[str, object]], changed: Sequence[str]) -> str:
-    """How to undo a change. Where a default is younger than the study, no user has changed it."""
+    """The remedy for a change. A default that is newer than the study was not changed."""
     settings = []
     for key in changed:
         section, _, name = key.partition(".")
@@ -149,7 +149,7 @@ def _undo(stored_file: Mapping[str, Mapping[str, object]], changed: Sequence[str
     if not settings:
         return "Undo the change"
     rest = ", and undo the rest" if len(settings) < len(changed) else ""
-    return f"Continue it as it began with {' '.join(settings)}{rest}"
+    return f"Resume it as it began with {' '.join(settings)}{rest}"
 
 
 @contextmanager
@@ -180,13 +180,13 @@ def only_worker(url: str, name: str) -> Iterator[None]:
 
 
 def cache_path(url: str, name: str) -> Path:
-    """The answer cache of a study: beside its SQLite file, else in storage/."""
+    """The answer cache of a study: next to its SQLite file, else in storage/."""
     path = sqlite_path(url)
     return (path.parent if path else Path("storage")) / f"{name}.answers.sqlite"
 
 
 def grades_path(url: str, name: str) -> Path:
-    """The llm judge's grades of a study, beside its answers."""
+    """The llm judge's grades of a study, next to its answers."""
     return cache_path(url, name).with_name(f"{name}.grades.sqlite")
 
 

@@ -1,8 +1,8 @@
-"""A study's story: references, generations, the mean, the choice of the winner, the verdict.
+"""The course of a study: references, generations, the mean, the choice of the winner, the verdict.
 
 A trial is drawn, decoded into a recipe, evaluated (merge, answer, judge), scored and recorded; the
-next generation is drawn from what the ledger holds. So a run that is cut anywhere continues as if
-it had not been.
+next generation is drawn from what the ledger holds. A run that is interrupted anywhere therefore
+resumes as if it had not been.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MAX_ATTEMPTS = 3  # failures in one slot of a generation before the run stops
 
 @dataclass
 class Search:
-    """One study under way. `run` continues from whatever the ledger holds."""
+    """One running study. `run` resumes from the state of the ledger."""
 
     problem: Problem
     ledger: Ledger
@@ -47,16 +47,16 @@ class Search:
         problem = self.problem
         self.study, self.genome, self.split = problem.study, problem.genome, problem.split
         self.sampler, self.clock = problem.sampler, StudyClock(self.ledger)
-        # by slot, in this run: a cause that was fixed lets a study continue
+        # by slot, in this run only, so that a study resumes once the cause is fixed
         self.failures: Counter[tuple[int | None, int | None]] = Counter()
 
     def run(self) -> Verdict:
-        """Search to the end. Raises whatever stops a run; all that was done is recorded."""
+        """Search to the end. Raises whatever stops a run; everything done so far is stored."""
         stale = self.ledger.mark_interrupted()
         if stale:
-            self.console.say(f"{stale} interrupted trial(s) start again")
+            self.console.say(f"{stale} interrupted trial(s) are restarted")
         if self.study.engine.population:
-            self.generation_plan.mode()  # refused before any work where it cannot be
+            self.generation_plan.mode()  # refused here, before any work
         self._evaluate_references()
         if self.warm_start is not None:
             self.warm_start.run(self.ledger, self.console, self.clock)
@@ -67,7 +67,7 @@ class Search:
         return self.final_test.run()
 
     def _evaluate_references(self) -> None:
-        """The parents and the uniform weights, each once."""
+        """Evaluate the parents and the uniform weights, each once."""
         wanted = self.genome.references(self.study.search.uniform)
         for i, (role, weights) in enumerate(wanted):
             history = self.ledger.history()
@@ -79,7 +79,7 @@ class Search:
             self._evaluate_whole(self.ledger.start(role, weights), label, upcoming)
 
     def _run_generations(self) -> str:
-        """Candidates until there is a reason to stop, which is returned."""
+        """Run candidates until there is a reason to stop, which is returned."""
         judge = self.evaluator.judge
         reason = why_stop(self.study, self.sampler, self.ledger, self.clock, judge)
         if reason is None:
@@ -96,13 +96,13 @@ class Search:
         return reason
 
     def _run_candidate(self) -> None:
-        """One trial in the first open slot."""
+        """Run one trial in the first open slot."""
         history = self.ledger.history()
         slot = self.sampler.next_slot(history)
         if self.failures[slot.generation, slot.index] >= MAX_ATTEMPTS:
             raise EngineError(
                 f"{MAX_ATTEMPTS} candidates in a row failed: {history.last_failure()}",
-                remedy="Fix the cause and run the same command.",
+                remedy="Fix the cause and run the same command again.",
             )
         done = len(history.candidates) + 1
         label = f"gen {slot.generation + 1}  trial {done}/{self.study.search.trials}"
@@ -113,27 +113,27 @@ class Search:
         self._evaluate_and_record(trial, label, lambda r: evaluate(slot, r, label, upcoming))
 
     def _evaluate_mean(self) -> None:
-        """The mean of the distribution that the search arrived at."""
+        """Evaluate the mean of the distribution that the search arrived at."""
         history = self.ledger.history()
         generation, mean = self.sampler.mean(history)
         if not generation:
             none = f"no generation of {self.sampler.population} is complete"
             self.console.say(
-                f"{none}: the best trial wins, and of few noisy ones it is mostly lucky"
+                f"{none}: the best trial wins, which among few noisy ones is mostly luck"
             )
         elif not history.has("mean", mean.tolist()):
             trial = self.ledger.start("mean", mean.tolist(), generation)
             self._evaluate_whole(trial, "the distribution's mean", self.upcoming.after_mean())
 
     def _evaluate_whole(self, trial: TrialRecord, label: str, ahead: Iterable[Item]) -> None:
-        """A trial that answers every search task."""
+        """Run a trial that answers every search task."""
         evaluate, tasks = self.evaluator.evaluate, [self.split.search]
         self._evaluate_and_record(trial, label, lambda r: evaluate(r, tasks, label, upcoming=ahead))
 
     def _evaluate_and_record(
         self, trial: TrialRecord, label: str, evaluate: Callable[[Recipe], Evaluation]
     ) -> None:
-        """Evaluate, score, record. A candidate may fail; all else stops the run."""
+        """Evaluate, score, record. A candidate may fail; anything else stops the run."""
         try:
             evaluation = evaluate(self.genome.decode(trial.weights))
         except EngineError as error:

@@ -1,8 +1,8 @@
 """From a study file to a search that is ready to run: prepare, open, resume.
 
-`prepare` (prepare.py) touches nothing. `open_study` opens the ledger and checks that the study is
-the one that began. `resume` loads the model and the judge. Everything that a user can get wrong is
-raised before the first trial.
+`prepare` (prepare.py) touches nothing. `open_study` opens the ledger and checks that the study has
+not changed since it began. `resume` loads the model and the judge. Everything that a user can get
+wrong is raised before the first trial.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from evomerge.tasks import stored_ids, tasks_hash
 
 @contextmanager
 def open_search(study: Study, url: str, console: Console) -> Iterator[Search]:
-    """A search ready to run or to continue. Raises InputError, EngineError, JudgeError."""
+    """A search ready to run or to resume. Raises InputError, EngineError, JudgeError."""
     prepared = prepare(study, console.say)
     with only_worker(url, study.study):
         ledger = open_study(prepared, url, console)
@@ -64,7 +64,7 @@ def open_study(prepared: Prepared, url: str, console: Console) -> Ledger:
         raise StudyError(
             "a file of search.recipes has changed",
             where=ledger.name,
-            remedy="Undo it, or start a new study with --study NEW_NAME.",
+            remedy="Undo the change, or start a new study with --study NEW_NAME.",
         )
     ledger.remember("known_candidates", known)
     start_from_source(study, url, genome, ledger)
@@ -97,7 +97,7 @@ def resume(prepared: Prepared, ledger: Ledger, url: str, console: Console) -> It
                 prepared, ledger, console, engine, prompter=prompter, judge=judge, cache=cache
             )
     except KeyboardInterrupt:
-        drain = False  # no server is waited for
+        drain = False  # do not wait for a server
         raise
     finally:
         if isinstance(judge, WaitingJudge):
@@ -133,7 +133,7 @@ def _resume_lm_eval(
 def _open_judge(prepared: Prepared, url: str, ledger: Ledger) -> Judge:
     """The study's judge.
 
-    Raises TaskError when it does not know the tasks, StudyError when another one graded so far.
+    Raises TaskError when it does not know the tasks, StudyError when another judge graded so far.
     """
     study = prepared.study
     judge = make_judge(
@@ -156,7 +156,7 @@ def _open_judge(prepared: Prepared, url: str, ledger: Ledger) -> Judge:
 
 
 def _facts(prepared: Prepared, known: StudyFacts) -> StudyFacts:
-    """What the study is, from its files: compared when it continues."""
+    """The facts of the study from its files, which are compared when it resumes."""
     study, split, chooser = prepared.study, prepared.split, prepared.chooser
     models = [prepared.base, *prepared.siblings]
     files = {}
@@ -188,14 +188,14 @@ def _prints(model: ModelFolder, known: Mapping[str, Any]) -> dict[str, dict[str,
 
 
 def _introduce(prepared: Prepared, console: Console) -> None:
-    """Say what the search is over."""
+    """Report what the search covers."""
     study, split, genome = prepared.study, prepared.split, prepared.genome
     size = f"{len(genome.slices)} slices x {len(genome.siblings)} sibling(s)"
     if genome.dimensions != len(genome.slices) * len(genome.siblings):
         size += f", {genome.dimensions} numbers"
     kept = ""
     if split.validation:
-        kept = f", {len(split.validation)} for the choice of the winner"
+        kept = f", {len(split.validation)} to validate the finalists"
     console.say(
         f"study {study.study}: {size}, {len(split.search)} tasks to search on, "
         f"{len(split.held_out)} held out{kept}, {study.search.trials} candidates in generations of "
@@ -206,6 +206,6 @@ def _introduce(prepared: Prepared, console: Console) -> None:
         known = held_out_examples(prepared.chooser.knowledge, split)
     if known:
         console.say(
-            f"note: {known} example(s) of the knowledge base are held-out tasks, which it shows to "
-            "other tasks"
+            f"note: {known} example(s) of the knowledge base are held-out tasks, and may appear in "
+            "the prompts of other tasks"
         )

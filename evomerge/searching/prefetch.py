@@ -1,7 +1,8 @@
-"""Answering ahead: while a judge is waited for, the next recipes are merged and answer their tasks.
+"""Prefetching: while the judge works, the next recipes are merged and answer their tasks.
 
 Answers go to the judge batch by batch. Trials are still started and recorded one after another:
-what is done ahead lies in the caches of answers and grades, where a candidate's own turn finds it.
+what is done ahead is in the caches of answers and grades, where each candidate finds it in its own
+turn.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from evomerge.searching.samplers.cma import Slot
 from evomerge.tasks import Task
 
 Key: TypeAlias = tuple[str, str, tuple[str, ...]]  # recipe, mode, tasks
-# what is evaluated: a recipe on some tasks, answered in a mode
+# an evaluation: a recipe on some tasks, answered in a mode
 Item: TypeAlias = tuple[Recipe, Sequence[Task], str]
 Reference: TypeAlias = tuple[str, tuple[float, ...]]  # role and weights
 
@@ -42,7 +43,7 @@ class PendingEvaluation:
     pending: list[tuple[list[int], PendingGrades]] = field(default_factory=list)
 
     def batch_answered(self, indices: Sequence[int], answers: Sequence[Answer]) -> None:
-        """Request the grades of a batch of answers, or grade it here and now."""
+        """Request the grades of a batch of answers, or grade it immediately."""
         began = time.perf_counter()
         tasks = [self.tasks[i] for i in indices]
         if isinstance(self.judge, WaitingJudge):
@@ -55,7 +56,7 @@ class PendingEvaluation:
         self.seconds["judge"] += time.perf_counter() - began
 
     def done(self) -> bool:
-        """Whether every grade is there, or will never be."""
+        """Whether every grade has arrived, or never will."""
         return all(pending.done() for _, pending in self.pending)
 
     def wait(self) -> list[Grade]:
@@ -72,12 +73,12 @@ class PendingEvaluation:
 
 @dataclass
 class Prefetcher:
-    """Keeps the evaluations that were begun before their turn."""
+    """Keeps the evaluations that were started before their turn."""
 
     begun: dict[Key, PendingEvaluation] = field(default_factory=dict)
 
     def take(self, item: Item) -> PendingEvaluation | None:
-        """What was begun ahead; None: it has not begun."""
+        """The evaluation that was started ahead, if it was."""
         return self.begun.pop(_key(item), None)
 
     def keep(self, item: Item, evaluation: PendingEvaluation) -> None:
@@ -90,7 +91,7 @@ class Prefetcher:
         upcoming: Iterable[Item],
         begin: Callable[[Item], PendingEvaluation],
     ) -> None:
-        """Begin what comes next until the current grades are there; each item begins once."""
+        """Start what comes next until the current grades have arrived; each item starts once."""
         items = iter(upcoming)
         while not all(evaluation.done() for evaluation in current):
             item = next(items, None)
@@ -120,7 +121,7 @@ class TaskPlan(Protocol):
 
 @dataclass(frozen=True)
 class Upcoming:
-    """What will be evaluated whatever the pending grades turn out to be."""
+    """The evaluations that will follow whatever the pending grades turn out to be."""
 
     problem: Problem
     ledger: Ledger

@@ -99,7 +99,7 @@ def check_filters(genome: Genome, base: ModelFolder) -> None:
     for text in genome.filters:
         if text not in names:
             raise StudyFileError(
-                "no tensor has this in its name",
+                "no tensor name contains this",
                 where="genome.filters",
                 found=text,
                 remedy="Write self_attn or mlp, for example.",

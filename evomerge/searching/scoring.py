@@ -29,8 +29,8 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
 def stratified_error(values: Mapping[str, float], group: Mapping[str, int]) -> float | None:
     """Standard error of the mean of values by task, whose tasks come from groups of fixed sizes.
 
-    √Σ (n_g/N)² s_g² / n_g (Cochran 1977, chapter 5). The one value of a group has no variance of
-    its own: that of all values is used for it.
+    √Σ (n_g/N)² s_g² / n_g (Cochran 1977, chapter 5). A single value in a group has no variance:
+    that of all values is used instead.
     """
     whole = list(values.values())
     if len(whole) < 2:
@@ -87,7 +87,7 @@ def two_phase_mean(
     score = float(above.mean() + np.mean(known))
     if len(values) > 1:
         return score, math.sqrt(draw_variance(above, total) + values.var(ddof=1) / total)
-    # one grade has no spread of its own: that of the baselines is used for it
+    # a single grade has no spread: that of the baselines is used instead
     return score, float(np.std(known, ddof=1)) if total > 1 else None
 
 

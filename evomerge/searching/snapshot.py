@@ -1,4 +1,4 @@
-"""A study after its search, or under way: for showing, exporting and inference."""
+"""A finished or running study, for showing, exporting and inference."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from evomerge.study import Study
 
 @dataclass(frozen=True)
 class StudySnapshot:
-    """What a study holds: its trials by number, the winner so far, the verdict if there is one."""
+    """The contents of a study: its trials by number, the winner so far, and any verdict."""
 
     ledger: Ledger
     study: Study

@@ -38,8 +38,9 @@ class CascadeOutcome:
 
 @dataclass
 class CascadeRound:
-    """All candidates answer and the learned judge grades all; the llm judge grades, block by block,
-    those that may be in the better half or not.
+    """All candidates answer, the learned judge grades all, and the llm judge the undecided ones.
+
+    It grades, block by block, the candidates that may or may not be in the better half.
     """
 
     judge: CascadeJudge

@@ -1,8 +1,8 @@
 """What each candidate of a generation answers, and which judge grades it.
 
 Everything here is a function of the study and of the generation's candidates; answers and grades
-come from their caches when it is worked out again. So a run that was killed in the middle of a
-generation comes to the same end.
+come from their caches when it is computed again. A run that was killed in the middle of a
+generation therefore has the same result.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from evomerge.tasks import Task
 
 @dataclass
 class GenerationDecisions:
-    """What is known of a generation's candidates before their trials, by their recipes' digests."""
+    """What is known about a generation's candidates before their trials, by recipe digest."""
 
     recipes: tuple[str, ...]
     blocks: dict[str, int] = field(default_factory=dict)  # how many each answers
@@ -54,18 +54,18 @@ class AllTasksPlan:
         return self.search_tasks
 
     def mode(self) -> str:
-        """Candidates are merged."""
+        """The mode in which candidates are merged."""
         return MERGED
 
     def evaluate(
         self, slot: Slot, recipe: Recipe, label: str, upcoming: Iterable[Item] = ()
     ) -> Evaluation:
-        """One candidate. Raises EngineError."""
+        """Evaluate one candidate. Raises EngineError."""
         return self.evaluator.evaluate(recipe, [self.search_tasks], label, MERGED, upcoming)
 
 
 class GenerationPlan:
-    """One generation at a time, as `search.ranking`, the judge and the engine want it."""
+    """One generation at a time, as `search.ranking`, the judge and the engine require."""
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class GenerationPlan:
     def evaluate(
         self, slot: Slot, recipe: Recipe, label: str, upcoming: Iterable[Item] = ()
     ) -> Evaluation:
-        """One candidate, after what must be known of its whole generation. Raises EngineError."""
+        """Evaluate one candidate, after deciding about its whole generation. Raises EngineError."""
         generation, named = slot.generation, f"gen {slot.generation + 1}"
         if self.mode() == ONE_PASS:
             self._answer_in_one_pass(generation, named)
@@ -150,9 +150,9 @@ class GenerationPlan:
         self.one_pass.ahead(generation, texts, report, prompter.settings(prompts))
 
     def _decide(self, generation: int, label: str) -> GenerationDecisions:
-        """What must be known of the whole generation: by a race, by a cascade's round, or nothing.
+        """What must be known about the whole generation: by a race, a cascade's round, or nothing.
 
-        It is worked out again when a candidate was replaced.
+        It is computed again when a candidate was replaced.
         """
         if not self.compares_candidates_first:
             return GenerationDecisions(())
@@ -187,7 +187,7 @@ class GenerationPlan:
     ) -> dict[str, int]:
         """How many blocks each recipe answers, by its digest.
 
-        Block by block, what cannot enter the better half any more stops (racing.hopeless).
+        Block by block; a candidate that can no longer enter the better half stops.
         """
         counts: dict[str, int] = {}
         values = np.full((len(recipes), sum(map(len, every))), np.nan)
@@ -235,7 +235,7 @@ class GenerationPlan:
         return self.scorer.task_values(evaluation, missing=np.nan)
 
     def _remember_savings(self, generation: int, savings: CascadeSavings) -> None:
-        """By generation, so that working it out again counts once."""
+        """Store the savings by generation, so that computing one again counts once."""
         known = dict(self.ledger.facts.cascade_generations)
         known[generation] = (savings.graded, savings.asked)
         self.ledger.remember("cascade_generations", known)

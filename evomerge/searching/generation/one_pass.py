@@ -1,6 +1,6 @@
 """A generation whose candidates answer together, in one pass, before their trials begin.
 
-The answers lie in the cache, where each candidate's own turn finds them.
+The answers are in the cache, where each candidate finds them in its own turn.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class OnePass:
     def wanted(self, prompts: int) -> bool:
         """Whether generations answer in one pass. Raises StudyFileError where they cannot.
 
-        As `engine.population` says. By default in fp32, where the tokens are the merged model's,
-        and only where it surely pays.
+        As `engine.population` says. By default they do in fp32, where the tokens are the merged
+        model's, and only where one pass is certain to be faster.
         """
         study, population = self.problem.study, self.engine.batched_candidates
         asked_for = study.engine.population
@@ -65,7 +65,7 @@ class OnePass:
         report: Callable[[str], None],
         settings: PromptSettings = None,
     ) -> None:
-        """Answer for every candidate of the generation what is not in the cache yet.
+        """Compute the answers of every candidate of the generation that are not in the cache yet.
 
         Batches of prompts follow one another. Raises EngineError.
         """
@@ -93,5 +93,5 @@ class OnePass:
                 self.cache.put(key, found)
 
     def take_seconds(self, recipe: Recipe) -> float:
-        """Seconds of a pass that were this candidate's; they are given out once."""
+        """The candidate's share of a pass in seconds; it is given out once."""
         return self.seconds.pop(recipe.digest(), 0.0)

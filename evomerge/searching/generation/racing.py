@@ -1,6 +1,6 @@
 """Cheaper rankings: which tasks a generation answers, and which of its candidates may stop early.
 
-Pure functions of grades; docs/SEARCH.md says what each is worth.
+Pure functions of grades; docs/SEARCH.md reports what each contributes.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ def hopeless(grades: NDArray[Any], keep: int, error: float, looks: int = 1) -> s
     at `looks` looks, so each test has the level error / (looks * keep * (candidates - keep)) and
     all of them together err with at most `error` per generation (Bonferroni; racing as in
     Heidrich-Meisner and Igel 2009, https://doi.org/10.1145/1553374.1553426). The variance is the
-    pair's own or that of the average pair, whichever is larger: few grades often differ by chance
-    not at all. Bounds that assume nothing beyond the grades' range (Hoeffding, empirical Bernstein)
-    never decide here.
+    pair's own or that of the average pair, whichever is larger: by chance, few grades often do not
+    differ at all. Bounds that assume nothing beyond the grades' range (Hoeffding, empirical
+    Bernstein) never decide here.
     """
     count = len(grades)
     if count <= keep:

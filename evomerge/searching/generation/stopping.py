@@ -47,9 +47,9 @@ class StudyClock:
 def why_stop(
     study: Study, sampler: CmaSampler, ledger: Ledger, clock: StudyClock, judge: Judge | None
 ) -> str | None:
-    """The reason to begin no further candidate, in words; None: continue.
+    """The reason to start no further candidate, in words; None: continue.
 
-    Convergence is looked at between generations only.
+    Convergence is checked between generations only.
     """
     s, history = study.search, ledger.history()
     spending = Spending(clock.elapsed(), float(getattr(judge, "cost", 0.0)))
@@ -136,7 +136,7 @@ def _error(
 
 
 def progress_line(study: Study, history: History, label: str) -> str:
-    """A line on the trial that has just ended, and on how long the rest will take."""
+    """A line about the trial that has just ended, and the time that the rest will take."""
     paces = [sum(trial.seconds.values()) for trial in history.complete[-20:]]
     left = study.search.trials - len(history.candidates) + 5  # the mean and the verdict
     last, best = history.complete[-1], best_first(history.complete)[0]

@@ -1,4 +1,4 @@
-"""What a study remembers of its judge at the verdict, for the report page.
+"""What a study stores about its judge at the verdict, for the report page.
 
 The rules judge, which is always available, is the second judge. It is not an authority, but two
 judges seldom agree by chance.
@@ -23,7 +23,7 @@ TEXT, REASON = 600, 300  # characters kept of a text and of a reason
 
 
 class JudgedAnswers(Protocol):
-    """What one candidate did on the tasks, in their order."""
+    """One candidate's answers and grades on the tasks, in their order."""
 
     @property
     def answers(self) -> Sequence[Answer]: ...
@@ -39,7 +39,7 @@ def judge_facts(
     evaluations: Mapping[str, JudgedAnswers],
     held_out: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What a search remembers of its judge at the verdict, ready for JSON.
+    """What a search stores about its judge at the verdict, ready for JSON.
 
     `evaluations` holds the candidates' answers to the held-out `tasks` and their grades, "winner"
     and the best "uniform" among them. `held_out` is a learned judge's own agreement, as its file
@@ -128,7 +128,7 @@ def _two_answers(
 def _pair(
     task: Task, sides: list[dict[str, Any]], who: str | None = None, answer: Answer | None = None
 ) -> dict[str, Any]:
-    """`who` gave the `answer` that both sides are about, or each side has a text of its own."""
+    """`who` gave the `answer` that both sides are about, or each side has its own text."""
     return {
         "task_id": task.stored_id,
         "input": cut(task.input, TEXT),

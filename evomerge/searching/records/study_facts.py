@@ -1,4 +1,4 @@
-"""What a study remembers besides its trials: the attributes of its storage, typed.
+"""What a study stores besides its trials: the attributes of its storage, typed.
 
 Format 1 is that of evomerge 0.1, which wrote no `version`. In format 0 (before 0.1) `verdict`,
 `finalists` and `look` are attributes of their own.
@@ -77,7 +77,7 @@ class SplitKeys:
 
 @dataclass(frozen=True)
 class CascadeSavings:
-    """Of `graded` answers the cascade judge asked its expensive judge about `asked`."""
+    """The cascade judge had its expensive judge grade `asked` of `graded` answers."""
 
     graded: int
     asked: int
@@ -101,7 +101,8 @@ class StudyFacts:
     known_candidates: tuple[tuple[float, ...], ...] | None = None  # in the order of their slots
     start: Start | None = None
     warm_start: tuple[GradientStep, ...] = ()
-    limits: Mapping[str, int] = field(default_factory=dict)  # batch sizes that memory has forced
+    # batch sizes that a lack of memory has forced
+    limits: Mapping[str, int] = field(default_factory=dict)
     elapsed: float = 0.0  # seconds of all runs
     stopped: str | None = None  # why the search ended
     cascade: CascadeSavings | None = None
@@ -116,7 +117,7 @@ class StudyFacts:
 
     @property
     def begun(self) -> bool:
-        """Whether the study has remembered its study file."""
+        """Whether the study has stored its study file."""
         return self.study_file is not None
 
     @property

@@ -18,7 +18,7 @@ OPTIONAL = ("length", "likelihood", "objective")
 
 @dataclass(frozen=True)
 class TaskGrade:
-    """What the answer to one task was worth.
+    """The value of the answer to one task.
 
     `grade` is a judge's grade, `score` a document's share of lm-eval's score; `length` is the
     answer's share of its longest allowed length and `likelihood` the reference's log-likelihood in

@@ -1,4 +1,4 @@
-"""The verdict, and what is kept of the held-out answers for the report."""
+"""The verdict, and the held-out answers that are stored for the report."""
 
 from __future__ import annotations
 

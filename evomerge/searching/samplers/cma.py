@@ -1,8 +1,8 @@
 """CMA-ES as a pure function from a study's history to the next vector.
 
 Nothing is pickled and nothing is kept between calls: the optimizer is replayed from the finished
-trials, so that resuming is the same as going on. Every draw is seeded from (study seed, generation,
-index, attempt), so that an interrupted candidate is drawn again as it was.
+trials, so that resuming is the same as continuing. Every draw is seeded from (study seed,
+generation, index, attempt), so that an interrupted candidate is drawn identically again.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class CmaSampler:
         self.population = population or default_population(len(names))
 
     def start(self, history: History) -> Distribution:
-        """What the first generation is drawn from: the default, or what the study remembers."""
+        """The distribution of the first generation: the default, or the stored one."""
         if history.start is None:
             return self.default
         mean = np.clip(np.array(history.start.mean, dtype=float), *self.bounds.T)

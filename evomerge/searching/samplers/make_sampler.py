@@ -18,7 +18,7 @@ def make_sampler(
 ) -> CmaSampler:
     """The study's sampler.
 
-    `known` are the known candidates as a study remembers them; None: as its file names them.
+    `known` are the known candidates as a study stores them; None: as its file names them.
     """
     s = study.search
     if known is None:

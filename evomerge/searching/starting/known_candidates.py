@@ -17,7 +17,7 @@ OUTSIDE = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
 def first_vectors(study: Study, genome: Genome) -> list[tuple[float, ...]]:
     """The vectors of `search.recipes` and `search.vectors`.
 
-    Raises StudyFileError for one that the genome does not hold.
+    Raises StudyFileError for one that the genome does not contain.
     """
     vectors = [encode(genome, read_recipe(path), path) for path in study.search.recipes]
     for i, vector in enumerate(study.search.vectors):
@@ -33,7 +33,7 @@ def first_vectors(study: Study, genome: Genome) -> list[tuple[float, ...]]:
         for x, gene in zip(vector, genome.genes, strict=True):
             if not gene.low <= x <= gene.high:
                 raise StudyFileError(
-                    "a first candidate lies outside the bounds",
+                    "a first candidate is outside the bounds",
                     found=x,
                     remedy="Widen search.bounds, or remove it.",
                 )
@@ -88,7 +88,7 @@ def _check_form(genome: Genome, recipe: Recipe, where: str) -> None:
         )
     if recipe.tokenizer is not None and genome.tokenizer_source is None:
         raise StudyFileError(
-            "it has a tokenizer of its own, the genome has none", where=where, remedy="Remove it."
+            "it has its own tokenizer, but the genome has none", where=where, remedy="Remove it."
         )
     if recipe.dtype not in (None, genome.dtype):
         raise StudyFileError(
@@ -130,5 +130,5 @@ def _all_settings(layout: Layout, name: str, models: Sequence[str]) -> tuple[obj
 
 
 def _resolved(ref: str) -> str:
-    """A model by where it lies, however that is written."""
+    """The location of a model, however it is written."""
     return str(Path(ref).resolve()) if Path(ref).exists() else ref

@@ -15,7 +15,7 @@ from evomerge.study import Study
 
 
 def start_from_source(study: Study, url: str, genome: Genome, ledger: Ledger) -> None:
-    """Remember the distribution of `search.source_study` as it is now, once.
+    """Store the current distribution of `search.source_study`, once.
 
     Raises StudyError when that study cannot be a source.
     """
@@ -33,7 +33,7 @@ def start_from_source(study: Study, url: str, genome: Genome, ledger: Ledger) ->
     facts = source.facts
     if facts.names != tuple(genome.names):
         raise StudyError(
-            "the source study searches other numbers",
+            "the source study searches different numbers",
             where=source.name,
             remedy="Leave out search.source_study.",
         )
@@ -46,13 +46,13 @@ def start_from_source(study: Study, url: str, genome: Genome, ledger: Ledger) ->
         raise StudyError(
             "the source study has no complete generation yet",
             where=source.name,
-            remedy="Let it run on first.",
+            remedy="Let it finish one first.",
         )
     ledger.remember("start", as_start(sampler.distribution(history)))
 
 
 def as_start(distribution: Distribution, mean_is_first: bool = False) -> Start:
-    """A distribution as a study remembers it; `mean_is_first` as of `Start`."""
+    """A distribution as a study stores it; `mean_is_first` as of `Start`."""
     cov = tuple(tuple(row) for row in distribution.cov.tolist())
     return Start(tuple(distribution.mean.tolist()), distribution.sigma, cov, mean_is_first)
 

@@ -5,8 +5,8 @@ references, on search tasks only: each reference's mean per token, and the mean 
 AdaMerging (Yang et al. 2024, arXiv 2310.02575) climbs the entropy of unlabelled answers in the same
 way; here there are references.
 
-Nothing is kept between steps but what is recorded: a step is a function of the study's seed, its
-number, and the gradients before it. So a run that was killed continues as if it had not been.
+Nothing is kept between steps except what is stored: a step is a function of the study's seed, its
+number, and the gradients before it. A run that was killed therefore resumes as if it had not been.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from evomerge.study import Study
 from evomerge.tasks import Task
 
 BATCH = 16  # tasks of a step
-# a number's first step, in units of the weight: in 16 steps it can come from anywhere to anywhere
+# a number's first step, in units of the weight: 16 steps can cross the whole range
 RATE = 0.25
 BETAS = (0.9, 0.98)  # memory of Adam's two moments (Kingma & Ba 2015, arXiv 1412.6980, algorithm 1)
 # share of the steps, the last ones, whose vectors are averaged (Polyak & Juditsky 1992)
@@ -101,7 +101,7 @@ class LikelihoodStart:
 def check_warm_start(genome: Genome, tasks: Sequence[Task], engine: Engine | None = None) -> None:
     """Raise StudyFileError where there can be no warm start.
 
-    So it is with another method or engine, or without references.
+    This is the case with another method or engine, or without references.
     """
     check_gradient(genome)
     if not any(task.output for task in tasks):
@@ -193,11 +193,11 @@ def step_scales(gradients: Sequence[Sequence[float]]) -> np.ndarray:
     Their geometric mean is NARROWED. A log-likelihood's curvature is the mean square of its
     gradient (Fisher's information), and the width of a bowl is the root of its inverse.
     """
-    # the first steps say little of where the walk ends
+    # the first steps say little about where the walk ends
     late = np.array(gradients, dtype=float)[len(gradients) // 2 :]
     square = np.mean(np.square(late), axis=0)
     width = -0.5 * np.log(np.maximum(square, max(square.max(), 1e-300) * 1e-12))
-    for _ in range(20):  # what is cut off moves the mean of the rest
+    for _ in range(20):  # cutting off values moves the mean of the rest
         width = np.clip(width - width.mean(), -np.log(WIDEST), np.log(WIDEST))
     factors: np.ndarray = np.exp(width - width.mean()) * NARROWED
     return factors
