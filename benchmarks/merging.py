@@ -139,7 +139,7 @@ def build_figures(recipe: Path) -> dict[str, float | None]:
             if MERGEKIT_PYTHON
             else [str(script)]
         )
-        commands = [[sys.executable, "-m", "evomerge.cli", "merge"], theirs]
+        commands = [[sys.executable, "-m", "evomerge", "merge"], theirs]
         fast, slow = medians([process(command, recipe) for command in commands])
         print(f"to disk, whole process: evomerge {fast:.2f} s, mergekit {slow:.2f} s")
         figures["build_vs_mergekit"] = round(slow / fast, 2)

@@ -34,7 +34,7 @@ from evomerge.recipe import Recipe
 from evomerge.searching.assemble import judged_search
 from evomerge.searching.ledger import open_ledger
 from evomerge.searching.prepare import Problem
-from evomerge.searching.starting.study_sampler import make_sampler
+from evomerge.searching.samplers.make_sampler import make_sampler
 from evomerge.study import (
     GenomeSection,
     JudgeSection,
@@ -157,7 +157,9 @@ def run_study(
         )
         timed: Any = engine
         console = Console(StringIO())
-        search = judged_search(problem, ledger, console, timed, prompter, judge, cache)
+        search = judged_search(
+            problem, ledger, console, timed, prompter=prompter, judge=judge, cache=cache
+        )
         began = time.perf_counter()
         search.run()
         wall = time.perf_counter() - began

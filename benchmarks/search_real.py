@@ -34,7 +34,7 @@ import optuna
 import yaml
 
 from evomerge.console import Console
-from evomerge.searching.examine import JudgedExaminer
+from evomerge.searching.evaluate import JudgedEvaluator
 from evomerge.searching.loop import Search
 from evomerge.searching.open_search import open_search
 from evomerge.searching.records.study_facts import GradientStep
@@ -159,13 +159,13 @@ def warmed(search: Search, steps: int, file: Path) -> tuple[Distribution, int]:
             kept.write(json.dumps(asdict(step)) + "\n")
 
     study = search.study.replace(search=search.study.search.replace(warm_start_steps=steps))
-    examiner = search.examiner
-    assert isinstance(examiner, JudgedExaminer)
+    evaluator = search.evaluator
+    assert isinstance(evaluator, JudgedEvaluator)
     found = warm_start(
-        examiner.engine,
+        evaluator.engine,
         search.genome,
         search.split.search,
-        examiner.prompter,
+        evaluator.prompter,
         study,
         done,
         record,
@@ -222,7 +222,7 @@ def reached(search: Search, start: Distribution, goal: float) -> int:
 
 def winner(search: Search) -> tuple[float, ...]:
     """The vector that the verdict was about."""
-    found = search.ledger.history().trial(search.ledger.facts.finalists["winner"])
+    found = search.ledger.history().trial(search.ledger.facts.compared["winner"])
     assert found is not None
     return found.weights
 
@@ -235,7 +235,7 @@ def unseen(search: Search, vector: Sequence[float]) -> dict[str, float]:
 def _values(
     search: Search, vector: Sequence[float], tasks: Sequence[Task], label: str
 ) -> dict[str, float]:
-    found = search.examiner.examine(search.genome.decode(vector), [tasks], label)
+    found = search.evaluator.evaluate(search.genome.decode(vector), [tasks], label)
     return {
         str(task.task_id): float(bool(grade.correct))
         for task, grade in zip(found.tasks, found.grades, strict=True)

@@ -1,7 +1,7 @@
 """evomerge: find the best merge of a base model and its fine-tuned siblings.
 
     search           run a study: find the merge weights, and prove the winner on held-out tasks
-    check            what a study needs, before any work
+    check            report what a study needs
     merge            a mergekit configuration to a model folder
     infer            tasks in, answers out
     load_study       a study's trials, verdict, winner and plots

@@ -1,4 +1,4 @@
-"""`python -m evomerge` is `evomerge`."""
+"""`python -m evomerge` runs the command `evomerge`."""
 
 import sys
 

@@ -13,7 +13,8 @@ from evomerge.errors import InputError
 PLAIN_EVERY = 10.0  # seconds between plain progress lines
 REDRAW_EVERY = 0.1  # seconds between a progress bar's changes
 BAR = 24  # its columns
-DETAIL_EVERY = 60.0  # seconds of silence before a plain line says how far a single candidate is
+# seconds without output before a plain line shows the progress within a candidate
+DETAIL_EVERY = 60.0
 
 
 class Console:
@@ -31,7 +32,7 @@ class Console:
         print(text, file=self.stream, flush=True)
 
     def status(self, text: str, detail: bool = False) -> None:
-        """Show progress: at once on a terminal, otherwise as a line every ten seconds at most.
+        """Show progress: immediately on a terminal, otherwise as a line every ten seconds at most.
 
         A `detail` becomes a line every minute at most.
         """
@@ -101,7 +102,7 @@ def byte_progress(console: Console, doing: str) -> Callable[[int, int], None]:
     shown = -REDRAW_EVERY
 
     def progress(done: int, total: int) -> None:
-        """Show how far it is."""
+        """Show the progress."""
         nonlocal shown
         now = time.monotonic()
         if now - shown < REDRAW_EVERY and done < total:

@@ -51,7 +51,7 @@ class StudyFileError(InputError):
 
 
 class StudyError(InputError):
-    """A study by name: it is unknown, has changed, or is in use."""
+    """A study that is unknown, has changed, or is in use."""
 
 
 class RecipeError(InputError):
@@ -87,7 +87,7 @@ class JudgeError(RunError):
 
 
 class JudgePaused(JudgeError):
-    """Grades are missing: everything so far is recorded, and the same command continues."""
+    """Grades are missing: everything so far is recorded, and the same command resumes."""
 
     exit_code = 3
 

@@ -77,7 +77,7 @@ class ExclusiveLock:
     """
 
     def __init__(self, path: Path) -> None:
-        """Take the lock at once. Raises LockHeld, and OSError where no lock can be made."""
+        """Take the lock immediately. Raises LockHeld, and OSError where no lock can be made."""
         self._path = path
         self._holder = path.with_name(f"{path.name}.pid")
         self._lock = FileLock(path, timeout=0, thread_local=False)
@@ -100,7 +100,7 @@ class ExclusiveLock:
         self.release()
 
     def release(self) -> None:
-        """Give the lock up and remove its files, where the system allows that."""
+        """Release the lock and remove its files, where the system allows that."""
         # before the release: afterwards the files may be another holder's
         for path in (self._holder, self._path):
             with suppress(OSError):

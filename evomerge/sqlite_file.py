@@ -1,4 +1,4 @@
-"""SQLite files that are opened and checked, and one line for whatever can go wrong with them.
+"""SQLite files, opened and checked, and a one-line error for whatever can go wrong with them.
 
 They may be locked, cut short, on a full disk, or in a read-only folder.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from evomerge.errors import OutputError
 
-WAIT = 30.0  # seconds that another process's transaction is waited for
+WAIT = 30.0  # seconds to wait for another process's transaction
 
 
 def connect(
@@ -46,7 +46,7 @@ def check_integrity(path: Path) -> None:
 def explained(
     error: BaseException, what: str, path: Path | str | None, damaged: str = ""
 ) -> OutputError:
-    """The error of a file as one line of ours.
+    """The error of a file as a one-line OutputError.
 
     `what` names the file's content; `damaged` is the remedy where it is damaged. SQLite's own words
     decide: drivers and SQLAlchemy pass them on, but not always the error's number.

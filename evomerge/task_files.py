@@ -93,7 +93,7 @@ def _xlsx_records(path: Path) -> list[Record]:
     try:
         book = openpyxl.load_workbook(path, read_only=True, data_only=True)
         rows = list(book.worksheets[0].iter_rows(values_only=True))
-    except Exception as error:  # openpyxl lets zipfile's and its own errors through
+    except Exception as error:  # openpyxl passes on zipfile's errors, and raises its own
         raise TaskError(
             f"not a readable Excel file: {error}",
             where=path,

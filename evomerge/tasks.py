@@ -42,7 +42,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Split:
-    """Which tasks are for the search, which for the verdict, and which for the winner's choice."""
+    """Which tasks are for the search, which are held out, and which are for validation."""
 
     search: tuple[Task, ...]
     held_out: tuple[Task, ...]
@@ -67,7 +67,7 @@ def load_dataset_tasks(name: str, split: str | None = None) -> tuple[Task, ...]:
         import datasets
 
         loaded = datasets.load_dataset(name, split=split or "test")
-    except Exception as error:  # the hub's client raises many kinds of its own
+    except Exception as error:  # the hub's client raises many kinds of errors
         first = str(error).splitlines()[:1]
         raise TaskError(
             f"the dataset cannot be loaded: {type(error).__name__}: {''.join(first)}",
@@ -96,7 +96,7 @@ def tasks_from_rows(rows: Iterable[tuple[str, Mapping[str, Any]]], where: str) -
         tasks.append(task)
     if not tasks:
         raise TaskError(
-            "holds no tasks", where=where, remedy="Add at least one record with a field `input`."
+            "contains no tasks", where=where, remedy="Add at least one record with a field `input`."
         )
     return tuple(tasks)
 
@@ -112,7 +112,7 @@ def _task(row: Mapping[str, Any], number: int, at: str) -> Task:
         )
     if not isinstance(text, str) or not text.strip():
         raise TaskError(
-            "`input` is not a text",
+            "`input` is not text",
             where=at,
             found=text,
             remedy="Write the instruction as a non-empty string.",
@@ -121,7 +121,7 @@ def _task(row: Mapping[str, Any], number: int, at: str) -> Task:
         task_id = number
     if not isinstance(task_id, int | str) or isinstance(task_id, bool):
         raise TaskError(
-            "`task_id` is neither a number nor a text",
+            "`task_id` is neither a number nor text",
             where=at,
             found=task_id,
             remedy="Use 0, 1, 2, … or names.",
@@ -138,7 +138,7 @@ def _text(row: Mapping[str, Any], key: str, at: str) -> str:
         return str(value)
     if not isinstance(value, str):
         raise TaskError(
-            f"`{key}` is not a text", where=at, found=value, remedy="Write it as a string."
+            f"`{key}` is not text", where=at, found=value, remedy="Write it as a string."
         )
     return value
 
@@ -146,7 +146,7 @@ def _text(row: Mapping[str, Any], key: str, at: str) -> str:
 def split_tasks(
     tasks: Sequence[Task], held_out: float, seed: int, validation: float = 0.0
 ) -> Split:
-    """Split by a seeded shuffle within each `kind`: every part holds every kind in the same share.
+    """Split by a seeded shuffle within each `kind`: every part has the same share of every kind.
 
     `held_out` is the share kept for the verdict, 0 < held_out < 1; `validation` is the share of the
     others that is kept for the choice of the winner. Raises TaskError where a part would be empty.
@@ -155,7 +155,7 @@ def split_tasks(
         raise TaskError(
             "too few tasks to hold some out",
             found=len(tasks),
-            remedy="Add tasks: two are the least, and fifty or more give a useful verdict.",
+            remedy="Add tasks: at least two are needed, and fifty or more give a useful verdict.",
         )
     others, kept = _part(tasks, held_out, random.Random(seed))
     if not validation:
@@ -204,6 +204,6 @@ def tasks_hash(tasks: Sequence[Task]) -> str:
     records = []
     for task in tasks:
         record = asdict(task) | {"task_id": task.stored_id}
-        del record["source"]  # the stored name holds it
+        del record["source"]  # the stored name contains it
         records.append(record)
     return sha256(json.dumps(records, ensure_ascii=False).encode()).hexdigest()

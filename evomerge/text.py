@@ -68,7 +68,7 @@ _PLAIN_CHARS = [
 def bare(text: str) -> str:
     """`clean` in lower case, without the punctuation, quotes and article around it.
 
-    White space becomes one space, or none next to Japanese characters.
+    White space becomes one space, or nothing next to Japanese characters.
     """
     text = re.sub(r"\s+", " ", clean(text).casefold())
     text = re.sub(rf"(?<=[{CJK}]) | (?=[{CJK}])", "", text)

@@ -23,9 +23,9 @@ from evomerge.knowledge.chooser import Chooser
 from evomerge.knowledge.records import Document, Example, Knowledge, KnowledgeClass
 from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.recipe import Recipe
-from evomerge.searching.finished import Finished
 from evomerge.searching.records.study_facts import StudyFacts
 from evomerge.searching.records.verdict_record import HeldOutScore, Verdict
+from evomerge.searching.snapshot import StudySnapshot
 from evomerge.study import (
     EngineSection,
     GenerationSection,
@@ -181,7 +181,7 @@ def finish(family, recipe=None, dtype="float32", prompt=None, verdict=VERDICT, *
     )
     genome = SimpleNamespace(decode=lambda weights: recipe)
     winner = SimpleNamespace(number=7, role="candidate", weights=())
-    return Finished(
+    return StudySnapshot(
         SimpleNamespace(name="demo", facts=StudyFacts()), study, genome, [], winner, verdict
     )
 

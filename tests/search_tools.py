@@ -18,7 +18,7 @@ from evomerge.judging.grade import Grade
 from evomerge.searching.assemble import judged_search
 from evomerge.searching.ledger import open_ledger
 from evomerge.searching.prepare import Problem
-from evomerge.searching.starting.study_sampler import make_sampler
+from evomerge.searching.samplers.make_sampler import make_sampler
 from evomerge.study import (
     GenomeSection,
     JudgeSection,
@@ -140,7 +140,9 @@ def make_search(folder, study, engine=None, judge=None, tasks=(32, 16, 0), conso
     prompter = Prompter(None, PromptSection(format="template", template="{input}"))
     problem = Problem(study, genome, split, sampler)
     console = console or Console(StringIO())
-    search = judged_search(problem, ledger, console, engine, prompter, judge, cache)
+    search = judged_search(
+        problem, ledger, console, engine, prompter=prompter, judge=judge, cache=cache
+    )
     return search, engine, judge
 
 

@@ -60,14 +60,14 @@ def test_a_ledger_reads_what_it_wrote(url):
     assert not ledger.facts.begun
     grades = {"0-x": TaskGrade(None, True, grade=3.5, length=0.25), "7": TaskGrade(True, False, 5)}
     trial = ledger.start("candidate", NUMBERS.values(), 1, 3)
-    assert (trial.state, trial.place, trial.score) == ("running", (1, 3), None)
+    assert (trial.state, trial.slot, trial.score) == ("running", (1, 3), None)
     ledger.finish(trial, Result(4.25, None, 2, 0.5, {"merge": 1.0}, grades, 12, 3.5, {"grade": 4}))
     ledger.start("mean", NUMBERS.values(), 2)
-    assert ledger.release_stale() == 1
+    assert ledger.mark_interrupted() == 1
     done, stale = ledger.records()
     assert (done.weights, done.score, done.stderr) == (tuple(NUMBERS.values()), 4.25, None)
     assert (done.grades, done.parts, done.tokens) == (grades, {"grade": 4}, 12)
-    assert (stale.state, stale.reason, stale.place) == ("failed", INTERRUPTED, (2, None))
+    assert (stale.state, stale.reason, stale.slot) == ("failed", INTERRUPTED, (2, None))
     assert ledger.history().candidates == (done,)
 
 

@@ -231,7 +231,7 @@ def test_mistakes_name_the_parameter(pair, tmp_path):
         ({"model": "m", "study": "s"}, "not clear which model answers"),
         ({"model": "m", "best_of": 1}, "infer: best_of: must be 2 or more"),
         ({"model": "m", "judge": "rules"}, "infer: judge: chooses among several answers"),
-        ({"model": "m", "self_check": ["boring"]}, "infer: self_check: is not a fault"),
+        ({"model": "m", "self_check": ["boring"]}, "infer: self_check: is not a known fault"),
         ({"model": "m", "concurrency": 2}, "infer: concurrency: applies to a server only"),
     ):
         with pytest.raises(InputError, match=words):

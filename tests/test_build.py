@@ -57,7 +57,7 @@ def run(*args, **settings):
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *settings.pop("path", [])])}
     python = settings.pop("python", sys.executable)
     return subprocess.run(
-        [python, "-m", "evomerge.cli", *args],
+        [python, "-m", "evomerge", *args],
         capture_output=True,
         text=True,
         check=False,
@@ -70,7 +70,7 @@ def poison(family):
     tensors = load_file(family / "one/model.safetensors")
     tensors["model.layers.2.mlp.down_proj.weight"][0, 0] = float("nan")
     save_file(tensors, family / "one/model.safetensors")
-    return recipe(family), "model.layers.2.mlp.down_proj.weight holds NaN"
+    return recipe(family), "model.layers.2.mlp.down_proj.weight contains NaN"
 
 
 def lose(family):
@@ -126,7 +126,7 @@ def test_too_little_space_is_said_before_anything_is_merged(family, capsys, monk
     assert main(["merge", str(family / "r.yml"), str(family / "out")]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
-    assert "needs 20.1 MB, and 5.0 MB are free" in lines[0]
+    assert "needs 20.1 MB, but only 5.0 MB are free" in lines[0]
     assert sorted(family.iterdir()) == before
 
 

@@ -33,11 +33,11 @@ from evomerge.judging.cascade import (
 )
 from evomerge.judging.grade import Grade
 from evomerge.judging.learned.fit import fit_file
-from evomerge.searching.finished import load_finished
 from evomerge.searching.generation.racing import blocks
 from evomerge.searching.history import History
 from evomerge.searching.ledger import open_ledger
-from evomerge.searching.starting.study_sampler import make_sampler
+from evomerge.searching.samplers.make_sampler import make_sampler
+from evomerge.searching.snapshot import load_snapshot
 
 
 def residuals(seed, shared=0.5, candidates=12, tasks=48):
@@ -303,7 +303,7 @@ def halves(search, judge):
         rows = sorted((r for r in done if r.generation == g), key=lambda r: r.index)
         whole = []
         for r in rows:
-            search.examiner.engine.apply(search.genome.decode(r.weights))
+            search.evaluator.engine.apply(search.genome.decode(r.weights))
             tasks = [every[t] for t in r.grades]
             whole.append(
                 np.mean(
@@ -311,7 +311,7 @@ def halves(search, judge):
                         judge.given(t, a).value
                         for t, a in zip(
                             tasks,
-                            search.examiner.engine.answer([t.input for t in tasks]),
+                            search.evaluator.engine.answer([t.input for t in tasks]),
                             strict=True,
                         )
                     ]
@@ -502,7 +502,7 @@ def test_a_study_by_the_command_line_reports_what_it_saved(pair, learned, tmp_pa
     assert server.given == whole.given, "a pause asks nothing twice and nothing else"
     assert set(server.given.values()) == {1}
     finished, other = (
-        load_finished(f"sqlite:///{f}/s.db", "tiny") for f in (tmp_path, tmp_path / "whole")
+        load_snapshot(f"sqlite:///{f}/s.db", "tiny") for f in (tmp_path, tmp_path / "whole")
     )
     assert trials(finished) == trials(other)
     assert finished.verdict == other.verdict

@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from evomerge.searching.choosing import choose, finalists
+from evomerge.searching.choosing import choose
+from evomerge.searching.history import best_first
 
 
 def grades(*values):
@@ -14,7 +15,7 @@ def grades(*values):
 def test_the_best_few_trials_in_order():
     def best(count, **scores):
         trials = [SimpleNamespace(number=int(n[1:]), score=score) for n, score in scores.items()]
-        return [trial.number for trial in finalists(trials, count)]
+        return [trial.number for trial in best_first(trials)[:count]]
 
     assert best(3, t3=0.5, t1=0.7, t2=0.7, t0=0.1) == [1, 2, 3]
     assert best(3, t4=1.0) == [4]

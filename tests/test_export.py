@@ -7,7 +7,7 @@ from merging_tools import differing, load_all
 
 from evomerge.cli import main
 from evomerge.inference.opening import open_study
-from evomerge.searching.finished import load_finished
+from evomerge.searching.snapshot import load_snapshot
 
 METHODS = {"dare_ties": 5, "slerp": 0, "ties": 0, "linear": 0}
 
@@ -56,5 +56,5 @@ def test_the_exported_winner_is_the_one_that_answered(pair, tmp_path, capsys, me
     engine = open_study(storage, "tiny", []).engine
     assert not differing(merged, {name: p.data for name, p in engine.model.named_parameters()})
     header = (results / "tiny/trials.csv").read_text().splitlines()[0]
-    assert header.count("weight ") == load_finished(storage, "tiny").genome.dimensions
+    assert header.count("weight ") == load_snapshot(storage, "tiny").genome.dimensions
     capsys.readouterr()

@@ -36,7 +36,6 @@ MAY_IMPORT = {
 }
 MANY_MEANINGS = {
     "__init__": "every folder has one",
-    "__main__": "`python -m` needs one in a package",
     "judge": "each folder of judging/ holds the judge that it is named after",
     "engine": "each folder of answering/ holds the engine that it is named after",
     "loading": "each engine loads its model",

@@ -11,7 +11,7 @@ from evomerge.cli import main
 from evomerge.inference.part import Part
 from evomerge.knowledge.records import Example, Knowledge, KnowledgeClass
 from evomerge.knowledge.write_base import write_knowledge
-from evomerge.searching.finished import load_finished
+from evomerge.searching.snapshot import load_snapshot
 
 KINDS = (
     KnowledgeClass("かな", "", "あ{input}", max_new_tokens=5),
@@ -132,7 +132,7 @@ def test_a_base_that_holds_held_out_tasks_is_told_and_check_reads_it(pair, place
         Knowledge(KINDS, (*examples, Example(99, "かな", "あい", "う"))), place / "all.yaml"
     )
     assert search(pair, place, f"prompt.knowledge={place}/all.yaml") == 0
-    searched = load_finished(f"sqlite:///{place}/s.db", "tiny").ledger.facts.split.search
+    searched = load_snapshot(f"sqlite:///{place}/s.db", "tiny").ledger.facts.split.search
     # inputs are there several times
     unseen = {task["input"] for task in tasks if task["task_id"] not in searched}
     count = sum(task["input"] in unseen for task in tasks)
@@ -243,7 +243,7 @@ WRONG = {
         ["--model", "BASE", "--set", "generation.max_tokens=3"],
         "Did you mean `generation.max_new_tokens`?",
     ),
-    "another section": (["--model", "BASE", "--set", "judge.kind=rules"], "changes nothing here"),
+    "another section": (["--model", "BASE", "--set", "judge.kind=rules"], "has no effect here"),
     "a value out of range": (
         ["--model", "BASE", "--set", "generation.top_p=2"],
         "`generation.top_p` is out of range",
@@ -260,7 +260,7 @@ WRONG = {
     "no such judge": (["--model", "BASE", "--best-of", "2", "--judge", "mine"], "no such judge"),
     "no such fault": (
         ["--model", "BASE", "--self-check", "boring"],
-        "--self-check: is not a fault of an answer",
+        "--self-check: is not a known fault",
     ),
     "a retriever of nothing": (
         ["--model", "BASE", "--retriever", "bm25"],
@@ -272,7 +272,7 @@ WRONG = {
     ),
     "no such class": (
         ["--model", "BASE", "--knowledge", "KNOWLEDGE", "--default-class", "詩"],
-        "the default class is none of the base's",
+        "the default class is not a class of the knowledge base",
     ),
     "no such base": (["--model", "BASE", "--knowledge", "none.xlsx"], "no such knowledge base"),
     "a threshold above 1": (

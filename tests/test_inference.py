@@ -222,9 +222,9 @@ def test_a_part_of_something_else_is_refused(tmp_path):
         run_inference(ReversingEngine(fail_at=8), marked(), some_tasks(), out, model="m1")
     before = (tmp_path / "a.jsonl.part").read_bytes()
     others = {
-        "other model": (marked(), some_tasks(), "m2"),
-        "other prompts": (marked("!"), some_tasks(), "m1"),
-        "other tasks": (marked(), some_tasks()[:-1], "m1"),
+        "differ from this run in model": (marked(), some_tasks(), "m2"),
+        "differ from this run in prompts": (marked("!"), some_tasks(), "m1"),
+        "differ from this run in tasks": (marked(), some_tasks()[:-1], "m1"),
     }
     for what, (prompter, tasks, model) in others.items():
         with pytest.raises(InputError, match=what) as caught:
@@ -238,7 +238,7 @@ def test_a_part_of_something_else_is_refused(tmp_path):
 @pytest.mark.parametrize("content", [b"my own notes\n", b"[1]\n", b'{"task_id": 0}\n'])
 def test_a_strange_part_is_left_alone(tmp_path, content):
     (tmp_path / "a.jsonl.part").write_bytes(content)
-    with pytest.raises(InputError, match="line 1: holds no unfinished answers"):
+    with pytest.raises(InputError, match="line 1: contains no readable unfinished answers"):
         run_inference(ReversingEngine(), marked(), some_tasks(), tmp_path / "a.jsonl")
     assert (tmp_path / "a.jsonl.part").read_bytes() == content
 

@@ -117,7 +117,7 @@ GOOD = '{"task_id": 0, "output": "Cairo"}\n'
         (GOOD + '{"task_id": "0", "output": "x"}', InputError, "a second answer"),
         (GOOD + "[1, 2]", TaskError, "line 2"),
         (GOOD + "{oops", TaskError, "line 2: not valid JSON"),
-        ("\n", InputError, "holds no answers"),
+        ("\n", InputError, "contains no answers"),
     ],
 )
 def test_bad_answers_are_one_line_errors_and_write_nothing(

@@ -188,11 +188,11 @@ def test_json_is_one_object_of_the_agreed_shape(files, capsys):
     assert "left out: 1 answers without a grade and 2 grades without an answer" in captured.err
 
 
-def test_text_names_the_honest_figure_the_baseline_and_second_runs(files, capsys):
+def test_text_names_the_figure_to_judge_by_the_baseline_and_second_runs(files, capsys):
     assert main(command(files, "--again", "5")) == 0
     out = capsys.readouterr().out
     for words in (
-        "honest", "task difficulty alone", "100% of 5 grades the same",
+        "(judge by this)", "task difficulty alone", "100% of 5 grades the same",
         "a second take of j: 100% of 24", "no cost", "resampled",
     ):  # fmt: skip
         assert words in out
@@ -242,7 +242,7 @@ def test_other_wrong_input_is_one_line(files, tmp_path, capsys):
     assert main(command([files[0], files[1], tmp_path / "none.jsonl"])) == 2
     assert "no such grades file" in capsys.readouterr().err
     assert main(command(files, judge="learned:" + str(tmp_path / "none.npz"))) == 2
-    assert "no such file of a learned judge" in capsys.readouterr().err
+    assert "no such learned judge file" in capsys.readouterr().err
     assert main(command(files, judge="magic")) == 2
     assert "no such judge" in capsys.readouterr().err
     apart = write(

@@ -139,12 +139,12 @@ def test_a_nearly_right_column_is_told_and_others_are_noted(tmp_path):
 @pytest.mark.parametrize(
     ("cell", "value", "what"),
     [
-        ("B2", "=1+1", "holds a formula"),
-        ("C2", ArrayFormula("C2", "=SUM(A1:A2)"), "holds a formula"),
-        ("C2", "#N/A", "holds an error value"),
-        ("C2", datetime.datetime(2026, 5, 18), "holds a date"),
-        ("C2", datetime.time(9, 30), "holds a date or time"),
-        ("D2", "=2", "holds a formula"),
+        ("B2", "=1+1", "contains a formula"),
+        ("C2", ArrayFormula("C2", "=SUM(A1:A2)"), "contains a formula"),
+        ("C2", "#N/A", "contains an error value"),
+        ("C2", datetime.datetime(2026, 5, 18), "contains a date"),
+        ("C2", datetime.time(9, 30), "contains a date or time"),
+        ("D2", "=2", "contains a formula"),
     ],
 )
 def test_what_is_no_text_is_refused_with_its_place(tmp_path, cell, value, what):
@@ -177,7 +177,7 @@ def test_merged_cells(tmp_path, area, row, column):
     found = lines(saved(book, tmp_path))
     assert (
         f"sheet examples, row {row}, column {column}: cells are merged (found: {area!r}). "
-        "Unmerge them, and fill each of them." in found
+        "Unmerge them, and fill in each of them." in found
     )
     assert row == 1 or not any("is empty" in line for line in found)
 
@@ -315,11 +315,11 @@ def test_yaml(tmp_path):
             "max_tokens: 64",
             "line 12, classes[0].max_tokens: the key max_tokens is unknown",
         ),
-        ("system: 先生", "system: [a]", "line 10, classes[0].system: system is not a text"),
+        ("system: 先生", "system: [a]", "line 10, classes[0].system: system is not text"),
         (
             "  system: 先生",
             "  class: 計算",
-            "line 10, classes[0].class: the key class is there twice",
+            "line 10, classes[0].class: the key class is given twice",
         ),
         ("\ndocuments:", "\ndocs:", "line 18: the key docs is unknown"),
         ("documents:\n-", "documents:\n ", "line 18: documents is not a list"),
@@ -328,7 +328,7 @@ def test_yaml(tmp_path):
         (
             'template: "{input}"',
             'template: "{input}\\ud800"',
-            "line 16, classes[1].template: the text holds half of a surrogate pair",
+            "line 16, classes[1].template: the text contains half of a surrogate pair",
         ),
     ],
 )

@@ -129,7 +129,7 @@ def test_tasks_it_has_not_seen_are_refused_before_anything_is_graded(files, tmp_
     judge, tasks = LearnedJudge(out), load_tasks(files[0])
     with pytest.raises(TaskError, match=r"was not fitted on this task \(found: '?2"):
         judge.grade(tasks[2], Answer("x", False, 0))
-    with pytest.raises(TaskError, match="another text of this task"):
+    with pytest.raises(TaskError, match="a different text of this task"):
         judge.check([Task(0, "別の問い", GOOD, "順番")])
     judge.check([Task("renamed", tasks[0].input, GOOD, "順番")])
     assert (
@@ -296,7 +296,7 @@ def test_files_that_are_no_judges(files, tmp_path, monkeypatch):
     refused("is not a learned judge")
     path.write_bytes(whole)
     monkeypatch.setattr(learned.features, "VERSION", 99)
-    refused("fitted by another version")
+    refused("fitted by a different version")
 
 
 def test_too_little_to_fit(files, tmp_path, capsys):

@@ -239,7 +239,7 @@ def test_a_reply_cut_short_gives_no_grade(server, model, tmp_path):
     judge = judging(url, model, tmp_path / "g", reply_tokens=1, asks=2)
     if name == "vllm":
         with pytest.raises(
-            NoGrade, match="paused: no grade can be read in 2 replies on task 3"
+            NoGrade, match="paused: no grade could be read from 2 replies on task 3"
         ) as caught:
             judge.grade(TASKS[3], ANSWERS[3])
         assert "\n" not in str(caught.value)

@@ -19,7 +19,7 @@ from process_tools import begin, ended, running
 
 from evomerge.answering.hf.engine import TransformersEngine
 from evomerge.cli import main
-from evomerge.searching.finished import load_finished
+from evomerge.searching.snapshot import load_snapshot
 
 
 class Steady(Server):
@@ -63,7 +63,7 @@ def arguments(pair, folder, url, *settings):
 
 
 def outcome(folder):
-    finished = load_finished(f"sqlite:///{folder}/s.db", "tiny")
+    finished = load_snapshot(f"sqlite:///{folder}/s.db", "tiny")
     done = [r for r in finished.records if r.state == "complete"]
     return [
         (r.role, r.generation, r.index, r.weights, r.score, r.grades) for r in done

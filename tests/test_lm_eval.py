@@ -19,7 +19,7 @@ from evomerge.errors import InputError, StudyError, StudyFileError, TaskError
 from evomerge.genome.weights import make_genome
 from evomerge.merging.build import build_model
 from evomerge.searching.open_search import open_search
-from evomerge.searching.starting.study_sampler import make_sampler
+from evomerge.searching.samplers.make_sampler import make_sampler
 from evomerge.study import read_study
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -153,17 +153,17 @@ def test_in_place_values_are_those_of_a_merged_folder(folder, tmp_path, chat):
     settings = [f"apply_chat_template={str(chat).lower()}"]
     with opened(folder, tmp_path, *settings) as search:
         recipe = search.genome.decode([0.7, 1.2])
-        tasks = search.examiner.runner.lm_eval.tasks
+        tasks = search.evaluator.runner.lm_eval.tasks
         # what was live before must not matter
-        search.examiner.examine(search.genome.decode([0.1, 1.9]), [tasks])
-        outcomes = search.examiner.runner.examine(
+        search.evaluator.evaluate(search.genome.decode([0.1, 1.9]), [tasks])
+        outcomes = search.evaluator.runner.evaluate(
             recipe.digest(),
             tasks,
-            search.examiner.cache,
-            lambda: search.examiner.engine.apply(recipe),
+            search.evaluator.cache,
+            lambda: search.evaluator.engine.apply(recipe),
             lambda n: None,
         )
-        score = sum(search.examiner.runner.lm_eval.scores(tasks, outcomes)) / len(tasks)
+        score = sum(search.evaluator.runner.lm_eval.scores(tasks, outcomes)) / len(tasks)
     build_model(recipe, tmp_path / "merged")
     metrics = ("acc_norm,none", "exact_match,strict-match")
     values, results = reference(
@@ -193,8 +193,8 @@ def test_a_group_s_metric_and_the_same_task_twice(folder, tmp_path):
     )
     with opened(folder, tmp_path, tasks, "limit=9", "num_fewshot=0") as search:
         recipe = search.genome.decode([0.7, 1.2])
-        documents = search.examiner.runner.lm_eval.tasks
-        examined = search.examiner.examine(recipe, [documents])
+        documents = search.evaluator.runner.lm_eval.tasks
+        examined = search.evaluator.evaluate(recipe, [documents])
     assert sorted({t.task_id for t in documents}) == sorted(
         [*(f"tiny_choice/{i}" for i in range(9)), *(f"tiny_few/{i}" for i in range(7))]
     )
@@ -217,12 +217,12 @@ def test_a_group_without_weights_by_size(folder, tmp_path):
     paths = f"task_search_path=[{folder}/tasks, {tmp_path}/own]"
     with opened(folder, tmp_path, "tasks=[flat]", paths) as search:
         recipe = search.genome.decode([0.7, 1.2])
-        documents = search.examiner.runner.lm_eval.tasks
-        grades = search.examiner.examine(recipe, [documents]).grades
-        outcomes = search.examiner.runner.examine(
+        documents = search.evaluator.runner.lm_eval.tasks
+        grades = search.evaluator.evaluate(recipe, [documents]).grades
+        outcomes = search.evaluator.runner.evaluate(
             recipe.digest(),
             documents,
-            search.examiner.cache,
+            search.evaluator.cache,
             lambda: pytest.fail("paid twice"),
             lambda n: None,
         )
@@ -373,7 +373,7 @@ def test_a_model_without_a_chat_template(pair, folder, tmp_path):
     ):
         pass
     with opened(folder, tmp_path, base, "apply_chat_template=false", "study=other") as search:
-        assert search.examiner.runner.lm_eval.tasks
+        assert search.evaluator.runner.lm_eval.tasks
 
 
 def test_what_changed_under_a_study_is_refused(folder, tmp_path):

@@ -33,7 +33,7 @@ from evomerge.errors import EngineError, JudgeError, ModelError, StudyFileError
 from evomerge.judging.factory import make_judge
 from evomerge.judging.llm.judge_prompt import SYSTEM
 from evomerge.judging.local import LEAD, TEMPLATE, LocalJudge, make_local_judge
-from evomerge.searching.finished import load_finished
+from evomerge.searching.snapshot import load_snapshot
 from evomerge.study import EngineSection, JudgeSection
 from evomerge.tasks import Task
 
@@ -311,7 +311,7 @@ def test_two_runs_of_a_study_that_it_judges_are_equal(pair, judge_folder, tmp_pa
             *(x for s in settings for x in ("--set", s)),
         ]
         assert main(["search", str(pair / "study.yaml"), *options]) == 0
-        finished = load_finished(url, "tiny")
+        finished = load_snapshot(url, "tiny")
         assert finished.ledger.facts.judge == f"local:judge {judge.version}"
         outcomes.append(
             ([(r.role, r.weights, r.grades) for r in finished.records], finished.verdict)
@@ -419,7 +419,7 @@ def test_out_of_memory_is_the_judges_failure_not_a_candidates(judge, monkeypatch
 def test_bad_models_are_told_in_one_line(tmp_path, monkeypatch):
     with pytest.raises(StudyFileError, match=r"judge\.model: the local judge needs a model"):
         make_local_judge(JudgeSection.model_construct(kind="local", model=None))
-    with pytest.raises(ModelError, match="there is no model folder"):
+    with pytest.raises(ModelError, match="there is no such model folder"):
         make_local_judge(JudgeSection(kind="local", model=str(tmp_path / "nowhere")))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match="has no config"):

@@ -342,7 +342,7 @@ BAD = {
     "a whole tensor that the base lacks": (
         {"score.weight": torch.zeros(2, 32)},
         {},
-        "it holds score.weight, which the base lacks",
+        "it contains score.weight, which the base lacks",
     ),
     "a missing saved module": (
         None,
@@ -418,7 +418,7 @@ def test_a_folder_that_is_no_adapter(folder, tmp_path):
     base = open_model(str(folder / "plain"))
     with pytest.raises(ModelError, match=r"no adapter_config\.json"):
         open_lora(base, str(folder / "plain"))
-    with pytest.raises(ModelError, match="there is no adapter folder"):
+    with pytest.raises(ModelError, match="there is no such adapter folder"):
         open_lora(base, str(tmp_path / "nowhere"))
     adapter = tmp_path / "adapter"
     write_adapter(adapter)

@@ -68,7 +68,7 @@ def test_the_first_slice_rules_the_embedding_and_the_last_the_head(family):
 
 
 def test_a_slice_that_passes_the_end_is_refused():
-    with pytest.raises(RecipeError, match="ends past the model"):
+    with pytest.raises(RecipeError, match="ends beyond the model"):
         Layout(task_arithmetic_recipe("b", ["s"], [(0, 5)], [[1.0]]), 4)
 
 
@@ -127,7 +127,7 @@ def test_damaged_missing_and_pickled_weights(family):
     (family / "two/model.safetensors.index.json").write_text("[]")
     with pytest.raises(ModelError, match="index of shards"):
         open_model(str(family / "two"))
-    with pytest.raises(ModelError, match="no model folder"):
+    with pytest.raises(ModelError, match="no such model folder"):
         open_model(str(family / "nowhere"))
     (family / "one/config.json").write_text("{")
     with pytest.raises(ModelError, match=r"config\.json cannot be read"):

@@ -10,7 +10,7 @@ import torch
 from evomerge.answering.hf import population as population_module
 from evomerge.answering.hf.population import TransformersPopulation
 from evomerge.cli import main
-from evomerge.searching.finished import load_finished
+from evomerge.searching.snapshot import load_snapshot
 
 
 def search(pair, tmp_path, name, *settings):
@@ -33,7 +33,7 @@ def search(pair, tmp_path, name, *settings):
         )
         == 0
     )
-    return load_finished(f"sqlite:///{tmp_path}/{name}.db", name)
+    return load_snapshot(f"sqlite:///{tmp_path}/{name}.db", name)
 
 
 def outcomes(finished):
@@ -146,7 +146,7 @@ def test_a_killed_pass_loses_a_batch_and_a_full_memory_is_remembered(
     passes.clear()
     assert main(command) == 0
     assert len(passes) == wanted // 2 - 1  # the first batch was kept
-    cut = load_finished(f"sqlite:///{tmp_path}/cut.db", "cut")
+    cut = load_snapshot(f"sqlite:///{tmp_path}/cut.db", "cut")
     assert cut.ledger.facts.limits["batch_tokens"] > 0
     done = [[o for o in outcomes(f) if o[4] is not None] for f in (cut, whole)]
     assert done[0] == done[1]

@@ -124,11 +124,11 @@ def test_gradients_and_filters_of_an_own_parameter(family, tmp_path):
 
 
 def test_what_is_wrong_is_said(family, tmp_path):
-    with pytest.raises(RecipeError, match="no `share` for"):
+    with pytest.raises(RecipeError, match="`share` is not set for"):
         build_model(make_recipe(family, "share_of_mean"), tmp_path / "out")
     with pytest.raises(RecipeError, match="`share` is not supported"):
         make_recipe(family, "loudest", parameters={"share": 1.0})
-    with pytest.raises(InputError, match="slerp: a merge method of this name exists"):
+    with pytest.raises(InputError, match="slerp: a merge method with this name already exists"):
         register_method("slerp", MergeMethod(loudest))
     with pytest.raises(UnsupportedRecipe, match="merge_method"):
         make_recipe(family, "quietest")

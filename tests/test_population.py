@@ -218,7 +218,7 @@ def test_what_only_the_models_tell(plain):
         assert suits(recipe)
         assert not population.suits([recipe])
     with (
-        pytest.raises(RecipeError, match="cannot share a pass"),
+        pytest.raises(RecipeError, match="this recipe cannot share a forward pass"),
         population.of([recipe_of(plain), few]),
     ):
         pass

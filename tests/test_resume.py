@@ -11,8 +11,8 @@ from contextlib import closing
 import pytest
 from process_tools import begin, ended
 
-from evomerge.searching.finished import load_finished
 from evomerge.searching.ledger import open_ledger
+from evomerge.searching.snapshot import load_snapshot
 
 TRIALS = 12
 RANKINGS = {
@@ -42,7 +42,7 @@ def arguments(pair, folder, ranking="all"):
 
 def outcome(folder):
     """What every complete trial was and gave, without its number, and the verdict."""
-    finished = load_finished(f"sqlite:///{folder}/s.db", "tiny")
+    finished = load_snapshot(f"sqlite:///{folder}/s.db", "tiny")
     keys = (
         "generation",
         "index",

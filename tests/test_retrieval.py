@@ -223,7 +223,7 @@ def test_little_confidence_gives_the_default_class():
     )
     nothing = Classifier(small(), Given(0.0, 0.0, 0.0), default="Q").classify(["x"])[0]
     assert (nothing.class_name, nothing.confidence, nothing.voters) == ("Q", 0.0, ())
-    with pytest.raises(KnowledgeError, match="none of the base's"):
+    with pytest.raises(KnowledgeError, match="not a class of the knowledge base"):
         Classifier(small(), Given(0.0, 0.0, 0.0), default="R")
 
 

@@ -86,7 +86,7 @@ def test_the_folder(family, tmp_path):
     readme = (out / "README.md").read_text(encoding="utf-8")
     assert "| winner | 0.500 | 0.100 | 0% |" in readme
     assert str(family / "one") in readme
-    with pytest.raises(InputError, match="exists already"):
+    with pytest.raises(InputError, match="already exists"):
         write_runner(finish(family), out, None)
     write_runner(finish(family), tmp_path / "plain", None)
     assert not (tmp_path / "plain" / "knowledge.yaml").exists()

@@ -16,8 +16,20 @@ NAMES = ["a", "b", "c"]
 TARGET = np.array([0.3, 1.4, 0.9])
 
 
+def make(declared=((-1.0, 3.0),) * 3, **more):
+    settings = {
+        "names": NAMES,
+        "bounds": [(0.0, 2.0)] * 3,
+        "starts": [1.0] * 3,
+        "sigma": 0.3,
+        "population": 6,
+        "seed": 0,
+    }
+    return CmaSampler(**settings | {"declared": declared} | more)
+
+
 def sampler(population=6, seed=0):
-    return CmaSampler(NAMES, [(0.0, 2.0)] * 3, [(0.0, 2.0)] * 3, [1.0] * 3, 0.3, population, seed)
+    return make([(0.0, 2.0)] * 3, population=population, seed=seed)
 
 
 def result(x):
@@ -48,7 +60,7 @@ def run(own, ledger, trials, interrupt=()):
     while done < trials:
         trial = begin(own, ledger)
         if trial.number in interrupt:
-            ledger.release_stale()
+            ledger.mark_interrupted()
             continue
         ledger.finish(trial, result(trial.weights))
         done += 1
@@ -89,18 +101,19 @@ def test_the_candidates_are_those_of_plain_cmaes(seed):
 
 def test_every_number_has_its_own_bounds_start_and_step():
     bounds, starts = [(0.0, 2.0), (0.1, 1.0), (0.0, 3.0)], [1.0, 0.8, 1.5]
-    own = CmaSampler(NAMES, bounds, [(-1.0, 4.0)] * 3, starts, 0.1, 6, 0, [1.0, 0.5, 2.0])
+    wider, scales = [(-1.0, 4.0)] * 3, [1.0, 0.5, 2.0]
+    own = make(wider, bounds=bounds, starts=starts, sigma=0.1, scales=scales)
     draws = np.array([own.draw(History(), Slot(0, i)) for i in range(4000)])
     assert np.abs(draws.mean(0) - starts).max() < 0.02
     assert draws.std(0) == pytest.approx([0.1, 0.05, 0.2], rel=0.05)
-    wide = CmaSampler(NAMES, bounds, bounds, starts, 2.0, 6, 0)
+    wide = make(bounds, bounds=bounds, starts=starts, sigma=2.0)
     draws = np.array([wide.draw(History(), Slot(0, i)) for i in range(400)])
     assert (draws >= np.array(bounds).T[0]).all()
     assert (draws <= np.array(bounds).T[1]).all()
 
 
 def test_one_number_alone_is_searched():
-    own = CmaSampler(["a"], [(0.0, 2.0)], [(0.0, 2.0)], [1.0], 0.3, 4, 0)
+    own = make([(0.0, 2.0)], names=["a"], bounds=[(0.0, 2.0)], starts=[1.0], population=4)
     ledger = new_ledger(own)
     for _ in range(60):
         step(own, ledger, lambda x: Result(-((x[0] - 1.4) ** 2), None, 1, 0.0, {}, {}))
@@ -154,10 +167,6 @@ def complete(own, trials):
     return ledger.history()
 
 
-def make(**more):
-    return CmaSampler(NAMES, [(0.0, 2.0)] * 3, [(-1.0, 3.0)] * 3, [1.0] * 3, 0.3, 6, 0, **more)
-
-
 def test_learning_rates_adapt_as_in_plain_cmaes_and_the_mean_stays_within_bounds():
     own = make(lr_adapt=True)
     trials = complete(own, 30)
@@ -173,9 +182,8 @@ def test_learning_rates_adapt_as_in_plain_cmaes_and_the_mean_stays_within_bounds
         optimizer.tell([(np.array(t.weights), -t.score) for t in told])
     assert own.mean(trials)[1].tolist() == optimizer.mean.tolist()
     assert own.mean(trials)[1].tolist() != make().mean(complete(make(), 30))[1].tolist()
-    at_the_edge = CmaSampler(
-        NAMES, [(0.0, 0.2)] * 3, [(0.0, 0.2)] * 3, [0.1] * 3, 0.3, 6, 0, lr_adapt=True
-    )
+    edge = [(0.0, 0.2)] * 3
+    at_the_edge = make(edge, bounds=edge, starts=[0.1] * 3, lr_adapt=True)
     ledger = new_ledger(at_the_edge)
     rng = np.random.default_rng(0)
     for _ in range(60):
@@ -193,7 +201,7 @@ def test_the_step_size_of_a_generation():
 
 def test_known_vectors_are_the_first_candidates():
     known = [[0.5, 0.5, 0.5], [0.4, 1.3, 0.8]]
-    own = make(first=known)
+    own = make(known_candidates=known)
     trials = complete(own, 12).trials
     assert [list(t.weights) for t in trials[:2]] == known
     plain = complete(make(), 6).trials
@@ -206,13 +214,13 @@ def test_known_vectors_are_the_first_candidates():
 
 def test_more_known_vectors_than_a_generation_holds_go_on_in_the_next():
     known = [[0.1 * i, 1.0, 1.0] for i in range(8)]
-    trials = complete(make(first=known), 12).trials
+    trials = complete(make(known_candidates=known), 12).trials
     assert [list(t.weights) for t in trials[:8]] == known
     assert trials[7].generation == 1
 
 
 def test_a_known_vector_far_away_does_not_blow_up_the_step_size():
-    far = make(first=[[-1.0, 3.0, 3.0]])
+    far = make(known_candidates=[[-1.0, 3.0, 3.0]])
     assert far.sigma(complete(far, 6), 1) < 0.6
     start = Distribution(np.ones(3), 0.3, np.diag([1.0, 4.0, 1.0]))
     bounds = np.array([[0.0, 2.0]] * 3)
@@ -227,14 +235,11 @@ def test_a_known_vector_far_away_does_not_blow_up_the_step_size():
 def test_another_studys_distribution_is_a_start():
     source = make()
     found = source.distribution(complete(source, 60))
-    heir = CmaSampler(
-        NAMES,
-        [(-1.0, 3.0)] * 3,
-        [(-1.0, 3.0)] * 3,
-        found.mean.tolist(),
-        found.sigma,
-        6,
-        1,
+    heir = make(
+        bounds=[(-1.0, 3.0)] * 3,
+        starts=found.mean.tolist(),
+        sigma=found.sigma,
+        seed=1,
         cov=found.cov,
     )
     draws = np.array([heir.draw(History(), Slot(0, i)) for i in range(3000)])

@@ -22,9 +22,9 @@ from evomerge.searching.choosing import choose
 from evomerge.searching.history import History
 from evomerge.searching.open_search import open_search
 from evomerge.searching.preflight import check_study
+from evomerge.searching.samplers.make_sampler import make_sampler
 from evomerge.searching.starting.known_candidates import encode
 from evomerge.searching.starting.source_study import start_from_source
-from evomerge.searching.starting.study_sampler import make_sampler
 from evomerge.study import JudgeSection, TaskSource, read_study
 
 

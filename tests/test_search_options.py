@@ -28,9 +28,9 @@ from evomerge.recipe import Recipe
 from evomerge.searching.history import History
 from evomerge.searching.ledger import check_unchanged
 from evomerge.searching.records.study_facts import StudyFacts
+from evomerge.searching.samplers.make_sampler import make_sampler
 from evomerge.searching.starting.known_candidates import encode
 from evomerge.searching.starting.source_study import start_from_source
-from evomerge.searching.starting.study_sampler import make_sampler
 from evomerge.study import SUBSET, ObjectiveSection, SearchSection, SplitSection, TaskSource
 
 
@@ -132,7 +132,7 @@ def test_the_winner_is_chosen_on_tasks_that_the_search_did_not_see(tmp_path):
     chosen = facts.validation
     assert chosen.n == 12
     assert len(chosen.means) == 3, "two trials and the mean"
-    assert facts.finalists["winner"] == chosen.winner
+    assert facts.compared["winner"] == chosen.winner
     before = {p for r in search.ledger.records() for p in r.grades}
     assert not before & {str(i) for i in range(40, 52)}
     asked = {prompt for _, prompt in engine.answered}

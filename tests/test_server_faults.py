@@ -75,13 +75,13 @@ def test_too_many_requests_waits_as_told(tmp_path):
         (status(422, body={"detail": [{"msg": "bad\nfield"}]}), ["status 422", "bad"]),
         (status(500, body=[1, 2]), ["status 500"]),
         (torn(), ["cannot be reached"]),
-        (raw(b"{garbage"), ["holds no answer"]),
-        (raw(b"<html>\nsign in</html>", "text/html"), ["holds no answer", "sign in"]),
-        (raw(b'{"choices": []}'), ["holds no answer"]),
-        (raw(b"[1]"), ["holds no answer"]),
-        (raw(b"null"), ["holds no answer"]),
-        (raw(b'{"choices": [{"message": {"content": 5}}]}'), ["holds no answer"]),
-        (raw(b'{"choices": ["no"]}'), ["holds no answer"]),
+        (raw(b"{garbage"), ["contains no answer"]),
+        (raw(b"<html>\nsign in</html>", "text/html"), ["contains no answer", "sign in"]),
+        (raw(b'{"choices": []}'), ["contains no answer"]),
+        (raw(b"[1]"), ["contains no answer"]),
+        (raw(b"null"), ["contains no answer"]),
+        (raw(b'{"choices": [{"message": {"content": 5}}]}'), ["contains no answer"]),
+        (raw(b'{"choices": ["no"]}'), ["contains no answer"]),
     ],
 )
 def test_a_lasting_failure_is_one_line_and_what_was_answered_is_kept(
@@ -158,7 +158,7 @@ def test_stopped_by_hand(tmp_path, stop):
         command = [
             sys.executable,
             "-m",
-            "evomerge.cli",
+            "evomerge",
             "infer",
             "--server",
             url,
@@ -261,7 +261,7 @@ def test_the_key_is_never_written_or_printed(tmp_path, capsys, monkeypatch, code
         assert SECRET not in engine(url)[2]
         server.plan = lambda number, prompt: raw(f"<html>{SECRET}</html>".encode(), "text/html")
         assert SECRET not in fails(
-            capsys, 1, infer(tmp_path, url, "--concurrency", "1"), "holds no answer"
+            capsys, 1, infer(tmp_path, url, "--concurrency", "1"), "contains no answer"
         )
     assert kept(tmp_path) == [0]
     assert all(SECRET not in path.read_text() for path in tmp_path.iterdir())

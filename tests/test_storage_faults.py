@@ -17,8 +17,8 @@ from evomerge.cli import main
 from evomerge.errors import OutputError
 from evomerge.judging.llm.grades_cache import GradesCache, Usage
 from evomerge.judging.llm.judge_prompt import Vote
-from evomerge.searching.finished import load_finished
 from evomerge.searching.ledger import Ledger
+from evomerge.searching.snapshot import load_snapshot
 
 
 def arguments(pair, folder, trials=8):
@@ -42,7 +42,7 @@ def arguments(pair, folder, trials=8):
 
 
 def outcome(folder):
-    finished = load_finished(f"sqlite:///{folder}/s.db", "tiny")
+    finished = load_snapshot(f"sqlite:///{folder}/s.db", "tiny")
     keys = ("role", "generation", "index", "weights", "score", "grades")
     return [
         [getattr(r, k) for k in keys] for r in finished.records if r.state == "complete"
@@ -174,7 +174,7 @@ def test_a_damaged_answer_cache_costs_its_answers_alone(pair, whole, under_way, 
     file.write_bytes(data[: int(keep * len(data))])
     line = complaint(capsys, arguments(pair, under_way))
     assert line.startswith(f"evomerge: {file}: the answer cache is damaged or cut short")
-    assert "Finished trials are kept in the study: move the file away" in line
+    assert "Finished trials are stored in the study: move the file away" in line
     file.rename(under_way / "away")
     assert main(arguments(pair, under_way)) == 0
     assert outcome(under_way) == outcome(whole)
@@ -237,7 +237,7 @@ def test_a_damaged_or_locked_grades_cache(tmp_path, monkeypatch):
         OutputError,
         match=(
             r"the grades cache is damaged or cut short.*move the file away"
-            r".*asks for the remaining grades"
+            r".*requests the remaining grades"
         ),
     ):
         GradesCache(file)

@@ -71,7 +71,7 @@ def test_a_hub_name_stays_a_hub_name(tmp_path):
             ["`genome.base_model` is missing", "task_arithmetic"],
         ),
         (MINIMAL.replace("[./instruct]", "[./a, ./x/../a]"), ["twice"]),
-        (MINIMAL.replace("[./instruct]", "[./base, ./b]"), ["holds the base"]),
+        (MINIMAL.replace("[./instruct]", "[./base, ./b]"), ["contains the base"]),
         (genome(merge_method="linear", models="[./a]"), ["two models"]),
         (genome(merge_method="slerp", smooth="true"), ["smooth"]),
         (genome(merge_method="slerp", filters="[mlp]"), ["filters"]),
@@ -82,9 +82,9 @@ def test_a_hub_name_stays_a_hub_name(tmp_path):
         ),
         (
             genome(merge_method="linear", filters="[attn, self_attn]"),
-            ["'self_attn'", "decides nothing"],
+            ["'self_attn'", "has no effect"],
         ),
-        (genome(merge_method="linear", filters="['*']"), ["decides nothing"]),
+        (genome(merge_method="linear", filters="['*']"), ["has no effect"]),
         (
             genome(merge_method="linear") + "search: {density_bounds: [0.1, 0.9]}\n",
             ["no densities"],

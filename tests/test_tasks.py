@@ -53,7 +53,7 @@ def test_csv_and_excel_and_parquet(tmp_path):
         ),
         (b'{"input": "a"}\n{"input": \n', ["JSON", "tasks.jsonl, line"]),
         ('{"input": "あ"}'.encode("cp932"), ["UTF-8"]),
-        (b'{"input": 3}\n', ["not a text"]),
+        (b'{"input": 3}\n', ["not text"]),
         (b"[1]\n", ["line 1"]),
         (b"", ["no tasks"]),
     ],

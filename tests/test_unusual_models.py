@@ -121,7 +121,7 @@ def test_numbers_that_the_working_dtype_cannot_hold(tmp_path):
     )
     for recipe, word in [
         (too_large, "infinite in torch.float16"),
-        (passing, "passes float16's 65504"),
+        (passing, "exceeds float16's maximum of 65504"),
     ]:
         with pytest.raises(RecipeError, match=word):
             build_model(recipe, tmp_path / "out")

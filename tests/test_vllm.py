@@ -487,7 +487,7 @@ def test_the_demo_study_runs_to_a_verdict(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "evomerge.cli",
+        "evomerge",
         "search",
         "spaces/demo.yaml",
         *(part for s in sets for part in ("--set", s)),

@@ -190,7 +190,7 @@ BAD = {
     ),
     "a row too far": (
         section(tokens={"p": {"source": {"kind": "model_token", "model": "one", "token_id": 3}}}),
-        "passes the 3 rows",
+        "exceeds the 3 rows",
     ),
     "both id and token": (
         section(
@@ -206,7 +206,7 @@ BAD = {
     "a key": (section(tokens={"p": {"source": "one", "forced": True}}), "malformed"),
     "force alone": (section(tokens={"p": {"force": True}}), "`force` needs a `source`"),
     "no token": (section(tokens={"": {"source": ZERO}}), "cannot be a token"),
-    "no row for a new token": (section("base", {"new": {"source": ZERO}}), "past the end"),
+    "no row for a new token": (section("base", {"new": {"source": ZERO}}), "beyond the end"),
 }
 
 
@@ -230,13 +230,13 @@ def test_a_wrong_section_is_refused_in_a_line(three, case):
 
 def test_tokens_past_the_embeddings_are_refused_where_they_are_needed(three):
     models = opened(three, "base", "two")
-    with pytest.raises(RecipeError, match="only a BPE can be cut"):
+    with pytest.raises(RecipeError, match="only a BPE tokenizer can be cut"):
         make_vocabulary(section("base"), "two", models)
     union = make_vocabulary(section(), "base", models)
     assert "r" not in union.tokens  # number 3 of 3 rows, and no other model has it
     own = make_vocabulary(section("two"), "base", models)
     own.check_rules(["base"])
-    with pytest.raises(RecipeError, match="two: token 'r' has a number past the end"):
+    with pytest.raises(RecipeError, match="two: token 'r' has an id beyond the end"):
         own.check_rules(["base", "two"])
 
 
@@ -245,7 +245,7 @@ def test_a_damaged_model_is_refused_in_a_line(three, tmp_path):
     with pytest.raises(ModelError, match="tokenizer cannot be loaded"):
         make_vocabulary(section(str(tmp_path / "nowhere")), "base", models)
     vocabulary = make_vocabulary(section("one"), "base", models)
-    with pytest.raises(ModelError, match="passes the 2 rows"):
+    with pytest.raises(ModelError, match="exceeds the 2 rows"):
         vocabulary.align({"base": torch.zeros(2, 4), "one": torch.zeros(3, 4)})
     with pytest.raises(ModelError, match="widths differ"):
         vocabulary.align({"base": torch.zeros(3, 4), "one": torch.zeros(3, 5)})

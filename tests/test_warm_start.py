@@ -30,10 +30,10 @@ from evomerge.merging.live import LiveModel
 from evomerge.searching.records.study_facts import GradientStep
 from evomerge.searching.starting import warm_start as warm_start_module
 from evomerge.searching.starting.warm_start import (
+    adam_trajectory,
     check_warm_start,
-    drawn,
-    scales,
-    walked,
+    minibatch_indices,
+    step_scales,
     warm_start,
 )
 from evomerge.study import EngineSection, GenerationSection, PromptSection
@@ -385,29 +385,37 @@ def test_adam_is_torchs(pair):
         x.grad = torch.tensor(gradient)
         adam.step()
         schedule.step()
-    assert np.allclose(walked(genome, gradients.tolist(), 10)[-1], x.detach().numpy(), rtol=1e-10)
+    assert np.allclose(
+        adam_trajectory(genome, gradients.tolist(), 10)[-1], x.detach().numpy(), rtol=1e-10
+    )
 
 
 def test_every_task_comes_equally_often_and_a_step_is_its_numbers_alone():
-    seen = [i for step in range(21) for i in drawn(3, step, 21, 16)]
+    seen = [i for step in range(21) for i in minibatch_indices(3, step, 21, 16)]
     assert all(seen.count(i) == 16 for i in range(21))
-    assert drawn(3, 7, 21, 16) == drawn(3, 7, 21, 16) != drawn(4, 7, 21, 16)
-    assert sorted(drawn(0, 5, 4, 16)) == [0, 1, 2, 3]
+    assert (
+        minibatch_indices(3, 7, 21, 16)
+        == minibatch_indices(3, 7, 21, 16)
+        != minibatch_indices(4, 7, 21, 16)
+    )
+    assert sorted(minibatch_indices(0, 5, 4, 16)) == [0, 1, 2, 3]
 
 
 def test_scales_are_wide_where_the_likelihood_is_flat():
     rng = np.random.default_rng(0)
     third = warm_start_module.NARROWED
-    found = scales((rng.normal(size=(800, 4)) * [1, 2, 4, 2]).tolist()) / third
+    found = step_scales((rng.normal(size=(800, 4)) * [1, 2, 4, 2]).tolist()) / third
     assert found == pytest.approx([2, 1, 0.5, 1], rel=0.15)
     assert np.prod(found) == pytest.approx(1)
-    cut = scales([[1.0, 1e6, 0.0, 1e-9]]) / third
+    cut = step_scales([[1.0, 1e6, 0.0, 1e-9]]) / third
     assert np.prod(cut) == pytest.approx(1)
     assert cut.max() <= 3.01
     assert cut.min() >= 1 / 3.01
-    assert scales([[0.0, 0.0]]) / third == pytest.approx([1, 1])
+    assert step_scales([[0.0, 0.0]]) / third == pytest.approx([1, 1])
     late = [[5.0, 1.0]] * 3 + [[1.0, 5.0]] * 4
-    assert scales(late).tolist() == scales(late[3:]).tolist()  # the way there does not count
+    assert (
+        step_scales(late).tolist() == step_scales(late[3:]).tolist()
+    )  # the way there does not count
 
 
 def test_without_references_or_gradients_it_is_refused(engine, pair):

@@ -1,1 +1,1 @@
-"""Prompts, engines, and answers already paid for."""
+"""Prompts, engines, and the cache of answers."""

@@ -1,4 +1,4 @@
-"""Answers already computed: an SQLite file beside the study, keyed by whole batches.
+"""The cache of answers: an SQLite file next to the study, keyed by whole batches.
 
 A batch is kept as a whole or not at all, because the answers of a padded batch may depend on what
 shares it.
@@ -23,8 +23,8 @@ from evomerge.study import Study
 SCHEMA = "CREATE TABLE IF NOT EXISTS batches (key TEXT PRIMARY KEY, answers TEXT NOT NULL)"
 WHAT = "the answer cache"
 DAMAGED = (
-    "Finished trials are kept in the study: move the file away, "
-    "and the same command answers the rest again."
+    "Finished trials are stored in the study: move the file away, and the same command generates "
+    "the other answers again."
 )
 # Modes: what answers, with the same recipe and prompts.
 MERGED = "merged"  # the live model, with the recipe's weights merged into it
@@ -119,7 +119,7 @@ def clear(path: Path) -> int:
 
 
 def _files(path: Path) -> dict[Path, int]:
-    """The sizes in bytes of the database and of what SQLite keeps beside it."""
+    """The sizes in bytes of the database and of the files that SQLite keeps next to it."""
     files = [path.with_name(path.name + end) for end in ("", "-journal", "-wal", "-shm")]
     return {file: file.stat().st_size for file in files if file.is_file()}
 

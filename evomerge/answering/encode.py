@@ -74,8 +74,8 @@ class Encoder:
             )
         if not self._warned:
             log.warning(
-                "a prompt of %d tokens is cut from the left to the %d that leave room for an "
-                "answer; so are others that are too long",
+                "a prompt of %d tokens is cut on the left to the %d that leave room for an answer; "
+                "other prompts that are too long are cut as well",
                 len(row),
                 room,
             )
@@ -94,12 +94,12 @@ def first_token(tokenizer: Any) -> int:
 def prompt_seed(seed: int, prompt: str) -> int:
     """A seed from the study's seed and the prompt.
 
-    So an answer depends neither on its neighbours nor on what was answered before.
+    An answer therefore depends neither on its neighbours nor on what was answered before.
     """
     text = f"{seed}\0{prompt}".encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.sha256(text).digest()[:4], "big")
 
 
 def first_stop(text: str, stops: Sequence[str]) -> int | None:
-    """Where the earliest stop string begins."""
+    """The position at which the earliest stop string begins."""
     return min((text.find(stop) for stop in stops if stop in text), default=None)

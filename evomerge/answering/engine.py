@@ -1,6 +1,6 @@
-"""What an engine is: it takes the weights of a recipe and answers prompts.
+"""The interface of engines: an engine takes the weights of a recipe and answers prompts.
 
-What only some engines can do is an object that they have, or None: see the capabilities below.
+A capability that only some engines have is an attribute that holds an object or None; see below.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Watch = Callable[[int, int], None]  # (finished answers, new tokens) of the current batch
-# one per prompt; None: the engine's own for all of them
+# one per prompt; None: the engine's defaults for all of them
 PromptSettings: TypeAlias = "Sequence[GenerationSection] | None"
 # a prompt's index in the batch, and its answer, as soon as it has ended
 OnAnswer = Callable[[int, "Answer"], None]
@@ -58,7 +58,7 @@ class EngineSpec:
     def of_study(
         cls, study: Study, base: ModelFolder, siblings: Sequence[ModelFolder]
     ) -> EngineSpec:
-        """The engine that a study asks for, on these models."""
+        """The engine that a study names, on these models."""
         return cls(
             base=base,
             siblings=siblings,
@@ -113,7 +113,7 @@ class GradientCapability(Protocol):
 
 
 class LikelihoodCapability(Protocol):
-    """How likely the model as it is finds continuations of prompts."""
+    """The likelihood of continuations of prompts under the model with its current weights."""
 
     @property
     def model(self) -> Any:

@@ -1,4 +1,4 @@
-"""Which engine answers."""
+"""The choice of the engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How fast answers come: tokens per second, and how long the rest may take."""
+"""The pace of answers: tokens per second, and how long the rest may take."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Pace:
         self._shown = -EVERY
 
     def begin(self) -> None:
-        """A batch begins."""
+        """Note that a batch begins."""
         self._began = self.clock()
         self._current = (0, 0)
 
@@ -43,7 +43,7 @@ class Pace:
             self.report(self.line())
 
     def end(self, answers: int, tokens: int) -> None:
-        """A batch is answered."""
+        """Note that a batch is answered."""
         self.seconds += self.clock() - self._began
         self.fresh += answers
         self.tokens += tokens
@@ -51,7 +51,7 @@ class Pace:
         self.found(answers)
 
     def found(self, answers: int) -> None:
-        """This many more answers are available."""
+        """Count this many more answers as available."""
         self.answered += answers
         if self.report:
             self.report(self.line())

@@ -35,7 +35,7 @@ TOKEN = re.compile(r"[<\[].+[>\]]")
 
 @dataclass(frozen=True)
 class Prompt:
-    """The prompt of one task: the whole `text`, how it is answered, and what it has from knowledge.
+    """The prompt of one task: the whole `text`, its settings, and what comes from the base.
 
     `examples` and `documents` are those that had room, in the order of the choice.
     """
@@ -90,9 +90,9 @@ class Prompter:
         return None if all(own == self.generation for own in settings) else settings
 
     def shorter(self, prompt: Prompt) -> Prompt | None:
-        """Without the least similar example, else without the least similar document.
+        """The prompt without its least similar example, or else its least similar document.
 
-        None: there is nothing to drop.
+        None if there is nothing left to drop.
         """
         if prompt.choice is None or not (prompt.examples or prompt.documents):
             return None
@@ -130,7 +130,7 @@ class Prompter:
         examples: Sequence[Example],
         documents: Sequence[Document],
     ) -> str:
-        """By the class's template; examples replace {examples}, or are turns before the task."""
+        """The class's template filled in; examples replace {examples}, or are earlier turns."""
         asked = self._plain(render(kind.template, text, examples, documents))
         turns = []
         if "{examples}" not in kind.template:
@@ -157,7 +157,7 @@ class Prompter:
         return text + template.replace("{input}", asked)
 
     def _chat(self, turns: list[dict[str, str]]) -> str:
-        """By the model's template; without system turns the text goes above the first user turn."""
+        """The chat template filled in; without system turns, the first user turn gets the text."""
         from jinja2 import TemplateError
 
         try:
@@ -200,7 +200,7 @@ class Prompter:
         return own
 
     def _fitted(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """Each with room for its answer, as far as there is something to drop."""
+        """The prompts with room for their answers, as far as there is something to drop."""
         if self.context is None or self.chooser is None:
             return list(prompts)
         lengths = self._lengths([prompt.text for prompt in prompts])
@@ -245,7 +245,7 @@ def make_prompter(
             where="prompt.format",
             found="chat",
             remedy="Use `format: competition`, "
-            "or `format: template` with a `template` that holds {input}.",
+            "or `format: template` with a `template` that contains {input}.",
         )
     return Prompter(
         tokenizer, section, generation or GenerationSection(), chooser, context, longest

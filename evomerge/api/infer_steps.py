@@ -99,7 +99,7 @@ def run_request(
 def answer_progress(console: Console) -> Progress:
     """Shows how many tasks are answered, and the time left at the pace of this run."""
     began = time.monotonic()
-    first: int | None = None  # what an earlier run had answered says nothing about the pace
+    first: int | None = None  # answers of an earlier run say nothing about the pace
 
     def progress(done: int, total: int) -> None:
         nonlocal first

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
     from evomerge.console import Console
     from evomerge.recipe import Recipe
-    from evomerge.searching.finished import Finished
     from evomerge.searching.records.trial_record import TrialRecord
     from evomerge.searching.records.verdict_record import Verdict
+    from evomerge.searching.snapshot import StudySnapshot
     from evomerge.study import Study
 
 
@@ -28,7 +28,7 @@ class LoadedStudy:
     one, `figure.write_html(path)` keeps it.
     """
 
-    finished: Finished
+    snapshot: StudySnapshot
     storage: str  # its URL
     written: tuple[Path, ...] = ()  # the result files, where `search` returned it
 
@@ -39,17 +39,17 @@ class LoadedStudy:
     @property
     def name(self) -> str:
         """The study's name."""
-        return self.finished.ledger.name
+        return self.snapshot.ledger.name
 
     @property
     def study(self) -> Study:
         """The study file that it runs by, with every default."""
-        return self.finished.study
+        return self.snapshot.study
 
     @property
     def records(self) -> list[TrialRecord]:
         """Every trial in the order of its number, grades by task included."""
-        return self.finished.records
+        return self.snapshot.records
 
     @property
     def trials(self) -> pandas.DataFrame:
@@ -63,7 +63,7 @@ class LoadedStudy:
         from evomerge.reporting.export import slice_labels
         from evomerge.reporting.trial_table import trial_rows
 
-        frame = pandas.DataFrame(trial_rows(self.records, slice_labels(self.finished)))
+        frame = pandas.DataFrame(trial_rows(self.records, slice_labels(self.snapshot)))
         return frame.astype({"generation": "Int64", "index": "Int64", "score": "float64"})
 
     @property
@@ -72,37 +72,38 @@ class LoadedStudy:
 
         None while the search is not finished.
         """
-        return self.finished.verdict
+        return self.snapshot.verdict
 
     @property
     def notes(self) -> list[str]:
         """What a reader of the verdict must know besides its figures, one sentence each."""
         from evomerge.reporting.sentences import notes
 
-        return notes(self.finished.ledger.facts)
+        return notes(self.snapshot.ledger.facts)
 
     @property
     def winner(self) -> TrialRecord:
         """The trial that the verdict names, or the choice by the trials so far."""
-        return self.finished.winner
+        return self.snapshot.winner
 
     @property
     def best(self) -> TrialRecord:
         """The candidate with the highest score on the search tasks: good, and lucky as well."""
-        scored = [r for r in self.records if r.role == "candidate" and r.state == "complete"]
-        return max(scored, key=lambda r: (r.score or 0.0, -r.number))
+        from evomerge.searching.history import History
+
+        return History(tuple(self.records)).best_candidate()
 
     @property
     def recipe(self) -> Recipe:
         """The winner's recipe."""
-        return self.finished.recipe
+        return self.snapshot.recipe
 
     @property
     def recipe_yaml(self) -> str:
         """The winner's recipe as a mergekit configuration."""
         from evomerge.reporting.export import recipe_text
 
-        return recipe_text(self.finished)
+        return recipe_text(self.snapshot)
 
     @property
     def answer_cache(self) -> Path:
@@ -115,31 +116,31 @@ class LoadedStudy:
         """Every trial's score and the best so far. Raises InputError without Plotly."""
         from evomerge.reporting.plots import plot_history
 
-        return plot_history(self.finished)
+        return plot_history(self.snapshot)
 
     def plot_importances(self) -> plotly.graph_objects.Figure:
         """How much of the score's variance each weight explains (fANOVA)."""
         from evomerge.reporting.plots import plot_importances
 
-        return plot_importances(self.finished)
+        return plot_importances(self.snapshot)
 
     def plot_slices(self) -> plotly.graph_objects.Figure:
         """The score over each weight."""
         from evomerge.reporting.plots import plot_slices
 
-        return plot_slices(self.finished)
+        return plot_slices(self.snapshot)
 
     def plot_parallel(self) -> plotly.graph_objects.Figure:
         """All weights of each trial as a line, coloured by the score."""
         from evomerge.reporting.plots import plot_parallel
 
-        return plot_parallel(self.finished)
+        return plot_parallel(self.snapshot)
 
     def to_json(self) -> dict[str, Any]:
         """The stable form that `evomerge show --json` prints."""
         from evomerge.reporting.export import as_json
 
-        return as_json(self.finished)
+        return as_json(self.snapshot)
 
     def write_results(self, results: str | Path | None = None) -> list[Path]:
         """Write best.yaml, README.md, verdict.json, trials.csv and report.html to results/NAME/.
@@ -148,7 +149,7 @@ class LoadedStudy:
         """
         from evomerge.reporting.export import write_results
 
-        return write_results(self.finished, results_folder(results, self.name))
+        return write_results(self.snapshot, results_folder(results, self.name))
 
     def build_model(
         self,
@@ -170,7 +171,7 @@ class LoadedStudy:
         folder = build_model_folder(
             self.recipe, Path(out), self.recipe_yaml, shard_size, seed, console or Console()
         )
-        text = card(self.finished)
+        text = card(self.snapshot)
         replace_file(folder / "README.md", lambda path: path.write_text(text, encoding="utf-8"))
         return folder
 
@@ -186,10 +187,10 @@ class LoadedStudy:
 
         base = knowledge or self.study.prompt.knowledge
         if base is not None and knowledge is None:
-            known = self.finished.ledger.facts.knowledge
+            known = self.snapshot.ledger.facts.knowledge
             check_unchanged_base(str(base), known, self.name)
         read = None if base is None else read_knowledge(base)
-        return write_runner(self.finished, Path(out), read)
+        return write_runner(self.snapshot, Path(out), read)
 
 
 def build_model_folder(

@@ -39,7 +39,7 @@ def search(
     overrides: Overrides = None,
     console: Console | None = None,
 ) -> LoadedStudy:
-    """Run a study, or continue it, and write its results.
+    """Run a study, or resume it, and write its results.
 
     Parameters
     ----------
@@ -56,13 +56,13 @@ def search(
 
     Returns
     -------
-    The finished study. Calling again with more trials continues it.
+    The finished study. Calling again with more trials resumes it.
 
     Raises
     ------
     StudyFileError, StudyError, ModelError, TaskError, KnowledgeError: something in the study is
     wrong or has changed since it began. EngineError, JudgeError: the run failed; everything up to
-    then is stored, and the same call continues.
+    then is stored, and the same call resumes.
 
     >>> found = evomerge.search("search_spaces/demo.yaml", trials=24)
     >>> found.winner.score, found.recipe_yaml
@@ -72,7 +72,7 @@ def search(
         if value is not None:
             settings.append(f"{key}={value}")
     checked = to_study(study_file, settings)
-    # seconds of imports, which a mistake in the file need not wait for
+    # these imports take seconds; a mistake in the file is reported before them
     from evomerge.console import Console
     from evomerge.searching.open_search import open_search
 
@@ -89,12 +89,12 @@ def check(
     base_config: str | Path | None = None,
     overrides: Overrides = None,
 ) -> list[PreflightFinding]:
-    """What a study needs, before any work: models, shapes, tokenizer, disk, memory, judge, cost.
+    """Report what a study needs: models, shapes, tokenizer, disk, memory, judge, cost.
 
     Parameters
     ----------
     study_file, overrides: as for `search`.
-    base_config: a config.json to compute with where the base model cannot be reached.
+    base_config: a config.json to use if the base model cannot be reached.
 
     Returns
     -------
@@ -185,15 +185,15 @@ def infer(
     Parameters
     ----------
     tasks: a task file, or records with a field `input`.
-    out: a file for the answers, which a later call continues (default: none is kept).
+    out: a file for the answers, which a later call resumes (default: none is kept).
     model: a folder or hub name; with `server` (a URL), the server's name for the model.
     recipe: as for `merge`. study, storage: as for `load_study`.
-    concurrency: requests at once to the server.
+    concurrency: concurrent requests to the server.
     knowledge, classify: a knowledge base, and how tasks get their class: "neighbours", "model" or
         "both".
     max_new_tokens: the longest answer. overrides: settings of a study file, for this run.
     best_of, judge: answer that often, keep the best by "rules", "learned:FILE", …, or agreement.
-    self_check: faults for which a task is asked again: "all", or empty, repetitive, language, cut.
+    self_check: faults for which a task is retried: "all", or empty, repetitive, language, cut.
     time_limit: in seconds; then what exists is returned. console: as for `merge`.
 
     Returns
@@ -231,7 +231,7 @@ def load_study(name: str, *, storage: str | Path | None = None) -> LoadedStudy:
 
     >>> evomerge.load_study("demo").trials.nlargest(3, "score")
     """
-    from evomerge.searching.finished import load_finished
+    from evomerge.searching.snapshot import load_snapshot
 
     url = storage_url(storage, name)
-    return LoadedStudy(load_finished(url, name), url)
+    return LoadedStudy(load_snapshot(url, name), url)

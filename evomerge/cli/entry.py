@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     interrupted.
     """
     args = make_parser().parse_args(argv)
-    # when imported, it warns about kernels that are not used here
+    # its import warns about kernels that are not used here
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # the hub client's retries would be printed above our one line
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Console().say(f"evomerge: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        kept = "everything finished is kept; run the same command again to continue"
+        kept = "everything finished is kept; run the same command again to resume"
         if command in (merge, demo):
             kept = "nothing was written"
         Console().say(f"evomerge: interrupted; {kept}")

@@ -53,7 +53,7 @@ def json_lines(tasks: Sequence[Task], choices: Sequence[TaskKnowledge]) -> Itera
 
 
 def table(tasks: Sequence[Task], choices: Sequence[TaskKnowledge]) -> Iterator[str]:
-    """The same as a table, at most WIDTH columns wide."""
+    """The choices as a table, at most WIDTH columns wide."""
     yield _row("task", "class", "conf.", "rows", "input")
     for task, choice in zip(tasks, choices, strict=True):
         rows = " ".join(str(example.row) for example in choice.examples)
@@ -65,9 +65,9 @@ def table(tasks: Sequence[Task], choices: Sequence[TaskKnowledge]) -> Iterator[s
 def confusion_table(
     tasks: Sequence[Task], choices: Sequence[TaskKnowledge], names: Sequence[str]
 ) -> Iterator[str]:
-    """True classes down, found ones across, by the numbers of the rows.
+    """True classes as rows, predicted ones as columns, by the numbers of the rows.
 
-    Nothing where no task's `kind` is a class.
+    Empty where no task's `kind` is a class.
     """
     from evomerge.knowledge.classification.by_neighbours import confusion
 
@@ -81,7 +81,7 @@ def confusion_table(
     counts = confusion(true, found, names)
     right = sum(a == b for a, b in zip(true, found, strict=True))
     share = right / len(true)
-    yield f"right: {right} of {len(true)} ({share:.3f}); true class down, found across"
+    yield f"right: {right} of {len(true)} ({share:.3f}); rows: true class, columns: predicted class"
     cell = max(3, len(str(counts.max())) + 1)
     # with many classes, as many columns as fit; the first line counts all of them
     shown = min(len(names), (WIDTH - LABEL) // cell)

@@ -44,7 +44,7 @@ def infer(args: argparse.Namespace) -> None:
 
 
 def _explain(args: argparse.Namespace, request: InferenceRequest) -> None:
-    """Show what the knowledge base makes of each task; a model is loaded only to classify."""
+    """Show what each task gets from the knowledge base; a model is loaded only to classify."""
     from evomerge.cli.explaining import explain
     from evomerge.inference.opening import open_chooser, open_prompt
     from evomerge.inference.request import check_answerer, open_request
@@ -68,14 +68,14 @@ def _explain(args: argparse.Namespace, request: InferenceRequest) -> None:
 
 
 def _report(console: Console, args: argparse.Namespace, result: InferenceResult) -> None:
-    """What was done, and what was not."""
+    """Report what was done, and what was not."""
     for line in result.notes:
         console.say(line)
     if result.unfinished:
-        begun = f", {result.partial} of them begun" if result.partial else ""
+        begun = f", {result.partial} of them with partial answers" if result.partial else ""
         console.say(
             f"the time limit of {args.time_limit} left {result.unfinished} of {len(result)} tasks "
             f"unfinished{begun}: they are marked in the file; "
-            "run the same command again to continue"
+            "run the same command again to resume"
         )
     say_written(console, [args.out])

@@ -88,7 +88,7 @@ def _knowledge_options(p: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--default-class",
         metavar="NAME",
-        help="the class of tasks whose own is less certain than --threshold",
+        help="the class of tasks that are classified with less confidence than --threshold",
     )
     group.add_argument(
         "--threshold", type=float, metavar="SHARE", help="confidence from 0 to 1 (default: 0.35)"
@@ -102,7 +102,7 @@ def _knowledge_options(p: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--explain",
         action="store_true",
-        help="show each task's class and examples, and answer nothing",
+        help="show each task's class and examples, without answering it",
     )
     group.add_argument(
         "--json", action="store_true", help="with --explain: one JSON object per line"
@@ -118,27 +118,27 @@ def _generation_options(p: argparse.ArgumentParser) -> None:
         "--max-new-tokens",
         type=int,
         metavar="N",
-        help="the longest answer, whatever a class says (default: 256)",
+        help="the longest answer in tokens, overriding every class (default: 256)",
     )
     group.add_argument(
         "--engine",
         choices=["transformers", "vllm"],
-        help="what runs the model (default: transformers)",
+        help="the engine that runs the model (default: transformers)",
     )
     group.add_argument(
         "--quantization", choices=["4bit", "4bit-double"], help="load in 4 bits (bitsandbytes)"
     )
     group.add_argument("--device-map", metavar="MAP", help="auto: one model over several GPUs")
     group.add_argument(
-        "--batch-size", type=int, metavar="N", help="prompts answered at once (default: 64)"
+        "--batch-size", type=int, metavar="N", help="prompts per batch (default: 64)"
     )
     group.add_argument(
         "--concurrency",
         type=int,
         metavar="N",
-        help="with --server: requests under way at once (default: 8)",
+        help="with --server: concurrent requests (default: 8)",
     )
-    group.add_argument("--seed", type=seed, metavar="N", help="for answers that are sampled")
+    group.add_argument("--seed", type=seed, metavar="N", help="seed for sampled answers")
     group.add_argument(
         "--set",
         action="append",
@@ -149,8 +149,8 @@ def _generation_options(p: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--time-limit",
         metavar="TIME",
-        help="90s, 55m, 2h: then the file is written, with unfinished tasks marked; "
-        "short tasks go first",
+        help="such as 90s, 55m or 2h: after it the file is written, with unfinished tasks marked; "
+        "short tasks come first",
     )
 
 
@@ -161,8 +161,7 @@ def _refining_options(p: argparse.ArgumentParser) -> None:
         nargs="?",
         const="all",
         metavar="FAULTS",
-        help="answer again where an answer is faulty: all, or some of "
-        "empty,repetitive,language,cut",
+        help="retry a task whose answer is faulty: all, or some of empty,repetitive,language,cut",
     )
     group.add_argument(
         "--best-of", type=int, metavar="N", help="answer N times and keep the best answer"
@@ -233,7 +232,9 @@ def check_options(args: argparse.Namespace, request: InferenceRequest) -> None:
         )
     if args.out is None:
         raise InputError(
-            "where should the answers go?", where="evomerge infer", remedy="Name a file with --out."
+            "there is no file for the answers",
+            where="evomerge infer",
+            remedy="Name a file with --out.",
         )
     check_request(request, option)
     _check_out(args)

@@ -64,7 +64,7 @@ def _validate_command(commands: Commands) -> None:
         type=int,
         default=200,
         metavar="N",
-        help="answers graded a second time, without a cache (default: 200)",
+        help="how many answers are graded a second time, without a cache (default: 200)",
     )
     p.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -78,7 +78,7 @@ def _fit_command(commands: Commands) -> None:
         required=True,
         nargs="+",
         metavar="JUDGE_NAME",
-        help="the judge whose grades to learn; of several, their mean",
+        help="the judge whose grades are learned; for several judges, their mean",
     )
     p.add_argument(
         "--out",
@@ -96,7 +96,7 @@ def _tasks_option(p: argparse.ArgumentParser) -> None:
 
 
 def _graded_files(p: argparse.ArgumentParser) -> None:
-    """Tasks, answers and grades, and of which models."""
+    """Add the options of tasks, answers and grades, and of which models."""
     _tasks_option(p)
     p.add_argument(
         "--answers",
@@ -137,7 +137,7 @@ def _judge_options(p: argparse.ArgumentParser) -> None:
 
 
 def judge_grade(args: argparse.Namespace) -> None:
-    """Grade the answers, and say their mean."""
+    """Grade the answers, and report their mean."""
     from evomerge.judging.answer_files import grade_file
     from evomerge.judging.factory import judge_from_options
 
@@ -147,7 +147,7 @@ def judge_grade(args: argparse.Namespace) -> None:
 
 
 def judge_validate(args: argparse.Namespace) -> None:
-    """Agreement as a table, or as one JSON object."""
+    """Print the agreement as a table, or as one JSON object."""
     from evomerge.judging.validation.validate import validate_files
 
     found = validate_files(
@@ -169,7 +169,7 @@ def judge_validate(args: argparse.Namespace) -> None:
 
 
 def judge_fit(args: argparse.Namespace) -> None:
-    """Fit a judge, and say how well it grades models that it was not fitted on."""
+    """Fit a judge, and report how well it grades models that it was not fitted on."""
     from evomerge.judging.learned.fit import fit_file
     from evomerge.judging.validation.families import wanted_models
 

@@ -82,7 +82,7 @@ def new(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> int:
-    """One line per mistake; exit 2 where there are any."""
+    """Print one line per mistake; exit 2 if there are any."""
     from evomerge.knowledge.read_base import check_knowledge
 
     console = Console()
@@ -100,7 +100,7 @@ def check(args: argparse.Namespace) -> int:
 
 
 def from_tasks(args: argparse.Namespace) -> None:
-    """Draft a knowledge base from tasks, and say what was left out of it."""
+    """Draft a knowledge base from tasks, and report what was left out of it."""
     from evomerge.knowledge.drafting import DRAFTED, draft
     from evomerge.knowledge.write_base import write_knowledge
     from evomerge.tasks import load_tasks
@@ -124,7 +124,7 @@ def _study_tasks(
 ) -> tuple[Sequence[Task], set[int | str]]:
     """All tasks of the study and the ids of its search tasks; it may have other sources too.
 
-    Raises StudyError where they are not certain.
+    Raises StudyError where they are not known for certain.
     """
     from evomerge.api.inputs import storage_url
     from evomerge.searching.ledger import open_ledger
@@ -141,7 +141,7 @@ def _study_tasks(
         own = study_tasks(facts.study)
     if tasks_hash(own) != facts.tasks:
         raise StudyError(
-            "the study's task files have changed, so its held-out tasks are not known any more",
+            "the study's task files have changed, so its held-out tasks are no longer known",
             where=args.study,
             remedy="Restore the files, or leave --study out.",
         )
@@ -169,5 +169,5 @@ def _check_new(path: Path) -> None:
         )
     if path.exists():
         raise InputError(
-            "exists already", where=path, remedy="Name a new file; nothing is overwritten."
+            "already exists", where=path, remedy="Name a new file; nothing is overwritten."
         )

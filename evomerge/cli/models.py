@@ -44,7 +44,7 @@ def model_commands(commands: Commands) -> None:
 
 
 def merge(args: argparse.Namespace) -> None:
-    """A YAML file to a model folder."""
+    """Merge a YAML file to a model folder."""
     import evomerge
 
     console = Console()
@@ -59,7 +59,7 @@ def merge(args: argparse.Namespace) -> None:
 
 
 def demo(args: argparse.Namespace) -> None:
-    """The demo pair and its tasks."""
+    """Build the demo pair and its tasks."""
     from evomerge.demo import build_demo
 
     console = Console()
@@ -68,7 +68,7 @@ def demo(args: argparse.Namespace) -> None:
 
 
 def schema(args: argparse.Namespace) -> None:
-    """The study file's JSON Schema on stdout."""
+    """Print the study file's JSON Schema."""
     from evomerge.study import study_schema
 
     print(study_schema())

@@ -1,4 +1,4 @@
-"""What several commands share: options, their types, and what is said at the end."""
+"""What several commands share: options, their types, and the closing lines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Options: TypeAlias = "argparse.ArgumentParser | argparse._ArgumentGroup"
 def add_command(
     commands: Commands, name: str, run: Callable[..., object], does: str, example: str
 ) -> argparse.ArgumentParser:
-    """A command that calls `run` with its options; `example` has a command per line."""
+    """Add a command that calls `run` with its options; `example` has a command per line."""
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=does,
@@ -29,7 +29,7 @@ def add_command(
 
 
 def add_group(commands: Commands, name: str, does: str, example: str) -> Commands:
-    """A command with commands of its own."""
+    """Add a command with subcommands."""
     parser = commands.add_parser(
         name,
         help=does,
@@ -109,5 +109,5 @@ def seed(text: str) -> int:
 
 
 def say_written(console: Console, paths: Sequence[Path]) -> None:
-    """Tell which files were written."""
+    """Report which files were written."""
     console.say("wrote " + ", ".join(map(str, paths)))

@@ -51,7 +51,7 @@ def print_verdict(found: LoadedStudy) -> None:
     )
     for name, c in verdict.candidates.items():
         line = f"  {name:12} {plus_minus(c.mean, c.stderr)}  cut {c.truncated:>4.0%}"
-        paired = verdict.paired.get(f"winner-{name}")
+        paired = verdict.leads.get(name)
         if paired:
             interval = f"[{paired.low:+.3f}, {paired.high:+.3f}]"
             line += f"  winner ahead by {paired.diff:+.3f} {interval}"

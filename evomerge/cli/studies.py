@@ -48,12 +48,12 @@ def study_commands(commands: Commands) -> None:
         commands,
         "cache",
         cache,
-        "show or clear the answers that a study keeps",
+        "show or clear the stored answers of a study",
         "evomerge cache demo\nevomerge cache demo --clear",
     )
     study_option(p)
     p.add_argument(
-        "--clear", action="store_true", help="delete them; trials, grades and verdict stay"
+        "--clear", action="store_true", help="delete them; trials, grades and the verdict are kept"
     )
 
 
@@ -62,7 +62,7 @@ def _search_command(commands: Commands) -> None:
         commands,
         "search",
         search,
-        "run a study, or continue it",
+        "run a study, or resume it",
         "evomerge search search_spaces/demo.yaml\n"
         "evomerge search search_spaces/demo.yaml --set search.trials=24",
     )
@@ -84,7 +84,7 @@ def _check_command(commands: Commands) -> None:
         commands,
         "check",
         check,
-        "tell what a study needs, before any work",
+        "report what a study needs before it runs",
         "evomerge check search_spaces/demo.yaml\n"
         "evomerge check search_spaces/llm-jp-3-13b.yaml --base-config config.json",
     )
@@ -93,7 +93,7 @@ def _check_command(commands: Commands) -> None:
         "--base-config",
         type=Path,
         metavar="FILE",
-        help="a config.json to compute with where the base model cannot be reached",
+        help="a config.json to use if the base model cannot be reached",
     )
     set_option(p)
 
@@ -129,7 +129,7 @@ def _export_command(commands: Commands) -> None:
 
 
 def search(args: argparse.Namespace) -> None:
-    """Run or continue a study, and write the results."""
+    """Run or resume a study, and write the results."""
     import evomerge
     from evomerge.cli.showing import print_verdict
 
@@ -147,7 +147,7 @@ def search(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> int:
-    """A line per finding; exit 2 when one is wrong."""
+    """Print one line per finding; exit 2 if one is wrong."""
     import evomerge
 
     findings = evomerge.check(args.study_file, base_config=args.base_config, overrides=args.set)
@@ -157,7 +157,7 @@ def check(args: argparse.Namespace) -> int:
 
 
 def show(args: argparse.Namespace) -> None:
-    """Trials and verdict as a table, or as one JSON object."""
+    """Print trials and verdict as a table, or as one JSON object."""
     import evomerge
     from evomerge.cli.showing import cache_line, print_trials, print_verdict
 
@@ -172,7 +172,7 @@ def show(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    """The winner's YAML, its model folder, or a runner."""
+    """Write the winner's YAML, its model folder, or a runner."""
     import evomerge
     from evomerge.files import replace_file
 
@@ -204,14 +204,14 @@ def report(args: argparse.Namespace) -> None:
 
 
 def cache(args: argparse.Namespace) -> None:
-    """The size of a study's answer cache; --clear deletes it, unless a search is running."""
+    """Print the size of a study's answer cache; --clear deletes it, unless a search is running."""
     from evomerge.answering.cache import clear
     from evomerge.api.inputs import storage_url
     from evomerge.cli.showing import cache_line
     from evomerge.searching.ledger import cache_path, only_worker, open_ledger
 
     url = storage_url(args.storage, args.study)
-    open_ledger(url, args.study)  # an unknown name is an error
+    open_ledger(url, args.study)  # an unknown name raises an error
     path = cache_path(url, args.study)
     if args.clear:
         with only_worker(url, args.study):

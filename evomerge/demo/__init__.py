@@ -4,7 +4,7 @@ Six skills on short strings of kana or digits. The base knows all six in a plain
 instructions for three of them. The sibling is an ordinary fine-tune with an ordinary side effect:
 its lower half learned to follow instructions for the other three, then its upper half was tuned for
 brevity and now cuts two of the base's skills down to one character. Each parent therefore lacks
-something, and what is worth keeping lies in different slices: no single weight for all layers gets
+something, and what is worth keeping is in different slices: no single weight for all layers gets
 everything. How this setup was found: docs/LOG.md.
 """
 

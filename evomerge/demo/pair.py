@@ -29,7 +29,7 @@ def build_demo(out: Path, seed: int = 0, progress: Callable[[str], None] | None 
     """Train the pair and write base/, instruct/ and tasks.jsonl to `out`.
 
     Takes a minute and a quarter on one free CPU core; the same seed on the same machine gives the
-    same bits. A finished pair with this seed is left as it is. `progress` receives lines of text.
+    same bits. A finished pair with this seed is left unchanged. `progress` receives lines of text.
     Raises OutputError: `out` holds something else, or cannot be written.
     """
     out = Path(out)
@@ -55,7 +55,7 @@ def build_demo(out: Path, seed: int = 0, progress: Callable[[str], None] | None 
 
 
 def _build(out: Path, mark: dict[str, int], progress: Callable[[str], None]) -> None:
-    """Build in a folder beside `out`, and rename it at the end."""
+    """Build in a folder next to `out`, and rename it at the end."""
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:

@@ -1,1 +1,1 @@
-"""Which numbers are searched: a vector to a recipe, and back."""
+"""The searched numbers: from a vector to a recipe, and back."""

@@ -1,4 +1,4 @@
-"""A vector to a recipe: where each number stands in a mergekit configuration."""
+"""From a vector to a recipe: where each number goes in a mergekit configuration."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _slerp_slice(space: SearchSpace, start: int, end: int, u: float) -> dict[str
 
 
 def _task_arithmetic(space: SearchSpace, x: Sequence[float]) -> Recipe:
-    """In the shape of mergekit-evolve's own recipes, which its users know."""
+    """A recipe in the shape of mergekit-evolve's, which its users know."""
     n = len(space.models)
     rows = [x[i : i + n] for i in range(0, len(x), n)]
     return task_arithmetic_recipe(
@@ -52,7 +52,7 @@ def _task_arithmetic(space: SearchSpace, x: Sequence[float]) -> Recipe:
 
 
 def _weighted(space: SearchSpace, x: Sequence[float]) -> Recipe:
-    """Any method with weights: sources per slice, or with `smooth` once with gradients."""
+    """A recipe with weights: sources per slice, or with `smooth` once with gradients."""
     data: dict[str, Any] = {"parameters": {"normalize": float(space.normalize)}}
     if space.base_model is not None:
         data["base_model"] = space.base_model

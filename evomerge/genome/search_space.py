@@ -58,7 +58,7 @@ class SearchSpace:
 
     @property
     def siblings(self) -> tuple[str, ...]:
-        """The models beside the base."""
+        """The models other than the base."""
         return tuple(model for model in self.models if model != self.base_model)
 
     @property
@@ -83,7 +83,7 @@ class SearchSpace:
         return tuple(gene.name for gene in self.genes)
 
     def position(self, group: int, model: int, filter_set: int, parameter: int) -> int:
-        """Where x[group, model, filter set, parameter] is in the flattened vector."""
+        """The index of x[group, model, filter set, parameter] in the flattened vector."""
         place = group * len(self.models) + model
         place = place * len(self.filter_sets) + filter_set
         return place * len(self.parameters) + parameter

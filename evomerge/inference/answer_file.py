@@ -1,6 +1,4 @@
-"""Tasks in, a file of answers out: every answer is kept as soon as it exists, and a run that was
-killed continues where it stopped.
-"""
+"""Tasks in, a file of answers out; every answer is stored immediately, and a killed run resumes."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ from evomerge.tasks import Task
 
 UNFINISHED = "time limit"  # the mark of an unfinished task
 LATE = (
-    "the time limit came before everything was asked again: run the same command again to finish it"
+    "the time limit was reached before every retry was done: run the same command again to resume"
 )
 
 
@@ -29,7 +27,7 @@ class Done:
     answered: int
     unfinished: int = 0
     partial: int = 0
-    told: tuple[str, ...] = ()  # lines on what was done besides answering
+    told: tuple[str, ...] = ()  # lines about what was done besides answering
 
 
 def run_inference(
@@ -47,7 +45,7 @@ def run_inference(
 
     With a knowledge base, `out` with the suffix .classes.jsonl holds `task_id`, `class`,
     `similarity`, `examples` (rows of the sheet). `model` identifies all that the answers depend on
-    besides the prompts: a run is continued only under the same one. `progress` gets (answered,
+    besides the prompts: a run is resumed only under the same one. `progress` gets (answered,
     total). At `deadline`, a time.monotonic(), `out` is written with what exists: a task without an
     answer has an empty or cut `output` and a fourth key `unfinished`; running again finishes it.
     The steps of `refine` may answer tasks again and choose, one after the other.
@@ -104,7 +102,7 @@ def _header(
 def _checked_batches(
     engine: Engine, tasks: Sequence[Task], texts: Sequence[str], settings: PromptSettings
 ) -> list[list[int]]:
-    """As `make_batches`; an error about a prompt that is too long names its task."""
+    """Call `make_batches`, so that an error about a prompt that is too long names its task."""
     try:
         return make_batches(engine, texts, settings)
     except EngineError as error:
@@ -169,7 +167,7 @@ def _check_texts(tasks: Sequence[Task]) -> None:
             f"{task.task_id}{task.input}".encode()
         except UnicodeEncodeError as error:
             raise TaskError(
-                "the text holds half of a surrogate pair",
+                "the text contains half of a surrogate pair",
                 where=f"task {task.task_id!r}",
                 found=error.object[error.start : error.end],
                 remedy="Write the whole character.",

@@ -1,5 +1,4 @@
-"""Best of n: several answers to a task, of which a judge keeps one, or the answers themselves where
-there is nothing to judge by.
+"""Best of n: of several answers to a task one is kept, by a judge or by their agreement.
 
 Without a judge, or with the rules and no reference, it is minimum Bayes risk (Kumar and Byrne,
 "Minimum Bayes-Risk Decoding for Statistical Machine Translation", 2004): the answer that is best
@@ -27,9 +26,9 @@ if TYPE_CHECKING:
     from evomerge.tasks import Task
 
 TEMPERATURE, TOP_P = 0.7, 0.95
-# far from any seed that a user sets, and from those of the self-check
+# far from any seed that a user sets, and from the seeds of the self-check
 SEED_STEP = 104_729
-NO_REFERENCE = 3.0  # what an answer is worth that nothing can be compared with
+NO_REFERENCE = 3.0  # the value of an answer that nothing can be compared with
 
 
 def sample_settings(n: int, settings: GenerationSection) -> list[GenerationSection]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # answers of a server need no torch
     from evomerge.merging.checkpoints.model_folder import ModelFolder
     from evomerge.recipe import Recipe
 
-BATCH_SIZE = 64  # prompts answered at once, without a study; halved when memory runs out
+BATCH_SIZE = 64  # prompts per batch, without a study; halved when memory runs out
 # the keys of a study file that inference uses
 USED = ("prompt", "generation", "engine", "search.dtype", "search.seed")
 
@@ -44,29 +44,29 @@ def open_study(
 
     Raises StudyError.
     """
-    from evomerge.searching.finished import load_finished
     from evomerge.searching.prepare import open_models
+    from evomerge.searching.snapshot import load_snapshot
 
-    finished = load_finished(url, name)
-    study = _seeded(overridden(finished.study, overrides, USED))
-    facts = finished.ledger.facts
+    snapshot = load_snapshot(url, name)
+    study = _seeded(overridden(snapshot.study, overrides, USED))
+    facts = snapshot.ledger.facts
     if any(override.startswith("prompt.knowledge=") for override in overrides):
-        if study.prompt.knowledge != finished.study.prompt.knowledge:
+        if study.prompt.knowledge != snapshot.study.prompt.knowledge:
             say(
-                f"note: study {name} was searched with other prompts: "
-                "its verdict does not hold for answers with this knowledge base"
+                f"note: study {name} was searched with different prompts: its verdict does not "
+                "hold for answers with this knowledge base"
             )
     elif study.prompt.knowledge is not None:
         check_unchanged_base(study.prompt.knowledge, facts.knowledge, name)
-    base, siblings = open_models(finished.study)
+    base, siblings = open_models(snapshot.study)
     engine = _engine(base, siblings, study)
-    if study.engine == finished.study.engine:
+    if study.engine == snapshot.study.engine:
         engine.limits.update(facts.limits)
-    if finished.verdict is None:
+    if snapshot.verdict is None:
         say(f"study {name} is not finished: the best trial so far is used")
-    engine.apply(finished.recipe)
+    engine.apply(snapshot.recipe)
     return Opened(
-        engine, study.prompt, study, _identity(finished.recipe.digest(), dict(facts.models), study)
+        engine, study.prompt, study, _identity(snapshot.recipe.digest(), dict(facts.models), study)
     )
 
 
@@ -159,13 +159,13 @@ def open_prompt(
     """The prompt settings alone, of a study or the defaults. Raises StudyError, InputError."""
     if url is None or name is None:
         return overridden(_study("bfloat16"), overrides, USED).prompt
-    from evomerge.searching.finished import load_finished
+    from evomerge.searching.snapshot import load_snapshot
 
-    return overridden(load_finished(url, name).study, overrides, USED).prompt
+    return overridden(load_snapshot(url, name).study, overrides, USED).prompt
 
 
 def _seeded(study: Study) -> Study:
-    """With the seed of the draws said: what answers again takes others from there."""
+    """The settings with the seed filled in, from which retries derive other seeds."""
     own = study.generation.seed
     seed = study.search.seed if own is None else own
     return study.replace(generation=study.generation.replace(seed=seed))
@@ -173,7 +173,7 @@ def _seeded(study: Study) -> Study:
 
 def _study(dtype: str, config: Mapping[str, Any] | None = None) -> Study:
     """The defaults of a study file, without a search; answers leave half of a small context."""
-    # a study needs a genome; inference reads nothing of it
+    # a study needs a genome, but inference does not read it
     genome = GenomeSection(models=("-",), base_model="none")
     study = Study(genome=genome, tasks=(TaskSource(file="-"),), study="inference")
     context = (config or {}).get("max_position_embeddings")

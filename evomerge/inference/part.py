@@ -1,4 +1,4 @@
-"""OUT.part: the answers of a run under way; and files that appear whole or not at all.
+"""OUT.part: the answers of a running inference; and files that appear whole or not at all.
 
 Its first line says what the answers are made from. Then follows a line for each answer, or for
 several that arrived together, and one whenever a lack of memory has forced smaller batches. An
@@ -25,8 +25,8 @@ FIRST = ""  # the round of each task's first answer
 class Part:
     """OUT.part, open for appending.
 
-    `rounds` holds round -> task index -> answer, without the number of its tokens; `limits` what a
-    lack of memory has forced on the engine.
+    `rounds` holds round -> task index -> answer, without the number of its tokens; `limits` those
+    that a lack of memory has forced on the engine.
     """
 
     def __init__(self, out: Path, header: Mapping[str, str], total: int) -> None:
@@ -131,9 +131,9 @@ class Part:
         if changed:
             others = " and ".join(CALLED.get(key, key) for key in changed)
             raise InputError(
-                f"the unfinished answers there were made with other {others}",
+                f"the unfinished answers in this file differ from this run in {others}",
                 where=self.path,
-                remedy="Repeat the command that began it, delete the file, or name another --out.",
+                remedy="Run the original command again, delete the file, or name another --out.",
             )
         for line in lines[1:]:
             if "limits" in line:
@@ -169,7 +169,7 @@ def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
         if is_header or is_answers or (number > 1 and "limits" in value):
             return value
     raise InputError(
-        "holds no unfinished answers that can be read",
+        "contains no readable unfinished answers",
         where=f"{path}, line {number}",
         remedy="Delete the file, or name another --out.",
     )

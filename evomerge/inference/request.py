@@ -1,4 +1,4 @@
-"""A request for answers: which model, on which settings; its checks, and carrying it out."""
+"""A request for answers: the model and the settings, their checks, and carrying it out."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def check_faults(request: InferenceRequest, called: Callable[[str], str] = param
     for kind in request.self_check:
         if kind not in SERIOUS:
             raise InputError(
-                "is not a fault of an answer",
+                "is not a known fault",
                 where=called("self_check"),
                 found=kind,
                 remedy=f"Use {', '.join(SERIOUS)}, or all.",
@@ -188,7 +188,7 @@ def answer_tasks(
 
 
 def _refining_steps(request: InferenceRequest, tasks: Sequence[Task], say: Say) -> list[Refining]:
-    """The steps that answer again: best of n first, so that the self-check sees what it chose."""
+    """The steps that answer again: best of n first, so that the self-check sees its choice."""
     from evomerge.inference.best_of import BestOf
     from evomerge.inference.selfcheck import SelfCheck
     from evomerge.judging.factory import check_tasks
@@ -200,8 +200,8 @@ def _refining_steps(request: InferenceRequest, tasks: Sequence[Task], say: Say) 
             check_tasks(judge, tasks)
             if judge.name == "rules" and any(task.output for task in tasks):
                 say(
-                    "note: the rules choose by the tasks' own references: "
-                    "do not grade these answers by them"
+                    "note: the rules choose answers by the tasks' references: do not grade these "
+                    "answers with the rules"
                 )
         steps.append(BestOf(request.best_of, judge))
     if request.self_check:

@@ -1,4 +1,4 @@
-"""What a run of inference gives back: the answers, and how many tasks have one."""
+"""The result of an inference run: the answers, and how many tasks have one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class InferenceResult(Sequence[AnswerRecord]):
     """The answers in the order of the tasks; `notes` tell what was done besides answering.
 
     `partial` of the `unfinished` tasks have the beginning of an answer. `out` is the file with the
-    answers, None where none was asked for.
+    answers, None where none was requested.
     """
 
     records: tuple[AnswerRecord, ...]

@@ -1,8 +1,8 @@
-"""A run of inference under way: which prompts are asked together, and in which order.
+"""A running inference: which prompts share a batch, and in which order they are answered.
 
-Which prompts share a batch is a function of the tasks and the settings. What is left of a batch
-that was interrupted is answered together, so no task is answered twice; in bfloat16 such a smaller
-batch may choose other words than the whole one would have.
+Which prompts share a batch is a function of the tasks and the settings. The rest of an interrupted
+batch is answered together, so no task is answered twice; in bfloat16 such a smaller batch may
+choose other words than the whole one would have.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class Refining(Protocol):
     """A step that may answer tasks again and choose: selfcheck.py and best_of.py."""
 
     def __call__(self, run: Run, chosen: dict[int, Answer]) -> str:
-        """Change `chosen`, the answers by task index, with `run.ask`; return a line that tells."""
+        """Change `chosen`, the answers by task index, with `run.ask`; return a line about it."""
 
 
 @dataclass
 class Run:
-    """One run under way; tasks and prompts are in the same order."""
+    """One running inference; tasks and prompts are in the same order."""
 
     engine: Engine
     prompter: Prompter
@@ -78,7 +78,7 @@ class Run:
         kept = self.part.of(name)
         texts, settings = [prompt.text for prompt in prompts], self.prompter.settings(prompts)
         batches = make_batches(self.engine, texts, settings)
-        # the cheapest first: most answers are there when the time is up
+        # the cheapest first, so that most answers exist when the time is up
         if self.deadline is not None:
             batches.sort(key=lambda batch: sum(cost(prompts[i]) for i in batch) / len(batch))
         missing = [[i for i in batch if places[i] not in kept] for batch in batches]
@@ -100,7 +100,7 @@ class Run:
         settings: PromptSettings,
         name: str,
     ) -> None:
-        """Answer what is missing of a batch; each answer is kept as soon as it has ended."""
+        """Answer the missing prompts of a batch; each answer is stored as soon as it has ended."""
         rest = [places[i] for i in batch]
         told: set[int] = set()
 

@@ -96,14 +96,14 @@ def retry_settings(fault: Faults, settings: GenerationSection, attempt: int) -> 
 
 
 def retry_system(fault: Faults, task: str) -> str | None:
-    """A sentence for the system text that asks for the task's language, if the answer missed it."""
+    """A request for the task's language, for the system text, if the answer is not in it."""
     if "language" not in fault:
         return None
     return "必ず日本語で回答してください。" if _KANA.search(task) else "Answer in English."
 
 
 def seriousness(fault: Faults) -> int:
-    """0 for none; a more serious fault counts more than all lesser ones together."""
+    """How serious the faults are, 0 for none: a more serious one outweighs all lesser ones."""
     return sum(SERIOUS[name] for name in fault)
 
 
@@ -122,14 +122,14 @@ def better(first: Answer, second: Answer, task: str) -> Answer:
 class SelfCheck:
     """Asks again, at most `attempts` times, where an answer has a fault of `kinds`.
 
-    The better answer is kept.
+    The better of the two answers is kept.
     """
 
     kinds: frozenset[str]
     attempts: int = 1
 
     def __call__(self, run: Run, chosen: dict[int, Answer]) -> str:
-        """See Refining in run.py. When the time is up, the first answers stay."""
+        """See Refining in run.py. When the time is up, the first answers are kept."""
         flagged = len(self._flagged(run, chosen))
         for attempt in range(1, self.attempts + 1):
             asked = {}
@@ -189,7 +189,7 @@ def _loops(text: str, task: str) -> bool:
 def _is_foreign(prose: str, task: str) -> bool:
     """Whether a cleaned text without code is clearly not in the language of its task.
 
-    False where the task asks for another language.
+    False where the task requests another language.
     """
     if _OTHER_LANGUAGE.search(task):
         return False

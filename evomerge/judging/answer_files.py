@@ -70,7 +70,7 @@ def grade_file(
 
 
 def grade_lines(judge: Judge, lines: Sequence[AnswerLine]) -> list[Grade]:
-    """Grade answers in order, all at once by a judge that can. Raises what the judge raises."""
+    """Grade answers in order, in one call if the judge allows it. Raises what the judge raises."""
     if isinstance(judge, BatchJudge):
         return list(judge.grade_all([line.task for line in lines], [line.answer for line in lines]))
     return [judge.grade(line.task, line.answer) for line in lines]
@@ -106,7 +106,7 @@ def read_answers(path: str | Path, tasks: Sequence[Task]) -> list[AnswerLine]:
         lines.append(line)
     if not lines:
         raise InputError(
-            "holds no answers",
+            "contains no answers",
             where=path,
             remedy='Write lines such as {"task_id": 0, "output": "…"}.',
         )

@@ -40,7 +40,7 @@ class ProxyJudge(Judge, Protocol):
 
 
 class ExpensiveJudge(Judge, WaitingJudge, Protocol):
-    """A judge whose grades take time and money."""
+    """A judge whose grades cost time and money."""
 
     @property
     def cost(self) -> float: ...
@@ -125,7 +125,7 @@ def effects(residual: Floats) -> tuple[Floats, Floats]:
 
 
 def completed(proxy: Floats, expensive: Floats) -> Floats:
-    """[c, t]: the llm's grades, and the learned ones moved by their shifts where those are nan.
+    """The llm's grades [c, t], and the learned ones moved by their shifts where those are nan.
 
     The means of its rows estimate the llm's means without bias, however good or bad the learned
     judge is (prediction-powered inference, Angelopoulos et al. 2023, arXiv 2301.09633, with the
@@ -169,7 +169,7 @@ def composed(
     expensive: Sequence[Grade | None],
     values: Sequence[float] | None = None,
 ) -> list[Grade]:
-    """A candidate's grades: the llm's, and the learned ones moved to `values` where it has none.
+    """A candidate's grades: the llm's, or the learned ones moved to `values` where there is none.
 
     `values` are a row of `completed`, so that the grades' mean is the estimate. Without them, the
     learned grades are moved by the mean difference. Moved grades may leave 1 to 5.

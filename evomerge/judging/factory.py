@@ -10,7 +10,7 @@ from evomerge.judging.grade import Judge
 from evomerge.study import EngineSection, JudgeSection, read_judge, read_setting
 from evomerge.tasks import Task
 
-CACHE = Path("storage/judge.grades.sqlite")  # of the commands, which belong to no study
+CACHE = Path("storage/judge.grades.sqlite")  # the section of the commands, which belong to no study
 
 
 def make_judge(
@@ -68,7 +68,7 @@ def judge_from_options(
 
 
 def section_from_options(judge: str, settings: Sequence[str] = ()) -> JudgeSection:
-    """The `judge:` section that a command's options stand for. Raises as `judge_from_options`."""
+    """The `judge:` section that a command's options describe. Raises as `judge_from_options`."""
     kind, colon, file = judge.partition(":")
     if kind == "cascade":
         raise InputError(
@@ -96,7 +96,7 @@ def section_from_options(judge: str, settings: Sequence[str] = ()) -> JudgeSecti
 
 
 def check_tasks(judge: Judge, tasks: Iterable[Task]) -> None:
-    """Let a judge that only knows certain tasks reject others before anything is paid for.
+    """Let a judge that knows only certain tasks reject others before anything is spent.
 
     Raises TaskError.
     """

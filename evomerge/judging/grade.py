@@ -1,4 +1,4 @@
-"""What a judge is, and the grade it gives."""
+"""The interface of judges, and the grade that one gives."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class PendingGrades(Protocol):
 
 @runtime_checkable
 class BatchJudge(Protocol):
-    """A judge that grades several answers at once more cheaply than one by one."""
+    """A judge that grades several answers together more cheaply than one by one."""
 
     def grade_all(self, tasks: Sequence[Task], answers: Sequence[Answer]) -> list[Grade]:
         """Grade answers, in order. Raises JudgeError."""
@@ -60,10 +60,10 @@ class BatchJudge(Protocol):
 
 @runtime_checkable
 class WaitingJudge(Protocol):
-    """A judge that waits for a server; meanwhile the next candidate can answer."""
+    """A judge that waits for a server, while the next candidate can answer."""
 
     def submit(self, tasks: Sequence[Task], answers: Sequence[Answer]) -> PendingGrades:
-        """Request grades and return at once. Raises as the last failure did."""
+        """Request grades and return immediately. Raises as the last failure did."""
 
     def close(self, drain: bool = True) -> None:
         """Send no more requests; `drain` waits for those in flight and keeps their grades."""

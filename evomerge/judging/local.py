@@ -1,8 +1,8 @@
 """The local judge: a model in this process, for users without a server.
 
 The grade is the expectation of the digits 1 to 5 under the softmax of their log-likelihoods: even a
-weak model that would write 3 every time shows by its doubts which of two answers is better. Nothing
-is sampled.
+weak model that would always write 3 shows by its uncertainty which of two answers is better.
+Nothing is sampled.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ if TYPE_CHECKING:
 
 VERSION = "1"
 _ASKED = "上の回答を採点してください。"
-# the rubric without its order to write a reason and JSON: the digit has to come first
+# the rubric without its request for a reason and JSON, because the digit has to come first
 TEMPLATE = (
     RUBRIC.partition(_ASKED)[0]
     + _ASKED
     + "説明や記号を付けず、点数を表す1から5の数字を一つだけ返してください。"
 )
-# the judge's turn is begun for it; a full-width colon, which no tokenizer merges with a digit
+# the judge's turn begins with it; a full-width colon, which no tokenizer merges with a digit
 LEAD = "点数："
 ROOM = 8  # tokens kept free for the digit
 AT_ONCE = 256  # answers whose tokens are in memory together
-EXAMPLE = Task(0, "1+1は？", "2", "")  # is tried before any answer is graded
+EXAMPLE = Task(0, "1+1は？", "2", "")  # tried before any answer is graded
 _VISIBLE = re.compile(r"[^\s\u200b\ufeff]")
 
 
 class DigitModel(Protocol):
-    """What the judge needs of an engine."""
+    """What the judge needs from an engine."""
 
     @property
     def tokenizer(self) -> Any: ...
@@ -201,7 +201,7 @@ def make_local_judge(section: JudgeSection, engine: EngineSection | None = None)
 
 
 def as_prompt(tokenizer: Any, messages: Sequence[dict[str, str]], where: str) -> str:
-    """The turns in the tokenizer's chat template, with the judge's turn begun.
+    """The turns in the tokenizer's chat template, up to the beginning of the judge's turn.
 
     Without a chat template they follow each other as plain text. Where the template has no system
     turn, its text opens the user's. Raises ModelError.

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 SHOTS = 3  # examples of the class that its prompt shows, where the class does not say
 QUOTES = 3  # documents that {documents} quotes, where the class does not say
 WIDE = 64  # neighbours among which they are looked for first
-FUSED_VOTERS = 5  # fused scores fall off slowly: more voters would nearly count alike
+FUSED_VOTERS = 5  # fused scores decrease slowly: more voters would count almost equally
 
 WAYS = ("neighbours", "model", "both")  # of classification
 
@@ -42,9 +42,9 @@ class TaskKnowledge:
     """What a task gets from the base.
 
     `similarity` is that of the nearest example of the class, 0 to 1, and `confidence` that in the
-    class. `examples` are in the order of the prompt, with the nearest last, where a model heeds it
-    most. `documents` have the nearest first; there are none where the class's template does not
-    quote any.
+    class. `examples` are in the order of the prompt, with the nearest last, where it influences a
+    model most. `documents` have the nearest first; there are none where the class's template does
+    not quote any.
     """
 
     kind: KnowledgeClass
@@ -136,7 +136,7 @@ class Chooser:
         return self.choose_all([text])[0]
 
     def choose_all(self, texts: Sequence[str]) -> list[TaskKnowledge]:
-        """As `choose`, for many tasks at once, which is far faster."""
+        """Choose for many tasks together, which is far faster."""
         near = self.retriever.nearest(texts, WIDE)
         classified = self._classified(texts, near)
         kinds = [self.knowledge[found.class_name] for found in classified]
@@ -182,7 +182,7 @@ class Chooser:
         """Search all examples for tasks that found too few of their class among the nearest."""
         thin = [i for i, kind in enumerate(kinds) if len(own[i]) < self._needed(kind)]
         whole = len(self.knowledge.examples) + len(self.knowledge.classes)
-        # all examples of some tasks at a time: those of 10,000 take gigabytes
+        # a few tasks at a time: the similarities of 10,000 tasks take gigabytes
         for start in range(0, len(thin), BATCH):
             some = thin[start : start + BATCH]
             near = self.retriever.nearest([texts[i] for i in some], whole)
@@ -196,7 +196,7 @@ class Chooser:
     def _documents(
         self, texts: Sequence[str], kinds: Sequence[KnowledgeClass]
     ) -> list[tuple[Document, ...]]:
-        """For each task the documents that its template quotes, nearest first.
+        """The documents that each task's template quotes, nearest first.
 
         Those that share nothing with the task keep the base's order.
         """

@@ -17,8 +17,8 @@ DRAFTED = (
     ("evomerge", "Knowledge base drafted from tasks with references / 課題から作った下書き"),
     (
         "What is left to do",
-        "Describe each class, write its system text and what its template asks for, remove "
-        "examples that are no good models, and run evomerge knowledge check FILE.\n"
+        "Describe each class, write its system text and its template, remove poor examples, and "
+        "run evomerge knowledge check FILE.\n"
         "種類ごとの説明、システム文、テンプレートを書き、よくない手本を消してください。",
     ),
 )

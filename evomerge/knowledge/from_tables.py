@@ -88,7 +88,7 @@ def _classes(tables: Tables) -> Classes:
         template = row.cells.get("template", "")
         if name in classes:
             tables.wrong(
-                f"the class is there twice, first in row {classes[name][0].number}",
+                f"the class is defined twice, first in row {classes[name][0].number}",
                 row.place("class"),
                 name,
                 "Keep one.",
@@ -141,7 +141,7 @@ def _check_filled(row: Row, sheet: str, tables: Tables) -> bool:
         wrong = _half_pair(text)
         if wrong and column not in row.reported:
             tables.wrong(
-                "the text holds half of a surrogate pair",
+                "the text contains half of a surrogate pair",
                 row.place(column),
                 wrong,
                 "Write the whole character.",
@@ -155,7 +155,7 @@ def _check_filled(row: Row, sheet: str, tables: Tables) -> bool:
                 f"{column} is empty",
                 row.place(column),
                 None,
-                "Fill the cell, or empty the whole row.",
+                "Fill in the cell, or clear the whole row.",
             )
             good = False
     return good
@@ -177,7 +177,7 @@ def _number(row: Row, column: str, tables: Tables) -> float | None:
         f"{column} is not {rule}",
         row.place(column),
         row.cells[column],
-        "Write such a number, or empty the cell.",
+        "Enter such a number, or clear the cell.",
     )
     return None
 
@@ -196,7 +196,7 @@ def _check_all_have_examples(tables: Tables, classes: Classes) -> None:
                 "the class has no examples",
                 row.place("class"),
                 name,
-                "Add some, or write 0 in its column examples.",
+                "Add some, or enter 0 in its column examples.",
             )
 
 

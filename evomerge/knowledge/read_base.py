@@ -1,8 +1,8 @@
 """Reads a knowledge base: classes of tasks with their prompts and settings, examples, documents.
 
-It is an Excel file with the sheets `classes`, `examples` and `documents`, the same as YAML, or the
-same as CSV exports: a folder of classes.csv and examples.csv, or one file of examples. `evomerge
-knowledge new` writes a starter.
+It is an Excel file with the sheets `classes`, `examples` and `documents`, a YAML file with the same
+contents, or CSV exports of them: a folder of classes.csv and examples.csv, or one file of examples.
+`evomerge knowledge new` writes a starter.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from evomerge.knowledge.records import Knowledge
 
 @dataclass(frozen=True)
 class Checked:
-    """A base or its mistakes (those of the reading first), and notes that are no mistakes."""
+    """A base or its mistakes (those of the reading first), and notes that are not mistakes."""
 
     knowledge: Knowledge | None
     mistakes: tuple[KnowledgeError, ...]

@@ -33,15 +33,16 @@ README = (
     (
         "classes",
         "One row for each class: its name, what belongs to it, the system text, the prompt "
-        "template, and the settings of its answers; an empty setting is that of the run. A "
-        "template must hold {input}. Other braces than the three named here stay as they are.\n"
+        "template, and the settings of its answers; an empty setting takes the run's value. A "
+        "template must contain {input}. Braces other than the three named here are left "
+        "unchanged.\n"
         "1行に1種類。テンプレートには {input} が必須です。空の設定には実行時の値が使われます。",
     ),
     (
         "Two ways to show examples",
         "A template without {examples}, as here: each example is a turn of the chat before the "
-        "task, the template filled with its input and then its output as the answer; models that "
-        "follow a chat do best with it. A template with {examples}: they are put there as text, "
+        "task, the template filled with its input and then its output as the answer; this works "
+        "best with chat models. A template with {examples}: they are inserted there as text, "
         "指示: … 回答: …, in one turn with the task. The column examples says how many; 0 shows "
         "none.\n"
         "テンプレートに {examples} がなければ、手本は課題の前の対話として示されます。"
@@ -49,13 +50,13 @@ README = (
     ),
     (
         "examples",
-        "One row for each task with a good answer. Three or more for each class; the more they "
-        "differ, the better classes are told apart. An example that equals the task itself is "
-        "never shown.\n1行に1つの手本。種類ごとに3つ以上。",
+        "One row for each task with a good answer. Three or more for each class; the more varied "
+        "they are, the better the classes can be told apart. An example that equals the task "
+        "itself is never shown.\n1行に1つの手本。種類ごとに3つ以上。",
     ),
     (
         "documents",
-        "Optional: texts to quote where a template says {documents}, those nearest to the task "
+        "Optional: texts to quote where a template contains {documents}, those nearest to the task "
         "first; the column documents of the sheet classes says how many.\n"
         "任意。テンプレートの {documents} に、課題に近い文書から順に引用されます。",
     ),

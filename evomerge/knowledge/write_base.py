@@ -1,4 +1,4 @@
-"""Writes a knowledge base as Excel or YAML; reading it back gives what was written."""
+"""Writes a knowledge base as Excel or YAML, from which reading restores it exactly."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""A recipe as a stream of merged tensors, and whatever takes them."""
+"""A recipe as a stream of merged tensors, and their destinations."""

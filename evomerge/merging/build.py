@@ -1,4 +1,4 @@
-"""A recipe as a model folder on disk: what mergekit would have written, whole or not at all."""
+"""A recipe as a model folder on disk, as mergekit would have written it, whole or not at all."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OutputError(
-            f"the merged model needs {size(needed)}, and {size(free)} are free",
+            f"the merged model needs {size(needed)}, but only {size(free)} are free",
             where=folder,
             remedy="Free some space.",
         )

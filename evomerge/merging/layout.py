@@ -1,4 +1,4 @@
-"""Which of a recipe's parameters and tensors go into which merged tensor: mergekit's rules."""
+"""The assignment of a recipe's parameters and tensors to merged tensors, by mergekit's rules."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from evomerge.recipe import MERGEKIT, Recipe, Slice, Source
 LAYER = re.compile(r"^(.*?\blayers\.)(\d+)(\..*)$")
 # outside the layers: the first slice's and the last's
 FIRST, LAST = ("model.embed_tokens.",), ("model.norm.", "lm_head.")
-# What mergekit 0.1.5 has a description of. Of other architectures it takes all that is outside the
-# layers from the first slice.
+# The architectures that mergekit 0.1.5 describes. In others it takes everything outside the layers
+# from the first slice.
 FAMILIES = [
     "Apertus",
     "Arcee",
@@ -48,7 +48,7 @@ KNOWN = frozenset(f"{family}ForCausalLM" for family in FAMILIES)
 
 @dataclass(frozen=True)
 class LayerPosition:
-    """Where a tensor's parameters come from."""
+    """The place that a tensor's parameters come from."""
 
     piece: Slice
     layer: int | None  # within the slice; None outside the layers
@@ -83,7 +83,7 @@ class Layout:
 
     @property
     def lenders(self) -> list[int]:
-        """For each merged layer, the donor's layer whose names and settings it has."""
+        """The donor's layer whose names and settings each merged layer has."""
         lenders = []
         for position in self._layers:
             source = position.piece.sources[0]
@@ -127,7 +127,7 @@ class Layout:
         if match:
             if int(match[2]) >= self.n_layers:
                 raise ModelError(
-                    f"tensor {name} lies past the configuration's {self.n_layers} layers",
+                    f"tensor {name} is beyond the configuration's {self.n_layers} layers",
                     remedy="Correct config.json.",
                 )
             return self._layers[int(match[2])]
@@ -198,8 +198,8 @@ class Layout:
         value = self.parameter(key, name, default=default)
         if value is None:
             raise RecipeError(
-                f"no `{key}` for {name}",
-                remedy=f"Give the slice or the recipe parameters: {{{key}: …}}.",
+                f"`{key}` is not set for {name}",
+                remedy=f"Add parameters: {{{key}: …}} to the slice or the recipe.",
             )
         return float(value)
 
@@ -212,9 +212,9 @@ class Layout:
             value = self.parameter(key, name, source, default)
             if value is None:
                 raise RecipeError(
-                    f"no `{key}` for {name}",
+                    f"`{key}` is not set for {name}",
                     where=source.model,
-                    remedy=f"Give the source parameters: {{{key}: …}}.",
+                    remedy=f"Add parameters: {{{key}: …}} to the source.",
                 )
             values.append(float(value))
         return tuple(values)
@@ -232,7 +232,7 @@ def _check_ranges(piece: Slice, n_layers: int, where: str) -> None:
     for source in piece.sources:
         if source.layers is not None and source.layers[1] > n_layers:
             raise RecipeError(
-                f"`layer_range` ends past the model's {n_layers} layers",
+                f"`layer_range` ends beyond the model's {n_layers} layers",
                 where=where,
                 found=list(source.layers),
                 remedy="Lower its end.",

@@ -73,7 +73,7 @@ class LiveModel:
                     where=self.base.path,
                     remedy="This architecture cannot be merged in place.",
                 )
-        # such a parameter would keep what the model was loaded with
+        # such a parameter would keep its loaded weights
         for name in self.live.keys() - set(self.names):
             raise ModelError(
                 f"the file has no tensor for {name}",
@@ -156,7 +156,7 @@ class LiveModel:
         parameter = self.live[name]
         merged = plan.merge(name, parameter.device).to(self.resident.parameters[name].dtype)
         if plan.vocabulary is not None and name in VOCABULARY:
-            parameter[: len(merged)].copy_(merged)  # rows that no token has stay as they are
+            parameter[: len(merged)].copy_(merged)  # rows that no token has are left unchanged
         else:
             quantized.write(parameter, merged)
 
@@ -184,7 +184,7 @@ class LiveModel:
         quantized.write(out, merged)
 
     def _state(self, plan: MergePlan, name: str) -> object:
-        """All that decides a parameter's bits."""
+        """Everything that decides a parameter's bits."""
         tensor = plan.tensors[name]
         places = tuple(plan.models[ref].places for ref, _ in tensor.inputs)
         drawn = plan.draws.starts[name] if tensor.draws else None

@@ -28,7 +28,7 @@ def is_installed() -> bool:
     """Whether this Python can run mergekit."""
     try:
         return importlib.util.find_spec(MODULE) is not None
-    except ModuleNotFoundError:  # no mergekit at all
+    except ModuleNotFoundError:  # mergekit is not installed
         return False
 
 

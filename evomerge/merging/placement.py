@@ -1,4 +1,4 @@
-"""Where base and siblings wait between candidates: on the device, in host memory, or on disk."""
+"""Where base and siblings are kept between candidates: device, host memory or disk."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 Residency = Literal["device", "host", "disk"]
 # a tensor that does not fit goes to the next one
 ORDER: tuple[Residency, ...] = ("device", "host", "disk")
-SHARE = 0.6  # of the free memory that models may take; the rest is for keys and values
+SHARE = 0.6  # share of the free memory that models may take; the rest is for keys and values
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -74,7 +74,7 @@ class Resident:
         log.info("base and siblings: %s", self.describe())
 
     def describe(self) -> str:
-        """How many bytes wait where, in words for the log."""
+        """How many bytes are kept where, in words for the log."""
         sizes = Counter[str]()
         for name, place in self.places.items():
             sizes[place] += self._size(name)
@@ -111,14 +111,14 @@ class Resident:
                     yield name, item
 
     def retreat(self) -> None:
-        """Free memory after it ran out: what waits on a device goes to the host, else to the disk.
+        """Free memory after it ran out: move what is on a device to the host, else to the disk.
 
         Raises EngineError when all of it is on disk already.
         """
         kept = set(self.places.values()) - {"disk"}
         if not kept:
             raise EngineError(
-                "out of memory while merging, though nothing but the live model is kept",
+                "out of memory while merging, although only the live model is kept in memory",
                 remedy="Use a larger device, or engine.quantization.",
             )
         full = "device" if "device" in kept else "host"
@@ -132,7 +132,7 @@ class Resident:
             self._host.pop(name, None)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        log.warning("out of memory: base and siblings now wait here: %s", self.describe())
+        log.warning("out of memory: base and siblings are now kept here: %s", self.describe())
 
     def _fetch_layer(
         self, names: Sequence[str]
@@ -166,7 +166,7 @@ class Resident:
         if self.deltas:
             others = [other.sub(base) for other in others]
         if place != "device":
-            # without asking whether there is a -0, which would wait for the copy
+            # without checking for a -0, which would wait for the copy
             return Inputs(base, others, base + 0.0)
         if device.type == "cpu":  # what is mapped may change on disk
             base = base.clone()
@@ -188,7 +188,7 @@ class Resident:
             tensors = [tensor.clone() for tensor in self._read(name, torch.device("cpu"))]
             self._host[name] = tensors
             if self.parameters[name].device.type == "cuda":
-                # where the host cannot pin more, copies from it are slower, but right
+                # if the host cannot pin more memory, copies from it are slower, but correct
                 with suppress(RuntimeError):
                     self._host[name] = [tensor.pin_memory() for tensor in tensors]
         return self._host[name]

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 def is_quantized(parameter: torch.Tensor) -> bool:
     """Whether `parameter` is a 4-bit weight of bitsandbytes that holds quantised numbers."""
-    # as long as it is not imported, no parameter can be one of its own
+    # as long as it is not imported, no parameter can be one of its class
     bitsandbytes: Any = sys.modules.get("bitsandbytes")
     return (
         bitsandbytes is not None

@@ -1,4 +1,4 @@
-"""A recipe as merged tensors, one at a time, whatever takes them."""
+"""A recipe as merged tensors, one at a time, for any destination."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def open_recipe(recipe: Recipe) -> dict[str, ModelFolder]:
 
 
 class MergePlan:
-    """What a recipe makes of its models: names, shapes and dtypes of the merged tensors.
+    """The plan of a recipe on its models: names, shapes and dtypes of the merged tensors.
 
-    Each of them is merged when it is asked for.
+    Each of them is merged on demand.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class MergePlan:
                         f"a weight is infinite in {dtype}",
                         where=name,
                         found=number,
-                        remedy="Write a smaller one.",
+                        remedy="Use a smaller one.",
                     )
 
     def _draw_counts(self) -> dict[str, int]:
@@ -102,7 +102,7 @@ class MergePlan:
         return counts
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of the merged tensor."""
+        """The shape of the merged tensor."""
         ref, source = self.tensors[name].inputs[0]
         shape = self.models[ref].shape(source)
         if self._moves_rows(name):
@@ -110,7 +110,7 @@ class MergePlan:
         return shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """Of the merged tensor: `out_dtype`, or the dtype it is merged in."""
+        """The dtype of the merged tensor: `out_dtype`, or the one it is merged in."""
         return dtype_named(self.recipe.out_dtype) or self.working_dtype(name)
 
     def working_dtype(self, name: str) -> torch.dtype:
@@ -149,14 +149,14 @@ class MergePlan:
         return self.layout.method.elementwise and not self._moves_rows(name)
 
     def chunked(self, name: str) -> ChunkedMerge:
-        """An element-wise tensor, to be merged in chunks."""
+        """Prepare an element-wise tensor to be merged in chunks."""
         inputs = {}
         for ref, source in self.tensors[name].inputs:
             inputs[ref] = self.models[ref].get_tensor(source).reshape(-1)
         return ChunkedMerge(self.tensors[name], self.models, inputs, self.working_dtype(name))
 
     def _merge_in_chunks(self, name: str) -> torch.Tensor:
-        """A whole tensor, of which only a chunk at a time is in between, and in the cache."""
+        """Merge a whole tensor, with only one chunk at a time in progress, and in the cache."""
         chunked = self.chunked(name)
         out = torch.empty(self.shape(name), dtype=self.dtype(name))
         flat = out.reshape(-1)

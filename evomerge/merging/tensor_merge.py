@@ -72,7 +72,7 @@ def finite(tensor: torch.Tensor, model: ModelFolder, name: str) -> torch.Tensor:
     """The tensor itself. Raises ModelError when it holds NaN or infinite numbers."""
     if not _is_finite(tensor):
         raise ModelError(
-            f"tensor {name} holds NaN or infinite numbers",
+            f"tensor {name} contains NaN or infinite numbers",
             where=model.ref or model.path,
             remedy="Train or download the model again.",
         )
@@ -86,8 +86,8 @@ def check_overflow(merged: torch.Tensor, name: str) -> None:
     """
     if merged.dtype == torch.float16 and not _is_finite(merged):
         raise RecipeError(
-            f"merged tensor {name} passes float16's 65504",
-            remedy="Write smaller weights, or out_dtype: bfloat16.",
+            f"merged tensor {name} exceeds float16's maximum of 65504",
+            remedy="Use smaller weights, or out_dtype: bfloat16.",
         )
 
 

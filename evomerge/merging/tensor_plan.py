@@ -1,4 +1,4 @@
-"""All that decides one merged tensor's bits, except for the models' contents."""
+"""Everything that decides one merged tensor's bits, except for the models' contents."""
 
 from __future__ import annotations
 

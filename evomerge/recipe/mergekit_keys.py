@@ -1,4 +1,4 @@
-"""What a mergekit configuration may hold: methods, keys, dtypes, and how a value is read."""
+"""What a mergekit configuration may contain: methods, keys, dtypes, and how a value is read."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ KEYS = (
     "tokenizer",
 )
 MERGEKIT_ONLY = ("modules", "chat_template")  # keys that only mergekit itself understands
-# a method ignores those it has no use for
+# a method ignores those that it does not need
 PARAMETERS = ("weight", "density", "t", "normalize", "rescale", "lambda", "int8_mask")
 BOOLEANS = ("normalize", "rescale", "int8_mask")
 WORDS = dict.fromkeys(("1", "true", "t", "yes", "y", "on"), True) | dict.fromkeys(
@@ -99,7 +99,7 @@ def scalar(key: str, value: Any) -> float | bool:
 
 
 def check_keys(found: Iterable[str], keys: Sequence[str], where: str) -> None:
-    """Refuse what is found beyond `keys`. Raises RecipeError."""
+    """Refuse keys other than `keys`. Raises RecipeError."""
     for key in found:
         if key not in keys:
             raise RecipeError(

@@ -57,7 +57,7 @@ class ParameterChecks:
             or not isinstance(item.get("filter"), str | None)
         ):
             raise RecipeError(
-                "is not a {filter, value}",
+                "is not a {filter, value} mapping",
                 where=where,
                 found=item,
                 remedy="Write - filter: NAME / value: NUMBER.",
@@ -82,14 +82,14 @@ class ParameterChecks:
                 f"`{key}` is not finite",
                 where=where,
                 found=number,
-                remedy="Write a finite one: NaN and infinite weights give NaN tensors.",
+                remedy="Use a finite one: NaN and infinite weights give NaN tensors.",
             )
         if abs(number) > LARGEST[None if self.method == "linear" else self.dtype]:
             raise RecipeError(
                 f"`{key}` is infinite in {self.dtype or 'float32'}",
                 where=where,
                 found=number,
-                remedy="Write a smaller one.",
+                remedy="Use a smaller one.",
             )
         if key == "density" and not 0 < number <= 1:
             raise RecipeError(
@@ -101,5 +101,5 @@ class ParameterChecks:
 
 
 def _listed(value: Any) -> list[Any]:
-    """The items of a list; an empty list is no gradient, but a wrong value."""
+    """The items of a list; an empty list is not a gradient, but a wrong value."""
     return value if isinstance(value, list) and value else [value]

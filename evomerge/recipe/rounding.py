@@ -25,7 +25,7 @@ def rounded(value: Any, dtype: str | None) -> Any:
 
 
 def round_to(value: float, dtype: str | None) -> float:
-    """The nearest number of the dtype, ties to even; without a dtype the value as it is."""
+    """The nearest number of the dtype, ties to even; without a dtype the value itself."""
     if dtype is None:
         return value
     if dtype == "float16":

@@ -63,7 +63,7 @@ class SourceChecks:
             source = self._source(item, None, place)
             if item.get("layer_range") is not None:
                 raise RecipeError(
-                    "`layer_range` does nothing under `models`",
+                    "`layer_range` has no effect under `models`",
                     where=place,
                     remedy="Remove it, or write `slices`.",
                 )
@@ -97,7 +97,7 @@ class SourceChecks:
         return given[0], given[1]
 
     def _check_models(self, sources: Sequence[Source], base: str | None, where: str) -> None:
-        """What mergekit too refuses: no base, a model twice, slerp of more or fewer than two."""
+        """Refuse what mergekit refuses: no base, a model twice, slerp of not exactly two."""
         names = [source.model for source in sources]
         if METHODS[self.method].needs_base and base not in names:
             raise RecipeError(

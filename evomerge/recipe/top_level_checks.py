@@ -1,4 +1,4 @@
-"""The keys of a recipe beside its sources: method, base, dtypes, tokenizer."""
+"""The keys of a recipe other than its sources: method, base, dtypes, tokenizer."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What a study gives: report, model card, export, runner."""
+"""The outputs of a study: report, model card, export, runner."""

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 Axis = Callable[[float], float]  # a value -> its place in pixels
 
 Z95 = 1.96  # standard errors to each side of a mean in a 95 % interval
-LABEL_GAP = 14.0  # smallest distance between two labels beside the progress chart
+LABEL_GAP = 14.0  # smallest distance between two labels next to the progress chart
 CELL_WIDTH = 130.0  # of an interval bar in the verdict table
 STEPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.25, 0.5, 1.0, 2.0)  # between an axis's ticks
 
 
 @dataclass(frozen=True)
 class PlotArea:
-    """Where the progress chart's plot lies in its picture."""
+    """The position of the progress chart's plot in its picture."""
 
     left: float = 46.0
     right: float = 610.0
@@ -127,25 +127,24 @@ def verdict_rows(verdict: Verdict | None) -> list[VerdictRow]:
     """A row per candidate with its figures and the geometry of its two interval bars."""
     if verdict is None:
         return []
-    candidates, paired = verdict.candidates, verdict.paired
+    candidates, leads = verdict.candidates, verdict.leads
     means: dict[str, tuple[float, float, float]] = {}
     for name, c in candidates.items():
         error = Z95 * (c.stderr or 0.0)
         means[name] = (c.mean - error, c.mean, c.mean + error)
     x_mean = scale(flattened(means.values()), 6, CELL_WIDTH - 6)
-    pairs = {key: (p.low, p.diff, p.high) for key, p in paired.items()}
+    pairs = {name: (p.low, p.diff, p.high) for name, p in leads.items()}
     x_pair = scale([0.0, *flattened(pairs.values())], 6, CELL_WIDTH - 6)
     rows = []
     for name, c in candidates.items():
-        key = f"winner-{name}"
         row = VerdictRow(
             name=name,
             mean=c.mean,
             stderr=c.stderr,
             truncated=c.truncated,
             bar=[x_mean(value) for value in means[name]],
-            pair=paired.get(key),
-            pair_bar=[x_pair(value) for value in pairs[key]] if key in pairs else None,
+            pair=leads.get(name),
+            pair_bar=[x_pair(value) for value in pairs[name]] if name in pairs else None,
             zero=x_pair(0.0),
         )
         rows.append(row)

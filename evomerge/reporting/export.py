@@ -18,13 +18,13 @@ from evomerge.reporting.report import write_report
 from evomerge.reporting.sentences import notes
 from evomerge.reporting.trial_table import write_trials_csv
 from evomerge.searching.choosing import sibling_names
-from evomerge.searching.finished import Finished
 from evomerge.searching.records.trial_record import TrialRecord
 from evomerge.searching.records.verdict_record import Verdict
+from evomerge.searching.snapshot import StudySnapshot
 from evomerge.study import Study
 
 SEED_COMMENT = "# The same numbers are dropped with: mergekit-yaml --random-seed {seed}\n"
-# of a trial, in `evomerge show --json`
+# the keys of a trial in `evomerge show --json`
 SHOWN = (
     "number",
     "generation",
@@ -39,46 +39,46 @@ SHOWN = (
 )
 
 
-def write_results(finished: Finished, folder: Path) -> list[Path]:
+def write_results(snapshot: StudySnapshot, folder: Path) -> list[Path]:
     """Write all five files, each whole or not at all; returns their paths. Raises OutputError."""
-    slices = slice_labels(finished)
-    texts = {"best.yaml": recipe_text(finished), "README.md": card(finished)}
-    if finished.verdict is not None:
-        verdict = json.dumps(finished.verdict.to_dict(), indent=2, ensure_ascii=False)
+    slices = slice_labels(snapshot)
+    texts = {"best.yaml": recipe_text(snapshot), "README.md": card(snapshot)}
+    if snapshot.verdict is not None:
+        verdict = json.dumps(snapshot.verdict.to_dict(), indent=2, ensure_ascii=False)
         texts["verdict.json"] = f"{verdict}\n"
     written = [replace_file(folder / name, _writer(text)) for name, text in texts.items()]
     written.append(
         replace_file(
-            folder / "trials.csv", lambda path: write_trials_csv(path, finished.records, slices)
+            folder / "trials.csv", lambda path: write_trials_csv(path, snapshot.records, slices)
         )
     )
-    written.append(replace_file(folder / "report.html", lambda path: write_page(finished, path)))
+    written.append(replace_file(folder / "report.html", lambda path: write_page(snapshot, path)))
     return written
 
 
-def write_page(finished: Finished, out: Path) -> Path:
+def write_page(snapshot: StudySnapshot, out: Path) -> Path:
     """Write the report page of a study to `out`. Raises OSError."""
-    facts = finished.ledger.facts
+    facts = snapshot.ledger.facts
     return write_report(
         out,
-        study=finished.ledger.name,
-        metric=finished.study.metric,
-        trials=finished.records,
-        verdict=finished.verdict,
-        best=finished.winner.number,
-        slices=slice_labels(finished),
-        labels=reference_labels(finished),
+        study=snapshot.ledger.name,
+        metric=snapshot.study.metric,
+        trials=snapshot.records,
+        verdict=snapshot.verdict,
+        best=snapshot.winner.number,
+        slices=slice_labels(snapshot),
+        labels=reference_labels(snapshot),
         samples=facts.samples,
-        told=notes(facts),
+        notes=notes(facts),
         judge=facts.judge_report,
         cascade=facts.cascade,
         study_file=yaml.safe_dump(facts.study_file, allow_unicode=True, sort_keys=False),
     )
 
 
-def slice_labels(finished: Finished) -> list[str]:
-    """What each searched number is called, in the order of a trial's weights."""
-    return [gene.label for gene in finished.genome.genes]
+def slice_labels(snapshot: StudySnapshot) -> list[str]:
+    """The label of each searched number, in the order of a trial's weights."""
+    return [gene.label for gene in snapshot.genome.genes]
 
 
 def use_threads(study: Study) -> None:
@@ -92,26 +92,28 @@ def use_threads(study: Study) -> None:
         torch.set_num_threads(study.engine.threads)
 
 
-def recipe_text(finished: Finished) -> str:
+def recipe_text(snapshot: StudySnapshot) -> str:
     """The winner's YAML; a comment names the seed where numbers are dropped at random."""
-    text = finished.recipe.to_yaml()
-    if finished.recipe.merge_method not in DARE:
+    text = snapshot.recipe.to_yaml()
+    if snapshot.recipe.merge_method not in DARE:
         return text
-    return SEED_COMMENT.format(seed=finished.study.search.seed) + text
+    return SEED_COMMENT.format(seed=snapshot.study.search.seed) + text
 
 
-def card(finished: Finished) -> str:
+def card(snapshot: StudySnapshot) -> str:
     """The model card: mergekit's sections, and the verdict."""
-    verdict = verdict_markdown(finished.verdict, finished.winner, notes(finished.ledger.facts))
-    return model_card(finished.recipe, finished.ledger.name, verdict, recipe_text(finished))
+    verdict = verdict_markdown(snapshot.verdict, snapshot.winner, notes(snapshot.ledger.facts))
+    return model_card(snapshot.recipe, snapshot.ledger.name, verdict, recipe_text(snapshot))
 
 
-def verdict_markdown(verdict: Verdict | None, winner: TrialRecord, told: Sequence[str] = ()) -> str:
-    """The verdict as a Markdown section; `told` are sentences below its tables."""
+def verdict_markdown(
+    verdict: Verdict | None, winner: TrialRecord, notes: Sequence[str] = ()
+) -> str:
+    """The verdict as a Markdown section; `notes` are sentences below its tables."""
     if verdict is None:
         return (
             "## Verdict\n\n"
-            "The search is not finished, so nothing was compared on held-out tasks yet.\n"
+            "The search is not finished, so nothing has been compared on held-out tasks yet.\n"
         )
     lines = [
         "## Verdict",
@@ -126,19 +128,19 @@ def verdict_markdown(verdict: Verdict | None, winner: TrialRecord, told: Sequenc
         error = "n = 1" if c.stderr is None else f"{c.stderr:.3f}"
         lines.append(f"| {name} | {c.mean:.3f} | {error} | {c.truncated:.0%} |")
     lines += ["", "| paired difference | mean | 95 % interval |", "|---|---|---|"]
-    for name, p in verdict.paired.items():
-        pair, interval = name.replace("-", " − ", 1), f"{p.low:+.3f} to {p.high:+.3f}"
-        lines.append(f"| {pair} | {p.diff:+.3f} | {interval} |")
-    if told:
-        lines += ["", " ".join(told)]
+    for name, p in verdict.leads.items():
+        interval = f"{p.low:+.3f} to {p.high:+.3f}"
+        lines.append(f"| winner − {name} | {p.diff:+.3f} | {interval} |")
+    if notes:
+        lines += ["", " ".join(notes)]
     return "\n".join(lines) + "\n"
 
 
-def reference_labels(finished: Finished) -> dict[int, str]:
-    """Trial number -> what a parent or uniform weight is called."""
-    genome = finished.genome
+def reference_labels(snapshot: StudySnapshot) -> dict[int, str]:
+    """Trial number -> the label of a parent or uniform weight."""
+    genome = snapshot.genome
     names: dict[tuple[float, ...], str] = {}
-    for weight in (*finished.study.search.uniform, 1.0):
+    for weight in (*snapshot.study.search.uniform, 1.0):
         for vector in genome.uniform(weight):
             names[vector] = f"uniform {weight:g}"
     for m, name in enumerate(sibling_names(genome.siblings)):
@@ -146,19 +148,19 @@ def reference_labels(finished: Finished) -> dict[int, str]:
     if genome.has_base:
         names[genome.parent(None)] = "base"
     labels = {}
-    for record in finished.records:
+    for record in snapshot.records:
         if record.role in ("parent", "uniform") and record.weights in names:
             labels[record.number] = names[record.weights]
     return labels
 
 
-def as_json(finished: Finished) -> dict[str, Any]:
+def as_json(snapshot: StudySnapshot) -> dict[str, Any]:
     """The stable form of `evomerge show --json`."""
     return {
-        "study": finished.ledger.name,
-        "best": finished.winner.number,
-        "trials": [{key: getattr(r, key) for key in SHOWN} for r in finished.records],
-        "verdict": None if finished.verdict is None else finished.verdict.to_dict(),
+        "study": snapshot.ledger.name,
+        "best": snapshot.winner.number,
+        "trials": [{key: getattr(r, key) for key in SHOWN} for r in snapshot.records],
+        "verdict": None if snapshot.verdict is None else snapshot.verdict.to_dict(),
     }
 
 

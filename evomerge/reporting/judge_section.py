@@ -1,4 +1,4 @@
-"""The report's section on the judge: who graded, and how far the grades can be believed.
+"""The report's section on the judge: which judge graded, and how far its grades can be trusted.
 
 It is computed from what a search remembers at the verdict: searching/records/judge_report.py.
 """
@@ -81,7 +81,7 @@ class FittedFigure:
 
 @dataclass(frozen=True)
 class SavedGrades:
-    """Of `graded` answers the expensive judge graded `asked`; `saved` is the share it did not."""
+    """The expensive judge graded `asked` of `graded` answers; `saved` is the share it did not."""
 
     graded: int
     asked: int
@@ -90,7 +90,7 @@ class SavedGrades:
 
 @dataclass(frozen=True)
 class JudgeView:
-    """Everything that the page shows of the judge; `top` scales all bars alike."""
+    """Everything that the page shows about the judge; `top` scales all bars alike."""
 
     name: str
     version: str
@@ -106,7 +106,7 @@ class JudgeView:
 def judge_section(
     facts: Mapping[str, Any] | None, cascade: CascadeSavings | None = None
 ) -> JudgeView | None:
-    """What the page shows of `judge_facts`, and of what a cascade judge saved."""
+    """What the page shows from `judge_facts`, and about what a cascade judge saved."""
     if facts is None:
         return None
     grades, rules = facts["grades"], facts.get("rules")

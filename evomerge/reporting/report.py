@@ -1,4 +1,4 @@
-"""What a study found, as one self-contained page.
+"""The findings of a study, as one self-contained page.
 
 The page loads nothing: style and charts are inline, and it runs no script. The template escapes
 every text, since answers come from models and references from files. The figures become words and
@@ -47,14 +47,14 @@ def write_report(
     study_file: str = "",
     judge: Mapping[str, Any] | None = None,
     cascade: CascadeSavings | None = None,
-    told: Sequence[str] = (),
+    notes: Sequence[str] = (),
 ) -> Path:
     """Write the page of a study, finished or not, to `out`, and return `out`. Raises OSError.
 
     `best` is the winner's trial number. `slices` holds a label per weight, such as "0–2". `labels`
     names parents and uniform trials by their numbers: "base", "uniform 0.5". `samples` are held-out
     answers side by side. `judge` is the result of judge_facts, `cascade` what a cascade judge
-    saved, `told` the result of sentences.notes.
+    saved, `notes` the result of sentences.notes.
     """
     winner = next((t for t in trials if t.number == best), None)
     page = (
@@ -66,7 +66,7 @@ def write_report(
             trials=trials,
             winner=winner,
             headline=headline(verdict, trials, winner),
-            told=told,
+            notes=notes,
             remarks=remarks(verdict),
             verdict=verdict,
             rows=verdict_rows(verdict),

@@ -25,7 +25,7 @@ from evomerge.merging.layout import KNOWN
 from evomerge.recipe import Recipe
 from evomerge.reporting.export import recipe_text, verdict_markdown
 from evomerge.reporting.sentences import notes
-from evomerge.searching.finished import Finished
+from evomerge.searching.snapshot import StudySnapshot
 from evomerge.study import GenerationSection, PromptSection, Study
 
 TEMPLATES = Path(__file__).with_name("templates") / "runner"
@@ -34,7 +34,7 @@ FETCHED = ("model*.safetensors", "*.json", "*.jinja", "*.model")  # of a model o
 PLAIN = KnowledgeClass("plain", "", "{input}")
 
 
-def write_runner(finished: Finished, folder: Path, knowledge: Knowledge | None) -> list[Path]:
+def write_runner(snapshot: StudySnapshot, folder: Path, knowledge: Knowledge | None) -> list[Path]:
     """Write answer.py and what it reads to a new folder, whole or not at all; returns the files.
 
     `knowledge` gives tasks their class, prompt and settings; None: the study's plain prompt.
@@ -42,13 +42,12 @@ def write_runner(finished: Finished, folder: Path, knowledge: Knowledge | None) 
     not have the study's default class. OutputError.
     """
     check_new(folder)
-    study, recipe = finished.study, finished.recipe
-    name = finished.ledger.name
-    told = notes(finished.ledger.facts)
+    study, recipe = snapshot.study, snapshot.recipe
+    name = snapshot.ledger.name
     texts = {
         "answer.py": (TEMPLATES / "answer.py").read_text(encoding="utf-8"),
         "requirements.txt": _rendered("requirements.txt"),
-        "recipe.yaml": recipe_text(finished),
+        "recipe.yaml": recipe_text(snapshot),
         "settings.yaml": _rendered(
             "settings.yaml", study=name, settings=settings(study, recipe, knowledge)
         ),
@@ -66,7 +65,7 @@ def write_runner(finished: Finished, folder: Path, knowledge: Knowledge | None) 
         knowledge=knowledge,
         retriever=study.prompt.retriever,
         quantization=study.engine.quantization,
-        verdict=verdict_markdown(finished.verdict, finished.winner, told),
+        verdict=verdict_markdown(snapshot.verdict, snapshot.winner, notes(snapshot.ledger.facts)),
     )
     with new_folder(folder) as unfinished:
         for file, text in texts.items():

@@ -58,7 +58,7 @@ def share(value: float | None) -> str:
 
 
 def model_title(name: str) -> str:
-    """What the verdict calls a candidate, in words."""
+    """The verdict's name of a candidate, in words."""
     if name == "uniform":
         return "best uniform weight"
     return name.removeprefix("sibling:")
@@ -88,9 +88,9 @@ def remarks(verdict: Verdict | None) -> list[Remark]:
     if verdict is None:
         return []
     found = []
-    for key, pair in verdict.paired.items():
-        name = model_title(key.removeprefix("winner-"))
-        if key == "winner-uniform":
+    for candidate, pair in verdict.leads.items():
+        name = model_title(candidate)
+        if candidate == "uniform":
             name = f"the {name}"
         interval = f"{signed(pair.low)} to {signed(pair.high)}"
         figures = f"{signed(pair.diff)}, 95 % interval {interval}, n = {verdict.n}"
@@ -106,31 +106,31 @@ def remarks(verdict: Verdict | None) -> list[Remark]:
 
 def notes(facts: StudyFacts) -> list[str]:
     """What a reader of the verdict must know besides its figures, one sentence each."""
-    told = []
+    lines = []
     look = facts.look
     if facts.stopped:
-        told.append(f"The search ended because {facts.stopped.removeprefix('converged: ')}.")
+        lines.append(f"The search ended because {facts.stopped.removeprefix('converged: ')}.")
     chosen = facts.validation
     if chosen is not None:
         sentence = (
-            f"The winner was chosen among {len(chosen.means)} finalists on {chosen.n} tasks "
-            "that no candidate was ranked on"
+            f"The winner was chosen among {len(chosen.means)} finalists on {chosen.n} validation "
+            "tasks, on which no candidate was ranked"
         )
         if look == 1:
-            sentence += "; the held-out tasks had no part in it"
-        told.append(f"{sentence}.")
+            sentence += "; the held-out tasks played no part in it"
+        lines.append(f"{sentence}.")
     if look > 1:
-        told.append(
-            f"This is look number {look} at the held-out tasks: the search went on after a "
-            "verdict, so its intervals are too narrow."
+        lines.append(
+            f"This is look number {look} at the held-out tasks: the search was resumed after a "
+            "verdict, so the intervals are too narrow."
         )
     saved = facts.cascade
     if saved is not None and saved.graded:
-        told.append(
-            f"The cascade judge asked the language model about {saved.asked:,} of "
-            f"{saved.graded:,} answers of candidates ({saved.asked / saved.graded:.0%})."
+        lines.append(
+            f"The cascade judge had the language model grade {saved.asked:,} of "
+            f"{saved.graded:,} candidate answers ({saved.asked / saved.graded:.0%})."
         )
-    return told
+    return lines
 
 
 def _formatted(value: float | None, spec: str) -> str:

@@ -11,9 +11,9 @@ from evomerge.answering.prompts import Prompter
 from evomerge.console import Console
 from evomerge.judging.grade import Judge
 from evomerge.searching.choosing import FinalTest, compared_with
-from evomerge.searching.examine import Examiner, JudgedExaminer, LikelihoodPart, LmEvalExaminer
+from evomerge.searching.evaluate import Evaluator, JudgedEvaluator, LikelihoodPart, LmEvalEvaluator
+from evomerge.searching.generation.generation_plan import AllTasksPlan, GenerationPlan
 from evomerge.searching.generation.one_pass import OnePass
-from evomerge.searching.generation.rounds import EveryTask, Rounds
 from evomerge.searching.ledger import Ledger
 from evomerge.searching.loop import Search
 from evomerge.searching.prefetch import Upcoming
@@ -28,6 +28,7 @@ def judged_search(
     ledger: Ledger,
     console: Console,
     engine: Engine,
+    *,
     prompter: Prompter,
     judge: Judge,
     cache: AnswerCache,
@@ -37,25 +38,34 @@ def judged_search(
     engine.limits.update(ledger.facts.limits)
 
     def remember_limits(limits: Mapping[str, int]) -> None:
-        # memory has forced smaller batches: the study uses them also when it is resumed
+        # a lack of memory has forced smaller batches: the study also uses them when it resumes
         ledger.remember("limits", dict(limits))
 
     def longest(task: Task) -> int:
         return prompter.prepare([task.input])[0].settings.max_new_tokens
 
-    likelihood = warm_start = None
+    likelihood = start = None
     if study.objective.likelihood:
         assert engine.likelihood is not None  # the study file was checked for it
         likelihood = LikelihoodPart(engine, engine.likelihood, prompter, cache)
     if study.search.warm_start is not None:
-        warm_start = LikelihoodStart(problem, engine, prompter)
+        start = LikelihoodStart(problem, engine, prompter)
     one_pass = OnePass(problem, engine, cache, ledger)
-    examiner = JudgedExaminer(
-        engine, prompter, judge, cache, console, remember_limits, one_pass.spent, likelihood
+    evaluator = JudgedEvaluator(
+        engine=engine,
+        prompter=prompter,
+        judge=judge,
+        cache=cache,
+        console=console,
+        remember_limits=remember_limits,
+        shared_seconds=one_pass.take_seconds,
+        likelihood=likelihood,
     )
     scorer = make_scorer(study, problem.split, longest)
-    plan = Rounds(problem, ledger, examiner, scorer, one_pass, console)
-    return _search(problem, ledger, console, examiner, plan, scorer, warm_start)
+    plan = GenerationPlan(problem, ledger, evaluator, scorer, one_pass, console)
+    return _search(
+        problem, ledger, console, evaluator=evaluator, plan=plan, scorer=scorer, warm_start=start
+    )
 
 
 def lm_eval_search(
@@ -63,24 +73,26 @@ def lm_eval_search(
     ledger: Ledger,
     console: Console,
     engine: Engine,
+    *,
     runner: LmEvalRunner,
     cache: AnswerCache,
 ) -> Search:
     """A search over tasks of lm-eval, whose prompts are prepared."""
     engine.limits.update(ledger.facts.limits)
-    examiner = LmEvalExaminer(engine, runner, cache, console)
+    evaluator = LmEvalEvaluator(engine, runner, cache, console)
     study = problem.study
     scorer = make_scorer(study, problem.split, lambda task: study.generation.max_new_tokens)
-    plan = EveryTask(examiner, problem.split.search)
-    return _search(problem, ledger, console, examiner, plan, scorer)
+    plan = AllTasksPlan(evaluator, problem.split.search)
+    return _search(problem, ledger, console, evaluator=evaluator, plan=plan, scorer=scorer)
 
 
 def _search(
     problem: Problem,
     ledger: Ledger,
     console: Console,
-    examiner: Examiner,
-    plan: Rounds | EveryTask,
+    *,
+    evaluator: Evaluator,
+    plan: GenerationPlan | AllTasksPlan,
     scorer: Scorer,
     warm_start: LikelihoodStart | None = None,
 ) -> Search:
@@ -88,8 +100,14 @@ def _search(
         trials = compared_with(ledger.history(), problem.genome)
         return [trial.weights for trial in trials.values()]
 
-    upcoming = Upcoming(problem, ledger, plan, compared)
-    final_test = FinalTest(problem, ledger, examiner, scorer, console)
     return Search(
-        problem, ledger, examiner, plan, scorer, upcoming, final_test, console, warm_start
+        problem=problem,
+        ledger=ledger,
+        evaluator=evaluator,
+        generation_plan=plan,
+        scorer=scorer,
+        upcoming=Upcoming(problem, ledger, plan, compared),
+        final_test=FinalTest(problem, ledger, evaluator, scorer, console),
+        console=console,
+        warm_start=warm_start,
     )

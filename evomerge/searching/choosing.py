@@ -1,11 +1,11 @@
 """The winner, chosen under noise, and the verdict on tasks that the search never saw.
 
-docs/SEARCH.md says what each rule of the choice is worth.
+docs/SEARCH.md reports what each rule of the choice contributes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,14 +15,15 @@ from evomerge.answering.cache import MERGED
 from evomerge.console import Console
 from evomerge.errors import StudyFileError
 from evomerge.genome.weights import Genome
-from evomerge.searching.examine import Examined, Examiner
+from evomerge.searching.evaluate import Evaluation, Evaluator
 from evomerge.searching.generation.racing import t_quantile
-from evomerge.searching.history import History
+from evomerge.searching.history import History, best_first
 from evomerge.searching.ledger import Ledger
 from evomerge.searching.prepare import Problem
-from evomerge.searching.records.judge_report import judge_facts, known_agreement
+from evomerge.searching.records.judge_report import cut, judge_facts, known_agreement
 from evomerge.searching.records.trial_record import TaskGrade, TrialRecord, metric_values
 from evomerge.searching.records.verdict_record import (
+    LEAD,
     Decision,
     HeldOutScore,
     PairedDifference,
@@ -42,8 +43,8 @@ from evomerge.tasks import Task
 # that an equal trial beats the mean: three standard errors of many tasks, more of few (Student
 # 1908)
 CHANCE = 0.00135
-SAMPLES = 12  # held-out tasks whose answers are kept for the report
-SAMPLE_CHARACTERS = 600  # of each text kept for the report
+SAMPLES = 12  # held-out tasks whose answers are stored for the report
+SAMPLE_CHARACTERS = 600  # characters of each text that is stored for the report
 
 
 def choose(
@@ -94,17 +95,17 @@ def choose_winner(history: History, metric: str) -> TrialRecord:
 
 def compared_with(history: History, genome: Genome) -> dict[str, TrialRecord]:
     """The trials that the winner is compared with, known once the references are graded."""
-    found = {}
+    compared = {}
     if genome.has_base:
-        found["base"] = history.parents[genome.parent(None)]
+        compared["base"] = history.parents[genome.parent(None)]
     for m, name in enumerate(sibling_names(genome.siblings)):
-        found[name] = history.parents[genome.parent(m)]
-    found["uniform"] = history.best_uniform(genome.is_uniform)
-    return found
+        compared[name] = history.parents[genome.parent(m)]
+    compared["uniform"] = history.best_uniform(genome.is_uniform)
+    return compared
 
 
 def sibling_names(siblings: Sequence[str]) -> list[str]:
-    """What the siblings are called in a verdict: "instruct" alone, else "sibling:FOLDER_NAME"."""
+    """The names of the siblings in a verdict: "instruct" alone, else "sibling:FOLDER_NAME"."""
     if len(siblings) == 1:
         return ["instruct"]
     stems = [Path(ref).name for ref in siblings]
@@ -132,10 +133,10 @@ def make_verdict(
         mean, error = mean_and_error(list(values.values()))
         if sources:
             error = stratified_error(values, sources)
-        cut = float(np.mean([grade.truncated for grade in grades.values()]))
-        candidates[name] = HeldOutScore(mean, error, cut)
+        truncated = float(np.mean([grade.truncated for grade in grades.values()]))
+        candidates[name] = HeldOutScore(mean, error, truncated)
         if name != "winner":
-            paired[f"winner-{name}"] = _paired_difference(winner, values, seed, sources)
+            paired[f"{LEAD}{name}"] = _paired_difference(winner, values, seed, sources)
     return Verdict(metric, len(winner), candidates, paired)
 
 
@@ -160,26 +161,26 @@ class FinalTest:
 
     problem: Problem
     ledger: Ledger
-    examiner: Examiner
+    evaluator: Evaluator
     scorer: Scorer
     console: Console
 
     def run(self) -> Verdict:
         """Choose the winner and compare it. Raises EngineError, JudgeError, StudyFileError.
 
-        What was paid for before a run was cut comes from the cache. Each look at the held-out tasks
-        is counted: a winner that is chosen after one look was not chosen blindly any more.
+        What was computed before an interruption comes from the cache. Each look at the held-out
+        tasks is counted: a winner that is chosen after one look is no longer chosen blindly.
         """
         history, facts = self.ledger.history(), self.ledger.facts
         winner = self._choose(history)
         compared = {"winner": winner, **compared_with(history, self.problem.genome)}
         numbers = {name: trial.number for name, trial in compared.items()}
-        if facts.verdict is not None and facts.finalists == numbers:
+        if facts.verdict is not None and facts.compared == numbers:
             return facts.verdict
-        examined = self._examine(compared, self.problem.split.held_out, "verdict: {name}")
+        evaluations = self._evaluate(compared, self.problem.split.held_out, "verdict: {name}")
         grades = {}
-        for name, found in examined.items():
-            grades[name] = self.scorer.by_task(found)
+        for name, evaluation in evaluations.items():
+            grades[name] = self.scorer.by_task(evaluation)
         metric, seed = self.problem.study.metric, self.problem.study.search.seed
         if not metric_values(grades["winner"], metric):
             raise StudyFileError(
@@ -189,7 +190,7 @@ class FinalTest:
                 remedy="Use grade.",
             )
         verdict = make_verdict(grades, metric, seed, self.scorer.sources)
-        self._remember_answers(examined)
+        self._remember_answers(evaluations)
         look = 1 if facts.verdict is None else facts.look + 1
         self.ledger.remember("verdict", Decision(verdict, numbers, look))
         return verdict
@@ -201,14 +202,14 @@ class FinalTest:
         if not tasks:
             return choose_winner(history, metric)
         compared = {}
-        for trial in finalists(history.candidates, study.search.finalists):
+        for trial in best_first(history.candidates)[: study.search.finalists]:
             compared[str(trial.number)] = trial
         if history.mean is not None:
             compared["mean"] = history.mean
         grades = {}
-        examined = self._examine(compared, tasks, "validation: trial {number}")
-        for name, found in examined.items():
-            grades[name] = metric_values(self.scorer.by_task(found), metric)
+        evaluations = self._evaluate(compared, tasks, "validation: trial {number}")
+        for name, evaluation in evaluations.items():
+            grades[name] = metric_values(self.scorer.by_task(evaluation), metric)
         if not all(grades.values()):
             self.console.say(
                 "no validation task is closed, so the winner is chosen on the search tasks"
@@ -222,47 +223,41 @@ class FinalTest:
         self.ledger.remember("validation", ValidationChoice(n, means, winner.number))
         return winner
 
-    def _examine(
+    def _evaluate(
         self, compared: Mapping[str, TrialRecord], tasks: Sequence[Task], label: str
-    ) -> dict[str, Examined]:
-        """Each of some trials on the same tasks; while a judge is waited for, the next answer."""
+    ) -> dict[str, Evaluation]:
+        """Evaluate trials on the same tasks; while the judge works, the next ones answer."""
         recipes = [self.problem.genome.decode(trial.weights) for trial in compared.values()]
-        examined = {}
+        evaluations = {}
         for i, (name, trial) in enumerate(compared.items()):
             upcoming = [(recipe, tasks, MERGED) for recipe in recipes[i + 1 :]]
             shown = label.format(name=name, number=trial.number)
-            examined[name] = self.examiner.examine(recipes[i], [tasks], shown, upcoming=upcoming)
-        return examined
+            evaluate = self.evaluator.evaluate
+            evaluations[name] = evaluate(recipes[i], [tasks], shown, upcoming=upcoming)
+        return evaluations
 
-    def _remember_answers(self, examined: Mapping[str, Examined]) -> None:
-        """What the report shows of the judge and of the held-out answers."""
-        tasks, judge = self.problem.split.held_out, self.examiner.judge
+    def _remember_answers(self, evaluations: Mapping[str, Evaluation]) -> None:
+        """Store what the report shows about the judge and the held-out answers."""
+        tasks, judge = self.problem.split.held_out, self.evaluator.judge
         if judge is not None:
-            facts = judge_facts(judge.name, judge.version, tasks, examined, known_agreement(judge))
+            known = known_agreement(judge)
+            facts = judge_facts(judge.name, judge.version, tasks, evaluations, known)
             self.ledger.remember("judge_report", facts)
-        self.ledger.remember("samples", samples(tasks, examined))
+        self.ledger.remember("samples", samples(tasks, evaluations))
 
 
-def finalists(candidates: Iterable[TrialRecord], count: int) -> list[TrialRecord]:
-    """The trials with the best scores, best first; the earlier one where two are equal."""
-    return sorted(candidates, key=lambda trial: (-(trial.score or 0.0), trial.number))[:count]
-
-
-def samples(tasks: Sequence[Task], examined: Mapping[str, Examined]) -> list[Sample]:
+def samples(tasks: Sequence[Task], evaluations: Mapping[str, Evaluation]) -> list[Sample]:
     """Held-out answers side by side, those first on which the candidates' grades differ most."""
     spreads = []
     for i in range(len(tasks)):
-        values = [found.grades[i].value for found in examined.values()]
+        values = [evaluation.grades[i].value for evaluation in evaluations.values()]
         spreads.append(max(values) - min(values))
-    found = []
+    chosen = []
     for i in sorted(range(len(tasks)), key=lambda i: (-spreads[i], i))[:SAMPLES]:
         task, answers = tasks[i], {}
-        for name, candidate in examined.items():
-            text = _cut(candidate.answers[i].text)
-            answers[name] = SampleAnswer(text, candidate.grades[i].value)
-        found.append(Sample(task.stored_id, _cut(task.input), _cut(task.output), answers))
-    return found
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= SAMPLE_CHARACTERS else text[:SAMPLE_CHARACTERS] + " …"
+        for name, evaluation in evaluations.items():
+            text = cut(evaluation.answers[i].text, SAMPLE_CHARACTERS)
+            answers[name] = SampleAnswer(text, evaluation.grades[i].value)
+        shown = cut(task.input, SAMPLE_CHARACTERS), cut(task.output, SAMPLE_CHARACTERS)
+        chosen.append(Sample(task.stored_id, *shown, answers))
+    return chosen

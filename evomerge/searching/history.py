@@ -1,8 +1,8 @@
-"""What the trials of a study say so far: an immutable view over the ledger's records."""
+"""The trials of a study so far: an immutable view of the ledger's records."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -48,7 +48,7 @@ class History:
     @cached_property
     def finished(self) -> dict[tuple[int | None, int | None], TrialRecord]:
         """Complete candidates by (generation, index)."""
-        return {t.place: t for t in self.candidates}
+        return {t.slot: t for t in self.candidates}
 
     def has(self, role: str, weights: Sequence[float]) -> bool:
         """Whether a complete trial has this role and these weights."""
@@ -64,9 +64,9 @@ class History:
 
     def complete_generations(self, population: int) -> int:
         """How many generations have all their candidates, counted from the first one on."""
-        return self.next_place(population)[0]
+        return self.next_slot(population)[0]
 
-    def next_place(self, population: int) -> tuple[int, int]:
+    def next_slot(self, population: int) -> tuple[int, int]:
         """The first (generation, index) without a complete candidate."""
         number = 0
         while divmod(number, population) in self.finished:
@@ -74,10 +74,10 @@ class History:
         return divmod(number, population)
 
     def failures(self, generation: int, index: int) -> int:
-        """How many candidates failed at a place; interrupted ones do not count."""
+        """How many candidates failed in a slot; interrupted ones do not count."""
         failed = 0
         for t in self.trials:
-            here = t.role == "candidate" and t.place == (generation, index)
+            here = t.role == "candidate" and t.slot == (generation, index)
             if here and t.state == "failed" and t.reason != INTERRUPTED:
                 failed += 1
         return failed
@@ -91,27 +91,28 @@ class History:
 
     def best_candidate(self) -> TrialRecord:
         """The complete candidate with the highest score; there must be one."""
-        return best(self.candidates)
+        return best_first(self.candidates)[0]
 
     def best_uniform(self, is_uniform: Callable[[Sequence[float]], bool]) -> TrialRecord:
         """The best single weight by the search tasks.
 
         The base and a sibling alone count as the weights 0 and 1: `is_uniform` finds them.
         """
-        return best([t for t in self.references if t.role == "uniform" or is_uniform(t.weights)])
+        uniform = [t for t in self.references if t.role == "uniform" or is_uniform(t.weights)]
+        return best_first(uniform)[0]
 
-    def task_levels(self, metric: str) -> dict[str, float]:
+    def task_baselines(self, metric: str) -> dict[str, float]:
         """Task key -> its mean value by the references, which answer every search task."""
-        found: dict[str, list[float]] = {}
+        values: dict[str, list[float]] = {}
         for t in self.references:
             for task, value in metric_values(t.grades, metric).items():
-                found.setdefault(task, []).append(value)
-        return {task: float(np.mean(known)) for task, known in found.items()}
+                values.setdefault(task, []).append(value)
+        return {task: float(np.mean(known)) for task, known in values.items()}
 
     def _complete(self, *roles: str) -> tuple[TrialRecord, ...]:
         return tuple(t for t in self.complete if t.role in roles)
 
 
-def best(trials: Sequence[TrialRecord]) -> TrialRecord:
-    """The complete trial with the highest score; the earlier one where two are equal."""
-    return max(trials, key=lambda t: (t.score or 0.0, -t.number))
+def best_first(trials: Iterable[TrialRecord]) -> list[TrialRecord]:
+    """Complete trials from the highest score down; the earlier one first where two are equal."""
+    return sorted(trials, key=lambda t: (-(t.score or 0.0), t.number))

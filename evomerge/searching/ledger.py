@@ -1,7 +1,7 @@
-"""The ledger: what a study remembers, in an Optuna storage.
+"""The ledger: the stored state of a study, in an Optuna storage.
 
-A trial begins in one write, with its numbers and its place; its outcome is one more write before
-the trial ends. So a run that is killed leaves trials that are whole or marked as interrupted.
+A trial begins in one write, with its numbers and its slot; its outcome is one more write before
+the trial ends. A run that is killed therefore leaves complete or interrupted trials.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from evomerge.errors import StudyError
 from evomerge.files import ExclusiveLock, LockHeld
 from evomerge.searching.history import History
 from evomerge.searching.records.optuna_adapter import STATES, StoredStudy, open_stored, sqlite_path
-from evomerge.searching.records.study_facts import StudyFacts, read_facts, stored
+from evomerge.searching.records.study_facts import STORED_KEYS, StudyFacts, read_facts, stored
 from evomerge.searching.records.trial_record import INTERRUPTED, Result, TrialRecord, read_trial
 from evomerge.study import BEFORE, changed_keys
 
@@ -40,24 +40,32 @@ class Ledger:
 
     @property
     def facts(self) -> StudyFacts:
-        """What the study remembers besides its trials. Raises StudyError for a newer format."""
+        """What the study stores besides its trials. Raises StudyError for a newer format."""
         return read_facts(self.storage.attributes(), self.name)
 
     def remember(self, key: str, value: object) -> None:
-        """Write one of the facts, durably; `key` is a field of StudyFacts."""
-        self.storage.set_attribute(key, stored(value))
+        """Store one of the facts durably; `key` is a field of StudyFacts."""
+        self.storage.set_attribute(STORED_KEYS.get(key, key), stored(value))
 
     def records(self) -> list[TrialRecord]:
         """Every trial that has a role, in the order of their numbers."""
-        names = tuple(self.space) or self.facts.names
-        return self._read(names)
+        return list(self.history().trials)
 
     def history(self) -> History:
-        """The records as something to ask."""
-        facts = self.facts
-        return History(tuple(self._read(tuple(self.space) or facts.names)), facts.start)
+        """The history of the records."""
+        facts, records = self.facts, []
+        for t in self.storage.trials():
+            if "role" not in t.user_attrs:
+                continue
+            record = self._ended.get(t.number)
+            if record is None:
+                record = _record(t, tuple(self.space) or facts.names)
+                if t.state.is_finished():
+                    self._ended[t.number] = record
+            records.append(record)
+        return History(tuple(records), facts.start)
 
-    def release_stale(self) -> int:
+    def mark_interrupted(self) -> int:
         """Mark trials of a process that ended as interrupted. Returns how many there were."""
         stale = self.storage.running()
         for number in stale:
@@ -71,10 +79,10 @@ class Ledger:
         generation: int | None = None,
         index: int | None = None,
     ) -> TrialRecord:
-        """A running trial with these weights, stored whole or not at all."""
+        """Start a trial with these weights, stored whole or not at all."""
         params = dict(zip(self.space, map(float, weights), strict=True))
-        place = {"generation": generation, "index": index, "role": role}
-        return _record(self.storage.start_trial(params, self.space, place), tuple(self.space))
+        slot = {"generation": generation, "index": index, "role": role}
+        return _record(self.storage.start_trial(params, self.space, slot), tuple(self.space))
 
     def finish(self, trial: TrialRecord, result: Result) -> None:
         """Record a trial's result and end it."""
@@ -83,19 +91,6 @@ class Ledger:
     def fail(self, trial: TrialRecord, reason: str) -> None:
         """Record why a trial failed and end it."""
         self.storage.end_trial(trial.number, "reason", reason)
-
-    def _read(self, names: Sequence[str]) -> list[TrialRecord]:
-        records = []
-        for t in self.storage.trials():
-            if "role" not in t.user_attrs:
-                continue
-            record = self._ended.get(t.number)
-            if record is None:
-                record = _record(t, names)
-                if t.state.is_finished():
-                    self._ended[t.number] = record
-            records.append(record)
-        return records
 
 
 def open_ledger(
@@ -144,7 +139,7 @@ BEGINNING = ("models", "tasks", "split", "names", "n_layers", "files", "knowledg
 
 
 def _undo(stored_file: Mapping[str, Mapping[str, object]], changed: Sequence[str]) -> str:
-    """How to undo a change. Where a default is younger than the study, no user has changed it."""
+    """The remedy for a change. A default that is newer than the study was not changed."""
     settings = []
     for key in changed:
         section, _, name = key.partition(".")
@@ -154,7 +149,7 @@ def _undo(stored_file: Mapping[str, Mapping[str, object]], changed: Sequence[str
     if not settings:
         return "Undo the change"
     rest = ", and undo the rest" if len(settings) < len(changed) else ""
-    return f"Continue it as it began with {' '.join(settings)}{rest}"
+    return f"Resume it as it began with {' '.join(settings)}{rest}"
 
 
 @contextmanager
@@ -185,13 +180,13 @@ def only_worker(url: str, name: str) -> Iterator[None]:
 
 
 def cache_path(url: str, name: str) -> Path:
-    """The answer cache of a study: beside its SQLite file, else in storage/."""
+    """The answer cache of a study: next to its SQLite file, else in storage/."""
     path = sqlite_path(url)
     return (path.parent if path else Path("storage")) / f"{name}.answers.sqlite"
 
 
 def grades_path(url: str, name: str) -> Path:
-    """The llm judge's grades of a study, beside its answers."""
+    """The llm judge's grades of a study, next to its answers."""
     return cache_path(url, name).with_name(f"{name}.grades.sqlite")
 
 

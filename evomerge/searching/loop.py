@@ -1,8 +1,8 @@
-"""A study's story: references, generations, the mean, the choice of the winner, the verdict.
+"""The course of a study: references, generations, the mean, the choice of the winner, the verdict.
 
-A trial is drawn, decoded into a recipe, examined (merge, answer, judge), scored and recorded; the
-next generation is drawn from what the ledger holds. So a run that is cut anywhere continues as if
-it had not been.
+A trial is drawn, decoded into a recipe, evaluated (merge, answer, judge), scored and recorded; the
+next generation is drawn from what the ledger holds. A run that is interrupted anywhere therefore
+resumes as if it had not been.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from evomerge.console import Console
 from evomerge.errors import EngineError, StudyFileError
 from evomerge.recipe import Recipe
 from evomerge.searching.choosing import FinalTest
-from evomerge.searching.examine import Examined, Examiner
-from evomerge.searching.generation.rounds import EveryTask, Rounds
+from evomerge.searching.evaluate import Evaluation, Evaluator
+from evomerge.searching.generation.generation_plan import AllTasksPlan, GenerationPlan
 from evomerge.searching.generation.stopping import StudyClock, progress_line, why_stop
 from evomerge.searching.ledger import Ledger
 from evomerge.searching.prefetch import Item, Reference, Upcoming
@@ -26,17 +26,17 @@ from evomerge.searching.records.verdict_record import Verdict
 from evomerge.searching.scoring import Scorer
 from evomerge.searching.starting.warm_start import LikelihoodStart
 
-MAX_ATTEMPTS = 3  # failures at one place of a generation before the run stops
+MAX_ATTEMPTS = 3  # failures in one slot of a generation before the run stops
 
 
 @dataclass
 class Search:
-    """One study under way. `run` continues from whatever the ledger holds."""
+    """One running study. `run` resumes from the state of the ledger."""
 
     problem: Problem
     ledger: Ledger
-    examiner: Examiner
-    plan: Rounds | EveryTask
+    evaluator: Evaluator
+    generation_plan: GenerationPlan | AllTasksPlan
     scorer: Scorer
     upcoming: Upcoming
     final_test: FinalTest
@@ -47,27 +47,27 @@ class Search:
         problem = self.problem
         self.study, self.genome, self.split = problem.study, problem.genome, problem.split
         self.sampler, self.clock = problem.sampler, StudyClock(self.ledger)
-        # by place, in this run: a cause that was fixed lets a study continue
+        # by slot, in this run only, so that a study resumes once the cause is fixed
         self.failures: Counter[tuple[int | None, int | None]] = Counter()
 
     def run(self) -> Verdict:
-        """Search to the end. Raises whatever stops a run; all that was done is recorded."""
-        stale = self.ledger.release_stale()
+        """Search to the end. Raises whatever stops a run; everything done so far is stored."""
+        stale = self.ledger.mark_interrupted()
         if stale:
-            self.console.say(f"{stale} interrupted trial(s) start again")
+            self.console.say(f"{stale} interrupted trial(s) are restarted")
         if self.study.engine.population:
-            self.plan.mode()  # refused before any work where it cannot be
-        self._references()
+            self.generation_plan.mode()  # refused here, before any work
+        self._evaluate_references()
         if self.warm_start is not None:
             self.warm_start.run(self.ledger, self.console, self.clock)
-        reason = self._generations()
+        reason = self._run_generations()
         self.console.say(f"the search ends: {reason}")
         self.ledger.remember("stopped", reason)
-        self._mean()
+        self._evaluate_mean()
         return self.final_test.run()
 
-    def _references(self) -> None:
-        """The parents and the uniform weights, each once."""
+    def _evaluate_references(self) -> None:
+        """Evaluate the parents and the uniform weights, each once."""
         wanted = self.genome.references(self.study.search.uniform)
         for i, (role, weights) in enumerate(wanted):
             history = self.ledger.history()
@@ -76,16 +76,16 @@ class Search:
             after: list[Reference] = [r for r in wanted[i + 1 :] if not history.has(*r)]
             upcoming = self.upcoming.after_reference(after)
             label = f"{role} {i + 1}/{len(wanted)}"
-            self._examine_whole(self.ledger.start(role, weights), label, upcoming)
+            self._evaluate_whole(self.ledger.start(role, weights), label, upcoming)
 
-    def _generations(self) -> str:
-        """Candidates until there is a reason to stop, which is returned."""
-        judge = self.examiner.judge
+    def _run_generations(self) -> str:
+        """Run candidates until there is a reason to stop, which is returned."""
+        judge = self.evaluator.judge
         reason = why_stop(self.study, self.sampler, self.ledger, self.clock, judge)
         if reason is None:
             self.ledger.remember("stopped", None)
         while reason is None:
-            self._candidate()
+            self._run_candidate()
             reason = why_stop(self.study, self.sampler, self.ledger, self.clock, judge)
         if not self.ledger.history().candidates:
             raise StudyFileError(
@@ -95,56 +95,56 @@ class Search:
             )
         return reason
 
-    def _candidate(self) -> None:
-        """One trial at the first place of the first unfinished generation."""
+    def _run_candidate(self) -> None:
+        """Run one trial in the first open slot."""
         history = self.ledger.history()
         slot = self.sampler.next_slot(history)
         if self.failures[slot.generation, slot.index] >= MAX_ATTEMPTS:
             raise EngineError(
                 f"{MAX_ATTEMPTS} candidates in a row failed: {history.last_failure()}",
-                remedy="Fix the cause and run the same command.",
+                remedy="Fix the cause and run the same command again.",
             )
         done = len(history.candidates) + 1
         label = f"gen {slot.generation + 1}  trial {done}/{self.study.search.trials}"
         vector = self.sampler.draw(history, slot)
         trial = self.ledger.start("candidate", vector.tolist(), slot.generation, slot.index)
         upcoming = self.upcoming.after_candidate(slot)
-        self._trial(trial, label, lambda r: self.plan.examine(slot, r, label, upcoming))
+        evaluate = self.generation_plan.evaluate
+        self._evaluate_and_record(trial, label, lambda r: evaluate(slot, r, label, upcoming))
 
-    def _mean(self) -> None:
-        """The mean of the distribution that the search arrived at."""
+    def _evaluate_mean(self) -> None:
+        """Evaluate the mean of the distribution that the search arrived at."""
         history = self.ledger.history()
         generation, mean = self.sampler.mean(history)
         if not generation:
             none = f"no generation of {self.sampler.population} is complete"
             self.console.say(
-                f"{none}: the best trial wins, and of few noisy ones it is mostly lucky"
+                f"{none}: the best trial wins, which among few noisy ones is mostly luck"
             )
         elif not history.has("mean", mean.tolist()):
             trial = self.ledger.start("mean", mean.tolist(), generation)
-            upcoming = self.upcoming.after_mean()
-            self._examine_whole(trial, "the distribution's mean", upcoming)
+            self._evaluate_whole(trial, "the distribution's mean", self.upcoming.after_mean())
 
-    def _examine_whole(self, trial: TrialRecord, label: str, upcoming: Iterable[Item]) -> None:
-        """A trial that answers every search task."""
-        examine, tasks = self.examiner.examine, [self.split.search]
-        self._trial(trial, label, lambda r: examine(r, tasks, label, upcoming=upcoming))
+    def _evaluate_whole(self, trial: TrialRecord, label: str, ahead: Iterable[Item]) -> None:
+        """Run a trial that answers every search task."""
+        evaluate, tasks = self.evaluator.evaluate, [self.split.search]
+        self._evaluate_and_record(trial, label, lambda r: evaluate(r, tasks, label, upcoming=ahead))
 
-    def _trial(self, trial: TrialRecord, label: str, examine: Callable[[Recipe], Examined]) -> None:
-        """Examine, score, record. A candidate may fail; all else stops the run."""
+    def _evaluate_and_record(
+        self, trial: TrialRecord, label: str, evaluate: Callable[[Recipe], Evaluation]
+    ) -> None:
+        """Evaluate, score, record. A candidate may fail; anything else stops the run."""
         try:
-            examined = examine(self.genome.decode(trial.weights))
+            evaluation = evaluate(self.genome.decode(trial.weights))
         except EngineError as error:
             self.ledger.fail(trial, str(error))
             if trial.role != "candidate":
                 raise
-            self.failures[trial.place] += 1
+            self.failures[trial.slot] += 1
             self.console.say(f"{label}: failed: {error}")
             return
-        levels: dict[str, float] = {}
-        if trial.role == "candidate":
-            levels = self.ledger.history().task_levels(self.study.metric)
-        self.ledger.finish(trial, self.scorer.result(examined, levels))
+        baselines = self.ledger.history().task_baselines(self.study.metric)
+        result = self.scorer.result(evaluation, baselines if trial.role == "candidate" else {})
+        self.ledger.finish(trial, result)
         self.clock.remember()
-        seconds = sum(examined.seconds.values())
-        self.console.status(progress_line(self.study, self.ledger.history(), label, seconds))
+        self.console.status(progress_line(self.study, self.ledger.history(), label))

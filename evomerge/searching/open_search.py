@@ -1,8 +1,8 @@
 """From a study file to a search that is ready to run: prepare, open, resume.
 
-`prepare` (prepare.py) touches nothing. `open_study` opens the ledger and checks that the study is
-the one that began. `resume` loads the model and the judge. Everything that a user can get wrong is
-raised before the first trial.
+`prepare` (prepare.py) touches nothing. `open_study` opens the ledger and checks that the study has
+not changed since it began. `resume` loads the model and the judge. Everything that a user can get
+wrong is raised before the first trial.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from evomerge.tasks import stored_ids, tasks_hash
 
 @contextmanager
 def open_search(study: Study, url: str, console: Console) -> Iterator[Search]:
-    """A search ready to run or to continue. Raises InputError, EngineError, JudgeError."""
+    """A search ready to run or to resume. Raises InputError, EngineError, JudgeError."""
     prepared = prepare(study, console.say)
     with only_worker(url, study.study):
         ledger = open_study(prepared, url, console)
@@ -59,14 +59,14 @@ def open_study(prepared: Prepared, url: str, console: Console) -> Ledger:
     study, genome, sampler = prepared.study, prepared.genome, prepared.sampler
     ledger = open_ledger(url, study.study, sampler.space, create=True)
     check_unchanged(ledger, _facts(prepared, ledger.facts))
-    first = tuple(tuple(vector.tolist()) for vector in sampler.first)
-    if ledger.facts.first not in (None, first):
+    known = tuple(tuple(vector.tolist()) for vector in sampler.known_candidates)
+    if ledger.facts.known_candidates not in (None, known):
         raise StudyError(
             "a file of search.recipes has changed",
             where=ledger.name,
-            remedy="Undo it, or start a new study with --study NEW_NAME.",
+            remedy="Undo the change, or start a new study with --study NEW_NAME.",
         )
-    ledger.remember("first", first)
+    ledger.remember("known_candidates", known)
     start_from_source(study, url, genome, ledger)
     _introduce(prepared, console)
     return ledger
@@ -88,31 +88,21 @@ def resume(prepared: Prepared, ledger: Ledger, url: str, console: Console) -> It
         if judge is None:
             yield _resume_lm_eval(prepared, ledger, console, engine, cache)
         else:
-            yield _resume_judged(prepared, ledger, console, engine, judge, cache)
+            if study.search.warm_start is not None:
+                check_warm_start(prepared.genome, prepared.split.search, engine)
+            prompter = make_prompter(
+                engine.tokenizer, study.prompt, study.generation, prepared.chooser, engine.context
+            )
+            yield judged_search(
+                prepared, ledger, console, engine, prompter=prompter, judge=judge, cache=cache
+            )
     except KeyboardInterrupt:
-        drain = False  # no server is waited for
+        drain = False  # do not wait for a server
         raise
     finally:
         if isinstance(judge, WaitingJudge):
             judge.close(drain)
         cache.close()
-
-
-def _resume_judged(
-    prepared: Prepared,
-    ledger: Ledger,
-    console: Console,
-    engine: Engine,
-    judge: Judge,
-    cache: AnswerCache,
-) -> Search:
-    study = prepared.study
-    if study.search.warm_start is not None:
-        check_warm_start(prepared.genome, prepared.split.search, engine)
-    prompter = make_prompter(
-        engine.tokenizer, study.prompt, study.generation, prepared.chooser, engine.context
-    )
-    return judged_search(prepared, ledger, console, engine, prompter, judge, cache)
 
 
 def _resume_lm_eval(
@@ -137,13 +127,13 @@ def _resume_lm_eval(
             remedy="Start a new study with --study NEW_NAME.",
         )
     ledger.remember("prompts", runner.prompts)
-    return lm_eval_search(prepared, ledger, console, engine, runner, cache)
+    return lm_eval_search(prepared, ledger, console, engine, runner=runner, cache=cache)
 
 
 def _open_judge(prepared: Prepared, url: str, ledger: Ledger) -> Judge:
     """The study's judge.
 
-    Raises TaskError when it does not know the tasks, StudyError when another one graded so far.
+    Raises TaskError when it does not know the tasks, StudyError when another judge graded so far.
     """
     study = prepared.study
     judge = make_judge(
@@ -166,7 +156,7 @@ def _open_judge(prepared: Prepared, url: str, ledger: Ledger) -> Judge:
 
 
 def _facts(prepared: Prepared, known: StudyFacts) -> StudyFacts:
-    """What the study is, from its files: compared when it continues."""
+    """The facts of the study from its files, which are compared when it resumes."""
     study, split, chooser = prepared.study, prepared.split, prepared.chooser
     models = [prepared.base, *prepared.siblings]
     files = {}
@@ -191,24 +181,21 @@ def _prints(model: ModelFolder, known: Mapping[str, Any]) -> dict[str, dict[str,
     prints = fingerprint(model.path, known)
     if isinstance(model, AdaptedModel):
         mark = "adapter/"
-        old = {}
-        for name, value in known.items():
-            if name.startswith(mark):
-                old[name.removeprefix(mark)] = value
+        old = {k.removeprefix(mark): known[k] for k in known if k.startswith(mark)}
         for name, value in fingerprint(model.adapter, old).items():
             prints[mark + name] = value
     return prints
 
 
 def _introduce(prepared: Prepared, console: Console) -> None:
-    """Say what the search is over."""
+    """Report what the search covers."""
     study, split, genome = prepared.study, prepared.split, prepared.genome
     size = f"{len(genome.slices)} slices x {len(genome.siblings)} sibling(s)"
     if genome.dimensions != len(genome.slices) * len(genome.siblings):
         size += f", {genome.dimensions} numbers"
     kept = ""
     if split.validation:
-        kept = f", {len(split.validation)} for the choice of the winner"
+        kept = f", {len(split.validation)} to validate the finalists"
     console.say(
         f"study {study.study}: {size}, {len(split.search)} tasks to search on, "
         f"{len(split.held_out)} held out{kept}, {study.search.trials} candidates in generations of "
@@ -219,6 +206,6 @@ def _introduce(prepared: Prepared, console: Console) -> None:
         known = held_out_examples(prepared.chooser.knowledge, split)
     if known:
         console.say(
-            f"note: {known} example(s) of the knowledge base are held-out tasks, which it shows to "
-            "other tasks"
+            f"note: {known} example(s) of the knowledge base are held-out tasks, and may appear in "
+            "the prompts of other tasks"
         )

@@ -1,7 +1,8 @@
-"""Answering ahead: while a judge is waited for, the next recipes are merged and answer their tasks.
+"""Prefetching: while the judge works, the next recipes are merged and answer their tasks.
 
 Answers go to the judge batch by batch. Trials are still started and recorded one after another:
-what is done ahead lies in the caches of answers and grades, where a candidate's own turn finds it.
+what is done ahead is in the caches of answers and grades, where each candidate finds it in its own
+turn.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from evomerge.searching.samplers.cma import Slot
 from evomerge.tasks import Task
 
 Key: TypeAlias = tuple[str, str, tuple[str, ...]]  # recipe, mode, tasks
-# what is evaluated: a recipe on some tasks, answered in a mode
+# an evaluation: a recipe on some tasks, answered in a mode
 Item: TypeAlias = tuple[Recipe, Sequence[Task], str]
 Reference: TypeAlias = tuple[str, tuple[float, ...]]  # role and weights
 
 
 @dataclass
 class PendingEvaluation:
-    """A recipe's answers to some tasks, and their grades, known or pending, by place."""
+    """A recipe's answers to some tasks, and their grades, known or pending, by index."""
 
     judge: Judge | None  # None: only the answers are wanted
     tasks: Sequence[Task]
@@ -41,21 +42,21 @@ class PendingEvaluation:
     grades: dict[int, Grade] = field(default_factory=dict)
     pending: list[tuple[list[int], PendingGrades]] = field(default_factory=list)
 
-    def batch_answered(self, places: Sequence[int], answers: Sequence[Answer]) -> None:
-        """Request the grades of a batch of answers, or grade it here and now."""
+    def batch_answered(self, indices: Sequence[int], answers: Sequence[Answer]) -> None:
+        """Request the grades of a batch of answers, or grade it immediately."""
         began = time.perf_counter()
-        tasks = [self.tasks[i] for i in places]
+        tasks = [self.tasks[i] for i in indices]
         if isinstance(self.judge, WaitingJudge):
-            self.pending.append((list(places), self.judge.submit(tasks, answers)))
+            self.pending.append((list(indices), self.judge.submit(tasks, answers)))
         elif isinstance(self.judge, BatchJudge):
-            self.grades.update(zip(places, self.judge.grade_all(tasks, answers), strict=True))
+            self.grades.update(zip(indices, self.judge.grade_all(tasks, answers), strict=True))
         elif self.judge is not None:
-            for i, task, answer in zip(places, tasks, answers, strict=True):
+            for i, task, answer in zip(indices, tasks, answers, strict=True):
                 self.grades[i] = self.judge.grade(task, answer)
         self.seconds["judge"] += time.perf_counter() - began
 
     def done(self) -> bool:
-        """Whether every grade is there, or will never be."""
+        """Whether every grade has arrived, or never will."""
         return all(pending.done() for _, pending in self.pending)
 
     def wait(self) -> list[Grade]:
@@ -64,21 +65,21 @@ class PendingEvaluation:
         `seconds["judge"]` grows by the time spent waiting here.
         """
         began = time.perf_counter()
-        for places, pending in self.pending:
-            self.grades.update(zip(places, pending.result(), strict=True))
+        for indices, pending in self.pending:
+            self.grades.update(zip(indices, pending.result(), strict=True))
         self.seconds["judge"] += time.perf_counter() - began
         return [self.grades[i] for i in range(len(self.tasks))]
 
 
 @dataclass
 class Prefetcher:
-    """Keeps the evaluations that were begun before their turn."""
+    """Keeps the evaluations that were started before their turn."""
 
     begun: dict[Key, PendingEvaluation] = field(default_factory=dict)
 
-    def take(self, item: Item, begin: Callable[[Item], PendingEvaluation]) -> PendingEvaluation:
-        """What was begun before, or begins now."""
-        return self.begun.pop(_key(item), None) or begin(item)
+    def take(self, item: Item) -> PendingEvaluation | None:
+        """The evaluation that was started ahead, if it was."""
+        return self.begun.pop(_key(item), None)
 
     def keep(self, item: Item, evaluation: PendingEvaluation) -> None:
         """Put an evaluation back for its own turn."""
@@ -90,7 +91,7 @@ class Prefetcher:
         upcoming: Iterable[Item],
         begin: Callable[[Item], PendingEvaluation],
     ) -> None:
-        """Begin what comes next until the current grades are there; each item begins once."""
+        """Start what comes next until the current grades have arrived; each item starts once."""
         items = iter(upcoming)
         while not all(evaluation.done() for evaluation in current):
             item = next(items, None)
@@ -108,7 +109,7 @@ class TaskPlan(Protocol):
     """Which tasks a generation answers, and how."""
 
     @property
-    def together(self) -> bool:
+    def compares_candidates_first(self) -> bool:
         """Whether a generation's candidates are compared before their trials begin."""
 
     def tasks(self, generation: int) -> Sequence[Task]:
@@ -120,11 +121,11 @@ class TaskPlan(Protocol):
 
 @dataclass(frozen=True)
 class Upcoming:
-    """What will be evaluated whatever the pending grades turn out to be."""
+    """The evaluations that will follow whatever the pending grades turn out to be."""
 
     problem: Problem
     ledger: Ledger
-    plan: TaskPlan
+    generation_plan: TaskPlan
     # the trials that the verdict compares the winner with, once the references are graded
     compared: Callable[[], Iterable[Sequence[float]]]
 
@@ -133,13 +134,14 @@ class Upcoming:
         genome, tasks = self.problem.genome, self.problem.split.search
         for _, weights in following:
             yield genome.decode(weights), tasks, MERGED
-        fixed = self.problem.study.search.warm_start is None and not self.plan.together
-        if fixed and self.plan.mode() == MERGED:
+        plan, warm_start = self.generation_plan, self.problem.study.search.warm_start
+        fixed = warm_start is None and not plan.compares_candidates_first
+        if fixed and plan.mode() == MERGED:
             yield from self._draws(0, 0)
 
     def after_candidate(self, slot: Slot) -> Iterator[Item]:
         """The rest of the generation, whose draws are independent, and then the verdict's."""
-        if not self.plan.together:
+        if not self.generation_plan.compares_candidates_first:
             yield from self._draws(slot.generation, slot.index + 1)
         yield from self.after_mean()
 
@@ -150,15 +152,11 @@ class Upcoming:
             yield genome.decode(weights), tasks, MERGED
 
     def _draws(self, generation: int, first: int) -> Iterator[Item]:
-        """The generation's unfinished candidates from a place on, up to the last trial."""
-        history, sampler = self.ledger.history(), self.problem.sampler
-        tasks, mode = self.plan.tasks(generation), self.plan.mode()
-        for index in range(first, sampler.population):
-            number = generation * sampler.population + index
-            finished = (generation, index) in history.finished
-            if number < self.problem.study.search.trials and not finished:
-                vector = sampler.draw(history, sampler.slot(history, generation, index))
-                yield self.problem.genome.decode(vector.tolist()), tasks, mode
+        """The generation's unfinished candidates from an index on, up to the last trial."""
+        history, trials = self.ledger.history(), self.problem.study.search.trials
+        tasks, mode = self.generation_plan.tasks(generation), self.generation_plan.mode()
+        for vector in self.problem.sampler.vectors(history, generation, trials, first, False):
+            yield self.problem.genome.decode(vector), tasks, mode
 
 
 def _key(item: Item) -> Key:

@@ -1,4 +1,4 @@
-"""What a study will need, before any work: models, tokenizers, tasks, judge, memory, disk, cost."""
+"""What a study will need before it runs: models, tokenizers, tasks, judge, memory, disk, cost."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from evomerge.console import size
 from evomerge.errors import EvomergeError, ModelError
 from evomerge.genome.weights import Genome, make_genome
 from evomerge.merging.checkpoints.compatibility import check_fit
@@ -53,7 +54,7 @@ class Preflight:
     lines: list[PreflightFinding] = field(default_factory=list)
 
     def add(self, level: str, subject: str, text: str) -> None:
-        """One more finding."""
+        """Add one finding."""
         self.lines.append(PreflightFinding(level, subject, text))
 
     def run(self, base_config: Path | None) -> None:
@@ -75,7 +76,7 @@ class Preflight:
             self.add("wrong", "slices, memory, disk", str(error))
 
     def judge(self) -> None:
-        """Who grades; a server is not contacted."""
+        """Check the judge; a server is not contacted."""
         j = self.study.judge
         if j.kind not in ("llm", "cascade"):
             self.add("ok", "judge", f"{j.kind}, offline, metric {j.metric}")
@@ -88,11 +89,12 @@ class Preflight:
         url = j.base_url or os.environ.get("OPENAI_BASE_URL") or "OpenAI"
         named = j.model or os.environ.get(JUDGE_MODEL) or "the only model"
         text = (
-            f"{named} at {url}, {j.votes} vote(s) for an answer, {j.concurrency} requests at once, "
+            f"{named} at {url}, {j.votes} vote(s) for an answer, {j.concurrency} concurrent "
+            "requests, "
             f"budget: {', '.join(limits) or 'none'}"
         )
         if j.kind == "cascade":
-            text += f"; {j.file} first, wrong halves at most {j.error:g}"
+            text += f"; {j.file} first, wrong better halves at most {j.error:g}"
         if url == "OpenAI" and not os.environ.get("OPENAI_API_KEY"):
             self.add("wrong", "judge", f"{text}; OPENAI_API_KEY is not set")
         else:
@@ -173,12 +175,12 @@ class Preflight:
         searched, kept, held_out = counts
         text = f"{searched} to search on, {held_out} held out"
         if kept:
-            text += f", {kept} for the choice of the winner"
+            text += f", {kept} to validate the finalists"
         self.add("ok", "tasks", text)
         return counts
 
     def slices(self, genome: Genome) -> None:
-        """What is searched."""
+        """Check what is searched."""
         plain = genome.dimensions == len(genome.slices) * len(genome.siblings)
         self.add(
             "ok",
@@ -196,20 +198,20 @@ class Preflight:
         model = parameters * BYTES[study.search.dtype]
         positions = engine.batch_size * (study.generation.max_new_tokens + 512)
         copies = len(study.genome.all_models)
-        live = _gb(live_bytes(study, config, parameters))
+        live = size(live_bytes(study, config, parameters))
         self.add(
             "ok",
             "memory",
             f"{_millions(parameters)} parameters, {live} live in "
             f"{engine.quantization or study.search.dtype}, about "
-            f"{_gb(kv_cache_bytes(config, positions))} of keys and values ({engine.batch_size} "
-            f"answers at once); base and siblings: {_gb(copies * model)}, "
+            f"{size(kv_cache_bytes(config, positions))} of keys and values ({engine.batch_size} "
+            f"answers per batch); base and siblings: {size(copies * model)}, "
             f"{WAITING[engine.residency]}",
         )
         free = shutil.disk_usage(Path.cwd()).free
-        text = f"{_gb(copies * model)} of models and {_gb(model)} for an exported one"
+        text = f"{size(copies * model)} of models and {size(model)} for an exported one"
         level = "ok" if free > model * (1 + copies) else "low"
-        self.add(level, "disk", f"{text}; {_gb(free)} free here")
+        self.add(level, "disk", f"{text}; {size(free)} free here")
 
 
 def live_bytes(study: Study, config: Mapping[str, Any], parameters: int) -> float:
@@ -223,7 +225,7 @@ def live_bytes(study: Study, config: Mapping[str, Any], parameters: int) -> floa
     rows = int(config["vocab_size"]) * int(config["hidden_size"])
     if not config.get("tie_word_embeddings"):
         rows *= 2
-    # double: a scale is a byte, and has a scale of its own
+    # double: a scale is a byte, and has its own scale
     scales = 4 / 64 if study.engine.quantization == "4bit" else 1 / 64 + 4 / (64 * 256)
     return rows * whole + (parameters - rows) * (0.5 + scales)
 
@@ -247,10 +249,10 @@ def cost(study: Study, genome: Genome, counts: tuple[int, int, int] | None) -> s
     answers = s.trials * ranked + fixed * searched
     answers += (s.finalists + 1) * kept + (2 + len(study.genome.all_models)) * held_out
     if study.lm_eval:
-        return f"{text}; {answers:,} times a document is answered"
+        return f"{text}; {answers:,} answers to documents"
     more = ""
     if s.ranking != "all" and ranked != searched:
-        more = " or more, for a generation answers more tasks as the step size shrinks"
+        more = " or more, because a generation answers more tasks as the step size shrinks"
     tokens = study.generation.max_new_tokens
     judging = judging_cost(study, answers)
     return f"{text}; {answers:,} answers{more} of at most {tokens} tokens; {judging}"
@@ -260,14 +262,10 @@ def judging_cost(study: Study, answers: int) -> str:
     """How many requests the judge may need."""
     requests = f"{answers * study.judge.votes:,} requests to the judge"
     if study.judge.kind == "cascade":
-        return f"at most {requests}, fewer where the learned one decides"
+        return f"at most {requests}, fewer where the learned judge decides"
     if study.judge.kind == "llm":
         return f"{requests} at most, before retries: equal answers are graded once"
     return "the judge costs nothing"
-
-
-def _gb(n_bytes: float) -> str:
-    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.1f} MB"
 
 
 def _millions(count: int) -> str:

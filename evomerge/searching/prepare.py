@@ -18,7 +18,7 @@ from evomerge.merging.checkpoints.compatibility import check_fit
 from evomerge.merging.checkpoints.model_folder import ModelFolder, num_layers
 from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.searching.samplers.cma import CmaSampler
-from evomerge.searching.starting.study_sampler import make_sampler
+from evomerge.searching.samplers.make_sampler import make_sampler
 from evomerge.study import Study
 from evomerge.tasks import Split, Task, load_dataset_tasks, load_tasks, split_tasks
 
@@ -99,7 +99,7 @@ def check_filters(genome: Genome, base: ModelFolder) -> None:
     for text in genome.filters:
         if text not in names:
             raise StudyFileError(
-                "no tensor has this in its name",
+                "no tensor name contains this",
                 where="genome.filters",
                 found=text,
                 remedy="Write self_attn or mlp, for example.",

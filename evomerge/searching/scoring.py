@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from evomerge.errors import StudyFileError
-from evomerge.searching.examine import Examined
+from evomerge.searching.evaluate import Evaluation
 from evomerge.searching.records.trial_record import Result, TaskGrade, metric_values
 from evomerge.study import Study
 from evomerge.tasks import Split, Task
@@ -29,8 +29,8 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
 def stratified_error(values: Mapping[str, float], group: Mapping[str, int]) -> float | None:
     """Standard error of the mean of values by task, whose tasks come from groups of fixed sizes.
 
-    √Σ (n_g/N)² s_g² / n_g (Cochran 1977, chapter 5). The one value of a group has no variance of
-    its own: that of all values is used for it.
+    √Σ (n_g/N)² s_g² / n_g (Cochran 1977, chapter 5). A single value in a group has no variance:
+    that of all values is used instead.
     """
     whole = list(values.values())
     if len(whole) < 2:
@@ -69,31 +69,38 @@ def bootstrap_interval(
 
 
 def two_phase_mean(
-    grades: Mapping[str, float], levels: Mapping[str, float]
+    grades: Mapping[str, float], task_baselines: Mapping[str, float]
 ) -> tuple[float, float | None]:
     """A candidate's score over all search tasks, and its standard error, from the tasks it saw.
 
-    `levels` are the tasks' mean grades by the references, which answered all: easy tasks must not
-    flatter a candidate that drew them. score = mean(grade - level over the n tasks seen) +
-    mean(level over all N); the error, of tasks like these, is that of two-phase sampling,
-    s_d² (1/n - 1/N) + s_g² / N, with s_d² the variance of grade - level and s_g² that of the grade
-    (Cochran 1977, chapter 12). With every task seen this is s_g / √N, the error of a plain mean.
+    `task_baselines` are the tasks' mean grades by the references, which answered all: easy tasks
+    must not flatter a candidate that drew them. score = mean(grade - baseline over the n tasks
+    seen) + mean(baseline over all N); the error, of tasks like these, is that of two-phase
+    sampling, s_d² (1/n - 1/N) + s_g² / N, with s_d² the variance of grade - baseline and s_g² that
+    of the grade (Cochran 1977, chapter 12). With every task seen this is s_g / √N, the error of a
+    plain mean.
     """
     values = np.array(list(grades.values()), dtype=float)
-    above = values - np.array([levels[task] for task in grades], dtype=float)
-    known = list(levels.values())
-    n, total = len(values), len(known)
+    above = values - np.array([task_baselines[task] for task in grades], dtype=float)
+    known = list(task_baselines.values())
+    total = len(known)
     score = float(above.mean() + np.mean(known))
-    if n > 1:
-        variance = above.var(ddof=1) * (1 / n - 1 / total) + values.var(ddof=1) / total
-        return score, math.sqrt(variance)
-    # one grade has no spread of its own: that of the levels is used for it
+    if len(values) > 1:
+        return score, math.sqrt(draw_variance(above, total) + values.var(ddof=1) / total)
+    # a single grade has no spread: that of the baselines is used instead
     return score, float(np.std(known, ddof=1)) if total > 1 else None
+
+
+def draw_variance(above: np.ndarray, total: int) -> float:
+    """s_d² (1/n - 1/N): a mean's variance from drawing n of `total` tasks; 0 for a single one."""
+    if len(above) < 2:
+        return 0.0
+    return float(above.var(ddof=1)) * (1 / len(above) - 1 / total)
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """Turns what was examined into grades by task and into a trial's result.
+    """Turns evaluations into grades by task and into a trial's result.
 
     `shares` weigh a task's value against another's, by task key, and `sources` name its source;
     both are empty where all sources have the same weight. `longest` gives the most tokens that a
@@ -105,24 +112,24 @@ class Scorer:
     sources: Mapping[str, int]
     longest: Callable[[Task], int]
 
-    def by_task(self, examined: Examined) -> dict[str, TaskGrade]:
+    def by_task(self, evaluation: Evaluation) -> dict[str, TaskGrade]:
         """Task key -> its grade, with the objective's parts where the study has an objective."""
-        found = {}
-        for i, task in enumerate(examined.tasks):
-            answer, grade = examined.answers[i], examined.grades[i]
-            known = TaskGrade(grade.correct, answer.truncated, **{examined.figure: grade.value})
+        by_task = {}
+        for i, task in enumerate(evaluation.tasks):
+            answer, grade = evaluation.answers[i], evaluation.grades[i]
+            known = TaskGrade(grade.correct, answer.truncated, **{evaluation.figure: grade.value})
             if self.study.metric == "objective":
                 length = answer.tokens / self.longest(task)
-                likelihood = None if examined.likelihoods is None else examined.likelihoods[i]
+                likelihood = None if evaluation.likelihoods is None else evaluation.likelihoods[i]
                 known = replace(known, length=length, likelihood=likelihood)
                 known = replace(known, objective=self._objective(task.key, known))
-            found[task.key] = known
-        return found
+            by_task[task.key] = known
+        return by_task
 
-    def task_values(self, examined: Examined, missing: float) -> list[float]:
+    def task_values(self, evaluation: Evaluation, missing: float) -> list[float]:
         """What is maximised, in the tasks' order; `missing` where a task has no value."""
-        values = metric_values(self.by_task(examined), self.study.metric)
-        return [values.get(task.key, missing) for task in examined.tasks]
+        values = metric_values(self.by_task(evaluation), self.study.metric)
+        return [values.get(task.key, missing) for task in evaluation.tasks]
 
     def _objective(self, task: str, known: TaskGrade) -> float | None:
         """The weighted sum of the parts; None for a task that lacks one of them."""
@@ -138,13 +145,13 @@ class Scorer:
         )
         return float(self.shares.get(task, 1.0) * total)
 
-    def result(self, examined: Examined, levels: Mapping[str, float]) -> Result:
+    def result(self, evaluation: Evaluation, task_baselines: Mapping[str, float]) -> Result:
         """A trial's result.
 
-        `levels` are the search tasks' mean values by the references: they correct for the tasks
-        that the trial has seen. Raises StudyFileError when no task has a value.
+        `task_baselines` are the search tasks' mean values by the references: they correct for the
+        tasks that the trial has seen. Raises StudyFileError when no task has a value.
         """
-        grades = self.by_task(examined)
+        grades = self.by_task(evaluation)
         values = metric_values(grades, self.study.metric)
         if not values:
             raise StudyFileError(
@@ -153,8 +160,8 @@ class Scorer:
                 found="correct",
                 remedy="Use grade.",
             )
-        if len(values) < len(levels) and values.keys() <= levels.keys():
-            score, error = two_phase_mean(values, levels)
+        if len(values) < len(task_baselines) and values.keys() <= task_baselines.keys():
+            score, error = two_phase_mean(values, task_baselines)
         else:
             score, error = mean_and_error(list(values.values()))
             if self.sources:
@@ -163,11 +170,11 @@ class Scorer:
             score=score,
             stderr=error,
             n=len(values),
-            truncated=float(np.mean([answer.truncated for answer in examined.answers])),
-            seconds=examined.seconds,
+            truncated=float(np.mean([answer.truncated for answer in evaluation.answers])),
+            seconds=evaluation.seconds,
             grades=grades,
-            tokens=sum(answer.tokens for answer in examined.answers),
-            tokens_per_second=examined.tokens_per_second,
+            tokens=sum(answer.tokens for answer in evaluation.answers),
+            tokens_per_second=evaluation.tokens_per_second,
             parts=part_means(grades, self.study),
         )
 
@@ -176,13 +183,13 @@ def part_means(grades: Mapping[str, TaskGrade], study: Study) -> dict[str, float
     """The mean of each of the objective's parts over the tasks that have it; {} without one."""
     if study.metric != "objective":
         return {}
-    found: dict[str, list[float]] = {"grade": [], "length": [], "likelihood": []}
+    by_part: dict[str, list[float]] = {"grade": [], "length": [], "likelihood": []}
     for known in grades.values():
         parts = (known.value(study.judge.metric), known.length, known.likelihood)
-        for values, part in zip(found.values(), parts, strict=True):
+        for values, part in zip(by_part.values(), parts, strict=True):
             if part is not None:
                 values.append(part)
-    return {part: float(np.mean(values)) for part, values in found.items() if values}
+    return {part: float(np.mean(values)) for part, values in by_part.items() if values}
 
 
 def make_scorer(study: Study, split: Split, longest: Callable[[Task], int]) -> Scorer:

@@ -36,8 +36,8 @@ STOPPING_KEYS = (
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Dotted keys whose values differ between two `to_dict`s, stopping keys left out."""
-    with contextlib.suppress(StudyFileError):  # it may hold what this version does not know
-        # keys that are younger than the study have their defaults
+    with contextlib.suppress(StudyFileError):  # it may contain keys that this version does not know
+        # keys that are newer than the study have their defaults
         old = Study.from_dict(old).to_dict()
     before, after = _flat(old), _flat(new)
     differing = [key for key in before | after if before.get(key) != after.get(key)]

@@ -1,4 +1,4 @@
-"""`engine:` what answers, and on what."""
+"""`engine:` the engine that answers, and its device."""
 
 from __future__ import annotations
 
@@ -10,36 +10,40 @@ from evomerge.study.section import Section, Text
 
 
 class VllmSection(Section):
-    """Arguments of vLLM's `LLM`, as there; null: vLLM's default."""
+    """Arguments of vLLM's `LLM` with the same names; null: vLLM's default."""
 
     tensor_parallel_size: int = Field(default=1, ge=1, description="GPUs that share one model.")
     max_model_len: int | None = Field(default=None, description="Longest context, in tokens.")
     gpu_memory_utilization: float | None = Field(
         default=None, gt=0, le=1, examples=[0.9], description="Share of the GPU's memory."
     )
-    enforce_eager: bool | None = Field(default=None, description="true: without CUDA graphs.")
-    quantization: Text | None = Field(default=None, description="vLLM's name of a method.")
+    enforce_eager: bool | None = Field(default=None, description="true: run without CUDA graphs.")
+    quantization: Text | None = Field(
+        default=None, description="Name of a quantization method, as in vLLM."
+    )
 
 
 class EngineSection(Section):
-    """What answers."""
+    """The engine that answers."""
 
-    kind: Literal["transformers", "vllm"] = Field(default="transformers", description="What runs.")
-    device: Text = Field(default="auto", description="auto: cuda if there is one, else cpu.")
+    kind: Literal["transformers", "vllm"] = Field(
+        default="transformers", description="Which engine runs the model."
+    )
+    device: Text = Field(default="auto", description="auto: cuda if available, else cpu.")
     device_map: Text | None = Field(
         default=None, description="auto: one model is spread over several GPUs (accelerate)."
     )
-    batch_size: int = Field(default=32, ge=1, description="Most prompts answered at once.")
+    batch_size: int = Field(default=32, ge=1, description="Maximum number of prompts per batch.")
     batch_tokens: int | None = Field(
         default=None,
         ge=1,
-        description="Most tokens of a batch, prompts x (the longest + max_new_tokens), with which "
-        "memory grows; null: no limit.",
+        description="Maximum number of tokens per batch, prompts x (the longest + max_new_tokens), "
+        "on which memory use depends; null: no limit.",
     )
     population: bool | None = Field(
         default=None,
-        description="A generation's candidates answer in one pass; null: in float32, where it "
-        "surely pays.",
+        description="Answer for all candidates of a generation in one pass; null: only in float32, "
+        "and only where it is certain to be faster.",
     )
     threads: int | None = Field(
         default=None,
@@ -48,7 +52,7 @@ class EngineSection(Section):
         "faster.",
     )
     residency: Literal["auto", "device", "host", "disk"] = Field(
-        default="auto", description="Where base and siblings wait between candidates."
+        default="auto", description="Where base and siblings are kept between candidates."
     )
     quantization: Literal["4bit", "4bit-double"] | None = Field(
         default=None, description="The live model in NF4 (bitsandbytes); merges stay in bfloat16."
@@ -56,4 +60,6 @@ class EngineSection(Section):
     trust_remote_code: bool = Field(
         default=False, description="Run Python code that comes with a model."
     )
-    vllm: VllmSection = Field(default=VllmSection(), description="With kind vllm.")
+    vllm: VllmSection = Field(
+        default=VllmSection(), description="Arguments of vLLM, with kind vllm."
+    )

@@ -57,8 +57,8 @@ class GenomeSection(Section):
     )
     base_model: ModelRef | None = Field(
         default=None,
-        description="The model that the siblings come from. linear and slerp work without one; "
-        "there it is one more model to mix.",
+        description="The model that the siblings come from. linear and slerp work without one; for "
+        "them it is one more model to mix.",
     )
     merge_method: Annotated[
         str,
@@ -74,12 +74,12 @@ class GenomeSection(Section):
         description="Divide by the sum of the weights; null: true for ties, dare_ties and linear.",
     )
     allow_negative_weights: bool = Field(
-        default=False, description="Makes the default of search.bounds -2 to 2."
+        default=False, description="Changes the default of search.bounds to -2 to 2."
     )
     tokenizer_source: Text | None = Field(
         default=None,
         description="Whose tokens the merged model has: base, union or a model; null: the base's "
-        "files as they are.",
+        "files, unchanged.",
     )
     smooth: bool = Field(
         default=False,
@@ -87,8 +87,8 @@ class GenomeSection(Section):
     )
     filters: Texts | None = Field(
         default=None,
-        description="Parts of tensor names. Each has numbers of its own, and so have the tensors "
-        "that match none.",
+        description="Parts of tensor names. The tensors that match each one get their own weights, "
+        "as do those that match none.",
     )
 
     @property
@@ -114,14 +114,14 @@ class GenomeSection(Section):
         require(
             mixed or base not in self.models,
             "models",
-            "holds the base, whose weight changes nothing",
+            "contains the base, whose weight has no effect",
             base,
             "Remove it there.",
         )
         require(
             len(self.all_models) >= 2,
             "models",
-            f"holds too few: {method} needs at least two models",
+            f"has too few: {method} needs at least two models",
             self.models,
             "Add one, or a base_model.",
         )
@@ -130,9 +130,13 @@ class GenomeSection(Section):
     @model_validator(mode="after")
     def _check_slerp(self) -> Self:
         if self.merge_method == "slerp":
-            require(not self.smooth, "smooth", "does not go with slerp", True, "Remove it.")
+            require(not self.smooth, "smooth", "cannot be combined with slerp", True, "Remove it.")
             require(
-                not self.filters, "filters", "does not go with slerp", self.filters, "Remove it."
+                not self.filters,
+                "filters",
+                "cannot be combined with slerp",
+                self.filters,
+                "Remove it.",
             )
             require(
                 self.tokenizer_source != "union" or len(self.all_models) <= 2,
@@ -152,7 +156,7 @@ class GenomeSection(Section):
             require(
                 decides,
                 "filters",
-                "holds one that decides nothing",
+                "contains one that has no effect",
                 text,
                 "Remove it: an earlier filter, or every tensor, matches it.",
             )

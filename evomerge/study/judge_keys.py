@@ -1,4 +1,4 @@
-"""`judge:` who grades, what of the grades is optimised, and what may be spent on them."""
+"""`judge:` the judge, the figure of its grades that is optimised, and its budget."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ JUDGE_MODEL = "EVOMERGE_JUDGE_MODEL"  # the environment's name for `judge.model`
 
 
 class JudgeSection(Section):
-    """Who grades, and which of its figures is optimised."""
+    """The judge, and which of its figures is optimised."""
 
     kind: Literal["rules", "learned", "llm", "cascade", "local", "lm-eval"] = Field(
         default="rules",
@@ -26,7 +26,8 @@ class JudgeSection(Section):
         "score: lm-eval's weighted mean.",
     )
     file: PathText | None = Field(
-        default=None, description="With learned and cascade: what `evomerge judge fit` wrote."
+        default=None,
+        description="With learned and cascade: the file that `evomerge judge fit` wrote.",
     )
     error: float = Field(
         default=0.1,
@@ -38,8 +39,8 @@ class JudgeSection(Section):
     )
     model: Text | None = Field(
         default=None,
-        description="With llm: the server's name for it (null: $EVOMERGE_JUDGE_MODEL, or the only "
-        "one there is); with local: a model folder.",
+        description="With llm: the server's name for the model (null: $EVOMERGE_JUDGE_MODEL, or "
+        "the only one it lists); with local: a model folder.",
     )
     base_url: Text | None = Field(
         default=None,
@@ -48,35 +49,37 @@ class JudgeSection(Section):
     )
     template: Text | None = Field(
         default=None,
-        description="With llm, cascade and local: a prompt of your own, with {input} and {answer}; "
-        "{output} and {eval_aspect} if wanted.",
+        description="With llm, cascade and local: a prompt of your own, with {input} and {answer}, "
+        "and optionally {output} and {eval_aspect}.",
     )
     votes: int = Field(
-        default=1, ge=1, description="Times an answer is graded; the grade is their median."
+        default=1, ge=1, description="How many times an answer is graded; the grade is the median."
     )
     temperature: float = Field(
         default=0.0, ge=0, description="Sampling temperature of the replies."
     )
     reply_tokens: int = Field(
-        default=1024, ge=1, description="Longest reply; a model that thinks first needs more."
+        default=1024, ge=1, description="Longest reply, in tokens; a reasoning model needs more."
     )
     concurrency: int = Field(
-        default=16, ge=1, le=1024, description="Requests under way at the same time."
+        default=16, ge=1, le=1024, description="Maximum number of concurrent requests."
     )
     requests_per_minute: float | None = Field(
-        default=None, gt=0, description="Most requests in a minute; null: no limit."
+        default=None, gt=0, description="Maximum number of requests per minute; null: no limit."
     )
     max_requests: int | None = Field(
         default=None,
         gt=0,
-        description="The study's budget: when it is spent the run pauses, and goes on once it is "
-        "raised.",
+        description="The study's budget of requests: when it is spent, the run pauses, and resumes "
+        "once it is raised.",
     )
     max_tokens: int | None = Field(
-        default=None, gt=0, description="A budget likewise, in tokens of prompts and replies."
+        default=None, gt=0, description="The study's budget of tokens, in prompts and replies."
     )
     max_cost: float | None = Field(
-        default=None, gt=0, description="A budget likewise, in the currency of the prices."
+        default=None,
+        gt=0,
+        description="The study's budget of money, in the currency of the prices.",
     )
     input_price: float = Field(
         default=0.0, ge=0, description="Price of a million tokens of prompts."
@@ -102,8 +105,8 @@ class JudgeSection(Section):
     asks: int = Field(
         default=3,
         ge=1,
-        description="Times a reply is requested before an answer counts as not graded, and the run "
-        "pauses.",
+        description="How many times a reply is requested before the answer counts as not graded "
+        "and the run pauses.",
     )
 
     @field_validator("model")
@@ -121,7 +124,7 @@ class JudgeSection(Section):
         require(
             self.file is None or self.kind in ("learned", "cascade"),
             "file",
-            "goes only with `kind: learned` or `cascade`",
+            "applies only to `kind: learned` or `cascade`",
             self.file,
             "Set that kind, or remove the file.",
         )
@@ -129,7 +132,7 @@ class JudgeSection(Section):
             require(
                 self.template is None or part in self.template,
                 "template",
-                f"does not hold {part}",
+                f"does not contain {part}",
                 self.template,
                 f"Write {part} where it goes.",
             )

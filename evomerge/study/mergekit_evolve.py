@@ -1,4 +1,4 @@
-"""What a study file with lm-eval tasks, as mergekit-evolve has them, means here."""
+"""The meaning of a study file with lm-eval tasks, as mergekit-evolve has them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BROUGHT = ("judge", "prompt", "generation", "objective")  # sections that lm-eva
 def read_mergekit_evolve(data: dict[str, Any], where: str) -> None:
     """Fill in what lm-eval tasks decide; refuse keys that would change nothing.
 
-    `data` is what the file holds. Raises StudyFileError.
+    `data` is the content of the file. Raises StudyFileError.
     """
     tasks = data.get("tasks") if isinstance(data.get("tasks"), list) else []
     sources = [entry for entry in tasks or [] if isinstance(entry, dict)]
@@ -29,7 +29,7 @@ def read_mergekit_evolve(data: dict[str, Any], where: str) -> None:
         return
     wrong = [key for key in LM_EVAL_KEYS if key in data]
     wrong += [f"tasks[{i}].metric" for i, source in enumerate(sources) if "metric" in source]
-    # of several, it says what each counts
+    # with several, it is the weight of each
     if len(sources) == 1 and "weight" in sources[0]:
         wrong.append("tasks[0].weight")
     judge = data.get("judge")
@@ -37,7 +37,7 @@ def read_mergekit_evolve(data: dict[str, Any], where: str) -> None:
         wrong += [f"judge.{key}" for key, value in judge.items() if value in ("lm-eval", "score")]
     if wrong:
         raise StudyFileError(
-            f"`{wrong[0]}` goes only with lm-eval tasks, and there are none",
+            f"`{wrong[0]}` applies only to lm-eval tasks, and there are none",
             where=where,
             remedy="Remove it.",
         )
@@ -47,7 +47,7 @@ def _fill_in(data: dict[str, Any], where: str) -> None:
     for key in BROUGHT:
         if key in data:
             raise StudyFileError(
-                f"`{key}` changes nothing: lm-eval tasks bring their own",
+                f"`{key}` has no effect: lm-eval tasks bring their own",
                 where=where,
                 remedy="Remove it.",
             )

@@ -17,7 +17,7 @@ from evomerge.study.section import Remedy, Section, join
 
 S = TypeVar("S", bound=Section)
 UNKNOWN = ("extra_forbidden", "invalid_key")
-# pydantic's names of the types that a value can fail to have
+# pydantic's names of the types that a value may fail to have
 WANTED = {
     "bool_type": "true or false",
     "int_type": "a whole number",
@@ -38,8 +38,8 @@ def validated(
 ) -> S:
     """The section from plain lists and dicts; relative paths are resolved against `folder`.
 
-    `at` is the section's dotted key in the file `where`. Raises StudyFileError for the first
-    error, unknown keys before all others: a misspelled key is often why another is missing.
+    `at` is the section's dotted key in the file `where`. Raises StudyFileError for the first error,
+    unknown keys before all others: a misspelled key is often the reason why another is missing.
     """
     try:
         return section.model_validate(data, context=folder)
@@ -93,7 +93,7 @@ def _unknown_key(section: type[Section], at: str, key: object, where: str) -> St
 
 def _error(what: str, where: str, found: object, remedy: str) -> StudyFileError:
     if isinstance(found, tuple):
-        found = list(found)  # as it was written, not as it would be held
+        found = list(found)  # as written, not as converted
     return StudyFileError(what, where=where, found=found, remedy=remedy)
 
 

@@ -17,7 +17,7 @@ class TaskSource(Section):
     )
     dataset: Text | None = Field(default=None, description="A dataset on the hub.")
     split: Text | None = Field(
-        default=None, description='With dataset: which of its splits; null: "test".'
+        default=None, description='With dataset: the split to use; null: "test".'
     )
     name: Text | None = Field(default=None, description="An lm-eval task or group.")
     metric: Text = Field(
@@ -58,10 +58,10 @@ class SplitSection(Section):
         ge=0,
         lt=1,
         examples=[0.2],
-        description="Share of the other tasks, of each kind, that only chooses the winner; "
-        "0: none.",
+        description="Share of the other tasks, of each kind, that are validation tasks, which only "
+        "choose the winner; 0: none.",
     )
-    seed: int = Field(default=0, description="Decides which tasks are drawn.")
+    seed: int = Field(default=0, description="Seed that decides which tasks are drawn.")
 
 
 class PromptSection(Section):
@@ -73,7 +73,7 @@ class PromptSection(Section):
         "template: your own.",
     )
     template: Text | None = Field(
-        default=None, description="With format template: a text that holds {input}."
+        default=None, description="With format template: a text that contains {input}."
     )
     system: Text | None = Field(default=None, description="With format chat: the system turn.")
     too_long: Literal["refuse", "truncate"] = Field(
@@ -92,33 +92,33 @@ class PromptSection(Section):
     )
     default_class: Text | None = Field(
         default=None,
-        description="The class of tasks whose own is less sure than threshold; null: the best "
-        "guess stands.",
+        description="The class of tasks that are classified with less confidence than threshold; "
+        "null: the best guess is kept.",
     )
     threshold: float = Field(
         default=0.35,
         ge=0,
         le=1,
         examples=[0.35],
-        description="How sure a class must be, where there is a default_class.",
+        description="The confidence that a class needs, if default_class is set.",
     )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.format == "template":
-            need = "Write a text that holds {input}: `format: template` needs it."
+            need = "Write a text that contains {input}: `format: template` needs it."
             require(self.template is not None, "template", "is missing", None, need)
         require(
             self.format == "template" or self.template is None,
             "template",
-            "goes only with `format: template`",
+            "applies only to `format: template`",
             self.template,
             "Set that format, or remove the template.",
         )
         require(
             self.template is None or "{input}" in self.template,
             "template",
-            "does not hold {input}",
+            "does not contain {input}",
             self.template,
             "Write {input} where the task goes.",
         )
@@ -138,21 +138,24 @@ class GenerationSection(Section):
     max_new_tokens: int = Field(default=256, ge=1, description="Longest answer, in tokens.")
     do_sample: bool = Field(default=False, description="false: greedy decoding.")
     temperature: Annotated[float, Remedy("Use a number above 0; `do_sample: false` is greedy.")] = (
-        Field(default=1.0, gt=0, description="With do_sample: flattens or sharpens the draws.")
+        Field(default=1.0, gt=0, description="With do_sample: sampling temperature.")
     )
     top_p: float = Field(
-        default=1.0, gt=0, le=1, description="With do_sample: the nucleus's share of probability."
+        default=1.0,
+        gt=0,
+        le=1,
+        description="With do_sample: nucleus sampling within this share of probability.",
     )
     repetition_penalty: Annotated[float, Remedy("Use a number above 0; 1.0 switches it off.")] = (
-        Field(default=1.0, gt=0, description="Above 1: repeated tokens are less likely.")
+        Field(default=1.0, gt=0, description="Above 1: repeated tokens become less likely.")
     )
     stop: Annotated[Texts, Remedy("Remove it: an empty text would end every answer.")] = Field(
         default=(), description="Texts that end an answer; they are not part of it."
     )
-    seed: int | None = Field(default=None, description="Seed of the draws; null: search.seed.")
+    seed: int | None = Field(default=None, description="Seed of sampling; null: search.seed.")
 
     @model_validator(mode="after")
     def _check_stop(self) -> Self:
         remedy = "Remove it: an empty text would end every answer."
-        require(all(self.stop), "stop", "holds an empty text", self.stop, remedy)
+        require(all(self.stop), "stop", "contains an empty text", self.stop, remedy)
         return self

@@ -1,4 +1,4 @@
-"""YAML in, one validated, frozen study out. A mergekit-evolve configuration is read as it is."""
+"""YAML in, one validated, frozen study out. A mergekit-evolve configuration is read unchanged."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def study_from_mapping(
     environ: Mapping[str, str] = os.environ,
     where: str = "study file",
 ) -> Study:
-    """As `read_study`, from the content of a study file; its paths are relative to `folder`."""
+    """Read a study from the content of a study file; its paths are relative to `folder`."""
     data = copy.deepcopy(dict(content))
     for override in overrides:
         _override(data, override)
@@ -71,7 +71,7 @@ def overridden(study: Study, overrides: Sequence[str], allowed: Sequence[str]) -
         key = override.partition("=")[0]
         if not any(key == known or key.startswith(f"{known}.") for known in allowed):
             raise InputError(
-                "--set: the key changes nothing here",
+                "--set: the key has no effect here",
                 found=override,
                 remedy=f"Keys are those of {', '.join(allowed)}.",
             )
@@ -136,7 +136,7 @@ def _override(data: dict[str, Any], override: str) -> None:
         target = target.setdefault(parent, {})
         if not isinstance(target, dict):
             raise InputError(
-                f"--set: `{parent}` holds no keys",
+                f"--set: `{parent}` has no keys",
                 found=override,
                 remedy="Name a key such as search.trials.",
             )

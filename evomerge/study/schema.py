@@ -11,7 +11,7 @@ from evomerge.study.study_file import Study
 
 
 class _Schema(GenerateJsonSchema):
-    """Without a title for each key, which would only repeat its name."""
+    """Leaves out the title of each key, which would only repeat its name."""
 
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False

@@ -27,20 +27,22 @@ class SearchSection(Section):
     trials: int = Field(
         default=240,
         ge=1,
-        description="Candidates; parents, uniform weights and the mean come on top.",
+        description="Number of candidates, to which the references (parents and uniform weights) "
+        "and the mean are added.",
     )
     population: int | None = Field(
         default=None, ge=4, description="Candidates per generation; null: 4 + floor(3 ln d)."
     )
     ranking: Literal["all", "subset", "race"] = Field(
         default="subset",
-        description="What a candidate answers. all: every search task; subset: its generation's; "
-        "race: those until it is out.",
+        description="What a candidate answers. all: every search task; subset: the tasks of its "
+        "generation; race: those, until it is eliminated.",
     )
     subset: int | None = Field(
         default=None,
         ge=2,
-        description="Tasks of the first generation, more as the step size shrinks; null: 16.",
+        description="Number of tasks of the first generation, more as the step size shrinks; null: "
+        "16.",
     )
     race_error: float = Field(
         default=0.05,
@@ -52,13 +54,14 @@ class SearchSection(Section):
     finalists: int = Field(
         default=3,
         ge=1,
-        description="Trials that the validation tasks compare, besides the distribution's mean.",
+        description="Number of finalists that are compared on the validation tasks, besides the "
+        "distribution's mean.",
     )
     recipes: Paths = Field(
         default=(), description="mergekit YAML files that are the first candidates."
     )
     vectors: Annotated[tuple[Numbers, ...], BeforeValidator(as_tuple)] = Field(
-        default=(), description="First candidates likewise, as numbers of the genome."
+        default=(), description="Vectors of the genome that are the first candidates."
     )
     source_study: StudyName | None = Field(
         default=None,
@@ -76,22 +79,22 @@ class SearchSection(Section):
     )
     time_limit: Text | None = Field(
         default=None,
-        description="90s, 55m, 8h or 2d: no further candidate after it; then the mean and the "
-        "verdict.",
+        description="90s, 55m, 8h or 2d: after it no candidate starts; the mean and the verdict "
+        "follow.",
     )
     max_cost: float | None = Field(
         default=None,
         gt=0,
-        description="A limit likewise, in the currency of the judge's prices and of hourly_price.",
+        description="A limit on cost, in the currency of the judge's prices and of hourly_price.",
     )
-    hourly_price: float = Field(default=0.0, ge=0, description="Price of the machine for an hour.")
+    hourly_price: float = Field(default=0.0, ge=0, description="Price of the machine per hour.")
     min_sigma: float | None = Field(
-        default=None, gt=0, description="Ends the search once the step size is smaller."
+        default=None, gt=0, description="Ends the search once the step size is below this."
     )
     patience: int | None = Field(
         default=None,
         gt=0,
-        description="Ends the search after this many generations whose mean gained nothing "
+        description="Ends the search after this many generations without a gain of their mean "
         "beyond noise.",
     )
     sigma: float = Field(
@@ -120,7 +123,7 @@ class SearchSection(Section):
     )
     uniform: Numbers = Field(
         default=(0.25, 0.5, 0.75, 1.25),
-        description="One weight for all slices: what a search must beat.",
+        description="Weights used for all slices alike, as references that a search must beat.",
     )
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
         default="bfloat16", description="Precision of the merge and of the live model."
@@ -162,14 +165,14 @@ class SearchSection(Section):
         require(
             self.subset is None or self.ranking != "all",
             "subset",
-            "goes only with `ranking: subset` or `race`",
+            "applies only to `ranking: subset` or `race`",
             self.subset,
             "Set one of them, or remove it.",
         )
         require(
             first == 0 or self.population is None or first <= self.population,
             "population",
-            f"does not hold the {first} first candidates",
+            f"is too small for the {first} first candidates",
             self.population,
             f"Use at least {first}.",
         )
@@ -194,8 +197,8 @@ class ObjectiveSection(Section):
     )
     likelihood: float = Field(
         default=0.0,
-        description="Weight of the reference's mean log-likelihood per token, in nats; with "
-        "transformers only.",
+        description="Weight of the reference's mean log-likelihood per token, in nats; only with "
+        "transformers.",
     )
 
     @model_validator(mode="after")

@@ -1,8 +1,8 @@
 """What the sections of the study file share: strictness, value types, and how a rule is stated.
 
-YAML values are taken as they are: no text becomes a number, `true` is not 1, and numbers are
-finite. Three conversions are allowed: a whole number where a number or a text is wanted, and a list
-where a tuple is held.
+YAML values are not converted: no text becomes a number, `true` is not 1, and numbers are finite.
+Three conversions are allowed: a whole number where a number or a text is expected, and a list where
+a tuple is expected.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Section(BaseModel):
 
 @dataclass(frozen=True)
 class Remedy:
-    """Beside a key's type: what to write, where its limits alone do not say it well."""
+    """An annotation of a key's type: what to write, where its limits alone do not say it well."""
 
     text: str
 
@@ -79,7 +79,7 @@ def _absolute(path: str, info: ValidationInfo) -> str:
 
 
 def folder_or_name(ref: str, info: ValidationInfo) -> str:
-    """A local folder as an absolute path; a name on the hub stays as it is."""
+    """A local folder as an absolute path; a name on the hub is left unchanged."""
     folder: Path | None = info.context
     if folder is not None and (ref.startswith((".", "/", "~")) or (folder / ref).exists()):
         return _absolute(ref, info)
@@ -94,7 +94,8 @@ def model_path(ref: str, info: ValidationInfo) -> str:
     return "+".join(folder_or_name(part, info) for part in ref.split("+"))
 
 
-# The context of a validation is the folder that paths are relative to; without one they stay.
+# The context of a validation is the folder that paths are relative to; without one they are left
+# unchanged.
 Text = Annotated[str, BeforeValidator(_as_text)]
 StudyName = Annotated[Text, AfterValidator(_name)]
 PathText = Annotated[Text, AfterValidator(_absolute)]

@@ -21,7 +21,7 @@ from evomerge.study.prompt_keys import (
 from evomerge.study.search_keys import ObjectiveSection, SearchSection
 from evomerge.study.section import PathText, Remedy, Section, StudyName, as_tuple, require
 
-# What studies did before they named it.
+# The behaviour of studies from before the key existed.
 BEFORE: dict[str, dict[str, Any]] = {
     "split": {"validation": 0.0},
     "search": {"ranking": "all", "lr_adapt": False},
@@ -55,7 +55,9 @@ class Study(Section):
         description="What the merged model must answer; a plain text is the name of an lm-eval "
         "task.",
     )
-    study: StudyName = Field(default="", description="The name; the file's stem by default.")
+    study: StudyName = Field(
+        default="", description="The study's name; the file's stem by default."
+    )
     split: SplitSection = Field(
         default=SplitSection(), description="Which tasks are kept for the verdict."
     )
@@ -65,14 +67,16 @@ class Study(Section):
     generation: GenerationSection = Field(
         default=GenerationSection(), description="How answers are generated."
     )
-    judge: JudgeSection = Field(default=JudgeSection(), description="Who grades.")
+    judge: JudgeSection = Field(
+        default=JudgeSection(), description="Which judge grades the answers."
+    )
     objective: ObjectiveSection = Field(
         default=ObjectiveSection(), description="What is maximised."
     )
     search: SearchSection = Field(
         default=SearchSection(), description="CMA-ES over the genome's numbers."
     )
-    engine: EngineSection = Field(default=EngineSection(), description="What answers.")
+    engine: EngineSection = Field(default=EngineSection(), description="Which engine answers.")
     limit: int | None = Field(
         default=None,
         description="With lm-eval tasks: documents of each, search and held-out together, the same "
@@ -85,17 +89,17 @@ class Study(Section):
     )
     shuffle: bool = Field(
         default=False,
-        description="With limit: documents from anywhere, drawn once by split.seed, instead of the "
-        "first.",
+        description="With limit: documents drawn at random, once, by split.seed, instead of the "
+        "first ones.",
     )
     random_init: bool = Field(
         default=False, description="The first mean is drawn within the bounds, by search.seed."
     )
     apply_chat_template: bool = Field(
-        default=True, description="With lm-eval tasks: prompts are chats."
+        default=True, description="With lm-eval tasks: prompts use the chat template."
     )
     fewshot_as_multiturn: bool = Field(
-        default=True, description="With the chat template: each example is a turn of its own."
+        default=True, description="With the chat template: each example is a separate turn."
     )
     task_search_path: Annotated[
         tuple[PathText, ...],
@@ -109,7 +113,7 @@ class Study(Section):
 
     @property
     def metric(self) -> str:
-        """What of a task's grades is optimised, and compared in the verdict."""
+        """Which figure of a task's grades is optimised, and compared in the verdict."""
         weights = {source.weight for source in self.tasks}
         weighted = len(weights) > 1 and not self.lm_eval
         if weighted or self.objective != ObjectiveSection():
@@ -142,14 +146,14 @@ class Study(Section):
         return 0.8 if low < 0.8 < high else (low + high) / 2
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists and dicts, every default written out: what the study remembers."""
+        """Plain lists and dicts, every default written out, as the study is stored."""
         return self.model_dump(mode="json")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Study:
         """The inverse of `to_dict`. Raises StudyFileError.
 
-        What a study of an older version does not name is as it was then.
+        A key that an older version did not store keeps the behaviour of that version.
         """
         whole = dict(data)
         for section, values in BEFORE.items():
@@ -174,7 +178,7 @@ class Study(Section):
         require(
             method != "slerp" or search.bounds is None,
             "search.bounds",
-            "does not go with slerp, which has no weights",
+            "cannot be combined with slerp, which has no weights",
             search.bounds,
             "Remove it.",
         )
@@ -183,7 +187,7 @@ class Study(Section):
             require(
                 value is None or METHODS[method].has_densities,
                 f"search.{key}",
-                f"changes nothing: {method} has no densities",
+                f"has no effect: {method} has no densities",
                 value,
                 "Remove it.",
             )
@@ -204,14 +208,15 @@ class Study(Section):
             require(
                 given is None,
                 "random_init",
-                "does not go with `search.warm_start` or `source_study`, which set the start",
+                "cannot be combined with `search.warm_start` or `source_study`, which set the "
+                "start",
                 given,
                 "Remove it.",
             )
             require(
                 search.start == 1.0,
                 "search.start",
-                "changes nothing: `random_init` draws the start",
+                "has no effect: `random_init` draws the start",
                 search.start,
                 "Remove it.",
             )
@@ -219,7 +224,7 @@ class Study(Section):
 
     @model_validator(mode="after")
     def _check_evaluation(self) -> Self:
-        """What answers and grades, and what that costs."""
+        """The rules on engine, judge and cost."""
         search, engine, judge = self.search, self.engine, self.judge
         require(
             search.max_cost is None
@@ -230,7 +235,7 @@ class Study(Section):
             "Set search.hourly_price, or the judge's prices.",
         )
         if search.ranking == "race":
-            race = "does not go with `search.ranking: race`, which answers one by one"
+            race = "cannot be combined with `search.ranking: race`, which answers one by one"
             require(not engine.population, "engine.population", race, True, "Remove it.")
             cascade = "cannot be race with the cascade judge"
             require(
@@ -265,7 +270,7 @@ class Study(Section):
             next(iter(files), None),
             "Make two studies.",
         )
-        everything = "does not go with lm-eval tasks, whose metrics are over all documents"
+        everything = "cannot be combined with lm-eval tasks, whose metrics are over all documents"
         found = {
             "search.ranking": None if self.search.ranking == "all" else self.search.ranking,
             "split.validation": self.split.validation or None,
@@ -276,14 +281,16 @@ class Study(Section):
         require(
             self.objective == ObjectiveSection(),
             "objective",
-            "does not go with lm-eval tasks",
+            "cannot be combined with lm-eval tasks",
             None,
             "Remove it.",
         )
         kind = self.engine.kind
         need = "must be transformers for lm-eval tasks"
         require(kind == "transformers", "engine.kind", need, kind, "Change it.")
-        one_by_one = "does not go with lm-eval tasks, which are answered candidate by candidate"
+        one_by_one = (
+            "cannot be combined with lm-eval tasks, which are answered candidate by candidate"
+        )
         require(not self.engine.population, "engine.population", one_by_one, True, "Remove it.")
         require(
             self.limit is None or self.limit >= 2,

@@ -1,1 +1,1 @@
-"""The transformers engine: one live model, a decode loop of its own, and its capabilities."""
+"""The transformers engine: one live model, its own decode loop, and its capabilities."""

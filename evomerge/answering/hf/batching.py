@@ -57,7 +57,7 @@ def pack(
 
 
 def shrink_to_fit(work: Callable[[], T], shrink: Callable[[], None]) -> T:
-    """What `work` returns; as often as it runs out of memory, `shrink` is called and it runs again.
+    """Return what `work` returns; whenever it runs out of memory, call `shrink` and run it again.
 
     `shrink` raises EngineError when nothing can be made smaller.
     """
@@ -67,7 +67,7 @@ def shrink_to_fit(work: Callable[[], T], shrink: Callable[[], None]) -> T:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-        # only here are the error and everything its frames held released
+        # only here are the error and everything that its frames held released
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -155,8 +155,8 @@ class BatchExecutor:
         """Answers in the order of the requests, at most `rows` of them at a time.
 
         Out of memory, half of the tokens that failed become the limit, which is stored in `limits`,
-        and all but what `on_answer` has received is tried again. Raises EngineError when a single
-        request does not fit into memory.
+        and everything that `on_answer` has not received is retried. Raises EngineError when a
+        single request does not fit into memory.
         """
         run = _Run(self, requests, rows, run_batch, on_answer, deadline)
         while len(run.outputs) < len(requests) and not has_passed(deadline):
@@ -221,7 +221,7 @@ class BatchExecutor:
         limit = len(requests) * (width + new) // 2
         self.limits["batch_tokens"] = limit
         log.warning(
-            "out of memory with %d prompts: batches have at most %d tokens from now on",
+            "out of memory with %d prompts: from now on batches have at most %d tokens",
             len(requests),
             limit,
         )

@@ -1,9 +1,9 @@
 """The decode loop: many prompts through one model at once, each row only as long as its answer.
 
 It does three things that a plain batched `generate` does not. A row whose answer has ended leaves
-the batch and the cache at once, so one long answer does not hold thirty short ones. Columns that
-are padding in every remaining row are no longer read. And tokens that all prompts begin with are
-computed once; their keys and values are copied to the rows.
+the batch and the cache immediately, so one long answer does not hold thirty short ones. Columns
+that are padding in every remaining row are no longer read. And tokens that all prompts begin with
+are computed once; their keys and values are copied to the rows.
 
 It chooses what `generate` chooses: the same forward pass, positions and logits processors. A row's
 draws come from its own seed, so they do not depend on its neighbours. The order of tokens in a row
@@ -53,7 +53,7 @@ class Hooks:
     `on_progress` gets (answers ended, new tokens) of the batch after every step. `on_rows` gets the
     prompts' indices in the order of the batch, before the first forward pass and whenever rows have
     left. `on_finished` gets a prompt's index and its output when it leaves. `should_stop` says
-    whether all shall end as they are.
+    whether all rows must end now.
     """
 
     is_complete: Callable[[int, list[int]], bool] | None = None
@@ -153,7 +153,7 @@ class Forward:
         if "logits_to_keep" in known:
             self.extra["logits_to_keep"] = 1
         layers = DynamicCache(config=model.config).layers
-        # A sliding window counts columns, gaps too; GPT-Neo's does, though its layers look plain.
+        # A sliding window counts columns, gaps too; GPT-Neo's does, although its layers look plain.
         self.plain = model.config.model_type != "gpt_neo" and all(
             type(layer) is DynamicLayer for layer in layers
         )
@@ -162,7 +162,7 @@ class Forward:
     def ids(self) -> Tensor:
         """(rows, columns) tokens so far; padding repeats a token of the row.
 
-        So a repetition penalty meets no other token.
+        A repetition penalty therefore sees no other token.
         """
         return self._ids[:, self._at : self._end]
 
@@ -244,7 +244,7 @@ class Forward:
         return logits
 
     def keep(self, order: Sequence[int]) -> None:
-        """Only these rows stay, in this order."""
+        """Keep only these rows, in this order."""
         index = torch.tensor(order, device=self.device)
         self._mask, self._ids, self._next = self._mask[index], self._ids[index], self._next[index]
         self._gaps = items_at(self._gaps, order)
@@ -255,7 +255,7 @@ class Forward:
                 layer.keep(order, self._at)
             else:
                 assert isinstance(layer, DynamicLayer)
-                layer.reorder_cache(index)  # type: ignore[arg-type]  # int64, as it wants
+                layer.reorder_cache(index)  # type: ignore[arg-type]  # int64, as it requires
 
     def _slots(self) -> list[SlotKVCache]:
         """The layers of a plain cache."""

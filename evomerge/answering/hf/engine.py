@@ -103,7 +103,7 @@ def _open_live(model: Any, spec: EngineSpec) -> LiveModel:
 
 
 def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The model's own end tokens; nothing else of its generation_config.json is used."""
+    """The model's end tokens; nothing else in its generation_config.json is used."""
     ends: Any = getattr(model.generation_config, "eos_token_id", None)
     if ends is None:
         ends = tokenizer.eos_token_id

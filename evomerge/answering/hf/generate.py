@@ -21,7 +21,7 @@ def generate_all(
 ) -> list[Output]:
     """`generate` for each group of prompts with the same settings, in order of appearance.
 
-    Of the hooks `on_finished` and `should_stop` are called.
+    Only the hooks `on_finished` and `should_stop` are called.
     """
     outputs = [Output() for _ in requests]
     groups: dict[GenerationSection, list[int]] = {}
@@ -95,7 +95,7 @@ def _config(params: SamplingParams, pad: int) -> Any:
 
 
 def _until_end(executor: BatchExecutor, tokens: list[int], stops: Sequence[str]) -> Output:
-    """What `decode` would have made of a row: `generate` fills it up after its end."""
+    """The tokens that `decode` would have returned for a row, which `generate` pads."""
     kept: list[int] = []
     for token in tokens:
         if token in executor.end_tokens:

@@ -6,7 +6,7 @@ in the vector, w_m = sum_j C_mj x_j. So
     d loss / d x_j = sum over tensors and siblings of C_mj <d loss / d W, D_m>
 
 A tensor's gradient is reduced to these few products as soon as it is computed, and freed: the
-gradients of the whole model are never held at once. Rounding is ignored: a weight that is rounded
+gradients of the whole model are never held together. Rounding is ignored: a weight that is rounded
 to bf16 gets the slope of the one that is not.
 """
 
@@ -44,7 +44,7 @@ def check_gradient(genome: Genome) -> None:
         return
     normalized = ", normalized" if genome.method == "task_arithmetic" else ""
     raise StudyFileError(
-        "is for task_arithmetic without normalize",
+        "requires task_arithmetic without normalize",
         where="search.warm_start",
         found=genome.method + normalized,
         remedy="Leave it out, or change the method.",
@@ -84,7 +84,8 @@ class TransformersGradient:
                 )
             limits["gradient_tokens"] = micro // 2
             log.warning(
-                "out of memory with %d tokens: gradients of %d at a time from now on",
+                "out of memory with %d tokens: from now on gradients are computed for at most %d "
+                "at a time",
                 micro,
                 micro // 2,
             )
@@ -108,7 +109,7 @@ class GradientModel:
         check_gradient(genome)
         if any(quantized.is_quantized(parameter) for parameter in live.live.values()):
             raise StudyFileError(
-                "a model in 4 bits has no gradient",
+                "a 4-bit model has no gradient",
                 where="search.warm_start",
                 remedy="Leave out engine.quantization.",
             )
@@ -118,7 +119,7 @@ class GradientModel:
     def __call__(
         self, pairs: Sequence[TokenPair], vector: Sequence[float], micro_tokens: int = MICRO_TOKENS
     ) -> LikelihoodGradient:
-        """The live model gets the vector's weights and keeps them; running out of memory raises."""
+        """Give the live model the vector's weights to keep; running out of memory raises."""
         self.live.apply(self.genome.decode(vector))
         total = torch.zeros(self.genome.dimensions, dtype=torch.float64)
         values = [0.0] * len(pairs)
@@ -134,7 +135,7 @@ class GradientModel:
 
     @contextmanager
     def _reducing(self, total: Tensor) -> Iterator[None]:
-        """Until the context ends, backward adds to `total`, (d,), and leaves no gradient behind."""
+        """Make backward add to `total`, (d,), and leave no gradients, until the context ends."""
         parameters = self.live.live
         before = {name: parameter.requires_grad for name, parameter in parameters.items()}
         handles = []
@@ -189,7 +190,7 @@ class GradientModel:
         return deltas
 
     def _slopes(self) -> dict[str, list[dict[int, float]]]:
-        """Of each tensor, for each sibling: {index in the vector: how its weight grows with it}.
+        """For each tensor and sibling, {index in the vector: derivative of the weight by it}.
 
         They come from decoding the unit vectors.
         """

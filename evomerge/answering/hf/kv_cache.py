@@ -1,4 +1,4 @@
-"""Keys and values of a batch in memory that rows leave, and which prompts are read together."""
+"""Keys and values of a batch in memory that rows leave, and the prompts that are read together."""
 
 from __future__ import annotations
 

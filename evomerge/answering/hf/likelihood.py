@@ -1,4 +1,4 @@
-"""How likely a model finds continuations of prompts.
+"""The likelihood of continuations of prompts under a model.
 
 The judge in process, classification by model and the likelihood objective use it.
 Prompt and continuation are tokenised as one text, because a tokenizer may attach a space to what
@@ -63,7 +63,7 @@ class LikelihoodEngine:
     batch_tokens: int
 
     def loglikelihood(self, pairs: Pairs) -> list[float]:
-        """As the function below."""
+        """See the function `loglikelihood`."""
         return loglikelihood(self.model, self.tokenizer, pairs, self.batch_size, self.batch_tokens)
 
     def length(self, prompt: str) -> int:
@@ -90,9 +90,9 @@ def open_likelihood_engine(
     folder = open_model(ref)
     if len(folder.places) > 1:
         raise ModelError(
-            "a model and its adapter cannot be loaded as one",
+            "a model with an adapter cannot be loaded here",
             where=ref,
-            remedy="Write the merge of both with evomerge merge.",
+            remedy="Merge the two with evomerge merge first.",
         )
     section = section or EngineSection()
     if dtype is None:
@@ -132,7 +132,7 @@ def loglikelihood(
     single row.
     """
     parts = split_pairs(tokenizer, pairs)
-    by_row: dict[tuple[int, ...], list[int]] = {}  # what is given -> the pairs that it is given in
+    by_row: dict[tuple[int, ...], list[int]] = {}  # given tokens -> the pairs that have them
     for i, (given, continuation) in enumerate(parts):
         if continuation:
             by_row.setdefault(given, []).append(i)
@@ -178,7 +178,7 @@ def split_pairs(tokenizer: Any, pairs: Pairs) -> list[SplitPair]:
     for (prompt, _), tokens in zip(pairs, joined, strict=True):
         start = _common(alone[prompt], tokens)
         if start == 0:
-            # the very first token has a likelihood only after one that texts begin with
+            # the very first token has a likelihood only after a token that texts begin with
             tokens = [first_token(tokenizer), *tokens]
             start = 1
         parts.append((tuple(tokens[:-1]), tuple(tokens[start:])))
@@ -228,6 +228,6 @@ def _halved(rows: int, width: int) -> int:
             remedy="Use a smaller model or a device with more memory.",
         )
     log.warning(
-        "out of memory with %d prompts: batches have at most %d from now on", rows, rows // 2
+        "out of memory with %d prompts: from now on batches have at most %d", rows, rows // 2
     )
     return rows // 2

@@ -41,7 +41,7 @@ def load_tokenizer(folder: ModelFolder, trust_remote_code: bool = False) -> PreT
             remedy="Add the tokenizer's files.",
         ) from error
     tokenizer.padding_side = "left"
-    tokenizer.model_max_length = 10**9  # prompts that are too long get an error of ours
+    tokenizer.model_max_length = 10**9  # prompts that are too long get our own error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ModelError(
@@ -60,7 +60,7 @@ def load_model(folder: ModelFolder, engine: EngineSection, dtype: torch.dtype) -
     whose own annotations hide `generate`. Raises EngineError: it does not fit the device, or
     bitsandbytes is missing. ModelError: transformers cannot load it.
     """
-    transformers_logging.disable_progress_bar()  # our own progress says what takes time
+    transformers_logging.disable_progress_bar()  # our own progress lines show what takes time
     device = engine.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -87,7 +87,7 @@ def load_model(folder: ModelFolder, engine: EngineSection, dtype: torch.dtype) -
             found=device,
             remedy="Use engine.device_map: auto.",
         ) from error
-    except Exception as error:  # as above: many kinds, none of them ours
+    except Exception as error:  # as above: many kinds of errors, none of them ours
         raise ModelError(
             f"transformers cannot load the model: {error}",
             where=folder.path,
@@ -106,7 +106,7 @@ def _quantization(engine: EngineSection) -> BitsAndBytesConfig | None:
         return None
     if importlib.util.find_spec("bitsandbytes") is None:
         raise EngineError(
-            "a model in 4 bits needs bitsandbytes",
+            "a 4-bit model needs bitsandbytes",
             where="engine.quantization",
             found=engine.quantization,
             remedy="Run pip install 'evomerge[4bit]'.",

@@ -50,7 +50,7 @@ class RowWeights:
             self._of[name] = known[key]
 
     def select(self, candidates: Sequence[int]) -> None:
-        """From now on row i belongs to candidates[i]."""
+        """Assign row i to candidates[i] from now on."""
         index = torch.tensor(candidates)
         self.groups = [torch.nonzero(index == c)[:, 0] for c in dict.fromkeys(candidates)]
         self._rows = [table[:, index.to(table.device)] for table in self._tables]

@@ -1,8 +1,8 @@
 """A whole generation in one pass: the rows of one batch belong to different candidates.
 
 This suits plain task arithmetic, where every tensor of a candidate is base + sum_m w_m delta_m; see
-per_row.py. It costs arithmetic: 1 + m products instead of one. So it pays while a few rows wait for
-weights to be read or for the overhead of calls (`is_faster`), and loses with many rows.
+per_row.py. It costs arithmetic: 1 + m products instead of one. It pays as long as a few rows wait
+for weights to be read or for the overhead of calls (`is_faster`), and is slower with many rows.
 
 Base and deltas are those that the LiveModel keeps, not copies of them; its live parameters stay as
 they are. A merged weight is rounded to its dtype, and this sum is not: fp32 gives the merged
@@ -29,7 +29,8 @@ from evomerge.merging.live import LiveModel
 from evomerge.merging.stream import MergePlan
 from evomerge.recipe import Recipe, scalar
 
-PLAIN = {"normalize": False, "lambda": 1.0}  # what a recipe must set, if it sets them
+# the values that a recipe must have where it sets these keys
+PLAIN = {"normalize": False, "lambda": 1.0}
 AnswerRows = Callable[..., list[Output]]
 
 
@@ -138,7 +139,7 @@ class PopulationModel:
 
     @contextmanager
     def of(self, recipes: Sequence[Recipe]) -> Iterator[AnswerRows]:
-        """Until the context ends, candidates can answer with the function that it gives.
+        """Provide, until the context ends, the function with which candidates answer.
 
         answer(candidates, prompts, params, seeds, hooks) is `decode`, row i with the weights of
         recipes[candidates[i]]. Raises RecipeError for a recipe that does not suit.
@@ -147,7 +148,7 @@ class PopulationModel:
         for recipe, plan in zip(recipes, plans, strict=True):
             if not (suits(recipe) and self._fits(plan)):
                 raise RecipeError(
-                    "a recipe cannot share a pass",
+                    "this recipe cannot share a forward pass",
                     found=recipe.merge_method,
                     remedy="Set engine.population: false.",
                 )
@@ -176,7 +177,7 @@ class PopulationModel:
         return self._plan
 
     def _fits(self, plan: MergePlan) -> bool:
-        """Whether every tensor is the base of its own place plus deltas, kept on the device."""
+        """Whether every tensor is the base of the same place plus deltas, kept on the device."""
         # hooks that move tensors would be bypassed
         if len(set(getattr(self.model, "hf_device_map", {}).values())) > 1:
             return False
@@ -221,5 +222,5 @@ class PopulationModel:
             for module, forward in before:
                 if forward is None:
                     del module.forward
-                else:  # one that something else, such as accelerate, had set
+                else:  # a hook that something else, such as accelerate, had set
                     module.forward = forward

@@ -70,7 +70,7 @@ class TokenSampler:
         return chosen
 
     def keep(self, order: Iterable[int]) -> None:
-        """Only these rows stay, in this order."""
+        """Keep only these rows, in this order."""
         rows = list(order)
         self.kinds = items_at(self.kinds, rows)
         if self.draws is not None:

@@ -1,4 +1,4 @@
-"""lm-eval's tasks as tasks: the same documents for every candidate, and what each counts.
+"""lm-eval's documents as tasks: the same for every candidate, with the weight of each.
 
 A document is a Task with the id "NAME/number". What is optimised is the weighted mean of the tasks'
 metrics: each document's value is scaled so that the plain mean of all of them is that
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One document's response, and the value of each "metric,filter" that some objective wants."""
+    """One document's response, and the value of each "metric,filter" that some objective uses."""
 
     answer: Answer
     values: dict[str, float]
@@ -54,7 +54,7 @@ class LmEvalTasks:
         self.tasks = tuple(tasks)
 
     def _chosen(self, name: str, n: int) -> list[int]:
-        """The first `limit` documents of n; with `shuffle` drawn ones, the same for all."""
+        """The first `limit` of n documents, or with `shuffle` random ones, the same for all."""
         limit = self.study.limit
         if limit is None or limit >= n:
             return list(range(n))
@@ -80,7 +80,7 @@ class LmEvalTasks:
         return [o for o in self.objectives if name in o.leaves]
 
     def metrics(self, name: str) -> set[str]:
-        """Each "metric,filter" that some objective wants of a leaf's documents."""
+        """Each "metric,filter" that some objective uses on a leaf's documents."""
         return {o.metric for o in self.of(name)}
 
     def coefficients(self, tasks: Sequence[Task]) -> dict[str, dict[str, float]]:
@@ -101,7 +101,7 @@ class LmEvalTasks:
                 raise TaskError(
                     "too few documents for both search and verdict",
                     where=f"task {o.name if pool == 0 else empty[0]}",
-                    remedy="Raise `limit`, or bring split.held_out nearer to 0.5.",
+                    remedy="Raise `limit`, or move split.held_out closer to 0.5.",
                 )
             for name in o.leaves:
                 share = pool if o.pooled else counts[name] * len(o.leaves)

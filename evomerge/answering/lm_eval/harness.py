@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from evomerge.answering.cache import AnswerCache
     from evomerge.answering.engine import Engine
 
-FEWSHOT_SEED = 1234  # lm-eval's own default: the examples are those that it would draw
+FEWSHOT_SEED = 1234  # lm-eval's default, so that the examples are those that it would draw
 
 
 class LmEvalRunner:
@@ -68,7 +68,7 @@ class LmEvalRunner:
         if too_long:
             self.warnings.append(
                 f"{too_long} of {len(lm_eval.tasks)} documents are longer than the context; "
-                "lm-eval cuts them on the left"
+                "lm-eval truncates them on the left"
             )
         prints = [self._prints(name, ids) for name, ids in lm_eval.documents.items()]
         self.prompts = digest(prints)
@@ -86,7 +86,7 @@ class LmEvalRunner:
                 tokenizer_name="",
             )
         except Exception as error:
-            # templates of tasks and of tokenizers raise what they like
+            # templates of tasks and of tokenizers can raise anything
             raise TaskError(
                 f"the prompts cannot be built: {line(error)}",
                 where=f"task {name}",
@@ -97,7 +97,7 @@ class LmEvalRunner:
             requests.setdefault(numbers[instance.doc_id], []).append(instance)
         return requests
 
-    def examine(
+    def evaluate(
         self,
         recipe: str,
         tasks: Sequence[Task],
@@ -105,7 +105,7 @@ class LmEvalRunner:
         apply: Callable[[], None],
         progress: Callable[[int], None],
     ) -> list[Outcome]:
-        """What a recipe (its digest) makes of some documents. Raises EngineError.
+        """Evaluate a recipe, given by its digest, on some documents. Raises EngineError.
 
         `apply` merges, and runs only when something is not in the cache. Each leaf's documents are
         cached as one, and share batches only with each other.
@@ -186,7 +186,7 @@ class LmEvalRunner:
     def _metrics(
         self, leaf: Any, requests: Mapping[int, Sequence[Any]], wanted: set[str]
     ) -> dict[int, dict[str, float]]:
-        """document -> "metric,filter" -> value of what is wanted."""
+        """document -> "metric,filter" -> value, of the metrics that are needed."""
         leaf._instances = list(chain(*requests.values()))
         leaf.apply_filters()
         values: dict[int, dict[str, float]] = {}
@@ -201,7 +201,7 @@ class LmEvalRunner:
         return values
 
     def _prints(self, name: str, numbers: Sequence[int]) -> list[str]:
-        """All that the outcomes of some documents depend on besides recipe and engine."""
+        """Everything that the outcomes of some documents depend on besides recipe and engine."""
         texts = []
         for number in numbers:
             own = self._requests[name][number]
@@ -222,7 +222,7 @@ class LmEvalRunner:
 
     @contextlib.contextmanager
     def _seeded(self) -> Iterator[None]:
-        """Sampling draws the same for every candidate; the caller's generators are left alone."""
+        """Make every candidate sample alike; the caller's generators are not touched."""
         device = self.lm.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(self.study.search.seed)
@@ -241,13 +241,13 @@ def _read(answer: Answer) -> Outcome:
 
 
 def _fresh(instance: Any) -> Any:
-    """A request without responses; its settings are a copy, for lm-eval may change them."""
+    """A request without responses; its settings are a copy, because lm-eval may change them."""
     arguments = tuple(map(copy, instance.arguments))
     return replace(instance, arguments=arguments, resps=[], filtered_resps={})
 
 
 def _response(own: Sequence[Any]) -> str:
-    """What the model said: the text, or the continuation that it finds likeliest."""
+    """The model's response: the text, or the continuation that it finds most likely."""
     responses = [instance.resps[0] for instance in own]
     if own[0].request_type != "loglikelihood":
         return str(responses[0])

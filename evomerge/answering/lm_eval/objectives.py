@@ -65,8 +65,8 @@ def load_objectives(study: Study) -> tuple[dict[str, Any], tuple[Objective, ...]
                 leaves[name].higher_is_better().get(title, True) for name in objective.leaves
             ):
                 warnings.append(
-                    f"task {source.name}: less of {source.metric} is better, but a weight above 0 "
-                    "asks for more of it"
+                    f"task {source.name}: lower {source.metric} is better, but a weight above 0 "
+                    "rewards higher values"
                 )
     return leaves, tuple(objectives), warnings
 
@@ -82,7 +82,7 @@ def _load(names: Sequence[str], folders: list[str]) -> dict[str, Any]:
                 return {name: _load_one(own, name) for name in names}
             except TaskError:
                 if not set(names) & set(own.all_groups):
-                    raise  # else a group may hold tasks of lm-eval's own
+                    raise  # otherwise a group may contain lm-eval's own tasks
     manager = TaskManager(include_path=folders or None)
     return {name: _load_one(manager, name) for name in names}
 
@@ -139,7 +139,7 @@ def _aggregation(group: Any, metric: str, filter_name: str) -> Any:
 
 
 def _set_fewshot(leaf: Any, wanted: int | None) -> None:
-    """As lm-eval does: a task that says 0 keeps it."""
+    """Set `num_fewshot` as lm-eval does: a task that sets 0 keeps it."""
     own = leaf.get_config("num_fewshot")
     if own is None or (wanted is not None and own != 0):
         leaf.set_config(key="num_fewshot", value=wanted or 0)
@@ -150,10 +150,10 @@ def _load_one(manager: Any, name: str) -> Any:
     known: list[str] = [*manager.all_subtasks, *manager.all_groups]
     if name in manager.all_tags:
         raise TaskError(
-            "this is a tag, which has no metric of its own",
+            "this is a tag, and a tag has no metric",
             where="tasks",
             found=name,
-            remedy="Name its tasks one by one.",
+            remedy="Name its tasks individually.",
         )
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3)
@@ -162,10 +162,11 @@ def _load_one(manager: Any, name: str) -> Any:
             if near
             else "A task of your own needs `task_search_path`."
         )
-        raise TaskError("lm-eval knows no such task", where="tasks", found=name, remedy=remedy)
+        raise TaskError("lm-eval has no such task", where="tasks", found=name, remedy=remedy)
     try:
         loaded = manager.load([name])
-    except Exception as error:  # datasets, its hub client and the tasks' own code raise many kinds
+    # datasets, its hub client and the tasks' code raise many kinds of errors
+    except Exception as error:
         raise TaskError(
             f"the task cannot be loaded: {line(error)}",
             where=f"task {name}",
@@ -179,11 +180,11 @@ def _check_runs(name: str, leaf: Any) -> None:
         raise TaskError(
             "the task runs code that the model wrote",
             where=f"task {name}",
-            remedy="evomerge does not; name another.",
+            remedy="Name another task: evomerge does not run such code.",
         )
     if getattr(leaf, "MULTIMODAL", False):
         raise TaskError(
-            "the task shows images or sound", where=f"task {name}", remedy="Name a text task."
+            "the task contains images or audio", where=f"task {name}", remedy="Name a text task."
         )
 
 

@@ -1,7 +1,7 @@
 """One client of OpenAI-compatible servers, for answers and for grades.
 
 It holds the connection and the key, lists models, sends a request again after a passing failure,
-and says in words why a request failed. What a failure means to the user is the caller's to say.
+and says in words why a request failed. What a failure means to the user is up to the caller.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ Pause = Callable[[float | None, float], bool]
 Kind = Literal["timeout", "unreachable", "broken", "status", "unreadable"]
 
 CONNECT = 10.0  # seconds
-LONGEST_WAIT = 600.0  # seconds of a Retry-After that are waited for
+LONGEST_WAIT = 600.0  # seconds of a Retry-After that we wait at most
 PASSING = (408, 409, 425, 429)  # statuses that may pass, and all from 500 on
 LISTED = 20  # models that a message names
-LINE = 300  # characters of a server's words that a message shows
+LINE = 300  # characters of a server's message that ours shows
 REFUSED = (401, 403)
 
 
@@ -49,7 +49,7 @@ class RetryPolicy:
 class ServerFailure(Exception):
     """Why a request failed.
 
-    `said` is one line without the key. `unreachable` means that no connection was made, `broken`
+    `said` is one line, without the key. `unreachable` means that no connection was made, `broken`
     that one was lost, `unreadable` that the reply has not the protocol's shape.
     """
 
@@ -88,7 +88,7 @@ class OpenAIClient:
         self.key = api_key()
         self.errors: Any = openai
         limits = openai.Timeout(timeout, connect=min(CONNECT, timeout))
-        # A server without keys accepts any, and without one the client would not start.
+        # A server without keys accepts any key, and without one the client would not start.
         self.sdk: Any = openai.OpenAI(
             base_url=url, api_key=self.key or "none", max_retries=0, timeout=limits
         )
@@ -96,7 +96,7 @@ class OpenAIClient:
     def request(self, send: Callable[[Any], T], policy: RetryPolicy, pause: Pause) -> T:
         """The result of `send(sdk)`, which is repeated after failures that may pass.
 
-        Raises ServerFailure; whatever else `send` raises passes through.
+        Raises ServerFailure; any other exception of `send` passes through.
         """
         attempt = 0
         while True:
@@ -157,7 +157,7 @@ class OpenAIClient:
         return text if len(text) <= LINE else text[: LINE - 1] + "…"
 
     def close(self) -> None:
-        """End what is under way: its threads fail at once."""
+        """End running requests, whose threads fail immediately."""
         self.sdk.close()
 
 
@@ -179,7 +179,7 @@ def only_model(listed: Sequence[str], url: str, remedy: str) -> str:
     if len(listed) == 1:
         return listed[0]
     if not listed:
-        raise ModelError("the server lists no model", where=url, remedy=remedy)
+        raise ModelError("the server lists no models", where=url, remedy=remedy)
     what = f"the server lists {len(listed)} models"
     raise ModelError(what, where=url, remedy=f"{remedy} It lists: {names(listed)}.")
 
@@ -202,7 +202,7 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
         seconds = float(text)
     except ValueError:
         try:
-            date = parsedate_to_datetime(text)  # in GMT, whether or not it says so
+            date = parsedate_to_datetime(text)  # in GMT, even if the zone is missing
         except ValueError:
             return None
         aware = date if date.tzinfo else date.replace(tzinfo=UTC)

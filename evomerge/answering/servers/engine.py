@@ -1,6 +1,6 @@
 """Any OpenAI-compatible server as an engine, for inference only: its weights cannot be merged.
 
-Every prompt is one request, so no answer depends on what else is asked at the same time. With
+Every prompt is one request, so no answer depends on concurrent ones. With
 `format: chat` a prompt is the turns as JSON, which the server's own template renders. Otherwise it
 is the whole text, for the completions endpoint, where most servers prepend a begin token if the
 model's tokenizer does (the other engines do not).
@@ -38,17 +38,17 @@ from evomerge.study import GenerationSection
 Shorter = Callable[[int], str | None]
 
 CONCURRENCY = 8  # requests at the same time
-RETRIES = 5  # of a request, after 0.5 to 8 s or as long as Retry-After says
+RETRIES = 5  # retries of a request, after 0.5 to 8 s or as long as Retry-After says
 READ = 600.0  # seconds for a whole reply
 SHORTEN = "Shorten the task, or lower generation.max_new_tokens. Finished answers are kept."
-NO_COMPLETIONS = "Check --server, or use --format chat: completions are not offered everywhere."
-GOES_ON = "Finished answers are kept: run the same command again to go on."
+NO_COMPLETIONS = "Check --server, or use --format chat: not every server offers completions."
+GOES_ON = "Finished answers are kept: run the same command again to resume."
 
 
 class ServerEngine:
-    """Asks a server, `concurrency` prompts at a time.
+    """Sends prompts to a server, `concurrency` at a time.
 
-    Inference uses `answer_each`, which yields every answer as it arrives, so that none is asked for
+    Inference uses `answer_each`, which yields every answer as it arrives, so that none is requested
     twice.
     """
 
@@ -89,7 +89,7 @@ class ServerEngine:
     def apply(self, recipe: Recipe) -> None:
         """Raises EngineError: nothing can be merged on a server."""
         raise EngineError(
-            "a server's weights cannot be replaced, so it cannot search",
+            "a server's weights cannot be replaced, so it cannot be used in a search",
             where=self.url,
             remedy="Use another engine.",
         )
@@ -170,11 +170,11 @@ class ServerEngine:
     ) -> Answer:
         """One answer. Raises EngineError, ModelError.
 
-        vLLM and llama.cpp accept a prompt that leaves little room and cut the answer short. An
-        answer with fewer tokens than we allow is asked for again with a shorter prompt, as long as
+        vLLM and llama.cpp accept a prompt that leaves little room, and cut the answer short. An
+        answer with fewer tokens than we allow is requested again with a shorter prompt, as long as
         that makes it longer; where it does not, the server has a limit of its own.
         """
-        cut = Answer("", True, 0)  # the best of those
+        cut = Answer("", True, 0)  # the best of the attempts
         while True:
             try:
                 answer = self._reply(client, prompt, g, stop)
@@ -196,7 +196,7 @@ class ServerEngine:
     def _reply(
         self, client: OpenAIClient, prompt: str, g: GenerationSection, stop: threading.Event
     ) -> Answer:
-        """What the server says to one prompt. Raises ServerFailure, EngineError."""
+        """The server's reply to one prompt. Raises ServerFailure, EngineError."""
 
         def pause(asked: float | None, delay: float) -> bool:
             return not stop.wait(delay if asked is None else asked)
@@ -246,7 +246,7 @@ class ServerEngine:
             what = f"the server cannot be reached: {said}"
             remedy = f"Start it, or check --server. {GOES_ON}"
         elif failure.kind == "unreadable":
-            what, remedy = f"the server's reply holds no answer: {said}", GOES_ON
+            what, remedy = f"the server's reply contains no answer: {said}", GOES_ON
         elif failure.refused:
             what = f"the server refused access with status {status}: {said}"
             remedy = f"Check the key in {KEY}." if self.client.key else f"Set {KEY}."
@@ -267,7 +267,7 @@ class ServerEngine:
         return SHORTEN if failure.too_long else GOES_ON
 
     def _unknown_model(self, status: int, said: str) -> ModelError | None:
-        """An error that names the server's models, where it does not list the one asked for."""
+        """An error that names the server's models, where it does not list the requested one."""
         if self.model is None or (status != 404 and self.model not in said):
             return None
         try:
@@ -290,7 +290,7 @@ def _connect(url: str) -> OpenAIClient:
         return OpenAIClient(url, READ)
     except ImportError as error:
         raise EngineError(
-            "asking a server needs the package openai",
+            "using a server requires the package openai",
             where="--server",
             remedy="Run pip install 'evomerge[server]'.",
         ) from error

@@ -28,7 +28,7 @@ TOO_LONG = re.compile(
 
 
 class TurnsAsJson:
-    """Takes a tokenizer's place in a Prompter and leaves the turns as they are, in JSON."""
+    """Takes a tokenizer's place in a Prompter and renders the turns unchanged, as JSON."""
 
     chat_template = "the server's"
 
@@ -47,7 +47,7 @@ def server_url(url: str, where: str = "--server") -> str:
         fine = False
     if "@" in url or "?" in url or "#" in url:  # not shown: it may hold a key
         raise InputError(
-            "the address holds more than a host and a path",
+            "the address contains more than a host and a path",
             where=where,
             remedy=f"Write http://HOST:PORT/v1; a key belongs in {KEY}.",
         )
@@ -64,7 +64,7 @@ def api_key() -> str:
     key = os.environ.get(KEY, "").strip()
     if not (key.isascii() and key.isprintable()):
         raise InputError(
-            "the key holds characters that no request header can carry",
+            "the key contains characters that are not allowed in a request header",
             where=KEY,
             remedy="Set it again.",
         )

@@ -1,6 +1,6 @@
 """The vLLM engine: it loads once and takes each candidate's weights from memory.
 
-vLLM packs weights into layouts of its own, which cannot be merged into. So the live model is kept
+vLLM packs weights into its own layouts, which cannot be merged into. So the live model is kept
 in host memory as its files would hold it (`HostWeights`) and merged there, and every worker takes
 its part from that memory with vLLM's own `reload_weights`: no disk, no pickling, and the same way
 for one worker and for several (`tensor_parallel_size`).
@@ -86,7 +86,7 @@ class VllmEngine:
             return
         self._applied = ""
         self.live.apply(recipe)
-        with self._breaking("vLLM could not take the weights"):
+        with self._breaking("vLLM could not load the weights"):
             self.llm.collective_rpc(
                 "reload_weights", kwargs={"weights_path": str(self.weights.folder)}
             )
@@ -175,7 +175,7 @@ class VllmEngine:
 
     @contextmanager
     def _breaking(self, what: str) -> Iterator[None]:
-        """A failure within leaves vLLM half changed: from then on it refuses to answer."""
+        """Refuse to answer after a failure within, because it leaves vLLM half changed."""
         try:
             yield
         except Exception as error:  # vLLM raises torch's, its own and its kernels' errors

@@ -28,7 +28,7 @@ NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 class HostWeights:
     """Tensors of `shapes` in one dtype: parameters of `module`, and model.safetensors in `folder`.
 
-    Both are the same memory. It belongs to no file system, so it has no size limit of its own and
+    Both are the same memory. It belongs to no file system, so it has no size limit and
     is freed with the process however that ends; the folder holds only a link, through which
     processes of the same user can map it.
     """
@@ -39,9 +39,9 @@ class HostWeights:
         free = free_bytes(torch.device("cpu"))
         if size > free:
             raise EngineError(
-                f"the merged weights need {size / 1e9:.1f} GB of host memory, "
-                f"and {free / 1e9:.1f} GB are free",
-                remedy="Free some, or use engine.kind: transformers.",
+                f"the merged weights need {size / 1e9:.1f} GB of host memory, but only "
+                f"{free / 1e9:.1f} GB are free",
+                remedy="Free some memory, or use engine.kind: transformers.",
             )
         self._file = os.memfd_create("evomerge-weights", os.MFD_CLOEXEC)
         # allocated now: base and siblings are placed by what is left

@@ -16,12 +16,12 @@ from evomerge.merging.checkpoints.size import kv_cache_bytes
 from evomerge.merging.placement import free_bytes
 from evomerge.study import EngineSection
 
-# Prompts given to vLLM at once, and the most that it runs at once. Answers are kept by whole
-# batches, so an interrupted candidate loses at most one. vLLM fills a finished answer's place only
-# from what it was given: at the end of a batch the device idles, which with 256 costs little. The
-# number is fixed because what shares a batch must not depend on the machine.
+# Prompts given to vLLM in one call, and the most that it runs concurrently. Answers are kept by
+# whole batches, so an interrupted candidate loses at most one. vLLM fills a finished answer's place
+# only from what it was given: at the end of a batch the device idles, which with 256 costs little.
+# The number is fixed because what shares a batch must not depend on the machine.
 BATCH = 256
-CPU_SHARE = 0.4  # of the free host memory, that keys and values may take on a CPU
+CPU_SHARE = 0.4  # share of the free host memory that keys and values may take on a CPU
 BLOCK = 128  # positions of a block of keys and values on a CPU: the least that a prompt takes
 ENVIRONMENT = {
     # the scheduler in this process: the same prompts are scheduled the same way
@@ -95,7 +95,7 @@ def load_llm(base: ModelFolder, engine: EngineSection, dtype: str, seed: int) ->
                 where=base.path,
                 remedy="Raise engine.vllm.tensor_parallel_size, or quantise.",
             ) from error
-        except Exception as error:  # vLLM raises many kinds
+        except Exception as error:  # vLLM raises many kinds of errors
             raise EngineError(
                 f"vLLM cannot load the model: {first_line(error)}",
                 where=base.path,
@@ -139,7 +139,7 @@ def end_tokens(base: ModelFolder, tokenizer: PreTrainedTokenizerBase) -> list[in
 
 @contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set these variables where the user has not, until the context ends.
+    """Set these environment variables, unless the user has, until the context ends.
 
     They are for what vLLM takes only from the environment.
     """

@@ -1,4 +1,4 @@
-"""What the learned judge sees of an answer: hashed character n-grams and words, and measures.
+"""The features of the learned judge: hashed character n-grams and words, and measures.
 
 The measures are of its form, its overlap with the reference, and its grade by the rules. All but
 the rules is numpy over the text's code points, some 0.3 ms for an answer of 600 characters. A

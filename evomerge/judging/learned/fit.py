@@ -24,14 +24,14 @@ from evomerge.judging.validation.families import family
 from evomerge.judging.validation.reference import Joined, join_grades, pick, read_grades
 from evomerge.tasks import Task, load_tasks
 
-FAMILY_POWER = 0.5  # a family of n models counts like sqrt(n): 0 is each model alike, 1 each family
+FAMILY_POWER = 0.5  # a family of n models counts like sqrt(n); 0: all models alike, 1: all families
 FEWEST = 5  # graded answers to a task
 FOLDS = 4
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a fit reports."""
+    """The report of a fit."""
 
     n_answers: int
     n_tasks: int
@@ -52,13 +52,13 @@ class Fitted:
             lines.append(self.unmatched)
         if self.dropped:
             lines.append(
-                f"not fitted for lack of {FEWEST} graded answers, and refused by this judge: "
+                f"not fitted because they have fewer than {FEWEST} graded answers, and refused by "
+                "this judge: "
                 f"tasks {', '.join(self.dropped)}"
             )
         if self.held_out is None:
             lines.append(
-                f"too few models (under {2 * FEWEST}) to tell how well it agrees on models that it "
-                "has not seen"
+                f"too few models (under {2 * FEWEST}) to tell how well it agrees on unseen models"
             )
         else:
             lines.append(self._held_out_line(self.held_out))
@@ -80,7 +80,7 @@ class Fitted:
         judges = "judges" if len(self.judges) > 1 else "judge"
         return (
             f"on {kind} held out, {FOLDS} folds, against the same {judges}: "
-            f"{', '.join(told) or 'nothing can be told'}"
+            f"{', '.join(told) or 'not enough data'}"
         )
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from evomerge.tasks import Task
 
 FORMAT, FORMAT_VERSION = "evomerge-learned-judge", 2
-CLIP = 3.0  # standard deviations: an unusual answer counts as no further out than that
+CLIP = 3.0  # standard deviations: an unusual answer counts as no farther out than this
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class JudgeWeights:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a file tells about itself."""
+    """The facts about a judge that its file contains."""
 
     tasks: tuple[str, ...]  # keys by `task_key`, in the weights' order
     ids: tuple[str, ...]
@@ -107,7 +107,7 @@ class LearnedJudge:
             return place
         what = "the learned judge was not fitted on this task"
         if str(task.task_id) in self.facts.ids:
-            what = "the learned judge was fitted on another text of this task"
+            what = "the learned judge was fitted on a different text of this task"
         raise TaskError(
             what,
             where=self.file,
@@ -118,12 +118,12 @@ class LearnedJudge:
 
 
 def task_key(task: Task) -> str:
-    """A task by its input and how it is graded, whatever its id."""
+    """A key of a task by its input and how it is graded, whatever its id."""
     return sha256(json.dumps([task.input, task.output, task.eval_aspect]).encode()).hexdigest()[:16]
 
 
 def save_judge(path: Path, weights: JudgeWeights, facts: Facts) -> None:
-    """Write an .npz file of arrays and a JSON text, of which nothing runs on loading.
+    """Write an .npz file of arrays and a JSON text, none of which is executed on loading.
 
     Raises OutputError.
     """
@@ -161,7 +161,7 @@ def _read(path: Path) -> tuple[JudgeWeights, Facts, str]:
     """(weights, facts, the file's SHA-256). Raises InputError."""
     if not path.is_file():
         raise InputError(
-            "no such file of a learned judge",
+            "no such learned judge file",
             where=path,
             remedy="Make one with evomerge judge fit.",
         )
@@ -185,7 +185,7 @@ def _check_version(about: dict[str, Any], path: Path) -> None:
     version = (about["format"], about["version"], about["features"])
     if version != (FORMAT, FORMAT_VERSION, features.VERSION):
         raise InputError(
-            "was fitted by another version",
+            "was fitted by a different version",
             where=path,
             found="/".join(map(str, version)),
             remedy=f"Fit it again: this is {FORMAT}/{FORMAT_VERSION}/{features.VERSION}.",
@@ -205,7 +205,7 @@ def _facts(about: dict[str, Any]) -> Facts:
 
 
 def _weights(file: Mapping[str, NDArray[Any]], t: int) -> JudgeWeights:
-    """The weights for t tasks. Raises ValueError for arrays of other shapes."""
+    """The weights for t tasks. Raises ValueError for arrays of unexpected shapes."""
     b = 1 << features.BITS
     m = len(features.NAMES)
     shapes: dict[str, tuple[int, ...]] = {
@@ -220,7 +220,7 @@ def _weights(file: Mapping[str, NDArray[Any]], t: int) -> JudgeWeights:
     }
     arrays = {name: file[name] for name in shapes}
     if any(arrays[name].shape != shape for name, shape in shapes.items()):
-        raise ValueError("arrays of other shapes")
+        raise ValueError("the arrays have unexpected shapes")
     scale = arrays.pop("grams_scale")
     arrays["grams"] = arrays["grams"].astype(np.float32) * scale[:, None]
     return JudgeWeights(**arrays)

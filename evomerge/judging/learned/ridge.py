@@ -165,7 +165,7 @@ def _tfidf(grams: list[tuple[NDArray[np.int64], Float32s]]) -> tuple[Float32s, A
 
 
 def _asks_english(a: GradedAnswers, n_tasks: int) -> NDArray[np.bool_]:
-    """[T] whether most answers to a task are in English, so that they are no group of their own."""
+    """[T] whether most answers to a task are in English, and so form no separate group."""
     counts = np.bincount(a.task, minlength=n_tasks).clip(min=1)
     return np.asarray(np.bincount(a.task, in_english(a.z), n_tasks) / counts >= MOST)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from evomerge.errors import JudgePaused
 from evomerge.judging.llm.grades_cache import Usage
 
-GOES_ON = "All grades are kept: run the same command again to go on."
+GOES_ON = "All grades are kept: run the same command again to resume."
 MILLION = 1_000_000
 
 
@@ -33,7 +33,7 @@ class Budget:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def cost(self, usage: Usage) -> float:
-        """In the currency of the prices."""
+        """The cost, in the currency of the prices."""
         prompts = usage.prompt_tokens * self.input_price
         replies = usage.reply_tokens * self.output_price
         return (prompts + replies) / MILLION
@@ -51,7 +51,7 @@ class Budget:
             self.running += 1
 
     def give(self, usage: Usage) -> None:
-        """A request has ended; `usage` is what it used."""
+        """Note that a request has ended; `usage` is what it used."""
         with self.lock:
             self.running -= 1
             self.spent += usage
@@ -88,7 +88,7 @@ class RateLimit:
                 return False
 
     def hold(self, seconds: float) -> None:
-        """Let no request through for so many seconds."""
+        """Let no request through for this many seconds."""
         with self.lock:
             self.next = max(self.next, time.monotonic() + seconds)
 

@@ -1,4 +1,4 @@
-"""Grades already paid for, and what they cost: an SQLite file beside the study's.
+"""The cache of grades and their cost: an SQLite file next to the study's.
 
 A vote is one grade that a judge gave. It is stored once, in the same transaction as its cost, and
 never changed.
@@ -33,14 +33,14 @@ INSERT OR IGNORE INTO spent VALUES (1, 0, 0, 0);
 
 WHAT = "the grades cache"
 DAMAGED = (
-    "Finished trials are kept in the study: move the file away, and the same command asks for the "
-    "remaining grades again."
+    "Finished trials are stored in the study: move the file away, and the same command requests "
+    "the remaining grades again."
 )
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What a server was asked for: requests, and tokens of prompts and of replies."""
+    """What a server was used for: requests, and tokens of prompts and of replies."""
 
     requests: int = 0
     prompt_tokens: int = 0
@@ -69,7 +69,7 @@ class GradesCache:
         )
 
     def get(self, keys: Sequence[str], votes: int) -> list[dict[int, Vote]]:
-        """For each key, those of the votes 0 to `votes` - 1 that are stored."""
+        """The stored votes among 0 to `votes` - 1, for each key."""
         query = "SELECT vote, grade, reason FROM votes WHERE key = ? AND vote < ?"
         with self._open():
             found = [self.db.execute(query, (key, votes)).fetchall() for key in keys]
@@ -99,7 +99,7 @@ class GradesCache:
 
     @contextmanager
     def _open(self) -> Iterator[None]:
-        """One thread at a time; SQLite's errors become OutputError."""
+        """Use the database, one thread at a time; SQLite's errors become OutputError."""
         try:
             with self.lock:
                 yield

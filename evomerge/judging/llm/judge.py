@@ -1,9 +1,9 @@
 """A language model on any OpenAI-compatible server as a judge.
 
 Answers are graded blind and one by one: a request holds a task and one answer, never the model it
-came from, and the order in which answers are sent is a hash. `submit` returns at once, so that a
-search can merge and answer in the meantime. A grade is the median of the votes that the server
-gave; where one is missing there is no grade, and the run pauses.
+came from, and the order in which answers are sent is a hash. `submit` returns immediately, so that
+a search can merge and answer in the meantime. A grade is the median of the votes that the server
+gave; if one is missing, there is no grade, and the run pauses.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from evomerge.judging.llm.judge_prompt import RUBRIC, Rubric, Vote, one_line, re
 from evomerge.study import JudgeSection
 from evomerge.tasks import Task
 
-Votes: TypeAlias = "dict[int, Future[Vote] | Vote]"  # by the vote's number: expected or there
+Votes: TypeAlias = "dict[int, Future[Vote] | Vote]"  # by the vote's number: pending or received
 
 
 class NoGrade(JudgePaused):
-    """One answer got no grade that can be read."""
+    """No readable grade of one answer was received."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,13 @@ class VoteRequest:
     future: Future[Vote]
 
     def order(self, seed: int) -> bytes:
-        """Where it comes in the queue: a hash, so that the order carries no information."""
+        """Its place in the queue: a hash, so that the order carries no information."""
         return sha256(f"{seed}/{self.number}/{self.key}".encode()).digest()
 
 
 @dataclass(frozen=True)
 class PendingVotes:
-    """Grades of some answers, not all there yet; `votes` are by answer."""
+    """Grades of some answers, some still missing; `votes` are by answer."""
 
     votes: list[Votes]
 
@@ -62,7 +62,7 @@ class PendingVotes:
         return [vote for votes in self.votes for vote in votes.values() if isinstance(vote, Future)]
 
     def done(self) -> bool:
-        """Whether every vote is there, or will never be."""
+        """Whether every vote has arrived, or never will."""
         return all(future.done() for future in self._futures)
 
     def result(self) -> list[Grade]:
@@ -87,7 +87,7 @@ class LlmJudge:
     def __init__(
         self, section: JudgeSection, cache: Path | None = None, seed: int = 0, total: bool = True
     ) -> None:
-        """With `cache` None the grades are kept in memory.
+        """The grades are kept in memory if `cache` is None.
 
         `total`: what earlier runs spent counts towards the budget. Raises InputError, ModelError,
         OutputError; nothing is graded before the server has replied once.
@@ -109,7 +109,7 @@ class LlmJudge:
         self.identity = json.dumps([self.client.model, s.temperature, s.reply_tokens])
         identity = json.dumps([self.identity, self.rubric.digest, s.votes])
         self.version = sha256(identity.encode()).hexdigest()[:12]
-        self.failure: EvomergeError | None = None  # the first that ended the run
+        self.failure: EvomergeError | None = None  # the first error, which ended the run
         self._queue: SimpleQueue[VoteRequest | None] = SimpleQueue()
         self._wanted: dict[tuple[str, int], Future[Vote]] = {}  # queued or running
         self._workers: list[threading.Thread] = []
@@ -122,7 +122,7 @@ class LlmJudge:
 
     @property
     def cost(self) -> float:
-        """The same in the currency of the prices."""
+        """What was spent, in the currency of the prices."""
         return self.budget.cost(self.budget.spent)
 
     def grade(self, task: Task, answer: Answer) -> Grade:
@@ -172,7 +172,7 @@ class LlmJudge:
         return PendingVotes(votes)
 
     def close(self, drain: bool = True) -> None:
-        """Send no further request. `drain` waits for running ones, whose grades are paid for."""
+        """Send no further request. `drain` waits for running ones, which cost money already."""
         self._stop.set()
         for _ in self._workers:
             self._queue.put(None)
@@ -229,7 +229,8 @@ class LlmJudge:
             if vote is not None:
                 return vote
         raise NoGrade(
-            f"paused: no grade can be read in {self.section.asks} replies on task {task.task_id}",
+            f"paused: no grade could be read from {self.section.asks} replies on task "
+            f"{task.task_id}",
             where=self.name,
             found=one_line(text, 60),
             remedy=f"The answer has no grade. {GOES_ON}",

@@ -79,11 +79,11 @@ class JudgeClient:
         listed = self._list()
         named = section.model or os.environ.get(JUDGE_MODEL)
         self.model = named or only_model(listed, self.url, f"Set judge.model, or {JUDGE_MODEL}.")
-        if listed and self.model not in listed:  # some servers know more than they list
+        if listed and self.model not in listed:  # some servers have more models than they list
             self._probe(listed)
 
     def ask(self, messages: list[dict[str, str]], seed: int | None, stop: threading.Event) -> Reply:
-        """The reply; the budget counts its usage, and the caller keeps it.
+        """Return the reply; the budget counts its usage, and the caller stores it.
 
         Raises JudgePaused: the budget or the retries are used up; InputError: the server refuses
         access; TooLong; Stopped.
@@ -152,7 +152,7 @@ class JudgeClient:
             if name in sent and name in said:
                 self.unsupported.add(name)
                 return True
-        if "response_format" in sent:  # often refused without being named
+        if "response_format" in sent:  # often refused without an error that names it
             self.unsupported.add("response_format")
             return True
         return False
@@ -170,7 +170,7 @@ class JudgeClient:
     def _list(self) -> list[str]:
         """The models that the server lists; none where it lists none.
 
-        Raises InputError: no server is there, or it wants a key.
+        Raises InputError: there is no server, or it requires a key.
         """
         try:
             return self.client.models()
@@ -233,7 +233,7 @@ class JudgeClient:
 
 
 def _usage(reply: Any, messages: Sequence[dict[str, str]], text: str) -> Usage:
-    """As the server counts; else one token for each character, which is more than it will be."""
+    """The usage by the server's count; else one token per character, an overestimate."""
     usage = getattr(reply, "usage", None)
     prompt = _count(usage, "prompt_tokens")
     replied = _count(usage, "completion_tokens")

@@ -1,4 +1,4 @@
-"""What an LLM judge is asked, and how its reply is read.
+"""The prompt of an LLM judge, and how its reply is read.
 
 The rubric has five points and is written in Japanese, as the tasks are; it includes a task's own
 grading points. The answer is fenced by two lines with a number that its author cannot have known.
@@ -15,7 +15,7 @@ from typing import Any
 from evomerge.answering.servers.openai_protocol import whole
 from evomerge.tasks import Task
 
-VERSION = "1"  # of all texts here: another rubric gives other grades
+VERSION = "1"  # the version of all texts here: a different rubric gives different grades
 LONGEST = 20_000  # characters of an answer that are shown
 GRADES = (1, 2, 3, 4, 5)
 

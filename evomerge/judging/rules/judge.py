@@ -21,7 +21,7 @@ LONGEST = 8_000  # characters that are read; what follows adds nothing
 
 # Grade points for a measure of 1. Least squares with fixed signs on GPT-4-turbo's and Athene-V2's
 # grades of the models of some families, rounded; the other families were kept for measuring. The
-# last four are set by hand: the graded answers hardly contain such cases, and an answer in English
+# last four are set manually: the graded answers hardly contain such cases, and an answer in English
 # shares no wording with a Japanese reference anyway.
 BASE = 2.6
 MERITS = {

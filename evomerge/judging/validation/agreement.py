@@ -2,7 +2,7 @@
 
 A table is [models, tasks] of grades, NaN where there is none. Everything is computed with integer
 weights on the models: all one for the value itself, and how often each model was drawn for the
-resamples, so that a resample needs no table of its own.
+resamples, so that a resample needs no separate table.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Agreements:
-    """What `compare` finds; `within_task` is the one to judge by."""
+    """The result of `compare`; `within_task` is the figure to judge by."""
 
     within_task: Agreement
     model_level: Agreement

@@ -28,7 +28,7 @@ class GradeLine:
 
     @property
     def key(self) -> Key:
-        """What it is joined by."""
+        """The key that it is joined by."""
         return self.model, self.task_id
 
 
@@ -81,7 +81,7 @@ def read_grades(path: str | Path, tasks: Sequence[Task]) -> list[GradeLine]:
         lines.append(line)
     if not lines:
         raise InputError(
-            "holds no grades",
+            "contains no grades",
             where=path,
             remedy='Write lines such as {"model": "m", "task_id": 0, "judge": "j", "grade": 4}.',
         )
@@ -135,7 +135,7 @@ def join_grades(answers: Iterable[AnswerLine], grades: Mapping[Key, float]) -> J
 
 
 def answer_key(line: AnswerLine) -> Key:
-    """What an answer is joined by."""
+    """The key that an answer is joined by."""
     return line.model, str(line.task.task_id)
 
 

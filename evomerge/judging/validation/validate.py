@@ -46,7 +46,7 @@ class Repeatability:
 
 @dataclass(frozen=True)
 class Validation:
-    """What was found; `cost_per_100` is None where the judge names no price."""
+    """The result; `cost_per_100` is None where the judge has no price."""
 
     judge: str
     reference: str
@@ -84,7 +84,7 @@ class Validation:
             f"{self.n_models} models to {self.n_tasks} tasks",
             "",
             "Spearman                                          value   95 % interval     n",
-            _row("within one task, across models (the honest one)", a.within_task, "tasks"),
+            _row("within one task, across models (judge by this)", a.within_task, "tasks"),
             _row("across the models' means", a.model_level, "models"),
             _row("within a model, across tasks", a.within_model, "models"),
             _row("  explained by task difficulty alone", a.difficulty_baseline, "models"),
@@ -173,7 +173,7 @@ def _places(names: Iterable[str]) -> dict[str, int]:
 def _second_run(
     judge: str, settings: Sequence[str], lines: Sequence[AnswerLine], given: Sequence[Grade], n: int
 ) -> Repeatability | None:
-    """The judge once more, without its cache, on n answers."""
+    """Run the judge again, without its cache, on n answers."""
     if n <= 0:
         return None
     rows = sorted(random.Random(0).sample(range(len(lines)), min(n, len(lines))))

@@ -15,11 +15,12 @@ Loglikelihood = Callable[[Sequence[tuple[str, str]]], list[float]]
 
 # Zhao et al. 2021, section 5: their probabilities are averaged
 CONTENT_FREE = ("N/A", "[MASK]", "")
-# characters of a task that are shown: what it asks for is at its beginning or end
+# characters of a task that are shown: its request is at its beginning or end
 LONGEST = 1000
 # tasks in one request, so that the texts of 10,000 are never in memory together
 TOGETHER = 64
-# share of the votes that every class keeps in `both`: one without a neighbour is still possible
+# share of the votes that every class keeps in `both`, so that one without a neighbour stays
+# possible
 LEAST = 0.01
 
 JAPANESE = re.compile("[\u3040-\u30ff\u4e00-\u9fff]")

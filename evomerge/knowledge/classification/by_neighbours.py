@@ -39,7 +39,7 @@ class Classification:
 
 
 def class_texts(knowledge: Knowledge, descriptions: bool = False) -> list[str]:
-    """What a retriever must know for the vote: the inputs of all examples, then descriptions."""
+    """The texts that a retriever needs for the vote: all examples' inputs, then descriptions."""
     texts = [example.input for example in knowledge.examples]
     if descriptions:
         texts += [c.description for c in _described(knowledge)]
@@ -76,7 +76,7 @@ class Classifier:
         self.names = [c.name for c in knowledge.classes]
         if default is not None and default not in self.names:
             raise KnowledgeError(
-                "the default class is none of the base's",
+                "the default class is not a class of the knowledge base",
                 found=default,
                 remedy=f"Use one of: {', '.join(self.names)}.",
             )
@@ -104,7 +104,7 @@ class Classifier:
         return self.classify_near(texts, self.retriever.nearest(texts, self.voters))
 
     def classify_near(self, texts: Sequence[str], near: Nearest) -> list[Classification]:
-        """As `classify`, with neighbours already found, at least `voters` for each text."""
+        """Classify with neighbours already found, at least `voters` for each text."""
         if not texts:
             return []
         learned = None if self.linear is None else self.linear.shares(texts)

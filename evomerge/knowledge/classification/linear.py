@@ -1,6 +1,6 @@
-"""A linear classifier of tasks: what a class's examples have in common.
+"""A linear classifier of tasks, by what a class's examples have in common.
 
-It learns from all of them at once, since for an unusual task the nearest ones tell little.
+It learns from all of them, because for an unusual task the nearest ones say little.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class LinearClassifier:
     """Ridge regression of the classes on TF-IDF vectors: (n, n-grams) to (n, classes).
 
     The target is 1 for a text's own class and -1 for the others. A text counts twice: whole, and as
-    what it asks for, which is its first and its last paragraph without long quotations. `classes`
+    its request, which is its first and its last paragraph without long quotations. `classes`
     are the places of the texts' classes among `number`, `weights` how much each text counts.
     """
 

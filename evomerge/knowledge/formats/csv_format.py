@@ -16,7 +16,7 @@ from evomerge.knowledge.formats.tables import (
     no_such_base,
 )
 
-TEMPLATE = "{input}"  # of a class that is known by its examples alone
+TEMPLATE = "{input}"  # the template of a class that is known only by its examples
 ENCODINGS = ("utf-8-sig", "cp932")  # Excel's "CSV UTF-8", and its plain "CSV" on a Japanese Windows
 LONGEST = 10_000_000  # characters of a field: csv's own limit is shorter than a document
 
@@ -32,7 +32,7 @@ def read_csv(path: Path, tables: Tables) -> None:
                 raise KnowledgeError(
                     "the folder has no examples.csv",
                     where=path,
-                    remedy="Export the sheets under their names.",
+                    remedy="Export each sheet under its name.",
                 )
         if "classes.csv" in files:
             return
@@ -99,7 +99,7 @@ def _decode(path: Path) -> str:
             return data.decode(encoding)
         except UnicodeDecodeError as error:
             errors.append(error)
-    wrong = max(errors, key=lambda error: error.start)  # of the encoding that it most likely is
+    wrong = max(errors, key=lambda error: error.start)  # the mistake of the most likely encoding
     line = data.count(b"\n", 0, wrong.start) + 1
     raise KnowledgeError(
         "is neither UTF-8 nor Windows-31J",

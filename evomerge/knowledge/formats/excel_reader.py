@@ -47,7 +47,7 @@ def read_excel(path: Path, tables: Tables) -> None:
                 "the sheet is hidden",
                 f"{path}, sheet {sheet}",
                 None,
-                "Show it, so that everything that is used can be seen, or rename it.",
+                "Unhide it, so that everything that is used is visible, or rename it.",
             )
             tables.missing.add(sheet)
         else:
@@ -64,11 +64,11 @@ def _workbook(path: Path) -> Any:
         file.seek(0)
         try:
             with warnings.catch_warnings():
-                # openpyxl warns of drop-down lists and the like, which do no harm
+                # openpyxl warns about drop-down lists and the like, which are harmless
                 warnings.simplefilter("ignore", UserWarning)
                 return openpyxl.load_workbook(file)
         except Exception as error:
-            # openpyxl lets zipfile's, the XML parser's and its own errors through
+            # openpyxl passes on zipfile's and the XML parser's errors, and raises its own
             raise KnowledgeError(
                 f"not a readable Excel file: {error}",
                 where=path,
@@ -142,7 +142,7 @@ def _merged(found: Any, at: dict[str, int], where: str, tables: Tables) -> set[t
             "cells are merged",
             place(touched[0]),
             area.coord,
-            "Unmerge them, and fill each of them.",
+            "Unmerge them, and fill in each of them.",
         )
         last = min(area.max_row, found.max_row)
         for row in range(area.min_row, last + 1):
@@ -151,14 +151,14 @@ def _merged(found: Any, at: dict[str, int], where: str, tables: Tables) -> set[t
 
 
 def _not_text(cell: Any) -> tuple[str, str] | None:
-    """What is wrong with a cell that holds neither a text nor a number: (what, remedy)."""
+    """The mistake in a cell that contains neither text nor a number: (what, remedy)."""
     if cell.data_type == "f":
-        return "holds a formula", "Paste its value instead, or format the cell as text."
+        return "contains a formula", "Paste its value instead, or format the cell as text."
     if cell.data_type == "e":
-        return "holds an error value", "Write a text."
+        return "contains an error value", "Replace it with text."
     if isinstance(cell.value, date | time | timedelta):
         return (
-            "holds a date or time, which Excel stores as a number",
+            "contains a date or time, which Excel stores as a number",
             "Format the cell as text and write it again.",
         )
     return None

@@ -37,17 +37,17 @@ COLUMNS = {
     "classes": {
         "class": Column(
             12,
-            "Name of the kind of task. Sheet examples names it again.\n課題の種類の名前。",
+            "Name of the kind of task. The sheet examples refers to it.\n課題の種類の名前。",
         ),
         "description": Column(
             32,
-            "What belongs to the class, in a sentence. May be empty.\n"
+            "What belongs to the class, in one sentence. May be empty.\n"
             "この種類に入る課題の説明。空でもよい。",
         ),
         "system": Column(36, "Text of the system turn. May be empty.\nシステム文。空でもよい。"),
         "template": Column(
             56,
-            "The prompt. {input}: the task (needed). {documents}: quoted documents. {examples}: "
+            "The prompt. {input}: the task (required). {documents}: quoted documents. {examples}: "
             "the nearest examples as text; without it they are turns of the chat before the "
             "task.\n"
             "{input} は必須。{documents} は引用文書、{examples} は手本に置き換わる。"
@@ -55,17 +55,18 @@ COLUMNS = {
         ),
         "max_new_tokens": Column(
             16,
-            "Longest answer in tokens, 1 or more. Empty: that of the run.\n"
+            "Longest answer in tokens, 1 or more. Empty: the run's setting.\n"
             "回答の最大トークン数。空なら実行時の値。",
         ),
         "temperature": Column(
             13,
-            "0: always the likeliest word. Empty: that of the run.\n"
+            "0: always the likeliest word. Empty: the run's setting.\n"
             "0 で毎回同じ回答。空なら実行時の値。",
         ),
         "repetition_penalty": Column(
             18,
-            "Above 0; 1 changes nothing. Empty: that of the run.\n1 で変化なし。空なら実行時の値。",
+            "Above 0; 1 changes nothing. Empty: the run's setting.\n"
+            "1 で変化なし。空なら実行時の値。",
         ),
         "examples": Column(
             11,
@@ -81,10 +82,10 @@ COLUMNS = {
     "examples": {
         "class": Column(
             12,
-            "Name of the kind of task. Sheet examples names it again.\n課題の種類の名前。",
+            "Name of the kind of task. The sheet examples refers to it.\n課題の種類の名前。",
         ),
         "input": Column(60, "A task of this class.\n課題文。"),
-        "output": Column(80, "Its good answer.\n模範となる回答。"),
+        "output": Column(80, "A good answer to it.\n模範となる回答。"),
         "weight": Column(
             9,
             "How much the example counts when the class is chosen; above 0. Empty: 1.\n"
@@ -92,7 +93,7 @@ COLUMNS = {
         ),
     },
     "documents": {
-        "title": Column(24, "What the document is called.\n文書の題名。"),
+        "title": Column(24, "The title of the document.\n文書の題名。"),
         "text": Column(100, "The text that may be quoted.\n引用する本文。"),
     },
 }
@@ -114,7 +115,7 @@ def write_excel(knowledge: Knowledge, path: Path, readme: Sequence[tuple[str, st
     book = _book(knowledge, path, readme)
 
     def save(file: Path) -> None:
-        # a stream: openpyxl would take the temporary file's suffix for a wrong one
+        # a stream, because openpyxl would reject the temporary file's suffix
         with file.open("wb") as stream:
             book.save(stream)
 
@@ -146,7 +147,7 @@ def _book(knowledge: Knowledge, path: Path, readme: Sequence[tuple[str, str]]) -
         len(knowledge.examples),
         type="list",
         formula1=names,
-        error="Choose a class of the sheet classes.",
+        error="Choose a class from the sheet classes.",
     )
     return book
 
@@ -219,7 +220,7 @@ def _fill_header(sheet: Any, columns: dict[str, Column]) -> None:
         whole.width = column.width
         whole.alignment = wrap
         if name not in CHECKS:
-            whole.number_format = "@"  # what is typed below the last row is a text too
+            whole.number_format = "@"  # text is expected below the last row too
 
 
 def _set_page(sheet: Any) -> None:

@@ -20,7 +20,7 @@ OPTIONAL = {"classes": ("description", *SETTINGS), "examples": ("weight",), "doc
 
 @dataclass(frozen=True)
 class Row:
-    """A row that holds something: texts by column.
+    """A row that is not empty: texts by column.
 
     `place` names one of its columns in a message; mistakes in `reported` columns are known already.
     """
@@ -33,7 +33,7 @@ class Row:
 
 @dataclass
 class Tables:
-    """A base as it was read: sheet -> rows, the mistakes so far, and notes that are no mistakes.
+    """A base as it was read: sheet -> rows, the mistakes so far, and notes that are not mistakes.
 
     `missing` holds the sheets that are reported as missing or unreadable; mistakes in their rows
     are not reported.
@@ -64,7 +64,7 @@ class CellPlace:
 
 
 def no_such_base(path: Path) -> KnowledgeError:
-    """What to raise where there is no file."""
+    """The error to raise where there is no file."""
     return KnowledgeError(
         "no such knowledge base",
         where=path,

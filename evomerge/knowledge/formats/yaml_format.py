@@ -25,7 +25,7 @@ def read_yaml(path: Path, tables: Tables) -> None:
         where = f"{path}, line {key.start_mark.line + 1}"
         sheet = str(key.value)
         if sheet not in REQUIRED or sheet in seen:
-            what = "is there twice" if sheet in seen else "is unknown"
+            what = "is given twice" if sheet in seen else "is unknown"
             tables.wrong(f"the key {sheet} {what}", where, None, f"Use {', '.join(REQUIRED)}.")
         elif not isinstance(value, yaml.SequenceNode):
             tables.wrong(f"{sheet} is not a list", where, None, "Begin each entry with a dash.")
@@ -86,20 +86,20 @@ def _read_row(sheet: str, i: int, node: yaml.Node, path: Path, tables: Tables) -
         name = str(key.value)
         place.lines[name] = key.start_mark.line + 1
         if name not in known or name in cells:
-            what = "is there twice" if name in cells else "is unknown"
+            what = "is given twice" if name in cells else "is unknown"
             tables.wrong(f"the key {name} {what}", place(name), None, f"Use {', '.join(known)}.")
             continue
         cells[name] = ""
         if not isinstance(value, yaml.ScalarNode):
             tables.wrong(
-                f"{name} is not a text",
+                f"{name} is not text",
                 place(name),
                 None,
                 "Quote it, or write it as a block after a |.",
             )
             reported.add(name)
         elif value.tag != NULL:
-            cells[name] = str(value.value)  # as it was written: yes stays yes
+            cells[name] = str(value.value)  # kept as written: yes stays yes
     return Row(i + 2, cells, place, frozenset(reported))
 
 

@@ -49,7 +49,7 @@ class Bm25Retriever(VectorRetriever):
         self.matrix = csr_matrix((weights, counts.indices, counts.indptr), counts.shape).T.tocsr()
 
     def over(self, inputs: Sequence[str]) -> Bm25Retriever:
-        """One for other texts, which also finds what equals the given text."""
+        """A retriever for other texts, which also finds a text equal to the given one."""
         return Bm25Retriever(inputs, self.tokenize, itself=True)
 
     def raw(self, texts: Sequence[str]) -> Matrix:

@@ -24,7 +24,7 @@ class EmbeddingRetriever(VectorRetriever):
         self.matrix = self._embed(self.inputs)  # (base, dimensions), rows of length 1
 
     def over(self, inputs: Sequence[str]) -> EmbeddingRetriever:
-        """One for other texts, which also finds what equals the given text."""
+        """A retriever for other texts, which also finds a text equal to the given one."""
         return EmbeddingRetriever(inputs, self.model, itself=True)
 
     def similar(self, texts: Sequence[str]) -> Matrix:
@@ -49,7 +49,7 @@ def _load(name: str) -> Any:
         ) from error
     try:
         return SentenceTransformer(name)
-    except Exception as error:  # the library lets the hub's, torch's and its own errors through
+    except Exception as error:  # the library passes on the hub's, torch's and its own errors
         lines = str(error).splitlines() or [type(error).__name__]
         raise ModelError(
             f"cannot be loaded: {lines[0]}",

@@ -28,13 +28,13 @@ class FusedRetriever:
         return in_batches(self._batch, texts, min(k, self.size))
 
     def over(self, inputs: Sequence[str]) -> FusedRetriever:
-        """One for other texts, which also finds what equals the given text."""
+        """A retriever for other texts, which also finds a text equal to the given one."""
         parts = [retriever.over(inputs) for retriever in self.retrievers]
         return FusedRetriever(parts, len(inputs))
 
     def _batch(self, texts: Sequence[str], k: int) -> Nearest:
         found = [retriever.nearest(texts, max(k, DEPTH)) for retriever in self.retrievers]
-        # what shares nothing with the text has its rank by chance
+        # the rank of a text that shares nothing with the given one is arbitrary
         rankings = [np.where(f.scores > 0, f.indices, -1) for f in found]
         best = len(self.retrievers) / (K + 1)
         return largest(np.minimum(fuse(rankings, self.size) / best, 1.0), k)

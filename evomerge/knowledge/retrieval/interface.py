@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-BATCH = 128  # texts compared at once: 128 x 5,000 similarities take 5 MB
+BATCH = 128  # texts compared per batch: 128 x 5,000 similarities take 5 MB
 DIGITS = 9  # similarities that differ by less are equal: the last bits depend on the order of sums
 
 Matrix = NDArray[np.float64]
@@ -38,9 +38,9 @@ class Retriever(Protocol):
     def nearest(self, texts: Sequence[str], k: int) -> Nearest: ...
 
     def over(self, inputs: Sequence[str]) -> Retriever:
-        """One of the same kind for other texts, which also finds what equals the given text.
+        """A retriever for other texts, which also finds a text equal to the given one.
 
-        It is for documents, which give away no answer.
+        It is for documents, which do not give away an answer.
         """
         ...
 
@@ -77,7 +77,7 @@ class VectorRetriever:
 def in_batches(
     search: Callable[[Sequence[str], int], Nearest], texts: Sequence[str], k: int
 ) -> Nearest:
-    """Search BATCH texts at a time and put the results together."""
+    """Search BATCH texts at a time and concatenate the results."""
     found = [search(texts[i : i + BATCH], k) for i in range(0, len(texts), BATCH)]
     if not found:
         return Nearest(np.empty((0, k), np.int64), np.empty((0, k)))

@@ -30,7 +30,7 @@ class TfidfRetriever(VectorRetriever):
         self.matrix = self.vectorizer.fit_transform(self.inputs).T.tocsr()
 
     def over(self, inputs: Sequence[str]) -> TfidfRetriever:
-        """One for other texts, which also finds what equals the given text."""
+        """A retriever for other texts, which also finds a text equal to the given one."""
         return TfidfRetriever(inputs, itself=True)
 
     def similar(self, texts: Sequence[str]) -> Matrix:

@@ -63,13 +63,13 @@ class Adapter:
         return {key: self._weights.shape(key) for key in self._weights.keys}
 
     def read(self, key: str) -> torch.Tensor:
-        """A tensor as it lies on disk. Raises ModelError when the file is damaged."""
+        """A tensor as it is on disk. Raises ModelError when the file is damaged."""
         return self._weights.tensor(key)
 
     def rank_and_scaling(self, module: str) -> tuple[int, float]:
         """(r, alpha / r), or alpha / sqrt(r) with `use_rslora` (arXiv 2312.03732).
 
-        Of the patterns that end the module's name the first one decides. Raises ModelError.
+        The first of the patterns that end the module's name decides. Raises ModelError.
         """
         rank = self._by_pattern("r", "rank_pattern", module)
         alpha = self._by_pattern("lora_alpha", "alpha_pattern", module)
@@ -113,7 +113,7 @@ class Adapter:
         return None
 
     def saves(self, module: str) -> bool:
-        """Whether the adapter holds the whole module, by peft's rule."""
+        """Whether the adapter contains the whole module, by peft's rule."""
         return any(module.endswith(name) for name in self.config.get("modules_to_save") or [])
 
 
@@ -214,7 +214,10 @@ def _as_list(setting: Any) -> list[Any]:
 
 def _wrong_type(key: str, found: object, file: Path) -> ModelError:
     return ModelError(
-        f"`{key}` is not what peft writes there", where=file, found=found, remedy="Correct it."
+        f"`{key}` has a value that peft does not write",
+        where=file,
+        found=found,
+        remedy="Correct it.",
     )
 
 

@@ -13,7 +13,7 @@ from evomerge.merging.checkpoints.hub import PATTERNS
 def fingerprint(folder: Path, known: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
     """File name -> {"size", "mtime_ns", "sha256"} of weights, configuration and tokenizer.
 
-    A file whose size and time stand in `known` is not read again: 26 GB take a minute.
+    A file whose size and time are in `known` is not read again: 26 GB take a minute.
     """
     known = known or {}
     prints: dict[str, dict[str, Any]] = {}

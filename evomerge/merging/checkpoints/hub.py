@@ -19,7 +19,7 @@ def find_folder(ref: str, kind: str, remedy: str) -> Path:
         return path
     is_name = ref.partition("@")[0].count("/") == 1 and not ref.startswith((".", "/", "~"))
     if path.exists() or not is_name:
-        raise ModelError(f"there is no {kind} folder", where=ref, remedy=remedy)
+        raise ModelError(f"there is no such {kind} folder", where=ref, remedy=remedy)
     return download(ref)
 
 
@@ -32,7 +32,7 @@ def download(name: str) -> Path:
         return Path(
             snapshot_download(owner_name, revision=revision or None, allow_patterns=list(PATTERNS))
         )
-    except Exception as error:  # the client raises its own, httpx's and OSError
+    except Exception as error:  # the client raises its own errors, httpx's and OSError
         raise ModelError(
             f"cannot be fetched from the hub ({type(error).__name__})",
             where=name,

@@ -61,7 +61,7 @@ def add_to_embedding(
 
 @dataclass(frozen=True)
 class ModuleLora:
-    """What the adapter holds for one module: a part's name -> its tensor's name in the file.
+    """What the adapter contains for one module: a part's name -> its tensor's name in the file.
 
     Without parts it is a LoRA of zeros.
     """

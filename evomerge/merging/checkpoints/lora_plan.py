@@ -1,4 +1,4 @@
-"""Which of an adapter's tensors change which of a base's, checked before anything is merged."""
+"""Which adapter tensors change which of the base's, checked before anything is merged."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def open_lora(base: ModelFolder, adapter: str, ref: str = "") -> AdaptedModel:
 
 
 class _LoraPlan:
-    """For each tensor of the merged model, what the adapter adds to it or puts in its place."""
+    """What the adapter adds to each tensor of the merged model, or puts in its place."""
 
     def __init__(self, base: ModelFolder, adapter: Adapter) -> None:
         self.base, self.adapter, self.config = base, adapter, adapter.config
@@ -125,7 +125,7 @@ class _LoraPlan:
             raise self._error(f"it targets {module}, and a LoRA on experts is not supported")
         if not self.adapter.targets(module):
             raise self._error(
-                f"it holds a LoRA for {module}, which its `target_modules` leave out",
+                f"it contains a LoRA for {module}, which its `target_modules` leave out",
                 "Correct adapter_config.json.",
             )
         if self.config.get("lora_bias") and f"{module}.bias" not in self.base.keys:
@@ -164,7 +164,7 @@ class _LoraPlan:
         """A whole tensor of the adapter must replace one of the base's, of the same shape."""
         place = source(self.base, name)
         if place not in self.base.keys:
-            raise self._error(f"it holds {name}, which the base lacks", OWN_BASE)
+            raise self._error(f"it contains {name}, which the base lacks", OWN_BASE)
         found, wanted = self.adapter.shapes[key], self.base.shape(place)
         if found == wanted:
             return

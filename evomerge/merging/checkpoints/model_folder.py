@@ -21,7 +21,7 @@ VOCABULARY = (EMBED, HEAD)  # tensors with a row for each token
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model on disk; its weights are mapped, and read only when a tensor is asked for."""
+    """A model on disk; its weights are mapped, and read only when a tensor is requested."""
 
     path: Path
     config: dict[str, Any]
@@ -61,7 +61,7 @@ class ModelFolder:
         return self._headers[self.stored(name)][1]
 
     def get_tensor(self, name: str) -> torch.Tensor:
-        """The tensor as it lies on disk. Raises ModelError when the file is damaged."""
+        """The tensor as it is on disk. Raises ModelError when the file is damaged."""
         name = self.stored(name)
         return self._reader(name).tensor(name)
 

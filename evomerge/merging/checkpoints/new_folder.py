@@ -28,7 +28,7 @@ class Unfinished:
     """
 
     path: Path
-    lock: ExclusiveLock | None  # None: on a file system without locks nothing is taken for dead
+    lock: ExclusiveLock | None  # None: on a file system without locks no folder is considered dead
 
     @property
     def helper_lock(self) -> Path:
@@ -37,10 +37,10 @@ class Unfinished:
 
 
 def check_new(out: Path) -> None:
-    """Raise InputError when `out` exists and holds something."""
+    """Raise InputError when `out` exists and is not empty."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(
-            "exists already", where=out, remedy="Name a new folder, or remove this one."
+            "already exists", where=out, remedy="Name a new folder, or remove this one."
         )
 
 
@@ -83,7 +83,7 @@ def _make(out: Path) -> Unfinished:
         try:
             lock = ExclusiveLock(hidden / LOCK)
         except LockHeld:
-            continue  # another process took it for dead before it was locked
+            continue  # another process considered it dead before it was locked
         except OSError:
             lock = None
         path = hidden / "model"

@@ -16,7 +16,7 @@ COPY_AGAIN = "Copy or download it again."
 
 
 class SafetensorsReader:
-    """One open file. Its header is read at once, its tensors when they are needed."""
+    """One open file. Its header is read immediately, its tensors when they are needed."""
 
     def __init__(self, path: Path) -> None:
         """Raises ModelError when the file cannot be opened or its header is damaged."""
@@ -52,7 +52,7 @@ class SafetensorsReader:
         return DTYPES.get(self._slice(name).get_dtype())
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor as it lies on disk, mapped. Raises ModelError when the file is damaged."""
+        """The tensor as it is on disk, mapped. Raises ModelError when the file is damaged."""
         try:
             tensor: torch.Tensor = self._file.get_tensor(name)
         except SafetensorError as error:

@@ -1,4 +1,4 @@
-"""Merged tensors as safetensors files, written in chunks by several threads at once."""
+"""Merged tensors as safetensors files, written in chunks by several threads."""
 
 from __future__ import annotations
 

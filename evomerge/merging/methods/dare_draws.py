@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-BURN = 1 << 20  # numbers drawn and thrown away at once
+BURN = 1 << 20  # numbers drawn and discarded per call
 
 
 class Draws:

@@ -146,7 +146,7 @@ def add_elected(
     normalize: bool = False,
     scale: float = 1.0,
 ) -> Tensor:
-    """The same where each element counts only the weighted deltas that have the elected sign.
+    """`add_weighted`, but each element counts only the weighted deltas that have the elected sign.
 
     A sum of 0 elects plus.
     """

@@ -17,7 +17,7 @@ from torch import Tensor
 from evomerge.merging.methods.deltas import add_weighted_into
 
 log = logging.getLogger(__name__)
-# parameters from which a search's candidates win back the seconds of compiling
+# number of parameters from which a search's candidates make up for the seconds of compiling
 WORTH_IT = 400_000_000
 Kernel = Callable[[Tensor, Tensor, Tensor, float], None]
 
@@ -59,7 +59,7 @@ def _compiled(device: str, dtype: torch.dtype) -> Kernel | None:
                 )
                 return None
     except Exception as error:
-        # no compiler, no Triton, an unknown device: torch has an error of its own for each
+        # no compiler, no Triton, an unknown device: torch has a different error for each
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         log.info("the merge is not compiled: %s", reason)
         return None

@@ -59,7 +59,9 @@ def register_method(name: str, method: MergeMethod, link: str = "") -> None:
     """
     if name in METHODS:
         raise InputError(
-            "a merge method of this name exists", where=name, remedy="Choose another name."
+            "a merge method with this name already exists",
+            where=name,
+            remedy="Choose another name.",
         )
     METHODS[name] = _METHODS[name] = replace(method, link=link or method.link or name)
 

@@ -55,7 +55,7 @@ def pieces(elements: int) -> list[slice]:
 
 
 def _rescaled(delta: Tensor, kept: Tensor, rescale: bool) -> Tensor:
-    """With `rescale`, scale `kept` in place to delta's sum of magnitudes."""
+    """Scale `kept` in place to delta's sum of magnitudes, if `rescale` is set."""
     if not rescale:
         return kept
     before, after = delta.abs().sum(), kept.abs().sum()

@@ -29,7 +29,7 @@ from evomerge.merging.vocabulary.tokenizers import (
 )
 from evomerge.recipe import TokenizerSection
 
-# instead of a row: the model has no such token; it has, past the end of its embeddings
+# instead of a row: the model lacks the token; it has the token, beyond the end of its embeddings
 LACKING, BEYOND = -1, -2
 ZEROS, MEAN = -1, -2  # instead of a donor
 
@@ -64,10 +64,10 @@ class Vocabulary:
     ) -> dict[str, torch.Tensor]:
         """One vocabulary tensor of each model, (model rows, ...) -> (size, ...).
 
-        They come back in the dtype that holds them all; one that needs no new row as it is, or as a
-        view. The models must come in the order of the slice's sources: a mean is summed in it.
-        `base` is the slice's base where that is not the recipe's. Raises ModelError and RecipeError
-        where a row that is needed does not exist.
+        They come back in the dtype that holds them all; one that needs no new row is returned
+        unchanged, or as a view. The models must come in the order of the slice's sources: a mean is
+        summed in it. `base` is the slice's base where that is not the recipe's. Raises ModelError
+        and RecipeError where a row that is needed does not exist.
         """
         self._check_tensors(tensors)
         dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
@@ -86,11 +86,11 @@ class Vocabulary:
                     "the embeddings' widths differ",
                     where=ref,
                     found=tuple(tensor.shape),
-                    remedy="Merge models of one width.",
+                    remedy="Merge models of the same width.",
                 )
             if int(self.rows[ref].max()) >= len(tensor):
                 raise ModelError(
-                    f"config.json's `vocab_size` passes the {len(tensor)} rows of the embeddings",
+                    f"config.json's `vocab_size` exceeds the {len(tensor)} rows of the embeddings",
                     where=ref,
                     remedy="Correct config.json.",
                 )
@@ -109,7 +109,7 @@ class Vocabulary:
         if (rows == BEYOND).any():
             model, token = (rows == BEYOND).nonzero()[0].tolist()
             raise RecipeError(
-                f"token {self.tokens[token]!r} has a number past the end of the model's embeddings",
+                f"token {self.tokens[token]!r} has an id beyond the end of the model's embeddings",
                 where=refs[model],
                 remedy="Name another tokenizer source, or add the row to the model.",
             )
@@ -139,7 +139,7 @@ class Vocabulary:
         where = f"tokenizer.tokens[{rule.token!r}]"
         if rule.model not in refs:
             raise RecipeError(
-                "the model has no part in this tensor",
+                "the model does not contribute to this tensor",
                 where=where,
                 found=rule.model,
                 remedy="Name one of the slice's models.",
@@ -188,7 +188,7 @@ class Vocabulary:
         if len(given) and int(defaults.row[given].max()) >= size:
             token = self.tokens[int(defaults.ids[given[defaults.row[given].argmax()]])]
             raise RecipeError(
-                f"`token_id` passes the {size} rows of {ref}",
+                f"`token_id` exceeds the {size} rows of {ref}",
                 where=f"tokenizer.tokens[{token!r}]",
                 found=int(defaults.row[given].max()),
                 remedy="Name a row that exists.",
@@ -276,8 +276,7 @@ def _by_row(vocab: Mapping[str, int], source: str) -> tuple[str, ...]:
     for token, number in vocab.items():
         if number >= len(vocab):
             raise RecipeError(
-                "the tokenizer's numbers have gaps: "
-                f"token {token!r} of {len(vocab)} is number {number}",
+                f"the tokenizer's ids have gaps: token {token!r} of {len(vocab)} has id {number}",
                 where=source,
                 remedy="Name another tokenizer source.",
             )

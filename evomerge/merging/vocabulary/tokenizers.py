@@ -30,7 +30,7 @@ FILES = (
 
 @dataclass(frozen=True)
 class Rule:
-    """What `tokens:` says of one token: `model`'s row for it, or that model's row `row`.
+    """The rule that `tokens:` gives for one token: `model`'s row for it, or that model's row `row`.
 
     No model means zeros.
     """
@@ -114,7 +114,7 @@ def unite(tokenizers: Mapping[str, Any], sizes: Mapping[str, int]) -> Any:
         # were cut off.
         first.save_pretrained(folder)
         united = read_tokenizer(folder, "the union's tokenizer")
-    # All at once: token by token, each call rebuilds the matcher of the added ones.
+    # In one call: token by token, each call would rebuild the matcher of the added ones.
     united.add_tokens([token for token in plain if token not in added and token not in present])
     united.add_tokens(list(added.values()))
     return united
@@ -182,8 +182,8 @@ def _cut(tokenizer: Any, size: int, ref: str) -> Any:
     kind = state.get("model", {}).get("type", "no fast tokenizer")
     if kind != "BPE":
         raise RecipeError(
-            f"the tokenizer has {len(unused)} tokens past the {size} rows of the embeddings, "
-            "and only a BPE can be cut",
+            f"the tokenizer has {len(unused)} tokens beyond the {size} rows of the embeddings, and "
+            "only a BPE tokenizer can be cut",
             where=ref,
             found=kind,
             remedy="Remove the tokens, or add rows to the model.",
@@ -196,7 +196,7 @@ def _cut(tokenizer: Any, size: int, ref: str) -> Any:
     kept = []
     for merge in bpe["merges"]:
         a, b = merge.split(" ") if isinstance(merge, str) else merge
-        # A merge into a token that is cut goes too; mergekit fails there.
+        # A merge into a token that is cut is removed too; mergekit fails there.
         if unused.isdisjoint((a, b, a + b.removeprefix(prefix))):
             kept.append((a, b))
     bpe["merges"] = kept
@@ -208,7 +208,7 @@ def _cut(tokenizer: Any, size: int, ref: str) -> Any:
         raise ModelError(
             f"the tokenizer cannot be cut to {size} rows: {error}",
             where=ref,
-            remedy="Remove the tokens past them.",
+            remedy="Remove the tokens beyond them.",
         ) from error
     return tokenizer
 

@@ -11,7 +11,7 @@ from evomerge.errors import EngineError
 from evomerge.judging.cascade import CascadeJudge, Floats, completed, composed, settle
 from evomerge.judging.grade import Grade
 from evomerge.recipe import Recipe
-from evomerge.searching.examine import Examined, JudgedExaminer
+from evomerge.searching.evaluate import Evaluation, JudgedEvaluator
 from evomerge.searching.generation.racing import BLOCK, blocks, task_order
 from evomerge.searching.records.study_facts import CascadeSavings
 from evomerge.searching.scoring import Scorer
@@ -24,7 +24,7 @@ class CascadeRow:
     """One candidate of the generation: answers and grades in the tasks' order."""
 
     recipe: Recipe
-    examined: Examined  # with the learned judge's grades
+    evaluation: Evaluation  # with the learned judge's grades
     expensive: list[Grade | None] = field(default_factory=list)  # the llm judge's
 
 
@@ -38,13 +38,14 @@ class CascadeOutcome:
 
 @dataclass
 class CascadeRound:
-    """All candidates answer and the learned judge grades all; the llm judge grades, block by block,
-    those that may be in the better half or not.
+    """All candidates answer, the learned judge grades all, and the llm judge the undecided ones.
+
+    It grades, block by block, the candidates that may or may not be in the better half.
     """
 
     judge: CascadeJudge
     study: Study
-    examiner: JudgedExaminer
+    evaluator: JudgedEvaluator
     scorer: Scorer
 
     def run(
@@ -59,8 +60,8 @@ class CascadeRound:
             return None
         order = task_order(self.study.search.seed, 0, len(tasks))
         looks = []
-        for places in blocks(len(tasks), BLOCK // 2):
-            looks.append(order[places.start : places.stop])
+        for block in blocks(len(tasks), BLOCK // 2):
+            looks.append(order[block.start : block.stop])
 
         def ask(asked: list[int], chosen: list[int]) -> Floats:
             return self._ask([rows[row] for row in asked], chosen)
@@ -76,35 +77,35 @@ class CascadeRound:
         for recipe in recipes:
             item = (recipe, tasks, mode)
             try:
-                evaluation = self.examiner.evaluation(item, label, graded=False)
-                self.examiner.prefetcher.keep(item, evaluation)
-                likelihoods = self.examiner.likelihoods(recipe, tasks)
+                pending = self.evaluator.take_or_begin(item, label, graded=False)
+                self.evaluator.prefetcher.keep(item, pending)
+                likelihoods = self.evaluator.likelihoods(recipe, tasks)
             except EngineError:
                 continue
-            answers, grades = evaluation.answers, []
+            answers, grades = pending.answers, []
             for task, answer in zip(tasks, answers, strict=True):
                 grades.append(self.judge.proxy.grade(task, answer))
-            examined = Examined(tasks, answers, grades, {}, likelihoods=likelihoods)
-            rows.append(CascadeRow(recipe, examined, [None] * len(tasks)))
+            evaluation = Evaluation(tasks, answers, grades, {}, likelihoods=likelihoods)
+            rows.append(CascadeRow(recipe, evaluation, [None] * len(tasks)))
         return rows
 
     def _values(self, rows: Sequence[CascadeRow]) -> Floats:
         """What the generation is ranked by, of the grades that are known so far: [rows, tasks]."""
-        found = []
+        values = []
         for row in rows:
-            grades = list(row.examined.grades)
+            grades = list(row.evaluation.grades)
             for t, grade in enumerate(row.expensive):
                 grades[t] = grade or grades[t]
-            known = replace(row.examined, grades=grades)
-            found.append(self.scorer.task_values(known, missing=0.0))
-        return np.array(found)
+            known = replace(row.evaluation, grades=grades)
+            values.append(self.scorer.task_values(known, missing=0.0))
+        return np.array(values)
 
     def _ask(self, rows: Sequence[CascadeRow], chosen: Sequence[int]) -> Floats:
         """The llm judge's view of some rows on some tasks: [rows, tasks] of what is ranked by."""
         pending = []
         for row in rows:
-            tasks = [row.examined.tasks[t] for t in chosen]
-            answers = [row.examined.answers[t] for t in chosen]
+            tasks = [row.evaluation.tasks[t] for t in chosen]
+            answers = [row.evaluation.answers[t] for t in chosen]
             pending.append(self.judge.submit(tasks, answers))
         for row, waited in zip(rows, pending, strict=True):
             for t, grade in zip(chosen, waited.result(), strict=True):
@@ -115,16 +116,16 @@ class CascadeRound:
         """The rows' grades: the llm judge's, and the learned one's moved to its level."""
         proxy = np.empty((len(rows), len(rows[0].expensive)))
         known = np.full(proxy.shape, np.nan)
-        for place, row in enumerate(rows):
-            proxy[place] = [grade.value for grade in row.examined.grades]
+        for i, row in enumerate(rows):
+            proxy[i] = [grade.value for grade in row.evaluation.grades]
             for t, grade in enumerate(row.expensive):
                 if grade is not None:
-                    known[place, t] = grade.value
+                    known[i, t] = grade.value
         moved = completed(proxy, known)
-        found = {}
-        for place, row in enumerate(rows):
-            grades = composed(row.examined.grades, row.expensive, moved[place])
-            keys = [task.key for task in row.examined.tasks]
-            found[row.recipe.digest()] = dict(zip(keys, grades, strict=True))
+        by_recipe = {}
+        for i, row in enumerate(rows):
+            grades = composed(row.evaluation.grades, row.expensive, moved[i])
+            keys = [task.key for task in row.evaluation.tasks]
+            by_recipe[row.recipe.digest()] = dict(zip(keys, grades, strict=True))
         asked = int((~np.isnan(known)).sum())
-        return CascadeOutcome(found, CascadeSavings(known.size, asked))
+        return CascadeOutcome(by_recipe, CascadeSavings(known.size, asked))

@@ -1,6 +1,6 @@
 """A generation whose candidates answer together, in one pass, before their trials begin.
 
-The answers lie in the cache, where each candidate's own turn finds them.
+The answers are in the cache, where each candidate finds them in its own turn.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class OnePass:
     def wanted(self, prompts: int) -> bool:
         """Whether generations answer in one pass. Raises StudyFileError where they cannot.
 
-        As `engine.population` says. By default in fp32, where the tokens are the merged model's,
-        and only where it surely pays.
+        As `engine.population` says. By default they do in fp32, where the tokens are the merged
+        model's, and only where one pass is certain to be faster.
         """
         study, population = self.problem.study, self.engine.batched_candidates
         asked_for = study.engine.population
@@ -65,13 +65,15 @@ class OnePass:
         report: Callable[[str], None],
         settings: PromptSettings = None,
     ) -> None:
-        """Answer for every candidate of the generation what is not in the cache yet.
+        """Compute the answers of every candidate of the generation that are not in the cache yet.
 
         Batches of prompts follow one another. Raises EngineError.
         """
         engine, population = self.engine, self.engine.batched_candidates
         assert population is not None
-        recipes = [self.problem.genome.decode(vector) for vector in self.vectors(generation)]
+        history, trials = self.ledger.history(), self.problem.study.search.trials
+        vectors = self.problem.sampler.vectors(history, generation, trials)
+        recipes = [self.problem.genome.decode(vector) for vector in vectors]
         pace = Pace(len(recipes) * len(prompts), report)
         for batch in engine.batches(prompts, settings):
             texts = [prompts[i] for i in batch]
@@ -90,22 +92,6 @@ class OnePass:
                 self.seconds[recipe.digest()] = self.seconds.get(recipe.digest(), 0.0) + share
                 self.cache.put(key, found)
 
-    def spent(self, recipe: Recipe) -> float:
-        """Seconds of a pass that were this candidate's; they are given out once."""
+    def take_seconds(self, recipe: Recipe) -> float:
+        """The candidate's share of a pass in seconds; it is given out once."""
         return self.seconds.pop(recipe.digest(), 0.0)
-
-    def vectors(self, generation: int) -> list[tuple[float, ...]]:
-        """The generation's candidates up to the last trial: those finished, and those to draw."""
-        history, sampler = self.ledger.history(), self.problem.sampler
-        size = sampler.population
-        found = []
-        for index in range(size):
-            if generation * size + index >= self.problem.study.search.trials:
-                break
-            finished = history.finished.get((generation, index))
-            if finished is not None:
-                found.append(finished.weights)
-            else:
-                slot = sampler.slot(history, generation, index)
-                found.append(tuple(sampler.draw(history, slot).tolist()))
-        return found

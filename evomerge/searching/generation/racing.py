@@ -1,6 +1,6 @@
 """Cheaper rankings: which tasks a generation answers, and which of its candidates may stop early.
 
-Pure functions of grades; docs/SEARCH.md says what each is worth.
+Pure functions of grades; docs/SEARCH.md reports what each contributes.
 """
 
 from __future__ import annotations
@@ -54,21 +54,15 @@ def hopeless(grades: NDArray[Any], keep: int, error: float, looks: int = 1) -> s
     at `looks` looks, so each test has the level error / (looks * keep * (candidates - keep)) and
     all of them together err with at most `error` per generation (Bonferroni; racing as in
     Heidrich-Meisner and Igel 2009, https://doi.org/10.1145/1553374.1553426). The variance is the
-    pair's own or that of the average pair, whichever is larger: few grades often differ by chance
-    not at all. Bounds that assume nothing beyond the grades' range (Hoeffding, empirical Bernstein)
-    never decide here.
+    pair's own or that of the average pair, whichever is larger: by chance, few grades often do not
+    differ at all. Bounds that assume nothing beyond the grades' range (Hoeffding, empirical
+    Bernstein) never decide here.
     """
     count = len(grades)
     if count <= keep:
         return set()
     level = error / (looks * keep * (count - keep))
-    differences = grades[None, :, :] - grades[:, None, :]  # [i, j, t]: what j has more than i
-    seen = ~np.isnan(differences)
-    n = seen.sum(axis=2)
-    filled = np.where(seen, differences, 0.0)
-    mean = filled.sum(axis=2) / np.maximum(n, 1)
-    squares = (np.where(seen, differences - mean[:, :, None], 0.0) ** 2).sum(axis=2)
-    variance = squares / np.maximum(n - 1, 1)
+    n, mean, variance = paired_moments(grades)
     pairs = (n > 1) & ~np.eye(count, dtype=bool)
     if not pairs.any():
         return set()
@@ -78,6 +72,17 @@ def hopeless(grades: NDArray[Any], keep: int, error: float, looks: int = 1) -> s
         needed[n == count_seen] = t_quantile(level, int(count_seen) - 1)
     better = pairs & (mean > needed * np.sqrt(variance / np.maximum(n, 1)))
     return {i for i in range(count) if better[i].sum() >= keep}
+
+
+def paired_moments(grades: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """[i, j]: tasks that both saw, and mean and variance there of what j has more than i."""
+    differences = grades[None, :, :] - grades[:, None, :]  # [i, j, t]
+    seen = ~np.isnan(differences)
+    n = seen.sum(axis=2)
+    filled = np.where(seen, differences, 0.0)
+    mean = filled.sum(axis=2) / np.maximum(n, 1)
+    squares = (np.where(seen, differences - mean[:, :, None], 0.0) ** 2).sum(axis=2)
+    return n, mean, squares / np.maximum(n - 1, 1)
 
 
 @lru_cache(maxsize=4096)

@@ -10,10 +10,11 @@ import numpy as np
 
 from evomerge.console import duration, plus_minus, seconds
 from evomerge.judging.grade import Judge
-from evomerge.searching.history import History, best
+from evomerge.searching.history import History, best_first
 from evomerge.searching.ledger import Ledger
 from evomerge.searching.records.trial_record import TrialRecord, metric_values
 from evomerge.searching.samplers.cma import CmaSampler
+from evomerge.searching.scoring import draw_variance
 from evomerge.study import SearchSection, Study
 
 NOISE = 2.0  # standard errors that a generation's mean must gain to count as better
@@ -46,9 +47,9 @@ class StudyClock:
 def why_stop(
     study: Study, sampler: CmaSampler, ledger: Ledger, clock: StudyClock, judge: Judge | None
 ) -> str | None:
-    """The reason to begin no further candidate, in words; None: continue.
+    """The reason to start no further candidate, in words; None: continue.
 
-    Convergence is looked at between generations only.
+    Convergence is checked between generations only.
     """
     s, history = study.search, ledger.history()
     spending = Spending(clock.elapsed(), float(getattr(judge, "cost", 0.0)))
@@ -60,7 +61,7 @@ def why_stop(
         return None
     generations = [history.generation(number) for number in range(complete)]
     sigma = sampler.sigma(history, complete)
-    return why_converged(s, generations, sigma, history.task_levels(study.metric), study.metric)
+    return why_converged(s, generations, sigma, history.task_baselines(study.metric), study.metric)
 
 
 def why_limited(s: SearchSection, candidates: int, spending: Spending) -> str | None:
@@ -82,18 +83,18 @@ def why_converged(
     s: SearchSection,
     generations: Sequence[Sequence[TrialRecord]],
     sigma: float,
-    levels: Mapping[str, float],
+    task_baselines: Mapping[str, float],
     metric: str,
 ) -> str | None:
     """The sign of convergence, from the complete generations and the next step size.
 
-    `levels` are the tasks' mean values by the references.
+    `task_baselines` are the tasks' mean values by the references.
     """
     if s.min_sigma is not None and sigma < s.min_sigma:
         return f"converged: the step size is {sigma:.3g}, below {s.min_sigma:g}"
     if s.patience is None or len(generations) <= s.patience:
         return None
-    if _gained(generations, s.patience, levels, metric):
+    if _gained(generations, s.patience, task_baselines, metric):
         return None
     return f"converged: no gain beyond noise in {s.patience} generations"
 
@@ -101,19 +102,19 @@ def why_converged(
 def _gained(
     generations: Sequence[Sequence[TrialRecord]],
     patience: int,
-    levels: Mapping[str, float],
+    task_baselines: Mapping[str, float],
     metric: str,
 ) -> bool:
     """Whether a late generation is better than the best before by more than NOISE standard errors.
 
     A generation's variance is that of its candidates' scores over their number, and where it
     answered n of the N tasks that of the tasks it happened to get, s_d² (1/n - 1/N), s_d² the
-    variance of grade - level: tasks that all candidates answer add no noise.
+    variance of grade - baseline: tasks that all candidates answer add no noise.
     """
     means, errors = [], []
     for generation in generations:
         means.append(float(np.mean([r.score for r in generation])))
-        errors.append(_error(generation, levels, metric))
+        errors.append(_error(generation, task_baselines, metric))
     before = int(np.argmax(means[:-patience]))
     for mean, error in zip(means[-patience:], errors[-patience:], strict=True):
         if mean - means[before] > NOISE * float(np.hypot(error, errors[before])):
@@ -121,28 +122,27 @@ def _gained(
     return False
 
 
-def _error(generation: Sequence[TrialRecord], levels: Mapping[str, float], metric: str) -> float:
+def _error(
+    generation: Sequence[TrialRecord], task_baselines: Mapping[str, float], metric: str
+) -> float:
     scores = np.array([r.score for r in generation], dtype=float)
     scatter = float(scores.var(ddof=1)) / len(scores) if len(scores) > 1 else 0.0
     drawn = []
     for r in generation:
         values = metric_values(r.grades, metric)
-        above = np.array([values[task] - levels[task] for task in values if task in levels])
-        variance = 0.0
-        if len(above) > 1:
-            variance = float(above.var(ddof=1)) * (1 / len(above) - 1 / len(levels))
-        drawn.append(variance)
+        above = np.array([values[t] - task_baselines[t] for t in values if t in task_baselines])
+        drawn.append(draw_variance(above, len(task_baselines)))
     return float(np.sqrt(scatter + np.mean(drawn)))
 
 
-def progress_line(study: Study, history: History, label: str, seconds: float) -> str:
-    """A line on the trial that has just ended, and on how long the rest will take."""
+def progress_line(study: Study, history: History, label: str) -> str:
+    """A line about the trial that has just ended, and the time that the rest will take."""
     paces = [sum(trial.seconds.values()) for trial in history.complete[-20:]]
     left = study.search.trials - len(history.candidates) + 5  # the mean and the verdict
-    last, found = history.complete[-1], best(history.complete)
-    assert found.score is not None
+    last, best = history.complete[-1], best_first(history.complete)[0]
+    assert best.score is not None
     return (
         f"{label}  {last.score:.3f}  "
-        f"best {plus_minus(found.score, found.stderr)} (#{found.number})  "
-        f"{seconds:.1f} s/candidate  ETA {duration(left * float(np.mean(paces)))}"
+        f"best {plus_minus(best.score, best.stderr)} (#{best.number})  "
+        f"{paces[-1]:.1f} s/candidate  ETA {duration(left * float(np.mean(paces)))}"
     )

@@ -1,4 +1,4 @@
-"""What a study remembers of its judge at the verdict, for the report page.
+"""What a study stores about its judge at the verdict, for the report page.
 
 The rules judge, which is always available, is the second judge. It is not an authority, but two
 judges seldom agree by chance.
@@ -23,7 +23,7 @@ TEXT, REASON = 600, 300  # characters kept of a text and of a reason
 
 
 class JudgedAnswers(Protocol):
-    """What one candidate did on the tasks, in their order."""
+    """One candidate's answers and grades on the tasks, in their order."""
 
     @property
     def answers(self) -> Sequence[Answer]: ...
@@ -36,19 +36,19 @@ def judge_facts(
     judge_name: str,
     judge_version: str,
     tasks: Sequence[Task],
-    examined: Mapping[str, JudgedAnswers],
+    evaluations: Mapping[str, JudgedAnswers],
     held_out: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What a search remembers of its judge at the verdict, ready for JSON.
+    """What a search stores about its judge at the verdict, ready for JSON.
 
-    `examined` holds the candidates' answers to the held-out `tasks` and their grades, "winner" and
-    the best "uniform" among them. `held_out` is a learned judge's own agreement, as its file has
-    it. {"name", "version", "n": tasks, "grades": {candidate: [n]}, "rules": the same by the rules
-    judge, or None where it was the judge, "pairs": what differs most, each {task_id, input,
+    `evaluations` holds the candidates' answers to the held-out `tasks` and their grades, "winner"
+    and the best "uniform" among them. `held_out` is a learned judge's own agreement, as its file
+    has it. {"name", "version", "n": tasks, "grades": {candidate: [n]}, "rules": the same by the
+    rules judge, or None where it was the judge, "pairs": what differs most, each {task_id, input,
     reference, who, text, "sides": two of {name, grade, reason, text}}, "held_out"}: two judges of
     the answer `text` of `who`, or the winner and a parent with texts of their own.
     """
-    grades = {name: _values(found.grades) for name, found in examined.items()}
+    grades = {name: _values(e.grades) for name, e in evaluations.items()}
     facts: dict[str, Any] = {
         "name": judge_name,
         "version": judge_version,
@@ -58,12 +58,12 @@ def judge_facts(
         "held_out": None if held_out is None else dict(held_out),
     }
     if judge_name == RulesJudge.name:
-        return facts | {"pairs": _two_answers(tasks, examined, grades)}
+        return facts | {"pairs": _two_answers(tasks, evaluations, grades)}
     judge, rules = RulesJudge(), {}
-    for name, e in examined.items():
+    for name, e in evaluations.items():
         rules[name] = [judge.grade(t, a) for t, a in zip(tasks, e.answers, strict=True)]
     values = {name: _values(found) for name, found in rules.items()}
-    return facts | {"rules": values, "pairs": _two_judges(judge_name, tasks, examined, rules)}
+    return facts | {"rules": values, "pairs": _two_judges(judge_name, tasks, evaluations, rules)}
 
 
 def known_agreement(judge: Judge) -> Mapping[str, Any] | None:
@@ -77,30 +77,30 @@ def known_agreement(judge: Judge) -> Mapping[str, Any] | None:
 def _two_judges(
     judge: str,
     tasks: Sequence[Task],
-    examined: Mapping[str, JudgedAnswers],
+    evaluations: Mapping[str, JudgedAnswers],
     rules: Mapping[str, Sequence[Grade]],
 ) -> list[dict[str, Any]]:
     """One answer per task on which the two judges differ most, largest first."""
 
-    def gap(place: tuple[int, str]) -> float:
-        i, name = place
-        return abs(examined[name].grades[i].value - rules[name][i].value)
+    def gap(case: tuple[int, str]) -> float:
+        i, name = case
+        return abs(evaluations[name].grades[i].value - rules[name][i].value)
 
     worst = []
-    for i in range(len(tasks) if examined else 0):
-        worst.append(max(product([i], examined), key=gap))
-    differing = [place for place in worst if gap(place) > 0]
+    for i in range(len(tasks) if evaluations else 0):
+        worst.append(max(product([i], evaluations), key=gap))
+    differing = [case for case in worst if gap(case) > 0]
     pairs = []
-    for i, name in sorted(differing, key=lambda place: (-gap(place), place[0]))[:SHOWN]:
-        ours, theirs = examined[name].grades[i], rules[name][i]
+    for i, name in sorted(differing, key=lambda case: (-gap(case), case[0]))[:SHOWN]:
+        ours, theirs = evaluations[name].grades[i], rules[name][i]
         sides = [_side(judge, ours), _side(RulesJudge.name, theirs)]
-        pairs.append(_pair(tasks[i], sides, name, examined[name].answers[i]))
+        pairs.append(_pair(tasks[i], sides, name, evaluations[name].answers[i]))
     return pairs
 
 
 def _two_answers(
     tasks: Sequence[Task],
-    examined: Mapping[str, JudgedAnswers],
+    evaluations: Mapping[str, JudgedAnswers],
     grades: Mapping[str, Sequence[float]],
 ) -> list[dict[str, Any]]:
     """The tasks on which the winner and the best parent differ most, either way, largest first.
@@ -108,10 +108,10 @@ def _two_answers(
     The best parent is the one with the highest mean.
     """
     parents = []
-    for name in examined:
+    for name in evaluations:
         if name in ("base", "instruct") or name.startswith("sibling:"):
             parents.append(name)
-    if "winner" not in examined or not parents:
+    if "winner" not in evaluations or not parents:
         return []
     best = max(parents, key=lambda name: float(np.mean(grades[name])))
     gaps = [abs(w - p) for w, p in zip(grades["winner"], grades[best], strict=True)]
@@ -120,7 +120,7 @@ def _two_answers(
     for i in sorted(differing, key=lambda i: (-gaps[i], i))[:SHOWN]:
         sides = []
         for name in ("winner", best):
-            sides.append(_side(name, examined[name].grades[i], examined[name].answers[i]))
+            sides.append(_side(name, evaluations[name].grades[i], evaluations[name].answers[i]))
         pairs.append(_pair(tasks[i], sides))
     return pairs
 
@@ -128,23 +128,23 @@ def _two_answers(
 def _pair(
     task: Task, sides: list[dict[str, Any]], who: str | None = None, answer: Answer | None = None
 ) -> dict[str, Any]:
-    """`who` gave the `answer` that both sides are about, or each side has a text of its own."""
+    """`who` gave the `answer` that both sides are about, or each side has its own text."""
     return {
         "task_id": task.stored_id,
-        "input": _cut(task.input, TEXT),
-        "reference": _cut(task.output, TEXT),
+        "input": cut(task.input, TEXT),
+        "reference": cut(task.output, TEXT),
         "who": who,
-        "text": None if answer is None else _cut(answer.text, TEXT),
+        "text": None if answer is None else cut(answer.text, TEXT),
         "sides": sides,
     }
 
 
 def _side(name: str, grade: Grade, answer: Answer | None = None) -> dict[str, Any]:
-    text = None if answer is None else _cut(answer.text, TEXT)
+    text = None if answer is None else cut(answer.text, TEXT)
     return {
         "name": name,
         "grade": float(grade.value),
-        "reason": _cut(grade.reason, REASON),
+        "reason": cut(grade.reason, REASON),
         "text": text,
     }
 
@@ -153,5 +153,6 @@ def _values(grades: Sequence[Grade]) -> list[float]:
     return [float(grade.value) for grade in grades]
 
 
-def _cut(text: str, limit: int) -> str:
+def cut(text: str, limit: int) -> str:
+    """The text, or its first `limit` characters and an ellipsis."""
     return text if len(text) <= limit else text[:limit] + " …"

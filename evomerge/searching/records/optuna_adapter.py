@@ -25,7 +25,7 @@ STATES = {TrialState.COMPLETE: "complete", TrialState.FAIL: "failed", TrialState
 
 
 class StoredStudy:
-    """One study in its storage. Every error of the storage is raised as one of ours."""
+    """One study in its storage. Every error of the storage is raised as an EvomergeError."""
 
     def __init__(self, study: optuna.Study, url: str = "") -> None:
         self.study, self.url = study, url
@@ -109,7 +109,7 @@ def open_stored(url: str, name: str, create: bool = False) -> StoredStudy:
 
 @contextmanager
 def storage_errors(url: str, name: str) -> Iterator[None]:
-    """Raise a storage's own errors as one line of ours."""
+    """Raise a storage's errors as one-line EvomergeErrors."""
     import sqlalchemy.exc
 
     kinds = (
@@ -129,7 +129,7 @@ def storage_errors(url: str, name: str) -> Iterator[None]:
         remedy = "Repair it, then run the same command."
         if path is not None:
             remedy = (
-                f"The answers that were generated are kept in another file, {name}.answers.sqlite: "
+                f"The generated answers are stored in another file, {name}.answers.sqlite: "
                 f"move {path.name} away, and `evomerge search` starts over with them."
             )
         where = path or shown_url(url)

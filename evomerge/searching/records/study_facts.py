@@ -1,4 +1,4 @@
-"""What a study remembers besides its trials: the attributes of its storage, typed.
+"""What a study stores besides its trials: the attributes of its storage, typed.
 
 Format 1 is that of evomerge 0.1, which wrote no `version`. In format 0 (before 0.1) `verdict`,
 `finalists` and `look` are attributes of their own.
@@ -7,7 +7,7 @@ Format 1 is that of evomerge 0.1, which wrote no `version`. In format 0 (before 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any
 
 from evomerge.errors import StudyError
@@ -21,17 +21,19 @@ VERSION = 1  # of the format that is written
 class Start:
     """The distribution of the first generation where it comes from elsewhere.
 
-    mean (d,), cov (d, d). With `first` the mean is the first candidate too.
+    mean (d,), cov (d, d). With `mean_is_first` the mean is the first candidate too.
     """
 
     mean: tuple[float, ...]
     sigma: float
     cov: tuple[tuple[float, ...], ...]
-    first: bool = False
+    mean_is_first: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The stored form."""
-        return asdict(self)
+        stored = asdict(self)
+        stored["first"] = stored.pop("mean_is_first")
+        return stored
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Start:
@@ -51,10 +53,6 @@ class GradientStep:
     tasks: int
     seconds: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """The stored form."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> GradientStep:
         """The inverse of `to_dict`, also after JSON."""
@@ -70,10 +68,6 @@ class SplitKeys:
     validation: tuple[int | str, ...]
     held_out: tuple[int | str, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """The stored form."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SplitKeys:
         """The inverse of `to_dict`; a study from before the validation tasks has none."""
@@ -83,19 +77,15 @@ class SplitKeys:
 
 @dataclass(frozen=True)
 class CascadeSavings:
-    """Of `graded` answers the cascade judge asked its expensive judge about `asked`."""
+    """The cascade judge had its expensive judge grade `asked` of `graded` answers."""
 
     graded: int
     asked: int
 
-    def to_dict(self) -> dict[str, Any]:
-        """The stored form."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class StudyFacts:
-    """A study's facts; a field's name is its key in the storage."""
+    """A study's facts; a field's name is its key in the storage, except for STORED_KEYS."""
 
     version: int = VERSION
     study_file: Mapping[str, Any] | None = None  # resolved, as `Study.to_dict` wrote it
@@ -108,17 +98,18 @@ class StudyFacts:
     knowledge: str | None = None  # hash of the knowledge base
     judge: str | None = None  # name and version
     prompts: str | None = None  # hash of lm-eval's prompts
-    first: tuple[tuple[float, ...], ...] | None = None  # known candidates
+    known_candidates: tuple[tuple[float, ...], ...] | None = None  # in the order of their slots
     start: Start | None = None
     warm_start: tuple[GradientStep, ...] = ()
-    limits: Mapping[str, int] = field(default_factory=dict)  # batch sizes that memory has forced
+    # batch sizes that a lack of memory has forced
+    limits: Mapping[str, int] = field(default_factory=dict)
     elapsed: float = 0.0  # seconds of all runs
     stopped: str | None = None  # why the search ended
     cascade: CascadeSavings | None = None
     # generation -> (answers graded, answers that the expensive judge graded)
     cascade_generations: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     validation: ValidationChoice | None = None
-    finalists: Mapping[str, int] = field(default_factory=dict)  # name -> trial number
+    compared: Mapping[str, int] = field(default_factory=dict)  # name -> trial number
     verdict: Verdict | None = None
     look: int = 1  # how many verdicts the study has had
     samples: tuple[Sample, ...] = ()
@@ -126,7 +117,7 @@ class StudyFacts:
 
     @property
     def begun(self) -> bool:
-        """Whether the study has remembered its study file."""
+        """Whether the study has stored its study file."""
         return self.study_file is not None
 
     @property
@@ -152,6 +143,8 @@ def read_facts(attributes: Mapping[str, Any], name: str = "study") -> StudyFacts
     for key, read in READERS.items():
         if a.get(key) is not None:
             a[key] = read(a[key])
+    for name, key in STORED_KEYS.items():
+        a[name] = a.pop(key, None)
     known = {key: value for key, value in a.items() if key in FIELDS and value is not None}
     return StudyFacts(**known)
 
@@ -160,6 +153,8 @@ def stored(value: Any) -> Any:
     """A fact in its stored form: plain JSON values."""
     if hasattr(value, "to_dict"):
         return value.to_dict()
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
     if isinstance(value, list | tuple):
         return [stored(item) for item in value]
     if isinstance(value, Mapping):
@@ -167,16 +162,8 @@ def stored(value: Any) -> Any:
     return value
 
 
-def _steps(data: list[Mapping[str, Any]]) -> tuple[GradientStep, ...]:
-    return tuple(GradientStep.from_dict(step) for step in data)
-
-
-def _samples(data: list[Mapping[str, Any]]) -> tuple[Sample, ...]:
-    return tuple(Sample.from_dict(sample) for sample in data)
-
-
-def _vectors(data: list[list[float]]) -> tuple[tuple[float, ...], ...]:
-    return tuple(tuple(vector) for vector in data)
+def _each(read: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
+    return lambda data: tuple(map(read, data))
 
 
 def _generations(data: Mapping[str, list[int]]) -> dict[int, tuple[int, int]]:
@@ -186,13 +173,15 @@ def _generations(data: Mapping[str, list[int]]) -> dict[int, tuple[int, int]]:
 READERS: dict[str, Callable[[Any], Any]] = {
     "split": SplitKeys.from_dict,
     "names": tuple,
-    "first": _vectors,
+    "first": _each(tuple),
     "start": Start.from_dict,
-    "warm_start": _steps,
+    "warm_start": _each(GradientStep.from_dict),
     "cascade": lambda data: CascadeSavings(**data),
     "cascade_generations": _generations,
     "validation": ValidationChoice.from_dict,
     "verdict": Verdict.from_dict,
-    "samples": _samples,
+    "samples": _each(Sample.from_dict),
 }
+# fields of StudyFacts with another key in the storage
+STORED_KEYS = {"known_candidates": "first", "compared": "finalists"}
 FIELDS = frozenset(StudyFacts.__dataclass_fields__)

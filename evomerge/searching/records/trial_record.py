@@ -7,7 +7,7 @@ of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ OPTIONAL = ("length", "likelihood", "objective")
 
 @dataclass(frozen=True)
 class TaskGrade:
-    """What the answer to one task was worth.
+    """The value of the answer to one task.
 
     `grade` is a judge's grade, `score` a document's share of lm-eval's score; `length` is the
     answer's share of its longest allowed length and `likelihood` the reference's log-likelihood in
@@ -107,7 +107,7 @@ class TrialRecord:
     parts: Mapping[str, float] = field(default_factory=dict)
 
     @property
-    def place(self) -> tuple[int | None, int | None]:
+    def slot(self) -> tuple[int | None, int | None]:
         """Generation and index."""
         return self.generation, self.index
 
@@ -137,7 +137,7 @@ def read_trial(
         truncated=data.get("truncated", 0.0),
         seconds=data.get("seconds", {}),
         reason=data.get("reason"),
-        grades=_grades(data.get("grades", {}).items()),
+        grades={task: TaskGrade.from_dict(g) for task, g in data.get("grades", {}).items()},
         tokens=data.get("tokens"),
         tokens_per_second=data.get("tokens_per_second"),
         parts=data.get("parts", {}),
@@ -159,7 +159,3 @@ def metric_values(grades: Mapping[str, TaskGrade], metric: str) -> dict[str, flo
         if value is not None:
             values[task] = value
     return values
-
-
-def _grades(stored: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[str, TaskGrade]:
-    return {task: TaskGrade.from_dict(data) for task, data in stored}

@@ -1,4 +1,4 @@
-"""The verdict, and what is kept of the held-out answers for the report."""
+"""The verdict, and the held-out answers that are stored for the report."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from evomerge.searching.records.trial_record import known_error
+
+LEAD = "winner-"  # begins the keys of `Verdict.paired`
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,11 @@ class Verdict:
     candidates: Mapping[str, HeldOutScore]
     paired: Mapping[str, PairedDifference]
 
+    @property
+    def leads(self) -> dict[str, PairedDifference]:
+        """The winner's lead over each other candidate, by its name."""
+        return {key.removeprefix(LEAD): pair for key, pair in self.paired.items()}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts: the stored form, and what verdict.json holds."""
         return asdict(self)
@@ -59,16 +66,17 @@ class Verdict:
 class Decision:
     """The verdict, the trials it compares, and how many verdicts the study has had.
 
-    `finalists` hold trial numbers by the candidates' names. The three are written as one.
+    `compared` holds trial numbers by the candidates' names. The three are written as one.
     """
 
     verdict: Verdict
-    finalists: Mapping[str, int]
+    compared: Mapping[str, int]
     look: int = 1
 
     def to_dict(self) -> dict[str, Any]:
-        """The stored form."""
-        return asdict(self)
+        """The stored form, where `compared` has an older name."""
+        verdict = self.verdict.to_dict()
+        return {"verdict": verdict, "finalists": dict(self.compared), "look": self.look}
 
 
 @dataclass(frozen=True)
@@ -109,10 +117,6 @@ class Sample:
     input: str
     reference: str
     answers: Mapping[str, SampleAnswer]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The stored form."""
-        return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Sample:

@@ -1,15 +1,15 @@
 """CMA-ES as a pure function from a study's history to the next vector.
 
 Nothing is pickled and nothing is kept between calls: the optimizer is replayed from the finished
-trials, so that resuming is the same as going on. Every draw is seeded from (study seed, generation,
-index, attempt), so that an interrupted candidate is drawn again as it was.
+trials, so that resuming is the same as continuing. Every draw is seeded from (study seed,
+generation, index, attempt), so that an interrupted candidate is drawn identically again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +27,7 @@ from evomerge.searching.samplers.cmaes_adapter import (
 
 @dataclass(frozen=True)
 class Slot:
-    """A place in a generation, and how often a candidate has failed there."""
+    """A position in a generation, and how often a candidate has failed there."""
 
     generation: int
     index: int
@@ -39,6 +39,7 @@ class CmaSampler:
 
     def __init__(
         self,
+        *,
         names: Sequence[str],
         bounds: Sequence[tuple[float, float]],
         declared: Sequence[tuple[float, float]],
@@ -49,13 +50,13 @@ class CmaSampler:
         scales: Sequence[float] | None = None,
         lr_adapt: bool = False,
         cov: np.ndarray | None = None,
-        first: Sequence[Sequence[float]] = (),
+        known_candidates: Sequence[Sequence[float]] = (),
     ) -> None:
         """Sequences have one item per dimension.
 
         `bounds` hold the candidates; `declared`, at least as wide, also parents and uniform
         weights. The first step size of dimension i is sigma * scales[i]; scales are 1 by default,
-        and `cov` (d, d) replaces them. `first` are known vectors: the first candidates, in order.
+        and `cov` (d, d) replaces them. `known_candidates` are the first candidates, in order.
         """
         self.names, self.seed, self.lr_adapt = tuple(names), seed, lr_adapt
         self.bounds = np.array(bounds, dtype=float)
@@ -64,11 +65,11 @@ class CmaSampler:
         shape = np.diag(units**2) if cov is None else np.array(cov, dtype=float)
         mean = np.clip(np.array(starts, dtype=float), *self.bounds.T)
         self.default = Distribution(mean, sigma, shape)
-        self.first = [np.array(x, dtype=float) for x in first]
+        self.known_candidates = [np.array(x, dtype=float) for x in known_candidates]
         self.population = population or default_population(len(names))
 
     def start(self, history: History) -> Distribution:
-        """What the first generation is drawn from: the default, or what the study remembers."""
+        """The distribution of the first generation: the default, or the stored one."""
         if history.start is None:
             return self.default
         mean = np.clip(np.array(history.start.mean, dtype=float), *self.bounds.T)
@@ -77,16 +78,16 @@ class CmaSampler:
 
     def known(self, history: History) -> list[np.ndarray]:
         """The vectors that come before any draw."""
-        if history.start is None or not history.start.first:
-            return self.first
-        return [self.start(history).mean, *self.first]
+        if history.start is None or not history.start.mean_is_first:
+            return self.known_candidates
+        return [self.start(history).mean, *self.known_candidates]
 
     def next_slot(self, history: History) -> Slot:
-        """The first place, in order, that has no finished candidate."""
-        return self.slot(history, *history.next_place(self.population))
+        """The first slot, in order, that has no finished candidate."""
+        return self.slot(history, *history.next_slot(self.population))
 
     def slot(self, history: History, generation: int, index: int) -> Slot:
-        """A place, and how often a candidate has failed there."""
+        """A slot, and how often a candidate has failed there."""
         return Slot(generation, index, history.failures(generation, index))
 
     def draw(self, history: History, slot: Slot) -> np.ndarray:
@@ -94,14 +95,28 @@ class CmaSampler:
 
         They are a known vector, or a function of the seed, the slot and the generations before it.
         """
-        place = slot.generation * self.population + slot.index
+        position = slot.generation * self.population + slot.index
         known = self.known(history)
-        if place < len(known) and not slot.attempt:
-            return known[place].copy()
+        if position < len(known) and not slot.attempt:
+            return known[position].copy()
         optimizer = self.replay(history, slot.generation)
         optimizer.reseed_rng(_seed(self.seed, slot))
         asked: np.ndarray = optimizer.ask()
         return asked
+
+    def vectors(
+        self, history: History, generation: int, trials: int, first: int = 0, finished: bool = True
+    ) -> Iterator[tuple[float, ...]]:
+        """The generation's candidates from index `first` up to the last of all trials.
+
+        Those that are `finished`, unless they are left out, and those to draw.
+        """
+        for index in range(first, min(self.population, trials - generation * self.population)):
+            trial = history.finished.get((generation, index))
+            if trial is None:
+                yield tuple(self.draw(history, self.slot(history, generation, index)).tolist())
+            elif finished:
+                yield trial.weights
 
     def mean(self, history: History) -> tuple[int, np.ndarray]:
         """How many generations are complete, and the mean after them, (d,), within the bounds."""
@@ -140,8 +155,8 @@ class CmaSampler:
         x = np.array(trial.weights)
         assert trial.generation is not None
         assert trial.index is not None
-        place = trial.generation * self.population + trial.index
-        if place >= len(known) or not np.array_equal(x, known[place]):
+        position = trial.generation * self.population + trial.index
+        if position >= len(known) or not np.array_equal(x, known[position]):
             return x
         return within_reach(x, state(optimizer), self.bounds)
 

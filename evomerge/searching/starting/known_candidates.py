@@ -17,7 +17,7 @@ OUTSIDE = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
 def first_vectors(study: Study, genome: Genome) -> list[tuple[float, ...]]:
     """The vectors of `search.recipes` and `search.vectors`.
 
-    Raises StudyFileError for one that the genome does not hold.
+    Raises StudyFileError for one that the genome does not contain.
     """
     vectors = [encode(genome, read_recipe(path), path) for path in study.search.recipes]
     for i, vector in enumerate(study.search.vectors):
@@ -33,7 +33,7 @@ def first_vectors(study: Study, genome: Genome) -> list[tuple[float, ...]]:
         for x, gene in zip(vector, genome.genes, strict=True):
             if not gene.low <= x <= gene.high:
                 raise StudyFileError(
-                    "a first candidate lies outside the bounds",
+                    "a first candidate is outside the bounds",
                     found=x,
                     remedy="Widen search.bounds, or remove it.",
                 )
@@ -65,7 +65,7 @@ def encode(genome: Genome, recipe: Recipe, where: str) -> tuple[float, ...]:
     for name in names:
         if _all_settings(layout, name, genome.models) != _all_settings(ours, name, genome.models):
             raise _not_a_merge(where, name)
-    if not set(map(_place, recipe.siblings)) <= set(map(_place, genome.models)):
+    if not set(map(_resolved, recipe.siblings)) <= set(map(_resolved, genome.models)):
         raise _not_a_merge(where, "its models")
     return tuple(vector)
 
@@ -88,7 +88,7 @@ def _check_form(genome: Genome, recipe: Recipe, where: str) -> None:
         )
     if recipe.tokenizer is not None and genome.tokenizer_source is None:
         raise StudyFileError(
-            "it has a tokenizer of its own, the genome has none", where=where, remedy="Remove it."
+            "it has its own tokenizer, but the genome has none", where=where, remedy="Remove it."
         )
     if recipe.dtype not in (None, genome.dtype):
         raise StudyFileError(
@@ -119,16 +119,16 @@ def _settings(layout: Layout, name: str, models: Sequence[str]) -> list[tuple[fl
     for i, (ref, _) in enumerate(plan.siblings):
         weight = plan.weights[i] if plan.weights else 1.0
         density = plan.densities[i] if plan.densities else 1.0
-        found[_place(ref)] = (float(weight), float(density))
-    return [found.get(_place(ref), (0.0, 1.0)) for ref in models]
+        found[_resolved(ref)] = (float(weight), float(density))
+    return [found.get(_resolved(ref), (0.0, 1.0)) for ref in models]
 
 
 def _all_settings(layout: Layout, name: str, models: Sequence[str]) -> tuple[object, ...]:
     plan = layout.plan(name)
-    base = None if plan.base is None else _place(plan.base[0])
+    base = None if plan.base is None else _resolved(plan.base[0])
     return (_settings(layout, name, models), base, plan.normalize, plan.scale, plan.rescale)
 
 
-def _place(ref: str) -> str:
-    """A model by where it lies, however that is written."""
+def _resolved(ref: str) -> str:
+    """The location of a model, however it is written."""
     return str(Path(ref).resolve()) if Path(ref).exists() else ref

@@ -10,12 +10,12 @@ from evomerge.searching.ledger import Ledger, open_ledger
 from evomerge.searching.records.optuna_adapter import sqlite_path
 from evomerge.searching.records.study_facts import Start
 from evomerge.searching.samplers.cmaes_adapter import Distribution
-from evomerge.searching.starting.study_sampler import make_sampler
+from evomerge.searching.samplers.make_sampler import make_sampler
 from evomerge.study import Study
 
 
 def start_from_source(study: Study, url: str, genome: Genome, ledger: Ledger) -> None:
-    """Remember the distribution of `search.source_study` as it is now, once.
+    """Store the current distribution of `search.source_study`, once.
 
     Raises StudyError when that study cannot be a source.
     """
@@ -33,27 +33,28 @@ def start_from_source(study: Study, url: str, genome: Genome, ledger: Ledger) ->
     facts = source.facts
     if facts.names != tuple(genome.names):
         raise StudyError(
-            "the source study searches other numbers",
+            "the source study searches different numbers",
             where=source.name,
             remedy="Leave out search.source_study.",
         )
     assert facts.n_layers is not None
     theirs = facts.study
-    sampler = make_sampler(theirs, make_genome(theirs, facts.n_layers), facts.first or ())
+    known = facts.known_candidates or ()
+    sampler = make_sampler(theirs, make_genome(theirs, facts.n_layers), known)
     history = source.history()
     if not history.complete_generations(sampler.population):
         raise StudyError(
             "the source study has no complete generation yet",
             where=source.name,
-            remedy="Let it run on first.",
+            remedy="Let it finish one first.",
         )
     ledger.remember("start", as_start(sampler.distribution(history)))
 
 
-def as_start(distribution: Distribution, first: bool = False) -> Start:
-    """A distribution as a study remembers it; with `first` its mean is the first candidate too."""
+def as_start(distribution: Distribution, mean_is_first: bool = False) -> Start:
+    """A distribution as a study stores it; `mean_is_first` as of `Start`."""
     cov = tuple(tuple(row) for row in distribution.cov.tolist())
-    return Start(tuple(distribution.mean.tolist()), distribution.sigma, cov, first)
+    return Start(tuple(distribution.mean.tolist()), distribution.sigma, cov, mean_is_first)
 
 
 def source_url(url: str, study: Study) -> str:

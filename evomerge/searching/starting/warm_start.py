@@ -5,8 +5,8 @@ references, on search tasks only: each reference's mean per token, and the mean 
 AdaMerging (Yang et al. 2024, arXiv 2310.02575) climbs the entropy of unlabelled answers in the same
 way; here there are references.
 
-Nothing is kept between steps but what is recorded: a step is a function of the study's seed, its
-number, and the gradients before it. So a run that was killed continues as if it had not been.
+Nothing is kept between steps except what is stored: a step is a function of the study's seed, its
+number, and the gradients before it. A run that was killed therefore resumes as if it had not been.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from evomerge.study import Study
 from evomerge.tasks import Task
 
 BATCH = 16  # tasks of a step
-# a number's first step, in units of the weight: in 16 steps it can come from anywhere to anywhere
+# a number's first step, in units of the weight: 16 steps can cross the whole range
 RATE = 0.25
 BETAS = (0.9, 0.98)  # memory of Adam's two moments (Kingma & Ba 2015, arXiv 1412.6980, algorithm 1)
 # share of the steps, the last ones, whose vectors are averaged (Polyak & Juditsky 1992)
@@ -95,13 +95,13 @@ class LikelihoodStart:
         default = self.problem.sampler.default
         cov = default.cov * np.outer(found.scales, found.scales) / size**2
         start = Distribution(np.array(found.mean), default.sigma * size, cov)
-        ledger.remember("start", as_start(start, first=True))
+        ledger.remember("start", as_start(start, mean_is_first=True))
 
 
 def check_warm_start(genome: Genome, tasks: Sequence[Task], engine: Engine | None = None) -> None:
     """Raise StudyFileError where there can be no warm start.
 
-    So it is with another method or engine, or without references.
+    This is the case with another method or engine, or without references.
     """
     check_gradient(genome)
     if not any(task.output for task in tasks):
@@ -139,8 +139,8 @@ def warm_start(
     pairs = [(prompter.render(task.input), task.output) for task in tasks if task.output]
     count, steps = study.search.warm_start_steps, list(done)
     for number in range(len(steps), count):
-        vector = walked(genome, [step.gradient for step in steps], count)[-1]
-        chosen = drawn(study.search.seed, number, len(pairs), BATCH)
+        vector = adam_trajectory(genome, [step.gradient for step in steps], count)[-1]
+        chosen = minibatch_indices(study.search.seed, number, len(pairs), BATCH)
         began = time.perf_counter()
         found = engine.gradient(genome, vector.tolist(), [pairs[i] for i in chosen])
         seconds = round(time.perf_counter() - began, 4)
@@ -152,14 +152,16 @@ def warm_start(
         report(f"{number + 1}/{count}  loss {steps[-1].loss:.3f} nats a token  {seconds:.1f} s")
     gradients = [step.gradient for step in steps[:count]]
     return WarmStart(
-        tuple(average(walked(genome, gradients, count)).tolist()),
-        tuple(scales(gradients).tolist()),
+        tuple(average(adam_trajectory(genome, gradients, count)).tolist()),
+        tuple(step_scales(gradients).tolist()),
         tuple(steps[:count]),
         round(sum(step.seconds for step in steps[:count]), 4),
     )
 
 
-def walked(genome: Genome, gradients: Sequence[Sequence[float]], count: int) -> list[np.ndarray]:
+def adam_trajectory(
+    genome: Genome, gradients: Sequence[Sequence[float]], count: int
+) -> list[np.ndarray]:
     """Every vector (d,) of a walk of `count` Adam steps: the start, and one for each gradient.
 
     The rate falls along a line to 0 after the last step. Numbers stay within their bounds.
@@ -185,30 +187,30 @@ def average(vectors: Sequence[np.ndarray]) -> np.ndarray:
     return mean
 
 
-def scales(gradients: Sequence[Sequence[float]]) -> np.ndarray:
+def step_scales(gradients: Sequence[Sequence[float]]) -> np.ndarray:
     """(d,) factors of the first step size, large where the likelihood is flat.
 
     Their geometric mean is NARROWED. A log-likelihood's curvature is the mean square of its
     gradient (Fisher's information), and the width of a bowl is the root of its inverse.
     """
-    # the first steps say little of where the walk ends
+    # the first steps say little about where the walk ends
     late = np.array(gradients, dtype=float)[len(gradients) // 2 :]
     square = np.mean(np.square(late), axis=0)
     width = -0.5 * np.log(np.maximum(square, max(square.max(), 1e-300) * 1e-12))
-    for _ in range(20):  # what is cut off moves the mean of the rest
+    for _ in range(20):  # cutting off values moves the mean of the rest
         width = np.clip(width - width.mean(), -np.log(WIDEST), np.log(WIDEST))
     factors: np.ndarray = np.exp(width - width.mean()) * NARROWED
     return factors
 
 
-def drawn(seed: int, step: int, count: int, size: int) -> list[int]:
+def minibatch_indices(seed: int, step: int, count: int, size: int) -> list[int]:
     """Which of `count` tasks a step sees.
 
     It is a part of an endless row of shuffled decks, so that all come equally often.
     """
     size = min(size, count)
-    places = range(step * size, (step + 1) * size)
+    positions = range(step * size, (step + 1) * size)
     decks: dict[int, list[int]] = {}
-    for deck in {place // count for place in places}:
+    for deck in {position // count for position in positions}:
         decks[deck] = random.Random(f"warm start/{seed}/{deck}").sample(range(count), count)
-    return [decks[place // count][place % count] for place in places]
+    return [decks[position // count][position % count] for position in positions]

@@ -43,7 +43,7 @@ class Finding:
 
 
 def whole_word(word: str) -> re.Pattern[str]:
-    """A pattern for a word that stands by itself.
+    """A pattern for a word that is not part of another one.
 
     Its ends are word boundaries, or in Japanese changes of script; a word of hiragana alone must
     have punctuation or です next to it.
@@ -71,7 +71,7 @@ def whole_word(word: str) -> re.Pattern[str]:
 
 
 def denied(text: str, start: int, end: int) -> bool:
-    """Whether a negation stands right before or after text[start:end]."""
+    """Whether a negation comes right before or after text[start:end]."""
     if _NOT_BEFORE.search(text[max(0, start - 40) : start]):
         return True
     return _NOT_AFTER.match(text[end : end + 30]) is not None

@@ -1,6 +1,6 @@
 """Closed tasks (a number, a list, a word, a label): does the answer SAY the expected answer?
 
-What stands around it does not matter. What an answer says is found by plain rules: a marked answer
+The surrounding text does not matter. What an answer says is found by plain rules: a marked answer
 ("the answer is …", "答えは…") before a bare first line, that before what follows "is", "は" or "=".
 Alternatives ("Cairo or Tripoli"), negations ("not 80") and passing mentions ("Alexandria, north of
 Cairo") do not count.

@@ -30,7 +30,7 @@ Span = tuple[int, int, str]  # start, end, expected item
 
 
 def judge_polarity(yes: bool, said: str) -> Finding:
-    """Yes or no, by the word after the last marked answer, or else the first such word."""
+    """Judge yes or no by the word after the last marked answer, or else the first such word."""
     found = _after_mark(_YES_OR_NO, said) or _YES_OR_NO.search(said)
     if found is None:
         return Finding(False, 0.0, "says neither yes nor no")
@@ -42,7 +42,7 @@ def judge_polarity(yes: bool, said: str) -> Finding:
 
 
 def judge_letter(expected: str, said: str) -> Finding:
-    """One of the options A to J."""
+    """Judge one of the options A to J."""
     letters = {m.group(1) for m in _LETTER.finditer(said)}
     chosen = _chosen_letter(said, letters)
     if not chosen:
@@ -81,7 +81,7 @@ def split_items(text: str) -> list[str]:
 
 
 def judge_items(question: str, expected: list[str], said: str) -> Finding:
-    """A list: every expected item, and no other."""
+    """Judge a list: every expected item, and no other."""
     text = LIST_MARK.sub("", said).casefold()
     letters = all(re.fullmatch("[a-z0-9\u3041-\u30ff]", item) for item in expected)
     in_order = r"\bsort|\border\b|\beach\b|順|並|それぞれ"
@@ -103,7 +103,7 @@ def judge_items(question: str, expected: list[str], said: str) -> Finding:
             best = near
             others = " and others" if extra else ""
             why = f"gives {abbreviated(', '.join(names))}{others}, not {', '.join(expected)}"
-    if letters:  # "garden: g, button: b": the letters that stand alone, in order
+    if letters:  # "garden: g, button: b": the single letters, in order
         alone = re.findall(r"(?<![\w'])\w(?![\w'])", text)
         if alone == expected:
             return Finding(True, 1.0, "gives the expected letters in order")
@@ -126,7 +126,7 @@ def _item_runs(text: str, expected: list[str]) -> list[list[Span]]:
 
 
 def _extra(text: str, start: int, end: int, *, letters: bool) -> bool:
-    """Whether the list goes on before or after the span with items that are not expected."""
+    """Whether the list extends before or after the span with items that are not expected."""
     item = r"\w" if letters else rf"(?:[{CJK}]{{1,8}}|[a-z]+(?:\s[a-z]+)?)"
     separator = r"\s*(?:[,、・/\n]|\band\b|と)\s*(?:and\s*)?"
     if re.match(rf"{separator}{item}\s*(?:$|[,、.。\n・])", text[end:]):

@@ -55,9 +55,9 @@ _COMMON = frozenset(
 
 @dataclass(frozen=True)
 class _Label:
-    """An expected word or name, where it stands in a text, and its question.
+    """An expected word or name, its occurrences in a text, and its question.
 
-    `capital`: it is a name, so other names beside it are rivals. `terms` are the words that a
+    `capital`: it is a name, so other names next to it are rivals. `terms` are the words that a
     sentence about the question holds.
     """
 
@@ -73,7 +73,7 @@ class _Label:
 
 
 def judge_label(question: str, expected: str, said: str, *, capital: bool) -> Finding:
-    """A word or name as the answer's conclusion."""
+    """Judge a word or name as the answer's conclusion."""
     pattern = whole_word(expected)
     lines = [line for line in without_region(said, pattern).split("\n") if line.strip()]
     text = without_region(_ASIDE.sub("", after_correction(said)), pattern)
@@ -104,7 +104,7 @@ def _is_short(item: str) -> bool:
 
 
 def _judge_sentences(label: _Label, text: str) -> Finding:
-    """By the first part of a sentence that names the label, unless another claim comes first."""
+    """Judge by the first part of a sentence that names the label, unless a claim precedes it."""
     for sentence in map(str.strip, _SENTENCE_END.split(text)):
         if not sentence or sentence.endswith("?"):
             continue
@@ -118,7 +118,7 @@ def _judge_sentences(label: _Label, text: str) -> Finding:
 
 
 def _judge_part(label: _Label, part: str) -> Finding:
-    """By the first mention in a part of a sentence that is not denied."""
+    """Judge by the first mention in a part of a sentence that is not denied."""
     match = None
     for mention in label.pattern.finditer(part):
         if not denied(part, mention.start(), mention.end()):
@@ -140,7 +140,7 @@ def _judge_part(label: _Label, part: str) -> Finding:
 def _claims(label: _Label, part: str, match: re.Match[str]) -> bool:
     """Whether a part of a sentence claims the label: it opens with it, or says that something is.
 
-    A plain word must open or close what is claimed; no rival name may stand in it.
+    A plain word must open or close what is claimed; it may not contain a rival name.
     """
     copula = _COPULA.search(part)
     if _LEAD.match(part[: match.start()]):

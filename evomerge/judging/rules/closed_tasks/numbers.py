@@ -61,7 +61,7 @@ def number_list(text: str) -> list[str]:
 
 
 def judge_numbers(question: str, expected: list[str], said: str) -> Finding:
-    """Several numbers, by the last list that is not the question's own."""
+    """Judge several numbers by the last list that is not the question's."""
     text = LIST_MARK.sub("", said)
     asked = [n.value for n in find_numbers(question, thousands=False)]
     runs = [run for run in _runs(text) if len(run) > 1]
@@ -90,7 +90,7 @@ def _without_prefix(run: list[str], asked: list[str]) -> list[str]:
 def _runs(text: str) -> list[list[str]]:
     """The numbers of a text, as runs with nothing but list separators in between.
 
-    A new line ends a list that stood on one line.
+    A new line ends a list that was on one line.
     """
     runs: list[list[str]] = []
     on_one_line = False
@@ -108,7 +108,7 @@ def _runs(text: str) -> list[list[str]]:
 
 
 def judge_number(question: str, expected: str, said: str, unit: str) -> Finding:
-    """One number with its unit, as the answer's conclusion."""
+    """Judge one number with its unit, as the answer's conclusion."""
     text = said.split("\n", 1)[0].strip().rstrip("。.").strip()
     if not BARE_NUMBER.match(text):
         text = after_correction(_REASON.sub("", said))

@@ -32,7 +32,8 @@ def checks_for(
 ) -> tuple[Check, ...]:
     """The checks that apply to a task.
 
-    They come from its cleaned question, its reference, and what its grading points call `right`.
+    They come from its cleaned question, its reference, and the answers that its grading points call
+    `right`.
     """
     found: list[Check | None] = []
     if right:
@@ -191,7 +192,7 @@ def _order(question: str, reference: ParsedText) -> Check | None:
 
 
 def _numbers(question: str, reference: ParsedText, kind: str) -> Check | None:
-    """Where nothing else can be checked, the conclusion's own numbers."""
+    """The conclusion's numbers, where nothing else can be checked."""
     known = _numbers_in(question)
     numbers = []
     for number in _numbers_in(reference.conclusion):

@@ -6,8 +6,8 @@ import re
 
 from evomerge.text import sentences
 
-# In this order: the first pattern that the input holds names the kind. What has to be invented
-# comes before what has a right answer, because a story's setting may hold questions.
+# In this order: the first pattern that the input contains names the kind. What has to be invented
+# comes before what has a right answer, because a story's setting may contain questions.
 _PATTERNS = {
     "translation": r"翻訳|英訳|和訳して|英語に(?:し|直|訳)|日本語に(?:し|訳)|\btranslate\b",
     "summary": (r"要約して|要約を?(?:より|書|作)|まとめて(?:ください|下さい|$)|\bsummari[sz]e\b"),

@@ -1,6 +1,6 @@
 """Measures of an answer to an open task, from which its grade is computed.
 
-Each is a number with a meaning of its own, and none belongs to one task.
+Each number has a meaning by itself, and none is specific to one task.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _FAR_FROM_REFERENCE = 0.05
 
 @dataclass(frozen=True)
 class Expected:
-    """What an open task's question, reference and grading points tell, worked out once per task."""
+    """What an open task's question, reference and grading points imply, computed once per task."""
 
     question: str
     reference: str
@@ -105,7 +105,7 @@ def expected_of(question: str, reference: str, points: str) -> Expected:
 
 
 def _expected_language(question: str, reference: str) -> str:
-    """The reference's language, or else the question's unless it asks for another one."""
+    """The reference's language, or else the question's unless it requests another one."""
     spoken = language(reference)
     if spoken or _OTHER_LANGUAGE.search(question):
         return spoken

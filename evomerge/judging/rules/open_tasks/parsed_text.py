@@ -1,4 +1,4 @@
-"""What a text concludes: its final sentence, the words and quotations in it, yes or no."""
+"""The conclusion of a text: its final sentence, the words and quotations in it, yes or no."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _COMMON = frozenset(
 
 @dataclass(frozen=True, eq=False)
 class ParsedText:
-    """A cleaned text and its parts, each worked out when it is first needed."""
+    """A cleaned text and its parts, each computed when it is first needed."""
 
     text: str
 
@@ -69,7 +69,7 @@ class ParsedText:
 
     @cached_property
     def ends(self) -> str:
-        """Where answers are: first sentence, last two conclusions, last sentence."""
+        """The places of answers: first sentence, last two conclusions, last sentence."""
         return " ".join([*self.body[:1], *self.conclusions[-2:], *self.sentences[-1:]])
 
     @cached_property

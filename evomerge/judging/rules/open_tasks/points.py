@@ -1,7 +1,7 @@
 """The grading points of a task (`eval_aspect`), read for what a rule can check.
 
 Lines look like "- 三重県と答えられている: 5点", "- Xが抜けている場合: -2点", "問題1は左が正解".
-What a good answer must hold stands on lines with four or five points, on lines that deduct for
+What a good answer must contain is on lines with four or five points, on lines that deduct for
 something missing, and before 正解.
 """
 
@@ -28,7 +28,7 @@ _WORDS_OF_GRADING = frozenset(
 
 @dataclass(frozen=True)
 class Points:
-    """`wanted` are words that a good answer holds, `right` the answers that are called right."""
+    """`wanted` are words that a good answer contains, `right` the answers that are called right."""
 
     wanted: tuple[str, ...]
     right: tuple[str, ...]
@@ -37,7 +37,7 @@ class Points:
 def read_points(points: str, reference: str) -> Points:
     """What cleaned grading points demand.
 
-    A word counts only where the reference, which is a good answer, holds it too.
+    A word counts only where the reference, which is a good answer, contains it too.
     """
     wanted: dict[str, None] = {}
     demands = True

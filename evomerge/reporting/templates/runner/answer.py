@@ -22,7 +22,7 @@ NEVER = "(?!)"  # a pattern that matches nothing
 
 
 def read_yaml(name: str):
-    """The file beside this one, or None."""
+    """The file next to this one, or None."""
     path = Path(__file__).resolve().with_name(name)
     return yaml.safe_load(path.read_text("utf-8")) if path.exists() else None
 
@@ -77,7 +77,7 @@ def plain(text: str) -> str:
 
 
 def request(text: str) -> str:
-    """What a task asks for: its first and its last paragraph, without long quotations."""
+    """The request in a task: its first and its last paragraph, without long quotations."""
     text = unicodedata.normalize("NFKC", text)
     text = re.sub(SETTINGS["voting"]["quoted"], lambda match: match[0][0] + match[0][-1], text)
     lines = [line for line in text.split("\n") if line.strip()]
@@ -179,7 +179,7 @@ def prompt(
         chat, chat_template=SETTINGS["chat_template"], tokenize=False, add_generation_prompt=True
     )
     ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
-    if len(ids) > room and examples:  # the least similar one goes
+    if len(ids) > room and examples:  # the least similar one is dropped
         return prompt(tokenizer, room, text, kind, examples[1:], documents)
     if len(ids) > room and documents:
         return prompt(tokenizer, room, text, kind, examples, documents[:-1])
@@ -192,7 +192,7 @@ def read_options() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tasks", required=True, metavar="FILE", help="JSON lines: task_id, input")
     parser.add_argument("--out", required=True, metavar="FILE", help="where the answers go")
-    parser.add_argument("--model", metavar="FOLDER", help="a merged model, used as it is")
+    parser.add_argument("--model", metavar="FOLDER", help="a merged model, used without merging")
     parser.add_argument("--time-limit", type=float, default=float("inf"), metavar="MINUTES")
     where = "where a model of recipe.yaml is on this machine"
     parser.add_argument("--path", nargs="*", default=[], metavar="NAME=FOLDER", help=where)
@@ -207,10 +207,10 @@ def read_tasks(path: str, parser: argparse.ArgumentParser) -> dict[str, dict]:
         number = record.get("task_id")
         if number in (None, ""):
             number = len(tasks)
-        # encoding refuses half of a surrogate pair
+        # encoding rejects half of a surrogate pair
         task = {"task_id": number, "input": record.get("input", "").encode().decode()}
         if not task["input"].strip() or tasks.setdefault(str(number), task) is not task:
-            wrong = "has no text under `input`, or an earlier one's task_id"
+            wrong = "has no text under `input`, or repeats an earlier task_id"
             parser.error(f"record {len(tasks) + 1} of the tasks {wrong}: {record}")
     return tasks
 
@@ -221,7 +221,7 @@ def find_models(args: argparse.Namespace, parser: argparse.ArgumentParser) -> di
     places = {name: name for name in names} | dict(path.rsplit("=", 1) for path in args.path)
     for name, place in places.items():
         if not Path(place).is_dir() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", place):
-            parser.error(f"there is no folder {place}: name it with --path {name}=FOLDER")
+            parser.error(f"there is no folder {place}: give it with --path {name}=FOLDER")
     for name, place in places.items():
         if not Path(place).is_dir():
             places[name] = snapshot_download(place, allow_patterns=SETTINGS["files"])
@@ -229,7 +229,7 @@ def find_models(args: argparse.Namespace, parser: argparse.ArgumentParser) -> di
 
 
 def answer(model, tokenizer, waiting: list[int], asked: list, own: list[dict]) -> dict[int, str]:
-    """Answers to the first batch of what is waiting; a batch shares its generation settings."""
+    """Answers to the first batch of the waiting tasks; a batch shares its generation settings."""
     batch = [i for i in waiting if own[i] == own[waiting[0]]][: SETTINGS["batch_size"]]
     width = len(asked[batch[-1]])  # the longest is the last
     padded = [[-1] * (width - len(asked[i])) + asked[i] for i in batch]
@@ -251,7 +251,7 @@ def main() -> None:
     tasks = read_tasks(args.tasks, parser)
     donor = args.model or SETTINGS["donor"]
     if not donor:
-        parser.error("only evomerge merges this: evomerge export STUDY --model DIR, --model DIR")
+        parser.error("only evomerge can merge this: evomerge export STUDY --model DIR, --model DIR")
     folders = find_models(args, parser)
     tokenizer = AutoTokenizer.from_pretrained(folders[donor])
     model = AutoModelForCausalLM.from_pretrained(
@@ -272,7 +272,7 @@ def main() -> None:
         made_from = repr((args.model, RECIPE, number, settings, asked[-1]))
         keys.append(hashlib.sha256(made_from.encode()).hexdigest())
     part, spare = Path(f"{args.out}.part"), Path(f"{args.out}.tmp")
-    # what an earlier run has answered
+    # answers of an earlier run
     done = json.loads(part.read_text("utf-8")) if part.exists() else {}
     waiting = [i for i, key in enumerate(keys) if key not in done]
     waiting.sort(key=lambda i: len(asked[i]) + own[i]["max_new_tokens"])  # the cheapest first

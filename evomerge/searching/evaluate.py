@@ -1,6 +1,6 @@
 """One recipe on some tasks: merge, answer, judge.
 
-Answers and grades come from their caches where they were paid for before. There are two examiners:
+Answers and grades come from their caches where they exist. There are two evaluators:
 one for tasks with a judge, one for the tasks of lm-eval, which bring metrics of their own.
 """
 
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from evomerge.answering.answer_all import answer_all
 from evomerge.answering.cache import LIKELIHOOD, MERGED, AnswerCache
@@ -24,9 +24,11 @@ from evomerge.recipe import Recipe
 from evomerge.searching.prefetch import Item, PendingEvaluation, Prefetcher
 from evomerge.tasks import Task
 
+Blocks: TypeAlias = Sequence[Sequence[Task]]  # each is answered in batches of its own
+
 
 @dataclass(frozen=True)
-class Examined:
+class Evaluation:
     """Answers and grades, in the tasks' order."""
 
     tasks: tuple[Task, ...]
@@ -34,38 +36,50 @@ class Examined:
     grades: list[Grade]
     seconds: dict[str, float]
     tokens_per_second: float | None = None  # None: every answer came from the cache
-    # what a grade's value is called: a judge's grade, or a document's share of lm-eval's score
+    # the name of a grade's value: a judge's grade, or a document's share of lm-eval's score
     figure: str = "grade"
-    # where the objective wants them: nats per token, None for a task without a reference
+    # if the objective needs them: nats per token, None for a task without a reference
     likelihoods: list[float | None] | None = None
 
 
-class Examiner(Protocol):
+class Evaluator(Protocol):
     """Answers and grades."""
 
     @property
     def judge(self) -> Judge | None:
-        """Who grades; None where the tasks bring metrics of their own."""
+        """The judge; None where the tasks bring metrics of their own."""
 
-    def examine(
+    def evaluate(
         self,
         recipe: Recipe,
-        blocks: Sequence[Sequence[Task]],
+        blocks: Blocks,
         label: str = "",
         mode: str = MERGED,
         upcoming: Iterable[Item] = (),
-        grades: Mapping[str, Grade] | None = None,
-    ) -> Examined:
+    ) -> Evaluation:
         """Blocks of tasks, each answered in batches of its own. Raises EngineError, JudgeError.
 
-        While a judge is waited for, the `upcoming` items are begun. `grades`, by task key, replace
-        those of the judge.
+        While the judge works, the `upcoming` items are started.
         """
 
 
 @dataclass
-class JudgedExaminer:
-    """The examiner of tasks that a judge grades."""
+class TimedMerge:
+    """Merges a recipe into the live model when it is called, and keeps the seconds."""
+
+    engine: Engine
+    recipe: Recipe
+    seconds: float = 0.0
+
+    def __call__(self) -> None:
+        began = time.perf_counter()
+        self.engine.apply(self.recipe)
+        self.seconds = time.perf_counter() - began
+
+
+@dataclass
+class JudgedEvaluator:
+    """The evaluator of tasks that a judge grades."""
 
     engine: Engine
     prompter: Prompter
@@ -79,53 +93,57 @@ class JudgedExaminer:
     likelihood: LikelihoodPart | None = None
     prefetcher: Prefetcher = field(default_factory=Prefetcher)
 
-    def examine(
+    def evaluate(
         self,
         recipe: Recipe,
-        blocks: Sequence[Sequence[Task]],
+        blocks: Blocks,
         label: str = "",
         mode: str = MERGED,
         upcoming: Iterable[Item] = (),
-        grades: Mapping[str, Grade] | None = None,
-    ) -> Examined:
-        """As `Examiner.examine`."""
-        evaluations = []
-        for block in blocks:
-            evaluations.append(self.evaluation((recipe, block, mode), label, grades is None))
-        self.prefetcher.while_waiting(
-            evaluations, upcoming, lambda item: self.begin(item, f"{label}, ahead")
-        )
-        tasks = tuple(chain(*blocks))
-        given: list[Grade] = []
-        if grades is not None:
-            given = [grades[task.key] for task in tasks]
+    ) -> Evaluation:
+        """See `Evaluator.evaluate`."""
+        begun = [self.take_or_begin((recipe, block, mode), label) for block in blocks]
+        self.prefetcher.while_waiting(begun, upcoming, lambda i: self.begin(i, f"{label}, ahead"))
+        grades = list(chain.from_iterable(pending.wait() for pending in begun))
+        return self._evaluation(recipe, begun, grades)
+
+    def evaluate_with_grades(
+        self, recipe: Recipe, blocks: Blocks, grades: Mapping[str, Grade], label: str, mode: str
+    ) -> Evaluation:
+        """As `evaluate`, but with grades that are known, by task key. Raises EngineError."""
+        begun = [self.take_or_begin((recipe, block, mode), label, False) for block in blocks]
+        return self._evaluation(recipe, begun, [grades[task.key] for task in chain(*blocks)])
+
+    def _evaluation(
+        self, recipe: Recipe, begun: Sequence[PendingEvaluation], grades: list[Grade]
+    ) -> Evaluation:
+        """The blocks put together."""
+        tasks = tuple(chain.from_iterable(pending.tasks for pending in begun))
         answers: list[Answer] = []
         seconds = dict.fromkeys(("merge", "answer", "judge"), 0.0)
         rates = []
-        for evaluation in evaluations:
-            if grades is None:
-                given += evaluation.wait()
-            answers += evaluation.answers
-            if evaluation.tokens_per_second is not None:
-                rates.append(evaluation.tokens_per_second)
-            for phase, spent in evaluation.seconds.items():
+        for pending in begun:
+            answers += pending.answers
+            if pending.tokens_per_second is not None:
+                rates.append(pending.tokens_per_second)
+            for phase, spent in pending.seconds.items():
                 seconds[phase] += spent
-        return Examined(
+        return Evaluation(
             tasks=tasks,
             answers=answers,
-            grades=given,
+            grades=grades,
             seconds={phase: round(spent, 4) for phase, spent in seconds.items()},
             tokens_per_second=sum(rates) / len(rates) if rates else None,
             likelihoods=self.likelihoods(recipe, tasks),
         )
 
     def likelihoods(self, recipe: Recipe, tasks: Sequence[Task]) -> list[float | None] | None:
-        """The references' likelihoods where the objective wants them. Raises EngineError."""
+        """The references' likelihoods where the objective needs them. Raises EngineError."""
         return None if self.likelihood is None else self.likelihood.of(recipe, tasks)
 
-    def evaluation(self, item: Item, label: str, graded: bool = True) -> PendingEvaluation:
-        """What was begun ahead, or begins now. Raises EngineError."""
-        return self.prefetcher.take(item, lambda item: self.begin(item, label, graded))
+    def take_or_begin(self, item: Item, label: str, graded: bool = True) -> PendingEvaluation:
+        """The evaluation that was started ahead, or starts now. Raises EngineError."""
+        return self.prefetcher.take(item) or self.begin(item, label, graded)
 
     def begin(self, item: Item, label: str, graded: bool = True) -> PendingEvaluation:
         """Merge and answer; each batch goes to the judge as soon as it is answered.
@@ -133,41 +151,37 @@ class JudgedExaminer:
         Raises EngineError.
         """
         recipe, tasks, mode = item
-        evaluation = PendingEvaluation(self.judge if graded else None, tasks)
-
-        def apply() -> None:
-            began = time.perf_counter()
-            self.engine.apply(recipe)
-            evaluation.seconds["merge"] = time.perf_counter() - began
-
+        pending = PendingEvaluation(self.judge if graded else None, tasks)
+        merge = TimedMerge(self.engine, recipe)
         began = time.perf_counter()
         prompts = self.prompter.prepare([task.input for task in tasks])
         pace = Pace(len(tasks), lambda line: self.console.status(f"{label}  {line}", detail=True))
-        evaluation.answers = answer_all(
+        pending.answers = answer_all(
             self.engine,
             self.cache,
             recipe=recipe.digest(),
             prompts=[prompt.text for prompt in prompts],
             settings=self.prompter.settings(prompts),
             mode=mode,
-            apply=apply,
+            apply=merge,
             pace=pace,
             remember=self.remember_limits,
-            on_batch=evaluation.batch_answered,
+            on_batch=pending.batch_answered,
         )
-        elsewhere = evaluation.seconds["merge"] + evaluation.seconds["judge"]
+        elsewhere = merge.seconds + pending.seconds["judge"]
         shared = self.shared_seconds(recipe)
-        evaluation.seconds["answer"] = time.perf_counter() - began - elsewhere + shared
-        evaluation.tokens_per_second = pace.rate
+        pending.seconds["merge"] = merge.seconds
+        pending.seconds["answer"] = time.perf_counter() - began - elsewhere + shared
+        pending.tokens_per_second = pace.rate
         if shared:
-            tokens = sum(answer.tokens for answer in evaluation.answers)
-            evaluation.tokens_per_second = tokens / shared
-        return evaluation
+            tokens = sum(answer.tokens for answer in pending.answers)
+            pending.tokens_per_second = tokens / shared
+        return pending
 
 
 @dataclass
-class LmEvalExaminer:
-    """The examiner of lm-eval's tasks: lm-eval builds the prompts and computes the metrics."""
+class LmEvalEvaluator:
+    """The evaluator of lm-eval's tasks: lm-eval builds the prompts and computes the metrics."""
 
     engine: Engine
     runner: LmEvalRunner
@@ -175,38 +189,31 @@ class LmEvalExaminer:
     console: Console
     judge: Judge | None = None
 
-    def examine(
+    def evaluate(
         self,
         recipe: Recipe,
-        blocks: Sequence[Sequence[Task]],
+        blocks: Blocks,
         label: str = "",
         mode: str = MERGED,
         upcoming: Iterable[Item] = (),
-        grades: Mapping[str, Grade] | None = None,
-    ) -> Examined:
-        """As `Examiner.examine`; nothing is done ahead, and no grades are given."""
+    ) -> Evaluation:
+        """See `Evaluator.evaluate`; nothing is done ahead."""
         tasks = tuple(chain(*blocks))
-        merging = 0.0
-
-        def apply() -> None:
-            nonlocal merging
-            began = time.perf_counter()
-            self.engine.apply(recipe)
-            merging = time.perf_counter() - began
+        merge = TimedMerge(self.engine, recipe)
 
         def progress(n: int) -> None:
             self.console.status(f"{label}  answered {n}/{len(tasks)}", detail=True)
 
         began = time.perf_counter()
-        outcomes = self.runner.examine(recipe.digest(), tasks, self.cache, apply, progress)
-        answering = time.perf_counter() - began - merging
-        given = []
+        outcomes = self.runner.evaluate(recipe.digest(), tasks, self.cache, merge, progress)
+        answering = time.perf_counter() - began - merge.seconds
+        grades = []
         scores = self.runner.lm_eval.scores(tasks, outcomes)
         for score, outcome in zip(scores, outcomes, strict=True):
-            given.append(Grade(score, None, str(outcome.values)))
-        seconds = {"merge": round(merging, 4), "answer": round(answering, 4), "judge": 0.0}
+            grades.append(Grade(score, None, str(outcome.values)))
+        seconds = {"merge": round(merge.seconds, 4), "answer": round(answering, 4), "judge": 0.0}
         answers = [outcome.answer for outcome in outcomes]
-        return Examined(tasks, answers, given, seconds, figure="score")
+        return Evaluation(tasks, answers, grades, seconds, figure="score")
 
 
 @dataclass(frozen=True)

@@ -14,33 +14,33 @@ from evomerge.study import Study
 
 
 def make_sampler(
-    study: Study, genome: Genome, first: Sequence[Sequence[float]] | None = None
+    study: Study, genome: Genome, known: Sequence[Sequence[float]] | None = None
 ) -> CmaSampler:
     """The study's sampler.
 
-    `first` are the known candidates as a study remembers them; None: as its file names them.
+    `known` are the known candidates as a study stores them; None: as its file names them.
     """
     s = study.search
-    if first is None:
-        first = first_vectors(study, genome)
+    if known is None:
+        known = first_vectors(study, genome)
     bounds = [(gene.low, gene.high) for gene in genome.genes]
     # the declared range also holds the parents, the uniform weights and known candidates
     vectors = [vector for _, vector in genome.references(s.uniform)]
-    numbers = np.array([*vectors, *first, *np.transpose(bounds)], dtype=float)
+    numbers = np.array([*vectors, *known, *np.transpose(bounds)], dtype=float)
     declared = list(zip(numbers.min(axis=0).tolist(), numbers.max(axis=0).tolist(), strict=True))
     starts = [gene.start for gene in genome.genes]
     if study.random_init:
         rng = random.Random(f"start/{s.seed}")
         starts = [rng.uniform(low, high) for low, high in bounds]
     return CmaSampler(
-        genome.names,
-        bounds,
-        declared,
-        starts,
-        s.sigma,
-        s.population,
-        s.seed,
-        [gene.scale for gene in genome.genes],
+        names=genome.names,
+        bounds=bounds,
+        declared=declared,
+        starts=starts,
+        sigma=s.sigma,
+        population=s.population,
+        seed=s.seed,
+        scales=[gene.scale for gene in genome.genes],
         lr_adapt=s.lr_adapt,
-        first=first,
+        known_candidates=known,
     )

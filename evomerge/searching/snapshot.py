@@ -1,4 +1,4 @@
-"""A study after its search, or under way: for showing, exporting and inference."""
+"""A finished or running study, for showing, exporting and inference."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from evomerge.study import Study
 
 
 @dataclass(frozen=True)
-class Finished:
-    """What a study holds: its trials by number, the winner so far, the verdict if there is one."""
+class StudySnapshot:
+    """The contents of a study: its trials by number, the winner so far, and any verdict."""
 
     ledger: Ledger
     study: Study
@@ -33,7 +33,7 @@ class Finished:
         return self.genome.decode(self.winner.weights)
 
 
-def load_finished(url: str, name: str) -> Finished:
+def load_snapshot(url: str, name: str) -> StudySnapshot:
     """A study by name. Raises StudyError when it is unknown or has no finished candidate yet."""
     ledger = open_ledger(url, name)
     facts, history = ledger.facts, ledger.history()
@@ -47,12 +47,12 @@ def load_finished(url: str, name: str) -> Finished:
     study = facts.study
     genome = make_genome(study, facts.n_layers)
     winner = winner_of(facts, history, study.metric)
-    return Finished(ledger, study, genome, list(history.trials), winner, facts.verdict)
+    return StudySnapshot(ledger, study, genome, list(history.trials), winner, facts.verdict)
 
 
 def winner_of(facts: StudyFacts, history: History, metric: str) -> TrialRecord:
     """The trial that the verdict names, or the choice by the trials so far."""
     named = None
-    if "winner" in facts.finalists:
-        named = history.trial(facts.finalists["winner"])
+    if "winner" in facts.compared:
+        named = history.trial(facts.compared["winner"])
     return named or choose_winner(history, metric)

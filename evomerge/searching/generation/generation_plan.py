@@ -1,8 +1,8 @@
 """What each candidate of a generation answers, and which judge grades it.
 
 Everything here is a function of the study and of the generation's candidates; answers and grades
-come from their caches when it is worked out again. So a run that was killed in the middle of a
-generation comes to the same end.
+come from their caches when it is computed again. A run that was killed in the middle of a
+generation therefore has the same result.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from evomerge.errors import EngineError
 from evomerge.judging.cascade import CascadeJudge
 from evomerge.judging.grade import Grade
 from evomerge.recipe import Recipe
-from evomerge.searching.examine import Examined, Examiner, JudgedExaminer
+from evomerge.searching.evaluate import Evaluation, Evaluator, JudgedEvaluator
 from evomerge.searching.generation.cascade_round import CascadeRound
 from evomerge.searching.generation.one_pass import OnePass
 from evomerge.searching.generation.racing import blocks, hopeless, subset_size, task_order
@@ -33,8 +33,8 @@ from evomerge.tasks import Task
 
 
 @dataclass
-class Decided:
-    """What is known of a generation's candidates before their trials, by their recipes' digests."""
+class GenerationDecisions:
+    """What is known about a generation's candidates before their trials, by recipe digest."""
 
     recipes: tuple[str, ...]
     blocks: dict[str, int] = field(default_factory=dict)  # how many each answers
@@ -42,55 +42,56 @@ class Decided:
 
 
 @dataclass
-class EveryTask:
+class AllTasksPlan:
     """The plan of a study whose candidates all answer every search task, one after another."""
 
-    examiner: Examiner
+    evaluator: Evaluator
     search_tasks: Sequence[Task]
-    together: bool = False
+    compares_candidates_first: bool = False
 
     def tasks(self, generation: int) -> Sequence[Task]:
         """Every search task."""
         return self.search_tasks
 
     def mode(self) -> str:
-        """Candidates are merged."""
+        """The mode in which candidates are merged."""
         return MERGED
 
-    def examine(
+    def evaluate(
         self, slot: Slot, recipe: Recipe, label: str, upcoming: Iterable[Item] = ()
-    ) -> Examined:
-        """One candidate. Raises EngineError."""
-        return self.examiner.examine(recipe, [self.search_tasks], label, MERGED, upcoming)
+    ) -> Evaluation:
+        """Evaluate one candidate. Raises EngineError."""
+        return self.evaluator.evaluate(recipe, [self.search_tasks], label, MERGED, upcoming)
 
 
-class Rounds:
-    """One generation at a time, as `search.ranking`, the judge and the engine want it."""
+class GenerationPlan:
+    """One generation at a time, as `search.ranking`, the judge and the engine require."""
 
     def __init__(
         self,
         problem: Problem,
         ledger: Ledger,
-        examiner: JudgedExaminer,
+        evaluator: JudgedEvaluator,
         scorer: Scorer,
         one_pass: OnePass,
         console: Console,
     ) -> None:
         self.study, self.genome, self.sampler = problem.study, problem.genome, problem.sampler
         self.search_tasks, self.ledger = problem.split.search, ledger
-        self.examiner, self.scorer = examiner, scorer
+        self.evaluator, self.scorer = evaluator, scorer
         self.one_pass, self.console = one_pass, console
-        self.decided: Decided | None = None
+        self.decisions: GenerationDecisions | None = None
+        self.keep = max(1, self.sampler.population // 2)  # candidates of the better half
         self._mode: str | None = None
 
     @property
-    def together(self) -> bool:
+    def compares_candidates_first(self) -> bool:
         """Whether a generation's candidates are compared before their trials begin.
 
-        So it is in a race, and for the cascade judge.
+        True for a race and for the cascade judge.
         """
         raced = self.study.search.ranking == "race"
-        return raced or isinstance(self.examiner.judge, CascadeJudge)
+        return raced or isinstance(self.evaluator.judge, CascadeJudge)
 
     def mode(self) -> str:
         """How candidates answer: each merged, or all in one pass. Raises StudyFileError."""
@@ -106,9 +107,9 @@ class Rounds:
         if s.ranking == "all":
             return self.search_tasks
         history = self.ledger.history()
-        levels = history.task_levels(self.study.metric)
-        # an open task, which is neither right nor wrong, has no level
-        eligible = [task for task in self.search_tasks if task.key in levels]
+        baselines = history.task_baselines(self.study.metric)
+        # an open task, which is neither right nor wrong, has no baseline
+        eligible = [task for task in self.search_tasks if task.key in baselines]
         if not eligible:
             eligible = list(self.search_tasks)
         n = len(eligible)
@@ -123,26 +124,23 @@ class Rounds:
             return [tasks]
         return [tasks[block.start : block.stop] for block in blocks(len(tasks))]
 
-    def examine(
+    def evaluate(
         self, slot: Slot, recipe: Recipe, label: str, upcoming: Iterable[Item] = ()
-    ) -> Examined:
-        """One candidate, after what must be known of its whole generation. Raises EngineError."""
+    ) -> Evaluation:
+        """Evaluate one candidate, after deciding about its whole generation. Raises EngineError."""
         generation, named = slot.generation, f"gen {slot.generation + 1}"
         if self.mode() == ONE_PASS:
             self._answer_in_one_pass(generation, named)
-        if self.together:
-            vectors = self.one_pass.vectors(generation)
-            self.prepare(generation, [self.genome.decode(v) for v in vectors], named)
-        every, grades = self.blocks(generation), None
-        count = len(every)
-        if self.decided is not None:
-            count = max(1, self.decided.blocks.get(recipe.digest(), count))
-            grades = self.decided.grades.get(recipe.digest())
-        mode = self.mode()
-        return self.examiner.examine(recipe, every[:count], label, mode, upcoming, grades)
+        decisions = self._decide(generation, named)
+        every, mode, digest = self.blocks(generation), self.mode(), recipe.digest()
+        count = max(1, decisions.blocks.get(digest, len(every)))
+        if digest in decisions.grades:
+            grades = decisions.grades[digest]
+            return self.evaluator.evaluate_with_grades(recipe, every[:count], grades, label, mode)
+        return self.evaluator.evaluate(recipe, every[:count], label, mode, upcoming)
 
     def _answer_in_one_pass(self, generation: int, named: str) -> None:
-        prompter = self.examiner.prompter
+        prompter = self.evaluator.prompter
         prompts = prompter.prepare([task.input for task in self.tasks(generation)])
 
         def report(line: str) -> None:
@@ -151,51 +149,64 @@ class Rounds:
         texts = [prompt.text for prompt in prompts]
         self.one_pass.ahead(generation, texts, report, prompter.settings(prompts))
 
-    def prepare(self, generation: int, recipes: Sequence[Recipe], label: str) -> None:
-        """Work out what must be known about the whole generation: a race, or a cascade's round."""
+    def _decide(self, generation: int, label: str) -> GenerationDecisions:
+        """What must be known about the whole generation: by a race, a cascade's round, or nothing.
+
+        It is computed again when a candidate was replaced.
+        """
+        if not self.compares_candidates_first:
+            return GenerationDecisions(())
+        history, trials = self.ledger.history(), self.study.search.trials
+        vectors = self.sampler.vectors(history, generation, trials)
+        recipes = [self.genome.decode(vector) for vector in vectors]
         digests = tuple(recipe.digest() for recipe in recipes)
-        if self.decided is not None and self.decided.recipes == digests:
-            return
-        self.decided = Decided(digests)
-        # of candidates that were replaced; their answers are kept
-        self.examiner.prefetcher.begun.clear()
-        judge = self.examiner.judge
-        if not isinstance(judge, CascadeJudge):
-            self._race(self.decided, recipes, self.blocks(generation), label)
-            return
-        cascade = CascadeRound(judge, self.study, self.examiner, self.scorer)
-        keep = max(1, self.sampler.population // 2)
-        tasks = self.tasks(generation)
-        outcome = cascade.run(recipes, tasks, keep, self.mode(), label)
-        if outcome is not None:
-            self.decided.grades = outcome.grades
-            self._remember_savings(generation, outcome.savings)
+        if self.decisions is None or self.decisions.recipes != digests:
+            # of candidates that were replaced; their answers are kept
+            self.evaluator.prefetcher.begun.clear()
+            if isinstance(self.evaluator.judge, CascadeJudge):
+                grades = self._cascade(self.evaluator.judge, generation, recipes, label)
+                self.decisions = GenerationDecisions(digests, grades=grades)
+            else:
+                counts = self._race(recipes, self.blocks(generation), label)
+                self.decisions = GenerationDecisions(digests, counts)
+        return self.decisions
+
+    def _cascade(
+        self, judge: CascadeJudge, generation: int, recipes: Sequence[Recipe], label: str
+    ) -> Mapping[str, Mapping[str, Grade]]:
+        """The grades by recipe digest and task key; {} when no candidate could answer."""
+        cascade = CascadeRound(judge, self.study, self.evaluator, self.scorer)
+        outcome = cascade.run(recipes, self.tasks(generation), self.keep, self.mode(), label)
+        if outcome is None:
+            return {}
+        self._remember_savings(generation, outcome.savings)
+        return outcome.grades
 
     def _race(
-        self,
-        decided: Decided,
-        recipes: Sequence[Recipe],
-        every: Sequence[Sequence[Task]],
-        label: str,
-    ) -> None:
-        """Block by block; what cannot enter the better half any more stops (racing.hopeless)."""
+        self, recipes: Sequence[Recipe], every: Sequence[Sequence[Task]], label: str
+    ) -> dict[str, int]:
+        """How many blocks each recipe answers, by its digest.
+
+        Block by block; a candidate that can no longer enter the better half stops.
+        """
+        counts: dict[str, int] = {}
         values = np.full((len(recipes), sum(map(len, every))), np.nan)
         racing = list(range(len(recipes)))
-        keep = max(1, self.sampler.population // 2)
         start = 0
         for number, block in enumerate(every, start=1):
             named = f"{label}, block {number}/{len(every)}, {len(racing)} left"
             for i in racing:
-                decided.blocks[recipes[i].digest()] = number
+                counts[recipes[i].digest()] = number
             begun = self._begin(recipes, racing, block, named)
-            for i, evaluation in begun.items():
-                values[i, start : start + len(block)] = self._values(recipes[i], evaluation)
+            for i, pending in begun.items():
+                values[i, start : start + len(block)] = self._values(recipes[i], pending)
             racing = list(begun)
             start += len(block)
             if number < len(every):
                 looks, error = max(1, len(every) - 1), self.study.search.race_error
-                stopped = hopeless(values[racing], keep, error, looks)
-                racing = [i for place, i in enumerate(racing) if place not in stopped]
+                stopped = hopeless(values[racing], self.keep, error, looks)
+                racing = [i for row, i in enumerate(racing) if row not in stopped]
+        return counts
 
     def _begin(
         self, recipes: Sequence[Recipe], racing: Sequence[int], block: Sequence[Task], label: str
@@ -209,22 +220,22 @@ class Rounds:
         for i in racing:
             item = (recipes[i], block, MERGED)
             try:
-                begun[i] = self.examiner.evaluation(item, label)
+                begun[i] = self.evaluator.take_or_begin(item, label)
             except EngineError:
                 continue
-            self.examiner.prefetcher.keep(item, begun[i])
+            self.evaluator.prefetcher.keep(item, begun[i])
         return begun
 
-    def _values(self, recipe: Recipe, evaluation: PendingEvaluation) -> list[float]:
+    def _values(self, recipe: Recipe, pending: PendingEvaluation) -> list[float]:
         """What a candidate is ranked by, by task; nan where a task has no value."""
-        tasks = tuple(evaluation.tasks)
-        likelihoods = self.examiner.likelihoods(recipe, tasks)
-        grades = evaluation.wait()
-        examined = Examined(tasks, evaluation.answers, grades, {}, likelihoods=likelihoods)
-        return self.scorer.task_values(examined, missing=np.nan)
+        tasks = tuple(pending.tasks)
+        likelihoods = self.evaluator.likelihoods(recipe, tasks)
+        grades = pending.wait()
+        evaluation = Evaluation(tasks, pending.answers, grades, {}, likelihoods=likelihoods)
+        return self.scorer.task_values(evaluation, missing=np.nan)
 
     def _remember_savings(self, generation: int, savings: CascadeSavings) -> None:
-        """By generation, so that working it out again counts once."""
+        """Store the savings by generation, so that computing one again counts once."""
         known = dict(self.ledger.facts.cascade_generations)
         known[generation] = (savings.graded, savings.asked)
         self.ledger.remember("cascade_generations", known)

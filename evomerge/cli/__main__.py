@@ -1,5 +1,0 @@
-import sys
-
-from evomerge.cli.entry import main
-
-sys.exit(main())
