@@ -56,7 +56,7 @@ METHODS: dict[str, MethodTraits] = {
         link="[SLERP](https://en.wikipedia.org/wiki/Slerp)", weighted=False, parameters={"t": None}
     ),
 }
-BUILT_IN = frozenset(METHODS)  # without the methods that users register
+BUILT_IN = tuple(METHODS)  # without the methods that users register
 DARE = ("dare_ties", "dare_linear")  # these drop numbers at random
 DTYPES = ("bfloat16", "float16", "float32")
 KEYS = (

@@ -64,7 +64,7 @@ class GenomeSection(Section):
         str,
         AfterValidator(_searchable),
         # without the methods that a program registers
-        WithJsonSchema({"type": "string", "enum": list(METHODS)}),
+        WithJsonSchema({"type": "string", "enum": list(BUILT_IN)}),
     ] = Field(default="task_arithmetic", description="How the models are merged.")
     layer_granularity: Annotated[int, Remedy("Use 1 or more layers, or -1 for one slice.")] = Field(
         default=-1, ge=-1, description="Layers per slice; -1 or 0: one slice holds all layers."
