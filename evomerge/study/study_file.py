@@ -12,12 +12,7 @@ from evomerge.study.engine_keys import EngineSection
 from evomerge.study.genome_keys import GenomeSection
 from evomerge.study.judge_keys import JudgeSection
 from evomerge.study.messages import validated
-from evomerge.study.prompt_keys import (
-    GenerationSection,
-    PromptSection,
-    SplitSection,
-    TaskSource,
-)
+from evomerge.study.prompt_keys import GenerationSection, PromptSection, SplitSection, TaskSource
 from evomerge.study.search_keys import ObjectiveSection, SearchSection
 from evomerge.study.section import PathText, Remedy, Section, StudyName, as_tuple, require
 
