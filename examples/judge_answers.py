@@ -21,7 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tasks", type=Path, help="JSON lines: task_id, input, output")
     parser.add_argument("models", nargs=2, help="two model folders")
-    parser.add_argument("--judge", default="rules", help="rules, learned:FILE, llm or local")
+    parser.add_argument("--judge", default="rules", help="rules, learned:FILE, llm or local:MODEL")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     args = parser.parse_args()
 

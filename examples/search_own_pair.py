@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 import evomerge
+from evomerge.console import plus_minus
 
 
 def main() -> None:
@@ -20,6 +21,7 @@ def main() -> None:
     parser.add_argument("tasks", type=Path)
     parser.add_argument("--out", type=Path, default=Path("my-pair"))
     parser.add_argument("--trials", type=int, default=24)
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="of an answer")
     parser.add_argument("--layers", type=int, default=2, help="per slice: one weight each")
     args = parser.parse_args()
 
@@ -33,18 +35,21 @@ def main() -> None:
             "layer_granularity": args.layers,
         },
         "tasks": [{"file": str(args.tasks)}],
-        "generation": {"max_new_tokens": 16},
+        "generation": {"max_new_tokens": args.max_new_tokens},
         "search": {"population": 4, "uniform": [0.5]},
     }
-    for finding in evomerge.check(study_file):
+    findings = evomerge.check(study_file)
+    for finding in findings:
         print(f"{finding.level:8}{finding.subject}: {finding.text}")
+    if any(finding.level == "wrong" for finding in findings):
+        raise SystemExit(1)
 
     found = evomerge.search(
         study_file, storage=args.out / "studies.db", results=args.out, trials=args.trials
     )
     print(found.trials[["number", "role", "score", "stderr"]].nlargest(5, "score"))
     for name, figures in found.verdict.candidates.items():
-        print(f"{name:10} {figures.mean:.3f} ± {figures.stderr:.3f} on held-out tasks")
+        print(f"{name:10} {plus_minus(figures.mean, figures.stderr)} on held-out tasks")
     print(found.recipe_yaml)
     print("report:", args.out / found.name / "report.html")
 

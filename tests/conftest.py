@@ -4,6 +4,8 @@ seconds.
 
 import json
 import os
+import signal
+import threading
 from pathlib import Path
 
 # read when the libraries are imported, so before all that follows; subprocesses inherit them
@@ -16,6 +18,9 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 torch.set_num_threads(1)
+# a run in the background ignores Ctrl-C, and so would the processes that the tests interrupt
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 # long references are open tasks, whose grades vary with every answer

@@ -260,3 +260,12 @@ def test_without_plotly_plots_say_what_to_install(searched, monkeypatch):
 def test_the_version_is_one():
     assert evomerge.__version__ == "0.2.0"
     assert isinstance(Recipe, type)
+
+
+@pytest.mark.parametrize("name", ["2026_11_29", "2026-11-29", "007", "on", "1.10"])
+def test_a_name_is_text_whatever_yaml_makes_of_it(pair, tmp_path, name):
+    found = evomerge.search(
+        pair / "study.yaml", study=name, trials=4, storage=str(tmp_path / "s.db"), results=tmp_path
+    )
+    assert found.name == name
+    assert evomerge.load_study(name, storage=tmp_path / "s.db").name == name

@@ -29,12 +29,32 @@ def test_an_example_is_short_and_says_how_to_run_it(path):
 
 def test_search_own_pair(pair, tmp_path, monkeypatch, capsys):
     arguments = [pair / "base", pair / "instruct", pair / "tasks.jsonl", "--out", tmp_path / "o"]
-    run(monkeypatch, "search_own_pair.py", *arguments, "--trials", 4, "--layers", 2)
+    run(
+        monkeypatch,
+        "search_own_pair.py",
+        *arguments,
+        "--max-new-tokens",
+        "16",
+        "--trials",
+        4,
+        "--layers",
+        2,
+    )
     shown = capsys.readouterr().out
     assert "merge_method: task_arithmetic" in shown
     assert "winner" in shown
     assert (tmp_path / "o/my-pair/report.html").is_file()
-    run(monkeypatch, "search_own_pair.py", *arguments, "--trials", 8, "--layers", 2)
+    run(
+        monkeypatch,
+        "search_own_pair.py",
+        *arguments,
+        "--max-new-tokens",
+        "16",
+        "--trials",
+        8,
+        "--layers",
+        2,
+    )
     assert (tmp_path / "o/my-pair/trials.csv").read_text().count(",candidate,") == 8
 
 

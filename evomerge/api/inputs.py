@@ -73,9 +73,8 @@ def storage_url(storage: str | Path | None, name: str) -> str:
 
     None: $EVOMERGE_STORAGE, else sqlite:///storage/NAME.db.
     """
-    if isinstance(storage, Path):
-        return f"sqlite:///{storage}"
-    return storage or os.environ.get("EVOMERGE_STORAGE") or f"sqlite:///storage/{name}.db"
+    given = str(storage or os.environ.get("EVOMERGE_STORAGE") or f"storage/{name}.db")
+    return given if "://" in given else f"sqlite:///{given}"
 
 
 def results_folder(results: str | Path | None, name: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -49,10 +50,11 @@ def search(
         storage/NAME.db).
     results: the folder that NAME/best.yaml, report.html, … go to (default: $EVOMERGE_RESULTS, or
         results/).
-    study: the study's name (default: `study:` in the file, or the file's stem).
+    study: the study's name (default: `study:` in the file, or the file's stem; "study" for a
+        mapping without a name).
     trials, seed: short for the overrides search.trials and search.seed.
     overrides: settings of the study file by dotted keys: {"search.trials": 24}.
-    console: where progress goes (default: stderr).
+    console: where progress goes (default: stderr): evomerge.console.Console(stream).
 
     Returns
     -------
@@ -70,7 +72,7 @@ def search(
     settings = setting_texts(overrides)
     for key, value in (("study", study), ("search.trials", trials), ("search.seed", seed)):
         if value is not None:
-            settings.append(f"{key}={value}")
+            settings.append(f"{key}={json.dumps(value, ensure_ascii=False)}")
     checked = to_study(study_file, settings)
     # these imports take seconds; a mistake in the file is reported before them
     from evomerge.console import Console
@@ -128,11 +130,11 @@ def merge(
 
     Parameters
     ----------
-    recipe: a YAML file, its content as a mapping, or a Recipe.
+    recipe: a YAML file, its content as a mapping, or a Recipe. Only a file can go to mergekit.
     out: a new folder.
     shard_size: the largest weight file: "5GB", "200M" or bytes.
     random_seed: decides which numbers DARE drops, as in mergekit.
-    console: where progress goes (default: stderr).
+    console: where progress goes (default: stderr): evomerge.console.Console(stream).
 
     Returns
     -------

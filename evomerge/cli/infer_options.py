@@ -118,7 +118,7 @@ def _generation_options(p: argparse.ArgumentParser) -> None:
         "--max-new-tokens",
         type=int,
         metavar="N",
-        help="the longest answer in tokens, overriding every class (default: 256)",
+        help="the longest answer in tokens, a limit for every class (default: 256)",
     )
     group.add_argument(
         "--engine",

@@ -125,7 +125,7 @@ def _judge_options(p: argparse.ArgumentParser) -> None:
         "--judge",
         default="rules",
         metavar="JUDGE",
-        help="rules (default), learned:FILE, llm or local",
+        help="rules (default), learned:FILE, llm or local:MODEL",
     )
     p.add_argument(
         "--set",

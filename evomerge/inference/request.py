@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -217,7 +216,4 @@ def _make_judge(judge: Judge | str | None) -> Judge | None:
         return None
     if not isinstance(judge, str):
         return judge
-    kind, _, place = judge.partition(":")
-    if kind == "local":
-        return judge_from_options(kind, [f"model={json.dumps(place, ensure_ascii=False)}"])
     return judge_from_options(judge)

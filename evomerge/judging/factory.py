@@ -77,18 +77,18 @@ def section_from_options(judge: str, settings: Sequence[str] = ()) -> JudgeSecti
             found=judge,
             remedy="Write llm or learned:FILE.",
         )
-    takes_file = kind == "learned"
-    has_file = bool(colon and file)
-    if kind not in ("rules", "llm", "local", "learned") or takes_file != has_file:
+    named = {"learned": "file", "local": "model"}  # what KIND:NAME names
+    lacks_file = kind == "learned" and not file
+    if kind not in ("rules", "llm", *named) or lacks_file or (colon and kind not in named):
         raise InputError(
             "no such judge",
             where="--judge",
             found=judge,
-            remedy="Write rules, llm, local or learned:FILE.",
+            remedy="Write rules, llm, local:MODEL or learned:FILE.",
         )
     data: dict[str, object] = {"kind": kind}
     if file:
-        data["file"] = file
+        data[named[kind]] = file
     for setting in settings:
         key, value = read_setting(setting)
         data[key.removeprefix("judge.")] = value

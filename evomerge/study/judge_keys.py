@@ -90,7 +90,7 @@ class JudgeSection(Section):
     retries: int = Field(
         default=6,
         ge=0,
-        description="Retries of a request after 408, 409, 429, 5xx, a timeout or a broken "
+        description="Retries of a request after 408, 409, 425, 429, 5xx, a timeout or a broken "
         "connection; then the run pauses.",
     )
     back_off: float = Field(

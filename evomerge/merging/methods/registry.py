@@ -15,7 +15,7 @@ from torch import Tensor
 from evomerge.errors import InputError
 from evomerge.merging.methods import averaging, deltas
 from evomerge.merging.tensor_plan import TensorPlan
-from evomerge.recipe import METHODS, MethodTraits
+from evomerge.recipe import BUILT_IN, METHODS, MethodTraits
 
 
 class MergeFunction(Protocol):
@@ -82,3 +82,4 @@ _FUNCTIONS: dict[str, MergeFunction] = {
 _METHODS: dict[str, MergeMethod] = {
     name: MergeMethod(merge, **vars(METHODS[name])) for name, merge in _FUNCTIONS.items()
 }
+assert _METHODS.keys() == set(BUILT_IN), "every method has traits and a function"
