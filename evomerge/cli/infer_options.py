@@ -169,7 +169,7 @@ def _refining_options(p: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--judge",
         metavar="JUDGE",
-        help="with --best-of: agreement (default), rules, learned:FILE, llm, or local:DIR",
+        help="with --best-of: agreement (default), rules, learned:FILE, llm, or local:MODEL",
     )
 
 
