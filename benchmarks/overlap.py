@@ -53,6 +53,8 @@ BUDGET = 1.15
 class TimedEngine:
     """Answers a batch after `seconds`, each recipe differently, and counts its working time."""
 
+    batched_candidates = gradient = likelihood = None
+
     def __init__(self, seconds: float) -> None:
         self.seconds, self.busy = seconds, 0.0
         self.limits: dict[str, int] = {}
