@@ -138,14 +138,7 @@ def _answer_line(record: Mapping[str, object], by_id: dict[str, Task], where: st
             found=task_id,
             remedy="Use the task file that the answers were made from.",
         )
-    model = record.get("model")
-    if model is not None and not isinstance(model, str):
-        raise InputError(
-            "`model` is not a string",
-            where=where,
-            found=model,
-            remedy="Write the model's name as a string.",
-        )
+    model = model_of(record, where)
     truncated = record.get("truncated")
     if truncated is not None and not isinstance(truncated, bool):
         raise InputError(
@@ -155,6 +148,19 @@ def _answer_line(record: Mapping[str, object], by_id: dict[str, Task], where: st
             remedy="Write true or false, or leave it out.",
         )
     return AnswerLine(by_id[str(task_id)], model, Answer(text, bool(truncated), tokens=0))
+
+
+def model_of(record: Mapping[str, Any], where: str) -> str | None:
+    """The model that a record names, if it names one. Raises InputError."""
+    model = record.get("model")
+    if model is not None and not isinstance(model, str):
+        raise InputError(
+            "`model` is not a string",
+            where=where,
+            found=model,
+            remedy="Write the model's name as a string.",
+        )
+    return model
 
 
 def _record(line: AnswerLine, grade: Grade, judge: Judge) -> dict[str, Any]:

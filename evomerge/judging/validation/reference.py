@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evomerge.errors import InputError, TaskError
-from evomerge.judging.answer_files import AnswerLine
+from evomerge.judging.answer_files import AnswerLine, model_of
 from evomerge.task_files import read_json_records
 from evomerge.tasks import Task
 
@@ -172,14 +172,7 @@ def _grade_line(record: Mapping[str, object], known: set[str], where: str) -> Gr
             found=judge,
             remedy="Write the judge's name as a string.",
         )
-    model = record.get("model")
-    if model is not None and not isinstance(model, str):
-        raise InputError(
-            "`model` is not a string",
-            where=where,
-            found=model,
-            remedy="Write the model's name as a string.",
-        )
+    model = model_of(record, where)
     take = record.get("take", 1)
     if isinstance(take, bool) or not isinstance(take, int) or take < 1:
         raise InputError(
