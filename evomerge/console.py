@@ -1,12 +1,17 @@
-"""Progress and messages on stderr: one line rewritten on a terminal, plain lines elsewhere."""
+"""What a person sees: progress and messages on stderr, data on stdout.
+
+Control characters from paths, names, servers and models are shown escaped; this is the one place.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import time
 from collections.abc import Callable
-from typing import TextIO
+from contextlib import suppress
+from typing import Any, TextIO
 
 from evomerge.errors import InputError
 
@@ -15,10 +20,34 @@ REDRAW_EVERY = 0.1  # seconds between a progress bar's changes
 BAR = 24  # its columns
 # seconds without output before a plain line shows the progress within a candidate
 DETAIL_EVERY = 60.0
+# controls, line separators, marks that turn the direction of writing, halves of surrogate pairs
+_UNSEEN = re.compile(
+    "[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def shown(text: str) -> str:
+    """The text on one line, with each character that a terminal would obey as its escape."""
+    return _UNSEEN.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+def put(text: str = "") -> None:
+    """Print one line of data on stdout."""
+    print(shown(text))
+
+
+def put_json(value: Any) -> None:
+    """Print one JSON value on stdout, as ASCII where the terminal knows nothing else."""
+    plain = not (sys.stdout.encoding or "").lower().startswith("utf")
+    text = json.dumps(value, ensure_ascii=plain)
+    print(_UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
 
 
 class Console:
-    """`say` leaves a line; `status` is overwritten by what comes next."""
+    """`say` leaves a line; `status` is overwritten by what comes next.
+
+    Where the stream is closed or full, the words are lost and the work goes on.
+    """
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stderr
@@ -29,7 +58,7 @@ class Console:
     def say(self, text: str) -> None:
         """Print a line that stays."""
         self._clear()
-        print(text, file=self.stream, flush=True)
+        self._write(f"{shown(text)}\n")
 
     def status(self, text: str, detail: bool = False) -> None:
         """Show progress: immediately on a terminal, otherwise as a line every ten seconds at most.
@@ -38,19 +67,25 @@ class Console:
         """
         if self.tty:
             self._clear()
-            self.stream.write(text)
-            self.stream.flush()
+            self._write(shown(text))
             self._shown = True
             return
         now = time.monotonic()
         if now - self._last >= (DETAIL_EVERY if detail else PLAIN_EVERY):
             self._last = now
-            print(text, file=self.stream, flush=True)
+            self._write(f"{shown(text)}\n")
 
     def _clear(self) -> None:
         if self._shown:
-            self.stream.write("\r\x1b[2K")
+            self._write("\r\x1b[2K")
             self._shown = False
+
+    def _write(self, text: str) -> None:
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        known = text.encode(encoding, "backslashreplace").decode(encoding)
+        with suppress(OSError, ValueError):
+            self.stream.write(known)
+            self.stream.flush()
 
 
 def duration(seconds: float) -> str:
@@ -79,7 +114,7 @@ def parse_size(size: str | int) -> int:
     Raises InputError.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)(I?)(B?)", str(size).strip().upper())
-    if not match or float(match[1]) <= 0 or (match[3] and not match[2]):
+    if not match or not 0 < float(match[1]) < 1e18 or (match[3] and not match[2]):
         raise InputError(
             "is not a file size",
             where="--out-shard-size",
@@ -122,11 +157,15 @@ def byte_progress(console: Console, doing: str) -> Callable[[int, int], None]:
 
 
 def seconds(text: str) -> float | None:
-    """The seconds of "90s", "55m", "8h", "2d" or a bare number; None: not a duration above 0."""
+    """The seconds of "90s", "55m", "8h", "2d" or a bare number, at most a billion.
+
+    None: not a duration above 0.
+    """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", text.strip())
-    if match is None or not float(match[1]):
+    if match is None:
         return None
-    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+    found = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+    return found if 1e-6 <= found <= 1e9 else None
 
 
 def plus_minus(value: float, error: float | None) -> str:

@@ -97,7 +97,12 @@ class OutputError(RunError):
 
 
 def _short(value: object, limit: int = 80) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        text = "a number of thousands of digits"
+    except RecursionError:
+        text = "a value of many levels"
     if len(text) > limit:
         tail = limit // 2  # the end of a path says more than its middle
         text = text[: limit - tail - 1] + "…" + text[-tail:]

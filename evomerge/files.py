@@ -61,6 +61,14 @@ def sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def is_there(path: Path) -> bool:
+    """Whether a path exists; one that no system can have, too long or with a NUL, does not."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
 class LockHeld(Exception):
     """Another holder has the lock. `holder` is "pid N", or empty where that cannot be read."""
 

@@ -27,8 +27,12 @@ _WORD_NUMBER = re.compile(
     rf"\b(?:{_WORD}|hundred)(?:(?:[\s-]+|\s+and\s+)(?:{_WORD}|hundred))*\b", re.IGNORECASE
 )
 _MARKS = re.compile(r"\*\*|__|`+|\\boxed|\\\(|\\\)|^#+\s*", re.MULTILINE)
-_ITEM_LINE = re.compile(r"^(\s*)(?:([0-9]{1,2})[.)．:、]|[-*・•●◦‣])\s*\S", re.MULTILINE)
-LIST_MARK = re.compile(r"^\s*(?:\(?[0-9]{1,2}[.)](?=\s)|[-*・•●])\s*", re.MULTILINE)
+# Both find every line's beginning, blank lines included, and what stands there is optional: each
+# run of white space is looked at once.
+_ITEM_LINE = re.compile(
+    r"(?:^|\n)(\s*+)(?:(?:([0-9]{1,2})[.)．:、]|[-*・•●◦‣])\s*+(\S))?", re.MULTILINE
+)
+_LIST_MARK = re.compile(r"(^|\n)\s*+((?:\(?[0-9]{1,2}[.)](?=\s)|[-*・•●])\s*+)?", re.MULTILINE)
 _KANA = re.compile("[\u3041-\u309f\u30a1-\u30ff]+")
 _HAN = re.compile("[\u3400-\u9fff々]+")
 _LATIN = re.compile("[A-Za-zÀ-ɏ]+")
@@ -73,8 +77,15 @@ def bare(text: str) -> str:
     text = re.sub(r"\s+", " ", clean(text).casefold())
     text = re.sub(rf"(?<=[{CJK}]) | (?=[{CJK}])", "", text)
     text = text.strip(" \t.,;:!?。、・'\"「」『』()[]【】<>*_=→")
-    text = re.sub(r"^-+\s*(?![0-9])|\s*-+$", "", text)
+    text = re.sub(r"^-+\s*(?![0-9])", "", text)
+    if text.endswith("-"):
+        text = text.rstrip("-").rstrip()
     return re.sub(r"^(?:the|a|an) (?=\w)", "", text)
+
+
+def without_list_marks(text: str) -> str:
+    """The text without the numbers and marks of lists, and without the white space around them."""
+    return _LIST_MARK.sub(lambda match: match[1] if match[2] else match[0], text)
 
 
 @dataclass(frozen=True)
@@ -228,6 +239,8 @@ def count_items(text: str) -> int:
     indents = []
     numbered = []
     for match in _ITEM_LINE.finditer(text):
+        if not match.group(3):
+            continue
         indent = len(match.group(1).replace("\n", ""))
         indents.append(indent)
         if match.group(2):

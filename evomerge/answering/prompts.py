@@ -30,7 +30,7 @@ COMMON = re.compile(
     r"|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk|mask)>"
 )
 # what an added token that controls looks like; runs of blanks are added tokens too
-TOKEN = re.compile(r"[<\[].+[>\]]")
+TOKEN = re.compile(r"\A[<\[].{2,}+(?<=[>\]])")
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import NoReturn
 
 from evomerge import __version__
 from evomerge.cli.infer import infer_command
@@ -15,7 +18,7 @@ from evomerge.cli.knowledge import knowledge_commands
 from evomerge.cli.models import demo, merge, model_commands
 from evomerge.cli.options import examples
 from evomerge.cli.studies import study_commands
-from evomerge.console import Console
+from evomerge.console import Console, shown
 from evomerge.errors import EvomergeError
 
 DESCRIPTION = (
@@ -34,6 +37,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns the exit code: 0 done, 1 failed, 2 wrong usage or input, 3 paused, 130
     interrupted.
     """
+    _open_streams()
+    try:
+        code = _run(argv)
+    except SystemExit:  # argparse's help, version and usage
+        if _finish_stdout():
+            raise
+        return 1
+    return code if _finish_stdout(told=code != 0) else code or 1
+
+
+def _run(argv: Sequence[str] | None) -> int:
     args = make_parser().parse_args(argv)
     # its import warns about kernels that are not used here
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -52,13 +66,65 @@ def main(argv: Sequence[str] | None = None) -> int:
         Console().say(f"evomerge: interrupted; {kept}")
         return 130
     except BrokenPipeError:  # `evomerge show demo | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        where = error.filename or "stdout"
+        Console().say(f"evomerge: {where}: {error.strerror or error}. Check the name and the disk.")
+        return 1
+    except UnicodeEncodeError:
+        Console().say("evomerge: a name is not valid text. Rename the file.")
+        return 2
+
+
+def _open_streams() -> None:
+    """Let stdout and stderr take any text, and let closed ones take it without a trace."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    log = logging.getLogger("evomerge")
+    if not log.handlers:
+        log.addHandler(_ConsoleHandler())
+
+
+def _finish_stdout(told: bool = False) -> bool:
+    """Write what is left; whether it could be written, or nobody reads it any more.
+
+    A failure is reported unless the user was `told` of one.
+    """
+    try:
+        sys.stdout.flush()
+        return True
+    except OSError as error:
+        with suppress(OSError):  # or Python would try once more, and print a traceback
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return True
+        if not told:
+            Console().say(f"evomerge: stdout: {error.strerror}. Free some space, or name a file.")
+        return False
+
+
+class _ConsoleHandler(logging.Handler):
+    """Shows warnings of the package as other messages."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.WARNING:
+            Console().say(record.getMessage())
+
+
+class Parser(argparse.ArgumentParser):
+    """Shows what a user typed as other messages."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(shown(message))
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = Parser(
         prog="evomerge",
         description=DESCRIPTION,
         epilog=examples(EXAMPLES),

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from evomerge.console import Console
+from evomerge.console import Console, put, put_json
 from evomerge.tasks import Task, load_tasks
 
 if TYPE_CHECKING:
@@ -26,30 +25,32 @@ def explain(args: argparse.Namespace, chooser: Chooser, console: Console) -> Non
     """
     tasks = load_tasks(args.tasks)
     choices = chooser.choose_all([task.input for task in tasks])
-    lines = json_lines(tasks, choices) if args.json else table(tasks, choices)
-    for line in lines:
-        print(line)
-    names = [found.name for found in chooser.knowledge.classes]
-    compared = "\n".join(confusion_table(tasks, choices, names))
-    if not compared:
-        return
     if args.json:
-        console.say(compared)  # stdout is lines of JSON
+        for record in json_records(tasks, choices):
+            put_json(record)
     else:
-        print(f"\n{compared}")
+        for line in table(tasks, choices):
+            put(line)
+    names = [found.name for found in chooser.knowledge.classes]
+    say = console.say if args.json else put  # stdout is lines of JSON, or a table
+    for i, line in enumerate(confusion_table(tasks, choices, names)):
+        if not i and not args.json:
+            put()
+        say(line)
 
 
-def json_lines(tasks: Sequence[Task], choices: Sequence[TaskKnowledge]) -> Iterator[str]:
+def json_records(
+    tasks: Sequence[Task], choices: Sequence[TaskKnowledge]
+) -> Iterator[dict[str, object]]:
     """task_id, class, confidence, and the rows of the examples in the prompt, nearest last."""
     for task, choice in zip(tasks, choices, strict=True):
         rows = [example.row for example in choice.examples]
-        record = {
+        yield {
             "task_id": task.task_id,
             "class": choice.class_name,
             "confidence": round(choice.confidence, 4),
             "examples": rows,
         }
-        yield _printable(json.dumps(record, ensure_ascii=False))
 
 
 def table(tasks: Sequence[Task], choices: Sequence[TaskKnowledge]) -> Iterator[str]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from evomerge.cli.options import Commands, add_command, add_group, say_written
-from evomerge.console import Console, plus_minus
+from evomerge.console import Console, plus_minus, put, put_json
 
 GRADE = "evomerge judge grade --tasks t.jsonl --answers a.jsonl --judge rules --out g.jsonl"
 VALIDATE = (
@@ -161,11 +160,12 @@ def judge_validate(args: argparse.Namespace) -> None:
         args.models,
     )
     if not args.json:
-        print(found.as_text())
+        for line in found.as_text().splitlines():
+            put(line)
         return
     if found.unmatched:
         Console().say(found.unmatched)
-    print(json.dumps(found.as_json(), ensure_ascii=False))
+    put_json(found.as_json())
 
 
 def judge_fit(args: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from evomerge.cli.options import Commands, add_command, say_written, seed, shard_option
@@ -71,4 +72,4 @@ def schema(args: argparse.Namespace) -> None:
     """Print the study file's JSON Schema."""
     from evomerge.study import study_schema
 
-    print(study_schema())
+    sys.stdout.write(f"{study_schema()}\n")

@@ -6,7 +6,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evomerge.console import plus_minus, size
+from evomerge.console import plus_minus, put, size
 
 if TYPE_CHECKING:
     from evomerge.api import LoadedStudy
@@ -18,10 +18,10 @@ HEADINGS = "trial  gen  idx  role       state     score            n   cut"
 
 def print_trials(found: LoadedStudy) -> None:
     """The trials as a table."""
-    print(HEADINGS)
+    put(HEADINGS)
     for record in found.records:
         mark = " <- winner" if record.number == found.winner.number else ""
-        print(trial_line(record) + mark)
+        put(trial_line(record) + mark)
 
 
 def trial_line(r: TrialRecord) -> str:
@@ -40,12 +40,12 @@ def print_verdict(found: LoadedStudy) -> None:
     """The verdict with its paired differences and notes, or the best so far."""
     verdict, winner = found.verdict, found.winner
     if verdict is None:
-        print(
+        put(
             f"best so far: trial {winner.number} ({winner.role}), "
             f"{plus_minus(winner.score or 0.0, winner.stderr)} on its tasks; no verdict yet"
         )
         return
-    print(
+    put(
         f"verdict on {verdict.n} held-out tasks, metric {verdict.metric}; "
         f"winner: trial {winner.number} ({winner.role})"
     )
@@ -55,9 +55,10 @@ def print_verdict(found: LoadedStudy) -> None:
         if paired:
             interval = f"[{paired.low:+.3f}, {paired.high:+.3f}]"
             line += f"  winner ahead by {paired.diff:+.3f} {interval}"
-        print(line)
+        put(line)
     for sentence in found.notes:
-        print(textwrap.fill(sentence, WIDTH))
+        for line in textwrap.wrap(sentence, WIDTH):
+            put(line)
 
 
 def cache_line(path: Path) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from evomerge.cli.options import (
     storage_option,
     study_option,
 )
-from evomerge.console import Console, size
+from evomerge.console import Console, put, put_json, size
 from evomerge.errors import InputError
 
 
@@ -152,7 +151,7 @@ def check(args: argparse.Namespace) -> int:
 
     findings = evomerge.check(args.study_file, base_config=args.base_config, overrides=args.set)
     for finding in findings:
-        print(f"{finding.level:8}{finding.subject}: {finding.text}")
+        put(f"{finding.level:8}{finding.subject}: {finding.text}")
     return 2 if any(finding.level == "wrong" for finding in findings) else 0
 
 
@@ -163,12 +162,12 @@ def show(args: argparse.Namespace) -> None:
 
     found = evomerge.load_study(args.study, storage=args.storage)
     if args.json:
-        print(json.dumps(found.to_json(), ensure_ascii=False))
+        put_json(found.to_json())
         return
     print_trials(found)
-    print()
+    put()
     print_verdict(found)
-    print(cache_line(found.answer_cache))
+    put(cache_line(found.answer_cache))
 
 
 def export(args: argparse.Namespace) -> None:
@@ -218,4 +217,4 @@ def cache(args: argparse.Namespace) -> None:
             freed = clear(path)
         Console().say(f"cleared {path}: {size(freed)}")
     else:
-        print(cache_line(path))
+        put(cache_line(path))

@@ -40,7 +40,8 @@ def sample_settings(n: int, settings: GenerationSection) -> list[GenerationSecti
     if not settings.do_sample:
         drawn = settings.replace(do_sample=True, temperature=TEMPERATURE, top_p=TOP_P)
     seed = settings.seed or 0
-    return [settings, *(drawn.replace(seed=seed + SEED_STEP * i) for i in range(1, n))]
+    seeds = [(seed + SEED_STEP * i) % 2**32 for i in range(1, n)]
+    return [settings, *(drawn.replace(seed=other) for other in seeds)]
 
 
 def best_answer(task: Task, answers: Sequence[Answer], judge: Judge | None = None) -> int:

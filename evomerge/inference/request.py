@@ -74,13 +74,14 @@ def check_request(request: InferenceRequest, called: Callable[[str], str] = para
             where=called("concurrency"),
             remedy="Set engine.batch_size (--batch-size).",
         )
-    for name, value, least in (
-        ("concurrency", request.concurrency, 1),
-        ("max_new_tokens", request.max_new_tokens, 1),
-        ("best_of", request.best_of, 2),
+    for name, value, least, most in (
+        ("concurrency", request.concurrency, 1, 1024),
+        ("max_new_tokens", request.max_new_tokens, 1, 10**7),
+        ("best_of", request.best_of, 2, 10_000),
     ):
-        if value is not None and value < least:
-            raise InputError(f"must be {least} or more", where=called(name), found=value)
+        if value is not None and not least <= value <= most:
+            what = f"must be {least} or more" if value < least else f"must be at most {most}"
+            raise InputError(what, where=called(name), found=value)
     if request.judge is not None and request.best_of is None:
         raise InputError(
             "chooses among several answers",

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from evomerge.answering.engine import Answer
-from evomerge.text import CJK, LIST_MARK, clean, foreign_letters, language, repetition
+from evomerge.text import CJK, clean, foreign_letters, language, repetition, without_list_marks
 
 if TYPE_CHECKING:
     from evomerge.answering.prompts import Prompt
@@ -35,6 +35,7 @@ GRAMS, SHORT_GRAMS, SHORT = 20, 10, 100
 FOREIGN, PROSE = 0.1, 8
 SAMPLING = 0.7  # temperature
 MOST_PENALTY, PENALTY_STEP = 1.3, 0.1
+LONGEST_ANSWER = 10**7  # tokens, as a study file may set
 SEED_STEP = 7919  # farther apart than seeds that users set
 
 _NOTHING = re.compile(r"[\s\u200b-\u200f\ufeff。、.,…・:;\"'`「」|*#_~-]*")
@@ -82,9 +83,10 @@ def retry_settings(fault: Faults, settings: GenerationSection, attempt: int) -> 
     repetitive: a repetition_penalty 0.1 higher with each attempt, at most 1.3, and sampling from
     the second attempt on.
     """
-    new = settings.replace(seed=(settings.seed or 0) + SEED_STEP * attempt)
+    new = settings.replace(seed=((settings.seed or 0) + SEED_STEP * attempt) % 2**32)
     if "cut" in fault and "repetitive" not in fault:
-        new = new.replace(max_new_tokens=settings.max_new_tokens * 2**attempt)
+        longer = settings.max_new_tokens * 2**attempt
+        new = new.replace(max_new_tokens=min(longer, LONGEST_ANSWER))
     if "repetitive" in fault:
         own = max(1.0, settings.repetition_penalty)
         raised = min(MOST_PENALTY, round(own + PENALTY_STEP * attempt, 4))
@@ -181,7 +183,7 @@ def _loops(text: str, task: str) -> bool:
     """Whether a cleaned text repeats itself in a loop without being asked to."""
     if _ASKS_REPEATS.search(task):
         return False
-    text = LIST_MARK.sub("", text)  # a list's numbers differ even where its items repeat
+    text = without_list_marks(text)  # a list's numbers differ even where its items repeat
     n = GRAMS if len(text) >= SHORT else SHORT_GRAMS
     return repetition(text, n) > LOOPS or repetition(text[-TAIL:], n) > LOOPS
 

@@ -13,30 +13,38 @@ from evomerge.knowledge.records import Document, Example, Knowledge, KnowledgeCl
 
 @dataclass(frozen=True)
 class NumberRule:
-    """What a setting may be: at least `least`, or with `above` only more than that."""
+    """What a setting may be: `least` to `most`, or with `above` only more than `least`.
+
+    A number other than 0 is at least `finest`, as in `generation:` of a study file.
+    """
 
     least: int
+    most: int = 1000
     above: bool = False
     whole: bool = False
+    finest: float = 0.001
 
     def allows(self, value: float) -> bool:
         """Whether a value keeps the rule; NaN and infinity never do."""
         if not math.isfinite(value) or (self.whole and value != int(value)):
             return False
-        return value > self.least or (value == self.least and not self.above)
+        if not self.least <= value <= self.most or (self.above and value == self.least):
+            return False
+        return value == 0 or value >= self.finest
 
     def __str__(self) -> str:
         kind = "a whole number" if self.whole else "a number"
-        return f"{kind} above {self.least}" if self.above else f"{kind} of {self.least} or more"
+        least = f"above {self.least}" if self.above else f"of {self.least} or more"
+        return f"{kind} {least}, at most {self.most}"
 
 
 NUMBERS = {
-    "max_new_tokens": NumberRule(1, whole=True),
+    "max_new_tokens": NumberRule(1, 10**7, whole=True),
     "temperature": NumberRule(0),
     "repetition_penalty": NumberRule(0, above=True),
-    "examples": NumberRule(0, whole=True),
-    "documents": NumberRule(0, whole=True),
-    "weight": NumberRule(0, above=True),
+    "examples": NumberRule(0, 10**6, whole=True),
+    "documents": NumberRule(0, 10**6, whole=True),
+    "weight": NumberRule(0, 10**6, above=True, finest=1e-6),
 }
 MAY_BE_EMPTY = ("system",)
 

@@ -19,6 +19,7 @@ from evomerge.recipe.parameter_checks import ParameterChecks
 from evomerge.recipe.rounding import rounded
 from evomerge.recipe.source_checks import SourceChecks
 from evomerge.recipe.top_level_checks import check_top_level, read_tokenizer_section
+from evomerge.yaml_json import read_yaml
 
 
 @dataclass(frozen=True)
@@ -101,16 +102,7 @@ class Recipe:
 
 def read_recipe(path: str | Path) -> Recipe:
     """Read a mergekit YAML file. Raises RecipeError."""
-    path = Path(path)
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError("no such file", where=path, remedy="Name a mergekit YAML file.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(
-            f"cannot be read as YAML: {error}", where=path, remedy="Fix the file."
-        ) from error
-    return Recipe.from_dict(data, str(path))
+    return Recipe.from_dict(read_yaml(Path(path), RecipeError), str(path))
 
 
 def task_arithmetic_recipe(

@@ -12,10 +12,14 @@ from evomerge.study.section import Section, Text
 class VllmSection(Section):
     """Arguments of vLLM's `LLM` with the same names; null: vLLM's default."""
 
-    tensor_parallel_size: int = Field(default=1, ge=1, description="GPUs that share one model.")
-    max_model_len: int | None = Field(default=None, description="Longest context, in tokens.")
+    tensor_parallel_size: int = Field(
+        default=1, ge=1, le=1024, description="GPUs that share one model."
+    )
+    max_model_len: int | None = Field(
+        default=None, ge=1, le=10**9, description="Longest context, in tokens."
+    )
     gpu_memory_utilization: float | None = Field(
-        default=None, gt=0, le=1, examples=[0.9], description="Share of the GPU's memory."
+        default=None, ge=0.01, le=1, examples=[0.9], description="Share of the GPU's memory."
     )
     enforce_eager: bool | None = Field(default=None, description="true: run without CUDA graphs.")
     quantization: Text | None = Field(
@@ -33,10 +37,13 @@ class EngineSection(Section):
     device_map: Text | None = Field(
         default=None, description="auto: one model is spread over several GPUs (accelerate)."
     )
-    batch_size: int = Field(default=32, ge=1, description="Maximum number of prompts per batch.")
+    batch_size: int = Field(
+        default=32, ge=1, le=10**6, description="Maximum number of prompts per batch."
+    )
     batch_tokens: int | None = Field(
         default=None,
         ge=1,
+        le=10**12,
         description="Maximum number of tokens per batch, prompts x (the longest + max_new_tokens), "
         "on which memory use depends; null: no limit.",
     )
@@ -48,6 +55,7 @@ class EngineSection(Section):
     threads: int | None = Field(
         default=None,
         ge=1,
+        le=1024,
         description="CPU threads; null: torch's choice. On a busy machine fewer can be much "
         "faster.",
     )

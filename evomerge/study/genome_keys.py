@@ -67,7 +67,10 @@ class GenomeSection(Section):
         WithJsonSchema({"type": "string", "enum": list(BUILT_IN)}),
     ] = Field(default="task_arithmetic", description="How the models are merged.")
     layer_granularity: Annotated[int, Remedy("Use 1 or more layers, or -1 for one slice.")] = Field(
-        default=-1, ge=-1, description="Layers per slice; -1 or 0: one slice holds all layers."
+        default=-1,
+        ge=-1,
+        le=10**6,
+        description="Layers per slice; -1 or 0: one slice holds all layers.",
     )
     normalize: bool | None = Field(
         default=None,

@@ -31,7 +31,7 @@ class JudgeSection(Section):
     )
     error: float = Field(
         default=0.1,
-        gt=0,
+        ge=1e-6,
         lt=1,
         examples=[0.1],
         description="With cascade: how often a generation's better half may differ from the llm "
@@ -53,58 +53,79 @@ class JudgeSection(Section):
         "and optionally {output} and {eval_aspect}.",
     )
     votes: int = Field(
-        default=1, ge=1, description="How many times an answer is graded; the grade is the median."
+        default=1,
+        ge=1,
+        le=1000,
+        description="How many times an answer is graded; the grade is the median.",
     )
     temperature: float = Field(
-        default=0.0, ge=0, description="Sampling temperature of the replies."
+        default=0.0, ge=0, le=1000, description="Sampling temperature of the replies."
     )
     reply_tokens: int = Field(
-        default=1024, ge=1, description="Longest reply, in tokens; a reasoning model needs more."
+        default=1024,
+        ge=1,
+        le=10**7,
+        description="Longest reply, in tokens; a reasoning model needs more.",
     )
     concurrency: int = Field(
         default=16, ge=1, le=1024, description="Maximum number of concurrent requests."
     )
     requests_per_minute: float | None = Field(
-        default=None, gt=0, description="Maximum number of requests per minute; null: no limit."
+        default=None,
+        ge=0.01,
+        le=10**9,
+        description="Maximum number of requests per minute; null: no limit.",
     )
     max_requests: int | None = Field(
         default=None,
         gt=0,
+        le=10**12,
         description="The study's budget of requests: when it is spent, the run pauses, and resumes "
         "once it is raised.",
     )
     max_tokens: int | None = Field(
-        default=None, gt=0, description="The study's budget of tokens, in prompts and replies."
+        default=None,
+        gt=0,
+        le=10**15,
+        description="The study's budget of tokens, in prompts and replies.",
     )
     max_cost: float | None = Field(
         default=None,
-        gt=0,
+        ge=1e-6,
+        le=10**12,
         description="The study's budget of money, in the currency of the prices.",
     )
     input_price: float = Field(
-        default=0.0, ge=0, description="Price of a million tokens of prompts."
+        default=0.0, ge=0, le=10**9, description="Price of a million tokens of prompts."
     )
     output_price: float = Field(
-        default=0.0, ge=0, description="Price of a million tokens of replies."
+        default=0.0, ge=0, le=10**9, description="Price of a million tokens of replies."
     )
     retries: int = Field(
         default=6,
         ge=0,
+        le=1000,
         description="Retries of a request after 408, 409, 425, 429, 5xx, a timeout or a broken "
         "connection; then the run pauses.",
     )
     back_off: float = Field(
         default=1.0,
         ge=0,
+        le=3600,
         description="Seconds before the first retry, doubled each time up to 60; a Retry-After "
         "header takes precedence.",
     )
     timeout: float = Field(
-        default=120.0, gt=0, examples=[120], description="Seconds to wait for one reply."
+        default=120.0,
+        ge=0.001,
+        le=10**6,
+        examples=[120],
+        description="Seconds to wait for one reply.",
     )
     asks: int = Field(
         default=3,
         ge=1,
+        le=1000,
         description="How many times a reply is requested before the answer counts as not graded "
         "and the run pauses.",
     )

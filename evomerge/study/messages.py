@@ -34,10 +34,15 @@ OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_eq
 
 
 def validated(
-    section: type[S], data: Mapping[str, Any], where: str, at: str = "", folder: Path | None = None
+    section: type[S],
+    data: Mapping[str, Any],
+    where: str,
+    at: str = "",
+    folder: Path | object | None = None,
 ) -> S:
     """The section from plain lists and dicts; relative paths are resolved against `folder`.
 
+    STORED in its place leaves names and seeds of older studies alone.
     `at` is the section's dotted key in the file `where`. Raises StudyFileError for the first error,
     unknown keys before all others: a misspelled key is often the reason why another is missing.
     """

@@ -6,7 +6,16 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from evomerge.study.section import PathText, Remedy, Section, Text, Texts, require
+from evomerge.study.section import (
+    PathText,
+    Remedy,
+    Section,
+    Seed,
+    Text,
+    Texts,
+    Weight,
+    require,
+)
 
 
 class TaskSource(Section):
@@ -23,7 +32,7 @@ class TaskSource(Section):
     metric: Text = Field(
         default="acc,none", description='With name: the metric, as lm-eval\'s "metric,filter".'
     )
-    weight: float = Field(
+    weight: Weight = Field(
         default=1.0,
         description="With several sources, the score is "
         "sum(weight * mean of the source's tasks) / sum(|weight|).",
@@ -48,7 +57,7 @@ class SplitSection(Section):
 
     held_out: float = Field(
         default=0.5,
-        gt=0,
+        ge=1e-6,
         lt=1,
         examples=[0.5],
         description="Share of the tasks, of each kind, that the search never sees.",
@@ -61,7 +70,7 @@ class SplitSection(Section):
         description="Share of the other tasks, of each kind, that are validation tasks, which only "
         "choose the winner; 0: none.",
     )
-    seed: int = Field(default=0, description="Seed that decides which tasks are drawn.")
+    seed: Seed = Field(default=0, description="Seed that decides which tasks are drawn.")
 
 
 class PromptSection(Section):
@@ -135,24 +144,26 @@ class PromptSection(Section):
 class GenerationSection(Section):
     """How answers are generated; names and meanings as in transformers."""
 
-    max_new_tokens: int = Field(default=256, ge=1, description="Longest answer, in tokens.")
+    max_new_tokens: int = Field(
+        default=256, ge=1, le=10**7, description="Longest answer, in tokens."
+    )
     do_sample: bool = Field(default=False, description="false: greedy decoding.")
-    temperature: Annotated[float, Remedy("Use a number above 0; `do_sample: false` is greedy.")] = (
-        Field(default=1.0, gt=0, description="With do_sample: sampling temperature.")
+    temperature: Annotated[float, Remedy("Use 0.001 to 1000; `do_sample: false` is greedy.")] = (
+        Field(default=1.0, ge=0.001, le=1000, description="With do_sample: sampling temperature.")
     )
     top_p: float = Field(
         default=1.0,
-        gt=0,
+        ge=1e-6,
         le=1,
         description="With do_sample: nucleus sampling within this share of probability.",
     )
-    repetition_penalty: Annotated[float, Remedy("Use a number above 0; 1.0 switches it off.")] = (
-        Field(default=1.0, gt=0, description="Above 1: repeated tokens become less likely.")
+    repetition_penalty: Annotated[float, Remedy("Use 0.001 to 1000; 1.0 switches it off.")] = Field(
+        default=1.0, ge=0.001, le=1000, description="Above 1: repeated tokens become less likely."
     )
     stop: Annotated[Texts, Remedy("Remove it: an empty text would end every answer.")] = Field(
         default=(), description="Texts that end an answer; they are not part of it."
     )
-    seed: int | None = Field(default=None, description="Seed of sampling; null: search.seed.")
+    seed: Seed | None = Field(default=None, description="Seed of sampling; null: search.seed.")
 
     @model_validator(mode="after")
     def _check_stop(self) -> Self:

@@ -9,15 +9,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from evomerge.errors import InputError, StudyFileError
+from evomerge.files import is_there
 from evomerge.study.judge_keys import JudgeSection
 from evomerge.study.mergekit_evolve import read_mergekit_evolve
 from evomerge.study.messages import validated
 from evomerge.study.prompt_keys import PromptSection
-from evomerge.study.section import join
+from evomerge.study.section import STORED, join
 from evomerge.study.study_file import Study
+from evomerge.yaml_json import parse_yaml, read_yaml
 
 
 def read_study(
@@ -29,7 +29,7 @@ def read_study(
     `${NAME}` is taken from `environ`. Raises StudyFileError, InputError.
     """
     path = Path(path)
-    data = _read_yaml(path)
+    data = _read_file(path)
     data.setdefault("study", path.stem)
     return study_from_mapping(data, path.resolve().parent, overrides, environ, str(path))
 
@@ -76,7 +76,8 @@ def overridden(study: Study, overrides: Sequence[str], allowed: Sequence[str]) -
                 remedy=f"Keys are those of {', '.join(allowed)}.",
             )
         _override(data, override)
-    changed = validated(Study, data, "--set")
+    same = data["study"] == study.study and data["search"] == study.to_dict()["search"]
+    changed = validated(Study, data, "--set", folder=STORED if same else None)
     if not overrides:
         return changed
     prompt = validated(PromptSection, data["prompt"], "--set", "prompt", Path.cwd())
@@ -96,28 +97,21 @@ def read_setting(text: str) -> tuple[str, Any]:
             "--set needs KEY=VALUE", found=text, remedy="For example --set search.trials=24."
         )
     try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        return key, parse_yaml(value, "--set")
+    except InputError as error:
         raise InputError(
-            "--set: the value is not valid YAML",
+            f"--set: the value is {error.what}",
             found=text,
             remedy="Quote it, and close every bracket.",
         ) from error
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+def _read_file(path: Path) -> dict[str, Any]:
+    if not is_there(path):
         raise StudyFileError(
             "no such study file", where=path, remedy="Examples are in search_spaces/."
         )
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise StudyFileError(
-            f"not valid YAML: {error}", where=path, remedy="Fix the line named."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise StudyFileError("is not UTF-8", where=path, remedy="Save it as UTF-8.") from error
+    data = read_yaml(path, StudyFileError)
     if not isinstance(data, dict):
         raise StudyFileError(
             "is not a mapping of keys",

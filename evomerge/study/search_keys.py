@@ -12,12 +12,17 @@ from evomerge.study.section import (
     Pair,
     Paths,
     Section,
+    Seed,
     StudyName,
     Text,
+    Weight,
     as_tuple,
     require,
 )
 
+LARGEST_WEIGHT = 1000
+SMALLEST_RANGE = 1e-6
+SMALLEST_DENSITY = 0.001  # what is kept is multiplied by its inverse
 SUBSET = 16  # tasks of a first generation where `search.subset` says nothing
 
 
@@ -27,11 +32,15 @@ class SearchSection(Section):
     trials: int = Field(
         default=240,
         ge=1,
+        le=10**6,
         description="Number of candidates, to which the references (parents and uniform weights) "
         "and the mean are added.",
     )
     population: int | None = Field(
-        default=None, ge=4, description="Candidates per generation; null: 4 + floor(3 ln d)."
+        default=None,
+        ge=4,
+        le=10**5,
+        description="Candidates per generation; null: 4 + floor(3 ln d).",
     )
     ranking: Literal["all", "subset", "race"] = Field(
         default="subset",
@@ -41,12 +50,13 @@ class SearchSection(Section):
     subset: int | None = Field(
         default=None,
         ge=2,
+        le=10**6,
         description="Number of tasks of the first generation, more as the step size shrinks; null: "
         "16.",
     )
     race_error: float = Field(
         default=0.05,
-        gt=0,
+        ge=1e-6,
         lt=1,
         examples=[0.05],
         description="With race: how often a generation may lose a candidate of its better half.",
@@ -54,6 +64,7 @@ class SearchSection(Section):
     finalists: int = Field(
         default=3,
         ge=1,
+        le=10**4,
         description="Number of finalists that are compared on the validation tasks, besides the "
         "distribution's mean.",
     )
@@ -73,7 +84,9 @@ class SearchSection(Section):
         description="likelihood: gradient steps on the references' likelihood give the first "
         "distribution.",
     )
-    warm_start_steps: int = Field(default=16, ge=1, description="Steps of the warm start.")
+    warm_start_steps: int = Field(
+        default=16, ge=1, le=10**5, description="Steps of the warm start."
+    )
     lr_adapt: bool = Field(
         default=True, description="Learning-rate adaptation for noise (Nomura et al. 2023)."
     )
@@ -84,28 +97,38 @@ class SearchSection(Section):
     )
     max_cost: float | None = Field(
         default=None,
-        gt=0,
+        ge=1e-6,
+        le=10**12,
         description="A limit on cost, in the currency of the judge's prices and of hourly_price.",
     )
-    hourly_price: float = Field(default=0.0, ge=0, description="Price of the machine per hour.")
+    hourly_price: float = Field(
+        default=0.0, ge=0, le=10**9, description="Price of the machine per hour."
+    )
     min_sigma: float | None = Field(
-        default=None, gt=0, description="Ends the search once the step size is below this."
+        default=None,
+        ge=1e-9,
+        le=1000,
+        description="Ends the search once the step size is below this.",
     )
     patience: int | None = Field(
         default=None,
         gt=0,
+        le=10**6,
         description="Ends the search after this many generations without a gain of their mean "
         "beyond noise.",
     )
     sigma: float = Field(
         default=0.3,
-        gt=0,
+        ge=1e-6,
+        le=1000,
         examples=[0.3],
         description="First step size, in units of the weight; other numbers take the same share "
         "of their range.",
     )
     start: float = Field(
         default=1.0,
+        ge=-LARGEST_WEIGHT,
+        le=LARGEST_WEIGHT,
         description="First mean, the same for every weight; slerp takes the same share of its "
         "range: the middle.",
     )
@@ -115,11 +138,11 @@ class SearchSection(Section):
         "allow_negative_weights.",
     )
     start_density: float | None = Field(
-        default=None, description="First mean of every density; null: 0.8."
+        default=None, gt=0, le=1, description="First mean of every density; null: 0.8."
     )
     density_bounds: Pair | None = Field(
         default=None,
-        description="Lowest and highest density, above 0 and at most 1; null: 0.1 to 1.",
+        description="Lowest and highest density, from 0.001 to 1; null: 0.1 to 1.",
     )
     uniform: Numbers = Field(
         default=(0.25, 0.5, 0.75, 1.25),
@@ -128,7 +151,7 @@ class SearchSection(Section):
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
         default="bfloat16", description="Precision of the merge and of the live model."
     )
-    seed: int = Field(default=0, description="Seed of the search.")
+    seed: Seed = Field(default=0, description="Seed of the search.")
 
     @field_validator("time_limit")
     @classmethod
@@ -142,20 +165,21 @@ class SearchSection(Section):
         if self.bounds is not None:
             low, high = self.bounds
             require(
-                low < high,
+                -LARGEST_WEIGHT <= low <= high - SMALLEST_RANGE and high <= LARGEST_WEIGHT,
                 "bounds",
-                "is not a range",
+                "is not a range of weights",
                 self.bounds,
-                "Write [lowest, highest].",
+                f"Write [lowest, highest], at least {SMALLEST_RANGE} apart, from -{LARGEST_WEIGHT} "
+                f"to {LARGEST_WEIGHT}.",
             )
         if self.density_bounds is not None:
             sparse, dense = self.density_bounds
             require(
-                0 < sparse < dense <= 1,
+                SMALLEST_DENSITY <= sparse <= dense - SMALLEST_RANGE and dense <= 1,
                 "density_bounds",
                 "is not a range of densities",
                 self.density_bounds,
-                "Write [lowest, highest], above 0 and at most 1.",
+                f"Write [lowest, highest], at least {SMALLEST_DENSITY} and at most 1.",
             )
         return self
 
@@ -189,13 +213,13 @@ class SearchSection(Section):
 class ObjectiveSection(Section):
     """What is maximised: a weighted sum of an answer's parts, each recorded for every trial."""
 
-    grade: float = Field(default=1.0, description="Weight of judge.metric.")
-    length: float = Field(
+    grade: Weight = Field(default=1.0, description="Weight of judge.metric.")
+    length: Weight = Field(
         default=0.0,
         description="Weight of the answer's share of max_new_tokens, 0 to 1; below 0: shorter is "
         "better.",
     )
-    likelihood: float = Field(
+    likelihood: Weight = Field(
         default=0.0,
         description="Weight of the reference's mean log-likelihood per token, in nats; only with "
         "transformers.",

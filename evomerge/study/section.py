@@ -12,8 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationInfo
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ValidationInfo,
+    WithJsonSchema,
+)
 from pydantic_core import PydanticCustomError
+
+from evomerge.files import is_there
+
+STORED = object()  # see the end of this file
+LONGEST_NAME = 150  # bytes; a file system takes 255, and names of files add to it
 
 
 class Section(BaseModel):
@@ -23,7 +35,7 @@ class Section(BaseModel):
 
     def replace(self, **changes: Any) -> Self:
         """A copy with these keys changed, validated again. Raises pydantic's ValidationError."""
-        return type(self)(**(dict(self) | changes))
+        return self.model_validate(dict(self) | changes, context=STORED)
 
 
 @dataclass(frozen=True)
@@ -60,46 +72,85 @@ def _as_text(value: object) -> object:
     return str(value) if isinstance(value, int) else value
 
 
-def _name(value: str) -> str:
+def is_study_name(name: str) -> bool:
+    """Whether a new study may have this name: it becomes part of the names of files."""
+    return re.fullmatch(r"[^\W_][\w.-]*", name) is not None and len(name.encode()) <= LONGEST_NAME
+
+
+def _name(value: str, info: ValidationInfo) -> str:
     require(
-        re.fullmatch(r"[\w.-]+", value),
+        info.context is STORED or is_study_name(value),
         "",
         "is not a study's name",
         value,
-        "Use letters, digits, dots, underscores and dashes.",
+        f"Use letters, digits, dots, underscores and dashes, a letter or digit first, at most "
+        f"{LONGEST_NAME} bytes.",
+    )
+    return value
+
+
+def _seed(value: int, info: ValidationInfo) -> int:
+    require(
+        info.context is STORED or 0 <= value < 2**32,
+        "",
+        "is out of range",
+        value,
+        f"Use a whole number from 0 to {2**32 - 1}.",
+    )
+    return value
+
+
+def _weight(value: float) -> float:
+    require(
+        value == 0 or 1e-6 <= abs(value) <= 10**6,
+        "",
+        "is out of range",
+        value,
+        "Use 0, or a weight whose size is from 0.000001 to 1000000.",
     )
     return value
 
 
 def _absolute(path: str, info: ValidationInfo) -> str:
-    folder: Path | None = info.context
-    if folder is None:
+    folder = info.context
+    if not isinstance(folder, Path):
         return path
-    return str((folder / Path(path).expanduser()).resolve())
+    try:
+        return str((folder / Path(path).expanduser()).resolve())
+    except (OSError, ValueError, RuntimeError) as error:  # ~nobody, a loop of links, a NUL
+        remedy = "Write another path."
+        require(False, "", f"is not a path: {error}", path, remedy)
+        raise
 
 
 def folder_or_name(ref: str, info: ValidationInfo) -> str:
     """A local folder as an absolute path; a name on the hub is left unchanged."""
-    folder: Path | None = info.context
-    if folder is not None and (ref.startswith((".", "/", "~")) or (folder / ref).exists()):
+    folder = info.context
+    if isinstance(folder, Path) and (ref.startswith((".", "/", "~")) or is_there(folder / ref)):
         return _absolute(ref, info)
     return ref
 
 
 def model_path(ref: str, info: ValidationInfo) -> str:
     """MODEL or MODEL+ADAPTER with absolute folders; names on the hub stay as they are."""
-    folder: Path | None = info.context
-    if folder is None or (folder / ref).exists():
+    folder = info.context
+    if not isinstance(folder, Path) or is_there(folder / ref):
         return folder_or_name(ref, info)
     return "+".join(folder_or_name(part, info) for part in ref.split("+"))
 
 
 # The context of a validation is the folder that paths are relative to; without one they are left
-# unchanged.
+# unchanged. STORED is the context of a study that is in a storage already.
 Text = Annotated[str, BeforeValidator(_as_text)]
 StudyName = Annotated[Text, AfterValidator(_name)]
+Seed = Annotated[
+    int,
+    AfterValidator(_seed),
+    WithJsonSchema({"type": "integer", "minimum": 0, "maximum": 2**32 - 1}),
+]
 PathText = Annotated[Text, AfterValidator(_absolute)]
 ModelRef = Annotated[Text, AfterValidator(model_path)]
+Weight = Annotated[float, AfterValidator(_weight)]  # in a sum of scores
 Texts = Annotated[tuple[Text, ...], BeforeValidator(as_tuple)]
 Paths = Annotated[tuple[PathText, ...], BeforeValidator(as_tuple)]
 Numbers = Annotated[tuple[float, ...], BeforeValidator(as_tuple)]

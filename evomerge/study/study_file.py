@@ -14,7 +14,15 @@ from evomerge.study.judge_keys import JudgeSection
 from evomerge.study.messages import validated
 from evomerge.study.prompt_keys import GenerationSection, PromptSection, SplitSection, TaskSource
 from evomerge.study.search_keys import ObjectiveSection, SearchSection
-from evomerge.study.section import PathText, Remedy, Section, StudyName, as_tuple, require
+from evomerge.study.section import (
+    STORED,
+    PathText,
+    Remedy,
+    Section,
+    StudyName,
+    as_tuple,
+    require,
+)
 
 # The behaviour of studies from before the key existed.
 BEFORE: dict[str, dict[str, Any]] = {
@@ -74,12 +82,15 @@ class Study(Section):
     engine: EngineSection = Field(default=EngineSection(), description="Which engine answers.")
     limit: int | None = Field(
         default=None,
+        ge=-(10**9),
+        le=10**9,
         description="With lm-eval tasks: documents of each, search and held-out together, the same "
         "for every candidate.",
     )
     num_fewshot: int | None = Field(
         default=None,
         ge=0,
+        le=10_000,
         description="With lm-eval tasks: examples in each prompt; null: the task's own number.",
     )
     shuffle: bool = Field(
@@ -153,7 +164,7 @@ class Study(Section):
         whole = dict(data)
         for section, values in BEFORE.items():
             whole[section] = values | data.get(section, {})
-        return validated(cls, whole, "the stored study")
+        return validated(cls, whole, "the stored study", folder=STORED)
 
     @model_validator(mode="after")
     def _check_ranges(self) -> Self:

@@ -73,14 +73,13 @@ _CONTROL = re.compile(
     r"<(?=\|[^<>|]{1,40}\|>)|<(?=/?(?:s|start_of_turn|end_of_turn|bos|eos|think)>)"
     r"|\[(?=/?(?:INST|SYSTEM_PROMPT)\])|<(?=</?SYS>>)"
 )
-_THOUGHT = re.compile(r"<think>.*?</think>|^.*</think>", re.DOTALL)
-_BLOCK = re.compile(r"```(?:json)?\s*(.*?)```", re.DOTALL)
+_BLOCK = re.compile(r"```(?:json)?\s*+(.*?)```", re.DOTALL)
 _FIELD = re.compile(
     r"""["'“”]?\bgrade["'“”]?\s*[:：=]\s*["']?([0-9.+-]+)["']?\s*(?=[,}\n])""", re.IGNORECASE
 )
 _WORDS = re.compile(
     r"(?:評点|点数|得点|採点|スコア|評価|\bscore|\bgrade|\brating)"
-    r"\s*(?:は|is)?\s*[:：=]?\s*\**([0-9.+-]+)",
+    r"\s*+(?:(?:は|is)\s*+)?(?:[:：=]\s*+)?\**+([0-9.+-]+)",
     re.IGNORECASE,
 )
 
@@ -145,7 +144,7 @@ def read_vote(text: str) -> Vote | None:
     The reply is read as JSON, then a code block in it as JSON, then a field `grade` or a word such
     as 点数 with a number.
     """
-    text = _THOUGHT.sub("", text).strip()
+    text = _without_thoughts(text).strip()
     for candidate in (text, *_BLOCK.findall(text)):
         try:
             value = json.loads(candidate.strip())
@@ -164,6 +163,22 @@ def read_vote(text: str) -> Vote | None:
         return None
     grade = grades.pop()
     return None if grade is None else Vote(grade, one_line(text))
+
+
+def _without_thoughts(text: str) -> str:
+    """The reply without <think>…</think>, or what follows the last </think> of a bare one."""
+    opening, closing = "<think>", "</think>"
+    if not text.startswith(opening):
+        return text.rpartition(closing)[2]
+    kept: list[str] = []
+    at = 0
+    while True:
+        start = text.find(opening, at)
+        end = text.find(closing, start + len(opening))
+        if start < 0 or end < 0:
+            return "".join([*kept, text[at:]])
+        kept.append(text[at:start])
+        at = end + len(closing)
 
 
 def one_line(text: str, limit: int = 500) -> str:

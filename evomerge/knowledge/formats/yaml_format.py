@@ -11,6 +11,7 @@ import yaml
 from evomerge.errors import KnowledgeError
 from evomerge.knowledge.formats.tables import OPTIONAL, REQUIRED, Row, Tables
 from evomerge.knowledge.records import Knowledge, KnowledgeClass
+from evomerge.yaml_json import LARGEST_YAML, compose_yaml, read_text
 
 # PyYAML folds the line breaks among them where they are not escaped
 ODD = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufeff]")
@@ -46,22 +47,7 @@ def read_yaml(path: Path, tables: Tables) -> None:
 
 
 def _root(path: Path) -> yaml.MappingNode:
-    try:
-        root = yaml.compose(path.read_bytes().decode("utf-8-sig"), Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark is not None else ""
-        raise KnowledgeError(
-            f"not valid YAML: {getattr(error, 'problem', None) or error}",
-            where=f"{path}{line}",
-            remedy="Fix the line named.",
-        ) from error
-    except UnicodeDecodeError as error:
-        raise KnowledgeError("is not UTF-8", where=path, remedy="Save it as UTF-8.") from error
-    except RecursionError as error:
-        raise KnowledgeError(
-            "is nested too deeply", where=path, remedy="Write lists of classes and examples."
-        ) from error
+    root = compose_yaml(read_text(path, LARGEST_YAML, KnowledgeError), path, KnowledgeError)
     if not isinstance(root, yaml.MappingNode):
         raise KnowledgeError(
             "is not a mapping of keys", where=path, remedy=f"Write the keys {', '.join(REQUIRED)}."

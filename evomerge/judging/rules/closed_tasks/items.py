@@ -12,7 +12,7 @@ from evomerge.judging.rules.closed_tasks.claims import (
     abbreviated,
     whole_word,
 )
-from evomerge.text import CJK, LIST_MARK, bare
+from evomerge.text import CJK, bare, without_list_marks
 
 YES = {"はい", "yes", "true", "正しい", "真", "ok", "正", "yeah"}
 NO = {"いいえ", "no", "false", "正しくない", "偽", "誤り", "誤"}
@@ -25,6 +25,19 @@ _YES_OR_NO = re.compile(
 )
 _LETTER = re.compile(r"(?<![A-Za-z])([A-J])(?![A-Za-z'])")
 _SEPARATOR = re.compile(r"[\s,、;.・/\-と\"'「」]*(?:and\s*[\"']?)?")
+_LEFT_OPEN = re.compile(rf"\A\s*+(?:{HEDGE}|と|か)", re.IGNORECASE)
+_SEVERAL_LETTERS = re.compile(rf"\n[^\S\n]*+\(?[A-J][).]|^.{{0,40}}{HEDGE}\s*\(?[A-J]\b")
+_ITEM_END = re.compile(r"[,、;・\n]|\s{1,20}and\s+")
+# What makes a list go on: with newlines as separators, or with a comma or a word.
+_GOES_ON = r"(?:(?=[^\S\n]*+\n)\s++|\s*+(?:[,、・/]|\band\b|と)\s*+)(?:and\s*+)?"
+_WORDS = rf"(?:[{CJK}]{{1,8}}|[a-z]++(?:\s[a-z]++)?)"
+_STOPS = r"\s*(?:$|[,、.。\n・])"
+_JOINED = r"\s*+(?:[,、・/]|\band)\s*+$"
+_WORDS_FOLLOW = re.compile(rf"(?<!\s){_GOES_ON}{_WORDS}{_STOPS}")
+_WORDS_PRECEDE = re.compile(rf"(?:^|[\s:は]){_WORDS}{_JOINED}")
+_LETTER_FOLLOWS = re.compile(rf"(?<!\s)(?:{_GOES_ON}\w{_STOPS}|\s++\w(?:$|\W))")
+_LETTER_PRECEDES = re.compile(rf"(?:^|[\s:は])\w{_JOINED}")
+_FARTHEST = 200  # characters before a list in which another item of it begins
 
 Span = tuple[int, int, str]  # start, end, expected item
 
@@ -34,7 +47,7 @@ def judge_polarity(yes: bool, said: str) -> Finding:
     found = _after_mark(_YES_OR_NO, said) or _YES_OR_NO.search(said)
     if found is None:
         return Finding(False, 0.0, "says neither yes nor no")
-    if re.match(rf"\s*(?:{HEDGE}|と|か)", said[found.end() :], re.IGNORECASE):
+    if _LEFT_OPEN.match(said[found.end() :]):
         return Finding(False, 0.4, "leaves it open")
     if (found.group().lower() in YES) == yes:
         return Finding(True, 1.0, f"says {found.group()}")
@@ -55,8 +68,7 @@ def judge_letter(expected: str, said: str) -> Finding:
 def _chosen_letter(said: str, letters: set[str]) -> str:
     """The letter of the last marked answer, or of the first line, or the only one; else ""."""
     lead = re.match(r"\(?([A-Ja-j])(?:[).:]|\s*$|\s*\n)", said)
-    several = rf"\n\s*\(?[A-J][).]|^.{{0,40}}{HEDGE}\s*\(?[A-J]\b"
-    if lead and re.search(several, said):
+    if lead and _SEVERAL_LETTERS.search(said):
         return ""
     after = _after_mark(_LETTER, said)
     if after:
@@ -76,13 +88,13 @@ def split_items(text: str) -> list[str]:
     """The items of a list of words, each bare; single letters may be separated by spaces alone."""
     if re.fullmatch(r"(?:\w )+\w", text):
         return text.casefold().split(" ")
-    pieces = re.split(r"[,、;・\n]|\s+and\s+", text.strip("[](){}"))
+    pieces = _ITEM_END.split(text.strip("[](){}"))
     return list(filter(None, map(bare, pieces)))
 
 
 def judge_items(question: str, expected: list[str], said: str) -> Finding:
     """Judge a list: every expected item, and no other."""
-    text = LIST_MARK.sub("", said).casefold()
+    text = without_list_marks(said).casefold()
     letters = all(re.fullmatch("[a-z0-9\u3041-\u30ff]", item) for item in expected)
     in_order = r"\bsort|\border\b|\beach\b|順|並|それぞれ"
     ordered = letters or re.search(in_order, question, re.IGNORECASE)
@@ -127,10 +139,9 @@ def _item_runs(text: str, expected: list[str]) -> list[list[Span]]:
 
 def _extra(text: str, start: int, end: int, *, letters: bool) -> bool:
     """Whether the list extends before or after the span with items that are not expected."""
-    item = r"\w" if letters else rf"(?:[{CJK}]{{1,8}}|[a-z]+(?:\s[a-z]+)?)"
-    separator = r"\s*(?:[,、・/\n]|\band\b|と)\s*(?:and\s*)?"
-    if re.match(rf"{separator}{item}\s*(?:$|[,、.。\n・])", text[end:]):
+    follows, precedes = _WORDS_FOLLOW, _WORDS_PRECEDE
+    if letters:
+        follows, precedes = _LETTER_FOLLOWS, _LETTER_PRECEDES
+    if follows.match(text, end):
         return True
-    if re.search(rf"(?:^|[\s:は])(?:{item})\s*(?:[,、・/]|\band)\s*$", text[:start]):
-        return True
-    return letters and re.match(r"\s+\w(?:$|\W)", text[end:]) is not None
+    return precedes.search(text, max(0, start - _FARTHEST), start) is not None

@@ -17,11 +17,11 @@ from evomerge.judging.rules.closed_tasks.claims import (
     whole_word,
 )
 from evomerge.judging.rules.closed_tasks.places import without_region
-from evomerge.text import LIST_MARK, bare
+from evomerge.text import bare, without_list_marks
 
 _COPULA = re.compile(
     r"(?:\b(?:is|are|was|were|be|called|named|means|equals)\b|'s\b|[:=→]|(?<![でにと])は)"
-    r"\s*[,、]?\s*",
+    r"\s*+(?:[,、]\s*+)?",
     re.IGNORECASE,
 )
 _ASIDE = re.compile(
@@ -29,13 +29,15 @@ _ASIDE = re.compile(
 )
 _CLAUSE_END = re.compile(r"[,、;()]|\b(?:which|where|while|who|because|since)\b")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|。|\n+|(?<=[!?])")
-_BUT = re.compile(r"[,、]?\s*(?:\bbut\b|\bhowever\b|しかし|けれど|(?<=です)が[、,])", re.IGNORECASE)
+_BUT = re.compile(
+    r"(?:[,、]|(?<!\s))\s*+(?:\bbut\b|\bhowever\b|しかし|けれど|(?<=です)が[、,])", re.IGNORECASE
+)
 _REFERS_BACK = re.compile(r"(?:it|that|this)(?:'s| is)\b|それは", re.IGNORECASE)
-_ITEM = r"[\"'「」(]*\s*"
-_OR_AFTER = re.compile(rf"{_ITEM}(?:[^.。]{{0,4}}\s*{HEDGE}|か|や|/)", re.IGNORECASE)
-_OR_BEFORE = re.compile(rf"(?:{HEDGE}|か、?|や|/)\s*{_ITEM}(?:the\s+)?$", re.IGNORECASE)
+_ITEM = r"[\"'「」(]*+\s*+"
+_OR_AFTER = re.compile(rf"\A{_ITEM}(?:[^.。]{{0,4}}\s*{HEDGE}|か|や|/)", re.IGNORECASE)
+_OR_BEFORE = re.compile(rf"(?:{HEDGE}|か、?|や|/)\s*+{_ITEM}(?:the\s++)?$", re.IGNORECASE)
 _FILLER = r"(?:the|a|an|of|word|letter|city|simply|just|probably|usually|also)"
-_LEAD = re.compile(rf"(?:[\"'「]|\b{_FILLER}\b\s*)*$", re.IGNORECASE)
+_LEAD = re.compile(rf"\A(?:[\"'「]|\b{_FILLER}\b\s*+)*+$", re.IGNORECASE)
 _OPENING = re.compile(rf"(?:[\"']|\b{_FILLER}\b|\s|-)*", re.IGNORECASE)
 _LIST_SEPARATOR = re.compile(r"[,、・;]|\band\b|と(?=[^い])")
 _TERM = re.compile("[a-z]{3,}|[\u30a1-\u30ff]{2,}|[\u3400-\u9fff]{2,}")
@@ -82,7 +84,7 @@ def judge_label(question: str, expected: str, said: str, *, capital: bool) -> Fi
         near = SequenceMatcher(None, claim, expected, autojunk=False).ratio()
         return Finding(False, 0.8 * near if near >= 0.5 else 0.0, f"does not say {expected}")
     if len(lines) > 1:
-        items = [bare(LIST_MARK.sub("", line)) for line in lines]
+        items = [bare(without_list_marks(line)) for line in lines]
         if items[0] == expected:
             if any(_is_rival_line(item, expected) for item in items[1:]):
                 return Finding(False, 0.4, f"lists {expected} among other options")
@@ -204,4 +206,4 @@ def _terms(question: str) -> list[str]:
     They are those of its first sentence, without question words.
     """
     first = re.split(r"[?。\n]", question.strip(), maxsplit=1)[0].lower()
-    return [word for word in _TERM.findall(first) if word not in _STOP]
+    return [word for word in dict.fromkeys(_TERM.findall(first)) if word not in _STOP]

@@ -14,13 +14,15 @@ from evomerge.judging.rules.closed_tasks.claims import (
     after_correction,
     denied,
 )
-from evomerge.text import CJK, LIST_MARK, Number, find_numbers
+from evomerge.text import CJK, Number, find_numbers, without_list_marks
 
-UNIT = rf"\s*(?:[A-Za-z°%]+|[{CJK}%℃]{{1,4}})?"
-BARE_NUMBER = re.compile(
-    rf"^[^\w\d-]{{0,2}}(-?[0-9]+(?:,[0-9]+)*(?:\.[0-9]+)?[十百千万億兆]?){UNIT}\s*(?:です)?$"
-)
-_LIST_SEPARATOR = re.compile(r"\s*(?:[,、;<>→・/|]|=>|->|\band\b|\bthen\b|と|\n|\s)+\s*")
+_DIGITS = r"-?[0-9]++(?:,[0-9]++)*+(?:\.[0-9]++)?+[十百千万億兆]?"
+_UNIT = rf"\s*+(?:(?:[A-Za-z°%]++|[{CJK}%℃]{{1,4}})\s*+)?"
+BARE_NUMBER = re.compile(rf"^[^\w\d-]{{0,2}}({_DIGITS}){_UNIT}(?:です)?$")
+_LIST_SEPARATOR = re.compile(r"(?:[\s,、;<>→・/|]|=>|->|\band\b|\bthen\b|と)++")
+# between two: a comma or the like, or white space that holds a blank
+_NUMBER_LIST = re.compile(r"\A-?[0-9.]++(?:(?:\s*+[,、;<→]\s*+|(?=[^\S ]*+ )\s++)-?[0-9.]++)++")
+_UNIT_WORD = re.compile(rf"\A[\s-]*+([A-Za-z]++|[{CJK}]++)")
 _OPTION_GAP = re.compile(
     rf"[^0-9\n]{{0,12}}?(?:{HEDGE}|か)[^0-9\n]{{0,8}}|\s*[,、/;~]\s*(?:and\s*)?|\s+and\s+|\s+"
 )
@@ -53,7 +55,7 @@ _UNIT_NAMES = {name: i for i, line in enumerate(_UNITS.split("\n")) for name in 
 def number_list(text: str) -> list[str]:
     """The numbers of a reference that is a list of two or more numbers, else []."""
     core = text.strip("[](){} ")
-    if not re.fullmatch(r"-?[0-9.]+(?:\s*[,、;<→ ]\s*-?[0-9.]+)+", core):
+    if not _NUMBER_LIST.fullmatch(core):
         return []
     if re.fullmatch(r"[0-9]{1,3}(?:,[0-9]{3})+", core):  # 1,200 is one number
         return []
@@ -62,7 +64,7 @@ def number_list(text: str) -> list[str]:
 
 def judge_numbers(question: str, expected: list[str], said: str) -> Finding:
     """Judge several numbers by the last list that is not the question's."""
-    text = LIST_MARK.sub("", said)
+    text = without_list_marks(said)
     asked = [n.value for n in find_numbers(question, thousands=False)]
     runs = [run for run in _runs(text) if len(run) > 1]
     if re.search(r"→|->|=>", text):
@@ -75,7 +77,7 @@ def judge_numbers(question: str, expected: list[str], said: str) -> Finding:
         return Finding(False, 0.4, "gives several lists to choose from")
     if chosen == expected:
         return Finding(True, 1.0, "gives the expected list in order")
-    near = SequenceMatcher(None, chosen[:50], expected, autojunk=False).ratio()
+    near = SequenceMatcher(None, chosen[:50], expected[:500], autojunk=False).ratio()
     why = f"the list is {abbreviated(', '.join(chosen))}, not {', '.join(expected)}"
     return Finding(False, near, why)
 
@@ -146,8 +148,11 @@ def _stated(question: str, text: str, numbers: Sequence[Number]) -> int:
         mark = match.end()
         after = []
         for i, n in enumerate(numbers):
-            if n.start >= mark and not _SENTENCE_END.search(text[mark : n.start].strip()):
-                after.append(i)
+            if n.start < mark:
+                continue
+            if _SENTENCE_END.search(text[mark : n.start].strip()):
+                break
+            after.append(i)
         if after:
             at = after[0] if text[mark - 1] == "=" else after[-1]
             if named and at not in named and _unit(text, numbers[at]) in _UNIT_NAMES:
@@ -163,7 +168,7 @@ def _asked_noun(question: str) -> str:
 
 def _unit(text: str, number: Number) -> str:
     """The word right after a number."""
-    word = re.match(rf"[\s-]*([A-Za-z]+|[{CJK}]+)", text[number.end : number.end + 24])
+    word = _UNIT_WORD.match(text[number.end : number.end + 24])
     return word.group(1).lower() if word else ""
 
 

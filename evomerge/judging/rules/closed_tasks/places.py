@@ -30,13 +30,14 @@ _COUNTRIES = (
 )
 _KIND = r"(?:Province|Prefecture|Region|State|County|Governorate|District|Territory|Oblast)"
 _REGION = (
-    r"(?:the\s+)?(?:(?:state|province|prefecture|region)\s+of\s+)?"
-    rf"(?:{_STATES}|{_COUNTRIES}|[A-Z]\w+\s+{_KIND})(?![\w-])"
+    r"(?:the\s++)?(?:(?:state|province|prefecture|region)\s++of\s++)?"
+    rf"(?:{_STATES}|{_COUNTRIES}|[A-Z]\w++\s++{_KIND})(?![\w-])"
 )
 _AFTER = re.compile(
-    rf"\s*(?:,|\bin\b|,\s*in\b)\s*{_REGION}(?:\s*,\s*{_REGION})?|\s*\((?:in\s+)?{_REGION}\)"
+    rf"(?<!\s)\s*+(?:(?:,\s*+(?:in\b\s*+)?|\bin\b\s*+){_REGION}(?:\s*+,\s*+{_REGION})?"
+    rf"|\((?:in\s++)?{_REGION}\))"
 )
-_GOES_ON = re.compile(r"\s*(?:,\s*(?:and\s+|or\s+)?[A-Z]|/|\bor\b|\band\s+[A-Z])")
+_GOES_ON = re.compile(r"(?<!\s)\s*+(?:,\s*+(?:and\s++|or\s++)?[A-Z]|/|\bor\b|\band\s++[A-Z])")
 
 
 def without_region(text: str, place: re.Pattern[str]) -> str:
@@ -46,6 +47,6 @@ def without_region(text: str, place: re.Pattern[str]) -> str:
     """
     for match in reversed(list(place.finditer(text))):
         region = _AFTER.match(text, match.end())
-        if region and not _GOES_ON.match(text[region.end() :]):
+        if region and not _GOES_ON.match(text, region.end()):
             text = text[: match.end()] + text[region.end() :]
     return text

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from evomerge.judging.rules.open_tasks.formulas import FORMULA, formula_value
-from evomerge.judging.rules.open_tasks.option_checks import OPTION_LINE, choice_check, listed
+from evomerge.judging.rules.open_tasks.option_checks import choice_check, listed, option_lines
 from evomerge.judging.rules.open_tasks.parsed_text import Check, CheckResult, ParsedText, compact
 
 # kinds without one right conclusion
@@ -18,7 +18,10 @@ _ASKED_UNIT = re.compile(
     r"何(曜日|都市|時間|県|色|個|人|分|秒|歳|円|回|本|番|年|日|月|匹|冊|語|枚|市|国|km)"
 )
 _PAIR = re.compile(r"([1-9])[.),:]?[^\nA-H0-9]{0,20}\(?([A-H])\b")
-_ORDER = re.compile(r"(?<![0-9])[0-9](?:\s*[,、→>\n-]+\s*[0-9](?![0-9])){2,}")
+# between two digits: commas, arrows or dashes, or white space that holds a line break
+_ORDER = re.compile(
+    r"(?<![0-9])[0-9](?:(?:\s*+[,、→>-][,、→>\n-]*+\s*+|(?=[^\S\n]*+\n)\s++)[0-9](?![0-9])){2,}+"
+)
 _LINE_NUMBER = re.compile(r"(?m)^\W{0,3}([0-9])[.)]")
 _SYMBOLS = re.compile(r"[0-9A-Za-z()\[\]{}<>+*/=,.\-]{5,}")
 _NUMBER = re.compile(r"-?[0-9][0-9,.]*")
@@ -71,7 +74,7 @@ def _unit(question: str, reference: ParsedText) -> Check | None:
     if not asked:
         return None
     unit = asked.group(1)
-    pattern = re.compile(rf"([0-9.,]+|[\u3400-\u9fff]{{1,4}}?){unit}")
+    pattern = re.compile(rf"((?<![0-9.,])[0-9.,]++|[\u3400-\u9fff]{{1,4}}?){unit}")
     source = reference.conclusion if unit in reference.conclusion else reference.text
     values = pattern.findall(source)
     if not values:
@@ -177,7 +180,7 @@ def _order(question: str, reference: ParsedText) -> Check | None:
     if not runs:
         return None
     expected = re.findall("[0-9]", runs[-1])
-    starts = [(label, name[:10]) for label, name in OPTION_LINE.findall(question)]
+    starts = [(label, name[:10]) for label, name in option_lines(question)]
 
     def look(answer: ParsedText) -> CheckResult:
         said = [re.findall("[0-9]", run) for run in _ORDER.findall(answer.text)]

@@ -36,9 +36,8 @@ _PATTERNS = {
 _KINDS = [(kind, re.compile(pattern, re.IGNORECASE)) for kind, pattern in _PATTERNS.items()]
 _POLAR = re.compile(
     r"(?:ます|です|ました|でしょう|ません|でした|る|い)か[?」。]*$|はいか?.{0,4}いいえ"
-    r"|\b(?:is|are|does|do|can|was|will) .*\?$",
-    re.IGNORECASE,
 )
+_POLAR_VERB = re.compile(r"\b(?:is|are|does|do|can|was|will) ", re.IGNORECASE)
 _OPEN_WORD = re.compile(
     r"何|なに|どこ|だれ|誰|どの|どち|いつ|なぜ|どう|どれ|いくつ|どんな|とは"
     r"|\b(?:what|which|who|how|why|where|when)\b",
@@ -67,6 +66,7 @@ def is_polar(question: str) -> bool:
     if not asked:
         return False
     first = asked[0]
-    if _POLAR.search(first) and not _OPEN_WORD.search(first):
+    polar = _POLAR.search(first) or (first.endswith("?") and _POLAR_VERB.search(first))
+    if polar and not _OPEN_WORD.search(first):
         return True
     return any("いいえ" in sentence for sentence in asked)

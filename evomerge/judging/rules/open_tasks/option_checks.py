@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from evomerge.judging.rules.open_tasks.parsed_text import Check, CheckResult, ParsedText
 from evomerge.text import QUOTED
 
-OPTION_LINE = re.compile(
-    r"(?m)^[\s・-]*(?:選択肢|情報|文)?\s*[(]?([A-Ha-h1-9])[).:、]\s*(.{1,60}?)\s*$"
+# finds the beginnings of lines, where an option may follow: each run of blanks is looked at once
+_OPTION_LINE = re.compile(
+    r"(?m)(?:^|\n)[\s・-]*+"
+    r"(?:(?:選択肢|情報|文)?+\s*+[(]?+([A-Ha-h1-9])[).:、]\s*+(.{1,60}?)[^\S\n]*+$)?"
 )
 _OPTION_INLINE = re.compile(r"\(([a-hA-H])\)\s*([^\s(),、。]{1,20})")
 _BULLET = re.compile(r"(?m)^[-・]\s*(.{1,40})$")
@@ -22,7 +24,7 @@ def choice_check(question: str, reference: ParsedText) -> Check | None:
     """Among the question's options, the answer chooses those that the reference chooses."""
     if not _CHOOSES.search(question) or "説明して" in question:
         return None
-    options = [*OPTION_LINE.findall(question), *_OPTION_INLINE.findall(question)]
+    options = [*option_lines(question), *_OPTION_INLINE.findall(question)]
     right, wrong = _right_and_wrong(_names(question, options), reference)
     if not right or not wrong:
         return None
@@ -48,6 +50,11 @@ def choice_check(question: str, reference: ParsedText) -> Check | None:
         return value, f"does not clearly choose {listed(right)}"
 
     return look
+
+
+def option_lines(question: str) -> list[tuple[str, str]]:
+    """(label, name) of the options that have a line of their own: "A. Cairo"."""
+    return [(label, name) for label, name in _OPTION_LINE.findall(question) if label]
 
 
 def _names(question: str, options: Sequence[tuple[str, str]]) -> list[str]:
