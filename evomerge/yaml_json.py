@@ -191,6 +191,9 @@ def _explained(fault: Exception, where: object, error: type[InputError]) -> Inpu
     """The fault with its place."""
     if isinstance(fault, RecursionError):
         return error("is nested too deeply", where=where, remedy="Write fewer levels.")
+    if "single document" in str(getattr(fault, "context", "")):
+        remedy = "Split it: one document a file."
+        return error("holds several YAML documents", where=where, remedy=remedy)
     mark = getattr(fault, "problem_mark", None)
     if mark is not None:
         where = f"{where}, line {mark.line + 1}"

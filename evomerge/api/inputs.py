@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
+
+from evomerge.errors import InputError, StudyError
 
 if TYPE_CHECKING:
     from evomerge.recipe import Recipe
     from evomerge.study import Study
     from evomerge.tasks import Task
 
+LONGEST_OLD_NAME = 240  # bytes: more than new studies may have
 Overrides: TypeAlias = Mapping[str, object] | Sequence[str] | None
 StudyFile: TypeAlias = "str | Path | Mapping[str, Any] | Study"
 RecipeLike: TypeAlias = "str | Path | Mapping[str, Any] | Recipe"
@@ -28,7 +32,14 @@ def setting_texts(overrides: Overrides) -> list[str]:
     texts = []
     for key, value in overrides.items():
         plain = str(value) if isinstance(value, Path) else value
-        texts.append(f"{key}={json.dumps(plain, ensure_ascii=False)}")
+        try:
+            texts.append(f"{key}={json.dumps(plain, ensure_ascii=False)}")
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InputError(
+                f"cannot be written as JSON: {error}",
+                where=f"overrides, {key}",
+                remedy="Use texts, numbers, lists and mappings.",
+            ) from error
     return texts
 
 
@@ -71,12 +82,21 @@ def to_tasks(tasks: Tasks) -> tuple[Task, ...]:
 def storage_url(storage: str | Path | None, name: str) -> str:
     """The URL of a study's storage: any of Optuna's, or the path of an SQLite file.
 
-    None: $EVOMERGE_STORAGE, else sqlite:///storage/NAME.db.
+    None: $EVOMERGE_STORAGE, else sqlite:///storage/NAME.db. Raises StudyError for what no study
+    can be called.
     """
+    if not re.fullmatch(r"[\w.-]+", name) or len(name.encode()) > LONGEST_OLD_NAME:
+        raise StudyError("is not a study's name", found=name, remedy="Name a study.")
     given = str(storage or os.environ.get("EVOMERGE_STORAGE") or f"storage/{name}.db")
     return given if "://" in given else f"sqlite:///{given}"
 
 
 def results_folder(results: str | Path | None, name: str) -> Path:
-    """The folder of a study's results; None: $EVOMERGE_RESULTS, else results/; NAME is added."""
-    return Path(results or os.environ.get("EVOMERGE_RESULTS") or "results") / name
+    """The folder of a study's results; None: $EVOMERGE_RESULTS, else results/; NAME is added.
+
+    Older studies may have names such as `..`, which are no names of folders.
+    """
+    from evomerge.study.section import is_study_name
+
+    folder = name if is_study_name(name) else f"study_{name}"
+    return Path(results or os.environ.get("EVOMERGE_RESULTS") or "results") / folder

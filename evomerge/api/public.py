@@ -147,10 +147,17 @@ def merge(
     >>> evomerge.merge("best.yaml", "merged/")
     """
     from evomerge.console import Console
-    from evomerge.errors import UnsupportedRecipe
+    from evomerge.errors import InputError, UnsupportedRecipe
     from evomerge.merging.mergekit import is_installed, merge_with_mergekit
 
     console = console or Console()
+    if not 0 <= random_seed < 2**32:
+        raise InputError(
+            "is out of range",
+            where="random_seed",
+            found=random_seed,
+            remedy=f"Use a whole number from 0 to {2**32 - 1}.",
+        )
     try:
         parsed, text = to_recipe(recipe)
         return build_model_folder(parsed, Path(out), text, shard_size, random_seed, console)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import logging
 import os
@@ -25,6 +26,8 @@ DESCRIPTION = (
     "Find the best merge of a base model and its fine-tuned siblings, "
     "and prove it on held-out tasks."
 )
+# what a user has named wrongly, as opposed to a disk that fails
+NAMES_NOTHING = (errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 EXAMPLES = """evomerge demo demo/
 evomerge search search_spaces/demo.yaml
 evomerge show demo
@@ -70,7 +73,7 @@ def _run(argv: Sequence[str] | None) -> int:
     except OSError as error:
         where = error.filename or "stdout"
         Console().say(f"evomerge: {where}: {error.strerror or error}. Check the name and the disk.")
-        return 1
+        return 2 if error.errno in NAMES_NOTHING else 1
     except UnicodeEncodeError:
         Console().say("evomerge: a name is not valid text. Rename the file.")
         return 2

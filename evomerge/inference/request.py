@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from evomerge.recipe import Recipe
     from evomerge.tasks import Task
 
+LONGEST_LIMIT = 10**9  # seconds
 Say = Callable[[str], None]
 Classify = Literal["neighbours", "model", "both"]
 
@@ -82,6 +83,14 @@ def check_request(request: InferenceRequest, called: Callable[[str], str] = para
         if value is not None and not least <= value <= most:
             what = f"must be {least} or more" if value < least else f"must be at most {most}"
             raise InputError(what, where=called(name), found=value)
+    limit = request.time_limit
+    if limit is not None and not 0 < limit <= LONGEST_LIMIT:
+        raise InputError(
+            "is not a time in seconds",
+            where=called("time_limit"),
+            found=limit,
+            remedy=f"Use more than 0 and at most {LONGEST_LIMIT}.",
+        )
     if request.judge is not None and request.best_of is None:
         raise InputError(
             "chooses among several answers",

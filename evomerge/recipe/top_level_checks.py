@@ -139,7 +139,9 @@ def _tokenizer_section(section: Any, where: str) -> TokenizerSection:
             found=section,
             remedy="Write tokenizer: {source: union, tokens: {}}.",
         )
-    if pad is not None and (not isinstance(pad, int) or isinstance(pad, bool) or pad < 1):
+    if pad is not None and (
+        not isinstance(pad, int) or isinstance(pad, bool) or not 0 < pad <= 10**6
+    ):
         raise RecipeError(
             "`tokenizer.pad_to_multiple_of` is not a number of rows",
             where=where,

@@ -179,7 +179,7 @@ class SearchSection(Section):
                 "density_bounds",
                 "is not a range of densities",
                 self.density_bounds,
-                f"Write [lowest, highest], at least {SMALLEST_DENSITY} and at most 1.",
+                f"Write [lowest, highest], above 0 (at least {SMALLEST_DENSITY}) and at most 1.",
             )
         return self
 

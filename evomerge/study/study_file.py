@@ -82,7 +82,6 @@ class Study(Section):
     engine: EngineSection = Field(default=EngineSection(), description="Which engine answers.")
     limit: int | None = Field(
         default=None,
-        ge=-(10**9),
         le=10**9,
         description="With lm-eval tasks: documents of each, search and held-out together, the same "
         "for every candidate.",

@@ -17,6 +17,7 @@ from evomerge.tasks import Task
 
 VERSION = "1"  # the version of all texts here: a different rubric gives different grades
 LONGEST = 20_000  # characters of an answer that are shown
+LONGEST_REPLY = 200_000  # characters of a reply that are read, from its end
 GRADES = (1, 2, 3, 4, 5)
 
 SYSTEM = """あなたは日本語の回答を採点する、厳密で公平な採点者です。
@@ -73,6 +74,7 @@ _CONTROL = re.compile(
     r"<(?=\|[^<>|]{1,40}\|>)|<(?=/?(?:s|start_of_turn|end_of_turn|bos|eos|think)>)"
     r"|\[(?=/?(?:INST|SYSTEM_PROMPT)\])|<(?=</?SYS>>)"
 )
+_NAMED = re.compile(r"\{(input|output|eval_aspect|answer)\}")
 _BLOCK = re.compile(r"```(?:json)?\s*+(.*?)```", re.DOTALL)
 _FIELD = re.compile(
     r"""["'“”]?\bgrade["'“”]?\s*[:：=]\s*["']?([0-9.+-]+)["']?\s*(?=[,}\n])""", re.IGNORECASE
@@ -114,8 +116,7 @@ class Rubric:
             "answer": fenced(answer, truncated),
         }
         # in one pass: braces inside a task or an answer are left alone
-        named = r"\{(input|output|eval_aspect|answer)\}"
-        text = whole(re.sub(named, lambda match: fields[match[1]], self.template))
+        text = whole(_NAMED.sub(lambda match: fields[match[1]], self.template))
         if again:
             text += AGAIN
         return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
@@ -144,17 +145,17 @@ def read_vote(text: str) -> Vote | None:
     The reply is read as JSON, then a code block in it as JSON, then a field `grade` or a word such
     as 点数 with a number.
     """
-    text = _without_thoughts(text).strip()
+    text = _without_thoughts(text).strip()[-LONGEST_REPLY:]
     for candidate in (text, *_BLOCK.findall(text)):
+        reason = ""
         try:
             value = json.loads(candidate.strip())
+            if isinstance(value, dict) and "grade" in value:
+                reason, value = one_line(str(value.get("reason", ""))), value["grade"]
+                if _grade(value) is None:
+                    return None
         except (ValueError, RecursionError):
             continue
-        reason = ""
-        if isinstance(value, dict) and "grade" in value:
-            reason, value = one_line(str(value.get("reason", ""))), value["grade"]
-            if _grade(value) is None:
-                return None
         grade = _grade(value)
         if grade is not None:
             return Vote(grade, reason)

@@ -9,15 +9,18 @@ and what spoils it. docs/JUDGES.md reports how far that agrees with strong judge
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from evomerge.answering.engine import Answer
 from evomerge.judging.grade import Grade
-from evomerge.judging.rules.closed_tasks.grading import is_closed, judge_closed
+from evomerge.judging.rules.closed_tasks.grading import LONGEST_CLEANED, is_closed, judge_closed
 from evomerge.judging.rules.open_tasks.measures import Expected, Measured, expected_of, measure
 from evomerge.tasks import Task
 from evomerge.text import clean, repetition
 
-LONGEST = 8_000  # characters that are read; what follows adds nothing
+LONGEST = 8_000  # characters of an answer that are read; what follows adds nothing
+LONGEST_INPUT = 200_000  # characters of a task's input
+LONGEST_REFERENCE = 20_000  # characters of its reference, and of its grading points
 
 # Grade points for a measure of 1. Least squares with fixed signs on GPT-4-turbo's and Athene-V2's
 # grades of the models of some families, rounded; the other families were kept for measuring. The
@@ -58,9 +61,23 @@ class RulesJudge:
     def grade(self, task: Task, answer: Answer) -> Grade:
         """Grade one answer, 1.0 to 5.0; never raises, whatever the text."""
         text = answer.text[:LONGEST]
+        task = _shortened(task)
         if is_closed(task.output):
             return _grade_closed(task, text)
         return _grade_open(task, text, truncated=answer.truncated)
+
+
+def _shortened(task: Task) -> Task:
+    """The task with texts that can be compared with thousands of answers."""
+    texts = (task.input, task.output, task.eval_aspect)
+    if len(max(texts, key=len)) <= LONGEST_REFERENCE:
+        return task
+    return replace(
+        task,
+        input=task.input[:LONGEST_INPUT],
+        output=task.output[:LONGEST_REFERENCE],
+        eval_aspect=task.eval_aspect[:LONGEST_REFERENCE],
+    )
 
 
 def _grade_closed(task: Task, text: str) -> Grade:
@@ -78,7 +95,7 @@ def _grade_open(task: Task, raw: str, *, truncated: bool) -> Grade:
     if not _WORD_OR_SYMBOL.search(raw):
         return Grade(1.0, None, _empty_reason(raw))
     expected = expected_of(task.input, task.output, task.eval_aspect)
-    found = measure(expected, raw, clean(raw), truncated=truncated)
+    found = measure(expected, raw, clean(raw)[:LONGEST_CLEANED], truncated=truncated)
     if expected.reference:
         # capped first: a fault always shows
         value = min(5.0, BASE + _weighted_sum(MERITS, found))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from evomerge.errors import ModelError
+from evomerge.files import is_there
 
 PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.model")
 
@@ -14,11 +16,13 @@ def find_folder(ref: str, kind: str, remedy: str) -> Path:
 
     Raises ModelError, in whose text the folder is one of this `kind`: "model" or "adapter".
     """
-    path = Path(ref).expanduser()
-    if path.is_dir():
+    path = Path(ref)
+    with suppress(RuntimeError):  # ~nobody
+        path = path.expanduser()
+    if is_there(path) and path.is_dir():
         return path
     is_name = ref.partition("@")[0].count("/") == 1 and not ref.startswith((".", "/", "~"))
-    if path.exists() or not is_name:
+    if is_there(path) or not is_name:
         raise ModelError(f"there is no such {kind} folder", where=ref, remedy=remedy)
     return download(ref)
 

@@ -29,6 +29,9 @@ from evomerge.judging.rules.closed_tasks.numbers import (
 )
 from evomerge.text import CJK, bare, clean, find_numbers
 
+# characters of a cleaned answer that are read; cleaning can make a text longer
+LONGEST_CLEANED = 16_000
+
 
 @lru_cache(maxsize=1024)
 def is_closed(reference: str) -> bool:
@@ -58,7 +61,7 @@ def _is_label(text: str) -> bool:
 def judge_closed(question: str, reference: str, answer: str) -> Finding:
     """Whether `answer` says `reference`."""
     expected = clean(reference).strip().rstrip("。.")
-    said = clean(answer)
+    said = clean(answer)[:LONGEST_CLEANED]
     low = bare(reference)
     if bare(answer) == low:
         return Finding(True, 1.0, "says exactly the expected answer")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from difflib import SequenceMatcher
+from functools import lru_cache
 
 from evomerge.judging.rules.closed_tasks.claims import (
     HEDGE,
@@ -33,10 +34,11 @@ _GOES_ON = r"(?:(?=[^\S\n]*+\n)\s++|\s*+(?:[,、・/]|\band\b|と)\s*+)(?:and\s*
 _WORDS = rf"(?:[{CJK}]{{1,8}}|[a-z]++(?:\s[a-z]++)?)"
 _STOPS = r"\s*(?:$|[,、.。\n・])"
 _JOINED = r"\s*+(?:[,、・/]|\band)\s*+$"
-_WORDS_FOLLOW = re.compile(rf"(?<!\s){_GOES_ON}{_WORDS}{_STOPS}")
+_WORDS_FOLLOW = re.compile(rf"\A{_GOES_ON}{_WORDS}{_STOPS}")
 _WORDS_PRECEDE = re.compile(rf"(?:^|[\s:は]){_WORDS}{_JOINED}")
-_LETTER_FOLLOWS = re.compile(rf"(?<!\s)(?:{_GOES_ON}\w{_STOPS}|\s++\w(?:$|\W))")
+_LETTER_FOLLOWS = re.compile(rf"\A(?:{_GOES_ON}\w{_STOPS}|\s++\w(?:$|\W))")
 _LETTER_PRECEDES = re.compile(rf"(?:^|[\s:は])\w{_JOINED}")
+_IN_ORDER = re.compile(r"\bsort|\border\b|\beach\b|順|並|それぞれ", re.IGNORECASE)
 _FARTHEST = 200  # characters before a list in which another item of it begins
 
 Span = tuple[int, int, str]  # start, end, expected item
@@ -96,8 +98,7 @@ def judge_items(question: str, expected: list[str], said: str) -> Finding:
     """Judge a list: every expected item, and no other."""
     text = without_list_marks(said).casefold()
     letters = all(re.fullmatch("[a-z0-9\u3041-\u30ff]", item) for item in expected)
-    in_order = r"\bsort|\border\b|\beach\b|順|並|それぞれ"
-    ordered = letters or re.search(in_order, question, re.IGNORECASE)
+    ordered = letters or _IN_ORDER.search(question)
     runs = _item_runs(text, expected)
     if not runs and letters and bare(said).replace(" ", "") == "".join(expected):
         return Finding(True, 1.0, "gives the expected letters in order")
@@ -109,8 +110,7 @@ def judge_items(question: str, expected: list[str], said: str) -> Finding:
         extra = _extra(text, run[0][0], run[-1][1], letters=letters)
         if same and not extra:
             return Finding(True, 1.0, "gives the expected items")
-        near = SequenceMatcher(None, names[:50], expected, autojunk=False).ratio()
-        near *= 0.8 if extra else 0.95
+        near = _nearness(tuple(names[:50]), tuple(expected)) * (0.8 if extra else 0.95)
         if near > best:
             best = near
             others = " and others" if extra else ""
@@ -120,6 +120,12 @@ def judge_items(question: str, expected: list[str], said: str) -> Finding:
         if alone == expected:
             return Finding(True, 1.0, "gives the expected letters in order")
     return Finding(False, best, why)
+
+
+@lru_cache(maxsize=1024)
+def _nearness(names: tuple[str, ...], expected: tuple[str, ...]) -> float:
+    """How alike two lists are, 0 to 1; an answer may name the same few items thousands of times."""
+    return SequenceMatcher(None, names, expected, autojunk=False).ratio()
 
 
 def _item_runs(text: str, expected: list[str]) -> list[list[Span]]:
@@ -142,6 +148,6 @@ def _extra(text: str, start: int, end: int, *, letters: bool) -> bool:
     follows, precedes = _WORDS_FOLLOW, _WORDS_PRECEDE
     if letters:
         follows, precedes = _LETTER_FOLLOWS, _LETTER_PRECEDES
-    if follows.match(text, end):
+    if follows.match(text[end:]):
         return True
     return precedes.search(text, max(0, start - _FARTHEST), start) is not None

@@ -74,7 +74,7 @@ def _unit(question: str, reference: ParsedText) -> Check | None:
     if not asked:
         return None
     unit = asked.group(1)
-    pattern = re.compile(rf"((?<![0-9.,])[0-9.,]++|[\u3400-\u9fff]{{1,4}}?){unit}")
+    pattern = value_with(unit)
     source = reference.conclusion if unit in reference.conclusion else reference.text
     values = pattern.findall(source)
     if not values:
@@ -94,6 +94,11 @@ def _unit(question: str, reference: ParsedText) -> Check | None:
         return -1.0, f"says {said[-1]}{unit}, not {expected}{unit}"
 
     return look
+
+
+def value_with(unit: str) -> re.Pattern[str]:
+    """A number or a short word right before a unit."""
+    return re.compile(rf"((?<![0-9.,])[0-9.,]++|[\u3400-\u9fff]{{1,4}}?){unit}")
 
 
 def _polarity(question: str, reference: ParsedText) -> Check | None:

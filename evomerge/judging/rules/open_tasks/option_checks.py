@@ -28,11 +28,7 @@ def choice_check(question: str, reference: ParsedText) -> Check | None:
     right, wrong = _right_and_wrong(_names(question, options), reference)
     if not right or not wrong:
         return None
-    either = "|".join(re.escape(name) for name in sorted(right + wrong, key=len, reverse=True))
-    preferred = re.compile(
-        rf"({either})[」\"]?"
-        "(?:の方が|のほうが|が(?:より|最も|適切|正解|正しい|ふさわし)|を選(?:び|択))"
-    )
+    preferred = preference(right + wrong)
     right_labels = {label for label, name in options if name.strip() in right}
     wrong_labels = {label for label, name in options if name.strip() in wrong}
 
@@ -50,6 +46,15 @@ def choice_check(question: str, reference: ParsedText) -> Check | None:
         return value, f"does not clearly choose {listed(right)}"
 
     return look
+
+
+def preference(names: Sequence[str]) -> re.Pattern[str]:
+    """One of several options, as what is chosen."""
+    either = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    return re.compile(
+        rf"({either})[」\"]?"
+        "(?:の方が|のほうが|が(?:より|最も|適切|正解|正しい|ふさわし)|を選(?:び|択))"
+    )
 
 
 def option_lines(question: str) -> list[tuple[str, str]]:
