@@ -41,15 +41,17 @@ class Found:
         return f"{self.where} {self.pattern.pattern[:40]!r}"
 
 
-def patterns(made):
+def patterns(made, users=""):
     """All compiled patterns of the package, and those inside its functions.
+
+    Modules whose names begin with `users` are passed over.
 
     `made` are examples of those that are made from something at run time: {"module:function":
     [patterns]}. Raises AssertionError for one that is made and has no example.
     """
     found = {}
     for info in pkgutil.walk_packages(evomerge.__path__, "evomerge."):
-        if info.name.endswith("__main__"):
+        if info.name.endswith("__main__") or (users and info.name.startswith(users)):
             continue
         module = importlib.import_module(info.name)
         for name, value in vars(module).items():

@@ -8,6 +8,7 @@ a tuple is expected.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -19,6 +20,7 @@ from pydantic import (
     ConfigDict,
     ValidationInfo,
     WithJsonSchema,
+    field_validator,
 )
 from pydantic_core import PydanticCustomError
 
@@ -32,6 +34,14 @@ class Section(BaseModel):
     """A frozen group of keys; a key that it does not have is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _check_sizes(cls, value: object, info: ValidationInfo) -> object:
+        """No number is so large or so near 0 that sums and products with it mean nothing."""
+        fine = info.context is STORED or all(map(_is_moderate, _numbers_in(value)))
+        require(fine, "", "is out of range", value, "Use 0, or a size from 1e-9 to 1e15.")
+        return value
 
     def replace(self, **changes: Any) -> Self:
         """A copy with these keys changed, validated again. Raises pydantic's ValidationError."""
@@ -56,6 +66,18 @@ def require(holds: object, key: str, what: str, found: object, remedy: str) -> N
             "`{key}` {what}. {remedy}",
             {"key": key, "what": what, "found": found, "remedy": remedy},
         )
+
+
+def _numbers_in(value: object) -> Iterator[float]:
+    if isinstance(value, tuple):
+        for part in value:
+            yield from _numbers_in(part)
+    elif isinstance(value, int | float):
+        yield value
+
+
+def _is_moderate(number: float) -> bool:
+    return number == 0 or 1e-9 <= abs(number) <= 1e15
 
 
 def join(at: str, key: str) -> str:
