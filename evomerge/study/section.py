@@ -60,6 +60,8 @@ def require(holds: object, key: str, what: str, found: object, remedy: str) -> N
 
     An empty `key` is the field or section that the validator belongs to.
     """
+    if isinstance(found, int) and found.bit_length() > 10_000:
+        found = "a number of thousands of digits"  # which Python refuses to write out
     if not holds:
         raise PydanticCustomError(
             "study_rule",
