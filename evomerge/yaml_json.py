@@ -16,7 +16,8 @@ import yaml
 
 from evomerge.errors import InputError
 
-LARGEST_YAML = 20 * 1000**2  # bytes
+LARGEST_YAML = 20 * 1000**2  # bytes; much of a knowledge base is text
+LARGEST_SETTINGS = 2 * 1000**2  # PyYAML reads 0.2 MB of short values a second
 LARGEST_JSON = 500 * 1000**2  # an index of shards may name a million tensors
 LONGEST_NUMBER = 100  # characters of a number
 MOST_VALUES = 500_000  # aliases counted; a text counts once more for every 80 characters
@@ -36,6 +37,15 @@ _YAML_FAULTS = (
 )
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which takes time in the square of the brackets that are open."""
+
+    def fetch_flow_collection_start(self, kind: type) -> None:
+        if self.flow_level >= DEEPEST:
+            raise RecursionError
+        super().fetch_flow_collection_start(kind)  # type: ignore[no-untyped-call]
+
+
 def parse_yaml(text: str, where: object, error: type[InputError] = InputError) -> Any:
     """The value of a YAML text; `where` names it. Raises `error`."""
     root = compose_yaml(text, where, error)
@@ -52,7 +62,7 @@ def parse_yaml(text: str, where: object, error: type[InputError] = InputError) -
 def compose_yaml(text: str, where: object, error: type[InputError]) -> yaml.Node | None:
     """The nodes of a YAML text, whose scalars are as written. Raises `error`."""
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = yaml.compose(text, Loader=_Loader)
         if root is not None:
             _nodes(root)
     except _YAML_FAULTS as fault:
@@ -62,7 +72,7 @@ def compose_yaml(text: str, where: object, error: type[InputError]) -> yaml.Node
 
 def read_yaml(path: Path, error: type[InputError] = InputError) -> Any:
     """The value of a YAML file. Raises `error`."""
-    return parse_yaml(read_text(path, LARGEST_YAML, error), path, error)
+    return parse_yaml(read_text(path, LARGEST_SETTINGS, error), path, error)
 
 
 def parse_json(text: str, where: object, error: type[InputError], remedy: str) -> Any:
