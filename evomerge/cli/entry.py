@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from evomerge import __version__
 from evomerge.cli.infer import infer_command
@@ -97,17 +97,23 @@ def _finish_stdout(told: bool = False) -> bool:
 
     A failure is reported unless the user was `told` of one.
     """
+    error = _flush(sys.stdout)
+    written = error is None or isinstance(error, BrokenPipeError)
+    if error is not None and not written and not told:
+        Console().say(f"evomerge: stdout: {error.strerror}. Free some space, or name a file.")
+    _flush(sys.stderr)
+    return written
+
+
+def _flush(stream: TextIO) -> OSError | None:
+    """Write what is left; a stream that takes nothing is led to nowhere, and its error returned."""
     try:
-        sys.stdout.flush()
-        return True
+        stream.flush()
     except OSError as error:
         with suppress(OSError):  # or Python would try once more, and print a traceback
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            return True
-        if not told:
-            Console().say(f"evomerge: stdout: {error.strerror}. Free some space, or name a file.")
-        return False
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return error
+    return None
 
 
 class _ConsoleHandler(logging.Handler):
