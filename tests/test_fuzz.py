@@ -23,10 +23,11 @@ from evomerge.cli import main
 from evomerge.knowledge.starter import starter
 from evomerge.knowledge.write_base import write_knowledge
 
-COUNT = int(os.environ.get("EVOMERGE_FUZZ", "0")) or 10
+COUNT = int(os.environ.get("EVOMERGE_FUZZ", "0"))
 SECONDS = 20  # of CPU time that a command may take
 FUZZ = settings(
-    max_examples=COUNT,
+    max_examples=COUNT or 10,
+    derandomize=not COUNT,
     deadline=None,
     database=None,
     suppress_health_check=list(HealthCheck),
@@ -196,7 +197,9 @@ def room(pair, tmp_path_factory):
                     {
                         "model": str(folder / sibling),
                         "layer_range": [0, 4],
-                        "parameters": {"weight": [{"filter": "mlp", "value": [0, 1]}, {"value": 0.5}]},
+                        "parameters": {
+                            "weight": [{"filter": "mlp", "value": [0, 1]}, {"value": 0.5}]
+                        },
                     },
                 ]
             }
