@@ -20,7 +20,6 @@ from evomerge.searching.generation.racing import t_quantile
 from evomerge.searching.history import History, best_first
 from evomerge.searching.ledger import Ledger
 from evomerge.searching.prepare import Problem
-from evomerge.searching.records.judge_report import cut, judge_facts, known_agreement
 from evomerge.searching.records.trial_record import TaskGrade, TrialRecord, metric_values
 from evomerge.searching.records.verdict_record import (
     LEAD,
@@ -32,6 +31,7 @@ from evomerge.searching.records.verdict_record import (
     ValidationChoice,
     Verdict,
 )
+from evomerge.searching.report_judge import cut, known_agreement, report_judge
 from evomerge.searching.scoring import (
     Scorer,
     bootstrap_interval,
@@ -241,8 +241,8 @@ class FinalTest:
         tasks, judge = self.problem.split.held_out, self.evaluator.judge
         if judge is not None:
             known = known_agreement(judge)
-            facts = judge_facts(judge.name, judge.version, tasks, evaluations, known)
-            self.ledger.remember("judge_report", facts)
+            report = report_judge(judge.name, judge.version, tasks, evaluations, known)
+            self.ledger.remember("judge_report", report)
         self.ledger.remember("samples", samples(tasks, evaluations))
 
 
