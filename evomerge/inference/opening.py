@@ -89,7 +89,9 @@ def open_folder(ref: str, overrides: Sequence[str]) -> Opened:
     )
 
 
-def open_merged(recipe: Recipe | Path, overrides: Sequence[str]) -> Opened:
+def open_merged(
+    recipe: Recipe | Path, overrides: Sequence[str], say: Callable[[str], None] = lambda line: None
+) -> Opened:
     """A recipe, or the mergekit configuration in a file, merged in place.
 
     Its models' paths resolve as in `evomerge merge`. Raises RecipeError, ModelError.
@@ -102,6 +104,8 @@ def open_merged(recipe: Recipe | Path, overrides: Sequence[str]) -> Opened:
         if not recipe.is_file():
             raise InputError("no such recipe", where=recipe, remedy="Name a mergekit YAML.")
         recipe = read_recipe(recipe)
+    if recipe.note is not None:
+        say(recipe.note)
     models = open_recipe(recipe)
     base, *siblings = models.values()
     study = _seeded(overridden(_study(_dtype(recipe), base.config), overrides, USED))
