@@ -98,6 +98,7 @@ def open_merged(
     """
     from evomerge.merging.checkpoints.fingerprint import combined, fingerprint
     from evomerge.merging.stream import open_recipe
+    from evomerge.merging.vocabulary.chat_templates import chat_template_of
     from evomerge.recipe import read_recipe
 
     if isinstance(recipe, Path):
@@ -112,6 +113,9 @@ def open_merged(
     # a single model is merged too: scaled, or with its layers moved
     engine = _engine(base, siblings or [base], study)
     engine.apply(recipe)
+    template = chat_template_of(recipe, models)
+    if template is not None:
+        engine.tokenizer.chat_template = template
     prints = {ref: combined(fingerprint(model.path)) for ref, model in models.items()}
     return Opened(engine, study.prompt, study, _identity(recipe.digest(), prints, study))
 

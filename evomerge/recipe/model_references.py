@@ -50,7 +50,7 @@ def _path(value: Any) -> str | None:
 
 
 def tokenizer_of(value: Any, what: str, where: str) -> str:
-    """`base`, `union` or a model, for a key that says whose tokens are taken. Raises RecipeError."""
+    """`base`, `union` or a model: whose tokens are taken. Raises RecipeError."""
     source = model_reference(value, what, where)
     if source.startswith(OLD_PREFIX):
         name = source.removeprefix(OLD_PREFIX).strip()

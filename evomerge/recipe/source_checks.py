@@ -76,7 +76,9 @@ class SourceChecks:
     ) -> Source:
         """One model with its parameters; the layers are those of a slice."""
         model = _model(item, where)
-        known = ("model", "parameters") if layers is None else ("model", "parameters", "layer_range")
+        known = (
+            ("model", "parameters") if layers is None else ("model", "parameters", "layer_range")
+        )
         self.values.unread.check(item, known, where)
         parameters = self.values.parameters(item.get("parameters"), where)
         if parameters and model == base and METHODS[self.method].takes_deltas:

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from os.path import commonprefix
 
 from evomerge.errors import RecipeError
 
 # Names that the format has in other places: where they decide nothing, they are no slip.
-ELSEWHERE = ("model", "models", "slice", "slices", "source", "sources", "module", "modules", "token")
+ELSEWHERE = (
+    "model",
+    "models",
+    "slice",
+    "slices",
+    "source",
+    "sources",
+    "module",
+    "modules",
+    "token",
+)
 
 
 @dataclass(frozen=True)
@@ -50,8 +59,8 @@ def misspelled(key: str, known: Iterable[str]) -> str | None:
 
 def _one_slip_apart(key: str, name: str) -> bool:
     """Whether one letter is missing, added or wrong, or two neighbours are swapped."""
-    start = len(commonprefix([key, name]))
-    key, name = key[start:], name[start:]
-    end = len(commonprefix([key[::-1], name[::-1]]))
-    key, name = key[: len(key) - end], name[: len(name) - end]
+    while key and name and key[0] == name[0]:
+        key, name = key[1:], name[1:]
+    while key and name and key[-1] == name[-1]:
+        key, name = key[:-1], name[:-1]
     return max(len(key), len(name)) <= 1 or (len(key) == 2 and key == name[::-1])
