@@ -196,6 +196,17 @@ def test_quantised_models_are_named_with_a_remedy(tmp_path, capsys, kind):
     assert words in line
 
 
+def test_masks_of_old_models_are_not_taken_for_quantised_weights(tmp_path):
+    """GPT-NeoX's files hold them as bytes; such a model is left to mergekit."""
+    family = make_family(tmp_path)
+    mask = {"gpt_neox.layers.0.attention.bias": torch.ones(4, 4).bool().to(torch.uint8)}
+    for name in ("base", "one"):
+        edit_tensors(family / name, lambda tensors: tensors | mask)
+    with pytest.raises((ModelError, RecipeError)) as caught:
+        build_model(plain(family), tmp_path / "out")
+    assert "quantised" not in str(caught.value).replace(str(tmp_path), "")
+
+
 def test_plain_weights_that_were_trained_in_4_bits_are_merged(tmp_path):
     """A merged QLoRA keeps the key; what comes out holds plain numbers and says nothing else."""
     family = make_family(tmp_path)
@@ -309,6 +320,22 @@ def test_what_is_merged_must_fit(unlike, other, first, words):
         build_model(recipe, unlike / "out")
     assert words in str(caught.value)
     assert ("tokenizer_source" in str(caught.value)) == (other == "wide")
+
+
+def test_heads_of_slices_are_tied_as_the_base_s_are(unlike):
+    """A base that is not tied takes a tied model's embeddings for its head; not the reverse."""
+    save(make_model(8, tie_word_embeddings=True), unlike / "tied")
+    recipe = sliced(unlike, (2, ("base", 0, None), ("tied", 1, 0.5)))
+    merged = load_all(build_model(recipe, unlike / "out"))
+    base, tied = load_all(unlike / "base"), load_all(unlike / "tied")
+    assert torch.equal(merged[HEAD], halfway(base[HEAD], tied[EMBED]))
+    other = sliced(
+        unlike,
+        (2, ("tied", 0, None), ("base", 1, 0.5)),
+        base_model=str(unlike / "tied"),
+    )
+    with pytest.raises(ModelError, match="`tie_word_embeddings` is False, the base has True"):
+        build_model(other, unlike / "out2")
 
 
 def test_a_slice_ends_at_the_end_of_its_own_model(unlike):

@@ -9,8 +9,13 @@ from typing import Any
 import torch
 
 from evomerge.errors import RecipeError
-from evomerge.merging.checkpoints.compatibility import check_fit, check_meaning, check_tensors
-from evomerge.merging.checkpoints.model_folder import VOCABULARY, ModelFolder, num_layers
+from evomerge.merging.checkpoints.compatibility import (
+    check_fit,
+    check_meaning,
+    check_tensors,
+    check_tied,
+)
+from evomerge.merging.checkpoints.model_folder import HEAD, VOCABULARY, ModelFolder, num_layers
 from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.layout import Layout
 from evomerge.merging.methods.dare_draws import Draws
@@ -43,6 +48,8 @@ def open_recipe(recipe: Recipe) -> dict[str, ModelFolder]:
     for name in layout.names(models):
         inputs = [(models[ref], source) for ref, source in layout.inputs(name)]
         check_tensors(inputs[0], inputs[1:], same_vocabulary)
+        if name == HEAD:
+            check_tied(first, [model for model, _ in inputs])
     return models
 
 

@@ -69,6 +69,16 @@ def check_meaning(base: ModelFolder, others: Iterable[ModelFolder]) -> None:
         _check_config(base, model, MEANING)
 
 
+def check_tied(base: ModelFolder, givers: Iterable[ModelFolder]) -> None:
+    """Raise ModelError where the base's configuration ties a head that is another model's own.
+
+    `givers` are the models that a merged head is made of.
+    """
+    for model in givers:
+        if config_value(base.config, "tie_word_embeddings"):
+            _check_config(base, model, ["tie_word_embeddings"])
+
+
 def _check_config(base: ModelFolder, sibling: ModelFolder, keys: Iterable[str]) -> None:
     for key in keys:
         if base.config.get(key) == sibling.config.get(key):

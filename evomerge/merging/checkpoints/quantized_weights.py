@@ -9,9 +9,12 @@ from evomerge.errors import ModelError
 from evomerge.merging.checkpoints.model_folder import ModelFolder
 
 STATED = ("quantization_config", "compression_config")  # keys of config.json
-# safetensors' names of the dtypes that packed or scaled numbers are stored in
-PACKED = ("U8", "I8", "U16", "I16", "U32", "I32")
+# safetensors' names of dtypes: those of scaled numbers, and those that hold packed ones, but also the
+# masks of old GPT models
 SCALED = ("F8_", "F4", "F6_")
+PACKED = ("U8", "I8", "U16", "I16", "U32", "I32")
+# the ends of packed tensors' names
+WEIGHTS = (".weight", ".qweight", ".weight_packed", "_blocks", ".W_q", ".codes")
 
 
 def refuse_quantized(model: ModelFolder) -> None:
@@ -22,12 +25,14 @@ def refuse_quantized(model: ModelFolder) -> None:
     """
     if len(model.places) > 1:
         return  # an adapter's base was looked at when it was opened
+    stated = _kind(model.config)
     for name in sorted(model.keys):
         dtype = model.stored_dtype(name)
-        if dtype in PACKED or dtype.startswith(SCALED):
+        packed = dtype in PACKED and (stated is not None or name.endswith(WEIGHTS))
+        if packed or dtype.startswith(SCALED):
             raise ModelError(
-                f"the model is quantised ({_kind(model.config) or f'{name} is {dtype}'}), and only "
-                "plain numbers can be merged",
+                f"the model is quantised ({stated or f'{name} is {dtype}'}), and only plain "
+                "numbers can be merged",
                 where=model.path,
                 remedy="Name the model that it was quantised from, or a dequantised copy of it.",
             )
