@@ -181,8 +181,14 @@ def test_a_module_s_parameters_rank_between_those_of_slices_and_of_the_top(famil
         (PLAIN.replace("./one", "{paht: ./one}"), ["models[0]", "`model` is not a name"]),
         (PLAIN.replace("./one", "{model: {revision: x}}"), ["models[0]", "is not a name"]),
         (PLAIN.replace("./one", "5"), ["models[0]", "is not a name", "5"]),
-        (PLAIN + "tokenizer_source: model:./one\n", ["`tokenizer_source`", "./one without model:"]),
-        (PLAIN + "tokenizer: {source: 'model:x/y'}\n", ["tokenizer.source", "x/y without model:"]),
+        (
+            PLAIN + "tokenizer_source: model:./one\n",
+            ["`tokenizer_source`", "./one, without `model:`"],
+        ),
+        (
+            PLAIN + "tokenizer: {source: 'model:x/y'}\n",
+            ["tokenizer.source", "x/y, without `model:`"],
+        ),
         (PLAIN + "name: a\n---\n" + PLAIN, ["c.yml", "several YAML documents", "one merge a file"]),
         (PLAIN + "chat_template: chatml2\n", ["`chat_template`", "chatml2", "auto", "chatml"]),
         (PLAIN + "chat_template: [x]\n", ["`chat_template`", "Jinja"]),

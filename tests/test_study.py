@@ -78,7 +78,7 @@ def test_a_hub_name_stays_a_hub_name(tmp_path):
         ),
         (
             genome(merge_method="linear", tokenizer_source="'model:./a'"),
-            ["`genome.tokenizer_source`", "'model:./a'", "Write ./a without model:"],
+            ["`genome.tokenizer_source`", "'model:./a'", "Write ./a, without `model:`"],
         ),
         (genome(merge_method="linear", models="[{model: {paht: x}}, b]"), ["genome.models[0]"]),
         (genome(merge_method="linear", models="[./a]"), ["two models"]),

@@ -58,6 +58,6 @@ def tokenizer_of(value: Any, what: str, where: str) -> str:
             f"{what} has a form that mergekit no longer reads",
             where=where,
             found=source,
-            remedy=f"Write {name} without {OLD_PREFIX}",
+            remedy=f"Write {name}, without `{OLD_PREFIX}`.",
         )
     return source

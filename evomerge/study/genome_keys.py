@@ -109,7 +109,7 @@ class GenomeSection(Section):
             return source
         plain = source.removeprefix(OLD_PREFIX)
         old = "has a form that mergekit no longer reads"
-        require(plain == source, "", old, source, f"Write {plain} without {OLD_PREFIX}")
+        require(plain == source, "", old, source, f"Write {plain}, without `{OLD_PREFIX}`.")
         return model_path(source, info)
 
     @model_validator(mode="after")

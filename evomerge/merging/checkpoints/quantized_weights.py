@@ -9,8 +9,8 @@ from evomerge.errors import ModelError
 from evomerge.merging.checkpoints.model_folder import ModelFolder
 
 STATED = ("quantization_config", "compression_config")  # keys of config.json
-# safetensors' names of dtypes: those of scaled numbers, and those that hold packed ones, but also the
-# masks of old GPT models
+# safetensors' names of dtypes: those of scaled numbers, and those that hold packed ones, but also
+# the masks of old GPT models
 SCALED = ("F8_", "F4", "F6_")
 PACKED = ("U8", "I8", "U16", "I16", "U32", "I32")
 # the ends of packed tensors' names
