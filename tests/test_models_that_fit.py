@@ -1,6 +1,7 @@
 """Which models fit each other: keys that config.json leaves out, heads, depths, quantisation."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -310,11 +311,14 @@ def test_what_is_not_merged_need_not_fit(unlike, other, length):
 @pytest.mark.parametrize(
     ("other", "first", "words"),
     [
-        ("wide", 0, "lm_head.weight is (99, 32), the base has (26, 32)"),
-        ("odd", 3, "model.layers.3.mlp.up_proj.weight is (80, 32), the base has (64, 32)"),
+        ("wide", 0, "`vocab_size` is 99, the base has 26"),
+        ("odd", 3, "`intermediate_size` is 80, the base has 64"),
+        ("odder", 3, "model.layers.3.mlp.up_proj.weight is (80, 32), the base has (64, 32)"),
     ],
 )
 def test_what_is_merged_must_fit(unlike, other, first, words):
+    shutil.copytree(unlike / "odd", unlike / "odder")
+    edit_config(unlike / "odder", intermediate_size=64)
     recipe = sliced(unlike, (1, ("base", 0, None), (other, first, 0.5)))
     with pytest.raises(ModelError) as caught:
         build_model(recipe, unlike / "out")

@@ -111,6 +111,9 @@ def _check_shapes(
     axis = 1 if not same_vocabulary and name in VOCABULARY else 0
     ours, theirs = base.shape(wanted), sibling.shape(name)
     if ours[axis:] != theirs[axis:]:
+        # a key says it better than a tensor's shape
+        other = "vocab_size" if name in VOCABULARY else "intermediate_size"
+        _check_config(base, sibling, ["hidden_size", other])
         rows_only = name in VOCABULARY and ours[1:] == theirs[1:]
         raise ModelError(
             f"does not fit the base: {name} is {theirs}, the base has {ours}",
