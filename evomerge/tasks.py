@@ -146,7 +146,7 @@ def _text(row: Mapping[str, Any], key: str, at: str) -> str:
 
 
 def _whole(value: Any) -> Any:
-    """A number such as 8.0 as 8, and NaN as nothing: that is how tables with gaps store a column."""
+    """A number such as 8.0 as 8, and NaN as nothing: so tables with gaps store a column."""
     if not isinstance(value, float):
         return value
     if math.isnan(value):

@@ -39,7 +39,7 @@ def infer(args: argparse.Namespace) -> None:
             remedy="Name a file of JSON lines: task_id, input.",
         )
     console = Console()
-    result = run_request(request, load_tasks(args.tasks), args.out, console)
+    result = run_request(request, load_tasks(args.tasks), args.out, console, args.tasks)
     _report(console, args, result)
 
 

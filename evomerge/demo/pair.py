@@ -63,10 +63,23 @@ def _build(out: Path, mark: dict[str, int], progress: Callable[[str], None]) -> 
         (draft / MARKER).write_text(json.dumps(mark) + "\n", encoding="utf-8")
         draft.chmod(0o755)  # mkdtemp makes it private
         if out.exists():
+            _check_own(out, draft)
             shutil.rmtree(out)
         os.replace(draft, out)
     finally:
         shutil.rmtree(draft, ignore_errors=True)  # after a success it is gone already
+
+
+def _check_own(out: Path, draft: Path) -> None:
+    """Raise OutputError where a pair to be replaced lies beside files that are not its own."""
+    others = {entry.name for entry in out.iterdir()} - {entry.name for entry in draft.iterdir()}
+    if others:
+        raise OutputError(
+            "holds more than the demo pair, and would be replaced",
+            where=out,
+            found=sorted(others),
+            remedy="Name a new folder, or move them away.",
+        )
 
 
 def _write_pair(folder: Path, seed: int, progress: Callable[[str], None]) -> None:

@@ -151,4 +151,3 @@ def _place(name: str) -> tuple[int, int]:
     if column > MOST_COLUMNS:
         raise ValueError(f"it has a column {found[1]}")
     return int(found[2]), column - 1
-

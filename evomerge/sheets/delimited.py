@@ -97,8 +97,8 @@ def decode_text(
     for encoding in encodings:
         try:
             return data.decode(encoding)
-        except UnicodeDecodeError as wrong:
-            errors.append(wrong)
+        except UnicodeDecodeError as cause:
+            errors.append(cause)
     wrong = max(errors, key=lambda each: each.start)  # the mistake of the most likely encoding
     names = [ENCODINGS.get(encoding, encoding.upper()) for encoding in encodings]
     what = f"is not {names[0]}"

@@ -82,9 +82,7 @@ class Workbook:
             named = {name.rpartition(":")[2]: value for name, value in attributes.items()}
             kind, part = self._related_parts.get(named.get("id", ""), ("", ""))
             visible = named.get("state", "visible") == "visible"
-            sheets.append(
-                SheetPart(named["name"], visible, part if kind == "worksheet" else "")
-            )
+            sheets.append(SheetPart(named["name"], visible, part if kind == "worksheet" else ""))
 
         self._parse(book, start)
         return sheets

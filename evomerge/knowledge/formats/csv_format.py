@@ -38,7 +38,10 @@ def read_csv(path: Path, tables: Tables) -> None:
 
 
 def _files_of_sheets(folder: Path, tables: Tables) -> dict[str, Path]:
-    """Sheet -> its file. Raises KnowledgeError where there are no examples, or two files of them."""
+    """Sheet -> its file. Raises KnowledgeError: no examples, or two exports of a sheet.
+
+    A file that is named after the sheet alone comes first.
+    """
     names = {entry.name.casefold(): entry for entry in sorted(folder.iterdir())}
     exports: dict[str, list[Path]] = {sheet: [] for sheet in REQUIRED}
     for name, entry in names.items():
