@@ -61,7 +61,7 @@ def notebook(path):
     [
         '{"task_id": 0, "input": "一\n二"}\n{"task_id": 1, "input": "三"}\n',
         '{"task_id": 0, "input": "一 \n\n  二\u3000\n三", "output": "a\\nb\nc"}\n',
-        '{\n  "task_id": 0,\n  "input": "一\n二",\n  "output": "x"\n}\n{"task_id": 1, "input": "y"}',
+        '{\n  "task_id": 0,\n  "input": "一\n二"\n}\n{"task_id": 1, "input": "y"}',
         '{"task_id": 0, "input": "\u2028a\u2028b\x85\nc \\"d\n\\""}\n',
         '{"task_id": 0, "input": "a\n\n\n\n\nb"}\n{"task_id": 1,\n"input": "c"}\n',
     ],

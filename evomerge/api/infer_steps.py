@@ -6,6 +6,7 @@ import json
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from evomerge.api.inputs import (
     to_recipe,
 )
 from evomerge.console import Console, duration
+from evomerge.errors import RecipeError
 from evomerge.inference.request import Classify, InferenceRequest, check_request
 from evomerge.outputs import check_outputs
 
@@ -125,7 +127,7 @@ def _inputs(request: InferenceRequest) -> list[str | Path | None]:
     recipe = request.recipe
     if isinstance(recipe, Path):
         places.append(recipe)
-        if recipe.is_file():  # the error for one that is not there comes later
+        with suppress(RecipeError):  # it is raised again when the recipe is opened
             recipe = read_recipe(recipe)
     if isinstance(recipe, Recipe):
         places += recipe_inputs(recipe)

@@ -70,7 +70,7 @@ def _build(out: Path, mark: dict[str, int], progress: Callable[[str], None]) -> 
         (draft / MARKER).write_text(json.dumps(mark) + "\n", encoding="utf-8")
         draft.chmod(0o755)  # mkdtemp makes it private
         if (out / STUDY).exists():  # it may have been changed
-            os.replace(out / STUDY, draft / STUDY)
+            shutil.copyfile(out / STUDY, draft / STUDY)
         if out.exists():
             shutil.rmtree(out)
         os.replace(draft, out)

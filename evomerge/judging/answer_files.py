@@ -52,9 +52,7 @@ def grade_file(
     for lines that are not answers or come twice and where `out` is one of the files read,
     JudgeError, OutputError.
     """
-    if out is not None:
-        judged_by = getattr(judge, "file", None)
-        check_outputs(files=[out], inputs=[Path(tasks_path), Path(answers_path), judged_by])
+    check_outputs(files=[out], inputs=[Path(tasks_path), Path(answers_path)])
     lines = read_answers(answers_path, load_tasks(tasks_path))
     grades = grade_lines(judge, lines)
     written = []
