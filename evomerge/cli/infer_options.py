@@ -40,7 +40,11 @@ def add_options(p: argparse.ArgumentParser) -> None:
     _model_options(p)
     files = p.add_argument_group("files")
     files.add_argument(
-        "--tasks", type=Path, required=True, metavar="FILE", help="JSON lines: task_id, input"
+        "--tasks",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="JSON lines, .csv, .xlsx or .parquet: input, and task_id",
     )
     files.add_argument(
         "--out", type=Path, metavar="FILE", help="JSON lines: task_id, input, output"

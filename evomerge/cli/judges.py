@@ -92,7 +92,11 @@ def _fit_command(commands: Commands) -> None:
 
 def _tasks_option(p: argparse.ArgumentParser) -> None:
     p.add_argument(
-        "--tasks", type=Path, required=True, metavar="T", help="the tasks, with references"
+        "--tasks",
+        type=Path,
+        required=True,
+        metavar="T",
+        help="the tasks, with references: JSON lines, .csv, .xlsx or .parquet",
     )
 
 

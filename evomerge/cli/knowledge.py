@@ -47,7 +47,7 @@ def knowledge_commands(commands: Commands) -> None:
         "file",
         type=Path,
         metavar="FILE",
-        help=".xlsx, .yaml, .csv (examples), or a folder of classes.csv and examples.csv",
+        help=".xlsx, .yaml, .csv (examples), or a folder of CSV exports, named after their sheets",
     )
 
     p = add_command(
@@ -62,7 +62,7 @@ def knowledge_commands(commands: Commands) -> None:
         "tasks",
         type=Path,
         metavar="TASKS",
-        help="JSON lines: task_id, input, output, and kind for the class",
+        help="JSON lines, .csv, .xlsx or .parquet: input, output, and kind for the class",
     )
     p.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="a new .xlsx or .yaml file"
