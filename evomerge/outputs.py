@@ -15,8 +15,8 @@ from evomerge.errors import InputError
 FOUND_BY_LOADERS = (
     ".safetensors", ".bin", ".pt", ".gguf", ".json", ".model", ".jinja", ".txt", ".py", ".csv",
 )  # fmt: skip
-# what a command may replace in a folder that it reads: answers, which a later run resumes
-RESUMED = (".jsonl", ".part", ".lock", ".pid")
+# what a command may go on with in a folder that it reads: answers and studies
+RESUMED = (".jsonl", ".part", ".made", ".lock", ".pid", ".db", ".sqlite")
 
 Places = Iterable[str | Path | None]
 

@@ -154,6 +154,15 @@ def test_a_report_does_not_replace_what_its_study_reads(pair, tmp_path, capsys):
         evomerge.load_study("tiny", storage=where[1]).write_results(place)
 
 
+def test_a_study_stored_beside_its_model_goes_on(pair, tmp_path, capsys):
+    place = tmp_path / "p"
+    shutil.copytree(pair, place)
+    command = ["search", str(place / "study.yaml"), "--storage", f"sqlite:///{place}/base/s.db"]
+    for trials in ("2", "3"):
+        assert main([*command, "--results", str(place / "r"), "--trials", trials]) == 0
+    capsys.readouterr()
+
+
 def test_outputs_beside_what_is_read_are_written(searched, capsys):
     """Answers in a model's folder, and again; a recipe over an earlier one; the cache's folder."""
     again = [*MODEL, "{}/base/answers.jsonl", "--max-new-tokens", "2"]

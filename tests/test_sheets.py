@@ -281,6 +281,25 @@ def test_zip_bombs_are_refused_before_they_are_unpacked(tmp_path, part):
     assert time.process_time() - began < 1
 
 
+MANY = {
+    "cells": "<row>" + "<c/>" * 900_000 + "</row>",
+    "rows": "<row/>" * 600_000,
+    "numbers": "<row>" + "<c><v>1</v></c>" * 250_000 + "</row>",
+    "attributes": "<row " + " ".join(f'a{i}="1"' for i in range(300_000)) + "/>",
+    "elements in each other": "<a>" * 500_000,
+    "stored characters": f'<row><c t="inlineStr"><is><t>{"_x000D_" * 500_000}</t></is></c></row>',
+}
+
+
+@pytest.mark.parametrize("many", MANY)
+def test_what_the_limit_lets_pass_costs_little(tmp_path, many):
+    path = raw_xlsx.write(tmp_path / "t.xlsx", {"S": raw_xlsx.sheet(MANY[many])})
+    began = time.process_time()
+    with pytest.raises(TaskError):
+        load_tasks(path)
+    assert time.process_time() - began < 4
+
+
 def test_a_bomb_that_lies_about_its_size(tmp_path):
     sheets = {"S": raw_xlsx.sheet(raw_xlsx.texts("input") + raw_xlsx.texts("a"))}
     path = raw_xlsx.write(tmp_path / "t.xlsx", sheets, more={"xl/strings.xml": bytes(40 << 20)})

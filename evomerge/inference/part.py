@@ -27,7 +27,8 @@ def written_files(out: Path) -> list[Path]:
     """Every file that an inference may write for the answers in `out`."""
     part = out.with_name(f"{out.name}.part")
     lock = part.with_name(f"{part.name}.lock")
-    return [out, out.with_suffix(CLASSES), part, lock, lock.with_name(f"{lock.name}.pid")]
+    made = out.with_name(f"{out.name}.made")
+    return [out, out.with_suffix(CLASSES), made, part, lock, lock.with_name(f"{lock.name}.pid")]
 
 
 class Part:

@@ -23,9 +23,10 @@ from evomerge.sheets.sheet import Sheet, decoded, unreadable
 OLE = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
 # [MS-OFFCRYPTO] 2.3.4.4: the stream of an encrypted package
 ENCRYPTED = "EncryptedPackage".encode("utf-16-le")
-# A sheet of a million formatted rows unpacks to 30 times its size. What unpacks to more than this
-# is no spreadsheet; each MB takes up to a tenth of a second to read.
-SMALL, RATIO, LARGEST = 8 << 20, 60, 512 << 20
+# LibreOffice's formatted empty rows unpack to 20 times their size, and nothing of a spreadsheet to
+# more. A MB of empty elements takes an eighth of a second to read.
+SMALL, RATIO, LARGEST = 4 << 20, 40, 512 << 20
+CHUNK = 1 << 20  # bytes that are unpacked at a time
 # ECMA-376 18.8.30: the built-in formats of dates and times, those of Japanese Excel among them
 DATES = {*range(14, 23), *range(27, 37), *range(45, 48), *range(50, 59)}
 
@@ -179,7 +180,10 @@ class Workbook:
         if info is None:
             raise ValueError(f"it has no part {part or 'xl/workbook.xml'}")
         with self._archive.open(info) as file:
-            parser.ParseFile(file)
+            # not ParseFile: it feeds 2 KB at a time, and a tag is scanned again with each piece
+            while piece := file.read(CHUNK):
+                parser.Parse(piece, False)
+            parser.Parse(b"", True)
 
 
 @contextmanager
