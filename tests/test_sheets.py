@@ -381,7 +381,7 @@ def test_csv_of_every_kind_for_tasks_and_knowledge(tmp_path, encoding, delimiter
     written = io.StringIO(newline="")
     csv.writer(written, delimiter=delimiter).writerows(CSV)
     text = (f"sep={delimiter}\r\n" if mark else "") + written.getvalue()
-    path = tmp_path / "t.csv"
+    path = tmp_path / ("t.tsv" if delimiter == "\t" else "t.csv")
     path.write_bytes(text.encode(encoding))
     wanted = [("3+5, は\n二行", "8; か"), ("春\t詩", "花")]
     assert read_both(path) == [wanted, wanted]
@@ -414,6 +414,7 @@ def test_bad_task_tables(tmp_path, text, what):
         ("私の表 - Examples.csv", "私の表 - Classes (1).csv"),
         ("base-examples.csv", "base-classes.csv"),
         ("a - b - examples.csv", "classes.csv"),
+        ("base - examples.tsv", "classes.tsv"),
     ],
 )
 def test_exports_are_named_after_file_and_sheet(tmp_path, names):

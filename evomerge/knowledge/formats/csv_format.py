@@ -19,7 +19,7 @@ from evomerge.sheets.delimited import read_delimited
 TEMPLATE = "{input}"  # the template of a class that is known only by its examples
 # SHEET.csv, or as spreadsheets name an export: FILE - SHEET.csv (Google), FILE-SHEET.csv
 # (LibreOffice), with a number where the browser had such a file already
-EXPORT = re.compile(r"(?P<book>.*?)\s*-\s*(?P<sheet>\w+?)(?: ?\(\d+\))?\.csv", re.DOTALL)
+EXPORT = re.compile(r".*?\s*-\s*(?P<sheet>\w+?)(?: ?\(\d+\))?\.[ct]sv", re.DOTALL)
 
 
 def read_csv(path: Path, tables: Tables) -> None:
@@ -50,9 +50,10 @@ def _files_of_sheets(folder: Path, tables: Tables) -> dict[str, Path]:
             exports[found["sheet"]].append(entry)
     files: dict[str, Path] = {}
     for sheet, others in exports.items():
-        if f"{sheet}.csv" in names:
-            files[sheet] = names[f"{sheet}.csv"]
-            tables.notes += [f"{entry}: is not read, beside {sheet}.csv" for entry in others]
+        plain = names.get(f"{sheet}.csv", names.get(f"{sheet}.tsv"))
+        if plain is not None:
+            files[sheet] = plain
+            tables.notes += [f"{entry}: is not read, beside {plain.name}" for entry in others]
         elif len(others) > 1:
             raise KnowledgeError(
                 f"the folder has more than one file of {sheet}",
