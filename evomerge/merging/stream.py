@@ -10,7 +10,13 @@ import torch
 
 from evomerge.errors import RecipeError
 from evomerge.merging.checkpoints.compatibility import check_fit
-from evomerge.merging.checkpoints.model_folder import VOCABULARY, ModelFolder, num_layers
+from evomerge.merging.checkpoints.model_folder import (
+    EMBED,
+    HEAD,
+    VOCABULARY,
+    ModelFolder,
+    num_layers,
+)
 from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.layout import Layout
 from evomerge.merging.methods.dare_draws import Draws
@@ -77,6 +83,16 @@ class MergePlan:
 
         return make_vocabulary(self.recipe.tokenizer, self.recipe.base_model, self.models)
 
+    @property
+    def unties(self) -> bool:
+        """Whether the merged head is no longer the embeddings, as the donor's configuration says.
+
+        A donor that stores a head and names no key is untied by its architecture's default.
+        """
+        donor = self.donor
+        tied = donor.config.get("tie_word_embeddings") or HEAD not in donor.keys
+        return bool(tied) and any(model.is_untied() for model in self.models.values())
+
     def _check_numbers(self) -> None:
         """Raise RecipeError where a weight is infinite in its dtype: the tensors would be NaN."""
         rounds = self.layout.method.rounds_weights
@@ -100,6 +116,10 @@ class MergePlan:
         for name in drawing:
             counts[name] = self.tensors[name].draws * torch.Size(self.shape(name)).numel()
         return counts
+
+    def holder(self, name: str) -> str:
+        """The merged tensor that a parameter holds: the embeddings, for a head that stays tied."""
+        return name if name in self.tensors else EMBED
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of the merged tensor."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from evomerge.errors import ModelError
+from evomerge.merging.checkpoints.folder_files import check_files, read_json
 from evomerge.merging.checkpoints.hub import find_folder
 from evomerge.merging.checkpoints.safetensors_reader import SafetensorsReader
 
@@ -124,11 +124,12 @@ def open_adapter(ref: str) -> Adapter:
     is not supported.
     """
     path = find_folder(ref, "adapter", "Name a folder that peft saved, or a hub name.")
-    _check_files(path)
+    check_files(path)
+    _check_present(path)
     return Adapter(path, _read_config(path / CONFIG), SafetensorsReader(path / WEIGHTS))
 
 
-def _check_files(path: Path) -> None:
+def _check_present(path: Path) -> None:
     if not (path / CONFIG).is_file():
         raise ModelError(
             "the folder has no adapter_config.json",
@@ -149,14 +150,7 @@ def _check_files(path: Path) -> None:
 
 def _read_config(file: Path) -> dict[str, Any]:
     """adapter_config.json. Raises ModelError for another kind than LoRA or an unknown setting."""
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"adapter_config.json cannot be read: {error}",
-            where=file.parent,
-            remedy=COPY_ADAPTER,
-        ) from error
+    config = read_json(file, COPY_ADAPTER)
     kind = config.get("peft_type") if isinstance(config, dict) else config
     if not isinstance(config, dict) or kind != "LORA":
         raise ModelError(

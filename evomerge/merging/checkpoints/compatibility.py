@@ -17,7 +17,6 @@ CONFIG_KEYS = (
     "num_attention_heads",
     "num_key_value_heads",
     "vocab_size",
-    "tie_word_embeddings",
 )
 ONLY_SIBLINGS = "Only siblings of one base can be merged."
 
@@ -51,17 +50,19 @@ def _check_config(base: ModelFolder, sibling: ModelFolder, same_vocabulary: bool
 def _setting(model: ModelFolder, key: str) -> Any:
     """A key of config.json, with the default that older configurations leave out."""
     value = model.config.get(key)
-    if key == "tie_word_embeddings":
-        return bool(value)
     if key == "num_key_value_heads":
         return value or model.config.get("num_attention_heads")
     return value
 
 
 def _check_names(base: ModelFolder, sibling: ModelFolder) -> None:
-    tied = {HEAD} if base.config.get("tie_word_embeddings") else set()
-    for name in sorted((base.keys ^ sibling.keys) - tied):
-        lacking = "the sibling lacks" if name in base.keys else "the base lacks"
+    for name in sorted(base.keys ^ sibling.keys):
+        lacking, model = "the base lacks", base
+        if name in base.keys:
+            lacking, model = "the sibling lacks", sibling
+        # a head that is not stored is the embeddings, unless the model is said to be untied
+        if name == HEAD and model.config.get("tie_word_embeddings") is not False:
+            continue
         raise ModelError(
             f"does not fit the base: {lacking} {name}", where=sibling.path, remedy=ONLY_SIBLINGS
         )
