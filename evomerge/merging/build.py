@@ -11,6 +11,7 @@ from typing import Protocol
 from evomerge.console import parse_size, size
 from evomerge.errors import ModelError, OutputError
 from evomerge.merging.checkpoints.folder_files import TEMPLATES, copy_files, read_json
+from evomerge.merging.checkpoints.model_folder import ModelFolder
 from evomerge.merging.checkpoints.new_folder import check_new, new_folder
 from evomerge.merging.checkpoints.shards import Progress, plan_shards, total_size, write_shards
 from evomerge.merging.stream import MergePlan, open_recipe
@@ -112,7 +113,7 @@ def _write_config(plan: MergePlan, folder: Path) -> None:
 
 def _write_tokenizer(plan: MergePlan, folder: Path) -> None:
     """The tokenizer, and what else stands beside a model's weights and configuration."""
-    owner = plan.donor
+    owner: ModelFolder | None = plan.donor
     if plan.vocabulary is not None:
         plan.vocabulary.save(folder)
         owner = plan.models.get(plan.vocabulary.owner)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +15,7 @@ from evomerge.errors import ModelError
 from evomerge.merging.checkpoints.folder_files import check_files, read_json
 from evomerge.merging.checkpoints.hub import find_folder
 from evomerge.merging.checkpoints.safetensors_reader import SafetensorsReader
+from evomerge.merging.checkpoints.timed_patterns import TimedPatterns, compiles
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 OUTSIDE = ("model.embed_tokens", "lm_head")  # peft's "all-linear" leaves these out
@@ -56,6 +56,7 @@ class Adapter:
     path: Path
     config: Mapping[str, Any]
     _weights: SafetensorsReader = field(repr=False, compare=False)
+    _patterns: TimedPatterns = field(repr=False, compare=False)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -85,18 +86,18 @@ class Adapter:
 
     def _by_pattern(self, key: str, patterns: str, module: str) -> Any:
         for pattern, value in (self.config.get(patterns) or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
+            if self._patterns.match(rf"(.*\.)?({pattern})$", module):
                 return value
         return self.config.get(key)
 
     def targets(self, module: str) -> bool:
         """Whether peft would put a LoRA on the module; it silently skips all that is not named."""
-        if _matches(self.config.get("exclude_modules") or [], module):
+        if self._matches(self.config.get("exclude_modules") or [], module):
             return False
         wanted = self.config.get("target_modules") or []
         if wanted == "all-linear":
             return module not in OUTSIDE
-        matched = _matches(wanted, module)
+        matched = self._matches(wanted, module)
         layers = self.config.get("layers_to_transform")
         in_every_layer = isinstance(wanted, str) or module in wanted or layers in (None, [])
         if in_every_layer or not matched:
@@ -107,10 +108,15 @@ class Adapter:
         """The module's layer by `layers_pattern`; None outside the layers."""
         patterns = self.config.get("layers_pattern") or [r"[^.]*"]
         for pattern in _as_list(patterns):
-            match = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module)
+            match = self._patterns.match(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", module)
             if match:
-                return int(match[1])
+                return int(match["idx"])
         return None
+
+    def _matches(self, names: str | list[str], module: str) -> bool:
+        if isinstance(names, str):
+            return self._patterns.match(rf"(?:{names})\Z", module) is not None
+        return any(module == name or module.endswith(f".{name}") for name in names)
 
     def saves(self, module: str) -> bool:
         """Whether the adapter contains the whole module, by peft's rule."""
@@ -126,7 +132,8 @@ def open_adapter(ref: str) -> Adapter:
     path = find_folder(ref, "adapter", "Name a folder that peft saved, or a hub name.")
     check_files(path)
     _check_present(path)
-    return Adapter(path, _read_config(path / CONFIG), SafetensorsReader(path / WEIGHTS))
+    weights, patterns = SafetensorsReader(path / WEIGHTS), TimedPatterns(path / CONFIG)
+    return Adapter(path, _read_config(path / CONFIG), weights, patterns)
 
 
 def _check_present(path: Path) -> None:
@@ -193,12 +200,7 @@ def _are_names(key: str, names: Any, types: tuple[type, ...]) -> bool:
         return False
     if isinstance(names, list) and key != "layers_pattern":
         return True  # module names, not expressions
-    try:
-        for expression in listed:
-            re.compile(expression)
-    except re.error:
-        return False
-    return True
+    return all(compiles(expression) for expression in listed)
 
 
 def _as_list(setting: Any) -> list[Any]:
@@ -213,9 +215,3 @@ def _wrong_type(key: str, found: object, file: Path) -> ModelError:
         found=found,
         remedy="Correct it.",
     )
-
-
-def _matches(names: str | list[str], module: str) -> bool:
-    if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
-    return any(module == name or module.endswith(f".{name}") for name in names)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from evomerge.errors import ModelError
+from evomerge.merging.checkpoints.hub_kernels import without_attention
 
 
 def count_parameters(config: Mapping[str, Any], where: object = None) -> int:
@@ -18,7 +19,7 @@ def count_parameters(config: Mapping[str, Any], where: object = None) -> int:
 
     models: Any = AutoModelForCausalLM
     try:
-        settings = dict(config)
+        settings = without_attention(config)  # a kernel of the hub would be loaded
         parsed = AutoConfig.for_model(settings.pop("model_type"), **settings)
         with torch.device("meta"):
             model = models.from_config(parsed)

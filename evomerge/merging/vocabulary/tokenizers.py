@@ -16,17 +16,9 @@ from typing import Any
 from evomerge.errors import ModelError, RecipeError
 from evomerge.merging.checkpoints.folder_files import check_links
 from evomerge.merging.checkpoints.model_folder import ModelFolder
+from evomerge.merging.vocabulary.tokenizer_files import FILES, open_tokenizer
 
 log = logging.getLogger(__name__)
-
-FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-    "tekken.json",
-)
 
 
 @dataclass(frozen=True)
@@ -63,22 +55,12 @@ def load_tokenizers(first: str, models: Mapping[str, ModelFolder]) -> dict[str, 
 
 def read_tokenizer(path: str | Path, ref: str) -> Any:
     """A folder's (or hub model's) tokenizer. Raises ModelError."""
-    from transformers import AutoTokenizer
-
     name, revision = str(path), None
     if Path(path).is_dir():
         check_links(Path(path))
     elif "@" in name:
         name, revision = name.split("@", 1)
-    try:
-        return AutoTokenizer.from_pretrained(name, revision=revision or None)
-    except Exception as error:
-        # OSError, ValueError, KeyError and others, by what is wrong in the files
-        raise ModelError(
-            f"the tokenizer cannot be loaded: {error}",
-            where=ref,
-            remedy="Copy or download its files again.",
-        ) from error
+    return open_tokenizer(name, ref, revision=revision or None)
 
 
 def vocab_size(model: ModelFolder) -> int:
