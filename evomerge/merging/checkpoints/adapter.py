@@ -19,21 +19,16 @@ from evomerge.merging.checkpoints.timed_patterns import TimedPatterns, compiles
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 OUTSIDE = ("model.embed_tokens", "lm_head")  # peft's "all-linear" leaves these out
+# by setting of `use_bdlora`
+BLOCK_PARTS = {"target_modules_bd_a": "lora_A.weight", "target_modules_bd_b": "lora_B.weight"}
 MERGED_ELSEWHERE = "Merge it with peft first, and name the result."
 COPY_ADAPTER = "Copy or download the adapter again."
 # Settings that change what is merged, or that peft itself cannot merge.
 REFUSED = (
-    "target_parameters",
-    "trainable_token_indices",
     "layer_replication",
-    "ensure_weight_tying",
-    "use_qalora",
-    "use_bdlora",
     "alora_invocation_tokens",
     "arrow_config",
     "kasa_config",
-    "monteclora_config",
-    "velora_config",
 )
 # Ways to start training from which loading takes only the adapter's shapes; the others move the
 # base's weights as well.
@@ -43,6 +38,7 @@ NAME_TYPES: Mapping[str, tuple[type, ...]] = {
     "target_modules": (str, list),
     "exclude_modules": (str, list),
     "modules_to_save": (list,),
+    "target_parameters": (list,),
     "layers_pattern": (str, list),
     "rank_pattern": (dict,),
     "alpha_pattern": (dict,),
@@ -119,8 +115,41 @@ class Adapter:
         return any(module == name or module.endswith(f".{name}") for name in names)
 
     def saves(self, module: str) -> bool:
-        """Whether the adapter contains the whole module, by peft's rule."""
-        return any(module.endswith(name) for name in self.config.get("modules_to_save") or [])
+        """Whether the adapter contains the whole module, or one that it is a part of."""
+        return any(is_within(module, name) for name in self.config.get("modules_to_save") or [])
+
+    def targets_parameter(self, name: str) -> bool:
+        """Whether the tensor itself has a LoRA, rather than its module."""
+        wanted = self.config.get("target_parameters") or []
+        return any(name == target or name.endswith(f".{target}") for target in wanted)
+
+    def blocks(self, module: str) -> dict[str, int]:
+        """The part of a block-diagonal LoRA that is stored as blocks, and their number."""
+        settings = self.config.get("use_bdlora") or {}
+        for key, part in BLOCK_PARTS.items():
+            if any(name in module for name in settings.get(key) or []):
+                return {part: settings["nblocks"]}
+        return {}
+
+    def token_ids(self, module: str) -> tuple[int, ...]:
+        """The tokens whose rows in the module `trainable_token_indices` names."""
+        found = self.config.get("trainable_token_indices") or {}
+        if isinstance(found, list):
+            found = {OUTSIDE[0]: found}
+        for name, ids in found.items():
+            if module.endswith(name):
+                return tuple(ids)
+        return ()
+
+
+def is_within(module: str, name: str) -> bool:
+    """Whether peft finds the module, or one that it is a part of, by the end of its name."""
+    path = module
+    while path:
+        if path.endswith(name):
+            return True
+        path = path.rpartition(".")[0]
+    return False
 
 
 def open_adapter(ref: str) -> Adapter:
@@ -185,10 +214,25 @@ def _check_types(config: Mapping[str, Any], file: Path) -> None:
     layers = config.get("layers_to_transform") or []
     if not all(isinstance(layer, int) for layer in _as_list(layers)):
         raise _wrong_type("layers_to_transform", layers, file)
+    tokens = config.get("trainable_token_indices") or []
+    for ids in tokens.values() if isinstance(tokens, dict) else [tokens]:
+        if not isinstance(ids, list) or not all(type(id_) is int and id_ >= 0 for id_ in ids):
+            raise _wrong_type("trainable_token_indices", tokens, file)
+    if not _are_blocks(config.get("use_bdlora") or {}):
+        raise _wrong_type("use_bdlora", config["use_bdlora"], file)
     for key, types in NAME_TYPES.items():
         names = config.get(key)
         if names and not _are_names(key, names, types):
             raise _wrong_type(key, names, file)
+
+
+def _are_blocks(settings: Any) -> bool:
+    if settings == {}:
+        return True
+    if not isinstance(settings, dict) or type(settings.get("nblocks")) is not int:
+        return False
+    names = [settings.get(key) or [] for key in BLOCK_PARTS]
+    return settings["nblocks"] > 0 and all(isinstance(name, list) for name in names)
 
 
 def _are_names(key: str, names: Any, types: tuple[type, ...]) -> bool:

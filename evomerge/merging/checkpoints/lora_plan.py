@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 
@@ -13,16 +14,24 @@ from evomerge.merging.checkpoints.adapter import (
     MERGED_ELSEWHERE,
     WEIGHTS,
     Adapter,
+    is_within,
     open_adapter,
 )
-from evomerge.merging.checkpoints.lora import AdaptedModel, ModuleLora, source
+from evomerge.merging.checkpoints.lora import AdaptedModel, ModuleLora, TokenRows, source
 from evomerge.merging.checkpoints.model_folder import EMBED, HEAD, ModelFolder
 from evomerge.merging.checkpoints.safetensors_reader import SafetensorsReader
 
+log = logging.getLogger(__name__)
 PREFIX = "base_model.model."
 PART = re.compile(
     r"^(.+)\.(lora_[AB]\.(?:weight|bias)|lora_embedding_[AB]|lora_magnitude_vector)(?:\.weight)?$"
 )
+TOKENS = re.compile(r"^(.+)\.token_adapter\.trainable_tokens_delta$")
+TOKEN_LAYER = ".token_adapter.base_layer."
+# what only training needs, by the setting that adds it
+TRAINING = {"velora_config": ".lora_velora_embed", "monteclora_config": ".lora_monteclora_sampler."}
+# methods whose delta peft rounds before it is added
+ROUNDED = ("use_bdlora", "monteclora_config")
 OWN_BASE = "Use it with the model that it was trained on."
 
 
@@ -45,6 +54,7 @@ class _LoraPlan:
         self.tied = self._is_tied()
         self.replaced: dict[str, str] = {}
         self.loras: dict[str, list[ModuleLora]] = {}
+        self.rows: dict[str, list[TokenRows]] = {}
         modules = self._sort_tensors()
         self._check_saved_modules()
         # the head's comes last, as in the model
@@ -54,6 +64,8 @@ class _LoraPlan:
             if "lora_B.bias" in lora.parts:
                 self.loras.setdefault(f"{module}.bias", []).append(lora)
         self._add_missing(modules)
+        for name in self.rows.keys() & self.loras.keys():
+            raise self._error(f"`trainable_token_indices` and a LoRA both change {name}")
 
     def model(self, ref: str) -> AdaptedModel:
         """What base and adapter make together, under that reference."""
@@ -75,29 +87,84 @@ class _LoraPlan:
             _weights=self.adapter,
             _replaced=self.replaced,
             _loras=self.loras,
+            _rows=self.rows,
         )
 
     def _sort_tensors(self) -> dict[str, dict[str, str]]:
-        """Module -> part -> tensor of the file; whole tensors go to `replaced`."""
+        """Module -> part -> tensor of the file; whole tensors go to `replaced`, rows to `rows`."""
         modules: dict[str, dict[str, str]] = {}
+        unused = []
         for key in self.adapter.shapes:
             if not key.startswith(PREFIX):
                 raise self._error(f"tensor {key} is of a kind that is not supported")
-            match = PART.match(key.removeprefix(PREFIX))
-            if match:
-                modules.setdefault(match[1], {})[match[2]] = key
-                continue
-            name = self._target(key.removeprefix(PREFIX).replace(".base_layer.", "."))
-            self._check_whole(key, name)
-            self.replaced[name] = key
+            name = key.removeprefix(PREFIX)
+            part, tokens = PART.match(name), TOKENS.match(name)
+            if self._is_unused(name):
+                unused.append(name)
+            elif part:
+                modules.setdefault(part[1], {})[part[2]] = key
+            elif tokens:
+                self._add_rows(tokens[1], key)
+            elif not self._is_for_training(name):
+                self._replace(name, key)
+        if unused:
+            log.warning(
+                "%s: %d biases that its settings switch off are not used, as in peft (%s, …)",
+                self.adapter.path,
+                len(unused),
+                unused[0],
+            )
         return modules
+
+    def _replace(self, stored: str, key: str) -> None:
+        """A whole tensor of the adapter, under the name that it has within peft's wrappers."""
+        plain = stored.replace(TOKEN_LAYER, ".").replace(".base_layer.", ".")
+        # peft's own merge fails here: the saved head has the embeddings' new rows, or has not
+        if TOKEN_LAYER in stored and not self.adapter.token_ids(plain.rpartition(".")[0]):
+            raise self._error(f"`modules_to_save` and `trainable_token_indices` share {plain}")
+        name = self._target(plain)
+        self._check_whole(key, name)
+        self.replaced[name] = key
+
+    def _is_unused(self, name: str) -> bool:
+        """Whether peft has no place for a bias of the file, with these settings and this base."""
+        if not name.endswith(".bias"):
+            return False
+        if name.endswith((".lora_A.bias", ".lora_B.bias")):
+            return name.endswith("A.bias") or not self.config.get("lora_bias")
+        stored = name.replace(".base_layer.", ".") in self.base.keys
+        return not stored and self.config.get("bias", "none") == "none"
+
+    def _is_for_training(self, name: str) -> bool:
+        return any(part in name and self.config.get(key) for key, part in TRAINING.items())
+
+    def _add_rows(self, module: str, key: str) -> None:
+        """Rows of a module that `trainable_token_indices` names."""
+        ids, name = self.adapter.token_ids(module), self._target(f"{module}.weight")
+        place = source(self.base, name)
+        if place not in self.base.keys:
+            raise self._error(f"it contains rows of {name}, which the base lacks", OWN_BASE)
+        rows, *width = self.base.shape(place)
+        if ids and max(ids) >= rows:
+            raise self._resized(max(ids) + 1, rows)
+        if not ids or self.adapter.shapes[key] != (len(ids), *width):
+            raise self._error(
+                f"the rows of {name} have shape {self.adapter.shapes[key]}, but the base and "
+                f"`trainable_token_indices` give {(len(ids), *width)}",
+                OWN_BASE,
+            )
+        self.rows.setdefault(name, []).append(TokenRows(ids, key))
 
     def _check_saved_modules(self) -> None:
         for wanted in self.config.get("modules_to_save") or []:
-            if not any(name.rpartition(".")[0].endswith(wanted) for name in self.replaced):
+            if not any(is_within(name.rpartition(".")[0], wanted) for name in self.replaced):
                 raise self._error(
                     f"`modules_to_save` names {wanted}, which {WEIGHTS} lacks", COPY_ADAPTER
                 )
+        if self.config.get("trainable_token_indices") and not self.rows:
+            raise self._error(
+                f"`trainable_token_indices` names rows, which {WEIGHTS} lacks", COPY_ADAPTER
+            )
 
     def _add_missing(self, modules: Mapping[str, object]) -> None:
         """A LoRA of zeros where the settings name a module that the file lacks.
@@ -123,7 +190,8 @@ class _LoraPlan:
             raise self._error(f"it targets {module}, which the base lacks", OWN_BASE)
         if ".experts." in module:
             raise self._error(f"it targets {module}, and a LoRA on experts is not supported")
-        if not self.adapter.targets(module):
+        on_parameter = self.adapter.targets_parameter(f"{module}.weight")
+        if not on_parameter and not self._targets(module):
             raise self._error(
                 f"it contains a LoRA for {module}, which its `target_modules` leave out",
                 "Correct adapter_config.json.",
@@ -131,16 +199,40 @@ class _LoraPlan:
         if self.config.get("lora_bias") and f"{module}.bias" not in self.base.keys:
             raise self._error(f"`lora_bias` needs {module}.bias, which the base lacks")
         rank, scaling = self.adapter.rank_and_scaling(module)
+        blocks = self.adapter.blocks(module)
         wanted = self._shapes(self.base.shape(weight), rank, "lora_embedding_A" in parts)
+        for part, n in blocks.items():
+            if part in wanted:
+                wanted[part] = (wanted[part][0], wanted[part][1] // n)
         for part in sorted(wanted.keys() | parts.keys()):
             found = self.adapter.shapes[parts[part]] if part in parts else None
             if found != wanted.get(part):
+                self._check_vocabulary(module, found, wanted.get(part))
                 raise self._error(
                     f"{part} of {module} has shape {found}, "
                     f"but the base and adapter_config.json give {wanted.get(part)}",
                     OWN_BASE,
                 )
-        return ModuleLora(parts, scaling)
+        rounded = on_parameter or any(self.config.get(key) for key in ROUNDED)
+        return ModuleLora(parts, scaling, rounded, blocks)
+
+    def _targets(self, module: str) -> bool:
+        """Whether peft would put a LoRA on the module; the embeddings' is a tied head's as well."""
+        is_tied = self.tied and f"{module}.weight" == HEAD
+        if is_tied and self.config.get("ensure_weight_tying"):
+            module = EMBED.removesuffix(".weight")
+        return self.adapter.targets(module)
+
+    def _check_vocabulary(
+        self, module: str, found: tuple[int, ...] | None, wanted: tuple[int, ...] | None
+    ) -> None:
+        """Raise ModelError where a LoRA differs from the base in the number of tokens alone."""
+        if f"{module}.weight" not in (EMBED, HEAD) or not found or not wanted:
+            return
+        rows = self.base.shape(source(self.base, f"{module}.weight"))[0]
+        for axis in (0, 1):
+            if wanted[axis] == rows and found[1 - axis] == wanted[1 - axis]:
+                raise self._resized(found[axis], rows)
 
     def _shapes(
         self, weight: tuple[int, ...], rank: int, is_embedding: bool
@@ -169,11 +261,14 @@ class _LoraPlan:
         if found == wanted:
             return
         if name in (EMBED, HEAD) and found[1:] == wanted[1:]:
-            raise self._error(
-                f"resized embeddings are not supported: "
-                f"its vocabulary has {found[0]} rows, the base's {wanted[0]}"
-            )
+            raise self._resized(found[0], wanted[0])
         raise self._error(f"{name} has shape {found}, the base's has {wanted}", OWN_BASE)
+
+    def _resized(self, found: int, wanted: int) -> ModelError:
+        return self._error(
+            f"resized embeddings are not supported: "
+            f"its vocabulary has {found} rows, the base's {wanted}"
+        )
 
     def _target(self, name: str) -> str:
         """The merged model's tensor of that name."""
@@ -182,9 +277,10 @@ class _LoraPlan:
     def _is_tied(self) -> bool:
         """Whether head and embeddings are one tensor, by transformers' rule.
 
-        `modules_to_save` makes them two.
+        `modules_to_save` makes them two, unless `ensure_weight_tying` keeps both the same.
         """
-        if any(self.adapter.saves(name.removesuffix(".weight")) for name in (EMBED, HEAD)):
+        saved = any(self.adapter.saves(name.removesuffix(".weight")) for name in (EMBED, HEAD))
+        if saved and not self.config.get("ensure_weight_tying"):
             return False
         if HEAD not in self.base.keys:
             return True
