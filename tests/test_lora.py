@@ -11,8 +11,8 @@ from merging_tools import differing, load_all, same_bits
 from safetensors.torch import load_file, save_file
 
 from evomerge.errors import ModelError
-from evomerge.merging.checkpoints.lora import add_to_embedding, add_to_linear
-from evomerge.merging.checkpoints.lora_plan import open_lora
+from evomerge.merging.adapters.lora import add_to_embedding, add_to_linear
+from evomerge.merging.adapters.lora_plan import open_lora
 from evomerge.merging.checkpoints.model_folder import EMBED, HEAD, ModelFolder
 from evomerge.merging.checkpoints.open_model import open_model
 
@@ -450,7 +450,7 @@ def test_the_real_adapter_opens(shared):
     """What peft saved for a model of 30 layers: every tensor of it is understood, on a base that
     has headers alone.
     """
-    from evomerge.merging.checkpoints.adapter import open_adapter
+    from evomerge.merging.adapters.adapter import open_adapter
 
     adapter = open_adapter(str(shared / "smollm-sibling/adapter"))
     modules = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in adapter.shapes}

@@ -56,13 +56,17 @@ def _setting(model: ModelFolder, key: str) -> Any:
 
 
 def _check_names(base: ModelFolder, sibling: ModelFolder) -> None:
-    for name in sorted(base.keys ^ sibling.keys):
-        lacking, model = "the base lacks", base
-        if name in base.keys:
-            lacking, model = "the sibling lacks", sibling
+    for model in (base, sibling):
         # a head that is not stored is the embeddings, unless the model is said to be untied
-        if name == HEAD and model.config.get("tie_word_embeddings") is not False:
-            continue
+        if HEAD not in model.keys and model.config.get("tie_word_embeddings") is False:
+            raise ModelError(
+                f"the files lack {HEAD}, and config.json says that it is not tied",
+                where=model.path,
+                found="tie_word_embeddings: false",
+                remedy="Correct the key, or copy the model again.",
+            )
+    for name in sorted((base.keys ^ sibling.keys) - {HEAD}):
+        lacking = "the sibling lacks" if name in base.keys else "the base lacks"
         raise ModelError(
             f"does not fit the base: {lacking} {name}", where=sibling.path, remedy=ONLY_SIBLINGS
         )

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import ModelError
+from evomerge.merging.adapters.lora_plan import open_lora
 from evomerge.merging.checkpoints.folder_files import check_files, read_json
 from evomerge.merging.checkpoints.hub import find_folder
-from evomerge.merging.checkpoints.lora_plan import open_lora
 from evomerge.merging.checkpoints.model_folder import HEAD, ModelFolder
 from evomerge.merging.checkpoints.safetensors_reader import SafetensorsReader
 

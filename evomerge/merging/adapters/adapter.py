@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from evomerge.errors import ModelError
+from evomerge.merging.adapters.timed_patterns import TimedPatterns, compiles
 from evomerge.merging.checkpoints.folder_files import check_files, read_json
 from evomerge.merging.checkpoints.hub import find_folder
 from evomerge.merging.checkpoints.safetensors_reader import SafetensorsReader
-from evomerge.merging.checkpoints.timed_patterns import TimedPatterns, compiles
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 OUTSIDE = ("model.embed_tokens", "lm_head")  # peft's "all-linear" leaves these out

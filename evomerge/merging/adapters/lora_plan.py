@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-import re
 from collections.abc import Mapping
 
 import torch
 
 from evomerge.errors import ModelError
-from evomerge.merging.checkpoints.adapter import (
+from evomerge.merging.adapters.adapter import (
     COPY_ADAPTER,
     MERGED_ELSEWHERE,
     WEIGHTS,
@@ -17,19 +15,11 @@ from evomerge.merging.checkpoints.adapter import (
     is_within,
     open_adapter,
 )
-from evomerge.merging.checkpoints.lora import AdaptedModel, ModuleLora, TokenRows, source
+from evomerge.merging.adapters.adapter_tensors import AdapterTensors, sort_tensors
+from evomerge.merging.adapters.lora import AdaptedModel, ModuleLora, TokenRows, source
 from evomerge.merging.checkpoints.model_folder import EMBED, HEAD, ModelFolder
 from evomerge.merging.checkpoints.safetensors_reader import SafetensorsReader
 
-log = logging.getLogger(__name__)
-PREFIX = "base_model.model."
-PART = re.compile(
-    r"^(.+)\.(lora_[AB]\.(?:weight|bias)|lora_embedding_[AB]|lora_magnitude_vector)(?:\.weight)?$"
-)
-TOKENS = re.compile(r"^(.+)\.token_adapter\.trainable_tokens_delta$")
-TOKEN_LAYER = ".token_adapter.base_layer."
-# what only training needs, by the setting that adds it
-TRAINING = {"velora_config": ".lora_velora_embed", "monteclora_config": ".lora_monteclora_sampler."}
 # methods whose delta peft rounds before it is added
 ROUNDED = ("use_bdlora", "monteclora_config")
 OWN_BASE = "Use it with the model that it was trained on."
@@ -55,8 +45,14 @@ class _LoraPlan:
         self.replaced: dict[str, str] = {}
         self.loras: dict[str, list[ModuleLora]] = {}
         self.rows: dict[str, list[TokenRows]] = {}
-        modules = self._sort_tensors()
-        self._check_saved_modules()
+        found = sort_tensors(adapter, base.keys)
+        for name, key in found.whole.items():
+            self._check_whole(key, self._target(name))
+            self.replaced[self._target(name)] = key
+        for module, key in found.rows.items():
+            self._add_rows(module, key)
+        self._check_saved_modules(found)
+        modules = found.loras
         # the head's comes last, as in the model
         for module in sorted(modules, key=lambda module: f"{module}.weight" == HEAD):
             lora = self._lora(module, modules[module])
@@ -73,7 +69,7 @@ class _LoraPlan:
         config = dict(self.base.config)
         if self.tied:
             files.pop(HEAD, None)
-        elif config.get("tie_word_embeddings"):
+        elif config.get("tie_word_embeddings") or HEAD not in files:
             files.setdefault(HEAD, self.adapter.path / WEIGHTS)
             config["tie_word_embeddings"] = False
         return AdaptedModel(
@@ -89,54 +85,6 @@ class _LoraPlan:
             _loras=self.loras,
             _rows=self.rows,
         )
-
-    def _sort_tensors(self) -> dict[str, dict[str, str]]:
-        """Module -> part -> tensor of the file; whole tensors go to `replaced`, rows to `rows`."""
-        modules: dict[str, dict[str, str]] = {}
-        unused = []
-        for key in self.adapter.shapes:
-            if not key.startswith(PREFIX):
-                raise self._error(f"tensor {key} is of a kind that is not supported")
-            name = key.removeprefix(PREFIX)
-            part, tokens = PART.match(name), TOKENS.match(name)
-            if self._is_unused(name):
-                unused.append(name)
-            elif part:
-                modules.setdefault(part[1], {})[part[2]] = key
-            elif tokens:
-                self._add_rows(tokens[1], key)
-            elif not self._is_for_training(name):
-                self._replace(name, key)
-        if unused:
-            log.warning(
-                "%s: %d biases that its settings switch off are not used, as in peft (%s, …)",
-                self.adapter.path,
-                len(unused),
-                unused[0],
-            )
-        return modules
-
-    def _replace(self, stored: str, key: str) -> None:
-        """A whole tensor of the adapter, under the name that it has within peft's wrappers."""
-        plain = stored.replace(TOKEN_LAYER, ".").replace(".base_layer.", ".")
-        # peft's own merge fails here: the saved head has the embeddings' new rows, or has not
-        if TOKEN_LAYER in stored and not self.adapter.token_ids(plain.rpartition(".")[0]):
-            raise self._error(f"`modules_to_save` and `trainable_token_indices` share {plain}")
-        name = self._target(plain)
-        self._check_whole(key, name)
-        self.replaced[name] = key
-
-    def _is_unused(self, name: str) -> bool:
-        """Whether peft has no place for a bias of the file, with these settings and this base."""
-        if not name.endswith(".bias"):
-            return False
-        if name.endswith((".lora_A.bias", ".lora_B.bias")):
-            return name.endswith("A.bias") or not self.config.get("lora_bias")
-        stored = name.replace(".base_layer.", ".") in self.base.keys
-        return not stored and self.config.get("bias", "none") == "none"
-
-    def _is_for_training(self, name: str) -> bool:
-        return any(part in name and self.config.get(key) for key, part in TRAINING.items())
 
     def _add_rows(self, module: str, key: str) -> None:
         """Rows of a module that `trainable_token_indices` names."""
@@ -155,13 +103,13 @@ class _LoraPlan:
             )
         self.rows.setdefault(name, []).append(TokenRows(ids, key))
 
-    def _check_saved_modules(self) -> None:
+    def _check_saved_modules(self, found: AdapterTensors) -> None:
         for wanted in self.config.get("modules_to_save") or []:
-            if not any(is_within(name.rpartition(".")[0], wanted) for name in self.replaced):
+            if not any(is_within(name.rpartition(".")[0], wanted) for name in found.whole):
                 raise self._error(
                     f"`modules_to_save` names {wanted}, which {WEIGHTS} lacks", COPY_ADAPTER
                 )
-        if self.config.get("trainable_token_indices") and not self.rows:
+        if self.config.get("trainable_token_indices") and not found.rows:
             raise self._error(
                 f"`trainable_token_indices` names rows, which {WEIGHTS} lacks", COPY_ADAPTER
             )

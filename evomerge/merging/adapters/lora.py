@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from evomerge.merging.checkpoints.adapter import Adapter
+from evomerge.merging.adapters.adapter import Adapter
 from evomerge.merging.checkpoints.model_folder import EMBED, HEAD, ModelFolder
 
 
