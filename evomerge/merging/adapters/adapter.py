@@ -161,8 +161,8 @@ def open_adapter(ref: str) -> Adapter:
     path = find_folder(ref, "adapter", "Name a folder that peft saved, or a hub name.")
     check_files(path)
     _check_present(path)
-    weights, patterns = SafetensorsReader(path / WEIGHTS), TimedPatterns(path / CONFIG)
-    return Adapter(path, _read_config(path / CONFIG), weights, patterns)
+    config = _read_config(path / CONFIG)
+    return Adapter(path, config, SafetensorsReader(path / WEIGHTS), TimedPatterns(path / CONFIG))
 
 
 def _check_present(path: Path) -> None:

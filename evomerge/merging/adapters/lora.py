@@ -44,7 +44,7 @@ def add_rounded(
 ) -> torch.Tensor:
     """W + r(s BA): as `add_to_linear`, but the delta is rounded before the sum.
 
-    So peft adds a LoRA on a parameter, and block-diagonal or Monte Carlo ones.
+    So peft adds a LoRA on a parameter, and a block-diagonal one.
     """
     return weight + ((b.float() @ a.float()) * scaling).to(weight.dtype)
 

@@ -20,8 +20,6 @@ from evomerge.merging.adapters.lora import AdaptedModel, ModuleLora, TokenRows, 
 from evomerge.merging.checkpoints.model_folder import EMBED, HEAD, ModelFolder
 from evomerge.merging.checkpoints.safetensors_reader import SafetensorsReader
 
-# methods whose delta peft rounds before it is added
-ROUNDED = ("use_bdlora", "monteclora_config")
 OWN_BASE = "Use it with the model that it was trained on."
 
 
@@ -46,14 +44,14 @@ class _LoraPlan:
         self.loras: dict[str, list[ModuleLora]] = {}
         self.rows: dict[str, list[TokenRows]] = {}
         found = sort_tensors(adapter, base.keys)
-        for name, key in found.whole.items():
+        # the head's comes last, as in the model
+        for name, key in sorted(found.whole.items(), key=lambda item: item[0] == HEAD):
             self._check_whole(key, self._target(name))
             self.replaced[self._target(name)] = key
-        for module, key in found.rows.items():
+        for module, key in sorted(found.rows.items(), key=lambda item: item[0] == "lm_head"):
             self._add_rows(module, key)
         self._check_saved_modules(found)
         modules = found.loras
-        # the head's comes last, as in the model
         for module in sorted(modules, key=lambda module: f"{module}.weight" == HEAD):
             lora = self._lora(module, modules[module])
             self.loras.setdefault(self._target(f"{module}.weight"), []).append(lora)
@@ -161,7 +159,7 @@ class _LoraPlan:
                     f"but the base and adapter_config.json give {wanted.get(part)}",
                     OWN_BASE,
                 )
-        rounded = on_parameter or any(self.config.get(key) for key in ROUNDED)
+        rounded = on_parameter or bool(self.config.get("use_bdlora"))
         return ModuleLora(parts, scaling, rounded, blocks)
 
     def _targets(self, module: str) -> bool:
