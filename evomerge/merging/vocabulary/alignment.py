@@ -56,7 +56,7 @@ class Vocabulary:
     rows: Mapping[str, torch.Tensor]
     rules: Mapping[int, Rule]  # output row -> rule
     base: str | None
-    owner: str | None  # the model whose tokenizer it is, unchanged
+    owner: str | None = None  # the model whose tokenizer it is, unchanged
 
     def save(self, folder: Path) -> None:
         """The tokenizer's files, as transformers writes them. Raises OSError."""
