@@ -50,11 +50,13 @@ class LiveModel:
     ) -> None:
         """`random_seed` decides what DARE drops. Raises ModelError where model and files differ."""
         self.base, self.siblings, self.random_seed = base, list(siblings), random_seed
-        names = set(base.keys)
-        if any(HEAD in folder.keys for folder in (base, *siblings)):
-            names.add(HEAD)
+        stored = any(HEAD in folder.keys for folder in (base, *siblings))
+        if stored:
             _untie(model)
         self.live = dict(model.named_parameters())
+        names = set(base.keys) - {HEAD}
+        if stored and HEAD in self.live:
+            names.add(HEAD)
         self.names = sorted(names)
         self._check_names()
         parameters = {}
@@ -68,7 +70,8 @@ class LiveModel:
 
     def _check_names(self) -> None:
         """Raise ModelError unless files and live model have the same tensors."""
-        if HEAD in self.names and HEAD not in self.live:
+        models = (self.base, *self.siblings)
+        if HEAD not in self.live and any(model.is_untied() for model in models):
             raise ModelError(
                 f"a file stores {HEAD}, which the live model ties to its embeddings",
                 where=self.base.path,

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from evomerge.errors import RecipeError
-from evomerge.merging.checkpoints.compatibility import check_fit
+from evomerge.merging.checkpoints.compatibility import check_fit, check_meaning, check_tensors
+from evomerge.merging.checkpoints.config_defaults import config_value
 from evomerge.merging.checkpoints.model_folder import (
     EMBED,
     HEAD,
@@ -34,11 +35,30 @@ FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def open_recipe(recipe: Recipe) -> dict[str, ModelFolder]:
-    """Every model of a recipe by its reference, the base first, checked to fit the first one."""
+    """Every model of a recipe by its reference, the base first, checked to fit the first one.
+
+    Of models in slices, only what is merged has to fit.
+    """
     models = {ref: open_model(ref) for ref in recipe.models}
     first, *others = models.values()
-    check_fit(first, others, same_vocabulary=recipe.tokenizer is None)
+    same_vocabulary = recipe.tokenizer is None
+    if all(source.layers is None for piece in recipe.slices for source in piece.sources):
+        check_fit(first, others, same_vocabulary)
+        return models
+    check_meaning(first, others)
+    layout = make_layout(recipe, models)
+    for name in layout.names(models):
+        inputs = [(models[ref], source) for ref, source in layout.inputs(name)]
+        check_tensors(inputs[0], inputs[1:], same_vocabulary)
     return models
+
+
+def make_layout(recipe: Recipe, models: Mapping[str, ModelFolder]) -> Layout:
+    """The recipe laid over these models. Raises RecipeError, UnsupportedRecipe."""
+    config = models[recipe.donor].config
+    architecture = recipe.architecture or (config.get("architectures") or [""])[0]
+    depths = {ref: num_layers(model.config) for ref, model in models.items()}
+    return Layout(recipe, num_layers(config), architecture, depths)
 
 
 class MergePlan:
@@ -60,9 +80,8 @@ class MergePlan:
         """
         self.recipe, self.models = recipe, models
         self.donor = models[recipe.donor]
-        architectures = self.donor.config.get("architectures") or [""]
-        self.layout = Layout(recipe, num_layers(self.donor.config), architectures[0])
-        self.names = self.layout.names([self.donor, *models.values()])
+        self.layout = make_layout(recipe, models)
+        self.names = self.layout.names(models)
         if (
             after is not None
             and after.recipe.tokenizer == recipe.tokenizer
@@ -84,14 +103,18 @@ class MergePlan:
         return make_vocabulary(self.recipe.tokenizer, self.recipe.base_model, self.models)
 
     @property
-    def unties(self) -> bool:
-        """Whether the merged head is no longer the embeddings, as the donor's configuration says.
+    def tied(self) -> bool | None:
+        """Whether the merged head is the embeddings; None where the donor's configuration says so.
 
-        A donor that stores a head and names no key is untied by its architecture's default.
+        A head is tied that no model of its slice stores, and untied where one has its own.
         """
         donor = self.donor
-        tied = donor.config.get("tie_word_embeddings") or HEAD not in donor.keys
-        return bool(tied) and any(model.is_untied() for model in self.models.values())
+        if HEAD not in self.names:
+            return True if HEAD in donor.keys else None
+        if not any(self.models[ref].is_untied() for ref, _ in self.layout.inputs(HEAD)):
+            return None
+        said = HEAD not in donor.keys or config_value(donor.config, "tie_word_embeddings")
+        return False if said else None
 
     def _check_numbers(self) -> None:
         """Raise RecipeError where a weight is infinite in its dtype: the tensors would be NaN."""

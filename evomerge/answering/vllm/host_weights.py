@@ -19,6 +19,7 @@ import torch
 
 from evomerge.errors import EngineError
 from evomerge.merging.adapters.lora import AdaptedModel
+from evomerge.merging.checkpoints.config_defaults import config_value
 from evomerge.merging.checkpoints.model_folder import HEAD, ModelFolder
 from evomerge.merging.placement import free_bytes
 
@@ -74,7 +75,7 @@ def host_weights_of(model: ModelFolder, dtype: torch.dtype) -> HostWeights:
             where=model.ref,
             remedy="Use engine.kind: transformers.",
         )
-    tied = {HEAD} if model.config.get("tie_word_embeddings") else set()
+    tied = {HEAD} if config_value(model.config, "tie_word_embeddings") else set()
     return HostWeights({name: model.shape(name) for name in sorted(model.keys - tied)}, dtype)
 
 

@@ -11,6 +11,7 @@ from evomerge.merging.adapters.lora_plan import open_lora
 from evomerge.merging.checkpoints.folder_files import check_files, read_json
 from evomerge.merging.checkpoints.hub import find_folder
 from evomerge.merging.checkpoints.model_folder import HEAD, ModelFolder
+from evomerge.merging.checkpoints.quantized_weights import refuse_quantized
 from evomerge.merging.checkpoints.safetensors_reader import SafetensorsReader
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -26,7 +27,9 @@ def open_model(ref: str) -> ModelFolder:
     """
     model, plus, adapter = ref.partition("+")
     if plus and not Path(ref).is_dir():
-        return open_lora(open_model(model), adapter, ref)
+        base = open_model(model)
+        refuse_quantized(base)
+        return open_lora(base, adapter, ref)
     path = find_folder(
         ref, "model", "Name a folder with config.json and safetensors, or a hub name."
     )
