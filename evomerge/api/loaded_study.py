@@ -188,17 +188,18 @@ class LoadedStudy:
         """
         check_outputs(folders=[out], inputs=self._inputs)
         from evomerge.console import Console
-        from evomerge.files import replace_file
         from evomerge.reporting.export import card, use_threads
 
         use_threads(self.study)
-        seed = self.study.search.seed
-        folder = build_model_folder(
-            self.recipe, Path(out), self.recipe_yaml, shard_size, seed, console or Console()
+        return build_model_folder(
+            self.recipe,
+            Path(out),
+            self.recipe_yaml,
+            shard_size,
+            self.study.search.seed,
+            console or Console(),
+            card(self.snapshot),
         )
-        text = card(self.snapshot)
-        replace_file(folder / "README.md", lambda path: path.write_text(text, encoding="utf-8"))
-        return folder
 
     def write_runner(self, out: str | Path, knowledge: str | Path | None = None) -> list[Path]:
         """Write a folder that answers tasks with the winner where evomerge is not installed.
@@ -226,16 +227,23 @@ def build_model_folder(
     shard_size: str | int,
     random_seed: int,
     console: Console,
+    card: str | None = None,
 ) -> Path:
-    """Build a recipe's model folder with a progress bar; `text` is its configuration as written."""
+    """Build a recipe's model folder with a progress bar; `text` is its configuration as written.
+
+    `card`: the model card; None: one that describes the recipe.
+    """
     from evomerge.console import byte_progress
     from evomerge.merging.build import build_model
     from evomerge.reporting.card import model_card
 
+    def write_card(recipe: Recipe, name: str, *, recipe_text: str) -> str:
+        return card or model_card(recipe, name, recipe_text=recipe_text)
+
     return build_model(
         recipe,
         out,
-        write_card=model_card,
+        write_card=write_card,
         recipe_text=text,
         shard_size=shard_size,
         random_seed=random_seed,
