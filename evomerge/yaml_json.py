@@ -25,6 +25,7 @@ DEEPEST = 100  # levels of lists and mappings
 _UNWRITABLE = re.compile("[\x00\ud800-\udfff]")
 _NUMBER_TAGS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 _MERGE = "tag:yaml.org,2002:merge"  # of the key <<
+_ONE_EACH = {"RecipeError": "merge", "StudyFileError": "study"}  # of documents in a file
 # ValueError: an impossible date; the others: what PyYAML's own constructors let pass
 _YAML_FAULTS = (
     yaml.YAMLError,
@@ -43,7 +44,7 @@ class _Loader(yaml.SafeLoader):
     def fetch_flow_collection_start(self, kind: type) -> None:
         if self.flow_level >= DEEPEST:
             raise RecursionError
-        super().fetch_flow_collection_start(kind)  # type: ignore[no-untyped-call]
+        super().fetch_flow_collection_start(kind)
 
 
 def parse_yaml(text: str, where: object, error: type[InputError] = InputError) -> Any:
@@ -202,7 +203,8 @@ def _explained(fault: Exception, where: object, error: type[InputError]) -> Inpu
     if isinstance(fault, RecursionError):
         return error("is nested too deeply", where=where, remedy="Write fewer levels.")
     if "single document" in str(getattr(fault, "context", "")):
-        remedy = "Split it: one document a file."
+        one = _ONE_EACH.get(error.__name__, "document")
+        remedy = f"Split it: one {one} a file."
         return error("holds several YAML documents", where=where, remedy=remedy)
     mark = getattr(fault, "problem_mark", None)
     if mark is not None:

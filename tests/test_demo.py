@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from evomerge import demo
 from evomerge.demo import pair as pair_module
 from evomerge.demo import skills, training
 from evomerge.errors import OutputError
+from evomerge.study import read_study
 from evomerge.tasks import load_tasks, split_tasks
 
 
@@ -34,6 +36,21 @@ def quick() -> Iterator[pytest.MonkeyPatch]:
 @pytest.fixture(scope="module")
 def pair(quick: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return demo.build_demo(tmp_path_factory.mktemp("demo") / "pair")
+
+
+def test_a_pair_beside_other_files_is_not_rebuilt(pair: Path, tmp_path: Path) -> None:
+    """Rebuilding replaces the folder: what is not the demo's own would be lost."""
+    place = tmp_path / "pair"
+    shutil.copytree(pair, place)
+    (place / "answers.jsonl").write_text("mine")
+    assert demo.build_demo(place) == place
+    with pytest.raises(OutputError, match="holds more than a demo pair"):
+        demo.build_demo(place, seed=1)
+    assert (place / "answers.jsonl").read_text() == "mine"
+    (place / "answers.jsonl").unlink()
+    (place / "study.yaml").write_text("# mine")
+    demo.build_demo(place, seed=1)
+    assert (place / "study.yaml").read_text() == "# mine"
 
 
 def test_the_folders_are_real_ones(pair: Path) -> None:
@@ -171,3 +188,24 @@ def test_a_failed_build_leaves_no_half_pair(
     with pytest.raises(OutputError, match="No space left"):
         demo.build_demo(tmp_path / "pair")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_study_file_is_the_shipped_one_with_paths_from_here(pair: Path) -> None:
+    study = read_study(pair / demo.STUDY)
+    shipped = read_study(Path(__file__).parents[1] / "search_spaces" / "demo.yaml")
+    assert study.genome.base_model == str(pair / "base")
+    assert study.genome.models == (str(pair / "instruct"),)
+    assert study.tasks[0].file == str(pair / "tasks.jsonl")
+    assert study.search == shipped.search
+    assert study.generation == shipped.generation
+
+
+def test_a_changed_study_file_is_kept(pair: Path) -> None:
+    file = pair / demo.STUDY
+    before = file.read_text(encoding="utf-8")
+    file.write_text(before + "# mine\n", encoding="utf-8")
+    demo.build_demo(pair)
+    assert file.read_text(encoding="utf-8") == before + "# mine\n"
+    file.unlink()
+    demo.build_demo(pair)
+    assert file.read_text(encoding="utf-8") == before

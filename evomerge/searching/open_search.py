@@ -20,8 +20,8 @@ from evomerge.console import Console
 from evomerge.errors import StudyError, StudyFileError
 from evomerge.judging.factory import check_tasks, make_judge
 from evomerge.judging.grade import Judge, WaitingJudge
+from evomerge.merging.adapters.lora import AdaptedModel
 from evomerge.merging.checkpoints.fingerprint import combined, fingerprint
-from evomerge.merging.checkpoints.lora import AdaptedModel
 from evomerge.merging.checkpoints.model_folder import ModelFolder
 from evomerge.searching.assemble import judged_search, lm_eval_search
 from evomerge.searching.ledger import (
@@ -170,7 +170,7 @@ def _facts(prepared: Prepared, known: StudyFacts) -> StudyFacts:
         split=SplitKeys(
             stored_ids(split.search), stored_ids(split.validation), stored_ids(split.held_out)
         ),
-        names=tuple(prepared.genome.names),
+        names=known.names or tuple(prepared.genome.names),
         n_layers=prepared.genome.slices[-1][1],
         knowledge=None if chooser is None else chooser.knowledge.digest(),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -11,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.console import size
-from evomerge.errors import EvomergeError, ModelError
+from evomerge.errors import EvomergeError, InputError, ModelError
 from evomerge.genome.weights import Genome, make_genome
 from evomerge.merging.checkpoints.compatibility import check_fit
+from evomerge.merging.checkpoints.config_defaults import config_value
 from evomerge.merging.checkpoints.model_folder import ModelFolder
 from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.study import JUDGE_MODEL, SUBSET, Study
+from evomerge.yaml_json import read_json_object
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 WAITING = {
@@ -103,13 +104,10 @@ class Preflight:
     def config_file(self, path: Path) -> dict[str, Any] | None:
         """A model's config.json; None when it cannot be read."""
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(config, dict):
-                raise ValueError("not an object")
-        except (OSError, ValueError) as error:
-            self.add("wrong", "--base-config", f"{path}: {error}")
+            return read_json_object(path)
+        except InputError as error:
+            self.add("wrong", "--base-config", str(error))
             return None
-        return config
 
     def models(self) -> dict[str, Any] | None:
         """The base's configuration, when every model can be reached."""
@@ -223,7 +221,7 @@ def live_bytes(study: Study, config: Mapping[str, Any], parameters: int) -> floa
     if study.engine.quantization is None:
         return parameters * whole
     rows = int(config["vocab_size"]) * int(config["hidden_size"])
-    if not config.get("tie_word_embeddings"):
+    if not config_value(config, "tie_word_embeddings"):
         rows *= 2
     # double: a scale is a byte, and has its own scale
     scales = 4 / 64 if study.engine.quantization == "4bit" else 1 / 64 + 4 / (64 * 256)

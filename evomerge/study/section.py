@@ -8,7 +8,7 @@ a tuple is expected.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -24,7 +24,9 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from evomerge.errors import RecipeError
 from evomerge.files import is_there
+from evomerge.recipe.model_references import model_reference
 
 STORED = object()  # see the end of this file
 LONGEST_NAME = 150  # bytes; a file system takes 255, and names of files add to it
@@ -96,6 +98,16 @@ def _as_text(value: object) -> object:
     return str(value) if isinstance(value, int) else value
 
 
+def _reference(value: object) -> object:
+    """mergekit's mappings as MODEL, MODEL@REVISION or MODEL+ADAPTER."""
+    if not isinstance(value, Mapping):
+        return _as_text(value)
+    try:
+        return model_reference(value, "the model", "")
+    except RecipeError:
+        return value
+
+
 def is_study_name(name: str) -> bool:
     """Whether a new study may have this name: it becomes part of the names of files."""
     return re.fullmatch(r"[^\W_][\w.-]*", name) is not None and len(name.encode()) <= LONGEST_NAME
@@ -150,8 +162,12 @@ def _absolute(path: str, info: ValidationInfo) -> str:
 def folder_or_name(ref: str, info: ValidationInfo) -> str:
     """A local folder as an absolute path; a name on the hub is left unchanged."""
     folder = info.context
-    if isinstance(folder, Path) and (ref.startswith((".", "/", "~")) or is_there(folder / ref)):
-        return _absolute(ref, info)
+    if not isinstance(folder, Path):
+        return ref
+    # a revision changes nothing about a folder
+    named = [name for name in (ref, ref.rpartition("@")[0]) if name and is_there(folder / name)]
+    if ref.startswith((".", "/", "~")) or named:
+        return _absolute(named[0] if named else ref, info)
     return ref
 
 
@@ -173,7 +189,11 @@ Seed = Annotated[
     WithJsonSchema({"type": "integer", "minimum": 0, "maximum": 2**32 - 1}),
 ]
 PathText = Annotated[Text, AfterValidator(_absolute)]
-ModelRef = Annotated[Text, AfterValidator(model_path)]
+ModelRef = Annotated[
+    str,
+    BeforeValidator(_reference, json_schema_input_type=str | dict[str, Any]),
+    AfterValidator(model_path),
+]
 Weight = Annotated[float, AfterValidator(_weight)]  # in a sum of scores
 Texts = Annotated[tuple[Text, ...], BeforeValidator(as_tuple)]
 Paths = Annotated[tuple[PathText, ...], BeforeValidator(as_tuple)]

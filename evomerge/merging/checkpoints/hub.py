@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import suppress
 from pathlib import Path
 
 from evomerge.errors import ModelError
-from evomerge.files import is_there
+from evomerge.files import is_folder, is_there
 
+log = logging.getLogger(__name__)
 PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.model")
 
 
@@ -16,15 +18,25 @@ def find_folder(ref: str, kind: str, remedy: str) -> Path:
 
     Raises ModelError, in whose text the folder is one of this `kind`: "model" or "adapter".
     """
-    path = Path(ref)
-    with suppress(RuntimeError):  # ~nobody
-        path = path.expanduser()
-    if is_there(path) and path.is_dir():
+    path = _local(ref)
+    if is_folder(path):
         return path
+    folder, _, revision = ref.rpartition("@")
+    if folder and is_folder(_local(folder)):
+        # as in mergekit, whose references may all end in a revision
+        log.warning("%s: a folder has no revisions, so @%s changes nothing", folder, revision)
+        return _local(folder)
     is_name = ref.partition("@")[0].count("/") == 1 and not ref.startswith((".", "/", "~"))
     if is_there(path) or not is_name:
         raise ModelError(f"there is no such {kind} folder", where=ref, remedy=remedy)
     return download(ref)
+
+
+def _local(ref: str) -> Path:
+    """The path that a reference would be, with ~ replaced if there is such a user."""
+    with suppress(RuntimeError):
+        return Path(ref).expanduser()
+    return Path(ref)
 
 
 def download(name: str) -> Path:
