@@ -222,6 +222,8 @@ def slow(pattern, pump, sizes, limit):
     try:
         for size in sizes:
             text = beginning + unit * (size // len(unit)) + end
+            if isinstance(pattern.pattern, bytes):
+                text = text.encode()
             signal.setitimer(signal.ITIMER_VIRTUAL, 5)
             try:
                 took = min(seconds_of(pattern, text) for _ in range(2 if size < 10**5 else 1))

@@ -31,7 +31,7 @@ MADE = {
     "evomerge.answering.prompts:control_tokens": [COMMON],
 }
 # a user's own expressions: tests/test_lora.py bounds what they may cost
-USERS = "evomerge.merging.checkpoints."
+USERS = "evomerge.merging.adapters."
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,7 @@ class SplitSection(Section):
 
     held_out: float = Field(
         default=0.5,
-        ge=1e-6,
+        gt=0,
         lt=1,
         examples=[0.5],
         description="Share of the tasks, of each kind, that the search never sees.",
