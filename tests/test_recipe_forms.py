@@ -66,6 +66,10 @@ UNREAD = {
         "const_tag: &one ./one\n" + PLAIN.replace("model: ./one", "model: *one"),
         ["`const_tag`"],
     ),
+    "an anchor beside the key": (
+        "dtypes: &kind bfloat16\n" + PLAIN.replace("bfloat16", "*kind"),
+        ["`dtypes`"],
+    ),
     "a parameter": (PLAIN + "parameters: {embed_slerp: true}\n", ["`embed_slerp`"]),
     "filters": (
         PLAIN + "parameters: {new: [{filter: mlp, value: [a, 1]}, {value: x}]}\n",

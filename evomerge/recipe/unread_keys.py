@@ -29,12 +29,17 @@ class UnreadKeys:
     found: list[str] = field(default_factory=list)
 
     def check(self, keys: Iterable[object], known: Iterable[str], where: str) -> None:
-        """Note every key that is not `known`. Raises RecipeError for one that is misspelled."""
-        known = tuple(known)
-        for key in keys:
+        """Note every key that is not `known`.
+
+        Raises RecipeError for one that is misspelled; where the right key stands beside it, it has
+        another meaning, such as that of an anchor.
+        """
+        given, known = list(keys), tuple(known)
+        absent = [key for key in known if key not in given]
+        for key in given:
             if key in known:
                 continue
-            meant = misspelled(str(key), known)
+            meant = misspelled(str(key), absent)
             if meant is not None and key not in ELSEWHERE:
                 raise RecipeError(
                     f"unknown key `{key}`",
