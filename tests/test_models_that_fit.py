@@ -115,7 +115,7 @@ def test_a_sibling_that_is_not_tied_and_stores_no_head_does_not_fit(gemmas):
     edit_config(gemmas / "base", drop=["tie_word_embeddings"])
     edit_config(gemmas / "one", tie_word_embeddings=False)
     folders = [open_model(str(gemmas / name)) for name in ("base", "one")]
-    with pytest.raises(ModelError, match="the files lack.*tie_word_embeddings: false"):
+    with pytest.raises(ModelError, match=r"the files lack.*tie_word_embeddings: false"):
         check_fit(folders[0], folders[1:])
 
 
