@@ -182,6 +182,10 @@ def export(args: argparse.Namespace) -> None:
         )
     found, console = evomerge.load_study(args.study, storage=args.storage), Console()
     text = found.recipe_yaml
+    if found.unbeaten is not None:
+        from evomerge.reporting.sentences import unbeaten_sentence
+
+        console.say(f"note: {unbeaten_sentence(found.unbeaten)}")
     if args.runner is not None:
         found.write_runner(args.runner, args.knowledge)
         say_written(console, [args.runner])

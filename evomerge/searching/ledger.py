@@ -128,6 +128,7 @@ def check_unchanged(ledger: Ledger, facts: StudyFacts) -> None:
             )
     else:
         ledger.remember("version", facts.version)
+        ledger.remember("references_win", True)
     for key in BEGINNING:
         value = getattr(facts, key)
         if getattr(old, key) != value:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from evomerge.console import Console
 from evomerge.errors import EngineError, StudyFileError
 from evomerge.recipe import Recipe
-from evomerge.searching.choosing import FinalTest
 from evomerge.searching.evaluate import Evaluation, Evaluator
+from evomerge.searching.final_test import FinalTest
 from evomerge.searching.generation.generation_plan import AllTasksPlan, GenerationPlan
 from evomerge.searching.generation.stopping import StudyClock, progress_line, why_stop
 from evomerge.searching.ledger import Ledger
