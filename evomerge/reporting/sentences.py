@@ -114,7 +114,7 @@ def conclusion(verdict: Verdict) -> str:
         said.append(f"is worse than {listed(ahead)}")
     if not said:
         return "The winner is compared with nothing."
-    return f"On the held-out tasks the winner {', but '.join(said)}."
+    return f"On the held-out tasks the winner {'; it '.join(said)}."
 
 
 def headline(
