@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 
 from optuna.trial import FrozenTrial
@@ -32,6 +34,9 @@ class Ledger:
         """`space`: the range of each of the genome's numbers; only a search needs it."""
         self.storage, self.space = storage, dict(space or {})
         self._ended: dict[int, TrialRecord] = {}  # trials that cannot change any more
+        self._settled = History()  # of the first trials, all of which have ended
+        self._read = 0  # how many stored trials `_settled` covers
+        self._known: StudyFacts | None = None  # until a fact changes
 
     @property
     def name(self) -> str:
@@ -45,6 +50,7 @@ class Ledger:
 
     def remember(self, key: str, value: object) -> None:
         """Store one of the facts durably; `key` is a field of StudyFacts."""
+        self._known = None
         self.storage.set_attribute(STORED_KEYS.get(key, key), stored(value))
 
     def records(self) -> list[TrialRecord]:
@@ -52,18 +58,28 @@ class Ledger:
         return list(self.history().trials)
 
     def history(self) -> History:
-        """The history of the records."""
-        facts, records = self.facts, []
-        for t in self.storage.trials():
-            if "role" not in t.user_attrs:
-                continue
-            record = self._ended.get(t.number)
-            if record is None:
-                record = _record(t, tuple(self.space) or facts.names)
-                if t.state.is_finished():
-                    self._ended[t.number] = record
-            records.append(record)
-        return History(tuple(records), facts.start)
+        """The history of the records. Trials that have ended are read once."""
+        if self._known is None:
+            self._known = self.facts
+        following = self.storage.trials()[self._read :]
+        names = tuple(self.space) or self._known.names
+        records = [self._as_record(t, names) for t in following]
+        ended = len([*takewhile(lambda t: t.state.is_finished(), following)])
+        settled = [record for record in records[:ended] if record is not None]
+        if settled:
+            self._settled = self._settled.extended(settled)
+        self._read += ended
+        rest = [record for record in records[ended:] if record is not None]
+        return replace(self._settled, start=self._known.start).extended(rest)
+
+    def _as_record(self, t: FrozenTrial, names: Sequence[str]) -> TrialRecord | None:
+        """A stored trial; None for one without a role, which is not ours."""
+        if "role" not in t.user_attrs:
+            return None
+        record = self._ended.get(t.number) or _record(t, names)
+        if t.state.is_finished():
+            self._ended[t.number] = record
+        return record
 
     def mark_interrupted(self) -> int:
         """Mark trials of a process that ended as interrupted. Returns how many there were."""
