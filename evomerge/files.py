@@ -112,3 +112,24 @@ class ExclusiveLock:
             return self._holder.read_text(encoding="ascii")
         except (OSError, UnicodeDecodeError):
             return ""
+
+
+def is_locked(path: Path) -> bool:
+    """Whether another process holds the `ExclusiveLock` on a file, which is not changed."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: the holder removes the file when it is done
+        return path.exists()
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(file)
+    return False

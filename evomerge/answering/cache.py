@@ -88,15 +88,15 @@ def cache_size(path: Path) -> tuple[int, int | None] | None:
 
     The batches are None when it cannot be read.
     """
-    files = _files(path)
+    files = cache_files(path)
     if not files:
         return None
     size = sum(files.values())
-    address = f"{path.absolute().as_uri()}?mode=ro"
     try:
-        with closing(sqlite3.connect(address, uri=True, timeout=60)) as db:
+        connect = sqlite_file.reader(path)
+        with closing(connect()) as db:
             return size, int(db.execute("SELECT count(*) FROM batches").fetchone()[0])
-    except sqlite3.Error:
+    except (sqlite3.Error, OSError):
         return size, None
 
 
@@ -105,7 +105,7 @@ def clear(path: Path) -> int:
 
     Raises OutputError.
     """
-    files = _files(path)
+    files = cache_files(path)
     try:
         for file in files:
             file.unlink()
@@ -118,7 +118,7 @@ def clear(path: Path) -> int:
     return sum(files.values())
 
 
-def _files(path: Path) -> dict[Path, int]:
+def cache_files(path: Path) -> dict[Path, int]:
     """The sizes in bytes of the database and of the files that SQLite keeps next to it."""
     files = [path.with_name(path.name + end) for end in ("", "-journal", "-wal", "-shm")]
     return {file: file.stat().st_size for file in files if file.is_file()}

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from evomerge.console import plus_minus
 from evomerge.files import replace_file
 from evomerge.recipe import DARE
 from evomerge.reporting.card import model_card
@@ -101,9 +102,40 @@ def recipe_text(snapshot: StudySnapshot) -> str:
 
 
 def card(snapshot: StudySnapshot) -> str:
-    """The model card: mergekit's sections, and the verdict."""
-    verdict = verdict_markdown(snapshot.verdict, snapshot.winner, notes(snapshot.ledger.facts))
-    return model_card(snapshot.recipe, snapshot.ledger.name, verdict, recipe_text(snapshot))
+    """The model card: mergekit's sections, and the verdict, or which trial it is."""
+    name = snapshot.ledger.name
+    if snapshot.picked is not None:
+        name = f"{name}, trial {snapshot.picked.number}"
+    return model_card(snapshot.recipe, name, outcome_markdown(snapshot), recipe_text(snapshot))
+
+
+def outcome_markdown(snapshot: StudySnapshot) -> str:
+    """The verdict as a Markdown section; for a trial that was picked, what it is."""
+    if snapshot.picked is not None:
+        return f"## Trial {snapshot.picked.number}\n\n{picked_sentence(snapshot)}\n"
+    return verdict_markdown(snapshot.verdict, snapshot.winner, notes(snapshot.ledger.facts))
+
+
+def picked_sentence(snapshot: StudySnapshot) -> str:
+    """What the exported trial is, and that it is not the winner."""
+    trial, winner = snapshot.picked, snapshot.winner
+    assert trial is not None
+    label = reference_labels(snapshot).get(trial.number)
+    kind = trial.role if label is None else f"{trial.role}, {label}"
+    if trial.role == "candidate":
+        assert trial.generation is not None
+        kind = f"a candidate of generation {trial.generation + 1}"
+    elif trial.role == "mean":
+        kind = "the mean of the search's distribution"
+    score = plus_minus(trial.score or 0.0, trial.stderr)
+    text = f"This is trial {trial.number} ({kind}); its score on {trial.n} search tasks is {score}."
+    if trial.number == winner.number:
+        return f"{text} It is the winner."
+    best = "the best so far" if snapshot.verdict is None else "the winner"
+    text += f" It is not {best}, which is trial {winner.number}."
+    if trial.number not in snapshot.ledger.facts.compared.values():
+        text += " It has not been compared on held-out tasks."
+    return text
 
 
 def verdict_markdown(

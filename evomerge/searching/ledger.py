@@ -174,11 +174,10 @@ def only_worker(url: str, name: str) -> Iterator[None]:
 
     Raises StudyError when another process does.
     """
-    path = sqlite_path(url)
-    if path is None:
+    path, file = sqlite_path(url), lock_path(url, name)
+    if path is None or file is None:
         yield
         return
-    file = path.with_name(f"{path.stem}.{name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = ExclusiveLock(file)
@@ -193,6 +192,12 @@ def only_worker(url: str, name: str) -> Iterator[None]:
         raise sqlite_file.explained(error, "the study", path) from error
     with lock:
         yield
+
+
+def lock_path(url: str, name: str) -> Path | None:
+    """The file that is locked while a study is searched; None where the storage is no file."""
+    path = sqlite_path(url)
+    return None if path is None else path.with_name(f"{path.stem}.{name}.lock")
 
 
 def cache_path(url: str, name: str) -> Path:

@@ -9,6 +9,8 @@ import json
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +91,13 @@ def open_stored(url: str, name: str, create: bool = False) -> StoredStudy:
             remedy="Run `evomerge search` first, or name its --storage.",
         )
     with storage_errors(url, name):
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            sqlite_file.check_integrity(path)
-        storage = _storage(url)
+        if not create:
+            storage: optuna.storages.RDBStorage | str = open_to_read(url)
+        else:
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                sqlite_file.check_integrity(path)
+            storage = _storage(url)
         summaries = optuna.get_all_study_summaries(storage, include_best_trial=False)
         known = sorted(summary.study_name for summary in summaries)
         if name not in known and not create:
@@ -146,6 +151,77 @@ def shown_url(url: str) -> str:
 def sqlite_path(url: str) -> Path | None:
     """The file of an SQLite URL; None for another storage."""
     return Path(url.removeprefix("sqlite:///")) if url.startswith("sqlite:///") else None
+
+
+@dataclass(frozen=True)
+class StoredSummary:
+    """A study of a storage in short; the counted trials are candidates that have a score."""
+
+    name: str
+    attributes: Mapping[str, Any]
+    candidates: int
+    best: float | None  # highest score of these
+    last: datetime | None  # when a trial began or ended, in the local time of its machine
+
+
+def stored_studies(url: str) -> list[StoredSummary]:
+    """Every study of a storage by name; none where there is no file. Reads no trial's result."""
+    path = sqlite_path(url)
+    if path is not None and not path.exists():
+        return []
+    with storage_errors(url, "of the list"):
+        storage = open_to_read(url)
+        found = [_summary(storage, study) for study in storage.get_all_studies()]
+    return sorted(found, key=lambda summary: summary.name)
+
+
+def _summary(storage: optuna.storages.RDBStorage, study: Any) -> StoredSummary:
+    from optuna.storages._rdb import models
+    from sqlalchemy import and_, func, select
+
+    trial, value, role = models.TrialModel, models.TrialValueModel, models.TrialUserAttributeModel
+    of_role = and_(role.trial_id == trial.trial_id, role.key == "role")
+    query = (
+        select(
+            trial.state,
+            role.value_json,
+            func.count(),
+            func.max(value.value),
+            func.max(trial.datetime_start),
+            func.max(trial.datetime_complete),
+        )
+        .outerjoin(value, value.trial_id == trial.trial_id)
+        .outerjoin(role, of_role)
+        .where(trial.study_id == study._study_id)
+        .group_by(trial.state, role.value_json)
+    )
+    count, best, times = 0, None, []
+    with storage.engine.connect() as connection:
+        for state, kind, number, highest, *moments in connection.execute(query):
+            times += [moment for moment in moments if moment is not None]
+            if state == TrialState.COMPLETE and kind is not None and json.loads(kind) == "candidate":
+                count, best = number, highest
+    return StoredSummary(study.study_name, study.user_attrs, count, best, max(times, default=None))
+
+
+def delete_stored(url: str, name: str) -> bool:
+    """Delete a study's rows. Returns whether the storage holds other studies."""
+    with storage_errors(url, name):
+        storage = _storage(url)
+        optuna.delete_study(study_name=name, storage=storage)
+        return bool(optuna.get_all_study_names(storage))
+
+
+def open_to_read(url: str) -> optuna.storages.RDBStorage:
+    """The storage for commands that only read; an SQLite file may be one that cannot be written."""
+    path = sqlite_path(url)
+    if path is None:
+        return optuna.storages.RDBStorage(url, skip_table_creation=True)
+    connect = sqlite_file.reader(path)
+    sqlite_file.check_integrity(path, connect)
+    return optuna.storages.RDBStorage(
+        url, engine_kwargs={"creator": connect}, skip_table_creation=True
+    )
 
 
 def _storage(url: str) -> str | optuna.storages.RDBStorage:
