@@ -111,12 +111,15 @@ def explained(
         return OutputError(
             f"{what} is in use by another process: {cause}", where=path, remedy=remedy
         )
+    full = ("full", "disk i/o", "no space", "too large", "quota")
     if any(words in cause.lower() for words in REFUSED):
         return OutputError(
             f"{what} cannot be written: {cause}",
             where=path,
             remedy=f"Change the permissions of file and folder, {again}.",
         )
-    return OutputError(
-        f"{what} cannot be written: {cause}", where=path, remedy=f"Free some space, {again}."
-    )
+    if any(words in cause.lower() for words in full):
+        remedy = f"Free some space, {again}."
+        return OutputError(f"{what} cannot be written: {cause}", where=path, remedy=remedy)
+    remedy = damaged or f"Check the file and its folder, {again}."
+    return OutputError(f"{what} cannot be used: {cause}", where=path, remedy=remedy)

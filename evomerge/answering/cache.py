@@ -18,6 +18,7 @@ from typing import Any
 from evomerge import sqlite_file
 from evomerge.answering.engine import Answer, PromptSettings
 from evomerge.errors import OutputError
+from evomerge.recipe import Recipe
 from evomerge.study import Study
 
 SCHEMA = "CREATE TABLE IF NOT EXISTS batches (key TEXT PRIMARY KEY, answers TEXT NOT NULL)"
@@ -36,10 +37,17 @@ UNKEYED = ("batch_size", "batch_tokens", "residency")  # engine keys that change
 class AnswerCache:
     """Batches of answers by key; every write is durable when `put` returns."""
 
-    def __init__(self, path: Path, scope: str) -> None:
-        """`scope`: the rest of what answers depend on; see `cache_scope`."""
-        self.path, self.scope = path, scope
+    def __init__(self, path: Path, scope: str, names: Mapping[str, str] | None = None) -> None:
+        """`scope`: the rest of what answers depend on; see `cache_scope`.
+
+        `names`: what the models are called in the keys, whatever they are called now.
+        """
+        self.path, self.scope, self.names = path, scope, dict(names or {})
         self.db = sqlite_file.connect(path, WHAT, DAMAGED, SCHEMA)
+
+    def digest(self, recipe: Recipe) -> str:
+        """The recipe's digest for keys, which is the same when a model's folder has moved."""
+        return recipe.digest(self.names)
 
     def key(
         self,
@@ -129,7 +137,7 @@ def cache_scope(study: Study, models: Mapping[str, Any]) -> str:
 
     A batch is identified by its prompts, however it was packed: see UNKEYED.
     """
-    data = study.to_dict()
+    data = study.filled()
     engine = {key: value for key, value in data["engine"].items() if key not in UNKEYED}
     search = data["search"]
     too_long = data["prompt"]["too_long"]

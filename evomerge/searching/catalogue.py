@@ -12,12 +12,8 @@ from evomerge.answering.cache import cache_files
 from evomerge.errors import OutputError
 from evomerge.files import is_locked
 from evomerge.searching.ledger import cache_path, grades_path, lock_path, only_worker, open_ledger
-from evomerge.searching.records.optuna_adapter import (
-    StoredSummary,
-    delete_stored,
-    sqlite_path,
-    stored_studies,
-)
+from evomerge.searching.records.storage_place import storage_place
+from evomerge.searching.records.study_list import StoredSummary, delete_stored, stored_studies
 
 # the files of a results folder
 RESULTS = ("best.yaml", "README.md", "verdict.json", "trials.csv", "report.html")
@@ -116,7 +112,7 @@ def delete(url: str, name: str, results: Path) -> Belongings:
         found = belongings(url, name, results)
         others = delete_stored(url, name)
         files = [*found.results, *found.answers]
-        path = sqlite_path(url)
+        path = storage_place(url).file
         if path is not None and path.stem == name and not others:
             files += cache_files(path)
         try:

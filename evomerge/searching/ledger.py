@@ -6,8 +6,8 @@ the trial ends. A run that is killed therefore leaves complete or interrupted tr
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import takewhile
@@ -15,14 +15,16 @@ from pathlib import Path
 
 from optuna.trial import FrozenTrial
 
-from evomerge import sqlite_file
 from evomerge.errors import StudyError
 from evomerge.files import ExclusiveLock, LockHeld
 from evomerge.searching.history import History
-from evomerge.searching.records.optuna_adapter import STATES, StoredStudy, open_stored, sqlite_path
+from evomerge.searching.records.database import sql_engine
+from evomerge.searching.records.optuna_adapter import STATES, StoredStudy, open_stored
+from evomerge.searching.records.storage_errors import storage_errors
+from evomerge.searching.records.storage_lease import StorageLease
+from evomerge.searching.records.storage_place import storage_place
 from evomerge.searching.records.study_facts import STORED_KEYS, StudyFacts, read_facts, stored
 from evomerge.searching.records.trial_record import INTERRUPTED, Result, TrialRecord, read_trial
-from evomerge.study import BEFORE, changed_keys
 
 
 class Ledger:
@@ -123,68 +125,23 @@ def open_ledger(
     return ledger
 
 
-def check_unchanged(ledger: Ledger, facts: StudyFacts) -> None:
-    """Remember the facts of a new study; refuse a known one that has changed since it began.
-
-    Only the file, the models, the tasks and the knowledge base are compared. Raises StudyError.
-    """
-    old = ledger.facts
-    if old.study_file is not None:
-        assert facts.study_file is not None
-        changed = changed_keys(old.study_file, facts.study_file)
-        for ref, digest in facts.models.items():
-            if old.models.get(ref, digest) != digest:
-                changed.append(f"the model {ref}")
-        if old.tasks not in (None, facts.tasks):
-            changed.append("the tasks")
-        if old.knowledge != facts.knowledge:
-            changed.append("the knowledge base")
-        if changed:
-            undo = _undo(old.study_file, changed)
-            raise StudyError(
-                f"the study has changed since it began: {', '.join(changed)}",
-                where=ledger.name,
-                remedy=f"{undo}, or start a new study with --study NEW_NAME.",
-            )
-    else:
-        ledger.remember("version", facts.version)
-    for key in BEGINNING:
-        value = getattr(facts, key)
-        if getattr(old, key) != value:
-            ledger.remember(key, value)
-
-
-# what is known before the first trial; a study has begun once its last one is written
-BEGINNING = ("models", "tasks", "split", "names", "n_layers", "files", "knowledge", "study_file")
-
-
-def _undo(stored_file: Mapping[str, Mapping[str, object]], changed: Sequence[str]) -> str:
-    """The remedy for a change. A default that is newer than the study was not changed."""
-    settings = []
-    for key in changed:
-        section, _, name = key.partition(".")
-        younger = BEFORE.get(section, {})
-        if name in younger and name not in stored_file.get(section, {}):
-            settings.append(f"--set {key}={json.dumps(younger[name])}")
-    if not settings:
-        return "Undo the change"
-    rest = ", and undo the rest" if len(settings) < len(changed) else ""
-    return f"Resume it as it began with {' '.join(settings)}{rest}"
-
-
 @contextmanager
-def only_worker(url: str, name: str) -> Iterator[None]:
-    """Hold the study for this process while it searches.
+def only_worker(url: str, name: str) -> Iterator[Callable[[], None]]:
+    """Hold the study for this process, and only this one, while it searches.
 
-    Raises StudyError when another process does.
+    What is yielded raises StudyError where another process has taken the study over. Raises
+    StudyError when another process holds it.
     """
-    path, file = sqlite_path(url), lock_path(url, name)
-    if path is None or file is None:
-        yield
-        return
+    place = storage_place(url)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = ExclusiveLock(file)
+        with storage_errors(place, name):
+            lock: ExclusiveLock | StorageLease
+            file = lock_path(url, name)
+            if file is None:
+                lock = StorageLease(sql_engine(place), name)
+            else:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                lock = ExclusiveLock(file)
     except LockHeld as held:
         raise StudyError(
             "the study is being searched by another process",
@@ -192,22 +149,25 @@ def only_worker(url: str, name: str) -> Iterator[None]:
             found=held.holder,
             remedy="Wait for it, or stop it.",
         ) from None
-    except OSError as error:
-        raise sqlite_file.explained(error, "the study", path) from error
-    with lock:
-        yield
+    try:
+        yield lock.check
+    finally:
+        lock.release()
 
 
 def lock_path(url: str, name: str) -> Path | None:
     """The file that is locked while a study is searched; None where the storage is no file."""
-    path = sqlite_path(url)
-    return None if path is None else path.with_name(f"{path.stem}.{name}.lock")
+    file = storage_place(url).file
+    if file is None:
+        return None
+    file = Path(os.path.realpath(file))  # the file itself, however many links lead to it
+    return file.with_name(f"{file.stem}.{name}.lock")
 
 
 def cache_path(url: str, name: str) -> Path:
     """The answer cache of a study: next to its SQLite file, else in storage/."""
-    path = sqlite_path(url)
-    return (path.parent if path else Path("storage")) / f"{name}.answers.sqlite"
+    file = storage_place(url).file
+    return (file.parent if file else Path("storage")) / f"{name}.answers.sqlite"
 
 
 def grades_path(url: str, name: str) -> Path:
