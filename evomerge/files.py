@@ -47,12 +47,37 @@ def replace_durably(path: Path, write: Callable[[Path], object]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # Windows cannot open a folder, and needs no such step
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    sync_folder(path.parent)
+
+
+def name_file(unnamed: Path, path: Path) -> bool:
+    """Give a finished file its name, durably, unless that name is taken; the old name goes.
+
+    Returns whether it got the name. Raises OSError.
+    """
+    try:
+        os.link(unnamed, path)  # unlike a rename, it replaces nothing
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        if path.exists():
+            return False
+        unnamed.rename(path)
+    finally:
+        unnamed.unlink(missing_ok=True)
+    sync_folder(path.parent)
+    return True
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    if os.name != "posix":  # Windows cannot open a folder, and needs no such step
+        return
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def sync_file(path: Path) -> None:
@@ -99,6 +124,9 @@ class ExclusiveLock:
     ) -> None:
         self.release()
 
+    def check(self) -> None:
+        """Nothing: the system does not give a lock away while its holder lives."""
+
     def release(self) -> None:
         """Release the lock and remove its files, where the system allows that."""
         # before the release: afterwards the files may be another holder's
@@ -112,3 +140,24 @@ class ExclusiveLock:
             return self._holder.read_text(encoding="ascii")
         except (OSError, UnicodeDecodeError):
             return ""
+
+
+def is_locked(path: Path) -> bool:
+    """Whether another process holds the `ExclusiveLock` on a file, which is not changed."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: the holder removes the file when it is done
+        return path.exists()
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(file)
+    return False

@@ -54,7 +54,7 @@ def test_search_and_validation_tasks_count_for_the_mean_and_its_references():
     mean, base = record(9, "mean", [3, 3, 4, 3]), record(0, "parent", [4, 4, 4, 4])
     found = Finalists(mean, (record(5, "candidate", [5, 5, 5, 5]),), (base,))
     better = {f"v{i}": 5.0 for i in range(20)}
-    worse = {task: 1.0 for task in better}
+    worse = dict.fromkeys(better, 1.0)
     told = {9: better, 0: worse, 5: worse}
     assert choose_winner(found, "grade", told).number == 9
     assert choose_winner(found, "grade", {9: worse, 0: better, 5: worse}).number == 0
@@ -74,14 +74,14 @@ def test_a_lucky_trial_does_not_replace_a_reference():
 
 
 @pytest.mark.parametrize("validation", [0, 8])
-@pytest.mark.parametrize(("best", "name"), [(0.0, "base"), (1.0, "instruct"), (0.5, "uniform 0.5")])
+@pytest.mark.parametrize(("best", "name"), [(0.0, "base"), (1.0, "sibling"), (0.5, "uniform 0.5")])
 def test_a_reference_that_nothing_beats_wins(tmp_path, best, name, validation):
-    search, engine, _ = make_search(
+    search = make_search(
         tmp_path,
         make_study(validation=0.2 if validation else 0.0, start=1.8, sigma=0.1),
         Landscape([best] * 4),
         tasks=(24, 16, validation),
-    )
+    )[0]
     verdict = search.run()
     history, facts = search.ledger.history(), search.ledger.facts
     winner = history.trial(facts.compared["winner"])
@@ -95,27 +95,26 @@ def test_a_reference_that_nothing_beats_wins(tmp_path, best, name, validation):
     )
     if validation:
         assert {winner.number, history.mean.number} <= facts.validation.means.keys()
-    again = make_search(
-        tmp_path, search.study, Landscape([best] * 4), tasks=(24, 16, validation)
-    )[0]
+    again = make_search(tmp_path, search.study, Landscape([best] * 4), tasks=(24, 16, validation))[
+        0
+    ]
     assert again.run() == verdict
     assert again.ledger.facts.look == 1
 
 
 def test_where_nothing_can_be_learned_no_merge_is_claimed(tmp_path):
-    search, _, _ = make_search(tmp_path, make_study(trials=16), Landscape(None, noise=0))
+    search = make_search(tmp_path, make_study(trials=16), Landscape(None, noise=0))[0]
     assert search.run().unbeaten == "base"
 
 
 def test_a_search_that_finds_something_wins(tmp_path):
-    search, _, _ = make_search(
-        tmp_path, make_study(trials=80, validation=0.2), TaskEngine(), tasks=(24, 16, 8)
-    )
+    study = make_study(trials=80, validation=0.2)
+    search = make_search(tmp_path, study, TaskEngine(), tasks=(24, 16, 8))[0]
     verdict = search.run()
     assert verdict.unbeaten is None
     assert "found" not in verdict.candidates
     assert verdict.leads["uniform"].low > 0
-    assert "the winner beats base, instruct and the best uniform weight" in conclusion(verdict)
+    assert "the winner beats base, sibling and the best uniform weight" in conclusion(verdict)
 
 
 def test_a_study_that_began_before_chooses_as_it_did(tmp_path):
@@ -163,8 +162,8 @@ def test_a_verdict_in_one_sentence():
     paired = {key: PairedDifference(0.0, *ends) for key, ends in pairs.items()}
     verdict = Verdict("grade", 9, {"winner": score}, paired)
     assert conclusion(verdict) == (
-        "On the held-out tasks the winner beats base; it is not shown to differ from a; it is worse "
-        "than the best uniform weight."
+        "On the held-out tasks the winner beats base; it is not shown to differ from a; it is "
+        "worse than the best uniform weight."
     )
 
 

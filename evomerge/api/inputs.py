@@ -74,7 +74,13 @@ def storage_url(storage: str | Path | None, name: str) -> str:
     None: $EVOMERGE_STORAGE, else sqlite:///storage/NAME.db.
     """
     given = str(storage or os.environ.get("EVOMERGE_STORAGE") or f"storage/{name}.db")
-    return given if "://" in given else f"sqlite:///{given}"
+    if "://" in given:
+        return given
+    if set("?%") & set(given):  # they mean something in a URL
+        from evomerge.searching.records.storage_place import file_url
+
+        return file_url(Path(given))
+    return f"sqlite:///{given}"
 
 
 def results_folder(results: str | Path | None, name: str) -> Path:

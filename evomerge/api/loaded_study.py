@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,14 +104,22 @@ class LoadedStudy:
 
         return History(tuple(self.records)).best_candidate()
 
+    def with_trial(self, number: int) -> LoadedStudy:
+        """The same study with another trial's recipe in the winner's place, to export it.
+
+        `recipe`, `recipe_yaml`, `build_model` and `write_runner` are that trial's then. Raises
+        StudyError for a trial that is unknown or not finished.
+        """
+        return replace(self, snapshot=self.snapshot.with_trial(number))
+
     @property
     def recipe(self) -> Recipe:
-        """The winner's recipe."""
+        """The winner's recipe, or that of `with_trial`."""
         return self.snapshot.recipe
 
     @property
     def recipe_yaml(self) -> str:
-        """The winner's recipe as a mergekit configuration."""
+        """The same recipe as a mergekit configuration."""
         from evomerge.reporting.export import recipe_text
 
         return recipe_text(self.snapshot)
@@ -160,7 +168,8 @@ class LoadedStudy:
         """
         from evomerge.reporting.export import write_results
 
-        return write_results(self.snapshot, results_folder(results, self.name))
+        winner = replace(self.snapshot, picked=None)
+        return write_results(winner, results_folder(results, self.name))
 
     def build_model(
         self,

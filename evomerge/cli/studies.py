@@ -103,7 +103,8 @@ def _export_command(commands: Commands) -> None:
         commands,
         "export",
         export,
-        "write the winner as mergekit YAML, as a model folder, or as a portable runner",
+        "write the winner, or another trial, as mergekit YAML, as a model folder, or as a "
+        "portable runner",
         "evomerge export demo -o best.yaml\n"
         "evomerge export demo --model merged/\n"
         "evomerge export demo --runner runner/ --knowledge base.xlsx",
@@ -113,6 +114,13 @@ def _export_command(commands: Commands) -> None:
         "-o", "--output", type=Path, metavar="FILE", help="where the YAML goes (default: stdout)"
     )
     p.add_argument("--model", type=Path, metavar="DIR", help="build the merged model in DIR")
+    p.add_argument(
+        "--trial",
+        type=int,
+        metavar="N",
+        help="not the winner but trial N as `evomerge show` numbers them, from 0: parents and "
+        "uniform weights first, then candidates, the mean last; failed trials have numbers too",
+    )
     p.add_argument(
         "--runner",
         type=Path,
@@ -175,17 +183,20 @@ def export(args: argparse.Namespace) -> None:
     """Write the winner's YAML, its model folder, or a runner."""
     import evomerge
     from evomerge.files import replace_file
+    from evomerge.reporting.export import picked_sentence
+    from evomerge.reporting.sentences import unbeaten_sentence
 
     if args.knowledge is not None and args.runner is None:
         raise InputError(
             "goes into a runner", where="--knowledge", remedy="Add --runner DIR, or leave it out."
         )
     found, console = evomerge.load_study(args.study, storage=args.storage), Console()
-    text = found.recipe_yaml
-    if found.unbeaten is not None:
-        from evomerge.reporting.sentences import unbeaten_sentence
-
+    if args.trial is not None:
+        found = found.with_trial(args.trial)
+        console.say(picked_sentence(found.snapshot))
+    elif found.unbeaten is not None:
         console.say(f"note: {unbeaten_sentence(found.unbeaten)}")
+    text = found.recipe_yaml
     if args.runner is not None:
         found.write_runner(args.runner, args.knowledge)
         say_written(console, [args.runner])

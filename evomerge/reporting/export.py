@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from evomerge.console import plus_minus
 from evomerge.files import replace_file
 from evomerge.recipe import DARE
 from evomerge.reporting.card import ABOUT, model_card
@@ -25,7 +26,7 @@ from evomerge.study import Study
 
 SEED_COMMENT = "# The same numbers are dropped with: mergekit-yaml --random-seed {seed}\n"
 # of a card, where a parent has won
-NO_MERGE = "The configuration below gives that model, not a merge."
+NO_MERGE = "The configuration below gives {name} itself, which is no merge."
 # the keys of a trial in `evomerge show --json`
 SHOWN = (
     "number",
@@ -103,19 +104,50 @@ def recipe_text(snapshot: StudySnapshot) -> str:
     text = snapshot.recipe.to_yaml()
     if snapshot.recipe.merge_method in DARE:
         text = SEED_COMMENT.format(seed=snapshot.study.search.seed) + text
-    if snapshot.unbeaten is not None:
+    if snapshot.unbeaten is not None and snapshot.picked is None:
         text = f"# {unbeaten_sentence(snapshot.unbeaten)}\n{text}"
     return text
 
 
 def card(snapshot: StudySnapshot) -> str:
-    """The model card: mergekit's sections, and the verdict."""
-    verdict = verdict_markdown(snapshot.verdict, snapshot.winner, notes(snapshot.ledger.facts))
-    about = ABOUT
-    if snapshot.winner.role == "parent" and snapshot.unbeaten is not None:
-        about = f"{unbeaten_sentence(snapshot.unbeaten)} {NO_MERGE}"
-    text = recipe_text(snapshot)
-    return model_card(snapshot.recipe, snapshot.ledger.name, verdict, text, about)
+    """The model card: mergekit's sections, and the verdict, or which trial it is."""
+    name, about = snapshot.ledger.name, ABOUT
+    if snapshot.picked is not None:
+        name = f"{name}, trial {snapshot.picked.number}"
+    exported = snapshot.picked or snapshot.winner
+    if exported.role == "parent":
+        about = NO_MERGE.format(name=reference_labels(snapshot).get(exported.number, "a parent"))
+    outcome, text = outcome_markdown(snapshot), recipe_text(snapshot)
+    return model_card(snapshot.recipe, name, outcome, text, about)
+
+
+def outcome_markdown(snapshot: StudySnapshot) -> str:
+    """The verdict as a Markdown section; for a trial that was picked, what it is."""
+    if snapshot.picked is not None:
+        return f"## Trial {snapshot.picked.number}\n\n{picked_sentence(snapshot)}\n"
+    return verdict_markdown(snapshot.verdict, snapshot.winner, notes(snapshot.ledger.facts))
+
+
+def picked_sentence(snapshot: StudySnapshot) -> str:
+    """What the exported trial is, and that it is not the winner."""
+    trial, winner = snapshot.picked, snapshot.winner
+    assert trial is not None
+    label = reference_labels(snapshot).get(trial.number)
+    kind = trial.role if label is None else f"{trial.role}, {label}"
+    if trial.role == "candidate":
+        assert trial.generation is not None
+        kind = f"a candidate of generation {trial.generation + 1}"
+    elif trial.role == "mean":
+        kind = "the mean of the search's distribution"
+    score = plus_minus(trial.score or 0.0, trial.stderr)
+    text = f"This is trial {trial.number} ({kind}); its score on {trial.n} search tasks is {score}."
+    if trial.number == winner.number:
+        return f"{text} It is the winner."
+    best = "the best so far" if snapshot.verdict is None else "the winner"
+    text += f" It is not {best}, which is trial {winner.number}."
+    if trial.number not in snapshot.ledger.facts.compared.values():
+        text += " It has not been compared on held-out tasks."
+    return text
 
 
 def verdict_markdown(
@@ -143,7 +175,9 @@ def verdict_markdown(
         lines.append(f"| {name} | {c.mean:.3f} | {error} | {c.truncated:.0%} |")
     lines += ["", "| paired difference | mean | 95 % interval |", "|---|---|---|"]
     for name, p in verdict.leads.items():
-        interval = f"{p.low:+.3f} to {p.high:+.3f}"
+        interval = "n = 1"
+        if p.low is not None:
+            interval = f"{p.low:+.3f} to {p.high:+.3f}"
         lines.append(f"| winner − {name} | {p.diff:+.3f} | {interval} |")
     if notes:
         lines += ["", " ".join(notes)]

@@ -99,9 +99,9 @@ def conclusion(verdict: Verdict) -> str:
         return unbeaten_sentence(verdict.unbeaten)
     beaten, open_, ahead = [], [], []
     for name, pair in verdict.leads.items():
-        if pair.low > 0:
+        if pair.low is not None and pair.low > 0:
             beaten.append(name)
-        elif pair.high < 0:
+        elif pair.high is not None and pair.high < 0:
             ahead.append(name)
         else:
             open_.append(name)
@@ -146,7 +146,11 @@ def remarks(verdict: Verdict | None) -> list[Remark]:
         name = with_article(candidate)
         interval = f"{signed(pair.low)} to {signed(pair.high)}"
         figures = f"{signed(pair.diff)}, 95 % interval {interval}, n = {verdict.n}"
-        if pair.low > 0:
+        if pair.low is None or pair.high is None:
+            alone = f"the difference from {name}: {signed(pair.diff)}"
+            text = f"A single task tells nothing about {alone}."
+            found.append(Remark("open", text))
+        elif pair.low > 0:
             found.append(Remark("better", f"Better than {name}: {figures}."))
         elif pair.high < 0:
             found.append(Remark("worse", f"Worse than {name}: {figures}."))

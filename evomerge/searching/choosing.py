@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 
+from evomerge.genome.search_space import model_names
 from evomerge.genome.weights import Genome, Vector
 from evomerge.searching.generation.racing import t_quantile
 from evomerge.searching.history import History, best_first
 from evomerge.searching.records.trial_record import REFERENCES, TrialRecord, metric_values
+from evomerge.searching.records.verdict_record import FOUND
 
 Grades: TypeAlias = Mapping[str, float]  # by task
 
@@ -26,6 +27,7 @@ CHANCE = 0.00135
 # arrived at, and a few references are no luckier than it
 REFERENCE_CHANCE = 0.1587
 MEAN = "mean"
+TAKEN = ("winner", "base", "uniform", FOUND)  # names in a verdict that no sibling has
 
 
 def choose(grades: Mapping[str, Grades], default: str = MEAN, chance: float = CHANCE) -> str:
@@ -151,15 +153,11 @@ def compared_with(history: History, genome: Genome) -> dict[str, TrialRecord]:
 
 
 def sibling_names(siblings: Sequence[str]) -> list[str]:
-    """The names of the siblings in a verdict: "instruct" alone, else "sibling:FOLDER_NAME"."""
-    if len(siblings) == 1:
-        return ["instruct"]
-    stems = [Path(ref).name for ref in siblings]
-    names = []
-    for i, stem in enumerate(stems):
-        alone = stems.count(stem) == 1
-        names.append(f"sibling:{stem}" if alone else f"sibling:{stem}-{i}")
-    return names
+    """The names of the siblings in a verdict: the folder's of a single one, else "sibling:NAME"."""
+    names = list(model_names(siblings))
+    if len(names) == 1 and names[0] not in TAKEN:
+        return names
+    return [f"sibling:{name}" for name in names]
 
 
 def reference_names(genome: Genome, weights: Sequence[float]) -> dict[Vector, str]:

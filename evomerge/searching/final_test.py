@@ -78,6 +78,8 @@ def _paired_difference(
         if task in other:
             differences.append(value - other[task])
             groups.append(sources[task] if sources else 0)
+    if len(differences) == 1:
+        return PairedDifference(differences[0], None, None)
     low, high = bootstrap_interval(differences, seed, groups)
     return PairedDifference(float(np.mean(differences)), low, high)
 

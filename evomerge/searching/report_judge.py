@@ -104,10 +104,7 @@ def _two_answers(
 
     The best parent is the one with the highest mean.
     """
-    parents = []
-    for name in evaluations:
-        if name in ("base", "instruct") or name.startswith("sibling:"):
-            parents.append(name)
+    parents = [name for name in evaluations if name not in ("winner", "uniform")]
     if "winner" not in evaluations or not parents:
         return []
     best = max(parents, key=lambda name: float(np.mean(grades[name])))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from evomerge.errors import StudyError
 from evomerge.genome.weights import Genome, make_genome
@@ -18,7 +18,10 @@ from evomerge.study import Study
 
 @dataclass(frozen=True)
 class StudySnapshot:
-    """The contents of a study: its trials by number, the winner so far, and any verdict."""
+    """The contents of a study: its trials by number, the winner so far, and any verdict.
+
+    `picked` is a trial to export in the winner's place.
+    """
 
     ledger: Ledger
     study: Study
@@ -26,11 +29,39 @@ class StudySnapshot:
     records: list[TrialRecord]
     winner: TrialRecord
     verdict: Verdict | None
+    picked: TrialRecord | None = None
 
     @property
     def recipe(self) -> Recipe:
-        """The winner's recipe."""
-        return self.genome.decode(self.winner.weights)
+        """The recipe of the trial that was picked, else the winner's."""
+        return self.genome.decode((self.picked or self.winner).weights)
+
+    def with_trial(self, number: int) -> StudySnapshot:
+        """The same study with another trial picked for export.
+
+        Raises StudyError for one that is unknown or not finished.
+        """
+        name = self.ledger.name
+        by_number = {record.number: record for record in self.records}
+        trial = by_number.get(number)
+        if trial is None:
+            raise StudyError(
+                "there is no such trial",
+                where=name,
+                found=number,
+                remedy=f"Numbers go from {min(by_number)} to {max(by_number)}; `evomerge show "
+                f"{name}` lists them.",
+            )
+        if trial.state != "complete":
+            ended = "has failed" if trial.state == "failed" else "is not finished"
+            reason = f": {trial.reason}" if trial.reason else ""
+            raise StudyError(
+                f"the trial {ended}{reason}",
+                where=name,
+                found=number,
+                remedy=f"Choose a complete one; `evomerge show {name}` lists them.",
+            )
+        return replace(self, picked=trial)
 
     @property
     def unbeaten(self) -> str | None:

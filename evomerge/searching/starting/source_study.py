@@ -7,7 +7,7 @@ import re
 from evomerge.errors import StudyError
 from evomerge.genome.weights import Genome, make_genome
 from evomerge.searching.ledger import Ledger, open_ledger
-from evomerge.searching.records.optuna_adapter import sqlite_path
+from evomerge.searching.records.storage_place import file_url, storage_place
 from evomerge.searching.records.study_facts import Start
 from evomerge.searching.samplers.cmaes_adapter import Distribution
 from evomerge.searching.samplers.make_sampler import make_sampler
@@ -31,16 +31,17 @@ def start_from_source(study: Study, url: str, genome: Genome, ledger: Ledger) ->
         )
     source = open_ledger(source_url(url, study), name)
     facts = source.facts
-    if facts.names != tuple(genome.names):
+    theirs = facts.study
+    assert facts.n_layers is not None
+    source_genome = make_genome(theirs, facts.n_layers)
+    if source_genome.shape != genome.shape:
         raise StudyError(
             "the source study searches different numbers",
             where=source.name,
             remedy="Leave out search.source_study.",
         )
-    assert facts.n_layers is not None
-    theirs = facts.study
     known = facts.known_candidates or ()
-    sampler = make_sampler(theirs, make_genome(theirs, facts.n_layers), known)
+    sampler = make_sampler(theirs, source_genome, known)
     history = source.history()
     if not history.complete_generations(sampler.population):
         raise StudyError(
@@ -62,8 +63,8 @@ def source_url(url: str, study: Study) -> str:
 
     An SQLite study has a file of its own; the source's is next to it, unless one file holds both.
     """
-    path = sqlite_path(url)
-    if path is None:
+    file = storage_place(url).file
+    if file is None:
         return url
-    neighbour = path.with_name(f"{study.search.source_study}.db")
-    return f"sqlite:///{neighbour}" if neighbour.exists() else url
+    neighbour = file.with_name(f"{study.search.source_study}.db")
+    return file_url(neighbour) if neighbour.exists() else url
