@@ -33,7 +33,13 @@ BUDGET = 5_000
 SEEDS = range(20)
 FLIPS = 20_000
 SHIPPED = Options(
-    ranking="subset", subset=16, sigma=0.3, lr_adapt=True, validation=0.2, finalists=3
+    ranking="subset",
+    subset=16,
+    sigma=0.3,
+    lr_adapt=True,
+    validation=0.2,
+    finalists=3,
+    references_win=True,
 )
 PEERS = {"optuna_cmaes": optuna_cmaes, "mergekit_evolve": mergekit_evolve}
 PLAIN = Options()
@@ -62,6 +68,7 @@ OPTIONS = {
     "subset 16, lr_adapt, start at the best uniform weight": Options(
         ranking="subset", lr_adapt=True, start="uniform"
     ),
+    "the shipped one, references cannot win": replace(SHIPPED, references_win=False),
     "the shipped one, subset 8": replace(SHIPPED, subset=8),
     "the shipped one, start at the best uniform weight": replace(SHIPPED, start="uniform"),
     "subset 16, lr_adapt, 3 finalists, best on validation": Options(
