@@ -96,7 +96,7 @@ def check_judge(findings: Findings, study: Study, split: Split | None) -> None:
         return
     with findings.refusals("judge"):
         text = _opened(judge, () if split is None else _every(split))
-        findings.add("ok", "judge", f"{text}, metric {judge.metric}")
+        findings.add("ok", "judge", f"{text}, metric {judge.metric}{_closed(study, split)}")
     if split is not None and judge.kind == "rules":
         _check_rules(findings, study, split)
 
@@ -142,6 +142,17 @@ def _reached(judge: JudgeSection) -> str:
     )
 
 
+def _closed(study: Study, split: Split | None) -> str:
+    """How many tasks the rules call right or wrong; for the others they compare wording."""
+    from evomerge.judging.rules.closed_tasks.grading import is_closed
+
+    if split is None or study.judge.kind != "rules":
+        return ""
+    every = _every(split)
+    closed = sum(1 for task in every if is_closed(task.output))
+    return f", {closed} of {len(every)} tasks are closed (right or wrong)"
+
+
 def _check_rules(findings: Findings, study: Study, split: Split) -> None:
     """Whether the rules can grade these tasks: closed ones, or those with a reference."""
     from evomerge.judging.rules.closed_tasks.grading import is_closed
@@ -156,16 +167,14 @@ def _check_rules(findings: Findings, study: Study, split: Split) -> None:
         return
     every = _every(split)
     bare = sum(1 for task in every if not task.output.strip())
-    remedy = "Use judge.kind: llm or learned, or add tasks with a short reference (`output`)."
     if bare * 2 > len(every):
-        text = f"{bare} of {len(every)} tasks have no reference: the rules give every answer to"
         findings.add(
-            "low", "judge", f"{text} them about 3, so a verdict would mean little. {remedy}"
+            "low",
+            "judge",
+            f"{bare} of {len(every)} tasks have no reference (`output`): the rules give every "
+            "answer to them about 3, so that a verdict would mean nothing. Add references, or use "
+            "judge.kind: llm.",
         )
-    elif not any(is_closed(task.output) for task in every):
-        text = "every task is open: the rules compare wording, and most answers get about 3, so "
-        text += "that a verdict may mean little"
-        findings.add("low", "judge", f"{text}. {remedy}")
 
 
 def _every(split: Split) -> tuple[Task, ...]:
