@@ -25,8 +25,6 @@ from evomerge.searching.samplers.cmaes_adapter import (
 )
 
 Step = tuple[int, Array]
-# the references of a study: parents and uniform weights
-UNIFORM = (0.0, 1.0, 0.25, 0.5, 0.75, 1.25)
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Options:
     references_win: bool = False  # where the mean is a standard error behind, they stand for it
     average: float = 0.0  # the winner is the mean over this share of the last generations' means
     references: bool = True  # they are graded first, on every search task
-    start: str = "one"  # or "uniform": the best of the references
+    start: str = "share"  # 1 over the number of siblings; or "one", or "reference": the best one
     race_error: float = 0.05
 
 
@@ -58,13 +56,15 @@ def ours(world: World, seed: int, o: Options) -> Iterator[Step]:
     kept = round(n * o.validation)
     search, validation = np.arange(kept, n), np.arange(kept)
     spent, levels, start = 0, np.zeros(len(search)), np.ones(d)
+    if o.start == "share":
+        start = start / world.siblings
     aside = np.random.default_rng([seed, 7])  # of answers that no search without them would get
     if o.references:
-        references = np.outer(UNIFORM, np.ones(d))
+        references = world.references()
         graded = world.grades(references, search, rng)
         spent, levels = graded.size, graded.mean(axis=0)
-        if o.start == "uniform":
-            start = np.full(d, UNIFORM[int(graded.mean(axis=1).argmax())])
+        if o.start == "reference":
+            start = references[int(graded.mean(axis=1).argmax())]
     known = {}  # the references that can win
     if o.references_win:
         known = _reference_grades(world, references, graded, validation, aside, o.finalists)
