@@ -128,9 +128,10 @@ class World:
 
     def true(self, w: Array) -> float:
         """The share of the gain at w: 0 at the better parent, 1 at the optimum."""
-        return (self._value(w) - self.parent) / self.gain
+        return (self.value(w) - self.parent) / self.gain
 
-    def _value(self, w: Array) -> float:
+    def value(self, w: Array) -> float:
+        """The expected grade of w over all tasks."""
         level = self.level(np.abs(w)[None], np.arange(len(self.levels)))[0]
         return float((cdf(level / NOISE) if self.zero_one else expected_grade(level)).mean())
 
@@ -184,6 +185,12 @@ def make_sibling_world(landscape: str, seed: int, siblings: int, share: float) -
     return _scaled(landscape, best, rng, siblings=siblings)
 
 
+def make_uniform_world(landscape: str, seed: int, weight: float, fall: float) -> World:
+    """A world whose optimum is a uniform weight, `fall` grade points above the better parent."""
+    key = [seed, sorted(LANDSCAPES).index(landscape), int(100 * weight)]
+    return _scaled(landscape, np.full(20, weight), np.random.default_rng(key), gain=fall)
+
+
 def _scaled(
     landscape: str,
     best: Array,
@@ -191,6 +198,7 @@ def _scaled(
     tasks: int = 50,
     zero_one: bool = False,
     siblings: int = 1,
+    gain: float | None = None,
 ) -> World:
     """The world whose optimum lies the gain above the better parent."""
     dimensions = len(best)
@@ -204,7 +212,8 @@ def _scaled(
     nearest = min(float(np.linalg.norm(best - parent)) for parent in parents)
     tilt = (tilt - tilt.mean(axis=0)) * GAIN / nearest
     search = rng.permutation(population)[:tasks]
-    gain = SHARE if zero_one else GAIN
+    if gain is None:
+        gain = SHARE if zero_one else GAIN
 
     def world(scale: float) -> World:
         raw = World(shape, scale, levels, tilt, search, zero_one, 0.0, 1.0)

@@ -42,7 +42,8 @@ class Options:
     validation: float = 0.0  # share of the search tasks
     finalists: int = 0  # trials that validation compares with the mean
     lead: float = 3.0  # standard errors of many tasks by which one must beat it
-    references_win: bool = False  # where the mean is a standard error behind, they stand for it
+    # standard errors by which a reference must lead the mean to stand in its place; None: it cannot
+    reference_lead: float | None = None
     average: float = 0.0  # the winner is the mean over this share of the last generations' means
     references: bool = True  # they are graded first, on every search task
     start: str = "share"  # 1 over the number of siblings; or "one", or "reference": the best one
@@ -66,7 +67,7 @@ def ours(world: World, seed: int, o: Options) -> Iterator[Step]:
         if o.start == "reference":
             start = references[int(graded.mean(axis=1).argmax())]
     known = {}  # the references that can win
-    if o.references_win:
+    if o.reference_lead is not None:
         known = _reference_grades(world, references, graded, validation, aside, o.finalists)
     bounds = np.tile(BOUNDS, (d, 1))
     optimizer = make_cma(
@@ -110,7 +111,8 @@ def ours(world: World, seed: int, o: Options) -> Iterator[Step]:
         vectors |= {name: reference[0] for name, reference in known.items()}
         own = np.concatenate([world.grades(mean[None], search, aside)[0], stands[MEAN]])
         references_known = {name: _named(grades) for name, (_, grades) in known.items()}
-        standing = incumbent(_named(own), references_known)
+        chance = NormalDist().cdf(-(o.reference_lead or 0.0))
+        standing = incumbent(_named(own), references_known, chance)
         if standing != MEAN:
             del stands[MEAN]
             stands[standing] = known[standing][1][len(search) :]

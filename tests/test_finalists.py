@@ -9,6 +9,7 @@ from search_tools import BEST, TaskEngine, make_search, make_study
 from test_verdict import record
 
 from evomerge import load_study
+from evomerge.cli import main
 from evomerge.cli.showing import print_verdict
 from evomerge.recipe import Recipe
 from evomerge.reporting.sentences import conclusion
@@ -144,6 +145,12 @@ def test_it_is_said_wherever_the_winner_is_shown(tmp_path, capsys, best):
     assert recipe.digest() == found.recipe.digest(), "the comment changes nothing"
     weights = {s["sources"][0]["parameters"]["weight"] for s in recipe.to_dict()["slices"]}
     assert weights == {best}
+    url = f"sqlite:///{tmp_path}/fake.db"
+    assert main(["export", "fake", "--storage", url]) == 0
+    out, err = capsys.readouterr()
+    assert (out, said in err) == (text, True)
+    assert main(["show", "fake", "--storage", url]) == 0
+    assert said in capsys.readouterr().out
     assert found.to_json()["unbeaten"] == found.unbeaten == found.verdict.unbeaten
     results = {path.name: path for path in found.write_results(tmp_path / "results")}
     assert said in results["best.yaml"].read_text(encoding="utf-8")
