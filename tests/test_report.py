@@ -330,5 +330,5 @@ def test_one_held_out_task_gives_no_interval(tmp_path: Path) -> None:
         page = make_page(tmp_path / "r.html", verdict=found)
         text = " ".join(" ".join(Elements(page).texts).split())
         assert "+1.000 (n = 1)" in text
-        assert "A single task tells nothing about the difference from base: +1.000." in text
+        assert "One task tells nothing about the difference from base: +1.000." in text
         assert "Better than" not in text

@@ -158,6 +158,10 @@ def merge(
     console = console or Console()
     try:
         parsed, text = to_recipe(recipe)
+        if parsed.note is not None:
+            console.say(
+                f"{recipe}: {parsed.note}" if isinstance(recipe, str | Path) else parsed.note
+            )
         return build_model_folder(parsed, Path(out), text, shard_size, random_seed, console)
     except UnsupportedRecipe as error:  # found before anything is written
         if not is_installed() or not isinstance(recipe, str | Path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from evomerge.console import parse_size, size
 from evomerge.errors import OutputError
@@ -13,6 +13,7 @@ from evomerge.merging.checkpoints.model_folder import ModelFolder
 from evomerge.merging.checkpoints.new_folder import check_new, new_folder
 from evomerge.merging.checkpoints.shards import Progress, plan_shards, total_size, write_shards
 from evomerge.merging.stream import MergePlan, open_recipe
+from evomerge.merging.vocabulary.chat_templates import chat_template_of, write_chat_template
 from evomerge.recipe import Recipe
 
 __all__ = ["build_model", "parse_size"]
@@ -68,6 +69,9 @@ def build_model(
             _copy_tokenizer(plan.donor, folder)
         else:
             plan.vocabulary.save(folder)
+        template = chat_template_of(recipe, plan.models)
+        if template is not None:
+            write_chat_template(folder, template)
         (folder / "mergekit_config.yml").write_text(text, encoding="utf-8", newline="")
         if write_card is not None:
             card = write_card(recipe, out.name, recipe_text=text)
@@ -87,8 +91,12 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def _write_config(plan: MergePlan, folder: Path) -> None:
-    """The donor's configuration; only dtype, layers and vocabulary may change."""
+    """The donor's configuration; only dtype, layers, vocabulary and class may change."""
     config = dict(plan.donor.config)
+    # of a model whose tensors are plain numbers all the same; so are the merged ones
+    config.pop("quantization_config", None)
+    if plan.recipe.architecture is not None:
+        config["architectures"] = [plan.recipe.architecture]
     dtype = plan.recipe.out_dtype or plan.recipe.dtype
     if dtype is not None:
         if "torch_dtype" in config:
@@ -98,13 +106,23 @@ def _write_config(plan: MergePlan, folder: Path) -> None:
     for setting in BY_LAYER:
         values = config.get(setting)
         if isinstance(values, list) and len(values) == config["num_hidden_layers"]:
-            config[setting] = [values[layer] for layer in plan.layout.lenders]
+            config[setting] = _by_layer(plan, setting, values)
     config["num_hidden_layers"] = plan.layout.n_layers
     if plan.vocabulary is not None:
         config["vocab_size"] = plan.vocabulary.size
     (folder / "config.json").write_text(
         json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
     )
+
+
+def _by_layer(plan: MergePlan, setting: str, values: list[Any]) -> list[Any]:
+    """A list with an item for each layer, of the layers that the merged model has."""
+    merged = []
+    for ref, layer in plan.layout.lenders:
+        own = plan.models[ref].config.get(setting)
+        lent = own if isinstance(own, list) and layer < len(own) else values
+        merged.append(lent[min(layer, len(lent) - 1)])
+    return merged
 
 
 def _copy_tokenizer(base: ModelFolder, folder: Path) -> None:

@@ -13,7 +13,13 @@ import torch
 
 from evomerge.errors import ModelError, RecipeError
 from evomerge.merging import quantized
-from evomerge.merging.checkpoints.model_folder import HEAD, VOCABULARY, ModelFolder, same_model
+from evomerge.merging.checkpoints.model_folder import (
+    EMBED,
+    HEAD,
+    VOCABULARY,
+    ModelFolder,
+    same_model,
+)
 from evomerge.merging.methods import fused
 from evomerge.merging.methods.registry import get_method
 from evomerge.merging.placement import (
@@ -46,7 +52,7 @@ class LiveModel:
         """`random_seed` decides what DARE drops. Raises ModelError where model and files differ."""
         self.base, self.siblings, self.random_seed = base, list(siblings), random_seed
         self.live = dict(model.named_parameters())
-        self.names = sorted(base.keys)
+        self.names = sorted(name for name in base.keys if name != HEAD or name in self.live)
         self._check_names()
         parameters = {}
         for name in self.names:
@@ -59,8 +65,8 @@ class LiveModel:
 
     def _check_names(self) -> None:
         """Raise ModelError unless files and live model have the same tensors."""
-        stored = any(HEAD in folder.keys for folder in (self.base, *self.siblings))
-        if stored and HEAD not in self.live:
+        models = (self.base, *self.siblings)
+        if HEAD not in self.live and any(_has_own_head(model) for model in models):
             raise ModelError(
                 f"a file stores {HEAD}, which the live model ties to its embeddings",
                 where=self.base.path,
@@ -200,3 +206,10 @@ class LiveModel:
             where=ref,
             remedy="Load it as the base or a sibling.",
         )
+
+
+def _has_own_head(model: ModelFolder) -> bool:
+    """Whether a file stores a head that is not a copy of its embeddings."""
+    if HEAD not in model.keys:
+        return False
+    return not torch.equal(model.get_tensor(HEAD), model.get_tensor(EMBED))

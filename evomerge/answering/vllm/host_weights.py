@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from evomerge.errors import EngineError
+from evomerge.merging.checkpoints.config_defaults import config_value
 from evomerge.merging.checkpoints.model_folder import ModelFolder
 from evomerge.merging.placement import free_bytes
 
@@ -63,7 +64,7 @@ class HostWeights:
 
 def host_weights_of(model: ModelFolder, dtype: torch.dtype) -> HostWeights:
     """Room for the model's tensors, without a tied head; it is empty until it is merged into."""
-    tied = {"lm_head.weight"} if model.config.get("tie_word_embeddings") else set()
+    tied = {"lm_head.weight"} if config_value(model.config, "tie_word_embeddings") else set()
     return HostWeights({name: model.shape(name) for name in sorted(model.keys - tied)}, dtype)
 
 

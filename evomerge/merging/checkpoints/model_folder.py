@@ -60,6 +60,10 @@ class ModelFolder:
         """The dtype on disk. Raises ModelError when it is not supported."""
         return self._headers[self.stored(name)][1]
 
+    def stored_dtype(self, name: str) -> str:
+        """The dtype on disk by safetensors' name, also one that cannot be merged."""
+        return self._reader(name).stored_dtype(name)
+
     def get_tensor(self, name: str) -> torch.Tensor:
         """The tensor as it is on disk. Raises ModelError when the file is damaged."""
         name = self.stored(name)

@@ -10,6 +10,7 @@ from evomerge.errors import ModelError
 from evomerge.merging.checkpoints.hub import find_folder
 from evomerge.merging.checkpoints.lora_plan import open_lora
 from evomerge.merging.checkpoints.model_folder import ModelFolder
+from evomerge.merging.checkpoints.quantized_weights import refuse_quantized
 from evomerge.merging.checkpoints.safetensors_reader import SafetensorsReader
 
 NOT_WEIGHTS = ".rotary_emb.inv_freq"  # a constant that old checkpoints carry
@@ -24,7 +25,9 @@ def open_model(ref: str) -> ModelFolder:
     """
     model, plus, adapter = ref.partition("+")
     if plus and not Path(ref).is_dir():
-        return open_lora(open_model(model), adapter, ref)
+        base = open_model(model)
+        refuse_quantized(base)
+        return open_lora(base, adapter, ref)
     path = find_folder(
         ref, "model", "Name a folder with config.json and safetensors, or a hub name."
     )

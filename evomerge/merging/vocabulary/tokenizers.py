@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import ModelError, RecipeError
+from evomerge.merging.checkpoints.config_defaults import config_value
 from evomerge.merging.checkpoints.model_folder import ModelFolder
 
 log = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ def read_tokenizer(path: str | Path, ref: str) -> Any:
 
 def vocab_size(model: ModelFolder) -> int:
     """Rows of the embeddings by config.json. Raises ModelError."""
-    size = model.config.get("vocab_size")
+    size = config_value(model.config, "vocab_size")
     if not isinstance(size, int):
         raise ModelError(
             "config.json has no `vocab_size`",

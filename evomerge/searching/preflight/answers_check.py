@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from evomerge.merging.checkpoints.config_defaults import config_value
 from evomerge.merging.checkpoints.model_folder import ModelFolder
 from evomerge.searching.preflight.findings import Findings
 from evomerge.study import JudgeSection, Study
@@ -52,11 +54,11 @@ def context_of(study: Study, base: ModelFolder) -> int | None:
     """How many tokens prompt and answer may have; None where the model does not say."""
     if study.engine.kind == "vllm" and study.engine.vllm.max_model_len is not None:
         return study.engine.vllm.max_model_len
-    config = base.config
+    config: Mapping[str, Any] = base.config
     text = config.get("text_config")
     if "max_position_embeddings" not in config and isinstance(text, dict):
         config = text
-    length = config.get("max_position_embeddings")
+    length = config_value(config, "max_position_embeddings")
     return length if isinstance(length, int) else None
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from evomerge.console import size
 from evomerge.genome.weights import Genome
+from evomerge.merging.checkpoints.config_defaults import config_value
 from evomerge.searching.preflight.findings import Findings
 from evomerge.study import SUBSET, Study
 from evomerge.tasks import Split
@@ -67,7 +68,7 @@ def live_bytes(study: Study, config: Mapping[str, Any], parameters: int) -> floa
     if study.engine.quantization is None:
         return parameters * whole
     rows = int(config["vocab_size"]) * int(config["hidden_size"])
-    if not config.get("tie_word_embeddings"):
+    if not config_value(config, "tie_word_embeddings"):
         rows *= 2
     # double: a scale is a byte, and has its own scale
     scales = 4 / 64 if study.engine.quantization == "4bit" else 1 / 64 + 4 / (64 * 256)
