@@ -117,6 +117,11 @@ def test_places_that_cannot_be_written_are_found(place):
     assert found.subject == "--storage"
 
 
+def test_outputs_that_would_overwrite_inputs_are_found(place):
+    found = wrong(place, storage=place / "tasks.jsonl")
+    assert "outputs" in {finding.subject for finding in found}
+
+
 def test_the_judges_server_is_asked(place):
     settings = ["judge.kind=llm", f"judge.base_url=http://127.0.0.1:{free_port()}/v1"]
     (found,) = wrong(place, *settings)

@@ -12,6 +12,8 @@ from evomerge.api.inputs import (
     RecipeLike,
     StudyFile,
     Tasks,
+    recipe_inputs,
+    result_files,
     results_folder,
     searched_study,
     storage_url,
@@ -19,6 +21,8 @@ from evomerge.api.inputs import (
     to_tasks,
 )
 from evomerge.api.loaded_study import LoadedStudy, build_model_folder
+from evomerge.errors import InputError
+from evomerge.outputs import check_outputs
 
 if TYPE_CHECKING:
     from evomerge.console import Console
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
     from evomerge.inference.result import InferenceResult
     from evomerge.judging.grade import Judge
     from evomerge.searching.preflight import PreflightFinding
+    from evomerge.study import Study
 
 
 def search(
@@ -74,10 +79,23 @@ def search(
     from evomerge.searching.open_search import open_search
 
     url = storage_url(storage, checked.study)
+    _check_search_outputs(study_file, checked, url, results)
     with open_search(checked, url, console or Console()) as running:
         running.run()
     found = load_study(checked.study, storage=url)
     return replace(found, written=tuple(found.write_results(results)))
+
+
+def _check_search_outputs(
+    study_file: StudyFile, study: Study, url: str, results: str | Path | None
+) -> None:
+    """Raise InputError where storage or results would overwrite what the search reads."""
+    from evomerge.searching.records.storage_place import storage_place
+    from evomerge.study import files_read
+
+    own = Path(study_file) if isinstance(study_file, str | Path) else None
+    written = result_files(results_folder(results, study.study))
+    check_outputs(files=[storage_place(url).file, *written], inputs=[own, *files_read(study)])
 
 
 def check(
@@ -114,11 +132,16 @@ def check(
     []
     """
     checked = searched_study(study_file, overrides, study, trials, seed)
-    from evomerge.searching.preflight import check_study
+    from evomerge.searching.preflight import PreflightFinding, check_study
 
     config = None if base_config is None else Path(base_config)
     url, folder = storage_url(storage, checked.study), results_folder(results, checked.study)
-    return check_study(checked, config, url, folder)
+    findings = check_study(checked, config, url, folder)
+    try:
+        _check_search_outputs(study_file, checked, url, results)
+    except InputError as error:
+        findings.append(PreflightFinding("wrong", "outputs", str(error)))
+    return findings
 
 
 def merge(
@@ -157,11 +180,12 @@ def merge(
 
     console = console or Console()
     try:
+        own = Path(recipe) if isinstance(recipe, str | Path) else None
+        check_outputs(folders=[out], inputs=[own])
         parsed, text = to_recipe(recipe)
         if parsed.note is not None:
-            console.say(
-                f"{recipe}: {parsed.note}" if isinstance(recipe, str | Path) else parsed.note
-            )
+            console.say(parsed.note if own is None else f"{own}: {parsed.note}")
+        check_outputs(folders=[out], inputs=recipe_inputs(parsed))
         return build_model_folder(parsed, Path(out), text, shard_size, random_seed, console)
     except UnsupportedRecipe as error:  # found before anything is written
         if not is_installed() or not isinstance(recipe, str | Path):
@@ -221,7 +245,8 @@ def infer(
         max_new_tokens=max_new_tokens, best_of=best_of, judge=judge, self_check=self_check,
         time_limit=time_limit,
     )  # fmt: skip
-    return run_request(request, to_tasks(tasks), out, console)
+    task_file = Path(tasks) if isinstance(tasks, str | Path) else None
+    return run_request(request, to_tasks(tasks), out, console, task_file)
 
 
 def load_study(name: str, *, storage: str | Path | None = None) -> LoadedStudy:

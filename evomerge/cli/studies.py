@@ -195,7 +195,6 @@ def show(args: argparse.Namespace) -> None:
 def export(args: argparse.Namespace) -> None:
     """Write the winner's YAML, its model folder, or a runner."""
     import evomerge
-    from evomerge.files import replace_file
     from evomerge.reporting.export import picked_sentence
     from evomerge.reporting.sentences import unbeaten_sentence
 
@@ -209,7 +208,6 @@ def export(args: argparse.Namespace) -> None:
         console.say(picked_sentence(found.snapshot))
     elif found.unbeaten is not None:
         console.say(f"note: {unbeaten_sentence(found.unbeaten)}")
-    text = found.recipe_yaml
     if args.runner is not None:
         found.write_runner(args.runner, args.knowledge)
         say_written(console, [args.runner])
@@ -217,10 +215,9 @@ def export(args: argparse.Namespace) -> None:
         found.build_model(args.model, shard_size=args.out_shard_size, console=console)
         say_written(console, [args.model])
     if args.output is not None:
-        replace_file(args.output, lambda path: path.write_text(text, encoding="utf-8"))
-        say_written(console, [args.output])
+        say_written(console, [found.write_recipe(args.output)])
     elif args.model is None and args.runner is None:
-        sys.stdout.write(text)
+        sys.stdout.write(found.recipe_yaml)
 
 
 def report(args: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ import yaml
 from evomerge.console import plus_minus
 from evomerge.files import replace_file
 from evomerge.recipe import DARE
-from evomerge.reporting.card import ABOUT, model_card
+from evomerge.reporting.card import ABOUT, markdown_text, model_card
 from evomerge.reporting.report import write_report
 from evomerge.reporting.sentences import conclusion, notes, unbeaten_sentence
 from evomerge.reporting.trial_table import write_trials_csv
@@ -24,6 +24,7 @@ from evomerge.searching.records.verdict_record import Verdict
 from evomerge.searching.snapshot import StudySnapshot
 from evomerge.study import Study
 
+RESULT_FILES = ("best.yaml", "README.md", "verdict.json", "trials.csv", "report.html")
 SEED_COMMENT = "# The same numbers are dropped with: mergekit-yaml --random-seed {seed}\n"
 # of a card, where a parent has won
 NO_MERGE = "The configuration below gives {name} itself, which is no merge."
@@ -172,13 +173,13 @@ def verdict_markdown(
     ]
     for name, c in verdict.candidates.items():
         error = "n = 1" if c.stderr is None else f"{c.stderr:.3f}"
-        lines.append(f"| {name} | {c.mean:.3f} | {error} | {c.truncated:.0%} |")
+        lines.append(f"| {markdown_text(name)} | {c.mean:.3f} | {error} | {c.truncated:.0%} |")
     lines += ["", "| paired difference | mean | 95 % interval |", "|---|---|---|"]
     for name, p in verdict.leads.items():
         interval = "n = 1"
         if p.low is not None:
             interval = f"{p.low:+.3f} to {p.high:+.3f}"
-        lines.append(f"| winner − {name} | {p.diff:+.3f} | {interval} |")
+        lines.append(f"| winner − {markdown_text(name)} | {p.diff:+.3f} | {interval} |")
     if notes:
         lines += ["", " ".join(notes)]
     return "\n".join(lines) + "\n"

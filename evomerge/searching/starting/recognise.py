@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from evomerge.merging.adapters.lora import AdaptedModel
 from evomerge.merging.checkpoints.fingerprint import combined, fingerprint
-from evomerge.merging.checkpoints.lora import AdaptedModel
 from evomerge.merging.checkpoints.model_folder import ModelFolder
 from evomerge.searching.ledger import Ledger
 from evomerge.searching.prepare import Prepared
