@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,11 +16,9 @@ from evomerge.console import Console
 from evomerge.errors import StudyFileError
 from evomerge.genome.search_space import model_names
 from evomerge.genome.weights import Genome
-from evomerge.searching.evaluate import Evaluation, Evaluator
 from evomerge.searching.generation.racing import t_quantile
 from evomerge.searching.history import History, best_first
 from evomerge.searching.ledger import Ledger
-from evomerge.searching.prepare import Problem
 from evomerge.searching.records.trial_record import TaskGrade, TrialRecord, metric_values
 from evomerge.searching.records.verdict_record import (
     LEAD,
@@ -39,6 +38,10 @@ from evomerge.searching.scoring import (
     stratified_error,
 )
 from evomerge.tasks import Task
+
+if TYPE_CHECKING:  # a stored choice can be read without torch
+    from evomerge.searching.evaluate import Evaluation, Evaluator
+    from evomerge.searching.prepare import Problem
 
 # that an equal trial beats the mean: three standard errors of many tasks, more of few (Student
 # 1908)
