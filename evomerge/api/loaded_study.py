@@ -175,7 +175,7 @@ class LoadedStudy:
         from evomerge.files import replace_file
         from evomerge.reporting.export import card, use_threads
 
-        use_threads(self.study)
+        use_threads(self.snapshot)
         seed = self.study.search.seed
         folder = build_model_folder(
             self.recipe, Path(out), self.recipe_yaml, shard_size, seed, console or Console()
