@@ -9,7 +9,7 @@ from typing import Any
 
 from evomerge.errors import ModelError, RecipeError, UnsupportedRecipe
 from evomerge.merging.checkpoints.model_folder import HEAD, ModelFolder, num_layers
-from evomerge.merging.families import KNOWN
+from evomerge.merging.known_families import KNOWN
 from evomerge.merging.methods.registry import MergeMethod, get_method
 from evomerge.merging.settings import evaluate
 from evomerge.merging.tensor_plan import TensorPlan
