@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import closing
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -195,8 +196,9 @@ def test_delete_says_what_goes_and_asks(place, run, monkeypatch):
         assert word in err
     assert (contents(place / "storage"), contents(results)) == before
     for answer, code in (("n\n", 2), ("y\n", 0)):
-        terminal = type("Terminal", (), {"isatty": lambda _: True, "readline": lambda _: answer})
-        monkeypatch.setattr(sys, "stdin", terminal())
+        terminal = StringIO(answer)
+        monkeypatch.setattr(terminal, "isatty", lambda: True)
+        monkeypatch.setattr(sys, "stdin", terminal)
         assert run("delete", "fake")[0] == code
     assert not list((place / "storage").iterdir())
     assert contents(results) == {"notes.txt": b"mine"}
