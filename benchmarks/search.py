@@ -2,6 +2,7 @@
 
     python benchmarks/search.py                        # ours as shipped, and two peers
     python benchmarks/search.py --table                # also every option of docs/SEARCH.md
+    python benchmarks/search.py --starts               # only where several siblings start
     python benchmarks/search.py --real PAIR DEMO KEPT  # on real models, hours: search_real.py
 
 The last line is one JSON object. answers_to_half_gain: graded answers until the true value of the
@@ -23,7 +24,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from search_landscapes import LANDSCAPES, Array, World, make_world
+from search_landscapes import BOUNDS, LANDSCAPES, Array, World, make_sibling_world, make_world
 from search_simulator import Options, Step, mergekit_evolve, optuna_cmaes, ours
 
 from evomerge.searching.scoring import bootstrap_interval
@@ -33,7 +34,13 @@ BUDGET = 5_000
 SEEDS = range(20)
 FLIPS = 20_000
 SHIPPED = Options(
-    ranking="subset", subset=16, sigma=0.3, lr_adapt=True, validation=0.2, finalists=3
+    ranking="subset",
+    subset=16,
+    sigma=0.3,
+    lr_adapt=True,
+    validation=0.2,
+    finalists=3,
+    references_win=True,
 )
 PEERS = {"optuna_cmaes": optuna_cmaes, "mergekit_evolve": mergekit_evolve}
 PLAIN = Options()
@@ -60,10 +67,11 @@ OPTIONS = {
         ranking="subset", lr_adapt=True, average=0.5
     ),
     "subset 16, lr_adapt, start at the best uniform weight": Options(
-        ranking="subset", lr_adapt=True, start="uniform"
+        ranking="subset", lr_adapt=True, start="reference"
     ),
+    "the shipped one, references cannot win": replace(SHIPPED, references_win=False),
     "the shipped one, subset 8": replace(SHIPPED, subset=8),
-    "the shipped one, start at the best uniform weight": replace(SHIPPED, start="uniform"),
+    "the shipped one, start at the best uniform weight": replace(SHIPPED, start="reference"),
     "subset 16, lr_adapt, 3 finalists, best on validation": Options(
         "subset", lr_adapt=True, validation=0.2, finalists=3, lead=0
     ),
@@ -88,6 +96,9 @@ SMALL: dict[str, str | Options] = {name: name for name in PEERS} | {
 }
 SMALL_CANDIDATES, SMALL_TASKS = 72, 120
 SMALL_ANSWERS = SMALL_CANDIDATES * SMALL_TASKS  # of a peer
+# how many siblings, what the best weights of a slice add up to, and after how many answers
+SIBLINGS, SHARES, AFTER = (2, 3), (0.67, 1.0, 1.5, 2.0), (1_500, 2_500, 5_000)
+STARTS = {"1 each": "one", "an equal share of 1": "share", "the best reference": "reference"}
 # candidates between two steps of a peer, in 4 dimensions
 PEER_POPULATIONS = {"optuna_cmaes": 1, "mergekit_evolve": 8}
 
@@ -131,6 +142,36 @@ def measure_small(job: tuple[str | Options, str, int]) -> tuple[float, float, fl
         if step >= last and spent > SMALL_ANSWERS:
             break
     return cost, held, value
+
+
+def measure_start(job: tuple[str, str, int, int, float]) -> list[float]:
+    """The share of the gain that the mean of the distribution has after some answers."""
+    start_at, landscape, seed, siblings, share = job
+    world = make_sibling_world(landscape, seed, siblings, share)
+    options = replace(SHIPPED, start=start_at, finalists=0, references_win=False)
+    found: list[float] = []
+    for spent, mean in ours(world, seed, options):
+        while len(found) < len(AFTER) and spent > AFTER[len(found)]:
+            found.append(world.true(np.clip(mean, *BOUNDS)))
+        if len(found) == len(AFTER):
+            return found
+    raise AssertionError("a search has no end")
+
+
+def print_starts(pool: ProcessPoolExecutor) -> None:
+    """The table of starts: the mean of all landscapes and ten seeds."""
+    heads = " | ".join(f"{m} siblings, sum {share:g}" for m in SIBLINGS for share in SHARES)
+    print(f"| start | {heads} |\n|---|{'---|' * len(SIBLINGS) * len(SHARES)}")
+    for name, start_at in STARTS.items():
+        cells = []
+        for siblings in SIBLINGS:
+            for share in SHARES:
+                jobs = []
+                for landscape in LANDSCAPES:
+                    jobs += [(start_at, landscape, seed, siblings, share) for seed in SEEDS[:10]]
+                found = np.array(list(pool.map(measure_start, jobs, chunksize=5))).mean(axis=0)
+                cells.append(" / ".join(f"{value:.2f}" for value in found))
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
 def small_row(name: str, found: Array) -> str:
@@ -218,7 +259,12 @@ def main() -> None:
         help="on real models: benchmarks/search_real.py",
     )
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--starts", action="store_true", help="only where several siblings start")
     arguments = parser.parse_args()
+    if arguments.starts:
+        with ProcessPoolExecutor(arguments.processes) as pool:
+            print_starts(pool)
+        return
     if arguments.real:
         from pathlib import Path
 

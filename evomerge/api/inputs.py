@@ -44,6 +44,21 @@ def to_study(study_file: StudyFile, overrides: Sequence[str]) -> Study:
     return overridden(study_file, overrides, allowed=tuple(study_file.to_dict()))
 
 
+def searched_study(
+    study_file: StudyFile,
+    overrides: Overrides,
+    study: str | None,
+    trials: int | None,
+    seed: int | None,
+) -> Study:
+    """The study that `search` runs and `check` looks at."""
+    settings = setting_texts(overrides)
+    for key, value in (("study", study), ("search.trials", trials), ("search.seed", seed)):
+        if value is not None:
+            settings.append(f"{key}={json.dumps(value, ensure_ascii=False)}")
+    return to_study(study_file, settings)
+
+
 def to_recipe(recipe: RecipeLike) -> tuple[Recipe, str]:
     """A recipe, and its configuration as it was written."""
     from evomerge.recipe import Recipe, read_recipe

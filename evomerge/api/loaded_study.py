@@ -83,8 +83,19 @@ class LoadedStudy:
 
     @property
     def winner(self) -> TrialRecord:
-        """The trial that the verdict names, or the choice by the trials so far."""
+        """The trial that the verdict names, or the choice by the trials so far.
+
+        It is a parent or a uniform weight where no merge was found that beats it.
+        """
         return self.snapshot.winner
+
+    @property
+    def unbeaten(self) -> str | None:
+        """The name of the parent or uniform weight that wins; None where the search's merge does.
+
+        base, instruct, sibling:NAME or uniform 0.5, for example.
+        """
+        return self.snapshot.unbeaten
 
     @property
     def best(self) -> TrialRecord:

@@ -66,6 +66,29 @@ def _search_command(commands: Commands) -> None:
         "evomerge search search_spaces/demo.yaml\n"
         "evomerge search search_spaces/demo.yaml --set search.trials=24",
     )
+    _searched_options(p)
+
+
+def _check_command(commands: Commands) -> None:
+    p = add_command(
+        commands,
+        "check",
+        check,
+        "report what a study needs, and what `search` would refuse, before it runs",
+        "evomerge check search_spaces/demo.yaml\n"
+        "evomerge check search_spaces/llm-jp-3-13b.yaml --base-config config.json",
+    )
+    _searched_options(p)
+    p.add_argument(
+        "--base-config",
+        type=Path,
+        metavar="FILE",
+        help="a config.json to use if the base model cannot be reached",
+    )
+
+
+def _searched_options(p: argparse.ArgumentParser) -> None:
+    """The study that `search` runs and `check` looks at."""
     p.add_argument("study_file", metavar="STUDY_FILE", help="a YAML file; see search_spaces/")
     p.add_argument(
         "--study",
@@ -76,25 +99,6 @@ def _search_command(commands: Commands) -> None:
     results_option(p)
     p.add_argument("--trials", type=int, metavar="N", help="the same as --set search.trials=N")
     p.add_argument("--seed", type=int, metavar="N", help="the same as --set search.seed=N")
-    set_option(p)
-
-
-def _check_command(commands: Commands) -> None:
-    p = add_command(
-        commands,
-        "check",
-        check,
-        "report what a study needs before it runs",
-        "evomerge check search_spaces/demo.yaml\n"
-        "evomerge check search_spaces/llm-jp-3-13b.yaml --base-config config.json",
-    )
-    p.add_argument("study_file", metavar="STUDY_FILE", help="a YAML file; see search_spaces/")
-    p.add_argument(
-        "--base-config",
-        type=Path,
-        metavar="FILE",
-        help="a config.json to use if the base model cannot be reached",
-    )
     set_option(p)
 
 
@@ -158,7 +162,16 @@ def check(args: argparse.Namespace) -> int:
     """Print one line per finding; exit 2 if one is wrong."""
     import evomerge
 
-    findings = evomerge.check(args.study_file, base_config=args.base_config, overrides=args.set)
+    findings = evomerge.check(
+        args.study_file,
+        base_config=args.base_config,
+        storage=args.storage,
+        results=args.results,
+        study=args.study,
+        trials=args.trials,
+        seed=args.seed,
+        overrides=args.set,
+    )
     for finding in findings:
         print(f"{finding.level:8}{finding.subject}: {finding.text}")
     return 2 if any(finding.level == "wrong" for finding in findings) else 0
@@ -184,6 +197,7 @@ def export(args: argparse.Namespace) -> None:
     import evomerge
     from evomerge.files import replace_file
     from evomerge.reporting.export import picked_sentence
+    from evomerge.reporting.sentences import unbeaten_sentence
 
     if args.knowledge is not None and args.runner is None:
         raise InputError(
@@ -193,6 +207,8 @@ def export(args: argparse.Namespace) -> None:
     if args.trial is not None:
         found = found.with_trial(args.trial)
         console.say(picked_sentence(found.snapshot))
+    elif found.unbeaten is not None:
+        console.say(f"note: {unbeaten_sentence(found.unbeaten)}")
     text = found.recipe_yaml
     if args.runner is not None:
         found.write_runner(args.runner, args.knowledge)

@@ -12,7 +12,12 @@ from typing import TypeAlias
 import numpy as np
 
 from evomerge.searching.records.study_facts import Start
-from evomerge.searching.records.trial_record import INTERRUPTED, TrialRecord, metric_values
+from evomerge.searching.records.trial_record import (
+    INTERRUPTED,
+    REFERENCES,
+    TrialRecord,
+    metric_values,
+)
 
 Slotted: TypeAlias = tuple[int | None, int | None]  # generation and index
 
@@ -95,7 +100,7 @@ class History:
     @cached_property
     def references(self) -> tuple[TrialRecord, ...]:
         """The complete parents and uniform weights."""
-        return self._complete("parent", "uniform")
+        return self._complete(*REFERENCES)
 
     @cached_property
     def parents(self) -> dict[tuple[float, ...], TrialRecord]:

@@ -32,7 +32,7 @@ from evomerge.searching.prepare import Prepared, held_out_examples, prepare
 from evomerge.searching.starting.recognise import BEGINNING, CHANGING, compared, facts_of
 from evomerge.searching.starting.source_study import start_from_source
 from evomerge.searching.starting.warm_start import check_warm_start
-from evomerge.study import Study
+from evomerge.study import Study, as_begun
 
 
 @contextmanager
@@ -41,7 +41,8 @@ def open_search(study: Study, url: str, console: Console) -> Iterator[Search]:
 
     A new study is stored with its first trial: where something is refused, nothing is left.
     """
-    prepared = prepare(study, console.say)
+    stored = open_ledger(url, study.study, create=True).facts.study_file
+    prepared = prepare(as_begun(study, stored), console.say)
     with only_worker(url, study.study) as guard, nothing_left(url, study.study) as began:
         ledger = open_study(prepared, url, console)
         ledger.storage.guard = guard

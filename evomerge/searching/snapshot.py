@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from evomerge.errors import StudyError
 from evomerge.genome.weights import Genome, make_genome
 from evomerge.recipe import Recipe
-from evomerge.searching.choosing import choose_winner
+from evomerge.searching.choosing import choose_winner, finalists, unbeaten_name
 from evomerge.searching.history import History
 from evomerge.searching.ledger import Ledger, open_ledger
 from evomerge.searching.records.study_facts import StudyFacts
@@ -63,6 +63,11 @@ class StudySnapshot:
             )
         return replace(self, picked=trial)
 
+    @property
+    def unbeaten(self) -> str | None:
+        """The reference that wins because no merge was found that beats it; as in `Verdict`."""
+        return unbeaten_name(self.winner, self.genome, self.study.search.uniform)
+
 
 def load_snapshot(url: str, name: str) -> StudySnapshot:
     """A study by name. Raises StudyError when it is unknown or has no finished candidate yet."""
@@ -77,13 +82,16 @@ def load_snapshot(url: str, name: str) -> StudySnapshot:
     assert facts.n_layers is not None
     study = facts.study
     genome = make_genome(study, facts.n_layers)
-    winner = winner_of(facts, history, study.metric)
+    winner = winner_of(facts, history, study)
     return StudySnapshot(ledger, study, genome, list(history.trials), winner, facts.verdict)
 
 
-def winner_of(facts: StudyFacts, history: History, metric: str) -> TrialRecord:
+def winner_of(facts: StudyFacts, history: History, study: Study) -> TrialRecord:
     """The trial that the verdict names, or the choice by the trials so far."""
     named = None
     if "winner" in facts.compared:
         named = history.trial(facts.compared["winner"])
-    return named or choose_winner(history, metric)
+    if named is not None:
+        return named
+    found = finalists(history, study.search.finalists, facts.references_win)
+    return choose_winner(found, study.metric)

@@ -3,7 +3,7 @@
 Everything is checked here, once; a message names the key, the value found and the remedy.
 """
 
-from evomerge.study.comparing import STOPPING_KEYS, changed_keys, model_refs
+from evomerge.study.comparing import STOPPING_KEYS, as_begun, changed_keys, model_refs
 from evomerge.study.engine_keys import EngineSection, VllmSection
 from evomerge.study.environment import value_prints
 from evomerge.study.genome_keys import GenomeSection, mixes_models
@@ -30,6 +30,7 @@ __all__ = [
     "Study",
     "TaskSource",
     "VllmSection",
+    "as_begun",
     "changed_keys",
     "mixes_models",
     "model_refs",

@@ -119,6 +119,8 @@ class StudyFacts:
     cascade: CascadeSavings | None = None
     # generation -> (answers graded, answers that the expensive judge graded)
     cascade_generations: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    # whether parents and uniform weights can win, as in every study that began after 0.2
+    references_win: bool = False
     validation: ValidationChoice | None = None
     compared: Mapping[str, int] = field(default_factory=dict)  # name -> trial number
     verdict: Verdict | None = None

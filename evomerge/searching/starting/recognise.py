@@ -28,6 +28,7 @@ BEGINNING = (
     "knowledge",
     "environment",
     "known_candidates",
+    "references_win",
     "study_file",
 )
 CHANGING = ("task_prints", "files", "environment", "study_file")
@@ -55,6 +56,7 @@ def facts_of(prepared: Prepared, known: StudyFacts) -> StudyFacts:
         n_layers=prepared.genome.slices[-1][1],
         knowledge=None if chooser is None else chooser.knowledge.digest(),
         known_candidates=tuple(tuple(vector.tolist()) for vector in vectors),
+        references_win=True,
     )
 
 
