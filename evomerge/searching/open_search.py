@@ -82,9 +82,11 @@ def open_study(prepared: Prepared, url: str, console: Console) -> Ledger:
         start_from_source(study, url, genome, ledger)
     else:
         _keep_first_engine(ledger, study, console)
-        for key in CHANGING:
-            if getattr(ledger.facts, key) != getattr(facts, key):
-                ledger.remember(key, getattr(facts, key))
+        old = ledger.facts
+        for key in BEGINNING:  # an older version did not store them all
+            before, now = getattr(old, key), getattr(facts, key)
+            if before != now and (key in CHANGING or not before):
+                ledger.remember(key, now)
     _introduce(prepared, console)
     return ledger
 

@@ -15,7 +15,7 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.storages import RDBStorage, _CachedStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from evomerge.errors import StudyError
+from evomerge.errors import OutputError, StudyError
 from evomerge.searching.records.database import insert_study, make_database, open_database
 from evomerge.searching.records.storage_errors import storage_errors
 from evomerge.searching.records.storage_place import StoragePlace, storage_place
@@ -155,6 +155,13 @@ def open_stored(url: str, name: str, create: bool = False) -> StoredStudy:
         storage = open_database(place, write=create)
         summaries = optuna.get_all_study_summaries(storage, include_best_trial=False)
         known = sorted(summary.study_name for summary in summaries)
+        if known.count(name) > 1:
+            raise OutputError(
+                f"the storage holds {known.count(name)} studies of one name",
+                where=place.shown,
+                found=name,
+                remedy="Run its `evomerge search` again, which removes those without trials.",
+            )
         if name in known:  # loading writes nothing, so that a read-only copy can be shown
             study = optuna.load_study(storage=storage, study_name=name)
             return StoredStudy(place, name, storage, study)
