@@ -127,7 +127,7 @@ def open_study(folder: Path, trials: int, ranking: str) -> tuple[Search, Instant
     """A new study of `trials` candidates, and its engine."""
     search: Any = {"trials": trials, "ranking": ranking, "uniform": (0.5,), "dtype": "float32"}
     study = Study(
-        genome=GenomeSection(models=("sibling",), base_model="base"),
+        genome=GenomeSection(models=("sibling",), base_model="base", layer_granularity=1),
         tasks=(TaskSource(file="none"),),
         study="overhead",
         judge=JudgeSection(kind="rules", metric="grade"),

@@ -66,5 +66,6 @@ def _is_secret(name: str) -> bool:
 
 
 def _masked_parameter(match: re.Match[str]) -> str:
-    value = MASK if _is_secret(match[2]) and match[3] else match[3]
-    return f"{match[1]}{match[2]}={value}"
+    if not match[3] or match[3].startswith(MASK) or not _is_secret(match[2]):
+        return match[0]
+    return f"{match[1]}{match[2]}={MASK}"

@@ -119,14 +119,16 @@ def test_every_draw_is_that_of_a_full_replay(tmp_path, name, seed):
     settings = SETTINGS[name]
     rng, url = random.Random(seed), f"sqlite:///{tmp_path}/s.db"
     own = make(**settings)
-    ledger, other = (open_ledger(url, "s", own.space, create=True) for _ in range(2))
+    ledger = open_ledger(url, "s", own.space, create=True)
+    assert ledger.storage.study is not None  # it is stored now, for another process to find
+    other = open_ledger(url, "s", own.space, create=True)
     if seed:
         cov = ((1.0, 0.2, 0.0), (0.2, 2.0, 0.0), (0.0, 0.0, 1.0))
         ledger.remember("start", Start((0.5, 0.5, 1.5), 0.2, cov, mean_is_first=True))
     for number in range(36):
         step(own, ledger, other, rng)
         if number in (12, 25):  # a kill: the next process has nothing in memory
-            own, ledger = make(**settings), open_ledger(url, "s", own.space)
+            own, ledger = make(**settings), open_ledger(url, "s", own.space, create=True)
             ledger.space = dict(own.space)
         history = ledger.history()
         reference = Ledger(ledger.storage, own.space).history()

@@ -132,13 +132,17 @@ def cache_files(path: Path) -> dict[Path, int]:
     return {file: file.stat().st_size for file in files if file.is_file()}
 
 
-def cache_scope(study: Study, models: Mapping[str, Any]) -> str:
+def cache_scope(
+    study: Study, models: Mapping[str, Any], first_engine: Mapping[str, Any] | None = None
+) -> str:
     """SHA-256 of what answers depend on besides recipe, mode and prompts.
 
-    A batch is identified by its prompts, however it was packed: see UNKEYED.
+    A batch is identified by its prompts, however it was packed: see UNKEYED. `first_engine` holds
+    the keys of `engine:` that have changed since the study began, as they were.
     """
     data = study.filled()
     engine = {key: value for key, value in data["engine"].items() if key not in UNKEYED}
+    engine |= first_engine or {}
     search = data["search"]
     too_long = data["prompt"]["too_long"]
     parts = [data["generation"], too_long, engine, search["dtype"], search["seed"], models]

@@ -209,7 +209,7 @@ class LoadedStudy:
         from evomerge.console import Console
         from evomerge.reporting.export import card, use_threads
 
-        use_threads(self.study)
+        use_threads(self.snapshot)
         return build_model_folder(
             self.recipe,
             Path(out),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from evomerge.searching.catalogue import Belongings, StudyEntry
 
 # columns of the table, which has 80
-NAME, TRIALS, STATE, BEST, LAST = 32, 11, 10, 7, 16
+NAME, TRIALS, STATE, BEST = 32, 11, 10, 7  # and 16 for the time
 
 
 def listing_commands(commands: Commands) -> None:
@@ -76,7 +76,7 @@ def _entry_line(entry: StudyEntry) -> str:
 
 
 def _line(name: str, trials: str, state: str, best: str, last: str) -> str:
-    return f"{fit(name, NAME)} {trials:>{TRIALS}} {state:{STATE}} {best:>{BEST}} {last:{LAST}}"
+    return f"{fit(name, NAME)} {trials:>{TRIALS}} {state:{STATE}} {best:>{BEST}} {last}"
 
 
 def delete(args: argparse.Namespace) -> None:

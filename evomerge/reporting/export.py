@@ -22,7 +22,6 @@ from evomerge.searching.choosing import reference_names
 from evomerge.searching.records.trial_record import REFERENCES, TrialRecord
 from evomerge.searching.records.verdict_record import Verdict
 from evomerge.searching.snapshot import StudySnapshot
-from evomerge.study import Study
 
 RESULT_FILES = ("best.yaml", "README.md", "verdict.json", "trials.csv", "report.html")
 SEED_COMMENT = "# The same numbers are dropped with: mergekit-yaml --random-seed {seed}\n"
@@ -85,15 +84,16 @@ def slice_labels(snapshot: StudySnapshot) -> list[str]:
     return [gene.label for gene in snapshot.genome.genes]
 
 
-def use_threads(study: Study) -> None:
+def use_threads(snapshot: StudySnapshot) -> None:
     """Merge with as many threads as the search did.
 
     Slerp's angle and DARE's rescaling are sums whose last bit depends on them.
     """
-    if study.engine.threads is not None:
+    threads = snapshot.study.engine.threads or snapshot.ledger.facts.threads
+    if threads is not None:
         import torch
 
-        torch.set_num_threads(study.engine.threads)
+        torch.set_num_threads(threads)
 
 
 def recipe_text(snapshot: StudySnapshot) -> str:

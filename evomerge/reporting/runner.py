@@ -21,7 +21,7 @@ from evomerge.knowledge.formats.yaml_format import to_yaml
 from evomerge.knowledge.records import PLACEHOLDER, Knowledge, KnowledgeClass
 from evomerge.knowledge.retrieval import tfidf
 from evomerge.merging.checkpoints.new_folder import check_new, new_folder
-from evomerge.merging.layout import KNOWN
+from evomerge.merging.known_families import KNOWN
 from evomerge.recipe import Recipe
 from evomerge.reporting.export import outcome_markdown, recipe_text
 from evomerge.searching.snapshot import StudySnapshot

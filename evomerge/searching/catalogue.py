@@ -24,7 +24,8 @@ class StudyEntry:
     """A study in a list. `trials` counts finished candidates, `planned` those it is to have.
 
     `state` is running, finished (it has a verdict), or unfinished. `best` is the highest score of a
-    candidate on the search tasks. `last_activity` is the local time of the machine that searched.
+    candidate on the search tasks. `last_activity` is when the newest trial began or ended, in local
+    time.
     """
 
     name: str

@@ -78,7 +78,9 @@ class History:
 
     def extended(self, trials: Sequence[TrialRecord]) -> History:
         """This history and the trials that follow."""
-        return History((*self.trials, *trials), self.start, self.index.after(trials))
+        if not trials:
+            return self
+        return History(self.trials + tuple(trials), self.start, self.index.after(trials))
 
     @property
     def complete(self) -> tuple[TrialRecord, ...]:

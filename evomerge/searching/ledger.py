@@ -63,13 +63,12 @@ class Ledger:
         """The history of the records. Trials that have ended are read once."""
         if self._known is None:
             self._known = self.facts
-        following = self.storage.trials()[self._read :]
+        following = self.storage.trials(self._read)
         names = tuple(self.space) or self._known.names
         records = [self._as_record(t, names) for t in following]
         ended = len([*takewhile(lambda t: t.state.is_finished(), following)])
         settled = [record for record in records[:ended] if record is not None]
-        if settled:
-            self._settled = self._settled.extended(settled)
+        self._settled = self._settled.extended(settled)
         self._read += ended
         rest = [record for record in records[ended:] if record is not None]
         return replace(self._settled, start=self._known.start).extended(rest)

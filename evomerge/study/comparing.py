@@ -11,9 +11,12 @@ from evomerge.study.environment import VARIABLE, dotted, texts_with_variables
 from evomerge.study.section import join
 from evomerge.study.study_file import Study
 
-# Keys that a finished or running study may change: they say when to stop and how to reach the
-# judge, not what is searched.
+# Keys that a finished or running study may change: they say when to stop, how to reach the judge
+# and how to use the machine, not what is searched. `engine.batch_size` is not among them: which
+# prompts share a batch decides how they are padded, and with that may decide a word.
 STOPPING_KEYS = (
+    "engine.residency",
+    "engine.threads",
     "search.trials",
     "search.time_limit",
     "search.max_cost",

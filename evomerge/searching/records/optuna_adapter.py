@@ -12,10 +12,10 @@ from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution
-from optuna.storages import RDBStorage
+from optuna.storages import RDBStorage, _CachedStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from evomerge.errors import StudyError
+from evomerge.errors import OutputError, StudyError
 from evomerge.searching.records.database import insert_study, make_database, open_database
 from evomerge.searching.records.storage_errors import storage_errors
 from evomerge.searching.records.storage_place import StoragePlace, storage_place
@@ -78,12 +78,20 @@ class StoredStudy:
             self.guard()
             self._study.set_user_attr(key, value)
 
-    def trials(self) -> list[FrozenTrial]:
-        """Every trial by number; they must not be changed."""
+    def trials(self, first: int = 0) -> list[FrozenTrial]:
+        """The trials from number `first` on; they must not be changed.
+
+        Optuna keeps what it has read, but sorts all of it each time that it is asked.
+        """
         if self._study is None:
             return []
         with storage_errors(self.place, self.name):
-            return self._study.get_trials(deepcopy=False)
+            storage, study_id = self._study._storage, self._study._study_id
+            if not first or not isinstance(storage, _CachedStorage):
+                return self._study.get_trials(deepcopy=False)[first:]
+            storage._read_trials_from_remote_storage(study_id)
+            known = storage._studies[study_id].trials
+            return [known[number] for number in range(first, len(known))]
 
     def running(self) -> list[int]:
         """The numbers of the trials that have begun and not ended."""
@@ -147,6 +155,13 @@ def open_stored(url: str, name: str, create: bool = False) -> StoredStudy:
         storage = open_database(place, write=create)
         summaries = optuna.get_all_study_summaries(storage, include_best_trial=False)
         known = sorted(summary.study_name for summary in summaries)
+        if known.count(name) > 1:
+            raise OutputError(
+                f"the storage holds {known.count(name)} studies of one name",
+                where=place.shown,
+                found=name,
+                remedy="Run its `evomerge search` again, which removes those without trials.",
+            )
         if name in known:  # loading writes nothing, so that a read-only copy can be shown
             study = optuna.load_study(storage=storage, study_name=name)
             return StoredStudy(place, name, storage, study)

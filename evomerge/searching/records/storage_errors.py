@@ -22,9 +22,15 @@ KINDS = (
     OSError,
     UnicodeError,
     json.JSONDecodeError,
+    TypeError,
 )
 # words of a server's driver -> what went wrong, and what helps; the first that is found counts
 SERVER = (
+    (
+        ("unexpected keyword", "invalid connection option"),
+        "the storage's URL has an option that its driver does not know",
+        "Check what follows the ?.",
+    ),
     (
         ("authentication failed", "access denied", "no password supplied", "permission denied"),
         "the storage's server refuses access",
@@ -70,6 +76,8 @@ def storage_errors(place: StoragePlace, name: str) -> Iterator[None]:
     try:
         yield
     except KINDS as error:
+        if isinstance(error, TypeError) and "unexpected keyword" not in str(error):
+            raise  # our own fault, and not the URL's
         beneath = getattr(error.__cause__, "orig", None) or error.__cause__
         cause = getattr(error, "orig", None) or beneath or error
         if place.file is None:
@@ -88,7 +96,8 @@ def _file_error(cause: BaseException, place: StoragePlace, name: str) -> OutputE
 
 def _server_error(cause: BaseException, place: StoragePlace) -> OutputError:
     # drivers repeat what they were told, a password that was not encoded included
-    said = without_secrets(" ".join(str(cause).split()), place.url)[:200] or type(cause).__name__
+    whole = " ".join(str(cause).split()).partition(" Is the server running")[0]
+    said = without_secrets(whole, place.url)[:200] or type(cause).__name__
     for words, what, remedy in SERVER:
         if any(word in said.lower() for word in words):
             return OutputError(f"{what}: {said}", where=place.shown, remedy=remedy)

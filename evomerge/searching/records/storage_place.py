@@ -68,6 +68,13 @@ def storage_place(url: str) -> StoragePlace:
             found=masked_url(url),
             remedy=FORMS,
         ) from error
+    if "@" in (parsed.host or ""):
+        raise InputError(
+            "the user or password contains an @ that is not encoded",
+            where="--storage",
+            found=masked_url(url),
+            remedy="Write %40 for it.",
+        )
     _check_driver(url, parsed)
     if dialect.name != "sqlite":
         return StoragePlace(url, parsed, None)

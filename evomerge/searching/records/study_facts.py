@@ -109,6 +109,9 @@ class StudyFacts:
     known_candidates: tuple[tuple[float, ...], ...] | None = None  # in the order of their slots
     start: Start | None = None
     warm_start: tuple[GradientStep, ...] = ()
+    threads: int | None = None  # of the CPU, chosen by trial where the study file names none
+    # keys of `engine:` that have changed -> their first values, by which answers are kept
+    first_engine: Mapping[str, Any] = field(default_factory=dict)
     # batch sizes that a lack of memory has forced
     limits: Mapping[str, int] = field(default_factory=dict)
     elapsed: float = 0.0  # seconds of all runs

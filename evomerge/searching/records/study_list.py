@@ -28,7 +28,7 @@ class StoredSummary:
     attributes: Mapping[str, Any]
     candidates: int
     best: float | None  # highest score of these
-    last: datetime | None  # when a trial began or ended, in the local time of its machine
+    last: datetime | None  # when its newest trial began or ended, in local time
 
 
 def stored_studies(url: str) -> list[StoredSummary]:
@@ -54,21 +54,24 @@ def _summary(storage: RDBStorage, study: FrozenStudy) -> StoredSummary:
             TrialUserAttributeModel.value_json,
             func.count(),
             func.max(TrialValueModel.value),
-            func.max(TrialModel.datetime_start),
-            func.max(TrialModel.datetime_complete),
+            func.max(TrialModel.trial_id),
         )
         .outerjoin(TrialValueModel, of_trial)
         .outerjoin(TrialUserAttributeModel, role)
         .where(TrialModel.study_id == study._study_id)
         .group_by(TrialModel.state, TrialUserAttributeModel.value_json)
     )
-    count, best, times = 0, None, []
+    count, best, newest = 0, None, []
     with storage.engine.connect() as connection:
-        for state, kind, number, highest, *moments in connection.execute(query):
-            times += [moment for moment in moments if moment is not None]
+        for state, kind, number, highest, trial_id in connection.execute(query):
+            newest.append(trial_id)
             if state == TrialState.COMPLETE and kind == json.dumps("candidate"):
                 count, best = number, highest
-    return StoredSummary(study.study_name, study.user_attrs, count, best, max(times, default=None))
+    last = None
+    if newest:
+        trial = storage.get_trial(max(newest))
+        last = trial.datetime_complete or trial.datetime_start
+    return StoredSummary(study.study_name, study.user_attrs, count, best, last)
 
 
 def delete_stored(url: str, name: str) -> bool:

@@ -163,16 +163,23 @@ class CmaSampler:
         told = history.index.in_order[: generations * self.population]
         assert len(told) == generations * self.population
         kept = self._kept
-        if kept is not None and (kept.start, kept.told) == (history.start, told):
-            return kept
-        if kept is None or kept.start != history.start or kept.told != told[: len(kept.told)]:
-            optimizer = self.replay(history, generations)
-        else:
+        if kept is None or kept.start != history.start:
+            kept = self._replayed(history, ())
+        shared = min(len(kept.told), len(told))
+        if kept.told[:shared] != told[:shared]:
+            kept = self._replayed(history, told)
+        elif len(kept.told) < len(told):
             optimizer = twin(kept.optimizer)
-            done = len(kept.told) // self.population
-            self._tell(optimizer, history, range(done, generations))
-        self._kept = Replayed(history.start, told, optimizer, twin(optimizer))
-        return self._kept
+            self._tell(optimizer, history, range(shared // self.population, generations))
+            kept = Replayed(history.start, told, optimizer, twin(optimizer))
+        self._kept = kept
+        if len(kept.told) > len(told):  # an earlier generation does not replace a later one
+            return self._replayed(history, told)
+        return kept
+
+    def _replayed(self, history: History, told: tuple[TrialRecord, ...]) -> Replayed:
+        optimizer = self.replay(history, len(told) // self.population)
+        return Replayed(history.start, told, optimizer, twin(optimizer))
 
     def _tell(self, optimizer: CMA, history: History, generations: Iterable[int]) -> None:
         known = self.known(history)
