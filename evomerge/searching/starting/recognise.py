@@ -56,7 +56,8 @@ def facts_of(prepared: Prepared, known: StudyFacts) -> StudyFacts:
         n_layers=prepared.genome.slices[-1][1],
         knowledge=None if chooser is None else chooser.knowledge.digest(),
         known_candidates=tuple(tuple(vector.tolist()) for vector in vectors),
-        references_win=True,
+        # a study that has begun chooses its winner as it did then
+        references_win=known.references_win or not known.begun,
     )
 
 
