@@ -9,6 +9,7 @@ from typing import Any
 
 from evomerge.errors import ModelError, RecipeError, UnsupportedRecipe
 from evomerge.merging.checkpoints.model_folder import HEAD, ModelFolder, num_layers
+from evomerge.merging.known_families import KNOWN
 from evomerge.merging.methods.registry import MergeMethod, get_method
 from evomerge.merging.settings import evaluate
 from evomerge.merging.tensor_plan import TensorPlan
@@ -17,33 +18,6 @@ from evomerge.recipe import MERGEKIT, Recipe, Slice, Source
 LAYER = re.compile(r"^(.*?\blayers\.)(\d+)(\..*)$")
 # outside the layers: the first slice's and the last's
 FIRST, LAST = ("model.embed_tokens.",), ("model.norm.", "lm_head.")
-# The architectures that mergekit 0.1.5 describes. In others it takes everything outside the layers
-# from the first slice.
-FAMILIES = [
-    "Apertus",
-    "Arcee",
-    "Baichuan",
-    "Cohere",
-    "Cohere2",
-    "Gemma",
-    "Gemma2",
-    "Gemma3",
-    "Glm4",
-    "Granite",
-    "LLaMa",
-    "Llama",
-    "Mistral",
-    "Olmo2",
-    "Phi3",
-    "Phi3Small",
-    "Qwen2",
-    "Qwen3",
-    "Solar",
-    "StableLMEpoch",
-    "StableLm",
-    "Starcoder2",
-]
-KNOWN = frozenset(f"{family}ForCausalLM" for family in FAMILIES)
 
 
 @dataclass(frozen=True)
