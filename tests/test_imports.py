@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1] / "evomerge"
 ORDER = [
-    ["errors", "console", "files", "sqlite_file", "text"],
+    ["errors", "console", "files", "finished", "sqlite_file", "text"],
     ["task_files"],
     ["study", "recipe", "tasks"],
     ["genome"],

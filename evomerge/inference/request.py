@@ -28,7 +28,7 @@ class InferenceRequest:
 
     `storage` is the study's URL. `overrides` are "a.b=value" texts for keys of a study file;
     `max_new_tokens` limits every answer, whatever a class of the knowledge base says. `self_check`
-    names faults of an answer, `time_limit` is in seconds.
+    names faults of an answer, `time_limit` is in seconds, `overwrite` gives up other answers.
     """
 
     model: str | None = None
@@ -44,6 +44,7 @@ class InferenceRequest:
     judge: Judge | str | None = None
     self_check: tuple[str, ...] = ()
     time_limit: float | None = None
+    overwrite: bool = False
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -153,12 +154,16 @@ def answer_tasks(
 ) -> Done:
     """Answer the tasks and write `out`; `say` receives notes. Raises as `run_inference` does."""
     from evomerge.answering.prompts import make_prompter
-    from evomerge.inference.answer_file import run_inference
+    from evomerge.inference.answer_file import Done, run_inference
     from evomerge.inference.opening import open_chooser
 
     began = time.monotonic()
-    steps = _refining_steps(request, tasks, say)
     opened = open_request(request, say)
+    facts = _facts(request, opened, tasks)
+    if not request.overwrite and _is_answered(out, facts):
+        line = f"{out} holds these answers already: nothing to do (--overwrite answers again)"
+        return Done(len(tasks), told=(line,), made=False)
+    steps = _refining_steps(request, tasks, say)
     if opened.prompt.knowledge is None and request.classify != "neighbours":
         raise InputError(
             "there is no knowledge base to classify by",
@@ -180,10 +185,46 @@ def answer_tasks(
         tasks,
         out,
         progress,
-        model=opened.identity,
+        model=opened.identity or getattr(opened.engine, "identity", ""),
         deadline=None if request.time_limit is None else began + request.time_limit,
         refine=steps,
+        facts=facts,
+        overwrite=request.overwrite,
     )
+
+
+def _facts(request: InferenceRequest, opened: Opened, tasks: Sequence[Task]) -> dict[str, str]:
+    """Hashes of all that the answers depend on, as far as it is known before a model is loaded."""
+    from evomerge.finished import hash_of
+    from evomerge.knowledge.read_base import read_knowledge
+
+    study, search = opened.study, opened.study.search
+    base = study.prompt.knowledge
+    judge = getattr(request.judge, "name", request.judge)
+    references = [task.output for task in tasks] if request.best_of else []
+    found: dict[str, object] = {
+        "model": opened.model,
+        "tasks": [(task.task_id, task.input) for task in tasks],
+        "prompts": (study.prompt.replace(knowledge=None), request.classify),
+        "knowledge base": None if base is None else read_knowledge(base).digest(),
+        "generation settings": (study.generation, request.max_new_tokens, search.seed),
+        "engine": (study.engine, search.dtype),
+        "choice among answers": (request.best_of, judge, request.self_check, references),
+    }
+    return {name: hash_of(value) for name, value in found.items()}
+
+
+def _is_answered(out: Path, facts: dict[str, str]) -> bool:
+    """Whether the file holds these answers, all of them.
+
+    Raises InputError: it holds others. Where a run has not finished, OUT.part decides.
+    """
+    from evomerge.finished import is_finished
+
+    unknown = not out.with_name(f"{out.name}.made").exists()
+    if unknown and out.with_name(f"{out.name}.part").exists():  # of version 0.2
+        return False
+    return is_finished(out, facts, "answers")
 
 
 def _refining_steps(request: InferenceRequest, tasks: Sequence[Task], say: Say) -> list[Refining]:
