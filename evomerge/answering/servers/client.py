@@ -142,7 +142,8 @@ class OpenAIClient:
         """What a request raises: the package's errors, and those of replies of another shape."""
         # RecursionError: JSON that is nested too deeply
         shapes = (ValueError, TypeError, AttributeError, RecursionError)
-        return (self.errors.OpenAIError, FilteredReply, *shapes)
+        bounds = (TimeoutError, OversizedReply)
+        return (self.errors.OpenAIError, FilteredReply, *bounds, *shapes)
 
     def models(self) -> list[str]:
         """The models that the server lists; none where its list cannot be read.
@@ -179,13 +180,14 @@ class OpenAIClient:
             )
         if isinstance(error, FilteredReply):
             return ServerFailure("filtered", self.hidden(str(error)), filtered=True)
-        cause = error.__cause__
-        if isinstance(error, e.APITimeoutError) or isinstance(cause, TimeoutError):
+        causes = (error, error.__cause__)  # some versions of the package wrap every error
+        if any(isinstance(cause, TimeoutError | e.APITimeoutError) for cause in causes):
             return ServerFailure("timeout", f"no whole reply within {self.timeout:g} s")
-        if isinstance(cause, OversizedReply):
-            return ServerFailure("unreadable", str(cause))
+        for cause in causes:
+            if isinstance(cause, OversizedReply):
+                return ServerFailure("unreadable", str(cause))
         if isinstance(error, e.APIConnectionError):
-            said = self.hidden(str(cause or error))
+            said = self.hidden(str(error.__cause__ or error))
             return ServerFailure("unreachable" if _never_connected(error) else "broken", said)
         return ServerFailure("unreadable", self.hidden(str(error)))
 

@@ -33,6 +33,7 @@ from evomerge.study import JUDGE_MODEL, JudgeSection
 OPENAI = "https://api.openai.com/v1"
 URL = "OPENAI_BASE_URL"
 WHERE = "judge.base_url"
+MOST_TOKENS = 10**9  # of one request; more is no count
 LONGEST_PAUSE = 60.0  # seconds between two attempts, where the server names no time
 
 
@@ -245,8 +246,8 @@ def _usage(reply: Any, messages: Sequence[dict[str, str]], text: str) -> Usage:
 
 
 def _count(usage: Any, name: str) -> int | None:
-    """A number of tokens that a server reports, if it is one."""
+    """A number of tokens that a server reports, if it is one that a reply can have."""
     value = getattr(usage, name, None)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MOST_TOKENS:
         return None
     return value
