@@ -24,8 +24,8 @@ class Quiet(ThreadingHTTPServer):
 
 
 class Server:
-    """`models` is the list (None: there is no such page), or an action. `plan(number, prompt)`, asked for every
-    question (counted from 0), gives None for a usual answer, a dict of changes to it, or an action:
+    """`models` is the list (None: there is no such page), or an action. `plan(number, prompt)`,
+    asked for every question (counted from 0), gives None for a usual answer, a dict of changes to it, or an action:
     status(…), raw(…), torn().
     """
 

@@ -158,7 +158,11 @@ def judge_grade(args: argparse.Namespace) -> None:
     summary = grade_file(args.tasks, args.answers, judge, args.out)
     if args.out is not None:
         record_made(args.out, facts)
-    Console().say(f"{summary.n} answers, mean grade {plus_minus(summary.mean, summary.stderr)}")
+    line = f"{summary.n} answers, mean grade {plus_minus(summary.mean, summary.stderr)}"
+    refused = getattr(judge, "refused", 0)
+    if refused:
+        line += f"; the judge's server refused {refused}, which count as the lowest grade"
+    Console().say(line)
 
 
 def judge_validate(args: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from evomerge.answering.servers.openai_protocol import whole
 from evomerge.errors import EngineError, JudgeError, ModelError, StudyFileError
 from evomerge.judging.grade import Grade
-from evomerge.judging.llm.judge_prompt import GRADES, RUBRIC, Rubric
+from evomerge.judging.llm.judge_prompt import EXAMPLE, GRADES, RUBRIC, Rubric
 from evomerge.tasks import Task
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ TEMPLATE = (
 LEAD = "点数："
 ROOM = 8  # tokens kept free for the digit
 AT_ONCE = 256  # answers whose tokens are in memory together
-EXAMPLE = Task(0, "1+1は？", "2", "")  # tried before any answer is graded
 _VISIBLE = re.compile(r"[^\s\u200b\ufeff]")
 
 
