@@ -25,8 +25,8 @@ class Quiet(ThreadingHTTPServer):
 
 class Server:
     """`models` is the list (None: there is no such page), or an action. `plan(number, prompt)`,
-    asked for every question (counted from 0), gives None for a usual answer, a dict of changes to it, or an action:
-    status(…), raw(…), torn().
+    asked for every question (counted from 0), gives None for a usual answer, a dict of changes to
+    it, or an action: status(…), raw(…), torn(), drip(…), endless(), packed(…).
     """
 
     def __init__(self, models=("m",), plan=lambda number, prompt: None, seconds=0.0, known=None):

@@ -205,7 +205,7 @@ def _facts(request: InferenceRequest, opened: Opened, tasks: Sequence[Task]) -> 
     found: dict[str, object] = {
         "model": opened.model,
         "tasks": [(task.task_id, task.input) for task in tasks],
-        "prompts": (study.prompt.replace(knowledge=None), request.classify),
+        "prompts": (study.prompt.model_copy(update={"knowledge": None}), request.classify),
         "knowledge base": None if base is None else read_knowledge(base).digest(),
         "generation settings": (study.generation, request.max_new_tokens, search.seed),
         "engine": (study.engine, search.dtype),

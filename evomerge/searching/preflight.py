@@ -150,9 +150,9 @@ class Preflight:
                 text = "it has no chat template; set `apply_chat_template: false`"
                 self.add("wrong", "tokenizer", text)
             return
-        make_prompter(tokenizer, study.prompt)
-        self.add("ok", "tokenizer", f"prompts in format {study.prompt.format}")
         chooser = open_knowledge(study.prompt, lambda note: self.add("unknown", "knowledge", note))
+        make_prompter(tokenizer, study.prompt, chooser=chooser).try_each_kind()
+        self.add("ok", "tokenizer", f"prompts in format {study.prompt.format}")
         if chooser is not None:
             found = chooser.knowledge
             text = f"{len(found.classes)} classes, {len(found.examples)} examples"
