@@ -27,14 +27,17 @@ class Made:
     whole: bool = True
 
 
-def is_finished(out: Path, facts: Mapping[str, str], what: str) -> bool:
+def is_finished(out: Path, facts: Mapping[str, str], what: str, going_on: bool = False) -> bool:
     """Whether `out` holds, whole, what these facts give; `what` it holds is for messages.
 
-    Raises InputError where it holds anything else.
+    `going_on`: there is a run to resume, which may have been killed while it replaced `out`. Raises
+    InputError where `out` holds anything else.
     """
     if not out.exists():
         return False
     made = _read(out)
+    if made is None and going_on:
+        return False
     if made is None:
         raise InputError(
             "exists already, and what it was made from is not known", where=out, remedy=CHOICE
@@ -44,6 +47,8 @@ def is_finished(out: Path, facts: Mapping[str, str], what: str) -> bool:
         listed = ", ".join(changed)
         raise InputError(f"holds {what} of another run: other {listed}", where=out, remedy=CHOICE)
     if made.content != hash_of_file(out):
+        if going_on:
+            return False
         raise InputError("was changed after it was written", where=out, remedy=CHOICE)
     return made.whole
 

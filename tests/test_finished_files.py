@@ -64,7 +64,7 @@ def test_the_same_command_says_so_and_loads_nothing(pair, place, capsys, monkeyp
 
 
 OTHERS = {
-    "model": {"model": "one"},
+    "model": {"model": "instruct"},
     "tasks": {"tasks": "others"},
     "generation settings": {"limit": 5},
     "prompts": {"options": ("--format", "competition")},
@@ -107,7 +107,7 @@ def test_a_file_of_unknown_origin_and_a_changed_one_are_refused(pair, place, cap
 def test_an_unfinished_file_goes_on_and_another_command_is_refused(pair, place, capsys):
     assert infer(pair, place, "--time-limit", "0.0001s") == 1
     assert all(row["unfinished"] == "time limit" for row in rows_of(place / "a.jsonl"))
-    assert infer(pair, place, model="one") == 2
+    assert infer(pair, place, model="instruct") == 2
     capsys.readouterr()
     assert infer(pair, place) == 0
     assert not any("unfinished" in row for row in rows_of(place / "a.jsonl"))
@@ -126,9 +126,9 @@ def test_what_version_0_2_left_unfinished_goes_on(pair, place):
 def test_overwriting_gives_up_the_unfinished_answers_of_another_run(pair, place, capsys):
     assert infer(pair, place, "--time-limit", "0.0001s") == 1
     (place / "a.jsonl").unlink()
-    assert infer(pair, place, model="one") == 2
+    assert infer(pair, place, model="instruct") == 2
     assert "add --overwrite" in capsys.readouterr().err
-    assert infer(pair, place, "--overwrite", model="one") == 0
+    assert infer(pair, place, "--overwrite", model="instruct") == 0
 
 
 def test_answers_that_were_cut_say_so(pair, place):

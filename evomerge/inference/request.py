@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from evomerge.errors import InputError
+from evomerge.finished import hash_of, is_finished
 
 if TYPE_CHECKING:
     from evomerge.inference.answer_file import Done
@@ -160,7 +161,8 @@ def answer_tasks(
     began = time.monotonic()
     opened = open_request(request, say)
     facts = _facts(request, opened, tasks)
-    if not request.overwrite and _is_answered(out, facts):
+    going_on = out.with_name(f"{out.name}.part").exists()
+    if not request.overwrite and is_finished(out, facts, "answers", going_on):
         line = f"{out} holds these answers already: nothing to do (--overwrite answers again)"
         return Done(len(tasks), told=(line,), made=False)
     steps = _refining_steps(request, tasks, say)
@@ -185,7 +187,7 @@ def answer_tasks(
         tasks,
         out,
         progress,
-        model=opened.identity or getattr(opened.engine, "identity", ""),
+        model=opened.identity or str(getattr(opened.engine, "identity", "")),
         deadline=None if request.time_limit is None else began + request.time_limit,
         refine=steps,
         facts=facts,
@@ -195,7 +197,6 @@ def answer_tasks(
 
 def _facts(request: InferenceRequest, opened: Opened, tasks: Sequence[Task]) -> dict[str, str]:
     """Hashes of all that the answers depend on, as far as it is known before a model is loaded."""
-    from evomerge.finished import hash_of
     from evomerge.knowledge.read_base import read_knowledge
 
     study, search = opened.study, opened.study.search
@@ -212,19 +213,6 @@ def _facts(request: InferenceRequest, opened: Opened, tasks: Sequence[Task]) -> 
         "choice among answers": (request.best_of, judge, request.self_check, references),
     }
     return {name: hash_of(value) for name, value in found.items()}
-
-
-def _is_answered(out: Path, facts: dict[str, str]) -> bool:
-    """Whether the file holds these answers, all of them.
-
-    Raises InputError: it holds others. Where a run has not finished, OUT.part decides.
-    """
-    from evomerge.finished import is_finished
-
-    unknown = not out.with_name(f"{out.name}.made").exists()
-    if unknown and out.with_name(f"{out.name}.part").exists():  # of version 0.2
-        return False
-    return is_finished(out, facts, "answers")
 
 
 def _refining_steps(request: InferenceRequest, tasks: Sequence[Task], say: Say) -> list[Refining]:
