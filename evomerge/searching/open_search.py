@@ -170,7 +170,7 @@ def _facts(prepared: Prepared, known: StudyFacts) -> StudyFacts:
         split=SplitKeys(
             stored_ids(split.search), stored_ids(split.validation), stored_ids(split.held_out)
         ),
-        names=tuple(prepared.genome.names),
+        names=known.names or tuple(prepared.genome.names),
         n_layers=prepared.genome.slices[-1][1],
         knowledge=None if chooser is None else chooser.knowledge.digest(),
     )

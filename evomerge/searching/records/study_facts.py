@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any
 
 from evomerge.errors import StudyError
+from evomerge.searching.records.judge_report import JudgeReport
 from evomerge.searching.records.verdict_record import Sample, ValidationChoice, Verdict
 from evomerge.study import Study
 
@@ -113,7 +114,7 @@ class StudyFacts:
     verdict: Verdict | None = None
     look: int = 1  # how many verdicts the study has had
     samples: tuple[Sample, ...] = ()
-    judge_report: Mapping[str, Any] | None = None  # as `judge_facts` wrote it
+    judge_report: JudgeReport | None = None
 
     @property
     def begun(self) -> bool:
@@ -181,6 +182,7 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "validation": ValidationChoice.from_dict,
     "verdict": Verdict.from_dict,
     "samples": _each(Sample.from_dict),
+    "judge_report": JudgeReport.from_dict,
 }
 # fields of StudyFacts with another key in the storage
 STORED_KEYS = {"known_candidates": "first", "compared": "finalists"}
