@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from evomerge.console import LONGEST
 from evomerge.errors import InputError
 from evomerge.finished import hash_of, is_finished
 
@@ -83,6 +84,13 @@ def check_request(request: InferenceRequest, called: Callable[[str], str] = para
     ):
         if value is not None and value < least:
             raise InputError(f"must be {least} or more", where=called(name), found=value)
+    limit = request.time_limit
+    if limit is not None and not 0 < limit <= LONGEST:
+        raise InputError(
+            "is not a number of seconds above 0, or longer than ten years",
+            where=called("time_limit"),
+            found=limit,
+        )
     if request.judge is not None and request.best_of is None:
         raise InputError(
             "chooses among several answers",
