@@ -46,7 +46,11 @@ def is_finished(out: Path, facts: Mapping[str, str], what: str, going_on: bool =
     if changed:
         listed = ", ".join(changed)
         raise InputError(f"holds {what} of another run: other {listed}", where=out, remedy=CHOICE)
-    if made.content != hash_of_file(out):
+    try:
+        changed_since = made.content != hash_of_file(out)
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", where=out, remedy=CHOICE) from error
+    if changed_since:
         if going_on:
             return False
         raise InputError("was changed after it was written", where=out, remedy=CHOICE)

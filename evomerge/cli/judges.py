@@ -189,13 +189,16 @@ def judge_validate(args: argparse.Namespace) -> None:
 
 def judge_fit(args: argparse.Namespace) -> None:
     """Fit a judge, and report how well it grades models that it was not fitted on."""
+    from evomerge.judging.learned.features import VERSION
     from evomerge.judging.learned.fit import fit_file
+    from evomerge.judging.learned.judge import FORMAT_VERSION
     from evomerge.judging.validation.families import wanted_models
 
     judges = [name for names in args.reference for name in names.split(",") if name]
     models = wanted_models(args.models)
     facts = _facts(args, ("tasks", "answers", "grades"))
     facts["judges or models"] = hash_of((judges, args.models))
+    facts["version of evomerge"] = hash_of((FORMAT_VERSION, VERSION))
     if _is_made(args, facts, "a judge"):
         return
     fitted = fit_file(args.tasks, args.answers, args.grades, judges, args.out, models)
