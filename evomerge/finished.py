@@ -33,7 +33,7 @@ def is_finished(out: Path, facts: Mapping[str, str], what: str, going_on: bool =
     `going_on`: there is a run to resume, which may have been killed while it replaced `out`. Raises
     InputError where `out` holds anything else.
     """
-    if not out.exists():
+    if not out.is_file():  # whether a folder or a device will do is up to the writer
         return False
     made = _read(out)
     if made is None and going_on:
