@@ -13,6 +13,9 @@ from evomerge.api.inputs import (
     RecipeLike,
     StudyFile,
     Tasks,
+    recipe_inputs,
+    result_files,
+    results_folder,
     setting_texts,
     storage_url,
     to_recipe,
@@ -20,6 +23,7 @@ from evomerge.api.inputs import (
     to_tasks,
 )
 from evomerge.api.loaded_study import LoadedStudy, build_model_folder
+from evomerge.outputs import check_outputs
 
 if TYPE_CHECKING:
     from evomerge.console import Console
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
     from evomerge.inference.result import InferenceResult
     from evomerge.judging.grade import Judge
     from evomerge.searching.preflight import PreflightFinding
+    from evomerge.study import Study
 
 
 def search(
@@ -79,10 +84,23 @@ def search(
     from evomerge.searching.open_search import open_search
 
     url = storage_url(storage, checked.study)
+    _check_search_outputs(study_file, checked, url, results)
     with open_search(checked, url, console or Console()) as running:
         running.run()
     found = load_study(checked.study, storage=url)
     return replace(found, written=tuple(found.write_results(results)))
+
+
+def _check_search_outputs(
+    study_file: StudyFile, study: Study, url: str, results: str | Path | None
+) -> None:
+    """Raise InputError where storage or results would overwrite what the search reads."""
+    from evomerge.searching.records.optuna_adapter import sqlite_path
+    from evomerge.study import files_read
+
+    own = Path(study_file) if isinstance(study_file, str | Path) else None
+    written = result_files(results_folder(results, study.study))
+    check_outputs(files=[sqlite_path(url), *written], inputs=[own, *files_read(study)])
 
 
 def check(
@@ -152,7 +170,12 @@ def merge(
 
     console = console or Console()
     try:
+        own = Path(recipe) if isinstance(recipe, str | Path) else None
+        check_outputs(folders=[out], inputs=[own])
         parsed, text = to_recipe(recipe)
+        if parsed.note is not None:
+            console.say(parsed.note if own is None else f"{own}: {parsed.note}")
+        check_outputs(folders=[out], inputs=recipe_inputs(parsed))
         return build_model_folder(parsed, Path(out), text, shard_size, random_seed, console)
     except UnsupportedRecipe as error:  # found before anything is written
         if not is_installed() or not isinstance(recipe, str | Path):
@@ -214,7 +237,8 @@ def infer(
         max_new_tokens=max_new_tokens, best_of=best_of, judge=judge, self_check=self_check,
         time_limit=time_limit, overwrite=overwrite,
     )  # fmt: skip
-    return run_request(request, to_tasks(tasks), out, console)
+    task_file = Path(tasks) if isinstance(tasks, str | Path) else None
+    return run_request(request, to_tasks(tasks), out, console, task_file)
 
 
 def load_study(name: str, *, storage: str | Path | None = None) -> LoadedStudy:

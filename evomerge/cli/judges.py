@@ -10,6 +10,7 @@ from pathlib import Path
 from evomerge.cli.options import Commands, add_command, add_group, say_written
 from evomerge.console import Console, plus_minus
 from evomerge.finished import hash_of, hash_of_file, is_finished, record_made
+from evomerge.outputs import check_outputs
 
 GRADE = "evomerge judge grade --tasks t.jsonl --answers a.jsonl --judge rules --out g.jsonl"
 VALIDATE = (
@@ -101,7 +102,11 @@ def _overwrite_option(p: argparse.ArgumentParser) -> None:
 
 def _tasks_option(p: argparse.ArgumentParser) -> None:
     p.add_argument(
-        "--tasks", type=Path, required=True, metavar="T", help="the tasks, with references"
+        "--tasks",
+        type=Path,
+        required=True,
+        metavar="T",
+        help="the tasks, with references: JSON lines, .csv, .xlsx or .parquet",
     )
 
 
@@ -149,8 +154,11 @@ def _judge_options(p: argparse.ArgumentParser) -> None:
 def judge_grade(args: argparse.Namespace) -> None:
     """Grade the answers, and report their mean."""
     from evomerge.judging.answer_files import grade_file
-    from evomerge.judging.factory import judge_from_options
+    from evomerge.judging.factory import CACHE, judge_from_options
 
+    if args.out is not None:  # before a judge is opened
+        read = [args.tasks, args.answers, args.judge.partition(":")[2], CACHE]
+        check_outputs(files=[args.out], inputs=read)
     judge = judge_from_options(args.judge, args.set)
     facts = _facts(args, ("tasks", "answers")) | {"judge": hash_of((judge.name, judge.version))}
     if args.out is not None and _is_made(args, facts, "grades"):
@@ -194,6 +202,7 @@ def judge_fit(args: argparse.Namespace) -> None:
     from evomerge.judging.learned.judge import FORMAT_VERSION
     from evomerge.judging.validation.families import wanted_models
 
+    check_outputs(files=[args.out], inputs=[args.tasks, args.answers, args.grades])
     judges = [name for names in args.reference for name in names.split(",") if name]
     models = wanted_models(args.models)
     facts = _facts(args, ("tasks", "answers", "grades"))

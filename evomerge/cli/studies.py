@@ -174,14 +174,12 @@ def show(args: argparse.Namespace) -> None:
 def export(args: argparse.Namespace) -> None:
     """Write the winner's YAML, its model folder, or a runner."""
     import evomerge
-    from evomerge.files import replace_file
 
     if args.knowledge is not None and args.runner is None:
         raise InputError(
             "goes into a runner", where="--knowledge", remedy="Add --runner DIR, or leave it out."
         )
     found, console = evomerge.load_study(args.study, storage=args.storage), Console()
-    text = found.recipe_yaml
     if args.runner is not None:
         found.write_runner(args.runner, args.knowledge)
         say_written(console, [args.runner])
@@ -189,10 +187,9 @@ def export(args: argparse.Namespace) -> None:
         found.build_model(args.model, shard_size=args.out_shard_size, console=console)
         say_written(console, [args.model])
     if args.output is not None:
-        replace_file(args.output, lambda path: path.write_text(text, encoding="utf-8"))
-        say_written(console, [args.output])
+        say_written(console, [found.write_recipe(args.output)])
     elif args.model is None and args.runner is None:
-        sys.stdout.write(text)
+        sys.stdout.write(found.recipe_yaml)
 
 
 def report(args: argparse.Namespace) -> None:

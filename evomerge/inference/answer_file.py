@@ -11,7 +11,7 @@ from evomerge.answering.engine import Answer, Engine, PromptSettings
 from evomerge.answering.prompts import Prompt, Prompter
 from evomerge.errors import EngineError, TaskError
 from evomerge.finished import record_made
-from evomerge.inference.part import Part, replace
+from evomerge.inference.part import CLASSES, Part, replace
 from evomerge.inference.run import Progress, Refining, Run, digest, make_batches
 from evomerge.tasks import Task
 
@@ -160,7 +160,7 @@ def _finish(
     """
     try:
         if any(prompt.choice is not None for prompt in run.prompts):
-            replace(out.with_suffix(".classes.jsonl"), _class_rows(run))
+            replace(out.with_suffix(CLASSES), _class_rows(run))
         replace(out, _rows(run, chosen, why))
         if facts is not None:
             record_made(out, facts, whole)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,32 +99,40 @@ def open_folder(ref: str, overrides: Sequence[str]) -> Opened:
     return _opened(lambda: _engine(folder, [], study), study, "", prints)
 
 
-def open_merged(recipe: Recipe | Path, overrides: Sequence[str]) -> Opened:
+def open_merged(
+    recipe: Recipe | Path, overrides: Sequence[str], say: Callable[[str], None] = lambda line: None
+) -> Opened:
     """A recipe, or the mergekit configuration in a file, merged in place.
 
     Its models' paths resolve as in `evomerge merge`. Raises RecipeError, ModelError.
     """
     from evomerge.merging.checkpoints.fingerprint import combined, fingerprint
     from evomerge.merging.stream import open_recipe
+    from evomerge.merging.vocabulary.chat_templates import chat_template_of
     from evomerge.recipe import read_recipe
 
     if isinstance(recipe, Path):
         if not recipe.is_file():
             raise InputError("no such recipe", where=recipe, remedy="Name a mergekit YAML.")
         recipe = read_recipe(recipe)
+    if recipe.note is not None:
+        say(recipe.note)
     models = open_recipe(recipe)
     base, *siblings = models.values()
     study = _seeded(overridden(_study(_dtype(recipe), base.config), overrides, USED))
-    merged = recipe
+    merged, template = recipe, chat_template_of(recipe, models)
 
     def load() -> Engine:
         # a single model is merged too: scaled, or with its layers moved
         engine = _engine(base, siblings or [base], study)
         engine.apply(merged)
+        if template is not None:
+            engine.tokenizer.chat_template = template
         return engine
 
     prints = {ref: combined(fingerprint(model.path)) for ref, model in models.items()}
-    return _opened(load, study, recipe.digest(), prints)
+    opened = _opened(load, study, recipe.digest(), prints)
+    return replace(opened, model=(opened.model, template))
 
 
 def open_server_at(

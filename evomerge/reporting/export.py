@@ -13,7 +13,7 @@ import yaml
 
 from evomerge.files import replace_file
 from evomerge.recipe import DARE
-from evomerge.reporting.card import model_card
+from evomerge.reporting.card import markdown_text, model_card
 from evomerge.reporting.report import write_report
 from evomerge.reporting.sentences import notes
 from evomerge.reporting.trial_table import write_trials_csv
@@ -23,6 +23,7 @@ from evomerge.searching.records.verdict_record import Verdict
 from evomerge.searching.snapshot import StudySnapshot
 from evomerge.study import Study
 
+RESULT_FILES = ("best.yaml", "README.md", "verdict.json", "trials.csv", "report.html")
 SEED_COMMENT = "# The same numbers are dropped with: mergekit-yaml --random-seed {seed}\n"
 # the keys of a trial in `evomerge show --json`
 SHOWN = (
@@ -126,13 +127,13 @@ def verdict_markdown(
     ]
     for name, c in verdict.candidates.items():
         error = "n = 1" if c.stderr is None else f"{c.stderr:.3f}"
-        lines.append(f"| {name} | {c.mean:.3f} | {error} | {c.truncated:.0%} |")
+        lines.append(f"| {markdown_text(name)} | {c.mean:.3f} | {error} | {c.truncated:.0%} |")
     lines += ["", "| paired difference | mean | 95 % interval |", "|---|---|---|"]
     for name, p in verdict.leads.items():
         interval = "n = 1"
         if p.low is not None:
             interval = f"{p.low:+.3f} to {p.high:+.3f}"
-        lines.append(f"| winner − {name} | {p.diff:+.3f} | {interval} |")
+        lines.append(f"| winner − {markdown_text(name)} | {p.diff:+.3f} | {interval} |")
     if notes:
         lines += ["", " ".join(notes)]
     return "\n".join(lines) + "\n"

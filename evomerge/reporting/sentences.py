@@ -95,9 +95,7 @@ def remarks(verdict: Verdict | None) -> list[Remark]:
         interval = f"{signed(pair.low)} to {signed(pair.high)}"
         figures = f"{signed(pair.diff)}, 95 % interval {interval}, n = {verdict.n}"
         if pair.low is None or pair.high is None:
-            text = (
-                f"A single task tells nothing about the difference from {name}: {signed(pair.diff)}."
-            )
+            text = f"One task tells nothing about the difference from {name}: {signed(pair.diff)}."
             found.append(Remark("open", text))
         elif pair.low > 0:
             found.append(Remark("better", f"Better than {name}: {figures}."))

@@ -20,8 +20,8 @@ from evomerge.console import Console
 from evomerge.errors import StudyError, StudyFileError
 from evomerge.judging.factory import check_tasks, make_judge
 from evomerge.judging.grade import Judge, WaitingJudge
+from evomerge.merging.adapters.lora import AdaptedModel
 from evomerge.merging.checkpoints.fingerprint import combined, fingerprint
-from evomerge.merging.checkpoints.lora import AdaptedModel
 from evomerge.merging.checkpoints.model_folder import ModelFolder
 from evomerge.searching.assemble import judged_search, lm_eval_search
 from evomerge.searching.ledger import (

@@ -14,6 +14,7 @@ from evomerge.console import size
 from evomerge.errors import EvomergeError, ModelError
 from evomerge.genome.weights import Genome, make_genome
 from evomerge.merging.checkpoints.compatibility import check_fit
+from evomerge.merging.checkpoints.config_defaults import config_value
 from evomerge.merging.checkpoints.model_folder import ModelFolder
 from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.study import JUDGE_MODEL, SUBSET, Study
@@ -223,7 +224,7 @@ def live_bytes(study: Study, config: Mapping[str, Any], parameters: int) -> floa
     if study.engine.quantization is None:
         return parameters * whole
     rows = int(config["vocab_size"]) * int(config["hidden_size"])
-    if not config.get("tie_word_embeddings"):
+    if not config_value(config, "tie_word_embeddings"):
         rows *= 2
     # double: a scale is a byte, and has its own scale
     scales = 4 / 64 if study.engine.quantization == "4bit" else 1 / 64 + 4 / (64 * 256)

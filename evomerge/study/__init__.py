@@ -5,6 +5,7 @@ Everything is checked here, once; a message names the key, the value found and t
 
 from evomerge.study.comparing import STOPPING_KEYS, changed_keys
 from evomerge.study.engine_keys import EngineSection, VllmSection
+from evomerge.study.files_read import files_read
 from evomerge.study.genome_keys import GenomeSection, mixes_models
 from evomerge.study.judge_keys import JUDGE_MODEL, JudgeSection
 from evomerge.study.prompt_keys import GenerationSection, PromptSection, SplitSection, TaskSource
@@ -30,6 +31,7 @@ __all__ = [
     "TaskSource",
     "VllmSection",
     "changed_keys",
+    "files_read",
     "mixes_models",
     "overridden",
     "read_judge",
