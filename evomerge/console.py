@@ -20,6 +20,13 @@ REDRAW_EVERY = 0.1  # seconds between a progress bar's changes
 BAR = 24  # its columns
 # seconds without output before a plain line shows the progress within a candidate
 DETAIL_EVERY = 60.0
+# days, hours, minutes and seconds, or a bare number of seconds
+_NUMBER = r"(\d{1,9}(?:\.\d{1,9})?)"
+_DURATION = re.compile(
+    rf"(?:{_NUMBER} ?d)? ?(?:{_NUMBER} ?h)? ?(?:{_NUMBER} ?m)? ?(?:{_NUMBER} ?s)?|{_NUMBER}"
+)
+UNITS = (86400, 3600, 60, 1, 1)
+LONGEST = 3650 * 86400.0
 # controls, line separators, marks that turn the direction of writing, halves of surrogate pairs
 _UNSEEN = re.compile(
     "[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
@@ -157,15 +164,17 @@ def byte_progress(console: Console, doing: str) -> Callable[[int, int], None]:
 
 
 def seconds(text: str) -> float | None:
-    """The seconds of "90s", "55m", "8h", "2d" or a bare number, at most a billion.
+    """The seconds of "90s", "55m", "1h30m", "2d" or a bare number.
 
-    None: not a duration above 0.
+    None: not a duration above 0, or longer than ten years.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", text.strip())
+    match = _DURATION.fullmatch(text.strip())
     if match is None:
         return None
-    found = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
-    return found if 1e-6 <= found <= 1e9 else None
+    total = sum(
+        float(number or 0) * unit for number, unit in zip(match.groups(), UNITS, strict=True)
+    )
+    return total if 0 < total <= LONGEST else None
 
 
 def plus_minus(value: float, error: float | None) -> str:

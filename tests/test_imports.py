@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1] / "evomerge"
 ORDER = [
-    ["errors", "console", "files", "outputs", "sqlite_file", "text", "yaml_json"],
+    ["masking", "errors", "console", "files", "finished", "outputs"],
+    ["sqlite_file", "text", "yaml_json"],
     ["sheets"],
     ["task_files"],
     ["study", "recipe", "tasks"],

@@ -38,17 +38,19 @@ def trial_line(r: TrialRecord) -> str:
 
 def print_verdict(found: LoadedStudy) -> None:
     """The verdict with its paired differences and notes, or the best so far."""
+    from evomerge.reporting.sentences import conclusion
+
     verdict, winner = found.verdict, found.winner
+    named = f"trial {winner.number} ({found.unbeaten or winner.role})"
     if verdict is None:
         put(
-            f"best so far: trial {winner.number} ({winner.role}), "
+            f"best so far: {named}, "
             f"{plus_minus(winner.score or 0.0, winner.stderr)} on its tasks; no verdict yet"
         )
         return
-    put(
-        f"verdict on {verdict.n} held-out tasks, metric {verdict.metric}; "
-        f"winner: trial {winner.number} ({winner.role})"
-    )
+    put(f"verdict on {verdict.n} held-out tasks, metric {verdict.metric}; winner: {named}")
+    for line in textwrap.wrap(conclusion(verdict), WIDTH):
+        put(line)
     for name, c in verdict.candidates.items():
         line = f"  {name:12} {plus_minus(c.mean, c.stderr)}  cut {c.truncated:>4.0%}"
         paired = verdict.leads.get(name)

@@ -19,7 +19,7 @@ LONGEST = 10_000_000  # characters of a field: csv's own limit is shorter than a
 DELIMITERS = ",\t;"  # Excel writes ; where the comma is the decimal sign
 NAMED = re.compile(r'"?sep=([^\r\n])"?\r?\n')  # Excel's own way to name the delimiter
 # what a spreadsheet may run; Excel trims what stands before (OWASP, "CSV injection")
-FORMULA = re.compile(r"'*(?:[\t\r\n]|\s*[=+\-@＝＋－＠])")
+FORMULA = re.compile(r"\A'*+(?:[\t\r\n]|\s*+[=+\-@＝＋－＠])")
 
 
 def inert(text: str) -> str:

@@ -19,7 +19,7 @@ from evomerge.sheets.delimited import read_delimited
 TEMPLATE = "{input}"  # the template of a class that is known only by its examples
 # SHEET.csv, or as spreadsheets name an export: FILE - SHEET.csv (Google), FILE-SHEET.csv
 # (LibreOffice), with a number where the browser had such a file already
-EXPORT = re.compile(r".*?\s*-\s*(?P<sheet>\w+?)(?: ?\(\d+\))?\.[ct]sv", re.DOTALL)
+EXPORT = re.compile(r"\A.*-\s*+(?P<sheet>\w++)(?: ?\(\d++\))?\.[ct]sv", re.DOTALL)
 
 
 def read_csv(path: Path, tables: Tables) -> None:
