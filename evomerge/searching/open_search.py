@@ -85,6 +85,9 @@ def open_study(prepared: Prepared, url: str, console: Console) -> Ledger:
             before, now = getattr(old, key), getattr(facts, key)
             if before != now and (key in CHANGING or not before):
                 ledger.remember(key, now)
+        # facts are without the secrets that older versions stored
+        if ledger.storage.attributes()["study_file"] != facts.study_file:
+            ledger.remember("study_file", facts.study_file)
     _introduce(prepared, console)
     return ledger
 
