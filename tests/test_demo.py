@@ -16,6 +16,7 @@ from evomerge import demo
 from evomerge.demo import pair as pair_module
 from evomerge.demo import skills, training
 from evomerge.errors import OutputError
+from evomerge.study import read_study
 from evomerge.tasks import load_tasks, split_tasks
 
 
@@ -171,3 +172,24 @@ def test_a_failed_build_leaves_no_half_pair(
     with pytest.raises(OutputError, match="No space left"):
         demo.build_demo(tmp_path / "pair")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_study_file_is_the_shipped_one_with_paths_from_here(pair: Path) -> None:
+    study = read_study(pair / demo.STUDY)
+    shipped = read_study(Path(__file__).parents[1] / "search_spaces" / "demo.yaml")
+    assert study.genome.base_model == str(pair / "base")
+    assert study.genome.models == (str(pair / "instruct"),)
+    assert study.tasks[0].file == str(pair / "tasks.jsonl")
+    assert study.search == shipped.search
+    assert study.generation == shipped.generation
+
+
+def test_a_changed_study_file_is_kept(pair: Path) -> None:
+    file = pair / demo.STUDY
+    before = file.read_text(encoding="utf-8")
+    file.write_text(before + "# mine\n", encoding="utf-8")
+    demo.build_demo(pair)
+    assert file.read_text(encoding="utf-8") == before + "# mine\n"
+    file.unlink()
+    demo.build_demo(pair)
+    assert file.read_text(encoding="utf-8") == before

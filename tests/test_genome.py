@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from merging_tools import load_all, make_family
 
 from evomerge.cli import main
+from evomerge.genome.search_space import model_names
 from evomerge.genome.weights import make_genome, walk
 from evomerge.merging.stream import MergePlan, open_recipe
 from evomerge.recipe import Recipe, task_arithmetic_recipe
@@ -95,14 +96,14 @@ def test_genes_have_names_of_their_own_and_start_inside_their_range(g):
 
 def test_plain_genomes_keep_their_names_and_their_recipes():
     one = genome(base_model="base", models=("a",), layer_granularity=2)
-    assert one.names == ("layers_0_1", "layers_2_3", "layers_4_5")
+    assert one.names == ("layers 0-1 · a", "layers 2-3 · a", "layers 4-5 · a")
     assert [gene.label for gene in one.genes] == ["0–1", "2–3", "4–5"]
     two = genome(base_model="base", models=("a", "x/b"), layer_granularity=3)
     assert two.names == (
-        "layers_0_2_model_0",
-        "layers_0_2_model_1",
-        "layers_3_5_model_0",
-        "layers_3_5_model_1",
+        "layers 0-2 · a",
+        "layers 0-2 · b",
+        "layers 3-5 · a",
+        "layers 3-5 · b",
     )
     assert two.genes[1].label == "0–2 b"
     plain = task_arithmetic_recipe("base", ["a", "x/b"], [(0, 3), (3, 6)], [[0.1, 0.2], [0.3, 0.4]])
@@ -111,19 +112,27 @@ def test_plain_genomes_keep_their_names_and_their_recipes():
 
 def test_names_of_parameters_filters_and_points():
     g = genome(base_model="base", models=("a", "b"), merge_method="ties", filters=("mlp",))
-    tail = [
-        "model_0_filter_mlp",
-        "model_0_density_filter_mlp",
-        "model_0_rest",
-        "model_0_density_rest",
-    ]
-    assert g.names[:4] == tuple(f"layers_0_5_{name}" for name in tail)
+    tail = ["mlp", "density · mlp", "rest", "density · rest"]
+    assert g.names[:4] == tuple(f"layers 0-5 · a · {name}" for name in tail)
     assert g.genes[1].label == "0–5 a density mlp"
     assert genome(base_model="base", models=("a",), smooth=True, layer_granularity=2).names == (
-        "point_0",
-        "point_1",
-        "point_2",
+        "point 0 · a",
+        "point 1 · a",
+        "point 2 · a",
     )
+
+
+@pytest.mark.parametrize(
+    ("refs", "names"),
+    [
+        (("a", "x/b"), ("a", "b")),
+        (("x/a", "y/a", "b"), ("a-0", "a-1", "b")),
+        (("x/a", "y/a", "a-0"), ("a-0", "a-1", "a-0-2")),
+        (("base+lora/chat",), ("chat",)),
+    ],
+)
+def test_every_model_has_a_name_of_its_own(refs, names):
+    assert model_names(refs) == names
 
 
 def test_densities_have_bounds_start_and_step_of_their_own():

@@ -17,6 +17,8 @@ from evomerge.reporting.charts import PLOT, progress_chart
 from evomerge.reporting.report import write_report
 from evomerge.reporting.sentences import headline, remarks
 from evomerge.reporting.trial_table import seconds_by_phase, write_trials_csv
+from evomerge.searching.choosing import make_verdict
+from evomerge.searching.records.trial_record import TaskGrade
 from evomerge.searching.records.verdict_record import (
     HeldOutScore,
     PairedDifference,
@@ -300,3 +302,33 @@ def test_the_table_holds_every_trial(tmp_path: Path) -> None:
     assert [(r["part grade"], r["part length"]) for r in rows] == [
         ("3.5", "0.25") if t.parts else ("", "") for t in given
     ]
+
+
+def test_every_drawing_scales_and_every_table_scrolls(tmp_path: Path) -> None:
+    page = make_page(tmp_path / "r.html")
+    parsed = Elements(page)
+    drawings = [attributes for tag, attributes in parsed.found if tag == "svg"]
+    assert len(drawings) > 6
+    for attributes in drawings:
+        _, _, width, height = map(float, (attributes["viewbox"] or "").split())
+        if "width" in attributes:
+            assert width == float(attributes["width"] or 0)
+            assert height == float(attributes["height"] or 0)
+    assert page.count("<table") == page.count('<div class="scroll"><table')
+
+
+def test_one_held_out_task_gives_no_interval(tmp_path: Path) -> None:
+    grades = {}
+    for name, grade in (("winner", 4.0), ("base", 3.0)):
+        grades[name] = {"0": TaskGrade(None, False, grade)}
+    verdict = make_verdict(grades, "grade", 0)
+    assert verdict.paired["winner-base"] == PairedDifference(1.0, None, None)
+    # version 0.2.0 and before stored one of no width
+    older = verdict.to_dict()
+    older["paired"]["winner-base"] = {"diff": 1.0, "low": 1.0, "high": 1.0}
+    for found in (verdict, Verdict.from_dict(older)):
+        page = make_page(tmp_path / "r.html", verdict=found)
+        text = " ".join(" ".join(Elements(page).texts).split())
+        assert "+1.000 (n = 1)" in text
+        assert "A single task tells nothing about the difference from base: +1.000." in text
+        assert "Better than" not in text

@@ -9,7 +9,6 @@ import re
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 from scipy.stats import spearmanr
@@ -26,8 +25,9 @@ from evomerge.reporting.judge_section import (
     saved_grades,
 )
 from evomerge.reporting.report import write_report
-from evomerge.searching.records.judge_report import REASON, SHOWN, TEXT, judge_facts
-from evomerge.searching.records.study_facts import CascadeSavings
+from evomerge.searching.records.judge_report import JudgeReport
+from evomerge.searching.records.study_facts import CascadeSavings, stored
+from evomerge.searching.report_judge import REASON, SHOWN, TEXT, report_judge
 from evomerge.tasks import Task
 
 EVIL = "<script>alert('x')</script>\"&<b>"
@@ -92,9 +92,7 @@ class Texts(HTMLParser):
         return " ".join("".join(self.parts).split())
 
 
-def page(
-    tmp_path: Path, judge: dict[str, Any] | None, cascade: CascadeSavings | None = None
-) -> str:
+def page(tmp_path: Path, judge: JudgeReport | None, cascade: CascadeSavings | None = None) -> str:
     write_report(
         tmp_path / "r.html",
         study="s",
@@ -111,25 +109,25 @@ def page(
 
 def test_facts_are_json_and_hold_both_judges_grades() -> None:
     done = examined()
-    facts = judge_facts(
+    facts = report_judge(
         "llm:big", "abc", TASKS, done, {"within_task": {"value": 0.5, "low": 0.4, "high": 0.6}}
     )
-    assert json.loads(json.dumps(facts)) == facts
-    assert (facts["name"], facts["version"], facts["n"]) == ("llm:big", "abc", 20)
+    assert JudgeReport.from_dict(json.loads(json.dumps(stored(facts)))) == facts
+    assert (facts.name, facts.version, facts.n) == ("llm:big", "abc", 20)
     rules = RulesJudge()
     for name in NAMES:
-        assert facts["grades"][name] == [g.value for g in done[name].grades]
-        assert facts["rules"][name] == [
+        assert facts.grades[name] == [g.value for g in done[name].grades]
+        assert facts.rules[name] == [
             rules.grade(t, a).value for t, a in zip(TASKS, done[name].answers, strict=True)
         ]
 
 
 def test_agreement_is_scipys_spearman_and_a_plain_difference() -> None:
-    facts = judge_facts("llm:big", "abc", TASKS, examined())
-    found = compare_judges(facts["grades"], facts["rules"])
+    facts = report_judge("llm:big", "abc", TASKS, examined())
+    found = compare_judges(facts.grades, facts.rules)
     rhos, differences = [], []
     for t in range(len(TASKS)):
-        a, b = [facts["grades"][n][t] for n in NAMES], [facts["rules"][n][t] for n in NAMES]
+        a, b = [facts.grades[n][t] for n in NAMES], [facts.rules[n][t] for n in NAMES]
         differences.append(sum(x - y for x, y in zip(a, b, strict=True)) / 4)
         if len(set(a)) > 1 and len(set(b)) > 1:
             rhos.append(float(spearmanr(a, b).statistic))
@@ -139,15 +137,15 @@ def test_agreement_is_scipys_spearman_and_a_plain_difference() -> None:
         spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
         error = spread / math.sqrt(len(values))
         assert got == MeanFigure(pytest.approx(mean), pytest.approx(error), len(values))
-    for order, grades in zip(found.orders, (facts["grades"], facts["rules"]), strict=True):
+    for order, grades in zip(found.orders, (facts.grades, facts.rules), strict=True):
         means = [sum(grades[n]) for n in order]
         assert means == sorted(means, reverse=True)
 
 
 def test_two_candidates_have_no_rank_correlation_and_the_page_says_so(tmp_path: Path) -> None:
     done = {name: did for name, did in examined().items() if name in ("winner", "base")}
-    facts = judge_facts("llm:big", "abc", TASKS, done)
-    compared = compare_judges(facts["grades"], facts["rules"])
+    facts = report_judge("llm:big", "abc", TASKS, done)
+    compared = compare_judges(facts.grades, facts.rules)
     assert compared.spearman == MeanFigure(None, None, 0)
     assert "over 2 models– ± –0 tasks" in Texts(page(tmp_path, facts)).text
 
@@ -161,40 +159,35 @@ def test_shares_of_the_nearest_grade() -> None:
 
 def test_the_largest_disagreements_first_and_one_for_each_task() -> None:
     done = examined()
-    facts = judge_facts("llm:big", "abc", TASKS, done)
-    gap = lambda t, n: abs(facts["grades"][n][t] - facts["rules"][n][t])  # noqa: E731
+    facts = report_judge("llm:big", "abc", TASKS, done)
+    gap = lambda t, n: abs(facts.grades[n][t] - facts.rules[n][t])  # noqa: E731
     expected = sorted((max(gap(t, n) for n in NAMES) for t in range(len(TASKS))), reverse=True)[
         :SHOWN
     ]
-    shown = [
-        (pair["task_id"], pair["who"], [side["grade"] for side in pair["sides"]])
-        for pair in facts["pairs"]
-    ]
+    shown = [(pair.task_id, pair.who, [side.grade for side in pair.sides]) for pair in facts.pairs]
     assert [abs(a - b) for _, _, (a, b) in shown] == pytest.approx(expected)
     assert len({task for task, _, _ in shown}) == SHOWN
     for task, who, grades in shown:
-        assert grades == [facts["grades"][who][task], facts["rules"][who][task]]
-    assert facts["pairs"][0]["text"] == done[shown[0][1]].answers[shown[0][0]].text
+        assert grades == [facts.grades[who][task], facts.rules[who][task]]
+    assert facts.pairs[0].text == done[shown[0][1]].answers[shown[0][0]].text
 
 
 def test_rules_compare_the_winner_with_the_best_parent() -> None:
     done = examined(3)
-    facts = judge_facts("rules", "2", TASKS, done)
-    means = {n: sum(facts["grades"][n]) for n in ("base", "instruct")}
+    facts = report_judge("rules", "2", TASKS, done)
+    means = {n: sum(facts.grades[n]) for n in ("base", "instruct")}
     best = max(means, key=lambda n: means[n])
-    assert facts["rules"] is None
-    assert {tuple(side["name"] for side in pair["sides"]) for pair in facts["pairs"]} == {
-        ("winner", best)
-    }
-    gaps = [abs(a["grade"] - b["grade"]) for a, b in (pair["sides"] for pair in facts["pairs"])]
+    assert facts.rules is None
+    assert {tuple(side.name for side in pair.sides) for pair in facts.pairs} == {("winner", best)}
+    gaps = [abs(a.grade - b.grade) for a, b in (pair.sides for pair in facts.pairs)]
     everything = sorted(
-        (abs(a - b) for a, b in zip(facts["grades"]["winner"], facts["grades"][best], strict=True)),
+        (abs(a - b) for a, b in zip(facts.grades["winner"], facts.grades[best], strict=True)),
         reverse=True,
     )
     assert gaps == pytest.approx(everything[:SHOWN])
     same = {"winner": done["winner"], "sibling:a": done["winner"], "uniform": done["base"]}
     # no parent differs; uniform is none
-    assert judge_facts("rules", "2", TASKS, same)["pairs"] == []
+    assert report_judge("rules", "2", TASKS, same).pairs == ()
 
 
 def test_the_page_shows_the_figures(tmp_path: Path) -> None:
@@ -205,9 +198,9 @@ def test_the_page_shows_the_figures(tmp_path: Path) -> None:
         "model_level": {"value": None, "low": None, "high": None},
         "pairs": {"0.15-0.3": {"value": 0.875, "low": 0.8, "high": 0.9}},
     }
-    facts = judge_facts("cascade", "1f2e", TASKS, examined(), held_out)
+    facts = report_judge("cascade", "1f2e", TASKS, examined(), held_out)
     saved = CascadeSavings(graded=2400, asked=312)
-    text = Texts(page(tmp_path, json.loads(json.dumps(facts)), saved)).text
+    text = Texts(page(tmp_path, facts, saved)).text
     section = judge_section(facts, saved)
     assert section is not None
     winner, agreed = section.rows[0], section.agreement
@@ -230,7 +223,7 @@ def test_the_page_shows_the_figures(tmp_path: Path) -> None:
 
 
 def test_the_page_of_a_study_graded_by_rules_claims_no_agreement(tmp_path: Path) -> None:
-    text = Texts(page(tmp_path, judge_facts("rules", "2", TASKS, examined()))).text
+    text = Texts(page(tmp_path, report_judge("rules", "2", TASKS, examined()))).text
     assert "Winner and best parent: the largest differences" in text
     assert "nothing to compare it with here" in text
     assert "Spearman" not in text
@@ -246,7 +239,7 @@ def test_no_judge_no_section(tmp_path: Path) -> None:
 def test_texts_of_models_are_escaped_and_cut(tmp_path: Path, judge: str) -> None:
     long = EVIL + "長" * 5000
     did = lambda value: Did([Answer(long, True, 1)], [Grade(value, None, long)])  # noqa: E731
-    facts = judge_facts(
+    facts = report_judge(
         judge,
         EVIL,
         [Task(EVIL, long, long, "")],
@@ -259,13 +252,13 @@ def test_texts_of_models_are_escaped_and_cut(tmp_path: Path, judge: str) -> None
     # version, id, input, reference, answer, reason: each shown as written
     assert parsed.text.count(EVIL) >= 6
     assert max(len(part) for part in parsed.parts[parsed.parts.index("Judge") :]) <= TEXT + 2
-    (pair,) = facts["pairs"]
-    assert max(len(side["reason"]) for side in pair["sides"]) <= REASON + 2
+    (pair,) = facts.pairs
+    assert max(len(side.reason) for side in pair.sides) <= REASON + 2
 
 
 def test_bars_have_one_scale(tmp_path: Path) -> None:
     did = lambda *values: Did([Answer("1", False, 1)] * 4, [Grade(v, None, "") for v in values])  # noqa: E731
-    facts = judge_facts(
+    facts = report_judge(
         "rules",
         "2",
         TASKS[:4],

@@ -35,7 +35,11 @@ def model_commands(commands: Commands) -> None:
         help="decides what DARE drops, as in mergekit (default: 0)",
     )
     p = add_command(
-        commands, "demo", demo, "build a tiny pair of models and its tasks", "evomerge demo demo/"
+        commands,
+        "demo",
+        demo,
+        "build a tiny pair of models, its tasks and its study",
+        "evomerge demo demo/",
     )
     p.add_argument("out", type=Path, metavar="DIR", help="a new or empty folder")
 
@@ -59,12 +63,13 @@ def merge(args: argparse.Namespace) -> None:
 
 
 def demo(args: argparse.Namespace) -> None:
-    """Build the demo pair and its tasks."""
-    from evomerge.demo import build_demo
+    """Build the demo pair, its tasks and its study file."""
+    from evomerge.demo import STUDY, build_demo
 
     console = Console()
     build_demo(args.out, progress=console.status)
-    console.say(f"the demo pair and its tasks are in {args.out}")
+    study = Path(args.out, STUDY)
+    console.say(f"the demo pair and its tasks are in {args.out}: evomerge search {study}")
 
 
 def schema(args: argparse.Namespace) -> None:

@@ -53,7 +53,9 @@ def print_verdict(found: LoadedStudy) -> None:
         line = f"  {name:12} {plus_minus(c.mean, c.stderr)}  cut {c.truncated:>4.0%}"
         paired = verdict.leads.get(name)
         if paired:
-            interval = f"[{paired.low:+.3f}, {paired.high:+.3f}]"
+            interval = "(n = 1)"
+            if paired.low is not None:
+                interval = f"[{paired.low:+.3f}, {paired.high:+.3f}]"
             line += f"  winner ahead by {paired.diff:+.3f} {interval}"
         print(line)
     for sentence in found.notes:

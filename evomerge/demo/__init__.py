@@ -8,7 +8,7 @@ something, and what is worth keeping is in different slices: no single weight fo
 everything. How this setup was found: docs/LOG.md.
 """
 
-from evomerge.demo.pair import build_demo
+from evomerge.demo.pair import STUDY, build_demo
 from evomerge.demo.skills import SKILLS, make_tasks
 
-__all__ = ["SKILLS", "build_demo", "make_tasks"]
+__all__ = ["SKILLS", "STUDY", "build_demo", "make_tasks"]

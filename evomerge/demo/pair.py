@@ -1,4 +1,4 @@
-"""Building the demo pair in a folder: base/, instruct/ and tasks.jsonl."""
+"""Building the demo pair in a folder: base/, instruct/, tasks.jsonl and its study file."""
 
 from __future__ import annotations
 
@@ -18,25 +18,27 @@ from evomerge.demo.model import make_model, make_tokenizer
 from evomerge.demo.skills import ExampleSampler, make_tasks
 from evomerge.demo.training import BASE, SIBLING_STAGES, train
 from evomerge.errors import OutputError
+from evomerge.files import replace_file
+from evomerge.study.shipped import shipped_study
 
 VERSION = 1  # a pair of another version is rebuilt
+STUDY = "study.yaml"
 MARKER = "demo.json"  # written last: a folder that holds it holds a finished pair
 # The trained bits depend on it; two threads gain little here and lose a lot on a busy machine.
 THREADS = 1
 
 
 def build_demo(out: Path, seed: int = 0, progress: Callable[[str], None] | None = None) -> Path:
-    """Train the pair and write base/, instruct/ and tasks.jsonl to `out`.
+    """Train the pair and write base/, instruct/, tasks.jsonl and study.yaml to `out`.
 
     Takes a minute and a quarter on one free CPU core; the same seed on the same machine gives the
-    same bits. A finished pair with this seed is left unchanged. `progress` receives lines of text.
+    same bits. A finished pair with this seed is left unchanged, and so is its study file.
+    `progress` receives lines of text.
     Raises OutputError: `out` holds something else, or cannot be written.
     """
     out = Path(out)
     mark = {"version": VERSION, "seed": seed}
     found = _marker(out)
-    if found == mark:
-        return out
     if out.exists() and found is None and not _is_empty_folder(out):
         raise OutputError(
             "is not a demo pair, and would be overwritten",
@@ -44,7 +46,9 @@ def build_demo(out: Path, seed: int = 0, progress: Callable[[str], None] | None 
             remedy="Name a new or empty folder.",
         )
     try:
-        _build(out, mark, progress or (lambda line: None))
+        if found != mark:
+            _build(out, mark, progress or (lambda line: None))
+        _write_study(out)
     except OSError as error:
         raise OutputError(
             f"the demo pair could not be written: {error.strerror or error}",
@@ -67,6 +71,16 @@ def _build(out: Path, mark: dict[str, int], progress: Callable[[str], None]) -> 
         os.replace(draft, out)
     finally:
         shutil.rmtree(draft, ignore_errors=True)  # after a success it is gone already
+
+
+def _write_study(out: Path) -> None:
+    """Write search_spaces/demo.yaml with paths from here, unless a study file is there."""
+    file = out / STUDY
+    if file.exists():
+        return
+    lines = shipped_study("demo.yaml").read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if not line.startswith("# yaml-language-server")]
+    replace_file(file, lambda path: path.write_text("".join(kept).replace("../demo/", "")))
 
 
 def _write_pair(folder: Path, seed: int, progress: Callable[[str], None]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from evomerge.recipe import METHODS
 class Gene:
     """One number of a vector."""
 
-    name: str  # its parameter in the Optuna study
+    name: str  # its parameter in the Optuna study, such as "layers 0-1 · instruct"
     label: str  # for a table or a chart
     low: float
     high: float
@@ -82,6 +82,12 @@ class SearchSpace:
         """One name per number, as the Optuna study's parameters have them."""
         return tuple(gene.name for gene in self.genes)
 
+    @property
+    def shape(self) -> tuple[object, ...]:
+        """What each number stands for, whatever the models are called."""
+        sets = (len(self.models), self.filter_sets, self.parameters)
+        return (self.method == "slerp", self.smooth, self.slices, *sets)
+
     def position(self, group: int, model: int, filter_set: int, parameter: int) -> int:
         """The index of x[group, model, filter set, parameter] in the flattened vector."""
         place = group * len(self.models) + model
@@ -102,37 +108,49 @@ def _slerp_genes(space: SearchSpace) -> Iterator[Gene]:
         yield Gene(name, label, 0.0, length, middle, length / (high - low))
 
 
+def model_names(refs: Sequence[str]) -> tuple[str, ...]:
+    """What each model is called beside the others: its folder's name, with a number where shared.
+
+    The adapter's name for `model+adapter`.
+    """
+    stems = [Path(ref).name or ref for ref in refs]
+    numbered = [f"{stem}-{i}" for i, stem in enumerate(stems)]
+    names = []
+    for stem, other in zip(stems, numbered, strict=True):
+        names.append(stem if stems.count(stem) == 1 else other)
+    return tuple(names if len(set(names)) == len(names) else numbered)
+
+
 def _weight_genes(space: SearchSpace) -> Iterator[Gene]:
     low, high = space.weight_bounds
     sparse, dense = space.density_bounds
     scale = (dense - sparse) / (high - low)
+    names = model_names(space.models)
     for g in range(len(space.slices)):
         group, group_label = _group(space, g)
-        for m, ref in enumerate(space.models):
-            model, model_label = "", ""
-            if len(space.models) > 1:
-                model, model_label = f"_model_{m}", f" {Path(ref).name}"
+        for model in names:
+            shown = f" {model}" if len(names) > 1 else ""
             for text in space.filter_sets:
-                tail, tail_label = _filter(space, text)
-                name, label = group + model, group_label + model_label
-                yield Gene(name + tail, label + tail_label, low, high, space.start, 1.0)
+                part, part_label = _filter(space, text)
+                name, label = f"{group} · {model}", group_label + shown
+                yield Gene(name + part, label + part_label, low, high, space.start, 1.0)
                 if "density" in space.parameters:
-                    name, label = f"{name}_density{tail}", f"{label} density{tail_label}"
+                    name, label = f"{name} · density{part}", f"{label} density{part_label}"
                     yield Gene(name, label, sparse, dense, space.start_density, scale)
 
 
 def _group(space: SearchSpace, g: int) -> tuple[str, str]:
     """Name and label of a slice, or of a point of the lines."""
     if space.smooth:
-        return f"point_{g}", f"point {g}"
+        return f"point {g}", f"point {g}"
     start, end = space.slices[g]
-    return f"layers_{start}_{end - 1}", f"{start}–{end - 1}"
+    return f"layers {start}-{end - 1}", f"{start}–{end - 1}"
 
 
 def _filter(space: SearchSpace, text: str | None) -> tuple[str, str]:
     """Name and label of a filter set."""
     if text is not None:
-        return f"_filter_{text}", f" {text}"
+        return f" · {text}", f" {text}"
     if space.filters:
-        return "_rest", " rest"
+        return " · rest", " rest"
     return "", ""

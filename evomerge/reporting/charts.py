@@ -133,7 +133,10 @@ def verdict_rows(verdict: Verdict | None) -> list[VerdictRow]:
         error = Z95 * (c.stderr or 0.0)
         means[name] = (c.mean - error, c.mean, c.mean + error)
     x_mean = scale(flattened(means.values()), 6, CELL_WIDTH - 6)
-    pairs = {name: (p.low, p.diff, p.high) for name, p in leads.items()}
+    pairs = {}
+    for name, p in leads.items():
+        low, high = p.low, p.high
+        pairs[name] = (p.diff if low is None else low, p.diff, p.diff if high is None else high)
     x_pair = scale([0.0, *flattened(pairs.values())], 6, CELL_WIDTH - 6)
     rows = []
     for name, c in candidates.items():

@@ -129,7 +129,9 @@ def verdict_markdown(
         lines.append(f"| {name} | {c.mean:.3f} | {error} | {c.truncated:.0%} |")
     lines += ["", "| paired difference | mean | 95 % interval |", "|---|---|---|"]
     for name, p in verdict.leads.items():
-        interval = f"{p.low:+.3f} to {p.high:+.3f}"
+        interval = "n = 1"
+        if p.low is not None:
+            interval = f"{p.low:+.3f} to {p.high:+.3f}"
         lines.append(f"| winner − {name} | {p.diff:+.3f} | {interval} |")
     if notes:
         lines += ["", " ".join(notes)]

@@ -1,6 +1,6 @@
 """The report's section on the judge: which judge graded, and how far its grades can be trusted.
 
-It is computed from what a search remembers at the verdict: searching/records/judge_report.py.
+It is computed from the JudgeReport that a search stores at the verdict.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 from evomerge.judging.validation.agreement import spearman
 
 if TYPE_CHECKING:
+    from evomerge.searching.records.judge_report import JudgePair, JudgeReport
     from evomerge.searching.records.study_facts import CascadeSavings
 
 LEVELS = (1, 2, 3, 4, 5)
@@ -99,17 +100,17 @@ class JudgeView:
     agreement: JudgeComparison | None
     held_out: list[FittedFigure]
     savings: SavedGrades | None
-    pairs: Sequence[Mapping[str, Any]]
+    pairs: Sequence[JudgePair]
     by_rules: bool
 
 
 def judge_section(
-    facts: Mapping[str, Any] | None, cascade: CascadeSavings | None = None
+    report: JudgeReport | None, cascade: CascadeSavings | None = None
 ) -> JudgeView | None:
-    """What the page shows from `judge_facts`, and about what a cascade judge saved."""
-    if facts is None:
+    """What the page shows about the judge, and about what a cascade judge saved."""
+    if report is None:
         return None
-    grades, rules = facts["grades"], facts.get("rules")
+    grades, rules = report.grades, report.rules
     by_rules: dict[str, MeanFigure] = {}
     agreement = None
     if rules:
@@ -121,14 +122,14 @@ def judge_section(
         rows.append(CandidateRow(name, own.mean, own.stderr, own.n, bars, by_rules.get(name)))
     highest = max((bar.share for row in rows for bar in row.bars), default=0.0)
     return JudgeView(
-        name=facts["name"],
-        version=facts["version"],
+        name=report.name,
+        version=report.version,
         rows=rows,
         top=highest or 1.0,
         agreement=agreement,
-        held_out=fitted_figures(facts.get("held_out")),
+        held_out=fitted_figures(report.held_out),
         savings=saved_grades(cascade),
-        pairs=facts["pairs"],
+        pairs=report.pairs,
         by_rules=rules is None,
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from evomerge.reporting.charts import progress_chart, verdict_rows, weight_chart
 from evomerge.reporting.judge_section import judge_section
@@ -28,6 +28,7 @@ from evomerge.reporting.trial_table import seconds_by_phase, truncation
 if TYPE_CHECKING:
     import jinja2
 
+    from evomerge.searching.records.judge_report import JudgeReport
     from evomerge.searching.records.study_facts import CascadeSavings
     from evomerge.searching.records.trial_record import TrialRecord
     from evomerge.searching.records.verdict_record import Sample, Verdict
@@ -45,7 +46,7 @@ def write_report(
     labels: Mapping[int, str] | None = None,
     samples: Sequence[Sample] = (),
     study_file: str = "",
-    judge: Mapping[str, Any] | None = None,
+    judge: JudgeReport | None = None,
     cascade: CascadeSavings | None = None,
     notes: Sequence[str] = (),
 ) -> Path:
@@ -53,8 +54,8 @@ def write_report(
 
     `best` is the winner's trial number. `slices` holds a label per weight, such as "0–2". `labels`
     names parents and uniform trials by their numbers: "base", "uniform 0.5". `samples` are held-out
-    answers side by side. `judge` is the result of judge_facts, `cascade` what a cascade judge
-    saved, `notes` the result of sentences.notes.
+    answers side by side. `judge` is what the study stores about its judge, `cascade` what a cascade
+    judge saved, `notes` the result of sentences.notes.
     """
     winner = next((t for t in trials if t.number == best), None)
     page = (

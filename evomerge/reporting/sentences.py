@@ -94,7 +94,10 @@ def remarks(verdict: Verdict | None) -> list[Remark]:
             name = f"the {name}"
         interval = f"{signed(pair.low)} to {signed(pair.high)}"
         figures = f"{signed(pair.diff)}, 95 % interval {interval}, n = {verdict.n}"
-        if pair.low > 0:
+        if pair.low is None or pair.high is None:
+            text = f"A single task tells nothing about the difference from {name}: {signed(pair.diff)}."
+            found.append(Remark("open", text))
+        elif pair.low > 0:
             found.append(Remark("better", f"Better than {name}: {figures}."))
         elif pair.high < 0:
             found.append(Remark("worse", f"Worse than {name}: {figures}."))

@@ -7,20 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from evomerge.answering.cache import MERGED
 from evomerge.console import Console
 from evomerge.errors import StudyFileError
+from evomerge.genome.search_space import model_names
 from evomerge.genome.weights import Genome
 from evomerge.searching.evaluate import Evaluation, Evaluator
 from evomerge.searching.generation.racing import t_quantile
 from evomerge.searching.history import History, best_first
 from evomerge.searching.ledger import Ledger
 from evomerge.searching.prepare import Problem
-from evomerge.searching.records.judge_report import cut, judge_facts, known_agreement
 from evomerge.searching.records.trial_record import TaskGrade, TrialRecord, metric_values
 from evomerge.searching.records.verdict_record import (
     LEAD,
@@ -32,6 +31,7 @@ from evomerge.searching.records.verdict_record import (
     ValidationChoice,
     Verdict,
 )
+from evomerge.searching.report_judge import cut, known_agreement, report_judge
 from evomerge.searching.scoring import (
     Scorer,
     bootstrap_interval,
@@ -43,6 +43,7 @@ from evomerge.tasks import Task
 # that an equal trial beats the mean: three standard errors of many tasks, more of few (Student
 # 1908)
 CHANCE = 0.00135
+TAKEN = ("winner", "base", "uniform")  # names in a verdict that no sibling has
 SAMPLES = 12  # held-out tasks whose answers are stored for the report
 SAMPLE_CHARACTERS = 600  # characters of each text that is stored for the report
 
@@ -105,15 +106,11 @@ def compared_with(history: History, genome: Genome) -> dict[str, TrialRecord]:
 
 
 def sibling_names(siblings: Sequence[str]) -> list[str]:
-    """The names of the siblings in a verdict: "instruct" alone, else "sibling:FOLDER_NAME"."""
-    if len(siblings) == 1:
-        return ["instruct"]
-    stems = [Path(ref).name for ref in siblings]
-    names = []
-    for i, stem in enumerate(stems):
-        alone = stems.count(stem) == 1
-        names.append(f"sibling:{stem}" if alone else f"sibling:{stem}-{i}")
-    return names
+    """The names of the siblings in a verdict: the folder's of a single one, else "sibling:NAME"."""
+    names = list(model_names(siblings))
+    if len(names) == 1 and names[0] not in TAKEN:
+        return names
+    return [f"sibling:{name}" for name in names]
 
 
 def make_verdict(
@@ -151,6 +148,8 @@ def _paired_difference(
         if task in other:
             differences.append(value - other[task])
             groups.append(sources[task] if sources else 0)
+    if len(differences) == 1:
+        return PairedDifference(differences[0], None, None)
     low, high = bootstrap_interval(differences, seed, groups)
     return PairedDifference(float(np.mean(differences)), low, high)
 
@@ -241,8 +240,8 @@ class FinalTest:
         tasks, judge = self.problem.split.held_out, self.evaluator.judge
         if judge is not None:
             known = known_agreement(judge)
-            facts = judge_facts(judge.name, judge.version, tasks, evaluations, known)
-            self.ledger.remember("judge_report", facts)
+            report = report_judge(judge.name, judge.version, tasks, evaluations, known)
+            self.ledger.remember("judge_report", report)
         self.ledger.remember("samples", samples(tasks, evaluations))
 
 

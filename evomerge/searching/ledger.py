@@ -102,7 +102,11 @@ def open_ledger(
     create: bool = False,
 ) -> Ledger:
     """Open a study; `create` makes a new one. Raises StudyError when it is unknown."""
-    return Ledger(open_stored(url, name, create), space)
+    ledger = Ledger(open_stored(url, name, create), space)
+    names = ledger.facts.names
+    if space is not None and len(names) == len(space):  # a study keeps the names it began with
+        ledger.space = dict(zip(names, space.values(), strict=True))
+    return ledger
 
 
 @contextmanager

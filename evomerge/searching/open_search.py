@@ -74,7 +74,7 @@ def open_study(prepared: Prepared, url: str, console: Console) -> Ledger:
     ledger = open_ledger(url, study.study, sampler.space, create=True)
     facts = facts_of(prepared, ledger.facts)
     if not ledger.storage.is_new:
-        ledger = compared(ledger, facts)
+        ledger = compared(ledger, facts, sampler.space)
     if ledger.storage.is_new:
         for key in BEGINNING:
             ledger.remember(key, getattr(facts, key))

@@ -76,6 +76,7 @@ class TransformersGradient:
             return compute(tokens, vector, limits.get("gradient_tokens", MICRO_TOKENS))
 
         def shrink() -> None:
+            """Halve the tokens of a pass; a single task cannot be divided."""
             micro = limits.get("gradient_tokens", MICRO_TOKENS)
             if micro <= longest:
                 raise EngineError(

@@ -143,6 +143,7 @@ def loglikelihood(
     batch: list[int] = []  # the rows that are being computed
 
     def run_next() -> None:
+        """Compute the next batch of waiting rows, and note in `batch` which these were."""
         lengths = list(map(len, items_at(rows, waiting)))
         first = items_at(waiting, pack(lengths, 0, batch_size, batch_tokens)[0])
         batch[:] = [i for i in first if padded or len(rows[i]) == len(rows[first[0]])]

@@ -161,6 +161,7 @@ class PopulationModel:
             seeds: Sequence[int] = (),
             hooks: Hooks | None = None,
         ) -> list[Output]:
+            """Answer each prompt with the weights of the candidate of the same index."""
             given = hooks or Hooks()
 
             def select(order: list[int]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from evomerge.errors import StudyError
 from evomerge.masking import has_secret
+from evomerge.searching.records.judge_report import JudgeReport
 from evomerge.searching.records.verdict_record import Sample, ValidationChoice, Verdict
 from evomerge.study import Study
 
@@ -120,7 +121,7 @@ class StudyFacts:
     verdict: Verdict | None = None
     look: int = 1  # how many verdicts the study has had
     samples: tuple[Sample, ...] = ()
-    judge_report: Mapping[str, Any] | None = None  # as `judge_facts` wrote it
+    judge_report: JudgeReport | None = None
 
     @property
     def begun(self) -> bool:
@@ -197,6 +198,7 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "validation": ValidationChoice.from_dict,
     "verdict": Verdict.from_dict,
     "samples": _each(Sample.from_dict),
+    "judge_report": JudgeReport.from_dict,
 }
 # fields of StudyFacts with another key in the storage
 STORED_KEYS = {"known_candidates": "first", "compared": "finalists"}

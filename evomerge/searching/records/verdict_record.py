@@ -22,11 +22,14 @@ class HeldOutScore:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """The winner minus another candidate, paired by task, with its 95 % interval."""
+    """The winner minus another candidate, paired by task, with its 95 % interval.
+
+    There is no interval of a single task: `low` and `high` are None.
+    """
 
     diff: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class Verdict:
             error = known_error(c["stderr"], data["n"])
             candidates[name] = HeldOutScore(c["mean"], error, c["truncated"])
         paired = {name: PairedDifference(**p) for name, p in data["paired"].items()}
+        if data["n"] == 1:  # older studies stored one of no width
+            paired = {name: PairedDifference(p.diff, None, None) for name, p in paired.items()}
         return cls(data["metric"], data["n"], candidates, paired)
 
 

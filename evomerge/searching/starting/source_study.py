@@ -31,16 +31,17 @@ def start_from_source(study: Study, url: str, genome: Genome, ledger: Ledger) ->
         )
     source = open_ledger(source_url(url, study), name)
     facts = source.facts
-    if facts.names != tuple(genome.names):
+    theirs = facts.study
+    assert facts.n_layers is not None
+    source_genome = make_genome(theirs, facts.n_layers)
+    if source_genome.shape != genome.shape:
         raise StudyError(
             "the source study searches different numbers",
             where=source.name,
             remedy="Leave out search.source_study.",
         )
-    assert facts.n_layers is not None
-    theirs = facts.study
     known = facts.known_candidates or ()
-    sampler = make_sampler(theirs, make_genome(theirs, facts.n_layers), known)
+    sampler = make_sampler(theirs, source_genome, known)
     history = source.history()
     if not history.complete_generations(sampler.population):
         raise StudyError(
