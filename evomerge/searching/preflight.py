@@ -13,6 +13,7 @@ from typing import Any
 from evomerge.console import size
 from evomerge.errors import EvomergeError, ModelError
 from evomerge.genome.weights import Genome, make_genome
+from evomerge.masking import masked
 from evomerge.merging.checkpoints.compatibility import check_fit
 from evomerge.merging.checkpoints.model_folder import ModelFolder
 from evomerge.merging.checkpoints.open_model import open_model
@@ -55,7 +56,7 @@ class Preflight:
 
     def add(self, level: str, subject: str, text: str) -> None:
         """Add one finding."""
-        self.lines.append(PreflightFinding(level, subject, text))
+        self.lines.append(PreflightFinding(level, subject, masked(text)))
 
     def run(self, base_config: Path | None) -> None:
         """Check everything; `base_config` is used when the base cannot be reached."""

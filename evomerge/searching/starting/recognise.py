@@ -72,7 +72,8 @@ def _prints(model: ModelFolder, known: Mapping[str, Any]) -> dict[str, dict[str,
 def compared(ledger: Ledger, facts: StudyFacts, space: Mapping[str, tuple[float, float]]) -> Ledger:
     """The ledger of a stored study, which begins again where it changed before a trial was done.
 
-    `space` is that of the study's file now. Raises StudyError where a trial depends on what has changed.
+    `space` is that of the study's file now. Raises StudyError where a trial depends on what has
+    changed.
     """
     old = ledger.facts
     whole = old.begun and old.models and old.tasks is not None
