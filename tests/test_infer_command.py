@@ -4,6 +4,7 @@ not go together.
 
 import json
 
+import openpyxl
 import pytest
 import yaml
 
@@ -326,6 +327,25 @@ def test_a_runner_goes_out_with_the_studys_own_base(pair, place, capsys):
     assert "--knowledge: goes into a runner" in capsys.readouterr().err
 
 
+def test_tables_of_tasks_are_answered_like_json_lines(pair, place, capsys):
+    tasks = [json.loads(line) for line in (place / "tasks.jsonl").read_text().splitlines()]
+    rows = [["Input", "note", "task_id"], *([t["input"], "x", t["task_id"]] for t in tasks)]
+    book = openpyxl.Workbook()
+    for row in rows:
+        book.active.append(row)
+    book.save(place / "t.xlsx")
+    text = "".join(";".join(map(str, row)) + "\n" for row in rows)
+    (place / "t.csv").write_text(text, encoding="cp932")
+    model = ["--model", str(pair / "base"), "--max-new-tokens", "4"]
+    wanted = infer(place, "a.jsonl", *model)
+    for name in ("t.xlsx", "t.csv"):
+        command = ["infer", "--tasks", str(place / name), "--out", str(place / f"{name}.out")]
+        assert main([*command, *model]) == 0
+        lines = (place / f"{name}.out").read_text(encoding="utf-8").splitlines()
+        assert list(map(json.loads, lines)) == wanted
+    capsys.readouterr()
+
+
 @pytest.mark.parametrize("option", ["tasks", "knowledge", "recipe"])
 def test_answers_never_take_the_place_of_what_they_are_made_from(pair, place, capsys, option):
     (place / "q.classes.jsonl").write_text((place / "tasks.jsonl").read_text())
@@ -353,7 +373,9 @@ def test_answers_never_take_the_place_of_what_they_are_made_from(pair, place, ca
         str(out),
     ]
     assert main(command) == 2
-    assert f"--{option}: would be overwritten" in capsys.readouterr().err
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "would overwrite what this command reads" in line
+    assert str(files[option]) in line
     assert files[option].read_bytes() == before
 
 

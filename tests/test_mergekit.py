@@ -4,6 +4,8 @@ mergekit lives in an environment of its own: EVOMERGE_MERGEKIT_PYTHON names that
 Python, else `mergekit-yaml` is looked for on the PATH.
 """
 
+import contextlib
+import itertools
 import os
 import shutil
 import subprocess
@@ -11,11 +13,15 @@ import subprocess
 import pytest
 import torch
 import yaml
+from conftest import make_model, save
+from jinja2.exceptions import TemplateError
 from merging_tools import SLICES, differing, load_all, make_family
+from transformers import AutoTokenizer
 
 from evomerge.cli import main
 from evomerge.merging.build import build_model
 from evomerge.recipe import Recipe, read_recipe, task_arithmetic_recipe
+from evomerge.recipe.mergekit_keys import CHAT_TEMPLATES
 
 PYTHON, SCRIPT = os.environ.get("EVOMERGE_MERGEKIT_PYTHON"), shutil.which("mergekit-yaml")
 COMMAND = [PYTHON, "-m", "mergekit.scripts.run_yaml"] if PYTHON else [SCRIPT]
@@ -105,3 +111,68 @@ def test_a_study_s_winner_as_it_is_exported(pair, tmp_path):
     )
     ours, theirs = both(read_recipe(tmp_path / "results/tiny/best.yaml"), tmp_path)
     assert not differing(ours, theirs)
+
+
+READ_OVER = """
+merge_method: task_arithmetic
+base_model: {{model: {{path: {base}, revision: null}}}}
+name: first
+random_seed: 3
+const_tag: &one {one}@main
+dtype: torch.bfloat16
+parameters: {{embed_slerp: true, t: 0.5}}
+modules:
+  default:
+    parameters: {{weight: [{{filter: mlp, value: 0.25}}], normalize: false}}
+    slices:
+    - merge_method: linear
+      residual_weight: 0.5
+      sources:
+      - {{model: *one, layer_range: ["0", 4.0], parameters: {{weight: 0.5, normalize: true}}, x: 1}}
+      - {{model: {base}, layer_range: [0, 4], parameters: {{weight: 3.0}}}}
+"""
+
+
+def test_what_mergekit_reads_over(tmp_path):
+    make_family(tmp_path)
+    text = READ_OVER.format(**{name: tmp_path / name for name in ("base", "one")})
+    recipe = Recipe.from_dict(yaml.safe_load(text))
+    assert len(recipe.unread) == 10
+    assert not differing(*both(recipe, tmp_path))
+
+
+def test_slices_of_models_of_other_depths(tmp_path):
+    for seed, (name, layers) in enumerate((("base", 4), ("deep", 6), ("flat", 2))):
+        save(make_model(seed, layers=layers), tmp_path / name)
+    pieces = []
+    for start, (other, first) in ((0, ("deep", 4)), (2, ("flat", 0))):
+        sources = []
+        for name, at in (("base", start), (other, first)):
+            source = {"model": str(tmp_path / name), "layer_range": [at, at + 2]}
+            sources.append(source | {"parameters": {"weight": 0.3}})
+        pieces.append({"sources": sources})
+    data = {"merge_method": "task_arithmetic", "base_model": str(tmp_path / "base")}
+    recipe = Recipe.from_dict(data | {"dtype": "bfloat16", "slices": pieces})
+    assert not differing(*both(recipe, tmp_path))
+
+
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+def test_built_in_chat_templates(tmp_path, name):
+    """The same prompts as from mergekit's template of that name."""
+    make_family(tmp_path)
+    models = [{"model": str(tmp_path / "one"), "parameters": {"weight": 0.5}}]
+    data = {"merge_method": "task_arithmetic", "base_model": str(tmp_path / "base")}
+    both(Recipe.from_dict(data | {"models": models, "chat_template": name}), tmp_path)
+    ours, theirs = (AutoTokenizer.from_pretrained(tmp_path / side) for side in ("ours", "theirs"))
+    talks = [[{"role": "user", "content": " x "}]]
+    for roles in (("system", "user", "assistant", "user"), ("user", "assistant", "user_context")):
+        talks.append([{"role": role, "content": f" {role}\n"} for role in roles])
+    for talk, more in itertools.product(talks, (False, True)):
+        prompts = []
+        for tokenizer in (ours, theirs):
+            with contextlib.suppress(TemplateError):
+                prompts.append(
+                    tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=more)
+                )
+        assert len(prompts) != 1
+        assert len(set(prompts)) <= 1

@@ -131,7 +131,7 @@ def test_the_winner_is_chosen_on_tasks_that_the_search_did_not_see(tmp_path):
     facts = search.ledger.facts
     chosen = facts.validation
     assert chosen.n == 12
-    assert len(chosen.means) == 3, "two trials and the mean"
+    assert len(chosen.means) == 5, "two trials, the mean and two references"
     assert facts.compared["winner"] == chosen.winner
     before = {p for r in search.ledger.records() for p in r.grades}
     assert not before & {str(i) for i in range(40, 52)}

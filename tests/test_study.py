@@ -71,7 +71,16 @@ def test_a_hub_name_stays_a_hub_name(tmp_path):
             ["`genome.base_model` is missing", "task_arithmetic"],
         ),
         (MINIMAL.replace("[./instruct]", "[./a, ./x/../a]"), ["twice"]),
-        (MINIMAL.replace("[./instruct]", "[./base, ./b]"), ["contains the base"]),
+        (MINIMAL.replace("[./instruct]", "[./base]"), ["`genome.models`", "at least two models"]),
+        (
+            MINIMAL + "---\n" + MINIMAL,
+            ["small.yaml", "several YAML documents", "one study a file"],
+        ),
+        (
+            genome(merge_method="linear", tokenizer_source="'model:./a'"),
+            ["`genome.tokenizer_source`", "'model:./a'", "Write ./a, without `model:`"],
+        ),
+        (genome(merge_method="linear", models="[{model: {paht: x}}, b]"), ["genome.models[0]"]),
         (genome(merge_method="linear", models="[./a]"), ["two models"]),
         (genome(merge_method="slerp", smooth="true"), ["smooth"]),
         (genome(merge_method="slerp", filters="[mlp]"), ["filters"]),
@@ -259,3 +268,35 @@ def test_every_limit_is_told_with_its_key_the_value_and_what_to_write(tmp_path, 
         read_study(write(tmp_path, MINIMAL), [f"{key}={value}"])
     text = rf"small\.yaml: `{key}` is out of range \(found: {value}\)\. Use .*\d.*"
     assert re.fullmatch(f".*{text}", str(caught.value))
+
+
+def test_the_base_among_the_models_is_left_out_as_its_weight_has_no_effect(tmp_path, caplog):
+    """mergekit-evolve takes such a genome; linear and slerp give their base a weight."""
+    written = MINIMAL.replace("[./instruct]", "[./x/../base, ./instruct]")
+    study = read_study(write(tmp_path, written))
+    assert study.genome.models == (str(tmp_path / "instruct"),)
+    assert [f"{tmp_path}/base" in line for line in caplog.messages] == [True]
+    assert study == read_study(write(tmp_path, MINIMAL))
+    assert Study.from_dict(study.to_dict()) == study
+    assert len(caplog.messages) == 1
+    linear = genome(merge_method="linear", base_model="./a")
+    assert len(read_study(write(tmp_path, linear)).genome.models) == 2
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("{model: {path: ./a, revision: null}, lora: null}", "DIR/a"),
+        ("{model: ./a, lora: {path: ./b}, override_architecture: null}", "DIR/a+DIR/b"),
+        ("{path: owner/name, revision: v2}", "owner/name@v2"),
+        ("./a@main", "DIR/a"),
+        ("a@main", "DIR/a"),
+        ("owner/name@v2+./b@v3", "owner/name@v2+DIR/b"),
+    ],
+)
+def test_models_are_named_as_in_mergekit(tmp_path, written, meant):
+    """A mapping, or a revision, which a folder does not have."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    study = read_study(write(tmp_path, MINIMAL.replace("./instruct", written)))
+    assert study.genome.models == (meant.replace("DIR", str(tmp_path)),)

@@ -96,15 +96,15 @@ def cache_size(path: Path) -> tuple[int, int | None] | None:
 
     The batches are None when it cannot be read.
     """
-    files = _files(path)
+    files = cache_files(path)
     if not files:
         return None
     size = sum(files.values())
-    address = f"{path.absolute().as_uri()}?mode=ro"
     try:
-        with closing(sqlite3.connect(address, uri=True, timeout=60)) as db:
+        connect = sqlite_file.reader(path)
+        with closing(connect()) as db:
             return size, int(db.execute("SELECT count(*) FROM batches").fetchone()[0])
-    except sqlite3.Error:
+    except (sqlite3.Error, OSError):
         return size, None
 
 
@@ -113,7 +113,7 @@ def clear(path: Path) -> int:
 
     Raises OutputError.
     """
-    files = _files(path)
+    files = cache_files(path)
     try:
         for file in files:
             file.unlink()
@@ -126,19 +126,23 @@ def clear(path: Path) -> int:
     return sum(files.values())
 
 
-def _files(path: Path) -> dict[Path, int]:
+def cache_files(path: Path) -> dict[Path, int]:
     """The sizes in bytes of the database and of the files that SQLite keeps next to it."""
     files = [path.with_name(path.name + end) for end in ("", "-journal", "-wal", "-shm")]
     return {file: file.stat().st_size for file in files if file.is_file()}
 
 
-def cache_scope(study: Study, models: Mapping[str, Any]) -> str:
+def cache_scope(
+    study: Study, models: Mapping[str, Any], first_engine: Mapping[str, Any] | None = None
+) -> str:
     """SHA-256 of what answers depend on besides recipe, mode and prompts.
 
-    A batch is identified by its prompts, however it was packed: see UNKEYED.
+    A batch is identified by its prompts, however it was packed: see UNKEYED. `first_engine` holds
+    the keys of `engine:` that have changed since the study began, as they were.
     """
     data = study.filled()
     engine = {key: value for key, value in data["engine"].items() if key not in UNKEYED}
+    engine |= first_engine or {}
     search = data["search"]
     too_long = data["prompt"]["too_long"]
     parts = [data["generation"], too_long, engine, search["dtype"], search["seed"], models]

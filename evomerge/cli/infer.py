@@ -32,14 +32,8 @@ def infer(args: argparse.Namespace) -> None:
     from evomerge.api.infer_steps import run_request
     from evomerge.tasks import load_tasks
 
-    if not args.tasks.is_file():
-        raise InputError(
-            "no such task file",
-            where=args.tasks,
-            remedy="Name a file of JSON lines: task_id, input.",
-        )
     console = Console()
-    result = run_request(request, load_tasks(args.tasks), args.out, console)
+    result = run_request(request, load_tasks(args.tasks), args.out, console, args.tasks)
     _report(console, args, result)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from evomerge.cli.options import Commands, add_command, add_group, say_written
 from evomerge.console import Console, plus_minus
+from evomerge.outputs import check_outputs
 
 GRADE = "evomerge judge grade --tasks t.jsonl --answers a.jsonl --judge rules --out g.jsonl"
 VALIDATE = (
@@ -91,7 +92,11 @@ def _fit_command(commands: Commands) -> None:
 
 def _tasks_option(p: argparse.ArgumentParser) -> None:
     p.add_argument(
-        "--tasks", type=Path, required=True, metavar="T", help="the tasks, with references"
+        "--tasks",
+        type=Path,
+        required=True,
+        metavar="T",
+        help="the tasks, with references: JSON lines, .csv, .xlsx or .parquet",
     )
 
 
@@ -139,8 +144,11 @@ def _judge_options(p: argparse.ArgumentParser) -> None:
 def judge_grade(args: argparse.Namespace) -> None:
     """Grade the answers, and report their mean."""
     from evomerge.judging.answer_files import grade_file
-    from evomerge.judging.factory import judge_from_options
+    from evomerge.judging.factory import CACHE, judge_from_options
 
+    if args.out is not None:  # before a judge is opened
+        read = [args.tasks, args.answers, args.judge.partition(":")[2], CACHE]
+        check_outputs(files=[args.out], inputs=read)
     judge = judge_from_options(args.judge, args.set)
     summary = grade_file(args.tasks, args.answers, judge, args.out)
     Console().say(f"{summary.n} answers, mean grade {plus_minus(summary.mean, summary.stderr)}")
@@ -173,6 +181,7 @@ def judge_fit(args: argparse.Namespace) -> None:
     from evomerge.judging.learned.fit import fit_file
     from evomerge.judging.validation.families import wanted_models
 
+    check_outputs(files=[args.out], inputs=[args.tasks, args.answers, args.grades])
     judges = [name for names in args.reference for name in names.split(",") if name]
     models = wanted_models(args.models)
     fitted = fit_file(args.tasks, args.answers, args.grades, judges, args.out, models)

@@ -10,7 +10,7 @@ from typing import Any
 from evomerge.answering.engine import Answer, Engine, PromptSettings
 from evomerge.answering.prompts import Prompt, Prompter
 from evomerge.errors import EngineError, TaskError
-from evomerge.inference.part import Part, replace
+from evomerge.inference.part import CLASSES, Part, replace
 from evomerge.inference.run import Progress, Refining, Run, digest, make_batches
 from evomerge.tasks import Task
 
@@ -128,7 +128,7 @@ def _finish(
     """
     try:
         if any(prompt.choice is not None for prompt in run.prompts):
-            replace(out.with_suffix(".classes.jsonl"), _class_rows(run))
+            replace(out.with_suffix(CLASSES), _class_rows(run))
         replace(out, _rows(run, chosen, why))
         if whole:
             run.part.path.unlink()

@@ -60,6 +60,10 @@ def open_study(
         check_unchanged_base(study.prompt.knowledge, facts.knowledge, name)
     base, siblings = open_models(snapshot.study)
     engine = _engine(base, siblings, study)
+    if study.engine.threads is None and facts.threads is not None:
+        import torch
+
+        torch.set_num_threads(facts.threads)  # as the search did
     if study.engine == snapshot.study.engine:
         engine.limits.update(facts.limits)
     if snapshot.verdict is None:
@@ -89,25 +93,33 @@ def open_folder(ref: str, overrides: Sequence[str]) -> Opened:
     )
 
 
-def open_merged(recipe: Recipe | Path, overrides: Sequence[str]) -> Opened:
+def open_merged(
+    recipe: Recipe | Path, overrides: Sequence[str], say: Callable[[str], None] = lambda line: None
+) -> Opened:
     """A recipe, or the mergekit configuration in a file, merged in place.
 
     Its models' paths resolve as in `evomerge merge`. Raises RecipeError, ModelError.
     """
     from evomerge.merging.checkpoints.fingerprint import combined, fingerprint
     from evomerge.merging.stream import open_recipe
+    from evomerge.merging.vocabulary.chat_templates import chat_template_of
     from evomerge.recipe import read_recipe
 
     if isinstance(recipe, Path):
         if not recipe.is_file():
             raise InputError("no such recipe", where=recipe, remedy="Name a mergekit YAML.")
         recipe = read_recipe(recipe)
+    if recipe.note is not None:
+        say(recipe.note)
     models = open_recipe(recipe)
     base, *siblings = models.values()
     study = _seeded(overridden(_study(_dtype(recipe), base.config), overrides, USED))
     # a single model is merged too: scaled, or with its layers moved
     engine = _engine(base, siblings or [base], study)
     engine.apply(recipe)
+    template = chat_template_of(recipe, models)
+    if template is not None:
+        engine.tokenizer.chat_template = template
     prints = {ref: combined(fingerprint(model.path)) for ref, model in models.items()}
     return Opened(engine, study.prompt, study, _identity(recipe.digest(), prints, study))
 

@@ -19,7 +19,16 @@ from evomerge.files import ExclusiveLock, LockHeld, replace_durably
 
 # the header's keys in messages
 CALLED = {"model": "model or settings", "batches": "batch size"}
+CLASSES = ".classes.jsonl"  # the suffix of the file that says what each task's class was
 FIRST = ""  # the round of each task's first answer
+
+
+def written_files(out: Path) -> list[Path]:
+    """Every file that an inference may write for the answers in `out`."""
+    part = out.with_name(f"{out.name}.part")
+    lock = part.with_name(f"{part.name}.lock")
+    made = out.with_name(f"{out.name}.made")
+    return [out, out.with_suffix(CLASSES), made, part, lock, lock.with_name(f"{lock.name}.pid")]
 
 
 class Part:

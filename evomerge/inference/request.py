@@ -139,7 +139,7 @@ def open_request(request: InferenceRequest, say: Say) -> Opened:
     if request.study is not None and request.storage is not None:
         return opening.open_study(request.storage, request.study, settings, say)
     if request.recipe is not None:
-        return opening.open_merged(request.recipe, settings)
+        return opening.open_merged(request.recipe, settings, say)
     assert request.model is not None, "check_request comes first"
     return opening.open_folder(request.model, settings)
 

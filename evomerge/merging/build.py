@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from evomerge.console import parse_size, size
-from evomerge.errors import OutputError
+from evomerge.errors import ModelError, OutputError
+from evomerge.merging.checkpoints.folder_files import TEMPLATES, copy_files, read_json
 from evomerge.merging.checkpoints.model_folder import ModelFolder
 from evomerge.merging.checkpoints.new_folder import check_new, new_folder
 from evomerge.merging.checkpoints.shards import Progress, plan_shards, total_size, write_shards
 from evomerge.merging.stream import MergePlan, open_recipe
+from evomerge.merging.vocabulary.chat_templates import chat_template_of, write_chat_template
 from evomerge.recipe import Recipe
 
 __all__ = ["build_model", "parse_size"]
-COPIED = (
-    "generation_config.json",
+GENERATION = "generation_config.json"
+# copied from the donor, where the tokenizer's owner has none
+CHAT = ("chat_template*", TEMPLATES)
+# copied from the model whose tokenizer the output has: another's would contradict it
+TOKENIZER = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.*",
     "merges.txt",
     "spiece.model",
-    "chat_template*",
 )
 # lists in config.json with an item for each layer
 BY_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
@@ -64,10 +69,10 @@ def build_model(
         check_space(out.parent, total_size(shards) + SPARE)
         write_shards(folder, plan, shards, progress)
         _write_config(plan, folder)
-        if plan.vocabulary is None:
-            _copy_tokenizer(plan.donor, folder)
-        else:
-            plan.vocabulary.save(folder)
+        _write_tokenizer(plan, folder)
+        template = chat_template_of(recipe, plan.models)
+        if template is not None:
+            write_chat_template(folder, template)
         (folder / "mergekit_config.yml").write_text(text, encoding="utf-8", newline="")
         if write_card is not None:
             card = write_card(recipe, out.name, recipe_text=text)
@@ -87,8 +92,12 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def _write_config(plan: MergePlan, folder: Path) -> None:
-    """The donor's configuration; only dtype, layers and vocabulary may change."""
+    """The donor's configuration; only dtype, layers, vocabulary and class may change."""
     config = dict(plan.donor.config)
+    # of a model whose tensors are plain numbers all the same; so are the merged ones
+    config.pop("quantization_config", None)
+    if plan.recipe.architecture is not None:
+        config["architectures"] = [plan.recipe.architecture]
     dtype = plan.recipe.out_dtype or plan.recipe.dtype
     if dtype is not None:
         if "torch_dtype" in config:
@@ -98,19 +107,47 @@ def _write_config(plan: MergePlan, folder: Path) -> None:
     for setting in BY_LAYER:
         values = config.get(setting)
         if isinstance(values, list) and len(values) == config["num_hidden_layers"]:
-            config[setting] = [values[layer] for layer in plan.layout.lenders]
+            config[setting] = _by_layer(plan, setting, values)
     config["num_hidden_layers"] = plan.layout.n_layers
+    if plan.unties:
+        config["tie_word_embeddings"] = False
     if plan.vocabulary is not None:
+        config = plan.vocabulary.move_ids(config, plan.recipe.donor)
         config["vocab_size"] = plan.vocabulary.size
     (folder / "config.json").write_text(
         json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
     )
 
 
-def _copy_tokenizer(base: ModelFolder, folder: Path) -> None:
-    for pattern in COPIED:
-        for path in base.path.glob(pattern):
-            if path.is_dir():
-                shutil.copytree(path, folder / path.name)
-            else:
-                shutil.copyfile(path, folder / path.name)
+def _by_layer(plan: MergePlan, setting: str, values: list[Any]) -> list[Any]:
+    """A list with an item for each layer, of the layers that the merged model has."""
+    merged = []
+    for ref, layer in plan.layout.lenders:
+        own = plan.models[ref].config.get(setting)
+        lent = own if isinstance(own, list) and layer < len(own) else values
+        merged.append(lent[min(layer, len(lent) - 1)])
+    return merged
+
+
+def _write_tokenizer(plan: MergePlan, folder: Path) -> None:
+    """The tokenizer, and what else stands beside a model's weights and configuration."""
+    owner: ModelFolder | None = plan.donor
+    if plan.vocabulary is not None:
+        plan.vocabulary.save(folder)
+        owner = plan.models.get(plan.vocabulary.owner)
+        _move_generation_ids(plan, folder)
+    if owner is not None:
+        copy_files(owner.path, (*TOKENIZER, *CHAT), folder)
+    copy_files(plan.donor.path, (GENERATION, *CHAT), folder)
+
+
+def _move_generation_ids(plan: MergePlan, folder: Path) -> None:
+    """Write the donor's generation_config.json where tokens that it names have other ids now."""
+    file = plan.donor.path / GENERATION
+    if not file.is_file():
+        return
+    with contextlib.suppress(ModelError):  # damaged: it is copied as it is
+        settings = read_json(file, "")
+        moved = plan.vocabulary.move_ids(settings, plan.recipe.donor)
+        if moved != settings:
+            (folder / GENERATION).write_text(json.dumps(moved, indent=2) + "\n", encoding="utf-8")

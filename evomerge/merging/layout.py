@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from evomerge.errors import ModelError, RecipeError, UnsupportedRecipe
 from evomerge.merging.checkpoints.model_folder import HEAD, ModelFolder, num_layers
+from evomerge.merging.known_families import KNOWN
 from evomerge.merging.methods.registry import MergeMethod, get_method
 from evomerge.merging.settings import evaluate
 from evomerge.merging.tensor_plan import TensorPlan
@@ -17,33 +18,6 @@ from evomerge.recipe import MERGEKIT, Recipe, Slice, Source
 LAYER = re.compile(r"^(.*?\blayers\.)(\d+)(\..*)$")
 # outside the layers: the first slice's and the last's
 FIRST, LAST = ("model.embed_tokens.",), ("model.norm.", "lm_head.")
-# The architectures that mergekit 0.1.5 describes. In others it takes everything outside the layers
-# from the first slice.
-FAMILIES = [
-    "Apertus",
-    "Arcee",
-    "Baichuan",
-    "Cohere",
-    "Cohere2",
-    "Gemma",
-    "Gemma2",
-    "Gemma3",
-    "Glm4",
-    "Granite",
-    "LLaMa",
-    "Llama",
-    "Mistral",
-    "Olmo2",
-    "Phi3",
-    "Phi3Small",
-    "Qwen2",
-    "Qwen3",
-    "Solar",
-    "StableLMEpoch",
-    "StableLm",
-    "Starcoder2",
-]
-KNOWN = frozenset(f"{family}ForCausalLM" for family in FAMILIES)
 
 
 @dataclass(frozen=True)
@@ -59,14 +33,21 @@ class Layout:
     """A recipe laid over models of `n_layers` layers."""
 
     def __init__(
-        self, recipe: Recipe, n_layers: int, architecture: str = "LlamaForCausalLM"
+        self,
+        recipe: Recipe,
+        n_layers: int,
+        architecture: str = "LlamaForCausalLM",
+        depths: Mapping[str, int] | None = None,
     ) -> None:
-        """`architecture` is the donor's class. Raises RecipeError for a slice past the end."""
+        """`architecture` is the donor's class; `depths` are the layers of models of another depth.
+
+        Raises RecipeError for a slice past the end.
+        """
         self.recipe, self.known = recipe, architecture in KNOWN
         self.method: MergeMethod = get_method(recipe.merge_method)
         self._layers: list[LayerPosition] = []
         for i, piece in enumerate(recipe.slices):
-            _check_ranges(piece, n_layers, f"slices[{i}]")
+            _check_ranges(piece, n_layers, depths or {}, f"slices[{i}]")
             self._layers += _positions(piece, n_layers)
         self.restacked = self._is_restacked(n_layers)  # some layer leaves its place
 
@@ -82,40 +63,46 @@ class Layout:
         return len(self._layers)
 
     @property
-    def lenders(self) -> list[int]:
-        """The donor's layer whose names and settings each merged layer has."""
+    def lenders(self) -> list[tuple[str, int]]:
+        """(model, layer) whose names and settings each merged layer has: the donor's if it can."""
         lenders = []
         for position in self._layers:
             source = position.piece.sources[0]
             for candidate in position.piece.sources:
                 if candidate.model == self.recipe.donor:
                     source = candidate
-            lenders.append(_input_layer(source, position))
+            lenders.append((source.model, _input_layer(source, position)))
         return lenders
 
-    def names(self, folders: Sequence[ModelFolder]) -> list[str]:
+    def names(self, models: Mapping[str, ModelFolder]) -> list[str]:
         """The merged model's tensors, sorted: the order in which mergekit merges.
 
-        The first folder lends its names; a head is merged when any model stores one. Raises
-        ModelError when tensors are missing, UnsupportedRecipe for mixtures of experts.
+        The donor lends its names; a head is merged when it or any model of the head's slice stores
+        one. Raises ModelError when tensors are missing, UnsupportedRecipe for mixtures of experts.
         """
-        donor = folders[0]
-        plain = {name for name in donor.keys if not LAYER.match(name)}
-        if any(HEAD in folder.keys for folder in folders):
+        donor_ref = self.recipe.donor
+        donor = models[donor_ref]
+        plain = {name for name in donor.keys if name != HEAD and not LAYER.match(name)}
+        if any(HEAD in models[ref].keys for ref in (donor_ref, *self.head_givers)):
             plain.add(HEAD)
-        by_layer: dict[int, set[tuple[str, str]]] = {}
-        for name in donor.keys:
-            if ".experts." in name:
-                raise UnsupportedRecipe(
-                    "mixtures of experts are not supported", where=donor.path, remedy=MERGEKIT
-                )
-            match = LAYER.match(name)
-            if match:
-                by_layer.setdefault(int(match[2]), set()).add((match[1], match[3]))
-        check_layers(donor, by_layer)
-        for i, layer in enumerate(self.lenders):
-            plain |= {f"{before}{i}{after}" for before, after in by_layer[layer]}
+        lent = {donor_ref: layers_of(donor)}
+        for i, (ref, layer) in enumerate(self.lenders):
+            if ref not in lent:
+                lent[ref] = layers_of(models[ref])
+            plain |= {f"{before}{i}{after}" for before, after in lent[ref][layer]}
         return sorted(plain)
+
+    @property
+    def head_givers(self) -> list[str]:
+        """The models that a merged head is made of."""
+        return [ref for ref, _ in self.inputs(HEAD)]
+
+    def inputs(self, name: str) -> list[tuple[str, str]]:
+        """(model, name) of every tensor that may go into an output tensor, the lender's first."""
+        position = self.position(name)
+        inputs = [_input(name, source, position) for source in position.piece.sources]
+        donor = self.recipe.donor
+        return sorted(inputs, key=lambda place: place[0] != donor)
 
     def position(self, name: str) -> LayerPosition:
         """A layer's own slice; the last slice for final norm and head, the first for embeddings.
@@ -228,11 +215,12 @@ def _positions(piece: Slice, n_layers: int) -> list[LayerPosition]:
     return [LayerPosition(piece, layer, layer / (count - 1)) for layer in range(count)]
 
 
-def _check_ranges(piece: Slice, n_layers: int, where: str) -> None:
+def _check_ranges(piece: Slice, n_layers: int, depths: Mapping[str, int], where: str) -> None:
     for source in piece.sources:
-        if source.layers is not None and source.layers[1] > n_layers:
+        depth = depths.get(source.model, n_layers)
+        if source.layers is not None and source.layers[1] > depth:
             raise RecipeError(
-                f"`layer_range` ends beyond the model's {n_layers} layers",
+                f"`layer_range` ends beyond the model's {depth} layers",
                 where=where,
                 found=list(source.layers),
                 remedy="Lower its end.",
@@ -250,6 +238,25 @@ def _input(name: str, source: Source, position: LayerPosition) -> tuple[str, str
 def _input_layer(source: Source, position: LayerPosition) -> int:
     start = source.layers[0] if source.layers else 0
     return start + (position.layer or 0)
+
+
+def layers_of(folder: ModelFolder) -> dict[int, set[tuple[str, str]]]:
+    """Layer -> its tensors, as (name before the layer's number, name after it).
+
+    Raises ModelError unless every layer that config.json names is there and complete,
+    UnsupportedRecipe for mixtures of experts.
+    """
+    by_layer: dict[int, set[tuple[str, str]]] = {}
+    for name in folder.keys:
+        if ".experts." in name:
+            raise UnsupportedRecipe(
+                "mixtures of experts are not supported", where=folder.path, remedy=MERGEKIT
+            )
+        match = LAYER.match(name)
+        if match:
+            by_layer.setdefault(int(match[2]), set()).add((match[1], match[3]))
+    check_layers(folder, by_layer)
+    return by_layer
 
 
 def check_layers(folder: ModelFolder, by_layer: Mapping[int, set[tuple[str, str]]]) -> None:

@@ -9,8 +9,15 @@ from typing import Any
 import torch
 
 from evomerge.errors import RecipeError
-from evomerge.merging.checkpoints.compatibility import check_fit
-from evomerge.merging.checkpoints.model_folder import VOCABULARY, ModelFolder, num_layers
+from evomerge.merging.checkpoints.compatibility import check_fit, check_meaning, check_tensors
+from evomerge.merging.checkpoints.config_defaults import config_value
+from evomerge.merging.checkpoints.model_folder import (
+    EMBED,
+    HEAD,
+    VOCABULARY,
+    ModelFolder,
+    num_layers,
+)
 from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.layout import Layout
 from evomerge.merging.methods.dare_draws import Draws
@@ -28,11 +35,30 @@ FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def open_recipe(recipe: Recipe) -> dict[str, ModelFolder]:
-    """Every model of a recipe by its reference, the base first, checked to fit the first one."""
+    """Every model of a recipe by its reference, the base first, checked to fit the first one.
+
+    Of models in slices, only what is merged has to fit.
+    """
     models = {ref: open_model(ref) for ref in recipe.models}
     first, *others = models.values()
-    check_fit(first, others, same_vocabulary=recipe.tokenizer is None)
+    same_vocabulary = recipe.tokenizer is None
+    if all(source.layers is None for piece in recipe.slices for source in piece.sources):
+        check_fit(first, others, same_vocabulary)
+        return models
+    check_meaning(first, others)
+    layout = make_layout(recipe, models)
+    for name in layout.names(models):
+        inputs = [(models[ref], source) for ref, source in layout.inputs(name)]
+        check_tensors(inputs[0], inputs[1:], same_vocabulary)
     return models
+
+
+def make_layout(recipe: Recipe, models: Mapping[str, ModelFolder]) -> Layout:
+    """The recipe laid over these models. Raises RecipeError, UnsupportedRecipe."""
+    config = models[recipe.donor].config
+    architecture = recipe.architecture or (config.get("architectures") or [""])[0]
+    depths = {ref: num_layers(model.config) for ref, model in models.items()}
+    return Layout(recipe, num_layers(config), architecture, depths)
 
 
 class MergePlan:
@@ -54,9 +80,8 @@ class MergePlan:
         """
         self.recipe, self.models = recipe, models
         self.donor = models[recipe.donor]
-        architectures = self.donor.config.get("architectures") or [""]
-        self.layout = Layout(recipe, num_layers(self.donor.config), architectures[0])
-        self.names = self.layout.names([self.donor, *models.values()])
+        self.layout = make_layout(recipe, models)
+        self.names = self.layout.names(models)
         if (
             after is not None
             and after.recipe.tokenizer == recipe.tokenizer
@@ -76,6 +101,17 @@ class MergePlan:
         from evomerge.merging.vocabulary.alignment import make_vocabulary
 
         return make_vocabulary(self.recipe.tokenizer, self.recipe.base_model, self.models)
+
+    @property
+    def unties(self) -> bool:
+        """Whether the merged head is no longer the embeddings, as the donor's configuration says.
+
+        So it is where one of the models that it is made of has a head of its own.
+        """
+        if not any(self.models[ref].is_untied() for ref in self.layout.head_givers):
+            return False
+        tied = config_value(self.donor.config, "tie_word_embeddings")
+        return HEAD not in self.donor.keys or bool(tied)
 
     def _check_numbers(self) -> None:
         """Raise RecipeError where a weight is infinite in its dtype: the tensors would be NaN."""
@@ -100,6 +136,10 @@ class MergePlan:
         for name in drawing:
             counts[name] = self.tensors[name].draws * torch.Size(self.shape(name)).numel()
         return counts
+
+    def holder(self, name: str) -> str:
+        """The merged tensor that a parameter holds: the embeddings, for a head that stays tied."""
+        return name if name in self.tensors else EMBED
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of the merged tensor."""

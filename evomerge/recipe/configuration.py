@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,19 @@ import yaml
 from evomerge.errors import RecipeError
 from evomerge.recipe.layers import Slice, TokenizerSection
 from evomerge.recipe.mergekit_keys import BUILT_IN
+from evomerge.recipe.model_references import override_architecture
+from evomerge.recipe.modules import listed, over
 from evomerge.recipe.parameter_checks import ParameterChecks
 from evomerge.recipe.rounding import rounded
 from evomerge.recipe.source_checks import SourceChecks
-from evomerge.recipe.top_level_checks import check_top_level, read_tokenizer_section
+from evomerge.recipe.top_level_checks import (
+    check_top_level,
+    read_base,
+    read_chat_template,
+    read_dtype,
+    read_tokenizer_section,
+)
+from evomerge.recipe.unread_keys import UnreadKeys
 
 MODEL_KEYS = ("model", "base_model", "tokenizer_source")
 
@@ -35,6 +44,10 @@ class Recipe:
     parameters: Mapping[str, Any]
     slices: tuple[Slice, ...]  # a `models:` recipe is one slice over all layers
     tokenizer: TokenizerSection | None
+    chat_template: str | None = None  # auto, a built-in name, or Jinja
+    architecture: str | None = None  # in place of the class in the donor's config.json
+    # keys that nothing reads, as in mergekit, each with its place
+    unread: tuple[str, ...] = field(default=(), compare=False)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "recipe") -> Recipe:
@@ -42,24 +55,30 @@ class Recipe:
 
         Raises RecipeError naming the key, UnsupportedRecipe where only mergekit itself can help.
         """
-        method = check_top_level(data, where)
-        base, dtype = data.get("base_model"), data.get("dtype")
-        values = ParameterChecks(method, dtype)
+        unread = UnreadKeys(where)
+        method = check_top_level(data, where, unread)
+        merged = listed(data, where, unread)
+        base, dtype = read_base(data, merged, method, where), read_dtype(data, "dtype", where)
+        values = ParameterChecks(method, dtype, unread)
         sources = SourceChecks(method, base, values)
-        if data.get("slices"):
-            items = enumerate(data["slices"])
-            slices = tuple(sources.slice(item, f"{where}, slices[{i}]") for i, item in items)
+        if merged.kind == "slices":
+            items = enumerate(merged.items)
+            slices = tuple(sources.slice(item, f"{merged.where}, slices[{i}]") for i, item in items)
         else:
-            slices = (sources.models(data["models"], where),)
+            slices = (sources.models(merged.items, merged.where),)
+        parameters = values.parameters(data.get("parameters"), where)
         return cls(
             data=copy.deepcopy(dict(data)),
             base_model=base,
             merge_method=method,
             dtype=dtype,
-            out_dtype=data.get("out_dtype"),
-            parameters=values.parameters(data.get("parameters"), where),
+            out_dtype=read_dtype(data, "out_dtype", where),
+            parameters=over(values.parameters(merged.parameters, merged.where), parameters),
             slices=slices,
-            tokenizer=read_tokenizer_section(data, where),
+            tokenizer=read_tokenizer_section(data, where, unread),
+            chat_template=read_chat_template(data, where),
+            architecture=override_architecture(data.get("base_model")),
+            unread=tuple(unread.found),
         )
 
     @property
@@ -79,6 +98,13 @@ class Recipe:
     def siblings(self) -> tuple[str, ...]:
         """Every model but the base, in the order of first use."""
         return tuple(model for model in self.models if model != self.base_model)
+
+    @property
+    def note(self) -> str | None:
+        """A line that names the keys that nothing reads; None without any."""
+        if not self.unread:
+            return None
+        return f"note: nothing reads {'; '.join(self.unread)}, as in mergekit"
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as it was read."""
@@ -101,7 +127,8 @@ class Recipe:
         elif self.merge_method not in BUILT_IN:
             dtype = None  # a user's own method may use every digit
         data = _renamed(self.to_dict(), names or {})
-        text = json.dumps(rounded(data, dtype), sort_keys=True)
+        # what nothing reads may hold values that JSON lacks, such as dates
+        text = json.dumps(rounded(data, dtype), sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -124,6 +151,10 @@ def read_recipe(path: str | Path) -> Recipe:
     except FileNotFoundError:
         raise RecipeError("no such file", where=path, remedy="Name a mergekit YAML file.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        if "expected a single document" in str(error):
+            raise RecipeError(
+                "holds several YAML documents", where=path, remedy="Split it: one merge a file."
+            ) from None
         raise RecipeError(
             f"cannot be read as YAML: {error}", where=path, remedy="Fix the file."
         ) from error

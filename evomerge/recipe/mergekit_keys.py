@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
-
-from evomerge.errors import RecipeError
 
 MERGEKIT = "mergekit itself may: pip install 'evomerge[mergekit]'."
 
@@ -28,6 +26,18 @@ class MethodTraits:
     rescale: bool = False  # the parameter's default
     # further parameters with their defaults; None: the recipe must give one
     parameters: Mapping[str, float | None] = field(default_factory=dict)
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """The parameters of a recipe that may decide something, and `int8_mask`, on every card."""
+        names = {"int8_mask", *self.parameters}
+        if self.weighted:
+            names |= {"weight", "normalize"}
+        if self.has_densities:
+            names.add("density")
+        if self.takes_deltas:
+            names |= {"lambda", "rescale"}
+        return frozenset(names)
 
 
 DARE_TRAITS = MethodTraits(takes_deltas=True, has_densities=True, draws=True, rescale=True)
@@ -67,10 +77,13 @@ KEYS = (
     "parameters",
     "slices",
     "models",
+    "modules",
     "tokenizer_source",
     "tokenizer",
+    "chat_template",
 )
-MERGEKIT_ONLY = ("modules", "chat_template")  # keys that only mergekit itself understands
+# built-in values of `chat_template`; `evomerge.merging.vocabulary` has the templates
+CHAT_TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")
 # a method ignores those that it does not need
 PARAMETERS = ("weight", "density", "t", "normalize", "rescale", "lambda", "int8_mask")
 BOOLEANS = ("normalize", "rescale", "int8_mask")
@@ -96,14 +109,3 @@ def scalar(key: str, value: Any) -> float | bool:
     if value not in (0, 1):
         raise ValueError(value)
     return bool(value)
-
-
-def check_keys(found: Iterable[str], keys: Sequence[str], where: str) -> None:
-    """Refuse keys other than `keys`. Raises RecipeError."""
-    for key in found:
-        if key not in keys:
-            raise RecipeError(
-                f"`{key}` is not supported",
-                where=where,
-                remedy=f"Supported keys: {', '.join(keys)}.",
-            )

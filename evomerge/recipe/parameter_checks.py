@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from evomerge.errors import RecipeError
-from evomerge.recipe.mergekit_keys import BOOLEANS, LARGEST, METHODS, PARAMETERS, check_keys, scalar
+from evomerge.recipe.mergekit_keys import BOOLEANS, LARGEST, METHODS, PARAMETERS, scalar
+from evomerge.recipe.unread_keys import UnreadKeys
 
 
 @dataclass(frozen=True)
 class ParameterChecks:
-    """Refuses what mergekit would ignore or turn into NaN tensors."""
+    """Refuses what mergekit would turn into NaN tensors, and notes what it reads over."""
 
     method: str
     dtype: str | None
+    unread: UnreadKeys
 
     def parameters(self, value: Any, where: str) -> Mapping[str, Any]:
         """The mapping, or an empty one. Raises RecipeError naming the key and its place."""
@@ -30,15 +32,39 @@ class ParameterChecks:
                 remedy="Write parameters: {weight: 1.0}.",
             )
         known = tuple(dict.fromkeys((*PARAMETERS, *METHODS[self.method].parameters)))
+        self._check_names(value, known, where)
         for key, setting in value.items():
-            if key not in known:
+            if key in known:
+                self._setting(key, setting, f"{where}, {key}")
+            elif not _is_setting(setting):
+                raise RecipeError(
+                    "is not a parameter's value",
+                    where=f"{where}, {key}",
+                    found=setting,
+                    remedy="Remove it: nothing reads it.",
+                )
+        return dict(value)
+
+    def _check_names(self, value: Mapping[Any, Any], known: tuple[str, ...], where: str) -> None:
+        """Note the parameters that the method does not read; refuse those of an own method."""
+        own = {key for traits in METHODS.values() for key in traits.parameters}
+        for key in value:
+            if key in own.difference(known):
                 raise RecipeError(
                     f"parameter `{key}` is not supported",
                     where=where,
                     remedy=f"Supported parameters: {', '.join(known)}.",
                 )
-            self._setting(key, setting, f"{where}, {key}")
-        return dict(value)
+        self.unread.check(value, known, where)
+        for key in value:
+            if key in known and key not in METHODS[self.method].reads:
+                self.unread.add(key, where)
+
+    def note_shared(self, parameters: Mapping[str, Any], where: str) -> None:
+        """Note a source's parameters that are read from slices and the top level only."""
+        for key in parameters:
+            if key not in ("weight", "density", "int8_mask") and key in METHODS[self.method].reads:
+                self.unread.add(key, where)
 
     def _setting(self, key: str, setting: Any, where: str) -> None:
         """A scalar, a gradient (list of scalars), or one or several {filter, value}."""
@@ -62,7 +88,7 @@ class ParameterChecks:
                 found=item,
                 remedy="Write - filter: NAME / value: NUMBER.",
             )
-        check_keys(item, ("filter", "value"), where)
+        self.unread.check(item, ("filter", "value"), where)
         for value in _listed(item["value"]):
             self._scalar(key, value, where)
 
@@ -103,3 +129,12 @@ class ParameterChecks:
 def _listed(value: Any) -> list[Any]:
     """The items of a list; an empty list is not a gradient, but a wrong value."""
     return value if isinstance(value, list) and value else [value]
+
+
+def _is_setting(value: Any) -> bool:
+    """Whether mergekit takes this as a value, of a parameter that nothing reads."""
+    for item in _listed(value):
+        given = item.get("value") if isinstance(item, Mapping) else item
+        if not all(isinstance(single, str | int | float) for single in _listed(given)):
+            return False
+    return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from typing import Any
 
@@ -17,10 +18,11 @@ def rounded(value: Any, dtype: str | None) -> Any:
         return value
     result = {}
     for key, item in value.items():
+        result[str(key)] = rounded(item, dtype)
         if key in ("weight", "t") and not isinstance(item, list | dict):
-            result[key] = round_to(float(item), dtype)
-        else:
-            result[key] = rounded(item, dtype)
+            # a key of that name in a place where nothing reads it may hold anything
+            with contextlib.suppress(TypeError, ValueError, OverflowError):
+                result[key] = round_to(float(item), dtype)
     return result
 
 

@@ -8,8 +8,10 @@ from typing import Any
 
 from evomerge.errors import RecipeError
 from evomerge.recipe.layers import Slice, Source
-from evomerge.recipe.mergekit_keys import METHODS, check_keys
+from evomerge.recipe.mergekit_keys import METHODS
+from evomerge.recipe.model_references import model_reference
 from evomerge.recipe.parameter_checks import ParameterChecks
+from evomerge.recipe.unread_keys import misspelled
 
 
 @dataclass(frozen=True)
@@ -31,14 +33,18 @@ class SourceChecks:
                 "has no list of `sources`",
                 where=where,
                 found=item,
-                remedy="Write sources: [{model, layer_range, parameters}].",
+                remedy=_meant(item, "sources")
+                or "Write sources: [{model, layer_range, parameters}].",
             )
-        check_keys(item, ("sources", "parameters", "base_model"), where)
+        self.values.unread.check(item, ("sources", "parameters", "base_model"), where)
+        base = self.base_model
+        if item.get("base_model"):
+            base = model_reference(item["base_model"], "`base_model`", where)
         sources, lengths = [], set()
         for i, entry in enumerate(item["sources"]):
             place = f"{where}.sources[{i}]"
             start, end = self._layers(entry, place)
-            sources.append(self._source(entry, (start, end), place))
+            sources.append(self._source(entry, base, (start, end), place))
             lengths.add(end - start)
         if len(lengths) != 1:
             raise RecipeError(
@@ -47,7 +53,6 @@ class SourceChecks:
                 found=sorted(lengths),
                 remedy="Use the same number of layers from each.",
             )
-        base = item.get("base_model") or self.base_model
         self._check_models(sources, base, where)
         parameters = self.values.parameters(item.get("parameters"), where)
         return Slice(tuple(sources), parameters, base)
@@ -59,42 +64,41 @@ class SourceChecks:
         """
         sources = []
         for i, item in enumerate(items):
-            place = f"{where}, models[{i}]"
-            source = self._source(item, None, place)
-            if item.get("layer_range") is not None:
-                raise RecipeError(
-                    "`layer_range` has no effect under `models`",
-                    where=place,
-                    remedy="Remove it, or write `slices`.",
-                )
-            sources.append(source)
+            sources.append(self._source(item, self.base_model, None, f"{where}, models[{i}]"))
         names = [source.model for source in sources]
         if self.base_model is not None and self.base_model not in names:
             sources.append(Source(self.base_model, None, {}))
         self._check_models(sources, self.base_model, f"{where}, models")
         return Slice(tuple(sources), {}, self.base_model)
 
-    def _source(self, item: Any, layers: tuple[int, int] | None, where: str) -> Source:
-        """One model with its parameters."""
-        _check_source(item, where)
+    def _source(
+        self, item: Any, base: str | None, layers: tuple[int, int] | None, where: str
+    ) -> Source:
+        """One model with its parameters; the layers are those of a slice."""
+        model = _model(item, where)
+        known = (
+            ("model", "parameters") if layers is None else ("model", "parameters", "layer_range")
+        )
+        self.values.unread.check(item, known, where)
         parameters = self.values.parameters(item.get("parameters"), where)
-        return Source(item["model"], layers, parameters)
+        if parameters and model == base and METHODS[self.method].takes_deltas:
+            self.values.unread.add("parameters", f"{where} (the base)")
+        else:
+            self.values.note_shared(parameters, where)
+        return Source(model, layers, parameters)
 
     def _layers(self, item: Any, where: str) -> tuple[int, int]:
-        _check_source(item, where)
+        _model(item, where)
         given = item.get("layer_range")
-        if (
-            not isinstance(given, list | tuple)
-            or [type(n) for n in given] != [int, int]
-            or not 0 <= given[0] < given[1]
-        ):
+        pair = [_whole(n) for n in given] if isinstance(given, list | tuple) else []
+        if len(pair) != 2 or pair[0] is None or pair[1] is None or not 0 <= pair[0] < pair[1]:
             raise RecipeError(
                 "`layer_range` is not a pair of layers",
                 where=where,
                 found=given,
-                remedy="Write [first, last + 1].",
+                remedy=_meant(item, "layer_range") or "Write [first, last + 1].",
             )
-        return given[0], given[1]
+        return pair[0], pair[1]
 
     def _check_models(self, sources: Sequence[Source], base: str | None, where: str) -> None:
         """Refuse what mergekit refuses: no base, a model twice, slerp of not exactly two."""
@@ -122,9 +126,26 @@ class SourceChecks:
             )
 
 
-def _check_source(item: Any, where: str) -> None:
-    if not isinstance(item, Mapping) or not isinstance(item.get("model"), str):
-        raise RecipeError(
-            "has no `model`", where=where, found=item, remedy="Name a folder or a hub name."
-        )
-    check_keys(item, ("model", "parameters", "layer_range"), where)
+def _model(item: Any, where: str) -> str:
+    """The model that a source names."""
+    if not isinstance(item, Mapping) or item.get("model") is None:
+        remedy = _meant(item, "model") or "Name a folder or a hub name."
+        raise RecipeError("has no `model`", where=where, found=item, remedy=remedy)
+    return model_reference(item["model"], "`model`", where)
+
+
+def _meant(item: Any, wanted: str) -> str | None:
+    """The remedy for a key that is missing, where a misspelled one stands in its place."""
+    for key in item if isinstance(item, Mapping) else ():
+        if misspelled(str(key), (wanted,)):
+            return f"Did you mean `{wanted}` by `{key}`?"
+    return None
+
+
+def _whole(value: Any) -> int | None:
+    """A layer's number, which mergekit takes from 4, 4.0 and "4"; None: it is none."""
+    if isinstance(value, str) and value.isascii() and value.isdigit():
+        return int(value)
+    if isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1:
+        return int(value)
+    return None

@@ -7,18 +7,14 @@ from typing import Any
 
 from evomerge.errors import RecipeError, UnsupportedRecipe
 from evomerge.recipe.layers import TokenizerSection
-from evomerge.recipe.mergekit_keys import (
-    DTYPES,
-    KEYS,
-    MERGEKIT,
-    MERGEKIT_ONLY,
-    METHODS,
-    check_keys,
-)
+from evomerge.recipe.mergekit_keys import CHAT_TEMPLATES, DTYPES, KEYS, MERGEKIT, METHODS
+from evomerge.recipe.model_references import model_reference, tokenizer_of
+from evomerge.recipe.modules import Listed
+from evomerge.recipe.unread_keys import UnreadKeys
 
 
-def check_top_level(data: Any, where: str) -> str:
-    """Check the keys that are not sources, parameters or the tokenizer; return the merge method.
+def check_top_level(data: Any, where: str, unread: UnreadKeys) -> str:
+    """Check the top level's keys and note those that nothing reads; return the merge method.
 
     Raises RecipeError naming the key, UnsupportedRecipe where only mergekit itself can help.
     """
@@ -29,36 +25,60 @@ def check_top_level(data: Any, where: str) -> str:
             found=data,
             remedy="Write a mergekit configuration.",
         )
-    method = _method(data, where)
-    for key in MERGEKIT_ONLY:
-        if data.get(key):
-            raise UnsupportedRecipe(f"`{key}` is not supported", where=where, remedy=MERGEKIT)
-    check_keys([key for key in data if key not in MERGEKIT_ONLY], KEYS, where)
-    _check_base(data, method, where)
-    if bool(data.get("slices")) == bool(data.get("models")):
+    unread.check(data, KEYS, where)
+    return _method(data, where)
+
+
+def read_base(data: Mapping[str, Any], merged: Listed, method: str, where: str) -> str | None:
+    """The base model. Raises RecipeError where the method needs one and nothing names it."""
+    base, by_slice = data.get("base_model"), merged.kind == "slices"
+    if base is not None:
+        return model_reference(base, "`base_model`", where)
+    for item in merged.items:
+        by_slice = by_slice and isinstance(item, Mapping) and bool(item.get("base_model"))
+    if METHODS[method].needs_base and not by_slice:
         raise RecipeError(
-            "needs exactly one of `slices` and `models`", where=where, remedy="Keep one of them."
-        )
-    for key in ("dtype", "out_dtype"):
-        if data.get(key) not in (None, *DTYPES):
-            raise UnsupportedRecipe(
-                f"`{key}` is not supported",
-                where=where,
-                found=data[key],
-                remedy=f"Use {', '.join(DTYPES)}.",
-            )
-    kind = "slices" if data.get("slices") else "models"
-    if not isinstance(data[kind], list):
-        raise RecipeError(
-            f"`{kind}` is not a list",
+            "`base_model` is missing",
             where=where,
-            found=data[kind],
-            remedy="Write one item per line, each after a dash.",
+            remedy="Name the model that the siblings were fine-tuned from.",
         )
-    return method
+    return None
 
 
-def read_tokenizer_section(data: Mapping[str, Any], where: str) -> TokenizerSection | None:
+def read_dtype(data: Mapping[str, Any], key: str, where: str) -> str | None:
+    """`dtype` or `out_dtype`, which may be written torch.bfloat16. Raises UnsupportedRecipe."""
+    given = data.get(key)
+    if given is None:
+        return None
+    name = given.removeprefix("torch.") if isinstance(given, str) else given
+    if name not in DTYPES:
+        raise UnsupportedRecipe(
+            f"`{key}` is not supported",
+            where=where,
+            found=given,
+            remedy=f"Use {', '.join(DTYPES)}.",
+        )
+    return str(name)
+
+
+def read_chat_template(data: Mapping[str, Any], where: str) -> str | None:
+    """`auto`, the name of a built-in template, or a template. Raises RecipeError."""
+    given = data.get("chat_template")
+    if given is None or given == "":
+        return None
+    if not isinstance(given, str) or ("{" not in given and given not in ("auto", *CHAT_TEMPLATES)):
+        raise RecipeError(
+            "`chat_template` is no template",
+            where=where,
+            found=given,
+            remedy=f"Write auto, one of {', '.join(CHAT_TEMPLATES)}, or the template in Jinja.",
+        )
+    return given
+
+
+def read_tokenizer_section(
+    data: Mapping[str, Any], where: str, unread: UnreadKeys
+) -> TokenizerSection | None:
     """`tokenizer_source: X`, or mergekit's `tokenizer: {source, tokens, pad_to_multiple_of}`.
 
     Raises RecipeError.
@@ -69,15 +89,8 @@ def read_tokenizer_section(data: Mapping[str, Any], where: str) -> TokenizerSect
             "has both `tokenizer` and `tokenizer_source`", where=where, remedy="Keep one of them."
         )
     if source is not None:
-        if not isinstance(source, str):
-            raise RecipeError(
-                "`tokenizer_source` is not a name",
-                where=where,
-                found=source,
-                remedy="Write base, union or a model.",
-            )
-        return TokenizerSection(source, {}, None)
-    return None if section is None else _tokenizer_section(section, where)
+        return TokenizerSection(tokenizer_of(source, "`tokenizer_source`", where), {}, None)
+    return None if section is None else _tokenizer_section(section, where, unread)
 
 
 def _method(data: Mapping[str, Any], where: str) -> str:
@@ -99,28 +112,7 @@ def _method(data: Mapping[str, Any], where: str) -> str:
     return method
 
 
-def _check_base(data: Mapping[str, Any], method: str, where: str) -> None:
-    base, slices = data.get("base_model"), data.get("slices")
-    named = isinstance(base, str)
-    if not named and slices and isinstance(slices, list):
-        # a slice may name its own base
-        named = all(isinstance(item, Mapping) and item.get("base_model") for item in slices)
-    if METHODS[method].needs_base and not named:
-        raise RecipeError(
-            "`base_model` is missing",
-            where=where,
-            remedy="Name the model that the siblings were fine-tuned from.",
-        )
-    if base is not None and not isinstance(base, str):
-        raise RecipeError(
-            "`base_model` is not a name",
-            where=where,
-            found=base,
-            remedy="Name a folder or a hub name.",
-        )
-
-
-def _tokenizer_section(section: Any, where: str) -> TokenizerSection:
+def _tokenizer_section(section: Any, where: str, unread: UnreadKeys) -> TokenizerSection:
     if not isinstance(section, Mapping):
         raise RecipeError(
             "`tokenizer` is not a mapping",
@@ -128,11 +120,11 @@ def _tokenizer_section(section: Any, where: str) -> TokenizerSection:
             found=section,
             remedy="Write tokenizer: {source: union}.",
         )
-    check_keys(section, ("source", "tokens", "pad_to_multiple_of"), f"{where}, tokenizer")
-    source = section.get("source", "union")
+    unread.check(section, ("source", "tokens", "pad_to_multiple_of"), f"{where}, tokenizer")
+    source = tokenizer_of(section.get("source", "union"), "`tokenizer.source`", where)
     tokens = section.get("tokens") or {}
     pad = section.get("pad_to_multiple_of")
-    if not isinstance(source, str) or not isinstance(tokens, Mapping):
+    if not isinstance(tokens, Mapping):
         raise RecipeError(
             "`tokenizer` is malformed",
             where=where,
@@ -146,4 +138,27 @@ def _tokenizer_section(section: Any, where: str) -> TokenizerSection:
             found=pad,
             remedy="Write 64, for example.",
         )
-    return TokenizerSection(source, tokens, pad)
+    rules = {}
+    for token, item in tokens.items():
+        rules[str(token)] = _rule(item, f"{where}, tokenizer.tokens[{token!r}]", unread)
+    return TokenizerSection(source, rules, pad)
+
+
+def _rule(item: Any, where: str, unread: UnreadKeys) -> Any:
+    """One of `tokens:` without what nothing reads; its values are checked with the tokenizers."""
+    if not isinstance(item, Mapping):
+        return item
+    unread.check(item, ("source", "force"), where)
+    rule = {key: item[key] for key in ("source", "force") if key in item}
+    source = item.get("source")
+    if not isinstance(source, Mapping):
+        return rule
+    if "kind" not in source:
+        rule["source"] = model_reference(source, "`source`", where)
+        return rule
+    keys = ("kind", "model", "token", "token_id") if source["kind"] == "model_token" else ("kind",)
+    unread.check(source, keys, where)
+    rule["source"] = {key: source[key] for key in keys if source.get(key) is not None}
+    if isinstance(source.get("model"), Mapping) and source["kind"] == "model_token":
+        rule["source"]["model"] = model_reference(source["model"], "`source.model`", where)
+    return rule

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 
 from optuna.trial import FrozenTrial
@@ -34,6 +36,9 @@ class Ledger:
         """`space`: the range of each of the genome's numbers; only a search needs it."""
         self.storage, self.space = storage, dict(space or {})
         self._ended: dict[int, TrialRecord] = {}  # trials that cannot change any more
+        self._settled = History()  # of the first trials, all of which have ended
+        self._read = 0  # how many stored trials `_settled` covers
+        self._known: StudyFacts | None = None  # until a fact changes
 
     @property
     def name(self) -> str:
@@ -47,6 +52,7 @@ class Ledger:
 
     def remember(self, key: str, value: object) -> None:
         """Store one of the facts durably; `key` is a field of StudyFacts."""
+        self._known = None
         self.storage.set_attribute(STORED_KEYS.get(key, key), stored(value))
 
     def records(self) -> list[TrialRecord]:
@@ -54,18 +60,27 @@ class Ledger:
         return list(self.history().trials)
 
     def history(self) -> History:
-        """The history of the records."""
-        facts, records = self.facts, []
-        for t in self.storage.trials():
-            if "role" not in t.user_attrs:
-                continue
-            record = self._ended.get(t.number)
-            if record is None:
-                record = _record(t, tuple(self.space) or facts.names)
-                if t.state.is_finished():
-                    self._ended[t.number] = record
-            records.append(record)
-        return History(tuple(records), facts.start)
+        """The history of the records. Trials that have ended are read once."""
+        if self._known is None:
+            self._known = self.facts
+        following = self.storage.trials(self._read)
+        names = tuple(self.space) or self._known.names
+        records = [self._as_record(t, names) for t in following]
+        ended = len([*takewhile(lambda t: t.state.is_finished(), following)])
+        settled = [record for record in records[:ended] if record is not None]
+        self._settled = self._settled.extended(settled)
+        self._read += ended
+        rest = [record for record in records[ended:] if record is not None]
+        return replace(self._settled, start=self._known.start).extended(rest)
+
+    def _as_record(self, t: FrozenTrial, names: Sequence[str]) -> TrialRecord | None:
+        """A stored trial; None for one without a role, which is not ours."""
+        if "role" not in t.user_attrs:
+            return None
+        record = self._ended.get(t.number) or _record(t, names)
+        if t.state.is_finished():
+            self._ended[t.number] = record
+        return record
 
     def mark_interrupted(self) -> int:
         """Mark trials of a process that ended as interrupted. Returns how many there were."""
@@ -120,13 +135,12 @@ def only_worker(url: str, name: str) -> Iterator[Callable[[], None]]:
     try:
         with storage_errors(place, name):
             lock: ExclusiveLock | StorageLease
-            if place.file is None:
+            file = lock_path(url, name)
+            if file is None:
                 lock = StorageLease(sql_engine(place), name)
             else:
-                # the file itself, however many links lead to it
-                file = Path(os.path.realpath(place.file))
                 file.parent.mkdir(parents=True, exist_ok=True)
-                lock = ExclusiveLock(file.with_name(f"{file.stem}.{name}.lock"))
+                lock = ExclusiveLock(file)
     except LockHeld as held:
         raise StudyError(
             "the study is being searched by another process",
@@ -138,6 +152,15 @@ def only_worker(url: str, name: str) -> Iterator[Callable[[], None]]:
         yield lock.check
     finally:
         lock.release()
+
+
+def lock_path(url: str, name: str) -> Path | None:
+    """The file that is locked while a study is searched; None where the storage is no file."""
+    file = storage_place(url).file
+    if file is None:
+        return None
+    file = Path(os.path.realpath(file))  # the file itself, however many links lead to it
+    return file.with_name(f"{file.stem}.{name}.lock")
 
 
 def cache_path(url: str, name: str) -> Path:

@@ -32,7 +32,7 @@ from evomerge.searching.prepare import Prepared, held_out_examples, prepare
 from evomerge.searching.starting.recognise import BEGINNING, CHANGING, compared, facts_of
 from evomerge.searching.starting.source_study import start_from_source
 from evomerge.searching.starting.warm_start import check_warm_start
-from evomerge.study import Study
+from evomerge.study import Study, as_begun
 
 
 @contextmanager
@@ -41,7 +41,8 @@ def open_search(study: Study, url: str, console: Console) -> Iterator[Search]:
 
     A new study is stored with its first trial: where something is refused, nothing is left.
     """
-    prepared = prepare(study, console.say)
+    stored = open_ledger(url, study.study, create=True).facts.study_file
+    prepared = prepare(as_begun(study, stored), console.say)
     with only_worker(url, study.study) as guard, nothing_left(url, study.study) as began:
         ledger = open_study(prepared, url, console)
         ledger.storage.guard = guard
@@ -80,6 +81,7 @@ def open_study(prepared: Prepared, url: str, console: Console) -> Ledger:
             ledger.remember(key, getattr(facts, key))
         start_from_source(study, url, genome, ledger)
     else:
+        _keep_first_engine(ledger, study, console)
         old = ledger.facts
         for key in BEGINNING:  # an older version did not store them all
             before, now = getattr(old, key), getattr(facts, key)
@@ -90,6 +92,21 @@ def open_study(prepared: Prepared, url: str, console: Console) -> Ledger:
             ledger.remember("study_file", facts.study_file)
     _introduce(prepared, console)
     return ledger
+
+
+def _keep_first_engine(ledger: Ledger, study: Study, console: Console) -> None:
+    """Keep the number of threads that the study began with, by which its answers are kept."""
+    facts = ledger.facts
+    before, now = facts.study.engine.threads, study.engine.threads
+    if before == now:
+        return
+    if "threads" not in facts.first_engine:
+        ledger.remember("first_engine", {"threads": before})
+    console.say(
+        f"note: engine.threads was {before or facts.threads or 'left to torch'} and is now "
+        f"{now or facts.threads or 'left to torch'}: sums are rounded in another order, which may "
+        "change a word of an answer"
+    )
 
 
 @contextmanager
@@ -104,6 +121,7 @@ def resume(prepared: Prepared, ledger: Ledger, url: str, console: Console) -> It
     drain = True
     try:
         engine = make_engine(EngineSpec.of_study(study, prepared.base, prepared.siblings))
+        settle_threads(study, ledger, engine, console)
         prompter = None
         if judge is not None:
             prompter = _prompter(prepared, engine)
@@ -112,7 +130,8 @@ def resume(prepared: Prepared, ledger: Ledger, url: str, console: Console) -> It
         # answers are kept under the names that the models had when the study began
         first = dict(ledger.facts.models)
         names = dict(zip(study.genome.all_models, first, strict=True))
-        cache = AnswerCache(cache_path(url, study.study), cache_scope(study, first), names)
+        scope = cache_scope(study, first, ledger.facts.first_engine)
+        cache = AnswerCache(cache_path(url, study.study), scope, names)
         if judge is None or prompter is None:
             yield _resume_lm_eval(prepared, ledger, console, engine, cache)
         else:
@@ -127,6 +146,28 @@ def resume(prepared: Prepared, ledger: Ledger, url: str, console: Console) -> It
             judge.close(drain)
         if cache is not None:
             cache.close()
+
+
+def settle_threads(study: Study, ledger: Ledger, engine: Engine, console: Console) -> None:
+    """Answer with as many CPU threads as the study did so far.
+
+    Sums over many numbers depend on them in the last bits. Where the study file names none, a new
+    study of a small model tries which number is the fastest, and keeps it.
+    """
+    if study.engine.threads is not None or engine.likelihood is None:
+        return
+    import torch
+
+    from evomerge.answering.hf.threads import fastest_threads
+
+    chosen = ledger.facts.threads
+    if chosen is None and ledger.storage.is_new:
+        chosen = fastest_threads(engine.likelihood.model)
+        if chosen is not None:
+            ledger.remember("threads", chosen)
+            console.say(f"{chosen} of {torch.get_num_threads()} CPU threads are the fastest")
+    if chosen is not None:
+        torch.set_num_threads(chosen)
 
 
 def _prompter(prepared: Prepared, engine: Engine) -> Prompter:

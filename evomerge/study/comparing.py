@@ -11,9 +11,12 @@ from evomerge.study.environment import VARIABLE, dotted, texts_with_variables
 from evomerge.study.section import join
 from evomerge.study.study_file import Study
 
-# Keys that a finished or running study may change: they say when to stop and how to reach the
-# judge, not what is searched.
+# Keys that a finished or running study may change: they say when to stop, how to reach the judge
+# and how to use the machine, not what is searched. `engine.batch_size` is not among them: which
+# prompts share a batch decides how they are padded, and with that may decide a word.
 STOPPING_KEYS = (
+    "engine.residency",
+    "engine.threads",
     "search.trials",
     "search.time_limit",
     "search.max_cost",
@@ -34,6 +37,8 @@ STOPPING_KEYS = (
     "judge.output_price",
 )
 
+# Defaults that have changed. Older studies have stored the one that they began with.
+FORMER: dict[str, dict[str, Any]] = {"search": {"start": 1.0}}
 
 # Paths, whose contents are compared instead: those of `search.recipes` are known candidates.
 CONTENT_KEYS = (
@@ -69,6 +74,25 @@ def changed_keys(
     differing = {key for key in before | after if before.get(key) != after.get(key)}
     differing |= {key for key in affected if not key.startswith(CONTENT_KEYS)}
     return sorted(key for key in differing if key not in STOPPING_KEYS)
+
+
+def as_begun(study: Study, stored: Mapping[str, Any] | None) -> Study:
+    """The study as its file is now, with the defaults that it began with where these have changed.
+
+    `stored` is the study file of its storage, None of a new study.
+    """
+    if stored is None:
+        return study
+    for section, former in FORMER.items():
+        own = getattr(study, section)
+        kept = {}
+        for key, value in former.items():
+            default = type(own).model_fields[key].default
+            if getattr(own, key) == default and stored.get(section, {}).get(key, value) == value:
+                kept[key] = value
+        if kept:
+            study = study.replace(**{section: own.replace(**kept)})
+    return study
 
 
 def model_refs(data: Mapping[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Annotated, Self
 
 from pydantic import (
@@ -15,6 +16,7 @@ from pydantic import (
 )
 
 from evomerge.recipe import BUILT_IN, METHODS
+from evomerge.recipe.model_references import OLD_PREFIX
 from evomerge.study.section import (
     ModelRef,
     Remedy,
@@ -25,6 +27,8 @@ from evomerge.study.section import (
     model_path,
     require,
 )
+
+log = logging.getLogger(__name__)
 
 
 def mixes_models(method: str) -> bool:
@@ -53,7 +57,8 @@ class GenomeSection(Section):
         Remedy("Name at least one fine-tuned sibling."),
     ] = Field(
         min_length=1,
-        description="Folders, hub names or MODEL+ADAPTER; with a base, its fine-tuned siblings.",
+        description="Folders, hub names or MODEL+ADAPTER; with a base, its fine-tuned siblings: "
+        "the base itself is left out.",
     )
     base_model: ModelRef | None = Field(
         default=None,
@@ -100,7 +105,12 @@ class GenomeSection(Section):
     @field_validator("tokenizer_source")
     @classmethod
     def _tokenizer_path(cls, source: str | None, info: ValidationInfo) -> str | None:
-        return source if source in (None, "base", "union") else model_path(source, info)
+        if source in (None, "base", "union"):
+            return source
+        plain = source.removeprefix(OLD_PREFIX)
+        old = "has a form that mergekit no longer reads"
+        require(plain == source, "", old, source, f"Write {plain}, without `{OLD_PREFIX}`.")
+        return model_path(source, info)
 
     @model_validator(mode="after")
     def _check_models(self) -> Self:
@@ -111,13 +121,10 @@ class GenomeSection(Section):
             require(base is not None, "base_model", "is missing", None, need)
         twice = [model for model in self.models if self.models.count(model) > 1]
         require(not twice, "models", "names a model twice", next(iter(twice), None), "Keep one.")
-        require(
-            mixed or base not in self.models,
-            "models",
-            "contains the base, whose weight has no effect",
-            base,
-            "Remove it there.",
-        )
+        if not mixed and base in self.models:
+            log.warning("genome.models: the base is left out, whose weight has no effect: %s", base)
+            siblings = tuple(model for model in self.models if model != base)
+            object.__setattr__(self, "models", siblings)  # it is frozen from here on
         require(
             len(self.all_models) >= 2,
             "models",

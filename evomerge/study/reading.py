@@ -114,6 +114,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
+        if "expected a single document" in str(error):
+            raise StudyFileError(
+                "holds several YAML documents", where=path, remedy="Split it: one study a file."
+            ) from None
         raise StudyFileError(
             f"not valid YAML: {error}", where=path, remedy="Fix the line named."
         ) from error

@@ -8,12 +8,16 @@ a tuple is expected.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationInfo
 from pydantic_core import PydanticCustomError
+
+from evomerge.errors import RecipeError
+from evomerge.recipe.model_references import model_reference
 
 
 class Section(BaseModel):
@@ -60,6 +64,16 @@ def _as_text(value: object) -> object:
     return str(value) if isinstance(value, int) else value
 
 
+def _reference(value: object) -> object:
+    """mergekit's mappings as MODEL, MODEL@REVISION or MODEL+ADAPTER."""
+    if not isinstance(value, Mapping):
+        return _as_text(value)
+    try:
+        return model_reference(value, "the model", "")
+    except RecipeError:
+        return value
+
+
 def _name(value: str) -> str:
     require(
         re.fullmatch(r"[\w.-]+", value),
@@ -81,8 +95,12 @@ def _absolute(path: str, info: ValidationInfo) -> str:
 def folder_or_name(ref: str, info: ValidationInfo) -> str:
     """A local folder as an absolute path; a name on the hub is left unchanged."""
     folder: Path | None = info.context
-    if folder is not None and (ref.startswith((".", "/", "~")) or (folder / ref).exists()):
-        return _absolute(ref, info)
+    if folder is None:
+        return ref
+    # a revision changes nothing about a folder
+    named = [name for name in (ref, ref.rpartition("@")[0]) if name and (folder / name).exists()]
+    if ref.startswith((".", "/", "~")) or named:
+        return _absolute(named[0] if named else ref, info)
     return ref
 
 
@@ -99,7 +117,11 @@ def model_path(ref: str, info: ValidationInfo) -> str:
 Text = Annotated[str, BeforeValidator(_as_text)]
 StudyName = Annotated[Text, AfterValidator(_name)]
 PathText = Annotated[Text, AfterValidator(_absolute)]
-ModelRef = Annotated[Text, AfterValidator(model_path)]
+ModelRef = Annotated[
+    str,
+    BeforeValidator(_reference, json_schema_input_type=str | dict[str, Any]),
+    AfterValidator(model_path),
+]
 Texts = Annotated[tuple[Text, ...], BeforeValidator(as_tuple)]
 Paths = Annotated[tuple[PathText, ...], BeforeValidator(as_tuple)]
 Numbers = Annotated[tuple[float, ...], BeforeValidator(as_tuple)]

@@ -21,7 +21,7 @@ from evomerge.study.section import PathText, Remedy, StudyName, as_tuple, requir
 # The behaviour of studies from before the key existed.
 BEFORE: dict[str, dict[str, Any]] = {
     "split": {"validation": 0.0},
-    "search": {"ranking": "all", "lr_adapt": False},
+    "search": {"ranking": "all", "lr_adapt": False, "start": 1.0},
 }
 
 
@@ -160,7 +160,8 @@ class Study(AsWritten):
         search, method = self.search, self.genome.merge_method
         low, high = self.bounds
         start = f"is not within the bounds {low} to {high}"
-        require(low <= search.start <= high, "search.start", start, search.start, "Change one.")
+        holds = search.start is None or low <= search.start <= high
+        require(holds, "search.start", start, search.start, "Change one.")
         sparse, dense = self.density_bounds
         require(
             sparse <= self.start_density <= dense,
@@ -208,7 +209,7 @@ class Study(AsWritten):
                 "Remove it.",
             )
             require(
-                search.start == 1.0,
+                search.start in (None, 1.0),  # 1 is what every older study has stored
                 "search.start",
                 "has no effect: `random_init` draws the start",
                 search.start,

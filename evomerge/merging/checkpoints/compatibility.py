@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from evomerge.errors import ModelError
+from evomerge.merging.checkpoints.config_defaults import config_value
 from evomerge.merging.checkpoints.model_folder import HEAD, VOCABULARY, ModelFolder
+from evomerge.merging.checkpoints.quantized_weights import refuse_quantized
 
-# Keys of config.json that must be equal for tensors of one name to have one meaning.
+# Keys of config.json that must be equal for tensors of one name to have one meaning, which their
+# shapes alone do not show.
+MEANING = ("model_type", "num_attention_heads", "num_key_value_heads")
 CONFIG_KEYS = (
     "model_type",
     "num_hidden_layers",
@@ -17,9 +20,9 @@ CONFIG_KEYS = (
     "num_attention_heads",
     "num_key_value_heads",
     "vocab_size",
-    "tie_word_embeddings",
 )
 ONLY_SIBLINGS = "Only siblings of one base can be merged."
+NAME_A_SOURCE = "Name a `tokenizer_source`."
 
 
 def check_fit(
@@ -27,54 +30,92 @@ def check_fit(
 ) -> None:
     """Raise ModelError naming the first key or tensor in which a sibling differs from the base.
 
-    Without `same_vocabulary` the number of rows of embeddings and head may differ.
+    Without `same_vocabulary` the number of rows of embeddings and head may differ. Quantised models
+    fit none.
     """
+    for model in (base, *siblings):
+        refuse_quantized(model)
+        _check_head(model)
     for sibling in siblings:
-        _check_config(base, sibling, same_vocabulary)
+        keys = [key for key in CONFIG_KEYS if same_vocabulary or key != "vocab_size"]
+        _check_config(base, sibling, keys)
         _check_names(base, sibling)
-        _check_shapes(base, sibling, same_vocabulary)
+        for name in sorted(base.keys & sibling.keys):
+            _check_shapes(base, name, sibling, name, same_vocabulary)
 
 
-def _check_config(base: ModelFolder, sibling: ModelFolder, same_vocabulary: bool) -> None:
-    for key in CONFIG_KEYS:
-        if key == "vocab_size" and not same_vocabulary:
+def check_tensors(
+    lender: tuple[ModelFolder, str],
+    givers: Iterable[tuple[ModelFolder, str]],
+    same_vocabulary: bool = True,
+) -> None:
+    """Raise ModelError unless models have the tensors that one merged tensor is made of.
+
+    `lender` is the model and the tensor whose shape the merged one has; `givers` are all of them.
+    """
+    base, wanted = lender
+    for model, name in givers:
+        if name == HEAD:
+            _check_head(model)
+        if model.stored(name) not in model.keys:
+            raise ModelError(
+                f"does not fit the base: it lacks {name}", where=model.path, remedy=ONLY_SIBLINGS
+            )
+        _check_shapes(base, wanted, model, name, same_vocabulary)
+
+
+def check_meaning(base: ModelFolder, others: Iterable[ModelFolder]) -> None:
+    """Raise ModelError unless layers of the models mean the same, however many each of them has."""
+    for model in (base, *others):
+        refuse_quantized(model)
+        _check_config(base, model, MEANING)
+
+
+def _check_config(base: ModelFolder, sibling: ModelFolder, keys: Iterable[str]) -> None:
+    for key in keys:
+        if base.config.get(key) == sibling.config.get(key):
             continue
-        ours, theirs = _setting(base, key), _setting(sibling, key)
+        ours, theirs = config_value(base.config, key), config_value(sibling.config, key)
         if ours != theirs:
             raise ModelError(
                 f"does not fit the base: `{key}` is {theirs}, the base has {ours}",
                 where=sibling.path,
-                remedy="Name a `tokenizer_source`." if key == "vocab_size" else ONLY_SIBLINGS,
+                remedy=NAME_A_SOURCE if key == "vocab_size" else ONLY_SIBLINGS,
             )
 
 
-def _setting(model: ModelFolder, key: str) -> Any:
-    """A key of config.json, with the default that older configurations leave out."""
-    value = model.config.get(key)
-    if key == "tie_word_embeddings":
-        return bool(value)
-    if key == "num_key_value_heads":
-        return value or model.config.get("num_attention_heads")
-    return value
+def _check_head(model: ModelFolder) -> None:
+    """A head that is not stored is the embeddings, unless the model is said to be untied."""
+    if HEAD not in model.keys and model.config.get("tie_word_embeddings") is False:
+        raise ModelError(
+            f"the files lack {HEAD}, and config.json says that it is not tied",
+            where=model.path,
+            found="tie_word_embeddings: false",
+            remedy="Correct the key, or copy the model again.",
+        )
 
 
 def _check_names(base: ModelFolder, sibling: ModelFolder) -> None:
-    tied = {HEAD} if base.config.get("tie_word_embeddings") else set()
-    for name in sorted((base.keys ^ sibling.keys) - tied):
+    for name in sorted((base.keys ^ sibling.keys) - {HEAD}):
         lacking = "the sibling lacks" if name in base.keys else "the base lacks"
         raise ModelError(
             f"does not fit the base: {lacking} {name}", where=sibling.path, remedy=ONLY_SIBLINGS
         )
 
 
-def _check_shapes(base: ModelFolder, sibling: ModelFolder, same_vocabulary: bool) -> None:
-    for name in sorted(base.keys & sibling.keys):
-        # the first axis that must be equal
-        axis = 1 if not same_vocabulary and name in VOCABULARY else 0
-        ours, theirs = base.shape(name), sibling.shape(name)
-        if ours[axis:] != theirs[axis:]:
-            raise ModelError(
-                f"does not fit the base: {name} is {theirs}, the base has {ours}",
-                where=sibling.path,
-                remedy=ONLY_SIBLINGS,
-            )
+def _check_shapes(
+    base: ModelFolder, wanted: str, sibling: ModelFolder, name: str, same_vocabulary: bool
+) -> None:
+    # the first axis that must be equal
+    axis = 1 if not same_vocabulary and name in VOCABULARY else 0
+    ours, theirs = base.shape(wanted), sibling.shape(name)
+    if ours[axis:] != theirs[axis:]:
+        # a key says it better than a tensor's shape
+        other = "vocab_size" if name in VOCABULARY else "intermediate_size"
+        _check_config(base, sibling, ["hidden_size", other])
+        rows_only = name in VOCABULARY and ours[1:] == theirs[1:]
+        raise ModelError(
+            f"does not fit the base: {name} is {theirs}, the base has {ours}",
+            where=sibling.path,
+            remedy=NAME_A_SOURCE if rows_only else ONLY_SIBLINGS,
+        )

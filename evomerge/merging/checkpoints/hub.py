@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from evomerge.errors import ModelError
 
+log = logging.getLogger(__name__)
 PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.model")
 
 
@@ -17,6 +19,11 @@ def find_folder(ref: str, kind: str, remedy: str) -> Path:
     path = Path(ref).expanduser()
     if path.is_dir():
         return path
+    folder, _, revision = ref.rpartition("@")
+    if folder and Path(folder).expanduser().is_dir():
+        # as in mergekit, whose references may all end in a revision
+        log.warning("%s: a folder has no revisions, so @%s changes nothing", folder, revision)
+        return Path(folder).expanduser()
     is_name = ref.partition("@")[0].count("/") == 1 and not ref.startswith((".", "/", "~"))
     if path.exists() or not is_name:
         raise ModelError(f"there is no such {kind} folder", where=ref, remedy=remedy)

@@ -60,10 +60,22 @@ class ModelFolder:
         """The dtype on disk. Raises ModelError when it is not supported."""
         return self._headers[self.stored(name)][1]
 
+    def stored_dtype(self, name: str) -> str:
+        """The dtype on disk by safetensors' name, also one that cannot be merged."""
+        return self._reader(name).stored_dtype(name)
+
     def get_tensor(self, name: str) -> torch.Tensor:
         """The tensor as it is on disk. Raises ModelError when the file is damaged."""
         name = self.stored(name)
         return self._reader(name).tensor(name)
+
+    def is_untied(self) -> bool:
+        """Whether the head has weights of its own: one that equals the embeddings may be tied."""
+        if HEAD not in self.files or EMBED not in self.files:
+            return HEAD in self.files
+        if self.config.get("tie_word_embeddings") is False:
+            return True
+        return not torch.equal(self.get_tensor(HEAD), self.get_tensor(EMBED))
 
     def _reader(self, name: str) -> SafetensorsReader:
         path = self.files[name]

@@ -42,14 +42,18 @@ class SafetensorsReader:
             raise ModelError(
                 f"tensor {name} has a dtype that is not supported",
                 where=self.path,
-                found=self._slice(name).get_dtype(),
+                found=self.stored_dtype(name),
                 remedy="Convert it to bfloat16, float16 or float32.",
             )
         return found
 
     def dtype_or_none(self, name: str) -> torch.dtype | None:
         """The dtype, None where it is not one that can be merged."""
-        return DTYPES.get(self._slice(name).get_dtype())
+        return DTYPES.get(self.stored_dtype(name))
+
+    def stored_dtype(self, name: str) -> str:
+        """The dtype by safetensors' name. Raises ModelError when the file lacks the tensor."""
+        return str(self._slice(name).get_dtype())
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor as it is on disk, mapped. Raises ModelError when the file is damaged."""

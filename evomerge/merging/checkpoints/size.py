@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from evomerge.errors import ModelError
+from evomerge.merging.checkpoints.config_defaults import config_value
+from evomerge.merging.checkpoints.hub_kernels import without_attention
 
 
 def count_parameters(config: Mapping[str, Any], where: object = None) -> int:
@@ -18,7 +20,7 @@ def count_parameters(config: Mapping[str, Any], where: object = None) -> int:
 
     models: Any = AutoModelForCausalLM
     try:
-        settings = dict(config)
+        settings = without_attention(config)  # a kernel of the hub would be loaded
         parsed = AutoConfig.for_model(settings.pop("model_type"), **settings)
         with torch.device("meta"):
             model = models.from_config(parsed)
@@ -34,7 +36,7 @@ def count_parameters(config: Mapping[str, Any], where: object = None) -> int:
 def kv_cache_bytes(config: Mapping[str, Any], tokens: int, bytes_per_number: int = 2) -> int:
     """Bytes of keys and values for `tokens` positions: 2 x layers x KV heads x head size each."""
     heads = int(config["num_attention_heads"])
-    head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
-    kv_heads = int(config.get("num_key_value_heads") or heads)
+    head_dim = int(config_value(config, "head_dim") or config["hidden_size"] // heads)
+    kv_heads = int(config_value(config, "num_key_value_heads") or heads)
     numbers = 2 * int(config["num_hidden_layers"]) * kv_heads * head_dim
     return numbers * bytes_per_number * tokens

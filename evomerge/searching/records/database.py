@@ -6,11 +6,12 @@ The tables are Optuna's; a study is inserted together with its first facts, in o
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import optuna
 import sqlalchemy
@@ -29,16 +30,23 @@ from evomerge.searching.records.storage_place import StoragePlace, file_url, sto
 CONNECT = 30  # seconds to wait for a server
 # drivers that take `connect_timeout`
 PATIENT = ("psycopg", "psycopg2", "pymysql", "mysqldb")
+Connect: TypeAlias = Callable[[], sqlite3.Connection]
 NO_STUDIES = "Run `evomerge search` first, or name its --storage."
 
 
 def open_database(place: StoragePlace, write: bool) -> RDBStorage:
     """Optuna's storage in an existing database.
 
-    To `write`, what is missing of its tables is added; otherwise nothing is changed. Raises
-    StudyError where the tables are missing, or of another version of Optuna.
+    To `write`, what is missing of its tables is added; otherwise nothing is changed, and nothing
+    need be writable. Raises StudyError where the tables are missing, or of another version of
+    Optuna.
     """
-    engine = sql_engine(place)
+    connect = None
+    if place.file is not None and place.plain_sqlite:
+        if not write:
+            connect = sqlite_file.reader(place.file)
+        sqlite_file.check_integrity(place.file, connect)
+    engine = sql_engine(place, connect)
     try:
         _check_revision(engine, place)
         tables, indices = _missing(engine)
@@ -47,7 +55,7 @@ def open_database(place: StoragePlace, write: bool) -> RDBStorage:
     if not write:
         if tables:
             raise StudyError("the storage holds no studies", where=place.shown, remedy=NO_STUDIES)
-        return _storage(place, skip=True)
+        return _storage(place, skip=True, connect=connect)
     storage = _storage(place, skip=not tables)
     if indices:
         _drop_empty_twins(storage.engine, place)
@@ -56,9 +64,9 @@ def open_database(place: StoragePlace, write: bool) -> RDBStorage:
     return storage
 
 
-def sql_engine(place: StoragePlace) -> sqlalchemy.Engine:
+def sql_engine(place: StoragePlace, connect: Connect | None = None) -> sqlalchemy.Engine:
     """SQLAlchemy's engine; it connects when it is used."""
-    return sqlalchemy.create_engine(place.url, **_options(place))
+    return sqlalchemy.create_engine(place.url, **_options(place, connect))
 
 
 def make_database(place: StoragePlace, name: str, attributes: Mapping[str, Any]) -> bool:
@@ -107,18 +115,20 @@ def insert_study(storage: RDBStorage, name: str, attributes: Mapping[str, Any]) 
         session.add(study)
 
 
-def _storage(place: StoragePlace, skip: bool = False) -> RDBStorage:
+def _storage(place: StoragePlace, skip: bool = False, connect: Connect | None = None) -> RDBStorage:
     """Optuna's storage; to `skip` making its tables writes nothing where they are complete."""
     return RDBStorage(
         place.optuna_url,
-        engine_kwargs=_options(place),
+        engine_kwargs=_options(place, connect),
         skip_compatibility_check=True,  # `_check_revision` has been there
         skip_table_creation=skip,
     )
 
 
-def _options(place: StoragePlace) -> dict[str, Any]:
+def _options(place: StoragePlace, connect: Connect | None = None) -> dict[str, Any]:
     """Of SQLAlchemy's engine."""
+    if connect is not None:
+        return {"creator": connect}
     if place.file is not None:
         wait = {} if "timeout" in place.parsed.query else {"timeout": sqlite_file.WAIT}
         return {"connect_args": wait}

@@ -12,10 +12,9 @@ from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution
-from optuna.storages import RDBStorage
+from optuna.storages import RDBStorage, _CachedStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from evomerge import sqlite_file
 from evomerge.errors import OutputError, StudyError
 from evomerge.searching.records.database import (
     insert_study,
@@ -84,12 +83,20 @@ class StoredStudy:
             self.guard()
             self._study.set_user_attr(key, value)
 
-    def trials(self) -> list[FrozenTrial]:
-        """Every trial by number; they must not be changed."""
+    def trials(self, first: int = 0) -> list[FrozenTrial]:
+        """The trials from number `first` on; they must not be changed.
+
+        Optuna keeps what it has read, but sorts all of it each time that it is asked.
+        """
         if self._study is None:
             return []
         with storage_errors(self.place, self.name):
-            return self._study.get_trials(deepcopy=False)
+            storage, study_id = self._study._storage, self._study._study_id
+            if not first or not isinstance(storage, _CachedStorage):
+                return self._study.get_trials(deepcopy=False)[first:]
+            storage._read_trials_from_remote_storage(study_id)
+            known = storage._studies[study_id].trials
+            return [known[number] for number in range(first, len(known))]
 
     def running(self) -> list[int]:
         """The numbers of the trials that have begun and not ended."""
@@ -150,8 +157,6 @@ def open_stored(url: str, name: str, create: bool = False) -> StoredStudy:
             )
         return StoredStudy(place, name)
     with storage_errors(place, name):
-        if place.file is not None and place.plain_sqlite:
-            sqlite_file.check_integrity(place.file)
         if place.file is not None and create:
             remove_unfinished(place, name)
         storage = open_database(place, write=create)

@@ -109,6 +109,9 @@ class StudyFacts:
     known_candidates: tuple[tuple[float, ...], ...] | None = None  # in the order of their slots
     start: Start | None = None
     warm_start: tuple[GradientStep, ...] = ()
+    threads: int | None = None  # of the CPU, chosen by trial where the study file names none
+    # keys of `engine:` that have changed -> their first values, by which answers are kept
+    first_engine: Mapping[str, Any] = field(default_factory=dict)
     # batch sizes that a lack of memory has forced
     limits: Mapping[str, int] = field(default_factory=dict)
     elapsed: float = 0.0  # seconds of all runs
@@ -116,6 +119,8 @@ class StudyFacts:
     cascade: CascadeSavings | None = None
     # generation -> (answers graded, answers that the expensive judge graded)
     cascade_generations: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    # whether parents and uniform weights can win, as in every study that began after 0.2
+    references_win: bool = False
     validation: ValidationChoice | None = None
     compared: Mapping[str, int] = field(default_factory=dict)  # name -> trial number
     verdict: Verdict | None = None

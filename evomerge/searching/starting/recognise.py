@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from evomerge.merging.adapters.lora import AdaptedModel
 from evomerge.merging.checkpoints.fingerprint import combined, fingerprint
-from evomerge.merging.checkpoints.lora import AdaptedModel
 from evomerge.merging.checkpoints.model_folder import ModelFolder
 from evomerge.searching.ledger import Ledger
 from evomerge.searching.prepare import Prepared
@@ -28,6 +28,7 @@ BEGINNING = (
     "knowledge",
     "environment",
     "known_candidates",
+    "references_win",
     "study_file",
 )
 CHANGING = ("task_prints", "files", "environment", "study_file")
@@ -55,6 +56,8 @@ def facts_of(prepared: Prepared, known: StudyFacts) -> StudyFacts:
         n_layers=prepared.genome.slices[-1][1],
         knowledge=None if chooser is None else chooser.knowledge.digest(),
         known_candidates=tuple(tuple(vector.tolist()) for vector in vectors),
+        # a study that has begun chooses its winner as it did then
+        references_win=known.references_win or not known.begun,
     )
 
 
