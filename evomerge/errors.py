@@ -16,10 +16,12 @@
         │   └── JudgePaused       exit 3: a budget is spent, or grades are missing
         └── OutputError           a full disk, no permission
 
-A line reads ``where: what (found: value). remedy``.
+A line reads ``where: what (found: value). remedy``; passwords in URLs are masked in all of it.
 """
 
 from __future__ import annotations
+
+from evomerge.masking import masked
 
 
 class EvomergeError(Exception):
@@ -37,7 +39,7 @@ class EvomergeError(Exception):
             line += f" (found: {_short(found)})"
         if remedy is not None:
             line = f"{line.rstrip('.')}. {remedy}"
-        super().__init__(" ".join(line.split()))
+        super().__init__(masked(" ".join(line.split())))
         self.what, self.where, self.found, self.remedy = what, where, found, remedy
 
 
@@ -102,7 +104,7 @@ class OutputError(RunError):
 
 
 def _short(value: object, limit: int = 80) -> str:
-    text = repr(value)
+    text = masked(repr(value))  # before it is cut: half a URL is not recognised
     if len(text) > limit:
         tail = limit // 2  # the end of a path says more than its middle
         text = text[: limit - tail - 1] + "…" + text[-tail:]

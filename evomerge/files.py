@@ -89,6 +89,25 @@ def _remove_dead(path: Path) -> None:
             dead.unlink()
 
 
+def name_file(unnamed: Path, path: Path) -> bool:
+    """Give a finished file its name, durably, unless that name is taken; the old name goes.
+
+    Returns whether it got the name. Raises OSError.
+    """
+    try:
+        os.link(unnamed, path)  # unlike a rename, it replaces nothing
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        if path.exists():
+            return False
+        unnamed.rename(path)
+    finally:
+        unnamed.unlink(missing_ok=True)
+    sync_folder(path.parent)
+    return True
+
+
 def sync_file(path: Path) -> None:
     """Wait until the file is on the disk; some file systems report a full disk only now."""
     with path.open("r+b") as file:  # Windows syncs only what is open for writing
@@ -155,6 +174,9 @@ class ExclusiveLock:
     ) -> None:
         self.release()
 
+    def check(self) -> None:
+        """Nothing: the system does not give a lock away while its holder lives."""
+
     def release(self) -> None:
         """Release the lock and remove its files, where the system allows that."""
         # before the release: afterwards the files may be another holder's
@@ -168,3 +190,24 @@ class ExclusiveLock:
             return self._holder.read_text(encoding="ascii")
         except (OSError, UnicodeDecodeError):
             return ""
+
+
+def is_locked(path: Path) -> bool:
+    """Whether another process holds the `ExclusiveLock` on a file, which is not changed."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: the holder removes the file when it is done
+        return path.exists()
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(file)
+    return False

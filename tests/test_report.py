@@ -17,7 +17,7 @@ from evomerge.reporting.charts import PLOT, progress_chart
 from evomerge.reporting.report import write_report
 from evomerge.reporting.sentences import headline, remarks
 from evomerge.reporting.trial_table import seconds_by_phase, write_trials_csv
-from evomerge.searching.choosing import make_verdict
+from evomerge.searching.final_test import make_verdict
 from evomerge.searching.records.trial_record import TaskGrade
 from evomerge.searching.records.verdict_record import (
     HeldOutScore,

@@ -49,6 +49,21 @@ def to_study(study_file: StudyFile, overrides: Sequence[str]) -> Study:
     return overridden(study_file, overrides, allowed=tuple(study_file.to_dict()))
 
 
+def searched_study(
+    study_file: StudyFile,
+    overrides: Overrides,
+    study: str | None,
+    trials: int | None,
+    seed: int | None,
+) -> Study:
+    """The study that `search` runs and `check` looks at."""
+    settings = setting_texts(overrides)
+    for key, value in (("study", study), ("search.trials", trials), ("search.seed", seed)):
+        if value is not None:
+            settings.append(f"{key}={json.dumps(value, ensure_ascii=False)}")
+    return to_study(study_file, settings)
+
+
 def to_recipe(recipe: RecipeLike) -> tuple[Recipe, str]:
     """A recipe, and its configuration as it was written."""
     from evomerge.recipe import Recipe, read_recipe
@@ -79,16 +94,22 @@ def storage_url(storage: str | Path | None, name: str) -> str:
     None: $EVOMERGE_STORAGE, else sqlite:///storage/NAME.db.
     """
     given = str(storage or os.environ.get("EVOMERGE_STORAGE") or f"storage/{name}.db")
-    return given if "://" in given else f"sqlite:///{given}"
+    if "://" in given:
+        return given
+    if set("?%") & set(given):  # they mean something in a URL
+        from evomerge.searching.records.storage_place import file_url
+
+        return file_url(Path(given))
+    return f"sqlite:///{given}"
 
 
 def study_inputs(study: Study, url: str, name: str) -> list[str | Path | None]:
     """Everything that a study reads, and where it is stored: what no output may overwrite."""
     from evomerge.searching.ledger import cache_path, grades_path
-    from evomerge.searching.records.optuna_adapter import sqlite_path
+    from evomerge.searching.records.storage_place import storage_place
     from evomerge.study import files_read
 
-    stored = sqlite_path(url)
+    stored = storage_place(url).file
     kept = [cache_path(url, name), grades_path(url, name)]
     if stored is not None:
         kept.append(stored)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,8 +93,19 @@ class LoadedStudy:
 
     @property
     def winner(self) -> TrialRecord:
-        """The trial that the verdict names, or the choice by the trials so far."""
+        """The trial that the verdict names, or the choice by the trials so far.
+
+        It is a parent or a uniform weight where no merge was found that beats it.
+        """
         return self.snapshot.winner
+
+    @property
+    def unbeaten(self) -> str | None:
+        """The name of the parent or uniform weight that wins; None where the search's merge does.
+
+        base, instruct, sibling:NAME or uniform 0.5, for example.
+        """
+        return self.snapshot.unbeaten
 
     @property
     def best(self) -> TrialRecord:
@@ -103,14 +114,22 @@ class LoadedStudy:
 
         return History(tuple(self.records)).best_candidate()
 
+    def with_trial(self, number: int) -> LoadedStudy:
+        """The same study with another trial's recipe in the winner's place, to export it.
+
+        `recipe`, `recipe_yaml`, `build_model` and `write_runner` are that trial's then. Raises
+        StudyError for a trial that is unknown or not finished.
+        """
+        return replace(self, snapshot=self.snapshot.with_trial(number))
+
     @property
     def recipe(self) -> Recipe:
-        """The winner's recipe."""
+        """The winner's recipe, or that of `with_trial`."""
         return self.snapshot.recipe
 
     @property
     def recipe_yaml(self) -> str:
-        """The winner's recipe as a mergekit configuration."""
+        """The same recipe as a mergekit configuration."""
         from evomerge.reporting.export import recipe_text
 
         return recipe_text(self.snapshot)
@@ -161,7 +180,7 @@ class LoadedStudy:
 
         folder = results_folder(results, self.name)
         check_outputs(files=result_files(folder), inputs=self._inputs)
-        return write_results(self.snapshot, folder)
+        return write_results(replace(self.snapshot, picked=None), folder)
 
     def write_recipe(self, out: str | Path) -> Path:
         """Write the winner's recipe to a file.
@@ -190,7 +209,7 @@ class LoadedStudy:
         from evomerge.console import Console
         from evomerge.reporting.export import card, use_threads
 
-        use_threads(self.study)
+        use_threads(self.snapshot)
         return build_model_folder(
             self.recipe,
             Path(out),

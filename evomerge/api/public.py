@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +15,13 @@ from evomerge.api.inputs import (
     recipe_inputs,
     result_files,
     results_folder,
-    setting_texts,
+    searched_study,
     storage_url,
     to_recipe,
-    to_study,
     to_tasks,
 )
 from evomerge.api.loaded_study import LoadedStudy, build_model_folder
+from evomerge.errors import InputError
 from evomerge.outputs import check_outputs
 
 if TYPE_CHECKING:
@@ -74,11 +73,7 @@ def search(
     >>> found = evomerge.search("search_spaces/demo.yaml", trials=24)
     >>> found.winner.score, found.recipe_yaml
     """
-    settings = setting_texts(overrides)
-    for key, value in (("study", study), ("search.trials", trials), ("search.seed", seed)):
-        if value is not None:
-            settings.append(f"{key}={json.dumps(value, ensure_ascii=False)}")
-    checked = to_study(study_file, settings)
+    checked = searched_study(study_file, overrides, study, trials, seed)
     # these imports take seconds; a mistake in the file is reported before them
     from evomerge.console import Console
     from evomerge.searching.open_search import open_search
@@ -95,25 +90,33 @@ def _check_search_outputs(
     study_file: StudyFile, study: Study, url: str, results: str | Path | None
 ) -> None:
     """Raise InputError where storage or results would overwrite what the search reads."""
-    from evomerge.searching.records.optuna_adapter import sqlite_path
+    from evomerge.searching.records.storage_place import storage_place
     from evomerge.study import files_read
 
     own = Path(study_file) if isinstance(study_file, str | Path) else None
     written = result_files(results_folder(results, study.study))
-    check_outputs(files=[sqlite_path(url), *written], inputs=[own, *files_read(study)])
+    check_outputs(files=[storage_place(url).file, *written], inputs=[own, *files_read(study)])
 
 
 def check(
     study_file: StudyFile,
     *,
     base_config: str | Path | None = None,
+    storage: str | Path | None = None,
+    results: str | Path | None = None,
+    study: str | None = None,
+    trials: int | None = None,
+    seed: int | None = None,
     overrides: Overrides = None,
 ) -> list[PreflightFinding]:
-    """Report what a study needs: models, shapes, tokenizer, disk, memory, judge, cost.
+    """Report what a study needs and what `search` would refuse, before any work.
+
+    Models, shapes, tokenizer, prompts, judge (its server is asked for its models), disk, memory,
+    cost, and whether a study that has begun can resume. Nothing is written.
 
     Parameters
     ----------
-    study_file, overrides: as for `search`.
+    study_file, storage, results, study, trials, seed, overrides: as for `search`.
     base_config: a config.json to use if the base model cannot be reached.
 
     Returns
@@ -128,10 +131,17 @@ def check(
     >>> [finding.text for finding in evomerge.check("study.yaml") if finding.level == "wrong"]
     []
     """
-    checked = to_study(study_file, setting_texts(overrides))
-    from evomerge.searching.preflight import check_study
+    checked = searched_study(study_file, overrides, study, trials, seed)
+    from evomerge.searching.preflight import PreflightFinding, check_study
 
-    return check_study(checked, None if base_config is None else Path(base_config))
+    config = None if base_config is None else Path(base_config)
+    url, folder = storage_url(storage, checked.study), results_folder(results, checked.study)
+    findings = check_study(checked, config, url, folder)
+    try:
+        _check_search_outputs(study_file, checked, url, results)
+    except InputError as error:
+        findings.append(PreflightFinding("wrong", "outputs", str(error)))
+    return findings
 
 
 def merge(

@@ -74,6 +74,10 @@ def open_study(
 
     def load() -> Engine:
         engine = _engine(base, siblings, study)
+        if study.engine.threads is None and facts.threads is not None:
+            import torch
+
+            torch.set_num_threads(facts.threads)  # as the search did
         if study.engine == snapshot.study.engine:
             engine.limits.update(facts.limits)
         if snapshot.verdict is None:

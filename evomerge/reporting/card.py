@@ -14,8 +14,7 @@ CARD = """---
 ---
 # {name}
 
-This is a merge of pre-trained language models, found with evomerge; its configuration is \
-[mergekit](https://github.com/arcee-ai/mergekit)'s.
+{about}
 
 {extra}## Merge Details
 ### Merge Method
@@ -39,14 +38,23 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(?:@[\w.-]+)?", re.ASCII)
 # what Markdown would read as markup; an underscore within a word is none
 MARKUP = re.compile(r"[\\`*\[\]<>|~$&]|(?<!\w)_|_(?!\w)|^[#+=-]")
 
+ABOUT = (
+    "This is a merge of pre-trained language models, found with evomerge; its configuration is "
+    "[mergekit](https://github.com/arcee-ai/mergekit)'s."
+)
+
 
 def model_card(
-    recipe: Recipe, name: str, extra_markdown: str = "", recipe_text: str | None = None
+    recipe: Recipe,
+    name: str,
+    extra_markdown: str = "",
+    recipe_text: str | None = None,
+    about: str = ABOUT,
 ) -> str:
     """A model card with the front matter and sections of mergekit's cards.
 
     `extra_markdown` goes before the configuration; `recipe_text` is the configuration as written,
-    where that is not `recipe.to_yaml()`.
+    where that is not `recipe.to_yaml()`; `about` is its first paragraph.
     """
     method = METHODS[recipe.merge_method]
     front = {
@@ -63,6 +71,7 @@ def model_card(
     return CARD.format(
         front=yaml.safe_dump(front, sort_keys=True),
         name=markdown_text(name),
+        about=about,
         extra=f"{extra_markdown.strip()}\n\n" if extra_markdown else "",
         method=method.link,
         using=using,

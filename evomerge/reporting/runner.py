@@ -21,10 +21,9 @@ from evomerge.knowledge.formats.yaml_format import to_yaml
 from evomerge.knowledge.records import PLACEHOLDER, Knowledge, KnowledgeClass
 from evomerge.knowledge.retrieval import tfidf
 from evomerge.merging.checkpoints.new_folder import check_new, new_folder
-from evomerge.merging.layout import KNOWN
+from evomerge.merging.known_families import KNOWN
 from evomerge.recipe import Recipe
-from evomerge.reporting.export import recipe_text, verdict_markdown
-from evomerge.reporting.sentences import notes
+from evomerge.reporting.export import outcome_markdown, recipe_text
 from evomerge.searching.snapshot import StudySnapshot
 from evomerge.study import GenerationSection, PromptSection, Study
 
@@ -66,7 +65,7 @@ def write_runner(snapshot: StudySnapshot, folder: Path, knowledge: Knowledge | N
         knowledge=knowledge,
         retriever=study.prompt.retriever,
         quantization=study.engine.quantization,
-        verdict=verdict_markdown(snapshot.verdict, snapshot.winner, notes(snapshot.ledger.facts)),
+        verdict=outcome_markdown(snapshot),
     )
     with new_folder(folder) as unfinished:
         for file, text in texts.items():

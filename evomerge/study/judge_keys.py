@@ -116,6 +116,15 @@ class JudgeSection(Section):
             return model
         return folder_or_name(model, info)
 
+    @field_validator("base_url")
+    @classmethod
+    def _no_secret(cls, url: str | None) -> str | None:
+        # not shown, because it may hold a key
+        plain = url is None or not set("@?#") & set(url)
+        need = "Write http://HOST:PORT/v1; a key belongs in the environment, in OPENAI_API_KEY."
+        require(plain, "", "contains more than a host and a path", None, need)
+        return url
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.kind in ("learned", "cascade"):

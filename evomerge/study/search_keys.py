@@ -54,8 +54,8 @@ class SearchSection(Section):
     finalists: int = Field(
         default=3,
         ge=1,
-        description="Number of finalists that are compared on the validation tasks, besides the "
-        "distribution's mean.",
+        description="Number of trials, and of parents and uniform weights, that are compared on "
+        "the validation tasks, besides the distribution's mean.",
     )
     recipes: Paths = Field(
         default=(), description="mergekit YAML files that are the first candidates."
@@ -104,10 +104,12 @@ class SearchSection(Section):
         description="First step size, in units of the weight; other numbers take the same share "
         "of their range.",
     )
-    start: float = Field(
-        default=1.0,
-        description="First mean, the same for every weight; slerp takes the same share of its "
-        "range: the middle.",
+    start: float | None = Field(
+        default=None,
+        examples=[0.5],
+        description="First mean, the same for every weight; null: 1, and of several models whose "
+        "weights are not normalised an equal share of 1. slerp takes the same share of its range; "
+        "null: the middle.",
     )
     bounds: Pair | None = Field(
         default=None,
