@@ -245,7 +245,7 @@ def test_a_password_that_an_older_version_stored_is_not_shown(place):
         facts = search.ledger.storage.attributes()
         done(search)
     facts["study_file"]["judge"]["base_url"] = f"http://u:{SECRET}@h/v1"
-    ledger = open_ledger(f"sqlite:///{place}/tiny.db", "tiny")
+    ledger = open_ledger(f"sqlite:///{place}/tiny.db", "tiny", create=True)
     ledger.storage.set_attribute("study_file", facts["study_file"])
     assert SECRET not in json.dumps(ledger.facts.study_file)
     with opened(place) as search:

@@ -109,8 +109,8 @@ def _write_config(plan: MergePlan, folder: Path) -> None:
         if isinstance(values, list) and len(values) == config["num_hidden_layers"]:
             config[setting] = _by_layer(plan, setting, values)
     config["num_hidden_layers"] = plan.layout.n_layers
-    if plan.tied is not None:
-        config["tie_word_embeddings"] = plan.tied
+    if plan.unties:
+        config["tie_word_embeddings"] = False
     if plan.vocabulary is not None:
         config = plan.vocabulary.move_ids(config, plan.recipe.donor)
         config["vocab_size"] = plan.vocabulary.size

@@ -77,19 +77,25 @@ class Layout:
     def names(self, models: Mapping[str, ModelFolder]) -> list[str]:
         """The merged model's tensors, sorted: the order in which mergekit merges.
 
-        The donor lends its names; a head is merged when any model of its slice stores one. Raises
-        ModelError when tensors are missing, UnsupportedRecipe for mixtures of experts.
+        The donor lends its names; a head is merged when it or any model of the head's slice stores
+        one. Raises ModelError when tensors are missing, UnsupportedRecipe for mixtures of experts.
         """
-        donor = models[self.recipe.donor]
+        donor_ref = self.recipe.donor
+        donor = models[donor_ref]
         plain = {name for name in donor.keys if name != HEAD and not LAYER.match(name)}
-        if any(HEAD in models[ref].keys for ref, _ in self.inputs(HEAD)):
+        if any(HEAD in models[ref].keys for ref in (donor_ref, *self.head_givers)):
             plain.add(HEAD)
-        lent = {self.recipe.donor: layers_of(donor)}
+        lent = {donor_ref: layers_of(donor)}
         for i, (ref, layer) in enumerate(self.lenders):
             if ref not in lent:
                 lent[ref] = layers_of(models[ref])
             plain |= {f"{before}{i}{after}" for before, after in lent[ref][layer]}
         return sorted(plain)
+
+    @property
+    def head_givers(self) -> list[str]:
+        """The models that a merged head is made of."""
+        return [ref for ref, _ in self.inputs(HEAD)]
 
     def inputs(self, name: str) -> list[tuple[str, str]]:
         """(model, name) of every tensor that may go into an output tensor, the lender's first."""

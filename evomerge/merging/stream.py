@@ -103,18 +103,15 @@ class MergePlan:
         return make_vocabulary(self.recipe.tokenizer, self.recipe.base_model, self.models)
 
     @property
-    def tied(self) -> bool | None:
-        """Whether the merged head is the embeddings; None where the donor's configuration says so.
+    def unties(self) -> bool:
+        """Whether the merged head is no longer the embeddings, as the donor's configuration says.
 
-        A head is tied that no model of its slice stores, and untied where one has its own.
+        So it is where one of the models that it is made of has a head of its own.
         """
-        donor = self.donor
-        if HEAD not in self.names:
-            return True if HEAD in donor.keys else None
-        if not any(self.models[ref].is_untied() for ref, _ in self.layout.inputs(HEAD)):
-            return None
-        said = HEAD not in donor.keys or config_value(donor.config, "tie_word_embeddings")
-        return False if said else None
+        if not any(self.models[ref].is_untied() for ref in self.layout.head_givers):
+            return False
+        tied = config_value(self.donor.config, "tie_word_embeddings")
+        return HEAD not in self.donor.keys or bool(tied)
 
     def _check_numbers(self) -> None:
         """Raise RecipeError where a weight is infinite in its dtype: the tensors would be NaN."""
