@@ -16,7 +16,7 @@ PYTEST   = $(BIN)/python -m pytest
 # one more process than cores: some tests wait for a server
 PARALLEL = -n $(shell $(PYTHON) -c "import os; print(min(8, os.cpu_count() + 1))") --dist worksteal
 EXTRAS   = mergekit lm-eval 4bit bm25 embeddings serve
-BENCHES  = $(filter-out benchmarks/make_% benchmarks/search_%,$(wildcard benchmarks/*.py))
+BENCHES  = $(filter-out benchmarks/make_% benchmarks/pair_% benchmarks/search_%,$(wildcard benchmarks/*.py))
 SEARCH   = $(BIN)/evomerge search $(SPACE) --study $(STUDY) $(if $(TRIALS),--trials $(TRIALS))
 
 TESTS-mergekit   = $(shell grep -lE 'mergekit_server|MERGEKIT_PYTHON' tests/test_*.py | grep -v lm_eval)
@@ -27,7 +27,7 @@ TESTS-embeddings = tests/test_retrieval.py
 TESTS-serve      = tests/test_transformers_serve.py tests/test_llm_judge_server.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo search resume test test-vllm $(EXTRAS:%=test-%) check docs export infer report bench real-pair clean
+.PHONY: help setup demo search resume test test-vllm $(EXTRAS:%=test-%) check docs export infer report bench real-pair two-siblings clean
 
 help:
 	@sed -nE 's/^([a-zA-Z-]+):.*## (.*)/make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -47,6 +47,8 @@ report: $(READY) ## write results/STUDY/report.html again
 demo: $(DEMO) ## build the tiny demo pair and its tasks in demo/
 real-pair: $(VENV)/.ready-real-pair ## build a real pair of 135 M parameters in pairs/real/ (about 7 minutes)
 	@$(BIN)/python benchmarks/make_real_pair.py pairs/real
+two-siblings: $(VENV)/.ready-real-pair ## build a parent and two siblings of 135 M parameters in pairs/two/ (at most 15 minutes)
+	@$(BIN)/python benchmarks/make_two_siblings.py pairs/two
 test: $(READY) ## run the tests, in parallel
 	@$(PYTEST) $(PARALLEL)
 test-EXTRA: ## tests that need an extra: test-mergekit, -lm-eval, -4bit, -bm25, -embeddings, -serve

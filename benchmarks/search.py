@@ -33,7 +33,13 @@ BUDGET = 5_000
 SEEDS = range(20)
 FLIPS = 20_000
 SHIPPED = Options(
-    ranking="subset", subset=16, sigma=0.3, lr_adapt=True, validation=0.2, finalists=3
+    ranking="subset",
+    subset=16,
+    sigma=0.3,
+    lr_adapt=True,
+    validation=0.2,
+    finalists=3,
+    reference_lead=1.0,
 )
 PEERS = {"optuna_cmaes": optuna_cmaes, "mergekit_evolve": mergekit_evolve}
 PLAIN = Options()
@@ -60,10 +66,11 @@ OPTIONS = {
         ranking="subset", lr_adapt=True, average=0.5
     ),
     "subset 16, lr_adapt, start at the best uniform weight": Options(
-        ranking="subset", lr_adapt=True, start="uniform"
+        ranking="subset", lr_adapt=True, start="reference"
     ),
+    "the shipped one, references cannot win": replace(SHIPPED, reference_lead=None),
     "the shipped one, subset 8": replace(SHIPPED, subset=8),
-    "the shipped one, start at the best uniform weight": replace(SHIPPED, start="uniform"),
+    "the shipped one, start at the best uniform weight": replace(SHIPPED, start="reference"),
     "subset 16, lr_adapt, 3 finalists, best on validation": Options(
         "subset", lr_adapt=True, validation=0.2, finalists=3, lead=0
     ),

@@ -35,6 +35,7 @@ NOISE = 0.9  # of an answer, on the scale of grades
 GAIN = 0.4  # of the optimum over the better parent, in grade points
 SHARE = 0.12  # the same for tasks that are right or wrong
 BOUNDS = (0.0, 2.0)
+UNIFORM = (0.25, 0.5, 0.75, 1.25)
 # The result of fit_difficulties(GRADES), for when the grades are not available.
 # fmt: off
 FITTED = [
@@ -100,6 +101,7 @@ class World:
     zero_one: bool
     parent: float  # true value of the better parent
     gain: float  # true value of the optimum above it
+    siblings: int = 1  # a vector holds their weights, slice by slice
 
     def level(self, w: Array, tasks: Array) -> Array:
         """(m, tasks) latent levels."""
@@ -117,11 +119,19 @@ class World:
         )
         return (answered > 0).astype(float) if self.zero_one else np.clip(np.rint(answered), 1, 5)
 
+    def references(self) -> Array:
+        """The base, each sibling and the uniform weights, as a study has them."""
+        d, m = self.tilt.shape[1], self.siblings
+        parents = [np.zeros(d), *(np.tile(one, d // m) for one in np.eye(m))]
+        weights = UNIFORM if m == 1 else (*UNIFORM, 1.0)
+        return np.array([*parents, *(np.full(d, weight) for weight in weights)])
+
     def true(self, w: Array) -> float:
         """The share of the gain at w: 0 at the better parent, 1 at the optimum."""
-        return (self._value(w) - self.parent) / self.gain
+        return (self.value(w) - self.parent) / self.gain
 
-    def _value(self, w: Array) -> float:
+    def value(self, w: Array) -> float:
+        """The expected grade of w over all tasks."""
         level = self.level(np.abs(w)[None], np.arange(len(self.levels)))[0]
         return float((cdf(level / NOISE) if self.zero_one else expected_grade(level)).mean())
 
@@ -163,20 +173,53 @@ def make_world(
     """
     rng = np.random.default_rng([seed, sorted(LANDSCAPES).index(landscape), dimensions])
     best = np.clip(0.85 + 0.35 * rng.standard_normal(dimensions), 0.1, 1.9)
+    return _scaled(landscape, best, rng, tasks, zero_one)
+
+
+def make_sibling_world(landscape: str, seed: int, siblings: int, share: float) -> World:
+    """A world of several siblings, whose best weights add up to about `share` in each slice."""
+    dimensions = 20 // siblings * siblings
+    key = [seed, sorted(LANDSCAPES).index(landscape), dimensions, siblings, int(100 * share)]
+    rng = np.random.default_rng(key)
+    best = np.clip(share / siblings + 0.25 * rng.standard_normal(dimensions), 0.02, 1.9)
+    return _scaled(landscape, best, rng, siblings=siblings)
+
+
+def make_uniform_world(landscape: str, seed: int, weight: float, fall: float) -> World:
+    """A world whose optimum is a uniform weight, `fall` grade points above the better parent."""
+    key = [seed, sorted(LANDSCAPES).index(landscape), int(100 * weight)]
+    return _scaled(landscape, np.full(20, weight), np.random.default_rng(key), gain=fall)
+
+
+def _scaled(
+    landscape: str,
+    best: Array,
+    rng: np.random.Generator,
+    tasks: int = 50,
+    zero_one: bool = False,
+    siblings: int = 1,
+    gain: float | None = None,
+) -> World:
+    """The world whose optimum lies the gain above the better parent."""
+    dimensions = len(best)
     shape = LANDSCAPES[landscape](best, rng)
     population = 8 * tasks
     levels = (
         rng.normal(0, 1.5, population) if zero_one else np.tile(difficulties(), population // 100)
     )
     tilt = rng.standard_normal((population, dimensions))
-    tilt = (tilt - tilt.mean(axis=0)) * GAIN / np.linalg.norm(best - 1)
+    parents = [np.tile(one, dimensions // siblings) for one in np.eye(siblings)]
+    nearest = min(float(np.linalg.norm(best - parent)) for parent in parents)
+    tilt = (tilt - tilt.mean(axis=0)) * GAIN / nearest
     search = rng.permutation(population)[:tasks]
-    gain = SHARE if zero_one else GAIN
+    if gain is None:
+        gain = SHARE if zero_one else GAIN
 
     def world(scale: float) -> World:
         raw = World(shape, scale, levels, tilt, search, zero_one, 0.0, 1.0)
-        parent = max(raw.true(np.zeros(dimensions)), raw.true(np.ones(dimensions)))
-        return World(shape, scale, levels, tilt, search, zero_one, parent, raw.true(best) - parent)
+        parent = max(map(raw.true, (np.zeros(dimensions), *parents)))
+        gained = raw.true(best) - parent
+        return World(shape, scale, levels, tilt, search, zero_one, parent, gained, siblings)
 
     low, high = 0.0, 50.0
     for _ in range(40):

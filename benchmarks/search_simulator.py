@@ -15,7 +15,7 @@ import numpy as np
 import optuna
 from search_landscapes import BOUNDS, Array, World
 
-from evomerge.searching.choosing import choose
+from evomerge.searching.choosing import MEAN, choose, incumbent
 from evomerge.searching.generation.racing import blocks, hopeless, subset_size, task_order
 from evomerge.searching.samplers.cmaes_adapter import (
     Distribution,
@@ -25,8 +25,6 @@ from evomerge.searching.samplers.cmaes_adapter import (
 )
 
 Step = tuple[int, Array]
-# the references of a study: parents and uniform weights
-UNIFORM = (0.0, 1.0, 0.25, 0.5, 0.75, 1.25)
 
 
 @dataclass(frozen=True)
@@ -44,9 +42,11 @@ class Options:
     validation: float = 0.0  # share of the search tasks
     finalists: int = 0  # trials that validation compares with the mean
     lead: float = 3.0  # standard errors of many tasks by which one must beat it
+    # standard errors by which a reference must lead the mean to stand in its place; None: it cannot
+    reference_lead: float | None = None
     average: float = 0.0  # the winner is the mean over this share of the last generations' means
     references: bool = True  # they are graded first, on every search task
-    start: str = "one"  # or "uniform": the best of the references
+    start: str = "share"  # 1 over the number of siblings; or "one", or "reference": the best one
     race_error: float = 0.05
 
 
@@ -57,11 +57,18 @@ def ours(world: World, seed: int, o: Options) -> Iterator[Step]:
     kept = round(n * o.validation)
     search, validation = np.arange(kept, n), np.arange(kept)
     spent, levels, start = 0, np.zeros(len(search)), np.ones(d)
+    if o.start == "share":
+        start = start / world.siblings
+    aside = np.random.default_rng([seed, 7])  # of answers that no search without them would get
     if o.references:
-        graded = world.grades(np.outer(UNIFORM, np.ones(d)), search, rng)
+        references = world.references()
+        graded = world.grades(references, search, rng)
         spent, levels = graded.size, graded.mean(axis=0)
-        if o.start == "uniform":
-            start = np.full(d, UNIFORM[int(graded.mean(axis=1).argmax())])
+        if o.start == "reference":
+            start = references[int(graded.mean(axis=1).argmax())]
+    known = {}  # the references that can win
+    if o.reference_lead is not None:
+        known = _reference_grades(world, references, graded, validation, aside, o.finalists)
     bounds = np.tile(BOUNDS, (d, 1))
     optimizer = make_cma(
         Distribution(start, o.sigma, np.eye(d)),
@@ -97,17 +104,43 @@ def ours(world: World, seed: int, o: Options) -> Iterator[Step]:
                     [*best, (float(score), x, world.grades(x[None], validation, rng)[0])],
                     key=lambda b: -b[0],
                 )[: o.finalists]
-        stands = {"mean": world.grades(mean[None], validation, rng)[0]} | {
+        stands = {MEAN: world.grades(mean[None], validation, rng)[0]} | {
             str(i): b[2] for i, b in enumerate(best)
         }
-        named = {
-            name: dict(zip(map(str, validation), values.tolist(), strict=True))
-            for name, values in stands.items()
-        }
-        winner = choose(named, chance=NormalDist().cdf(-o.lead))
+        vectors = {MEAN: mean} | {str(i): b[1] for i, b in enumerate(best)}
+        vectors |= {name: reference[0] for name, reference in known.items()}
+        own = np.concatenate([world.grades(mean[None], search, aside)[0], stands[MEAN]])
+        references_known = {name: _named(grades) for name, (_, grades) in known.items()}
+        chance = NormalDist().cdf(-(o.reference_lead or 0.0))
+        standing = incumbent(_named(own), references_known, chance)
+        if standing != MEAN:
+            del stands[MEAN]
+            stands[standing] = known[standing][1][len(search) :]
+        named = {name: _named(values) for name, values in stands.items()}
+        winner = choose(named, standing, NormalDist().cdf(-o.lead))
         # the loop also grades the mean on every search task
-        spent_on_choice = len(search) + len(stands) * kept
-        yield spent + spent_on_choice, mean if winner == "mean" else best[int(winner)][1]
+        spent_on_choice = len(search) + (1 + len(best) + len(known)) * kept
+        yield spent + spent_on_choice, vectors[winner]
+
+
+def _reference_grades(
+    world: World,
+    references: Array,
+    graded: Array,
+    validation: Array,
+    rng: np.random.Generator,
+    most: int,
+) -> dict[str, tuple[Array, Array]]:
+    """The best references' weights, and their grades on search tasks and then validation tasks."""
+    found = {}
+    for i in graded.mean(axis=1).argsort()[::-1][:most]:
+        fresh = world.grades(references[i][None], validation, rng)[0]
+        found[f"reference {i}"] = references[i], np.concatenate([graded[i], fresh])
+    return found
+
+
+def _named(grades: Array) -> dict[str, float]:
+    return {str(i): float(grade) for i, grade in enumerate(grades)}
 
 
 def _race(grades: Array, error: float) -> None:

@@ -5,6 +5,8 @@
     merge            a mergekit configuration to a model folder
     infer            tasks in, answers out
     load_study       a study's trials, verdict, winner and plots
+    list_studies     the studies of a storage
+    delete_study     delete a study and what belongs to it
     register_method  a merge method of your own, described by a MergeMethod
 
 Importing this is cheap; torch, transformers and Optuna are imported when a function needs them.
@@ -12,7 +14,16 @@ Importing this is cheap; torch, transformers and Optuna are imported when a func
 
 from typing import TYPE_CHECKING
 
-from evomerge.api import LoadedStudy, check, infer, load_study, merge, search
+from evomerge.api import (
+    LoadedStudy,
+    check,
+    delete_study,
+    infer,
+    list_studies,
+    load_study,
+    merge,
+    search,
+)
 
 if TYPE_CHECKING:
     from evomerge.merging.methods.registry import MergeMethod, register_method
@@ -23,7 +34,9 @@ __all__ = [
     "MergeMethod",
     "__version__",
     "check",
+    "delete_study",
     "infer",
+    "list_studies",
     "load_study",
     "merge",
     "register_method",

@@ -11,14 +11,17 @@
     │   └── KnowledgeError        the Excel base
     └── RunError                  exit 1: something that happened while running
         ├── EngineError           the model could not be loaded or could not answer
+        │   └── PromptRefused     a server refused one prompt; others may be answered
         ├── JudgeError            the judge could not grade: the run stops, all recorded
         │   └── JudgePaused       exit 3: a budget is spent, or grades are missing
         └── OutputError           a full disk, no permission
 
-A line reads ``where: what (found: value). remedy``.
+A line reads ``where: what (found: value). remedy``; passwords in URLs are masked in all of it.
 """
 
 from __future__ import annotations
+
+from evomerge.masking import masked
 
 
 class EvomergeError(Exception):
@@ -36,7 +39,7 @@ class EvomergeError(Exception):
             line += f" (found: {_short(found)})"
         if remedy is not None:
             line = f"{line.rstrip('.')}. {remedy}"
-        super().__init__(" ".join(line.split()))
+        super().__init__(masked(" ".join(line.split())))
         self.what, self.where, self.found, self.remedy = what, where, found, remedy
 
 
@@ -82,6 +85,10 @@ class EngineError(RunError):
     """The model could not be loaded or could not answer."""
 
 
+class PromptRefused(EngineError):
+    """A server refused one prompt, which is too long or not to its content filter's liking."""
+
+
 class JudgeError(RunError):
     """The judge failed; a run stops, and everything so far is recorded."""
 
@@ -97,7 +104,7 @@ class OutputError(RunError):
 
 
 def _short(value: object, limit: int = 80) -> str:
-    text = repr(value)
+    text = masked(repr(value))  # before it is cut: half a URL is not recognised
     if len(text) > limit:
         tail = limit // 2  # the end of a path says more than its middle
         text = text[: limit - tail - 1] + "…" + text[-tail:]

@@ -5,13 +5,17 @@ They may be locked, cut short, on a full disk, or in a read-only folder.
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
+import tempfile
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
 from evomerge.errors import OutputError
 
 WAIT = 30.0  # seconds to wait for another process's transaction
+REFUSED = ("readonly", "read-only", "permission", "unable to open")  # of SQLite's words
 
 
 def connect(
@@ -33,11 +37,54 @@ def connect(
     return db
 
 
-def check_integrity(path: Path) -> None:
-    """Read the whole file, to find damage before work is lost on it. Raises sqlite3.Error."""
+def reader(path: Path) -> Callable[[], sqlite3.Connection]:
+    """What opens the file for reading alone: neither it nor its folder is changed.
+
+    A file that a killed process left with a journal, or whose writers use a write-ahead log, cannot
+    be read without writing: a copy is, which goes when what is returned does. Raises OSError,
+    sqlite3.Error.
+    """
+
+    def connect(address: str = f"{path.absolute().as_uri()}?mode=ro") -> sqlite3.Connection:
+        return sqlite3.connect(address, uri=True, timeout=WAIT, check_same_thread=False)
+
+    if not _has_log(path) or _beside(path, "-shm").exists():
+        try:
+            with closing(connect()) as db:
+                db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            return connect
+        except sqlite3.OperationalError as error:
+            if not any(words in str(error) for words in REFUSED):
+                raise
+    folder = tempfile.TemporaryDirectory(prefix="evomerge-")
+    for end in ("", "-journal", "-wal"):
+        if _beside(path, end).exists():
+            shutil.copyfile(_beside(path, end), Path(folder.name, path.name + end))
+
+    def connect_copy() -> sqlite3.Connection:
+        return sqlite3.connect(Path(folder.name, path.name), check_same_thread=False)
+
+    return connect_copy
+
+
+def _has_log(path: Path) -> bool:
+    """Whether the file's writers use a write-ahead log: byte 18 of SQLite's file format."""
+    with path.open("rb") as file:
+        return file.read(19)[18:] == b"\x02"
+
+
+def _beside(path: Path, end: str) -> Path:
+    return path.with_name(path.name + end)
+
+
+def check_integrity(path: Path, connect: Callable[[], sqlite3.Connection] | None = None) -> None:
+    """Read the whole file, to find damage before work is lost on it. Raises sqlite3.Error.
+
+    `connect` opens it, where it may only be read.
+    """
     if not path.exists():
         return
-    with closing(sqlite3.connect(path, timeout=WAIT)) as db:
+    with closing(connect() if connect else sqlite3.connect(path, timeout=WAIT)) as db:
         found = db.execute("PRAGMA quick_check(1)").fetchone()
     if found is not None and found[0] != "ok":
         raise sqlite3.DatabaseError("database disk image is malformed")
@@ -64,13 +111,15 @@ def explained(
         return OutputError(
             f"{what} is in use by another process: {cause}", where=path, remedy=remedy
         )
-    refused = ("readonly", "read-only", "permission", "unable to open")
-    if any(words in cause.lower() for words in refused):
+    full = ("full", "disk i/o", "no space", "too large", "quota")
+    if any(words in cause.lower() for words in REFUSED):
         return OutputError(
             f"{what} cannot be written: {cause}",
             where=path,
             remedy=f"Change the permissions of file and folder, {again}.",
         )
-    return OutputError(
-        f"{what} cannot be written: {cause}", where=path, remedy=f"Free some space, {again}."
-    )
+    if any(words in cause.lower() for words in full):
+        remedy = f"Free some space, {again}."
+        return OutputError(f"{what} cannot be written: {cause}", where=path, remedy=remedy)
+    remedy = damaged or f"Check the file and its folder, {again}."
+    return OutputError(f"{what} cannot be used: {cause}", where=path, remedy=remedy)

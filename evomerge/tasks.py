@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -50,10 +51,11 @@ class Split:
 
 
 def load_tasks(path: str | Path) -> tuple[Task, ...]:
-    """Tasks of a .jsonl, .json, .csv, .xlsx or .parquet file with a column `input`.
+    """Tasks of a .jsonl, .json, .csv, .tsv, .xlsx or .parquet file with a column `input`.
 
     `task_id` defaults to the row's number. Raises TaskError: no such file, wrong encoding, a row
-    that is not a record, a missing or empty `input`, a duplicate `task_id`.
+    that is not a record, a missing or empty `input`, a duplicate `task_id`, in an .xlsx file merged
+    cells, dates, error values and formulas without a stored value in a column that is read.
     """
     return tasks_from_rows(read_records(Path(path)), where=str(path))
 
@@ -102,7 +104,7 @@ def tasks_from_rows(rows: Iterable[tuple[str, Mapping[str, Any]]], where: str) -
 
 
 def _task(row: Mapping[str, Any], number: int, at: str) -> Task:
-    text, task_id = row.get("input"), row.get("task_id")
+    text, task_id = row.get("input"), _whole(row.get("task_id"))
     if text is None:
         raise TaskError(
             "a task has no `input`",
@@ -112,7 +114,7 @@ def _task(row: Mapping[str, Any], number: int, at: str) -> Task:
         )
     if not isinstance(text, str) or not text.strip():
         raise TaskError(
-            "`input` is not text",
+            "`input` is empty" if isinstance(text, str) else "`input` is not text",
             where=at,
             found=text,
             remedy="Write the instruction as a non-empty string.",
@@ -131,7 +133,7 @@ def _task(row: Mapping[str, Any], number: int, at: str) -> Task:
 
 
 def _text(row: Mapping[str, Any], key: str, at: str) -> str:
-    value = row.get(key)
+    value = _whole(row.get(key))
     if value is None:
         return ""
     if isinstance(value, bool | int | float):
@@ -141,6 +143,15 @@ def _text(row: Mapping[str, Any], key: str, at: str) -> str:
             f"`{key}` is not text", where=at, found=value, remedy="Write it as a string."
         )
     return value
+
+
+def _whole(value: Any) -> Any:
+    """A number such as 8.0 as 8, and NaN as nothing: so tables with gaps store a column."""
+    if not isinstance(value, float):
+        return value
+    if math.isnan(value):
+        return None
+    return int(value) if value.is_integer() else value
 
 
 def split_tasks(

@@ -116,7 +116,9 @@ def make_study(name="fake", n=None, validation=0.0, objective=None, sources=None
     )
 
 
-def make_search(folder, study, engine=None, judge=None, tasks=(32, 16, 0), console=None):
+def make_search(
+    folder, study, engine=None, judge=None, tasks=(32, 16, 0), console=None, references_win=True
+):
     """(search, engine, judge) over a study in `folder`, begun or new; tasks: how many to search on,
     held out, for the choice.
     """
@@ -135,6 +137,8 @@ def make_search(folder, study, engine=None, judge=None, tasks=(32, 16, 0), conso
     ledger = open_ledger(url, study.study, sampler.space, create=True)
     ledger.remember("names", list(genome.names))
     ledger.remember("n_layers", LAYERS)
+    if not ledger.facts.begun:
+        ledger.remember("references_win", references_win)
     ledger.remember("study_file", study.to_dict())
     cache = AnswerCache(folder / f"{study.study}.answers.sqlite", "scope")
     prompter = Prompter(None, PromptSection(format="template", template="{input}"))

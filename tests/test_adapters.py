@@ -16,11 +16,14 @@ SPACE = {"a": (0.0, 2.0), "b": (-1.0, 1.0)}
 NUMBERS = {"a": 0.1 + 0.2, "b": -1 / 3}
 
 
-@pytest.fixture(params=["memory", "file", "postgres-like"])
+@pytest.fixture(params=["file", "driver", "uri"])
 def url(request, tmp_path):
-    names = {"memory": ":memory:", "file": f"{tmp_path}/s.db", "postgres-like": f"{tmp_path}/o.db"}
-    driver = "sqlite+pysqlite" if request.param == "postgres-like" else "sqlite"
-    return f"{driver}:///{names[request.param]}"
+    urls = {
+        "file": f"sqlite:///{tmp_path}/s.db",
+        "driver": f"sqlite+pysqlite:///{tmp_path}/o.db",
+        "uri": f"sqlite:///file:{tmp_path}/u%3F.db?uri=true",
+    }
+    return urls[request.param]
 
 
 def test_a_trial_is_stored_whole_and_ends_once(url):

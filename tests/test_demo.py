@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +36,21 @@ def quick() -> Iterator[pytest.MonkeyPatch]:
 @pytest.fixture(scope="module")
 def pair(quick: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return demo.build_demo(tmp_path_factory.mktemp("demo") / "pair")
+
+
+def test_a_pair_beside_other_files_is_not_rebuilt(pair: Path, tmp_path: Path) -> None:
+    """Rebuilding replaces the folder: what is not the demo's own would be lost."""
+    place = tmp_path / "pair"
+    shutil.copytree(pair, place)
+    (place / "answers.jsonl").write_text("mine")
+    assert demo.build_demo(place) == place
+    with pytest.raises(OutputError, match="holds more than a demo pair"):
+        demo.build_demo(place, seed=1)
+    assert (place / "answers.jsonl").read_text() == "mine"
+    (place / "answers.jsonl").unlink()
+    (place / "study.yaml").write_text("# mine")
+    demo.build_demo(place, seed=1)
+    assert (place / "study.yaml").read_text() == "# mine"
 
 
 def test_the_folders_are_real_ones(pair: Path) -> None:

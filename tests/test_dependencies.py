@@ -17,6 +17,8 @@ SHIPPED = PACKAGE / "reporting" / "templates"
 INDIRECT = {
     "accelerate": "transformers places a model on several devices with it",
     "mergekit": "runs as a process",
+    "protobuf": "transformers reads tokenizer.model with it",
+    "sentencepiece": "transformers reads tokenizer.model with it",
     "unidic-lite": "fugashi's dictionary",
 }
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

@@ -120,3 +120,67 @@ def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path):
     assert path.read_text() == "one"
     assert [entry.name for entry in path.parent.iterdir()] == ["b.txt"]
     assert path.stat().st_mode & 0o777 == 0o644
+
+
+WRITE = """
+import os, pathlib, signal, sys
+from evomerge.files import replace_file
+def write(path):
+    path.write_text("half")
+    print("writing", flush=True)
+    sys.stdin.read()
+replace_file(pathlib.Path(sys.argv[1]), write)
+"""
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next_one(tmp_path):
+    """Not what a living one still writes, nor another file's; names may hold a pattern."""
+    path, other = tmp_path / "a[b]*.txt", tmp_path / "a[b]*.txt2"
+    writers = []
+    for target in (path, path, other):
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITE, str(target)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            text=True,
+        )
+        assert process.stdout.readline() == "writing\n"
+        writers.append(process)
+    dead, living, elsewhere = writers
+    try:
+        for process in (dead, elsewhere):
+            process.kill()
+            process.communicate()
+        assert len(list(tmp_path.iterdir())) == 3
+        replace_file(path, lambda file: file.write_text("whole"))
+        assert path.read_text() == "whole"
+        left = [entry for entry in tmp_path.iterdir() if entry != path]
+        assert sorted(entry.read_text() for entry in left) == ["half", "half"]
+        assert sum(entry.name.startswith(f".{other.name}") for entry in left) == 1
+        living.communicate()
+        assert living.returncode == 0
+        assert path.read_text() == "half"
+    finally:
+        living.kill()
+        living.communicate()
+    assert sum(entry.name.startswith(f".{path.name}.") for entry in tmp_path.iterdir()) == 0
+
+
+def test_many_processes_replace_one_file(tmp_path):
+    """None takes another's unfinished file for a dead one's."""
+    code = (
+        "import pathlib, sys\n"
+        "from evomerge.files import replace_file\n"
+        "for i in range(100):\n"
+        "    replace_file(pathlib.Path(sys.argv[1]), lambda path: path.write_text('x' * 1000))\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "out")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    processes = [
+        subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    said = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], said
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from merging_tools import SLICES, differing, load_all, make_family
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from evomerge.answering.vllm.host_weights import HostWeights, host_weights_of
 from evomerge.errors import EngineError
@@ -44,6 +45,20 @@ def test_what_is_merged_here_is_what_a_build_writes(tmp_path, tied, dtype):
     build_model(recipe, tmp_path / "built")
     assert not differing(load_all(weights.folder), load_all(tmp_path / "built"))
     weights.close()
+
+
+def test_an_adapter_that_unties_the_head_is_refused(tmp_path):
+    """vLLM would keep the embeddings in its place."""
+    family = make_family(tmp_path, tied=True)
+    shape = load_all(family / "base")["model.embed_tokens.weight"].shape
+    (family / "lora").mkdir()
+    settings = {"peft_type": "LORA", "target_modules": [], "modules_to_save": ["lm_head"]}
+    (family / "lora/adapter_config.json").write_text(json.dumps(settings))
+    tensors = {"base_model.model.lm_head.weight": torch.ones(shape)}
+    save_file(tensors, family / "lora/adapter_model.safetensors")
+    base = open_model(f"{family}/base+{family}/lora")
+    with pytest.raises(EngineError, match="gives the head weights of its own"):
+        host_weights_of(base, torch.bfloat16)
 
 
 def test_another_process_sees_what_is_written_later():

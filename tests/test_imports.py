@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1] / "evomerge"
 ORDER = [
-    ["errors", "console", "files", "sqlite_file", "text"],
+    ["masking", "errors", "console", "files", "finished", "outputs", "sqlite_file", "text"],
+    ["sheets"],
     ["task_files"],
     ["study", "recipe", "tasks"],
     ["genome"],

@@ -4,6 +4,7 @@ not go together.
 
 import json
 
+import openpyxl
 import pytest
 import yaml
 
@@ -60,6 +61,10 @@ def infer(place, out, *options, code=0):
         if code == 0
         else []
     )
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def search(pair, place, *settings):
@@ -178,7 +183,8 @@ def test_settings_of_the_run_and_sampling(pair, place):
 def test_best_of_and_self_check_keep_the_format(pair, place, capsys):
     model = ("--model", pair / "base", "--set", "search.dtype=float32", "--max-new-tokens", 6)
     rows = infer(place, "a.jsonl", *model, "--best-of", 3, "--self-check", "empty,repetitive")
-    assert [list(row) for row in rows] == [["task_id", "input", "output"]] * 5
+    assert [list(row)[:3] for row in rows] == [["task_id", "input", "output"]] * 5
+    assert {key for row in rows for key in row} <= {"task_id", "input", "output", "truncated"}
     said = capsys.readouterr().err
     assert "best of 3 by agreement" in said
     assert "self-check (empty, repetitive)" in said
@@ -229,7 +235,8 @@ def test_explaining_asks_the_study_for_its_base_and_the_model_for_classes(pair, 
 def test_the_time_limit_of_a_real_model(pair, place, capsys):
     model = ("--model", pair / "base", "--set", "search.dtype=float32", "--max-new-tokens", 40)
     whole = infer(place, "whole.jsonl", *model)
-    cut = infer(place, "a.jsonl", *model, "--time-limit", "0.001s")
+    infer(place, "a.jsonl", *model, "--time-limit", "0.001s", code=1)  # nothing is answered
+    cut = rows_of(place / "a.jsonl")
     assert [row["unfinished"] for row in cut] == ["time limit"] * 5
     assert "left 5 of 5 tasks unfinished" in capsys.readouterr().err
     assert infer(place, "a.jsonl", *model) == whole
@@ -326,6 +333,25 @@ def test_a_runner_goes_out_with_the_studys_own_base(pair, place, capsys):
     assert "--knowledge: goes into a runner" in capsys.readouterr().err
 
 
+def test_tables_of_tasks_are_answered_like_json_lines(pair, place, capsys):
+    tasks = [json.loads(line) for line in (place / "tasks.jsonl").read_text().splitlines()]
+    rows = [["Input", "note", "task_id"], *([t["input"], "x", t["task_id"]] for t in tasks)]
+    book = openpyxl.Workbook()
+    for row in rows:
+        book.active.append(row)
+    book.save(place / "t.xlsx")
+    text = "".join(";".join(map(str, row)) + "\n" for row in rows)
+    (place / "t.csv").write_text(text, encoding="cp932")
+    model = ["--model", str(pair / "base"), "--max-new-tokens", "4"]
+    wanted = infer(place, "a.jsonl", *model)
+    for name in ("t.xlsx", "t.csv"):
+        command = ["infer", "--tasks", str(place / name), "--out", str(place / f"{name}.out")]
+        assert main([*command, *model]) == 0
+        lines = (place / f"{name}.out").read_text(encoding="utf-8").splitlines()
+        assert list(map(json.loads, lines)) == wanted
+    capsys.readouterr()
+
+
 @pytest.mark.parametrize("option", ["tasks", "knowledge", "recipe"])
 def test_answers_never_take_the_place_of_what_they_are_made_from(pair, place, capsys, option):
     (place / "q.classes.jsonl").write_text((place / "tasks.jsonl").read_text())
@@ -353,7 +379,9 @@ def test_answers_never_take_the_place_of_what_they_are_made_from(pair, place, ca
         str(out),
     ]
     assert main(command) == 2
-    assert f"--{option}: would be overwritten" in capsys.readouterr().err
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "would overwrite what this command reads" in line
+    assert str(files[option]) in line
     assert files[option].read_bytes() == before
 
 

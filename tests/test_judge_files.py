@@ -32,6 +32,19 @@ def tasks(tmp_path: Path) -> Path:
     return write(tmp_path / "tasks.jsonl", TASKS)
 
 
+def test_answers_with_raw_line_breaks_and_tasks_of_a_table(tmp_path: Path) -> None:
+    tasks = tmp_path / "tasks.csv"
+    tasks.write_text("task_id;input;output\n0;1 + 1 = ?;2\n1;2 + 2 = ?;4\n", encoding="utf-16")
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text('{"task_id": 0, "output": "2\n"}\n{"task_id": 1, "output": "\n5"}\n')
+    out = tmp_path / "grades.jsonl"
+    grade_file(tasks, answers, RulesJudge(), out)
+    assert [json.loads(line)["correct"] for line in out.read_text().splitlines()] == [True, False]
+    answers.write_text('{"task_id": 0, "output": "2\n"}\n{"task_id": 7, "output": "5"}\n')
+    with pytest.raises(TaskError, match=r"answers\.jsonl, line 3: an answer to an unknown task"):
+        grade_file(tasks, answers, RulesJudge(), out)
+
+
 def test_grades_come_in_input_order_with_every_field(tmp_path: Path, tasks: Path) -> None:
     answers = [
         {"task_id": 1, "output": "3", "model": "b"},

@@ -317,6 +317,51 @@ def test_an_adapter_and_its_base_are_two_models(family):
         assert not differing(weights_of(model), fresh(recipe)), ref
 
 
+def untying_adapter(folder, shape):
+    """A LoRA that replaces embeddings and head of a tied base by two tensors."""
+    folder.mkdir()
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": []}
+    settings["modules_to_save"] = ["embed_tokens", "lm_head"]
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    generator = torch.Generator().manual_seed(3)
+    tensors = {
+        f"base_model.model.{name}.weight": torch.randn(shape, generator=generator)
+        for name in ("model.embed_tokens", "lm_head")
+    }
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "dare_ties", "linear"])
+@pytest.mark.parametrize("residency", RESIDENCIES)
+def test_a_live_model_is_untied_where_the_merged_one_is(tmp_path, method, residency):
+    """Weights and answers are those of a fresh load, whether the last recipe unties the head or
+    keeps it; embeddings and head are weighted apart, as first and last slice are.
+    """
+    family = make_family(tmp_path, tied=True)
+    shape = load_all(family / "base")["model.embed_tokens.weight"].shape
+    untied = f"{family}/base+{untying_adapter(family / 'lora', shape)}"
+    model = AutoModelForCausalLM.from_pretrained(family / "base", dtype=torch.bfloat16)
+    siblings = [open_model(untied), open_model(str(family / "one"))]
+    live = LiveModel(model, open_model(str(family / "base")), siblings, residency=residency)
+    one, ids = str(family / "one"), torch.arange(20)[None]
+    for i, weights in enumerate(
+        [{untied: [0.2, 0.9]}, {one: [0.3, 0.8]}, {untied: 0.5, one: [0.1, 0.4]}, {one: 1.0}]
+    ):
+        data = method_recipe(family, method).to_dict()
+        data["models"] = [
+            {"model": ref, "parameters": {"weight": weight, "density": 0.7}}
+            for ref, weight in weights.items()
+        ] + [{"model": str(family / "base"), "parameters": {"weight": 0.5}}]
+        recipe = Recipe.from_dict({k: v for k, v in data.items() if k != "slices"})
+        live.apply(recipe)
+        out = build_model(recipe, tmp_path / f"out{i}")
+        loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
+        assert loaded.config.tie_word_embeddings is (untied not in weights)
+        assert not differing(model.state_dict(), loaded.state_dict())
+        assert torch.equal(model(ids).logits, loaded(ids).logits)
+
+
 @pytest.mark.parametrize("source", ["base", "union"])
 def test_a_tokenizer_that_leaves_the_rows_in_place(family, source):
     model, live = make_live(family, ["one"])

@@ -3,6 +3,8 @@ one line.
 """
 
 import json
+import logging
+from importlib import import_module
 
 import pytest
 import torch
@@ -11,8 +13,8 @@ from merging_tools import differing, load_all, same_bits
 from safetensors.torch import load_file, save_file
 
 from evomerge.errors import ModelError
-from evomerge.merging.checkpoints.lora import add_to_embedding, add_to_linear
-from evomerge.merging.checkpoints.lora_plan import open_lora
+from evomerge.merging.adapters.lora import add_to_embedding, add_to_linear
+from evomerge.merging.adapters.lora_plan import open_lora
 from evomerge.merging.checkpoints.model_folder import EMBED, HEAD, ModelFolder
 from evomerge.merging.checkpoints.open_model import open_model
 
@@ -71,6 +73,11 @@ def peft_adapter(base, out, dtype=torch.float32, **config):
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
+    saving = config.pop("save", {})
+    for key in config.keys() & OBJECTS.keys():
+        kind, more = OBJECTS[key]
+        made = getattr(import_module("peft.tuners.lora.config"), kind)
+        config[key] = made(**(config[key] | more))
     settings = {
         "r": 4,
         "lora_alpha": 6,
@@ -84,7 +91,7 @@ def peft_adapter(base, out, dtype=torch.float32, **config):
         for name, p in model.named_parameters():
             if p.requires_grad or "magnitude" in name:
                 p.add_(0.3 * torch.randn(p.shape).to(p.dtype))
-    model.save_pretrained(out)
+    model.save_pretrained(out, **saving)
     file = out / "adapter_model.safetensors"
     save_file({name: t.to(dtype) for name, t in load_file(file).items()}, file)
     return str(out)
@@ -151,6 +158,90 @@ CASES = {
     ),
     "fan_in_fan_out": ("plain", {"fan_in_fan_out": True}),
     "gaussian": ("plain", {"init_lora_weights": "gaussian"}),
+    "orthogonal": ("plain", {"init_lora_weights": "orthogonal"}),
+    "saved in layers": ("plain", {"modules_to_save": ["layers.0.mlp", "input_layernorm"]}),
+    "saved with biases": (
+        "plain",
+        {"target_modules": ["down_proj"], "modules_to_save": ["self_attn"]},
+    ),
+    "a saved layer": ("plain", {"modules_to_save": ["layers.1"], "layers_to_transform": [0]}),
+    "saved embeddings and head untie": ("tied", {"modules_to_save": ["embed_tokens", "lm_head"]}),
+    "saved and tied": ("tied", {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+    "both saved and tied": (
+        "tied",
+        {"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
+    ),
+    "saved, tying an untied base": (
+        "plain",
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    ),
+    "tied LoRAs": (
+        "tied",
+        {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
+    ),
+    "tied LoRAs by an expression": (
+        "tied",
+        {"target_modules": r".*(embed_tokens|q_proj)", "ensure_weight_tying": True},
+    ),
+    "nothing to tie": ("tied", {"ensure_weight_tying": True}),
+    "tokens": ("plain", {"trainable_token_indices": [3, 7, 9]}),
+    "tokens of a tied base": ("tied", {"trainable_token_indices": [9, 3]}),
+    "tokens of both": (
+        "plain",
+        {"trainable_token_indices": {"embed_tokens": [3, 7], "lm_head": [1]}},
+    ),
+    "the same tokens of both, tied": (
+        "tied",
+        {"trainable_token_indices": {"embed_tokens": [3, 7], "lm_head": [3, 7]}},
+    ),
+    "other tokens of both, tied": (
+        "tied",
+        {"trainable_token_indices": {"embed_tokens": [3, 7], "lm_head": [1, 3]}},
+    ),
+    "tokens, saved head": (
+        "plain",
+        {"trainable_token_indices": [3, 7], "modules_to_save": ["lm_head"]},
+    ),
+    "tokens in half": ("half", {"trainable_token_indices": [3, 7]}),
+    "parameters": (
+        "plain",
+        {
+            "target_modules": ["q_proj"],
+            "target_parameters": ["mlp.down_proj.weight", "up_proj.weight"],
+        },
+    ),
+    "parameters alone": (
+        "half",
+        {"target_modules": [], "target_parameters": ["layers.1.mlp.down_proj.weight"]},
+    ),
+    "a parameter of a tied base": (
+        "tied",
+        {"target_modules": [], "target_parameters": ["embed_tokens.weight"]},
+    ),
+    "kept embeddings": ("plain", {"save": {"save_embedding_layers": True}}),
+    "kept embeddings, tied": ("tied", {"save": {"save_embedding_layers": True}}),
+    "kept embeddings with LoRA": (
+        "plain",
+        {"target_modules": ["embed_tokens"], "save": {"save_embedding_layers": True}},
+    ),
+    "kept embeddings with tokens": (
+        "plain",
+        {"trainable_token_indices": [3, 7], "save": {"save_embedding_layers": True}},
+    ),
+    "blocks": ("plain", {"use_bdlora": {"target_modules_bd_a": ["q_proj"], "nblocks": 2}}),
+    "blocks of B in half": (
+        "half",
+        {"use_bdlora": {"target_modules_bd_b": ["self_attn"], "nblocks": 4}},
+    ),
+    "velora": ("plain", {"velora_config": {"num_groups": 4}}),
+    "monteclora": ("plain", {"monteclora_config": {"num_samples": 2}}),
+    "qalora": ("plain", {"use_qalora": True, "qalora_group_size": 16}),
+}
+# settings that are objects while peft trains, and mappings in the file
+OBJECTS = {
+    "use_bdlora": ("BdLoraConfig", {"match_strict": False}),
+    "velora_config": ("VeloraConfig", {}),
+    "monteclora_config": ("MontecloraConfig", {}),
 }
 
 
@@ -284,6 +375,7 @@ def test_a_tensor_is_computed_when_asked_for(folder, tmp_path):
     assert read == [f"{Q}.weight"]
 
 
+TOKENS = "model.embed_tokens.token_adapter.trainable_tokens_delta"
 LINE = {"lora_A.weight": (4, 32), "lora_B.weight": (32, 4)}
 
 
@@ -333,6 +425,64 @@ BAD = {
         {"layers_to_transform": 1},
         "which its `target_modules` leave out",
     ),
+    "a larger vocabulary, in a LoRA": (
+        {
+            "model.embed_tokens.lora_embedding_A": torch.zeros(4, 64),
+            "model.embed_tokens.lora_embedding_B": torch.zeros(32, 4),
+        },
+        {"target_modules": ["embed_tokens"]},
+        "resized embeddings are not supported: its vocabulary has 64 rows",
+    ),
+    "a larger vocabulary, in a head's LoRA": (
+        parts("lm_head", **{"lora_B.weight": (64, 4)}),
+        {"target_modules": ["lm_head"]},
+        "resized embeddings are not supported: its vocabulary has 64 rows",
+    ),
+    "tokens of a larger vocabulary": (
+        {TOKENS: torch.zeros(2, 32)},
+        {"trainable_token_indices": [3, 63]},
+        "resized embeddings are not supported: its vocabulary has 64 rows",
+    ),
+    "fewer rows than tokens": (
+        {TOKENS: torch.zeros(1, 32)},
+        {"trainable_token_indices": [3, 5]},
+        r"the rows of model.embed_tokens.weight have shape \(1, 32\), .* give \(2, 32\)",
+    ),
+    "rows without tokens": (
+        {TOKENS: torch.zeros(1, 32)},
+        {},
+        "the rows of model.embed_tokens.weight have shape",
+    ),
+    "rows of another module": (
+        {TOKENS.replace("embed", "other"): torch.zeros(1, 32)},
+        {"trainable_token_indices": [3]},
+        "rows of model.other_tokens.weight, which the base lacks",
+    ),
+    "tokens without rows": (
+        None,
+        {"trainable_token_indices": [3]},
+        "`trainable_token_indices` names rows, which .* lacks",
+    ),
+    "tokens of another kind": (
+        None,
+        {"trainable_token_indices": {"embed_tokens": [-1]}},
+        "`trainable_token_indices` has a value that peft does not write",
+    ),
+    "blocks of another kind": (
+        None,
+        {"use_bdlora": {"nblocks": 0}},
+        "`use_bdlora` has a value that peft does not write",
+    ),
+    "blocks of another number": (
+        None,
+        {"use_bdlora": {"target_modules_bd_a": ["q_proj"], "nblocks": 2}},
+        r"lora_A.weight of .*q_proj has shape \(4, 32\), .* give \(4, 16\)",
+    ),
+    "biases that it trained and the base lacks": (
+        {"model.norm.bias": torch.zeros(32)},
+        {"bias": "all"},
+        r"it contains model.norm.bias, which the base lacks",
+    ),
     "a larger vocabulary": (
         {EMBED: torch.zeros(64, 32)},
         {},
@@ -351,25 +501,10 @@ BAD = {
     ),
     "another kind": (None, {"peft_type": "IA3"}, "not a LoRA .*IA3"),
     "no kind": (None, {"peft_type": None}, "the adapter is not a LoRA"),
-    "target_parameters": (
-        None,
-        {"target_parameters": ["x"]},
-        "`target_parameters` is not supported",
-    ),
-    "trainable tokens": (
-        None,
-        {"trainable_token_indices": [1]},
-        "`trainable_token_indices` is not supported",
-    ),
     "replicated layers": (
         None,
         {"layer_replication": [[0, 2]]},
         "`layer_replication` is not supported",
-    ),
-    "tied adapters": (
-        None,
-        {"ensure_weight_tying": True},
-        "`ensure_weight_tying` is not supported",
     ),
     "aLoRA": (None, {"alora_invocation_tokens": [1]}, "`alora_invocation_tokens` is not supported"),
     "PiSSA": (
@@ -400,6 +535,40 @@ def test_what_does_not_fit_is_refused_in_one_line(folder, tmp_path, case):
         open_lora(open_model(str(folder / base)), adapter)
     assert "\n" not in str(error.value)
     assert str(tmp_path / "adapter") in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("base", ["plain", "tied"])
+@pytest.mark.parametrize("name", [f"{Q}.lora_B.bias", f"{Q}.lora_A.bias", "model.norm.bias"])
+def test_biases_that_the_settings_switch_off_are_not_used(folder, tmp_path, caplog, base, name):
+    """As mergekit-extract-lora writes them; peft has no place for them."""
+    caplog.set_level(logging.WARNING)
+    lora = {f"{Q}.lora_A.weight": noise(4, 32), f"{Q}.lora_B.weight": noise(32, 4, seed=1)}
+    write_adapter(tmp_path / "plain", lora)
+    adapter = write_adapter(tmp_path / "biased", lora | {name: torch.ones(32)})
+    wanted = tensors_of(open_lora(open_model(str(folder / base)), str(tmp_path / "plain")))
+    model = open_lora(open_model(str(folder / base)), adapter)
+    assert differing(tensors_of(model), wanted) == []
+    (said,) = caplog.messages
+    assert name in said
+    assert adapter in said
+    theirs = merge_with_peft(folder / base, adapter, tmp_path / "merged")
+    assert differing(wanted, theirs) == []
+
+
+def test_a_head_is_untied_on_a_base_without_the_key(folder, tmp_path):
+    """Families that are tied by default leave it out of config.json."""
+    base = tmp_path / "base"
+    base.mkdir()
+    config = json.loads((folder / "tied/config.json").read_text(encoding="utf-8"))
+    del config["tie_word_embeddings"]
+    (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    save_file(load_all(folder / "tied"), base / "model.safetensors", metadata={"format": "pt"})
+    head = noise(*load_all(base)[EMBED].shape)
+    adapter = write_adapter(tmp_path / "adapter", {HEAD: head}, modules_to_save=["lm_head"])
+    model = open_lora(open_model(str(base)), adapter)
+    assert model.config["tie_word_embeddings"] is False
+    assert same_bits(model.get_tensor(HEAD), head.bfloat16())
 
 
 def test_a_lora_on_experts_is_refused(folder, tmp_path):
@@ -450,7 +619,7 @@ def test_the_real_adapter_opens(shared):
     """What peft saved for a model of 30 layers: every tensor of it is understood, on a base that
     has headers alone.
     """
-    from evomerge.merging.checkpoints.adapter import open_adapter
+    from evomerge.merging.adapters.adapter import open_adapter
 
     adapter = open_adapter(str(shared / "smollm-sibling/adapter"))
     modules = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in adapter.shapes}

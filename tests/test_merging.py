@@ -84,9 +84,10 @@ def test_models_that_do_not_fit_are_named(family):
         edit_config(family / "other", **{key: value})
         with pytest.raises(ModelError, match=key):
             check_fit(base, [open_model(str(family / "other"))])
-    edit_config(family / "one", tie_word_embeddings=not base.config["tie_word_embeddings"])
-    with pytest.raises(ModelError, match="tie_word_embeddings"):
-        check_fit(base, [open_model(str(family / "one"))])
+    if base.config["tie_word_embeddings"]:  # otherwise its head is stored, and merged
+        edit_config(family / "one", tie_word_embeddings=False)
+        with pytest.raises(ModelError, match=r"the files lack lm_head\.weight"):
+            check_fit(base, [open_model(str(family / "one"))])
     tensors = load_file(family / "two/model.safetensors")
     save_file(
         {n: t[:-1] if n == "model.norm.weight" else t for n, t in tensors.items()},
@@ -122,7 +123,8 @@ def test_damaged_missing_and_pickled_weights(family):
     save_file({"a": torch.zeros(1)}, family / "two/part.safetensors")
     index = {"weight_map": dict.fromkeys(tensors, "part.safetensors")}
     (family / "two/model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelError, match="the file lacks tensor"):
+    (family / "two/model.safetensors").unlink()  # which would come first
+    with pytest.raises(ModelError, match=r"the index lists .*, which no shard holds"):
         check_fit(open_model(str(family / "base")), [open_model(str(family / "two"))])
     (family / "two/model.safetensors.index.json").write_text("[]")
     with pytest.raises(ModelError, match="index of shards"):

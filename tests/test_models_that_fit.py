@@ -105,16 +105,17 @@ def test_models_that_are_tied_by_default(gemmas, lacking, storing):
     folders = [open_model(str(gemmas / name)) for name in ("base", "one")]
     live = LiveModel(model, folders[0], folders[1:])
     live.apply(plain(gemmas))
-    assert not differing({name: p.detach() for name, p in model.named_parameters()}, wanted)
     loaded = AutoModelForCausalLM.from_pretrained(gemmas / "out", dtype=torch.bfloat16)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert not differing(model.state_dict(), loaded.state_dict())
+    assert not differing(loaded.state_dict(), wanted | {HEAD: wanted[EMBED]})
 
 
-def test_a_sibling_that_is_not_tied_does_not_fit(gemmas):
+def test_a_sibling_that_is_not_tied_and_stores_no_head_does_not_fit(gemmas):
     edit_config(gemmas / "base", drop=["tie_word_embeddings"])
     edit_config(gemmas / "one", tie_word_embeddings=False)
     folders = [open_model(str(gemmas / name)) for name in ("base", "one")]
-    with pytest.raises(ModelError, match="`tie_word_embeddings` is False, the base has True"):
+    with pytest.raises(ModelError, match=r"the files lack.*tie_word_embeddings: false"):
         check_fit(folders[0], folders[1:])
 
 
@@ -326,8 +327,8 @@ def test_what_is_merged_must_fit(unlike, other, first, words):
     assert ("tokenizer_source" in str(caught.value)) == (other == "wide")
 
 
-def test_heads_of_slices_are_tied_as_the_base_s_are(unlike):
-    """A base that is not tied takes a tied model's embeddings for its head; not the reverse."""
+def test_a_head_of_slices_is_untied_where_one_of_its_models_is(unlike):
+    """A model that is tied gives its embeddings."""
     save(make_model(8, tie_word_embeddings=True), unlike / "tied")
     recipe = sliced(unlike, (2, ("base", 0, None), ("tied", 1, 0.5)))
     merged = load_all(build_model(recipe, unlike / "out"))
@@ -338,8 +339,26 @@ def test_heads_of_slices_are_tied_as_the_base_s_are(unlike):
         (2, ("tied", 0, None), ("base", 1, 0.5)),
         base_model=str(unlike / "tied"),
     )
-    with pytest.raises(ModelError, match="`tie_word_embeddings` is False, the base has True"):
-        build_model(other, unlike / "out2")
+    merged = load_all(build_model(other, unlike / "out2"))
+    assert torch.equal(merged[HEAD], halfway(tied[EMBED], base[HEAD]))
+    assert json.loads((unlike / "out2/config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_a_head_that_only_tied_models_give_is_merged_for_an_untied_base(unlike):
+    """The last slice is another model's alone: without a head the output would be tied to the
+    embeddings of the first slice.
+    """
+    save(make_model(8, tie_word_embeddings=True), unlike / "tied")
+    slices = [
+        {"sources": [{"model": str(unlike / name), "layer_range": [i, i + 1]}]}
+        for i, name in enumerate(("base", "tied"))
+    ]
+    for piece in slices:
+        piece["sources"][0]["parameters"] = {"weight": 1.0}
+    data = {"merge_method": "linear", "dtype": "bfloat16", "slices": slices}
+    merged = load_all(build_model(Recipe.from_dict(data), unlike / "out"))
+    assert torch.equal(merged[HEAD], load_all(unlike / "tied")[EMBED])
+    assert torch.equal(merged[EMBED], load_all(unlike / "base")[EMBED])
 
 
 def test_a_slice_ends_at_the_end_of_its_own_model(unlike):

@@ -6,7 +6,6 @@ import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,7 +46,7 @@ def folders(tmp_path_factory):
 def load(folder, quantization, device="cpu", dtype=torch.bfloat16):
     """By the engine's own way."""
     return load_model(
-        SimpleNamespace(path=folder), EngineSection(device=device, quantization=quantization), dtype
+        open_model(str(folder)), EngineSection(device=device, quantization=quantization), dtype
     )
 
 

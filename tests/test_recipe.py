@@ -162,6 +162,39 @@ def test_the_shape_of_the_seed(shared):
     assert built.to_yaml().strip() == text.strip()
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        "./a](http://x)",
+        "./<script>alert(1)</script>",
+        "./a|b*c*`d`~e~$f$",
+        "./_a_/b_c",
+        "./a\nb\n# c",
+        "x](y)/z",
+        "[a](b)/c+./d`e",
+        "./&lt;",
+    ],
+)
+def test_paths_in_the_card_are_texts(path):
+    """Each is one line of the body, which a Markdown reader shows as it is."""
+    markdown_it = pytest.importorskip("markdown_it")
+    data = {"merge_method": "linear", "models": [{"model": "owner/name"}, {"model": path}]}
+    for source in data["models"]:
+        source["parameters"] = {"weight": 1}
+    card = model_card(Recipe.from_dict(data), path, recipe_text="a: ```\n````\nb")
+    shown = " ".join(path.split())
+    assert "* [owner/name](https://huggingface.co/owner/name)\n" in card
+    tokens = markdown_it.MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(card)
+    lines = {}
+    for token in tokens:
+        if token.type == "inline":
+            text = "".join(child.content for child in token.children)
+            lines[text] = {child.type for child in token.children}
+    for text in (shown, shown.replace("+", " + ")):  # the heading; an item, which links two models
+        assert lines[text] == {"text"}
+    assert "`````yaml\na: ```\n````\nb\n`````\n" in card
+
+
 def test_the_card_has_mergekits_parts(shared):
     wanted = (shared / "golden/seed40_llama/expected/README.md").read_text().splitlines()
     card = model_card(

@@ -17,7 +17,7 @@ from evomerge.reporting.charts import PLOT, progress_chart
 from evomerge.reporting.report import write_report
 from evomerge.reporting.sentences import headline, remarks
 from evomerge.reporting.trial_table import seconds_by_phase, write_trials_csv
-from evomerge.searching.choosing import make_verdict
+from evomerge.searching.final_test import make_verdict
 from evomerge.searching.records.trial_record import TaskGrade
 from evomerge.searching.records.verdict_record import (
     HeldOutScore,
@@ -278,7 +278,10 @@ def test_seconds_are_means_over_complete_trials() -> None:
 
 
 def test_the_table_holds_every_trial(tmp_path: Path) -> None:
-    given = [*trials(), Trial(30, "candidate", (0.1,) * 4, None, None, "failed", reason="=1+1")]
+    reasons = ["\t=1+1", "\r=1", " =1", "\n@A1", "'=1", "a=1", "=1+1"]
+    given = [*trials()]
+    for number, reason in enumerate(reasons, start=30):
+        given.append(Trial(number, "candidate", (0.1,) * 4, None, None, "failed", reason=reason))
     with write_trials_csv(tmp_path / "trials.csv", given, SLICES).open(
         encoding="utf-8", newline=""
     ) as file:
@@ -290,7 +293,9 @@ def test_the_table_holds_every_trial(tmp_path: Path) -> None:
     assert [float(r["score"]) for r in rows if r["score"]] == [
         t.score for t in given if t.score is not None
     ]
-    assert rows[-1]["reason"] == "'=1+1"
+    assert [r["reason"] for r in rows[-len(reasons) :]] == [
+        reason if reason == "a=1" else f"'{reason}" for reason in reasons
+    ]
     given = [
         replace(t, parts={"grade": 3.5, "length": 0.25}) if t.role == "candidate" and t.score else t
         for t in given
@@ -330,5 +335,5 @@ def test_one_held_out_task_gives_no_interval(tmp_path: Path) -> None:
         page = make_page(tmp_path / "r.html", verdict=found)
         text = " ".join(" ".join(Elements(page).texts).split())
         assert "+1.000 (n = 1)" in text
-        assert "A single task tells nothing about the difference from base: +1.000." in text
+        assert "One task tells nothing about the difference from base: +1.000." in text
         assert "Better than" not in text

@@ -22,11 +22,11 @@ from search_tools import (
 )
 
 from evomerge.console import Console
-from evomerge.errors import StudyError, StudyFileError
+from evomerge.errors import StudyFileError
 from evomerge.genome.weights import make_genome
 from evomerge.recipe import Recipe
 from evomerge.searching.history import History
-from evomerge.searching.ledger import check_unchanged
+from evomerge.searching.records.identity import changes, refused
 from evomerge.searching.records.study_facts import StudyFacts
 from evomerge.searching.samplers.make_sampler import make_sampler
 from evomerge.searching.starting.known_candidates import encode
@@ -131,7 +131,7 @@ def test_the_winner_is_chosen_on_tasks_that_the_search_did_not_see(tmp_path):
     facts = search.ledger.facts
     chosen = facts.validation
     assert chosen.n == 12
-    assert len(chosen.means) == 3, "two trials and the mean"
+    assert len(chosen.means) == 5, "two trials, the mean and two references"
     assert facts.compared["winner"] == chosen.winner
     before = {p for r in search.ledger.records() for p in r.grades}
     assert not before & {str(i) for i in range(40, 52)}
@@ -281,14 +281,12 @@ def test_a_study_from_before_a_default_is_told_how_it_goes_on(tmp_path):
     stored = make_study(ranking="all", lr_adapt=False).to_dict()
     for section, key in (("search", "ranking"), ("search", "lr_adapt"), ("split", "validation")):
         del stored[section][key]
-    names, layers = search.ledger.facts.names, search.ledger.facts.n_layers
-    facts = StudyFacts(tasks="same", names=names, n_layers=layers)
-    for key, value in (("tasks", "same"), ("study_file", stored)):
-        search.ledger.remember(key, value)
-    with pytest.raises(StudyError, match=r'--set search.lr_adapt=false --set search.ranking="all"'):
-        check_unchanged(search.ledger, replace(facts, study_file=search.study.to_dict()))
+    old = StudyFacts(tasks="same", study_file=stored)
+    changed = changes(old, replace(old, study_file=search.study.to_dict()))
+    line = str(refused(old, changed, "fake"))
+    assert '--set search.lr_adapt=false --set search.ranking="all"' in line
     as_before = make_study(ranking="all", lr_adapt=False).to_dict()
-    check_unchanged(search.ledger, replace(facts, study_file=as_before))
+    assert not changes(old, replace(old, study_file=as_before))
 
 
 def test_without_a_complete_generation_it_is_said_that_there_is_no_mean(tmp_path):

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import time
 
 import pytest
 
@@ -41,6 +42,91 @@ def test_csv_and_excel_and_parquet(tmp_path):
     )
     for name in ("t.csv", "t.xlsx", "t.parquet"):
         assert load_tasks(tmp_path / name) == wanted
+
+
+def notebook(path):
+    """The records of a file as the competition's notebook reads them, rule by rule."""
+    records, item = [], ""
+    with path.open(encoding="utf-8-sig") as file:
+        for line in file:
+            item += line.strip()
+            if item.endswith("}"):
+                records.append(json.loads(item))
+                item = ""
+    return records
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"task_id": 0, "input": "一\n二"}\n{"task_id": 1, "input": "三"}\n',
+        '{"task_id": 0, "input": "一 \n\n  二\u3000\n三", "output": "a\\nb\nc"}\n',
+        '{\n  "task_id": 0,\n  "input": "一\n二"\n}\n{"task_id": 1, "input": "y"}',
+        '{"task_id": 0, "input": "\u2028a\u2028b\x85\nc \\"d\n\\""}\n',
+        '{"task_id": 0, "input": "a\n\n\n\n\nb"}\n{"task_id": 1,\n"input": "c"}\n',
+    ],
+)
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_raw_line_break_in_a_string_is_read_as_the_notebook_does(tmp_path, text, end):
+    path = tmp_path / "tasks.jsonl"
+    path.write_bytes(text.replace("\n", end).encode())
+    found = [(task.task_id, task.input, task.output) for task in load_tasks(path)]
+    assert found == [(r["task_id"], r["input"], r.get("output", "")) for r in notebook(path)]
+
+
+def test_a_line_of_a_string_may_end_like_an_object(tmp_path):
+    """The notebook fails at it."""
+    path = tmp_path / "tasks.jsonl"
+    path.write_text('{"task_id": 0, "input": "{}\n,{}"}\n', encoding="utf-8")
+    assert load_tasks(path)[0].input == "{},{}"
+
+
+def test_a_list_of_json_and_raw_tabs(tmp_path):
+    path = tmp_path / "tasks.json"
+    path.write_text('[{"input": "a\tb\nc"},\n{"input": "d"}]', encoding="utf-8")
+    assert [task.input for task in load_tasks(path)] == ["a\tbc", "d"]
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "what"),
+    [
+        ('{"input": "a"}\n{"input": "b}\n{"input": "c"}\n', "line 2", "line 3"),
+        ('{"input": "a\nb"}\n\n{"input": }\n', "line 4", "Expecting value"),
+        ('{"input": "a\nb', "line 1", "Unterminated string"),
+        ('{"input": "a\nb", x}', "line 1", "line 2: Expecting property name"),
+        ('{"input": "a\nb"}\n[1]\n', "line 3", "not an object"),
+        ('{"input": "a\nb"}\n{"output": "a"}\n', "line 3", "no `input`"),
+    ],
+)
+def test_mistakes_after_a_raw_line_break_have_their_line(tmp_path, text, place, what):
+    path = tmp_path / "tasks.jsonl"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(TaskError) as caught:
+        load_tasks(path)
+    assert str(caught.value).startswith(f"{path}, {place}: ")
+    assert what in str(caught.value)
+
+
+def test_a_file_of_many_raw_line_breaks_is_read_in_linear_time(tmp_path):
+    path = tmp_path / "tasks.jsonl"
+    path.write_text('{"input": "' + "a}\n" * 300_000 + '"}\n', encoding="utf-8")
+    began = time.process_time()
+    assert len(load_tasks(path)[0].input) == 600_000
+    assert time.process_time() - began < 2
+
+
+def test_numbers_of_tables_with_gaps(tmp_path):
+    """pandas stores a column with gaps as 8.0 and NaN: in parquet and in JSON."""
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    columns = {"task_id": [0.0, 1.0], "input": ["a", "b"], "output": [8.0, float("nan")]}
+    parquet.write_table(pa.table(columns), tmp_path / "t.parquet")
+    rows = zip(*columns.values(), strict=True)
+    lines = [json.dumps(dict(zip(columns, row, strict=True))) for row in rows]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    for name in ("t.parquet", "t.jsonl"):
+        assert load_tasks(tmp_path / name) == (Task(0, "a", "8"), Task(1, "b", ""))
 
 
 @pytest.mark.parametrize(

@@ -57,11 +57,52 @@ def test_a_head_that_a_tied_model_stores_is_merged(tmp_path, storing):
         0.5, dtype=torch.bfloat16
     )
     assert torch.equal(merged[HEAD], wanted)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["tie_word_embeddings"] is False
     model = AutoModelForCausalLM.from_pretrained(
         make_family(tmp_path / "plain", tied=True) / "base", dtype=torch.bfloat16
     )
-    with pytest.raises(ModelError, match=r"ties to its embeddings"):
-        LiveModel(model, open_model(str(family / "base")), [open_model(str(family / "one"))])
+    live = LiveModel(model, open_model(str(family / "base")), [open_model(str(family / "one"))])
+    live.apply(plain(family))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    assert not differing(model.state_dict(), loaded.state_dict())
+
+
+def test_a_head_that_a_tied_model_stores_unchanged_stays_tied(tmp_path):
+    family = make_family(tmp_path, tied=True)
+
+    def store(tensors):
+        return tensors | {HEAD: tensors["model.embed_tokens.weight"].clone()}
+
+    edit_tensors(family / "one", store)
+    out = build_model(plain(family), tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is True
+    merged = load_all(out)
+    assert torch.equal(merged[HEAD], merged["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("untied", [("base",), ("one",), ("base", "one")])
+@pytest.mark.parametrize("key", [True, False])
+def test_tied_and_untied_models_are_merged(tmp_path, untied, key):
+    """A fine-tune whose head has left its embeddings: base, sibling or both. With or without the
+    key in the configuration of those that are tied, as it is the default of some families.
+    """
+    family, kept = make_family(tmp_path, tied=True), {}
+    for name in ("base", "one"):
+        tensors = load_file(family / name / "model.safetensors")
+        kept[name] = tensors["model.embed_tokens.weight"]
+        if name in untied:
+            kept[name] = kept[name] * 3
+            edit_tensors(family / name, lambda tensors, n=name: tensors | {HEAD: kept[n]})
+            edit_config(family / name, tie_word_embeddings=False)
+        elif not key:
+            config = json.loads((family / name / "config.json").read_text())
+            del config["tie_word_embeddings"]
+            (family / name / "config.json").write_text(json.dumps(config))
+    out = build_model(plain(family), tmp_path / "out")
+    merged, half = load_all(out), torch.tensor(0.5, dtype=torch.bfloat16)
+    assert torch.equal(merged[HEAD], kept["base"] + (kept["one"] - kept["base"]) * half)
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
 
 
 def test_lists_with_an_item_for_each_layer_follow_the_layers(tmp_path):

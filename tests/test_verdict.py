@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from evomerge.searching.choosing import choose_winner, make_verdict
+from evomerge.searching.choosing import choose_winner, finalists
+from evomerge.searching.final_test import make_verdict
 from evomerge.searching.history import History
 from evomerge.searching.records.trial_record import TaskGrade, TrialRecord
 from evomerge.searching.records.verdict_record import Verdict
@@ -74,13 +75,17 @@ def test_the_bootstrap_interval_is_scipys():
     assert high == pytest.approx(other.high, abs=0.02)
 
 
+def chosen(trials, references_win=False):
+    return choose_winner(finalists(History(trials), 3, references_win), "grade")
+
+
 def test_a_lucky_trial_does_not_beat_the_mean_but_a_clearly_better_one_does():
     mean = record(9, "mean", [3, 3, 3, 3, 3, 3] * 4)
     lucky = record(1, "candidate", [5, 1, 3, 3, 4, 3] * 4)
     clear = record(2, "candidate", [4, 5, 4, 4, 5, 4] * 4)
-    assert choose_winner(History((lucky, mean)), "grade").number == 9
-    assert choose_winner(History((clear, mean)), "grade").number == 2
-    assert choose_winner(History((lucky,)), "grade").number == 1
+    assert chosen((lucky, mean)).number == 9
+    assert chosen((clear, mean)).number == 2
+    assert chosen((lucky,)).number == 1
 
 
 def test_the_best_uniform_weight_is_one_weight():

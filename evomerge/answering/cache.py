@@ -18,6 +18,7 @@ from typing import Any
 from evomerge import sqlite_file
 from evomerge.answering.engine import Answer, PromptSettings
 from evomerge.errors import OutputError
+from evomerge.recipe import Recipe
 from evomerge.study import Study
 
 SCHEMA = "CREATE TABLE IF NOT EXISTS batches (key TEXT PRIMARY KEY, answers TEXT NOT NULL)"
@@ -36,10 +37,17 @@ UNKEYED = ("batch_size", "batch_tokens", "residency")  # engine keys that change
 class AnswerCache:
     """Batches of answers by key; every write is durable when `put` returns."""
 
-    def __init__(self, path: Path, scope: str) -> None:
-        """`scope`: the rest of what answers depend on; see `cache_scope`."""
-        self.path, self.scope = path, scope
+    def __init__(self, path: Path, scope: str, names: Mapping[str, str] | None = None) -> None:
+        """`scope`: the rest of what answers depend on; see `cache_scope`.
+
+        `names`: what the models are called in the keys, whatever they are called now.
+        """
+        self.path, self.scope, self.names = path, scope, dict(names or {})
         self.db = sqlite_file.connect(path, WHAT, DAMAGED, SCHEMA)
+
+    def digest(self, recipe: Recipe) -> str:
+        """The recipe's digest for keys, which is the same when a model's folder has moved."""
+        return recipe.digest(self.names)
 
     def key(
         self,
@@ -88,15 +96,15 @@ def cache_size(path: Path) -> tuple[int, int | None] | None:
 
     The batches are None when it cannot be read.
     """
-    files = _files(path)
+    files = cache_files(path)
     if not files:
         return None
     size = sum(files.values())
-    address = f"{path.absolute().as_uri()}?mode=ro"
     try:
-        with closing(sqlite3.connect(address, uri=True, timeout=60)) as db:
+        connect = sqlite_file.reader(path)
+        with closing(connect()) as db:
             return size, int(db.execute("SELECT count(*) FROM batches").fetchone()[0])
-    except sqlite3.Error:
+    except (sqlite3.Error, OSError):
         return size, None
 
 
@@ -105,7 +113,7 @@ def clear(path: Path) -> int:
 
     Raises OutputError.
     """
-    files = _files(path)
+    files = cache_files(path)
     try:
         for file in files:
             file.unlink()
@@ -118,19 +126,23 @@ def clear(path: Path) -> int:
     return sum(files.values())
 
 
-def _files(path: Path) -> dict[Path, int]:
+def cache_files(path: Path) -> dict[Path, int]:
     """The sizes in bytes of the database and of the files that SQLite keeps next to it."""
     files = [path.with_name(path.name + end) for end in ("", "-journal", "-wal", "-shm")]
     return {file: file.stat().st_size for file in files if file.is_file()}
 
 
-def cache_scope(study: Study, models: Mapping[str, Any]) -> str:
+def cache_scope(
+    study: Study, models: Mapping[str, Any], first_engine: Mapping[str, Any] | None = None
+) -> str:
     """SHA-256 of what answers depend on besides recipe, mode and prompts.
 
-    A batch is identified by its prompts, however it was packed: see UNKEYED.
+    A batch is identified by its prompts, however it was packed: see UNKEYED. `first_engine` holds
+    the keys of `engine:` that have changed since the study began, as they were.
     """
-    data = study.to_dict()
+    data = study.filled()
     engine = {key: value for key, value in data["engine"].items() if key not in UNKEYED}
+    engine |= first_engine or {}
     search = data["search"]
     too_long = data["prompt"]["too_long"]
     parts = [data["generation"], too_long, engine, search["dtype"], search["seed"], models]

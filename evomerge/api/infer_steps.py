@@ -6,12 +6,23 @@ import json
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evomerge.api.inputs import Overrides, RecipeLike, setting_texts, storage_url, to_recipe
+from evomerge.api.inputs import (
+    Overrides,
+    RecipeLike,
+    recipe_inputs,
+    setting_texts,
+    storage_url,
+    study_inputs,
+    to_recipe,
+)
 from evomerge.console import Console, duration
+from evomerge.errors import RecipeError
 from evomerge.inference.request import Classify, InferenceRequest, check_request
+from evomerge.outputs import check_outputs
 
 if TYPE_CHECKING:
     from evomerge.inference.result import InferenceResult
@@ -36,6 +47,7 @@ def make_request(
     judge: Judge | str | None,
     self_check: Sequence[str] | str,
     time_limit: float | None,
+    overwrite: bool = False,
 ) -> InferenceRequest:
     """The parameters of `infer` as a request, not yet checked."""
     settings = setting_texts(overrides)
@@ -60,6 +72,7 @@ def make_request(
         judge=judge,
         self_check=_fault_names(self_check),
         time_limit=time_limit,
+        overwrite=overwrite,
     )
 
 
@@ -79,9 +92,18 @@ def run_request(
     tasks: Sequence[Task],
     out: str | Path | None = None,
     console: Console | None = None,
+    task_file: Path | None = None,
 ) -> InferenceResult:
-    """Check the request, answer the tasks, and read the answers back."""
+    """Check the request, answer the tasks, and read the answers back.
+
+    `task_file` is where the tasks come from. Raises as the steps do, and InputError where `out` or
+    a file beside it is something that is read.
+    """
     check_request(request)
+    if out is not None:
+        from evomerge.inference.part import written_files
+
+        check_outputs(files=written_files(Path(out)), inputs=[task_file, *_inputs(request)])
     from evomerge.inference.request import answer_tasks
     from evomerge.inference.result import read_result
 
@@ -94,6 +116,35 @@ def run_request(
         written = Path(folder) / "answers.jsonl"
         done = answer_tasks(request, tasks, written, progress, console.say)
         return read_result(written, done, None)
+
+
+def _inputs(request: InferenceRequest) -> list[str | Path | None]:
+    """What a request reads besides its tasks."""
+    from evomerge.recipe import Recipe, read_recipe
+    from evomerge.study import read_setting
+
+    places: list[str | Path | None] = []
+    if request.server is None:
+        places.append(request.model)
+    recipe = request.recipe
+    if isinstance(recipe, Path):
+        places.append(recipe)
+        with suppress(RecipeError):  # it is raised again when the recipe is opened
+            recipe = read_recipe(recipe)
+    if isinstance(recipe, Recipe):
+        places += recipe_inputs(recipe)
+    if request.study is not None and request.storage is not None:
+        from evomerge.searching.ledger import open_ledger
+
+        stored = open_ledger(request.storage, request.study).facts.study
+        places += study_inputs(stored, request.storage, request.study)
+    for text in request.overrides:
+        key, value = read_setting(text)
+        if key == "prompt.knowledge" and value is not None:
+            places.append(str(value))
+    if isinstance(request.judge, str):
+        places.append(request.judge.partition(":")[2])
+    return places
 
 
 def answer_progress(console: Console) -> Progress:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
+
+from evomerge.errors import InputError
 
 if TYPE_CHECKING:
     from evomerge.recipe import Recipe
     from evomerge.study import Study
     from evomerge.tasks import Task
+
+LONGEST_STUDY_FILE = 1 << 20  # bytes that are looked at
 
 Overrides: TypeAlias = Mapping[str, object] | Sequence[str] | None
 StudyFile: TypeAlias = "str | Path | Mapping[str, Any] | Study"
@@ -44,6 +49,21 @@ def to_study(study_file: StudyFile, overrides: Sequence[str]) -> Study:
     return overridden(study_file, overrides, allowed=tuple(study_file.to_dict()))
 
 
+def searched_study(
+    study_file: StudyFile,
+    overrides: Overrides,
+    study: str | None,
+    trials: int | None,
+    seed: int | None,
+) -> Study:
+    """The study that `search` runs and `check` looks at."""
+    settings = setting_texts(overrides)
+    for key, value in (("study", study), ("search.trials", trials), ("search.seed", seed)):
+        if value is not None:
+            settings.append(f"{key}={json.dumps(value, ensure_ascii=False)}")
+    return to_study(study_file, settings)
+
+
 def to_recipe(recipe: RecipeLike) -> tuple[Recipe, str]:
     """A recipe, and its configuration as it was written."""
     from evomerge.recipe import Recipe, read_recipe
@@ -74,9 +94,57 @@ def storage_url(storage: str | Path | None, name: str) -> str:
     None: $EVOMERGE_STORAGE, else sqlite:///storage/NAME.db.
     """
     given = str(storage or os.environ.get("EVOMERGE_STORAGE") or f"storage/{name}.db")
-    return given if "://" in given else f"sqlite:///{given}"
+    if "://" in given:
+        return given
+    if set("?%") & set(given):  # they mean something in a URL
+        from evomerge.searching.records.storage_place import file_url
+
+        return file_url(Path(given))
+    return f"sqlite:///{given}"
+
+
+def study_inputs(study: Study, url: str, name: str) -> list[str | Path | None]:
+    """Everything that a study reads, and where it is stored: what no output may overwrite."""
+    from evomerge.searching.ledger import cache_path, grades_path
+    from evomerge.searching.records.storage_place import storage_place
+    from evomerge.study import files_read
+
+    stored = storage_place(url).file
+    kept = [cache_path(url, name), grades_path(url, name)]
+    if stored is not None:
+        kept.append(stored)
+    return [*files_read(study), *kept]
 
 
 def results_folder(results: str | Path | None, name: str) -> Path:
     """The folder of a study's results; None: $EVOMERGE_RESULTS, else results/; NAME is added."""
     return Path(results or os.environ.get("EVOMERGE_RESULTS") or "results") / name
+
+
+def recipe_inputs(recipe: Recipe) -> list[str]:
+    """The models that a recipe reads."""
+    lender = recipe.tokenizer and recipe.tokenizer.source
+    if lender in (None, "base", "union"):
+        return list(recipe.models)
+    return [*recipe.models, str(lender)]
+
+
+def result_files(folder: Path) -> list[Path]:
+    """The files that a study's results may have."""
+    from evomerge.reporting.export import RESULT_FILES
+
+    return [folder / name for name in RESULT_FILES]
+
+
+def check_no_study_file(out: Path) -> None:
+    """Raise InputError where the file is a study file, which a study does not know by its name."""
+    try:
+        text = out.read_bytes()[:LONGEST_STUDY_FILE]
+    except OSError:
+        return
+    if re.search(rb"^[\"']?genome[\"']?[ \t]*:", text, re.MULTILINE):
+        raise InputError(
+            "is a study file, which would be overwritten",
+            where=out,
+            remedy="Name another file to write.",
+        )

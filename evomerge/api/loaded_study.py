@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evomerge.api.inputs import results_folder
+from evomerge.api.inputs import (
+    check_no_study_file,
+    result_files,
+    results_folder,
+    study_inputs,
+)
+from evomerge.outputs import check_outputs
 
 if TYPE_CHECKING:
     import pandas
@@ -52,6 +58,10 @@ class LoadedStudy:
         return self.snapshot.records
 
     @property
+    def _inputs(self) -> list[str | Path | None]:
+        return study_inputs(self.study, self.storage, self.name)
+
+    @property
     def trials(self) -> pandas.DataFrame:
         """One row per trial, with the columns of trials.csv.
 
@@ -83,8 +93,19 @@ class LoadedStudy:
 
     @property
     def winner(self) -> TrialRecord:
-        """The trial that the verdict names, or the choice by the trials so far."""
+        """The trial that the verdict names, or the choice by the trials so far.
+
+        It is a parent or a uniform weight where no merge was found that beats it.
+        """
         return self.snapshot.winner
+
+    @property
+    def unbeaten(self) -> str | None:
+        """The name of the parent or uniform weight that wins; None where the search's merge does.
+
+        base, instruct, sibling:NAME or uniform 0.5, for example.
+        """
+        return self.snapshot.unbeaten
 
     @property
     def best(self) -> TrialRecord:
@@ -93,14 +114,22 @@ class LoadedStudy:
 
         return History(tuple(self.records)).best_candidate()
 
+    def with_trial(self, number: int) -> LoadedStudy:
+        """The same study with another trial's recipe in the winner's place, to export it.
+
+        `recipe`, `recipe_yaml`, `build_model` and `write_runner` are that trial's then. Raises
+        StudyError for a trial that is unknown or not finished.
+        """
+        return replace(self, snapshot=self.snapshot.with_trial(number))
+
     @property
     def recipe(self) -> Recipe:
-        """The winner's recipe."""
+        """The winner's recipe, or that of `with_trial`."""
         return self.snapshot.recipe
 
     @property
     def recipe_yaml(self) -> str:
-        """The winner's recipe as a mergekit configuration."""
+        """The same recipe as a mergekit configuration."""
         from evomerge.reporting.export import recipe_text
 
         return recipe_text(self.snapshot)
@@ -145,11 +174,25 @@ class LoadedStudy:
     def write_results(self, results: str | Path | None = None) -> list[Path]:
         """Write best.yaml, README.md, verdict.json, trials.csv and report.html to results/NAME/.
 
-        Returns their paths. Raises OutputError.
+        Returns their paths. Raises OutputError, InputError where one of them is an input.
         """
         from evomerge.reporting.export import write_results
 
-        return write_results(self.snapshot, results_folder(results, self.name))
+        folder = results_folder(results, self.name)
+        check_outputs(files=result_files(folder), inputs=self._inputs)
+        return write_results(replace(self.snapshot, picked=None), folder)
+
+    def write_recipe(self, out: str | Path) -> Path:
+        """Write the winner's recipe to a file.
+
+        Raises InputError where that is a study file or something that the study reads, OutputError.
+        """
+        from evomerge.files import replace_file
+
+        out, text = Path(out), self.recipe_yaml
+        check_outputs(files=[out], inputs=self._inputs)
+        check_no_study_file(out)
+        return replace_file(out, lambda path: path.write_text(text, encoding="utf-8"))
 
     def build_model(
         self,
@@ -162,18 +205,20 @@ class LoadedStudy:
 
         Raises InputError where the folder exists, ModelError, OutputError.
         """
+        check_outputs(folders=[out], inputs=self._inputs)
         from evomerge.console import Console
-        from evomerge.files import replace_file
         from evomerge.reporting.export import card, use_threads
 
-        use_threads(self.study)
-        seed = self.study.search.seed
-        folder = build_model_folder(
-            self.recipe, Path(out), self.recipe_yaml, shard_size, seed, console or Console()
+        use_threads(self.snapshot)
+        return build_model_folder(
+            self.recipe,
+            Path(out),
+            self.recipe_yaml,
+            shard_size,
+            self.study.search.seed,
+            console or Console(),
+            card(self.snapshot),
         )
-        text = card(self.snapshot)
-        replace_file(folder / "README.md", lambda path: path.write_text(text, encoding="utf-8"))
-        return folder
 
     def write_runner(self, out: str | Path, knowledge: str | Path | None = None) -> list[Path]:
         """Write a folder that answers tasks with the winner where evomerge is not installed.
@@ -185,6 +230,7 @@ class LoadedStudy:
         from evomerge.knowledge.read_base import read_knowledge
         from evomerge.reporting.runner import write_runner
 
+        check_outputs(folders=[out], inputs=[*self._inputs, knowledge])
         base = knowledge or self.study.prompt.knowledge
         if base is not None and knowledge is None:
             known = self.snapshot.ledger.facts.knowledge
@@ -200,16 +246,23 @@ def build_model_folder(
     shard_size: str | int,
     random_seed: int,
     console: Console,
+    card: str | None = None,
 ) -> Path:
-    """Build a recipe's model folder with a progress bar; `text` is its configuration as written."""
+    """Build a recipe's model folder with a progress bar; `text` is its configuration as written.
+
+    `card`: the model card; None: one that describes the recipe.
+    """
     from evomerge.console import byte_progress
     from evomerge.merging.build import build_model
     from evomerge.reporting.card import model_card
 
+    def write_card(recipe: Recipe, name: str, *, recipe_text: str) -> str:
+        return card or model_card(recipe, name, recipe_text=recipe_text)
+
     return build_model(
         recipe,
         out,
-        write_card=model_card,
+        write_card=write_card,
         recipe_text=text,
         shard_size=shard_size,
         random_seed=random_seed,

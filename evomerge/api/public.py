@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +12,17 @@ from evomerge.api.inputs import (
     RecipeLike,
     StudyFile,
     Tasks,
-    setting_texts,
+    recipe_inputs,
+    result_files,
+    results_folder,
+    searched_study,
     storage_url,
     to_recipe,
-    to_study,
     to_tasks,
 )
 from evomerge.api.loaded_study import LoadedStudy, build_model_folder
+from evomerge.errors import InputError
+from evomerge.outputs import check_outputs
 
 if TYPE_CHECKING:
     from evomerge.console import Console
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from evomerge.inference.result import InferenceResult
     from evomerge.judging.grade import Judge
     from evomerge.searching.preflight import PreflightFinding
+    from evomerge.study import Study
 
 
 def search(
@@ -69,33 +73,50 @@ def search(
     >>> found = evomerge.search("search_spaces/demo.yaml", trials=24)
     >>> found.winner.score, found.recipe_yaml
     """
-    settings = setting_texts(overrides)
-    for key, value in (("study", study), ("search.trials", trials), ("search.seed", seed)):
-        if value is not None:
-            settings.append(f"{key}={json.dumps(value, ensure_ascii=False)}")
-    checked = to_study(study_file, settings)
+    checked = searched_study(study_file, overrides, study, trials, seed)
     # these imports take seconds; a mistake in the file is reported before them
     from evomerge.console import Console
     from evomerge.searching.open_search import open_search
 
     url = storage_url(storage, checked.study)
+    _check_search_outputs(study_file, checked, url, results)
     with open_search(checked, url, console or Console()) as running:
         running.run()
     found = load_study(checked.study, storage=url)
     return replace(found, written=tuple(found.write_results(results)))
 
 
+def _check_search_outputs(
+    study_file: StudyFile, study: Study, url: str, results: str | Path | None
+) -> None:
+    """Raise InputError where storage or results would overwrite what the search reads."""
+    from evomerge.searching.records.storage_place import storage_place
+    from evomerge.study import files_read
+
+    own = Path(study_file) if isinstance(study_file, str | Path) else None
+    written = result_files(results_folder(results, study.study))
+    check_outputs(files=[storage_place(url).file, *written], inputs=[own, *files_read(study)])
+
+
 def check(
     study_file: StudyFile,
     *,
     base_config: str | Path | None = None,
+    storage: str | Path | None = None,
+    results: str | Path | None = None,
+    study: str | None = None,
+    trials: int | None = None,
+    seed: int | None = None,
     overrides: Overrides = None,
 ) -> list[PreflightFinding]:
-    """Report what a study needs: models, shapes, tokenizer, disk, memory, judge, cost.
+    """Report what a study needs and what `search` would refuse, before any work.
+
+    Models, shapes, tokenizer, prompts, judge (its server is asked for its models), disk, memory,
+    cost, and whether a study that has begun can resume. Nothing is written.
 
     Parameters
     ----------
-    study_file, overrides: as for `search`.
+    study_file, storage, results, study, trials, seed, overrides: as for `search`.
     base_config: a config.json to use if the base model cannot be reached.
 
     Returns
@@ -110,10 +131,17 @@ def check(
     >>> [finding.text for finding in evomerge.check("study.yaml") if finding.level == "wrong"]
     []
     """
-    checked = to_study(study_file, setting_texts(overrides))
-    from evomerge.searching.preflight import check_study
+    checked = searched_study(study_file, overrides, study, trials, seed)
+    from evomerge.searching.preflight import PreflightFinding, check_study
 
-    return check_study(checked, None if base_config is None else Path(base_config))
+    config = None if base_config is None else Path(base_config)
+    url, folder = storage_url(storage, checked.study), results_folder(results, checked.study)
+    findings = check_study(checked, config, url, folder)
+    try:
+        _check_search_outputs(study_file, checked, url, results)
+    except InputError as error:
+        findings.append(PreflightFinding("wrong", "outputs", str(error)))
+    return findings
 
 
 def merge(
@@ -152,11 +180,12 @@ def merge(
 
     console = console or Console()
     try:
+        own = Path(recipe) if isinstance(recipe, str | Path) else None
+        check_outputs(folders=[out], inputs=[own])
         parsed, text = to_recipe(recipe)
         if parsed.note is not None:
-            console.say(
-                f"{recipe}: {parsed.note}" if isinstance(recipe, str | Path) else parsed.note
-            )
+            console.say(parsed.note if own is None else f"{own}: {parsed.note}")
+        check_outputs(folders=[out], inputs=recipe_inputs(parsed))
         return build_model_folder(parsed, Path(out), text, shard_size, random_seed, console)
     except UnsupportedRecipe as error:  # found before anything is written
         if not is_installed() or not isinstance(recipe, str | Path):
@@ -184,6 +213,7 @@ def infer(
     judge: Judge | str | None = None,
     self_check: Sequence[str] | str = (),
     time_limit: float | None = None,
+    overwrite: bool = False,
     console: Console | None = None,
 ) -> InferenceResult:
     """Answer tasks with a model, a recipe merged in memory, a study's winner, or a server.
@@ -192,6 +222,7 @@ def infer(
     ----------
     tasks: a task file, or records with a field `input`.
     out: a file for the answers, which a later call resumes (default: none is kept).
+    overwrite: give up answers that `out` holds of another model, task file or settings.
     model: a folder or hub name; with `server` (a URL), the server's name for the model.
     recipe: as for `merge`. study, storage: as for `load_study`.
     concurrency: concurrent requests to the server.
@@ -214,9 +245,10 @@ def infer(
         model=model, recipe=recipe, study=study, storage=storage, server=server,
         concurrency=concurrency, knowledge=knowledge, classify=classify, overrides=overrides,
         max_new_tokens=max_new_tokens, best_of=best_of, judge=judge, self_check=self_check,
-        time_limit=time_limit,
+        time_limit=time_limit, overwrite=overwrite,
     )  # fmt: skip
-    return run_request(request, to_tasks(tasks), out, console)
+    task_file = Path(tasks) if isinstance(tasks, str | Path) else None
+    return run_request(request, to_tasks(tasks), out, console, task_file)
 
 
 def load_study(name: str, *, storage: str | Path | None = None) -> LoadedStudy:

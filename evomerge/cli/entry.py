@@ -12,6 +12,7 @@ from evomerge import __version__
 from evomerge.cli.infer import infer_command
 from evomerge.cli.judges import judge_commands
 from evomerge.cli.knowledge import knowledge_commands
+from evomerge.cli.listing import listing_commands
 from evomerge.cli.models import demo, merge, model_commands
 from evomerge.cli.options import examples
 from evomerge.cli.studies import study_commands
@@ -67,6 +68,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"evomerge {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     study_commands(commands)
+    listing_commands(commands)
     model_commands(commands)
     infer_command(commands)
     judge_commands(commands)

@@ -88,7 +88,7 @@ def confusion_table(
     yield " " * LABEL + _cells(range(1, shown + 1), cell)
     for i, name in enumerate([*names, *sorted(set(true) - set(names))]):
         number = f"{i + 1:>2} " if i < len(names) else " - "
-        yield number + _fit(name, LABEL - 3) + _cells(counts[i][:shown], cell)
+        yield number + fit(name, LABEL - 3) + _cells(counts[i][:shown], cell)
 
 
 def _cells(numbers: Iterable[int], width: int) -> str:
@@ -97,12 +97,12 @@ def _cells(numbers: Iterable[int], width: int) -> str:
 
 def _row(*cells: str) -> str:
     *first, last = cells
-    fixed = [_fit(cell, width) for cell, width in zip(first, WIDTHS, strict=True)]
+    fixed = [fit(cell, width) for cell, width in zip(first, WIDTHS, strict=True)]
     left = WIDTH - sum(WIDTHS) - len(WIDTHS)
-    return " ".join([*fixed, _fit(last, left)]).rstrip()
+    return " ".join([*fixed, fit(last, left)]).rstrip()
 
 
-def _fit(text: str, width: int) -> str:
+def fit(text: str, width: int) -> str:
     """Padded or cut to `width` columns; a point marks a cut."""
     text = _printable("".join(c if c.isprintable() else "?" for c in text))
     whole = sum(map(_columns, text))

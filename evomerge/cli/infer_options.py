@@ -40,10 +40,19 @@ def add_options(p: argparse.ArgumentParser) -> None:
     _model_options(p)
     files = p.add_argument_group("files")
     files.add_argument(
-        "--tasks", type=Path, required=True, metavar="FILE", help="JSON lines: task_id, input"
+        "--tasks",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="JSON lines, .csv, .xlsx or .parquet: input, and task_id",
     )
     files.add_argument(
         "--out", type=Path, metavar="FILE", help="JSON lines: task_id, input, output"
+    )
+    files.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace answers that --out holds of another model, task file or settings",
     )
     _knowledge_options(p)
     _generation_options(p)
@@ -149,7 +158,7 @@ def _generation_options(p: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--time-limit",
         metavar="TIME",
-        help="such as 90s, 55m or 2h: after it the file is written, with unfinished tasks marked; "
+        help="90s, 55m or 1h30m: after it the file is written, with unfinished tasks marked; "
         "short tasks come first",
     )
 
@@ -202,7 +211,7 @@ def request_of(args: argparse.Namespace) -> InferenceRequest:
                 "is not a duration",
                 where="--time-limit",
                 found=args.time_limit,
-                remedy="Write 90s, 55m or 2h.",
+                remedy="Write 90s, 55m, 1h30m or 2d.",
             )
     return make_request(
         model=args.model,
@@ -219,6 +228,7 @@ def request_of(args: argparse.Namespace) -> InferenceRequest:
         judge=args.judge,
         self_check=args.self_check or (),
         time_limit=limit,
+        overwrite=args.overwrite,
     )
 
 
@@ -237,7 +247,8 @@ def check_options(args: argparse.Namespace, request: InferenceRequest) -> None:
             remedy="Name a file with --out.",
         )
     check_request(request, option)
-    _check_out(args)
+    if not args.out.name or args.out.is_dir():
+        raise InputError("is a folder", where="--out", found=args.out, remedy="Name a file.")
     if args.batch_size is not None and args.batch_size < 1:
         raise InputError("must be 1 or more", where="--batch-size", found=args.batch_size)
     if args.server is not None:
@@ -247,24 +258,6 @@ def check_options(args: argparse.Namespace, request: InferenceRequest) -> None:
                     "is decided by the server", where=option(name), remedy="Leave it out."
                 )
     check_knowledge(args, request)
-
-
-def _check_out(args: argparse.Namespace) -> None:
-    """Raise InputError where the answers would overwrite what they are made from."""
-    out = Path(args.out)
-    if not out.name or out.is_dir():
-        raise InputError("is a folder", where="--out", found=args.out, remedy="Name a file.")
-    beside = (out.with_suffix(".classes.jsonl"), out.with_name(out.name + ".part"))
-    written = {path.resolve() for path in (out, *beside)}
-    for name in ("tasks", "knowledge", "recipe"):
-        given = getattr(args, name)
-        if given is not None and Path(given).resolve() in written:
-            raise InputError(
-                f"would be overwritten by the answers to --out {out}",
-                where=option(name),
-                found=given,
-                remedy="Name another --out.",
-            )
 
 
 def check_knowledge(args: argparse.Namespace, request: InferenceRequest) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from evomerge.cli.options import Commands, add_command, add_group, say_written, storage_option
 from evomerge.console import Console
 from evomerge.errors import InputError, KnowledgeError, StudyError
+from evomerge.outputs import check_outputs
 
 if TYPE_CHECKING:
     from evomerge.knowledge.records import Knowledge
@@ -46,7 +47,7 @@ def knowledge_commands(commands: Commands) -> None:
         "file",
         type=Path,
         metavar="FILE",
-        help=".xlsx, .yaml, .csv (examples), or a folder of classes.csv and examples.csv",
+        help=".xlsx, .yaml, .csv (examples), or a folder of CSV exports, named after their sheets",
     )
 
     p = add_command(
@@ -61,7 +62,7 @@ def knowledge_commands(commands: Commands) -> None:
         "tasks",
         type=Path,
         metavar="TASKS",
-        help="JSON lines: task_id, input, output, and kind for the class",
+        help="JSON lines, .csv, .xlsx or .parquet: input, output, and kind for the class",
     )
     p.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="a new .xlsx or .yaml file"
@@ -105,6 +106,7 @@ def from_tasks(args: argparse.Namespace) -> None:
     from evomerge.knowledge.write_base import write_knowledge
     from evomerge.tasks import load_tasks
 
+    check_outputs(files=[args.out], inputs=[args.tasks])
     _check_new(args.out)
     tasks = load_tasks(args.tasks)
     searched = None if args.study is None else _study_tasks(args, tasks)

@@ -58,13 +58,12 @@ def study_option(p: argparse.ArgumentParser) -> None:
     storage_option(p)
 
 
-def storage_option(p: Options) -> None:
+def storage_option(
+    p: Options,
+    does: str = "any Optuna storage (default: $EVOMERGE_STORAGE, or sqlite:///storage/NAME.db)",
+) -> None:
     """--storage."""
-    p.add_argument(
-        "--storage",
-        metavar="URL",
-        help="any Optuna storage (default: $EVOMERGE_STORAGE, or sqlite:///storage/NAME.db)",
-    )
+    p.add_argument("--storage", metavar="URL", help=does)
 
 
 def results_option(p: argparse.ArgumentParser) -> None:

@@ -38,17 +38,18 @@ def trial_line(r: TrialRecord) -> str:
 
 def print_verdict(found: LoadedStudy) -> None:
     """The verdict with its paired differences and notes, or the best so far."""
+    from evomerge.reporting.sentences import conclusion
+
     verdict, winner = found.verdict, found.winner
+    named = f"trial {winner.number} ({found.unbeaten or winner.role})"
     if verdict is None:
         print(
-            f"best so far: trial {winner.number} ({winner.role}), "
+            f"best so far: {named}, "
             f"{plus_minus(winner.score or 0.0, winner.stderr)} on its tasks; no verdict yet"
         )
         return
-    print(
-        f"verdict on {verdict.n} held-out tasks, metric {verdict.metric}; "
-        f"winner: trial {winner.number} ({winner.role})"
-    )
+    print(f"verdict on {verdict.n} held-out tasks, metric {verdict.metric}; winner: {named}")
+    print(textwrap.fill(conclusion(verdict), WIDTH))
     for name, c in verdict.candidates.items():
         line = f"  {name:12} {plus_minus(c.mean, c.stderr)}  cut {c.truncated:>4.0%}"
         paired = verdict.leads.get(name)

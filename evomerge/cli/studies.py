@@ -66,6 +66,29 @@ def _search_command(commands: Commands) -> None:
         "evomerge search search_spaces/demo.yaml\n"
         "evomerge search search_spaces/demo.yaml --set search.trials=24",
     )
+    _searched_options(p)
+
+
+def _check_command(commands: Commands) -> None:
+    p = add_command(
+        commands,
+        "check",
+        check,
+        "report what a study needs, and what `search` would refuse, before it runs",
+        "evomerge check search_spaces/demo.yaml\n"
+        "evomerge check search_spaces/llm-jp-3-13b.yaml --base-config config.json",
+    )
+    _searched_options(p)
+    p.add_argument(
+        "--base-config",
+        type=Path,
+        metavar="FILE",
+        help="a config.json to use if the base model cannot be reached",
+    )
+
+
+def _searched_options(p: argparse.ArgumentParser) -> None:
+    """The study that `search` runs and `check` looks at."""
     p.add_argument("study_file", metavar="STUDY_FILE", help="a YAML file; see search_spaces/")
     p.add_argument(
         "--study",
@@ -79,31 +102,13 @@ def _search_command(commands: Commands) -> None:
     set_option(p)
 
 
-def _check_command(commands: Commands) -> None:
-    p = add_command(
-        commands,
-        "check",
-        check,
-        "report what a study needs before it runs",
-        "evomerge check search_spaces/demo.yaml\n"
-        "evomerge check search_spaces/llm-jp-3-13b.yaml --base-config config.json",
-    )
-    p.add_argument("study_file", metavar="STUDY_FILE", help="a YAML file; see search_spaces/")
-    p.add_argument(
-        "--base-config",
-        type=Path,
-        metavar="FILE",
-        help="a config.json to use if the base model cannot be reached",
-    )
-    set_option(p)
-
-
 def _export_command(commands: Commands) -> None:
     p = add_command(
         commands,
         "export",
         export,
-        "write the winner as mergekit YAML, as a model folder, or as a portable runner",
+        "write the winner, or another trial, as mergekit YAML, as a model folder, or as a "
+        "portable runner",
         "evomerge export demo -o best.yaml\n"
         "evomerge export demo --model merged/\n"
         "evomerge export demo --runner runner/ --knowledge base.xlsx",
@@ -113,6 +118,13 @@ def _export_command(commands: Commands) -> None:
         "-o", "--output", type=Path, metavar="FILE", help="where the YAML goes (default: stdout)"
     )
     p.add_argument("--model", type=Path, metavar="DIR", help="build the merged model in DIR")
+    p.add_argument(
+        "--trial",
+        type=int,
+        metavar="N",
+        help="not the winner but trial N as `evomerge show` numbers them, from 0: parents and "
+        "uniform weights first, then candidates, the mean last; failed trials have numbers too",
+    )
     p.add_argument(
         "--runner",
         type=Path,
@@ -150,7 +162,16 @@ def check(args: argparse.Namespace) -> int:
     """Print one line per finding; exit 2 if one is wrong."""
     import evomerge
 
-    findings = evomerge.check(args.study_file, base_config=args.base_config, overrides=args.set)
+    findings = evomerge.check(
+        args.study_file,
+        base_config=args.base_config,
+        storage=args.storage,
+        results=args.results,
+        study=args.study,
+        trials=args.trials,
+        seed=args.seed,
+        overrides=args.set,
+    )
     for finding in findings:
         print(f"{finding.level:8}{finding.subject}: {finding.text}")
     return 2 if any(finding.level == "wrong" for finding in findings) else 0
@@ -174,14 +195,19 @@ def show(args: argparse.Namespace) -> None:
 def export(args: argparse.Namespace) -> None:
     """Write the winner's YAML, its model folder, or a runner."""
     import evomerge
-    from evomerge.files import replace_file
+    from evomerge.reporting.export import picked_sentence
+    from evomerge.reporting.sentences import unbeaten_sentence
 
     if args.knowledge is not None and args.runner is None:
         raise InputError(
             "goes into a runner", where="--knowledge", remedy="Add --runner DIR, or leave it out."
         )
     found, console = evomerge.load_study(args.study, storage=args.storage), Console()
-    text = found.recipe_yaml
+    if args.trial is not None:
+        found = found.with_trial(args.trial)
+        console.say(picked_sentence(found.snapshot))
+    elif found.unbeaten is not None:
+        console.say(f"note: {unbeaten_sentence(found.unbeaten)}")
     if args.runner is not None:
         found.write_runner(args.runner, args.knowledge)
         say_written(console, [args.runner])
@@ -189,10 +215,9 @@ def export(args: argparse.Namespace) -> None:
         found.build_model(args.model, shard_size=args.out_shard_size, console=console)
         say_written(console, [args.model])
     if args.output is not None:
-        replace_file(args.output, lambda path: path.write_text(text, encoding="utf-8"))
-        say_written(console, [args.output])
+        say_written(console, [found.write_recipe(args.output)])
     elif args.model is None and args.runner is None:
-        sys.stdout.write(text)
+        sys.stdout.write(found.recipe_yaml)
 
 
 def report(args: argparse.Namespace) -> None:

@@ -22,6 +22,7 @@ from evomerge.files import replace_file
 from evomerge.study.shipped import shipped_study
 
 VERSION = 1  # a pair of another version is rebuilt
+PARTS = ("base", "instruct", "tasks.jsonl")
 STUDY = "study.yaml"
 MARKER = "demo.json"  # written last: a folder that holds it holds a finished pair
 # The trained bits depend on it; two threads gain little here and lose a lot on a busy machine.
@@ -46,6 +47,8 @@ def build_demo(out: Path, seed: int = 0, progress: Callable[[str], None] | None 
             remedy="Name a new or empty folder.",
         )
     try:
+        if found not in (None, mark):
+            _check_own(out)
         if found != mark:
             _build(out, mark, progress or (lambda line: None))
         _write_study(out)
@@ -66,11 +69,25 @@ def _build(out: Path, mark: dict[str, int], progress: Callable[[str], None]) -> 
         _write_pair(draft, mark["seed"], progress)
         (draft / MARKER).write_text(json.dumps(mark) + "\n", encoding="utf-8")
         draft.chmod(0o755)  # mkdtemp makes it private
+        if (out / STUDY).exists():  # it may have been changed
+            shutil.copyfile(out / STUDY, draft / STUDY)
         if out.exists():
             shutil.rmtree(out)
         os.replace(draft, out)
     finally:
         shutil.rmtree(draft, ignore_errors=True)  # after a success it is gone already
+
+
+def _check_own(out: Path) -> None:
+    """Raise OutputError where a pair that is rebuilt lies beside files that are not its own."""
+    others = {entry.name for entry in out.iterdir()} - {*PARTS, STUDY, MARKER}
+    if others:
+        raise OutputError(
+            "holds more than a demo pair, and would be replaced",
+            where=out,
+            found=sorted(others),
+            remedy="Name a new or empty folder.",
+        )
 
 
 def _write_study(out: Path) -> None:

@@ -145,7 +145,22 @@ def make_genome(study: Study, n_layers: int) -> Genome:
         smooth=section.smooth,
         filters=section.filters or (),
         weight_bounds=study.bounds,
-        start=study.search.start,
+        start=_start(study, len(models), normalize),
         density_bounds=study.density_bounds,
         start_density=study.start_density,
     )
+
+
+def _start(study: Study, models: int, normalize: bool) -> float:
+    """The first mean of every weight.
+
+    1 is the sibling. Several deltas at full weight are seldom a good merge, so each of several
+    models has an equal share, as in mergekit-evolve; normalised weights are shares anyway. Bounds
+    that exclude this have their middle instead.
+    """
+    if study.search.start is not None:
+        return study.search.start
+    shared = not normalize and study.genome.merge_method != "slerp"
+    start = 1 / models if shared else 1.0
+    low, high = study.bounds
+    return start if low <= start <= high else (low + high) / 2

@@ -15,6 +15,7 @@ from evomerge.answering.engine import Answer
 from evomerge.errors import InputError, TaskError
 from evomerge.files import replace_file
 from evomerge.judging.grade import BatchJudge, Grade, Judge
+from evomerge.outputs import check_outputs
 from evomerge.task_files import read_json_records
 from evomerge.tasks import Task, load_tasks
 
@@ -48,8 +49,10 @@ def grade_file(
     An answer holds `task_id` and `output`, and may hold `model` and `truncated`; a grade holds
     `task_id`, `grade`, `reason`, `judge`, `model`, `correct`. The order stays. `out` is written
     completely or not at all. Raises TaskError for a bad task file or an unknown task id, InputError
-    for lines that are not answers or come twice, JudgeError, OutputError.
+    for lines that are not answers or come twice and where `out` is one of the files read,
+    JudgeError, OutputError.
     """
+    check_outputs(files=[out], inputs=[Path(tasks_path), Path(answers_path)])
     lines = read_answers(answers_path, load_tasks(tasks_path))
     grades = grade_lines(judge, lines)
     written = []

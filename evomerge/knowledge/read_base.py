@@ -63,7 +63,7 @@ def check_knowledge(path: str | Path) -> Checked:
 
 def _reader(path: Path) -> Callable[[Path, Tables], None]:
     suffix = path.suffix.casefold()
-    if path.is_dir() or suffix == ".csv":
+    if path.is_dir() or suffix in (".csv", ".tsv"):
         return read_csv
     if not path.is_file():
         raise no_such_base(path)

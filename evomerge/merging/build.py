@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
 from evomerge.console import parse_size, size
-from evomerge.errors import OutputError
+from evomerge.errors import ModelError, OutputError
+from evomerge.merging.checkpoints.folder_files import TEMPLATES, copy_files, read_json
 from evomerge.merging.checkpoints.model_folder import ModelFolder
 from evomerge.merging.checkpoints.new_folder import check_new, new_folder
 from evomerge.merging.checkpoints.shards import Progress, plan_shards, total_size, write_shards
@@ -17,15 +19,17 @@ from evomerge.merging.vocabulary.chat_templates import chat_template_of, write_c
 from evomerge.recipe import Recipe
 
 __all__ = ["build_model", "parse_size"]
-COPIED = (
-    "generation_config.json",
+GENERATION = "generation_config.json"
+# copied from the donor, where the tokenizer's owner has none
+CHAT = ("chat_template*", TEMPLATES)
+# copied from the model whose tokenizer the output has: another's would contradict it
+TOKENIZER = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.*",
     "merges.txt",
     "spiece.model",
-    "chat_template*",
 )
 # lists in config.json with an item for each layer
 BY_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
@@ -65,10 +69,7 @@ def build_model(
         check_space(out.parent, total_size(shards) + SPARE)
         write_shards(folder, plan, shards, progress)
         _write_config(plan, folder)
-        if plan.vocabulary is None:
-            _copy_tokenizer(plan.donor, folder)
-        else:
-            plan.vocabulary.save(folder)
+        _write_tokenizer(plan, folder)
         template = chat_template_of(recipe, plan.models)
         if template is not None:
             write_chat_template(folder, template)
@@ -108,7 +109,10 @@ def _write_config(plan: MergePlan, folder: Path) -> None:
         if isinstance(values, list) and len(values) == config["num_hidden_layers"]:
             config[setting] = _by_layer(plan, setting, values)
     config["num_hidden_layers"] = plan.layout.n_layers
+    if plan.unties:
+        config["tie_word_embeddings"] = False
     if plan.vocabulary is not None:
+        config = plan.vocabulary.move_ids(config, plan.recipe.donor)
         config["vocab_size"] = plan.vocabulary.size
     (folder / "config.json").write_text(
         json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
@@ -125,10 +129,25 @@ def _by_layer(plan: MergePlan, setting: str, values: list[Any]) -> list[Any]:
     return merged
 
 
-def _copy_tokenizer(base: ModelFolder, folder: Path) -> None:
-    for pattern in COPIED:
-        for path in base.path.glob(pattern):
-            if path.is_dir():
-                shutil.copytree(path, folder / path.name)
-            else:
-                shutil.copyfile(path, folder / path.name)
+def _write_tokenizer(plan: MergePlan, folder: Path) -> None:
+    """The tokenizer, and what else stands beside a model's weights and configuration."""
+    owner: ModelFolder | None = plan.donor
+    if plan.vocabulary is not None:
+        plan.vocabulary.save(folder)
+        owner = plan.models.get(plan.vocabulary.owner)
+        _move_generation_ids(plan, folder)
+    if owner is not None:
+        copy_files(owner.path, (*TOKENIZER, *CHAT), folder)
+    copy_files(plan.donor.path, (GENERATION, *CHAT), folder)
+
+
+def _move_generation_ids(plan: MergePlan, folder: Path) -> None:
+    """Write the donor's generation_config.json where tokens that it names have other ids now."""
+    file = plan.donor.path / GENERATION
+    if not file.is_file():
+        return
+    with contextlib.suppress(ModelError):  # damaged: it is copied as it is
+        settings = read_json(file, "")
+        moved = plan.vocabulary.move_ids(settings, plan.recipe.donor)
+        if moved != settings:
+            (folder / GENERATION).write_text(json.dumps(moved, indent=2) + "\n", encoding="utf-8")

@@ -9,6 +9,7 @@ from typing import Any
 
 from evomerge.errors import ModelError, RecipeError, UnsupportedRecipe
 from evomerge.merging.checkpoints.model_folder import HEAD, ModelFolder, num_layers
+from evomerge.merging.known_families import KNOWN
 from evomerge.merging.methods.registry import MergeMethod, get_method
 from evomerge.merging.settings import evaluate
 from evomerge.merging.tensor_plan import TensorPlan
@@ -17,33 +18,6 @@ from evomerge.recipe import MERGEKIT, Recipe, Slice, Source
 LAYER = re.compile(r"^(.*?\blayers\.)(\d+)(\..*)$")
 # outside the layers: the first slice's and the last's
 FIRST, LAST = ("model.embed_tokens.",), ("model.norm.", "lm_head.")
-# The architectures that mergekit 0.1.5 describes. In others it takes everything outside the layers
-# from the first slice.
-FAMILIES = [
-    "Apertus",
-    "Arcee",
-    "Baichuan",
-    "Cohere",
-    "Cohere2",
-    "Gemma",
-    "Gemma2",
-    "Gemma3",
-    "Glm4",
-    "Granite",
-    "LLaMa",
-    "Llama",
-    "Mistral",
-    "Olmo2",
-    "Phi3",
-    "Phi3Small",
-    "Qwen2",
-    "Qwen3",
-    "Solar",
-    "StableLMEpoch",
-    "StableLm",
-    "Starcoder2",
-]
-KNOWN = frozenset(f"{family}ForCausalLM" for family in FAMILIES)
 
 
 @dataclass(frozen=True)
@@ -103,19 +77,25 @@ class Layout:
     def names(self, models: Mapping[str, ModelFolder]) -> list[str]:
         """The merged model's tensors, sorted: the order in which mergekit merges.
 
-        The donor lends its names; a head is merged when any model of its slice stores one. Raises
-        ModelError when tensors are missing, UnsupportedRecipe for mixtures of experts.
+        The donor lends its names; a head is merged when it or any model of the head's slice stores
+        one. Raises ModelError when tensors are missing, UnsupportedRecipe for mixtures of experts.
         """
-        donor = models[self.recipe.donor]
+        donor_ref = self.recipe.donor
+        donor = models[donor_ref]
         plain = {name for name in donor.keys if name != HEAD and not LAYER.match(name)}
-        if any(HEAD in models[ref].keys for ref, _ in self.inputs(HEAD)):
+        if any(HEAD in models[ref].keys for ref in (donor_ref, *self.head_givers)):
             plain.add(HEAD)
-        lent = {self.recipe.donor: layers_of(donor)}
+        lent = {donor_ref: layers_of(donor)}
         for i, (ref, layer) in enumerate(self.lenders):
             if ref not in lent:
                 lent[ref] = layers_of(models[ref])
             plain |= {f"{before}{i}{after}" for before, after in lent[ref][layer]}
         return sorted(plain)
+
+    @property
+    def head_givers(self) -> list[str]:
+        """The models that a merged head is made of."""
+        return [ref for ref, _ in self.inputs(HEAD)]
 
     def inputs(self, name: str) -> list[tuple[str, str]]:
         """(model, name) of every tensor that may go into an output tensor, the lender's first."""

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from evomerge.errors import ModelError, RecipeError
 from evomerge.merging import quantized
 from evomerge.merging.checkpoints.model_folder import (
-    EMBED,
     HEAD,
     VOCABULARY,
     ModelFolder,
@@ -51,8 +50,14 @@ class LiveModel:
     ) -> None:
         """`random_seed` decides what DARE drops. Raises ModelError where model and files differ."""
         self.base, self.siblings, self.random_seed = base, list(siblings), random_seed
+        stored = any(HEAD in folder.keys for folder in (base, *siblings))
+        if stored:
+            _untie(model)
         self.live = dict(model.named_parameters())
-        self.names = sorted(name for name in base.keys if name != HEAD or name in self.live)
+        names = set(base.keys) - {HEAD}
+        if stored and HEAD in self.live:
+            names.add(HEAD)
+        self.names = sorted(names)
         self._check_names()
         parameters = {}
         for name in self.names:
@@ -66,11 +71,11 @@ class LiveModel:
     def _check_names(self) -> None:
         """Raise ModelError unless files and live model have the same tensors."""
         models = (self.base, *self.siblings)
-        if HEAD not in self.live and any(_has_own_head(model) for model in models):
+        if HEAD not in self.live and any(model.is_untied() for model in models):
             raise ModelError(
                 f"a file stores {HEAD}, which the live model ties to its embeddings",
                 where=self.base.path,
-                remedy="Save the models with transformers.",
+                remedy="Save the models with transformers, or use engine.kind: transformers.",
             )
         for name in self.names:
             if name not in self.live:
@@ -100,7 +105,9 @@ class LiveModel:
         stale = [name for name in self.names if self._applied.get(name) != states[name]]
         streamed = []
         for name in stale:
-            if plan.needs_no_cast_or_realignment(name, self.resident.parameters[name].dtype):
+            if plan.needs_no_cast_or_realignment(
+                plan.holder(name), self.resident.parameters[name].dtype
+            ):
                 streamed.append(name)
                 continue
             with self._marking(name, states[name]):
@@ -160,7 +167,9 @@ class LiveModel:
     def _write_from_files(self, name: str, plan: MergePlan) -> None:
         """Merge one tensor whose dtype changes or whose rows move."""
         parameter = self.live[name]
-        merged = plan.merge(name, parameter.device).to(self.resident.parameters[name].dtype)
+        merged = plan.merge(plan.holder(name), parameter.device).to(
+            self.resident.parameters[name].dtype
+        )
         if plan.vocabulary is not None and name in VOCABULARY:
             parameter[: len(merged)].copy_(merged)  # rows that no token has are left unchanged
         else:
@@ -168,7 +177,8 @@ class LiveModel:
 
     def _write(self, name: str, plan: MergePlan, inputs: Inputs) -> None:
         """Merge one tensor from its inputs on its device."""
-        out, tensor = self.live[name], plan.tensors[name]
+        planned = plan.holder(name)
+        out, tensor = self.live[name], plan.tensors[planned]
         method = get_method(tensor.method)
         # a sibling that is the base itself has no delta here
         others = {}
@@ -180,7 +190,7 @@ class LiveModel:
             kernel = fused.kernel(out.device, out.dtype, self._parameters)
             kernel(out, inputs.base_no_neg_zero, delta, tensor.weights[0])
             return
-        generator = plan.draws.generator(name) if tensor.draws else None
+        generator = plan.draws.generator(planned) if tensor.draws else None
         if method.takes_deltas:
             deltas = [others[ref] for ref, _ in tensor.siblings]
             merged = method.merge(inputs.base, deltas, tensor, generator)
@@ -191,6 +201,7 @@ class LiveModel:
 
     def _state(self, plan: MergePlan, name: str) -> object:
         """Everything that decides a parameter's bits."""
+        name = plan.holder(name)
         tensor = plan.tensors[name]
         places = tuple(plan.models[ref].places for ref, _ in tensor.inputs)
         drawn = plan.draws.starts[name] if tensor.draws else None
@@ -208,8 +219,12 @@ class LiveModel:
         )
 
 
-def _has_own_head(model: ModelFolder) -> bool:
-    """Whether a file stores a head that is not a copy of its embeddings."""
-    if HEAD not in model.keys:
-        return False
-    return not torch.equal(model.get_tensor(HEAD), model.get_tensor(EMBED))
+def _untie(model: Any) -> None:
+    """Give a head that is the embeddings weights of its own; the merged ones may differ."""
+    is_transformers_model = hasattr(model, "get_output_embeddings")
+    if HEAD in dict(model.named_parameters()) or not is_transformers_model:
+        return
+    head = model.get_output_embeddings()
+    tied = head.weight
+    head.weight = torch.nn.Parameter(tied.detach().clone(), tied.requires_grad)
+    model.config.tie_word_embeddings = False

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 
 from evomerge.errors import RecipeError
-from evomerge.merging.checkpoints.compatibility import (
-    check_fit,
-    check_meaning,
-    check_tensors,
-    check_tied,
+from evomerge.merging.checkpoints.compatibility import check_fit, check_meaning, check_tensors
+from evomerge.merging.checkpoints.config_defaults import config_value
+from evomerge.merging.checkpoints.model_folder import (
+    EMBED,
+    HEAD,
+    VOCABULARY,
+    ModelFolder,
+    num_layers,
 )
-from evomerge.merging.checkpoints.model_folder import HEAD, VOCABULARY, ModelFolder, num_layers
 from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.layout import Layout
 from evomerge.merging.methods.dare_draws import Draws
@@ -48,8 +50,6 @@ def open_recipe(recipe: Recipe) -> dict[str, ModelFolder]:
     for name in layout.names(models):
         inputs = [(models[ref], source) for ref, source in layout.inputs(name)]
         check_tensors(inputs[0], inputs[1:], same_vocabulary)
-        if name == HEAD:
-            check_tied(first, [model for model, _ in inputs])
     return models
 
 
@@ -102,6 +102,17 @@ class MergePlan:
 
         return make_vocabulary(self.recipe.tokenizer, self.recipe.base_model, self.models)
 
+    @property
+    def unties(self) -> bool:
+        """Whether the merged head is no longer the embeddings, as the donor's configuration says.
+
+        So it is where one of the models that it is made of has a head of its own.
+        """
+        if not any(self.models[ref].is_untied() for ref in self.layout.head_givers):
+            return False
+        tied = config_value(self.donor.config, "tie_word_embeddings")
+        return HEAD not in self.donor.keys or bool(tied)
+
     def _check_numbers(self) -> None:
         """Raise RecipeError where a weight is infinite in its dtype: the tensors would be NaN."""
         rounds = self.layout.method.rounds_weights
@@ -125,6 +136,10 @@ class MergePlan:
         for name in drawing:
             counts[name] = self.tensors[name].draws * torch.Size(self.shape(name)).numel()
         return counts
+
+    def holder(self, name: str) -> str:
+        """The merged tensor that a parameter holds: the embeddings, for a head that stays tied."""
+        return name if name in self.tensors else EMBED
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of the merged tensor."""

@@ -29,6 +29,8 @@ from evomerge.recipe.top_level_checks import (
 )
 from evomerge.recipe.unread_keys import UnreadKeys
 
+MODEL_KEYS = ("model", "base_model", "tokenizer_source")
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -114,16 +116,31 @@ class Recipe:
             self.to_dict(), sort_keys=True, allow_unicode=True, default_flow_style=False
         )
 
-    def digest(self) -> str:
-        """SHA-256 of what decides the merged bits: numbers are rounded to the dtype first."""
+    def digest(self, names: Mapping[str, str] | None = None) -> str:
+        """SHA-256 of what decides the merged bits: numbers are rounded to the dtype first.
+
+        `names` are other names for its models.
+        """
         dtype = self.dtype
         if self.merge_method in ("linear", "slerp"):
             dtype = "float32"
         elif self.merge_method not in BUILT_IN:
             dtype = None  # a user's own method may use every digit
+        data = _renamed(self.to_dict(), names or {})
         # what nothing reads may hold values that JSON lacks, such as dates
-        text = json.dumps(rounded(self.to_dict(), dtype), sort_keys=True, default=str)
+        text = json.dumps(rounded(data, dtype), sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _renamed(data: Any, names: Mapping[str, str], key: str = "") -> Any:
+    """The configuration with other names for its models."""
+    if isinstance(data, dict):
+        return {name: _renamed(value, names, name) for name, value in data.items()}
+    if isinstance(data, list):
+        return [_renamed(value, names) for value in data]
+    if key in MODEL_KEYS and isinstance(data, str):
+        return names.get(data, data)
+    return data
 
 
 def read_recipe(path: str | Path) -> Recipe:

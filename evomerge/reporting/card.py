@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import yaml
@@ -13,8 +14,7 @@ CARD = """---
 ---
 # {name}
 
-This is a merge of pre-trained language models, found with evomerge; its configuration is \
-[mergekit](https://github.com/arcee-ai/mergekit)'s.
+{about}
 
 {extra}## Merge Details
 ### Merge Method
@@ -30,19 +30,31 @@ The following models were included in the merge:
 
 The following YAML configuration was used to produce this model:
 
-```yaml
+{fence}yaml
 {configuration}
-```
+{fence}
 """
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(?:@[\w.-]+)?", re.ASCII)
+# what Markdown would read as markup; an underscore within a word is none
+MARKUP = re.compile(r"[\\`*\[\]<>|~$&]|(?<!\w)_|_(?!\w)|^[#+=-]")
+
+ABOUT = (
+    "This is a merge of pre-trained language models, found with evomerge; its configuration is "
+    "[mergekit](https://github.com/arcee-ai/mergekit)'s."
+)
 
 
 def model_card(
-    recipe: Recipe, name: str, extra_markdown: str = "", recipe_text: str | None = None
+    recipe: Recipe,
+    name: str,
+    extra_markdown: str = "",
+    recipe_text: str | None = None,
+    about: str = ABOUT,
 ) -> str:
     """A model card with the front matter and sections of mergekit's cards.
 
     `extra_markdown` goes before the configuration; `recipe_text` is the configuration as written,
-    where that is not `recipe.to_yaml()`.
+    where that is not `recipe.to_yaml()`; `about` is its first paragraph.
     """
     method = METHODS[recipe.merge_method]
     front = {
@@ -50,25 +62,34 @@ def model_card(
         "library_name": "transformers",
         "tags": ["mergekit", "merge"],
     }
+    configuration = (recipe_text or recipe.to_yaml()).rstrip("\n")
+    longest = max(map(len, re.findall("`+", configuration)), default=0)
     base, using = None, ""
     # slerp has no direction: its base model is a source like the other
     if method.needs_base and recipe.merge_method != "slerp" and recipe.base_model is not None:
         base, using = recipe.base_model, f" using {_link(recipe.base_model)} as a base"
     return CARD.format(
         front=yaml.safe_dump(front, sort_keys=True),
-        name=name,
+        name=markdown_text(name),
+        about=about,
         extra=f"{extra_markdown.strip()}\n\n" if extra_markdown else "",
         method=method.link,
         using=using,
         models="\n".join(f"* {_link(model)}" for model in recipe.models if model != base),
-        configuration=(recipe_text or recipe.to_yaml()).rstrip("\n"),
+        configuration=configuration,
+        fence="`" * max(3, longest + 1),
     )
 
 
 def is_hub_name(model: str) -> bool:
     """Whether a model is named `owner/name`, as on the hub, and is not a local folder."""
     local = model.startswith((".", "/", "~")) or Path(model).exists()
-    return model.count("/") == 1 and not local
+    return HUB_NAME.fullmatch(model) is not None and not local
+
+
+def markdown_text(text: str) -> str:
+    """A path or name that Markdown shows as it is, on one line."""
+    return MARKUP.sub(r"\\\g<0>", " ".join(text.split()))
 
 
 def _link(model: str) -> str:
@@ -76,5 +97,6 @@ def _link(model: str) -> str:
     links = []
     for part in model.split("+"):
         name = part.partition("@")[0]
-        links.append(f"[{name}](https://huggingface.co/{name})" if is_hub_name(name) else name)
+        shown = markdown_text(name)
+        links.append(f"[{shown}](https://huggingface.co/{name})" if is_hub_name(name) else shown)
     return " + ".join(links)

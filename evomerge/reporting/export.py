@@ -11,19 +11,22 @@ from typing import Any
 
 import yaml
 
+from evomerge.console import plus_minus
 from evomerge.files import replace_file
 from evomerge.recipe import DARE
-from evomerge.reporting.card import model_card
+from evomerge.reporting.card import ABOUT, markdown_text, model_card
 from evomerge.reporting.report import write_report
-from evomerge.reporting.sentences import notes
+from evomerge.reporting.sentences import conclusion, notes, unbeaten_sentence
 from evomerge.reporting.trial_table import write_trials_csv
-from evomerge.searching.choosing import sibling_names
-from evomerge.searching.records.trial_record import TrialRecord
+from evomerge.searching.choosing import reference_names
+from evomerge.searching.records.trial_record import REFERENCES, TrialRecord
 from evomerge.searching.records.verdict_record import Verdict
 from evomerge.searching.snapshot import StudySnapshot
-from evomerge.study import Study
 
+RESULT_FILES = ("best.yaml", "README.md", "verdict.json", "trials.csv", "report.html")
 SEED_COMMENT = "# The same numbers are dropped with: mergekit-yaml --random-seed {seed}\n"
+# of a card, where a parent has won
+NO_MERGE = "The configuration below gives {name} itself, which is no merge."
 # the keys of a trial in `evomerge show --json`
 SHOWN = (
     "number",
@@ -81,29 +84,71 @@ def slice_labels(snapshot: StudySnapshot) -> list[str]:
     return [gene.label for gene in snapshot.genome.genes]
 
 
-def use_threads(study: Study) -> None:
+def use_threads(snapshot: StudySnapshot) -> None:
     """Merge with as many threads as the search did.
 
     Slerp's angle and DARE's rescaling are sums whose last bit depends on them.
     """
-    if study.engine.threads is not None:
+    threads = snapshot.study.engine.threads or snapshot.ledger.facts.threads
+    if threads is not None:
         import torch
 
-        torch.set_num_threads(study.engine.threads)
+        torch.set_num_threads(threads)
 
 
 def recipe_text(snapshot: StudySnapshot) -> str:
-    """The winner's YAML; a comment names the seed where numbers are dropped at random."""
+    """The winner's YAML.
+
+    Comments say that it is no merge of the search, and name the seed where numbers are dropped at
+    random.
+    """
     text = snapshot.recipe.to_yaml()
-    if snapshot.recipe.merge_method not in DARE:
-        return text
-    return SEED_COMMENT.format(seed=snapshot.study.search.seed) + text
+    if snapshot.recipe.merge_method in DARE:
+        text = SEED_COMMENT.format(seed=snapshot.study.search.seed) + text
+    if snapshot.unbeaten is not None and snapshot.picked is None:
+        text = f"# {unbeaten_sentence(snapshot.unbeaten)}\n{text}"
+    return text
 
 
 def card(snapshot: StudySnapshot) -> str:
-    """The model card: mergekit's sections, and the verdict."""
-    verdict = verdict_markdown(snapshot.verdict, snapshot.winner, notes(snapshot.ledger.facts))
-    return model_card(snapshot.recipe, snapshot.ledger.name, verdict, recipe_text(snapshot))
+    """The model card: mergekit's sections, and the verdict, or which trial it is."""
+    name, about = snapshot.ledger.name, ABOUT
+    if snapshot.picked is not None:
+        name = f"{name}, trial {snapshot.picked.number}"
+    exported = snapshot.picked or snapshot.winner
+    if exported.role == "parent":
+        about = NO_MERGE.format(name=reference_labels(snapshot).get(exported.number, "a parent"))
+    outcome, text = outcome_markdown(snapshot), recipe_text(snapshot)
+    return model_card(snapshot.recipe, name, outcome, text, about)
+
+
+def outcome_markdown(snapshot: StudySnapshot) -> str:
+    """The verdict as a Markdown section; for a trial that was picked, what it is."""
+    if snapshot.picked is not None:
+        return f"## Trial {snapshot.picked.number}\n\n{picked_sentence(snapshot)}\n"
+    return verdict_markdown(snapshot.verdict, snapshot.winner, notes(snapshot.ledger.facts))
+
+
+def picked_sentence(snapshot: StudySnapshot) -> str:
+    """What the exported trial is, and that it is not the winner."""
+    trial, winner = snapshot.picked, snapshot.winner
+    assert trial is not None
+    label = reference_labels(snapshot).get(trial.number)
+    kind = trial.role if label is None else f"{trial.role}, {label}"
+    if trial.role == "candidate":
+        assert trial.generation is not None
+        kind = f"a candidate of generation {trial.generation + 1}"
+    elif trial.role == "mean":
+        kind = "the mean of the search's distribution"
+    score = plus_minus(trial.score or 0.0, trial.stderr)
+    text = f"This is trial {trial.number} ({kind}); its score on {trial.n} search tasks is {score}."
+    if trial.number == winner.number:
+        return f"{text} It is the winner."
+    best = "the best so far" if snapshot.verdict is None else "the winner"
+    text += f" It is not {best}, which is trial {winner.number}."
+    if trial.number not in snapshot.ledger.facts.compared.values():
+        text += " It has not been compared on held-out tasks."
+    return text
 
 
 def verdict_markdown(
@@ -118,6 +163,8 @@ def verdict_markdown(
     lines = [
         "## Verdict",
         "",
+        conclusion(verdict),
+        "",
         f"On {verdict.n} tasks that the search never saw, metric `{verdict.metric}` "
         f"(trial {winner.number}, {winner.role}):",
         "",
@@ -126,13 +173,13 @@ def verdict_markdown(
     ]
     for name, c in verdict.candidates.items():
         error = "n = 1" if c.stderr is None else f"{c.stderr:.3f}"
-        lines.append(f"| {name} | {c.mean:.3f} | {error} | {c.truncated:.0%} |")
+        lines.append(f"| {markdown_text(name)} | {c.mean:.3f} | {error} | {c.truncated:.0%} |")
     lines += ["", "| paired difference | mean | 95 % interval |", "|---|---|---|"]
     for name, p in verdict.leads.items():
         interval = "n = 1"
         if p.low is not None:
             interval = f"{p.low:+.3f} to {p.high:+.3f}"
-        lines.append(f"| winner − {name} | {p.diff:+.3f} | {interval} |")
+        lines.append(f"| winner − {markdown_text(name)} | {p.diff:+.3f} | {interval} |")
     if notes:
         lines += ["", " ".join(notes)]
     return "\n".join(lines) + "\n"
@@ -140,18 +187,10 @@ def verdict_markdown(
 
 def reference_labels(snapshot: StudySnapshot) -> dict[int, str]:
     """Trial number -> the label of a parent or uniform weight."""
-    genome = snapshot.genome
-    names: dict[tuple[float, ...], str] = {}
-    for weight in (*snapshot.study.search.uniform, 1.0):
-        for vector in genome.uniform(weight):
-            names[vector] = f"uniform {weight:g}"
-    for m, name in enumerate(sibling_names(genome.siblings)):
-        names[genome.parent(m)] = name
-    if genome.has_base:
-        names[genome.parent(None)] = "base"
+    names = reference_names(snapshot.genome, snapshot.study.search.uniform)
     labels = {}
     for record in snapshot.records:
-        if record.role in ("parent", "uniform") and record.weights in names:
+        if record.role in REFERENCES and record.weights in names:
             labels[record.number] = names[record.weights]
     return labels
 
@@ -161,6 +200,7 @@ def as_json(snapshot: StudySnapshot) -> dict[str, Any]:
     return {
         "study": snapshot.ledger.name,
         "best": snapshot.winner.number,
+        "unbeaten": snapshot.unbeaten,
         "trials": [{key: getattr(r, key) for key in SHOWN} for r in snapshot.records],
         "verdict": None if snapshot.verdict is None else snapshot.verdict.to_dict(),
     }

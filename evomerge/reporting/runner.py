@@ -21,14 +21,14 @@ from evomerge.knowledge.formats.yaml_format import to_yaml
 from evomerge.knowledge.records import PLACEHOLDER, Knowledge, KnowledgeClass
 from evomerge.knowledge.retrieval import tfidf
 from evomerge.merging.checkpoints.new_folder import check_new, new_folder
-from evomerge.merging.layout import KNOWN
+from evomerge.merging.known_families import KNOWN
 from evomerge.recipe import Recipe
-from evomerge.reporting.export import recipe_text, verdict_markdown
-from evomerge.reporting.sentences import notes
+from evomerge.reporting.export import outcome_markdown, recipe_text
 from evomerge.searching.snapshot import StudySnapshot
 from evomerge.study import GenerationSection, PromptSection, Study
 
 TEMPLATES = Path(__file__).with_name("templates") / "runner"
+PROGRAM = ("answer.py", "answer_tools.py")
 FETCHED = ("model*.safetensors", "*.json", "*.jinja", "*.model")  # of a model on the hub
 # the class of all tasks where there is no knowledge base
 PLAIN = KnowledgeClass("plain", "", "{input}")
@@ -45,7 +45,7 @@ def write_runner(snapshot: StudySnapshot, folder: Path, knowledge: Knowledge | N
     study, recipe = snapshot.study, snapshot.recipe
     name = snapshot.ledger.name
     texts = {
-        "answer.py": (TEMPLATES / "answer.py").read_text(encoding="utf-8"),
+        **{name: (TEMPLATES / name).read_text(encoding="utf-8") for name in PROGRAM},
         "requirements.txt": _rendered("requirements.txt"),
         "recipe.yaml": recipe_text(snapshot),
         "settings.yaml": _rendered(
@@ -65,7 +65,7 @@ def write_runner(snapshot: StudySnapshot, folder: Path, knowledge: Knowledge | N
         knowledge=knowledge,
         retriever=study.prompt.retriever,
         quantization=study.engine.quantization,
-        verdict=verdict_markdown(snapshot.verdict, snapshot.winner, notes(snapshot.ledger.facts)),
+        verdict=outcome_markdown(snapshot),
     )
     with new_folder(folder) as unfinished:
         for file, text in texts.items():
@@ -195,7 +195,10 @@ def _voting() -> dict[str, Any]:
 
 
 def _numbers_of(kind: KnowledgeClass, run: GenerationSection) -> dict[str, Any]:
-    """How many examples and documents a class's prompt holds, and its generation settings."""
+    """How many examples and documents a class's prompt holds, and its generation settings.
+
+    Where the class sets its own length, half of a small context is kept for the prompt.
+    """
     sampled = run.do_sample if kind.temperature is None else kind.temperature > 0
     generation: dict[str, Any] = {
         "max_new_tokens": kind.max_new_tokens or run.max_new_tokens,
@@ -212,6 +215,7 @@ def _numbers_of(kind: KnowledgeClass, run: GenerationSection) -> dict[str, Any]:
     return {
         "examples": _or(kind.shots, SHOTS),
         "documents": documents,
+        "own_length": kind.max_new_tokens is not None,
         "generation": generation,
     }
 

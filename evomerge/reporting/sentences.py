@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from evomerge.searching.records.verdict_record import FOUND
+
 if TYPE_CHECKING:
     from evomerge.searching.records.study_facts import StudyFacts
     from evomerge.searching.records.trial_record import TrialRecord
@@ -61,7 +63,58 @@ def model_title(name: str) -> str:
     """The verdict's name of a candidate, in words."""
     if name == "uniform":
         return "best uniform weight"
+    if name == FOUND:
+        return "best merge found"
     return name.removeprefix("sibling:")
+
+
+def with_article(name: str) -> str:
+    """The same within a sentence: "base", but "the best uniform weight"."""
+    title = model_title(name)
+    return f"the {title}" if name in ("uniform", FOUND) else title
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in words: "a", "a and b", "a, b and c"."""
+    *others, last = map(with_article, names)
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def unbeaten_title(name: str) -> str:
+    """`Verdict.unbeaten` in words: "instruct", "the uniform weight 0.5"."""
+    kind, _, weight = name.partition(" ")
+    if kind == "uniform":
+        return f"the uniform weight {weight}".strip()
+    return model_title(name)
+
+
+def unbeaten_sentence(name: str) -> str:
+    """That a reference has won, in plain words."""
+    return f"No merge was found that beats {unbeaten_title(name)}, which is therefore the winner."
+
+
+def conclusion(verdict: Verdict) -> str:
+    """What the verdict comes to, in plain words, for people who read one sentence."""
+    if verdict.unbeaten is not None:
+        return unbeaten_sentence(verdict.unbeaten)
+    beaten, open_, ahead = [], [], []
+    for name, pair in verdict.leads.items():
+        if pair.low is not None and pair.low > 0:
+            beaten.append(name)
+        elif pair.high is not None and pair.high < 0:
+            ahead.append(name)
+        else:
+            open_.append(name)
+    said = []
+    if beaten:
+        said.append(f"beats {listed(beaten)}")
+    if open_:
+        said.append(f"is not shown to differ from {listed(open_)}")
+    if ahead:
+        said.append(f"is worse than {listed(ahead)}")
+    if not said:
+        return "The winner is compared with nothing."
+    return f"On the held-out tasks the winner {'; it '.join(said)}."
 
 
 def headline(
@@ -72,7 +125,8 @@ def headline(
         mean = verdict.candidates["winner"]
         figure = with_error(mean.mean, mean.stderr).replace(" ", "\u00a0")
         sentence = HEADLINES.get(verdict.metric, HEADLINES["grade"])
-        return sentence.format(figure=figure, n=verdict.n)
+        said = sentence.format(figure=figure, n=verdict.n)
+        return said if verdict.unbeaten is None else f"{conclusion(verdict)} {said}"
     done = sum(t.state == "complete" for t in trials)
     text = f"The search is not finished: {done} trials are complete, and there is no verdict yet."
     if winner is not None and winner.score is not None:
@@ -89,15 +143,11 @@ def remarks(verdict: Verdict | None) -> list[Remark]:
         return []
     found = []
     for candidate, pair in verdict.leads.items():
-        name = model_title(candidate)
-        if candidate == "uniform":
-            name = f"the {name}"
+        name = with_article(candidate)
         interval = f"{signed(pair.low)} to {signed(pair.high)}"
         figures = f"{signed(pair.diff)}, 95 % interval {interval}, n = {verdict.n}"
         if pair.low is None or pair.high is None:
-            text = (
-                f"A single task tells nothing about the difference from {name}: {signed(pair.diff)}."
-            )
+            text = f"One task tells nothing about the difference from {name}: {signed(pair.diff)}."
             found.append(Remark("open", text))
         elif pair.low > 0:
             found.append(Remark("better", f"Better than {name}: {figures}."))
@@ -121,6 +171,8 @@ def notes(facts: StudyFacts) -> list[str]:
             f"The winner was chosen among {len(chosen.means)} finalists on {chosen.n} validation "
             "tasks, on which no candidate was ranked"
         )
+        if facts.references_win:
+            sentence += "; its mean and the references were compared on the search tasks as well"
         if look == 1:
             sentence += "; the held-out tasks played no part in it"
         lines.append(f"{sentence}.")

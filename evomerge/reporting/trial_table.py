@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from evomerge.sheets.delimited import inert
+
 if TYPE_CHECKING:
     from evomerge.searching.records.trial_record import TrialRecord
 
@@ -65,14 +67,15 @@ def write_trials_csv(out: Path, trials: Sequence[TrialRecord], slices: Sequence[
     headings = _headings(slices, _part_names(trials))
     with out.open("w", encoding="utf-8", newline="") as file:
         table = csv.DictWriter(file, headings)
-        table.writeheader()
+        table.writerow({heading: inert(heading) for heading in headings})
         for row in rows:
-            reason = row["reason"]
-            # A spreadsheet would run a reason that begins like a formula.
-            if isinstance(reason, str) and reason[:1] in ("=", "+", "-", "@"):
-                row["reason"] = f"'{reason}"
-            table.writerow(row)
+            table.writerow({key: _inert(value) for key, value in row.items()})
     return out
+
+
+def _inert(value: Cell) -> Cell:
+    """A text, such as the reason of a failure, that no spreadsheet runs; numbers as they are."""
+    return inert(value) if isinstance(value, str) else value
 
 
 def seconds_by_phase(trials: Sequence[TrialRecord]) -> list[PhaseTime]:

@@ -10,8 +10,9 @@ from evomerge.answering.lm_eval.harness import LmEvalRunner
 from evomerge.answering.prompts import Prompter
 from evomerge.console import Console
 from evomerge.judging.grade import Judge
-from evomerge.searching.choosing import FinalTest, compared_with
+from evomerge.searching.choosing import compared_with
 from evomerge.searching.evaluate import Evaluator, JudgedEvaluator, LikelihoodPart, LmEvalEvaluator
+from evomerge.searching.final_test import FinalTest
 from evomerge.searching.generation.generation_plan import AllTasksPlan, GenerationPlan
 from evomerge.searching.generation.one_pass import OnePass
 from evomerge.searching.ledger import Ledger

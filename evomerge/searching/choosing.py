@@ -1,4 +1,4 @@
-"""The winner, chosen under noise, and the verdict on tasks that the search never saw.
+"""The winner, chosen under noise among the distribution's mean, the best trials and the references.
 
 docs/SEARCH.md reports what each rule of the choice contributes.
 """
@@ -7,50 +7,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
-from evomerge.answering.cache import MERGED
-from evomerge.console import Console
-from evomerge.errors import StudyFileError
 from evomerge.genome.search_space import model_names
-from evomerge.genome.weights import Genome
-from evomerge.searching.evaluate import Evaluation, Evaluator
+from evomerge.genome.weights import Genome, Vector
 from evomerge.searching.generation.racing import t_quantile
 from evomerge.searching.history import History, best_first
-from evomerge.searching.ledger import Ledger
-from evomerge.searching.prepare import Problem
-from evomerge.searching.records.trial_record import TaskGrade, TrialRecord, metric_values
-from evomerge.searching.records.verdict_record import (
-    LEAD,
-    Decision,
-    HeldOutScore,
-    PairedDifference,
-    Sample,
-    SampleAnswer,
-    ValidationChoice,
-    Verdict,
-)
-from evomerge.searching.report_judge import cut, known_agreement, report_judge
-from evomerge.searching.scoring import (
-    Scorer,
-    bootstrap_interval,
-    mean_and_error,
-    stratified_error,
-)
-from evomerge.tasks import Task
+from evomerge.searching.records.trial_record import REFERENCES, TrialRecord, metric_values
+from evomerge.searching.records.verdict_record import FOUND
+
+Grades: TypeAlias = Mapping[str, float]  # by task
 
 # that an equal trial beats the mean: three standard errors of many tasks, more of few (Student
 # 1908)
 CHANCE = 0.00135
-TAKEN = ("winner", "base", "uniform")  # names in a verdict that no sibling has
-SAMPLES = 12  # held-out tasks whose answers are stored for the report
-SAMPLE_CHARACTERS = 600  # characters of each text that is stored for the report
+# that an equal reference replaces the mean: one standard error. The mean is what a whole search
+# arrived at, and a few references are no luckier than it
+REFERENCE_CHANCE = 0.1587
+MEAN = "mean"
+TAKEN = ("winner", "base", "uniform", FOUND)  # names in a verdict that no sibling has
 
 
-def choose(
-    grades: Mapping[str, Mapping[str, float]], default: str = "mean", chance: float = CHANCE
-) -> str:
+def choose(grades: Mapping[str, Grades], default: str = MEAN, chance: float = CHANCE) -> str:
     """The winner's name. `grades` are name -> task -> grade, finalists best first.
 
     The default wins unless another beats it in a one-sided paired t test at the level `chance`;
@@ -59,7 +39,7 @@ def choose(
     Without a default among the names the best mean grade wins.
     """
     if default not in grades:
-        return max(grades, key=lambda name: float(np.mean(list(grades[name].values()))))
+        return max(grades, key=lambda name: average(grades[name]))
     shared = set(grades[default]).intersection(*grades.values())
     tasks = [task for task in grades[default] if task in shared]
     if len(tasks) < 2 or len(grades) < 2:
@@ -78,20 +58,87 @@ def choose(
     return max(leads, key=lambda name: leads[name], default=default)
 
 
-def choose_winner(history: History, metric: str) -> TrialRecord:
-    """The choice by the search tasks: the distribution's mean or the best candidate.
+def incumbent(
+    mean: Grades | None, references: Mapping[str, Grades], chance: float = REFERENCE_CHANCE
+) -> str:
+    """What a trial must beat: the mean, or the reference that is furthest ahead of it.
 
-    The best of many noisy trials is lucky as well as good, so it must beat the mean by more than
-    noise on the tasks that both answered.
+    A reference is ahead if it is not below the mean in a one-sided paired t test at the level
+    `chance`: one that answers every task as well as the mean is, because a search that found
+    nothing better has found nothing. Without a mean, the best reference.
     """
-    best, mean = history.best_candidate(), history.mean
     if mean is None:
-        return best
-    values = {
-        "best": metric_values(best.grades, metric),
-        "mean": metric_values(mean.grades, metric),
-    }
-    return best if choose(values) == "best" else mean
+        return max(references, key=lambda name: average(references[name]), default=MEAN)
+    leads = {}
+    for name, grades in references.items():
+        ahead = np.array([grades[task] - mean[task] for task in mean if task in grades])
+        if len(ahead) < 2:
+            continue
+        error = float(ahead.std(ddof=1)) / np.sqrt(len(ahead))
+        if ahead.mean() >= t_quantile(chance, len(ahead) - 1) * error:
+            leads[name] = float(ahead.mean())
+    return max(leads, key=lambda name: leads[name], default=MEAN)
+
+
+def average(grades: Grades) -> float:
+    """The mean grade over tasks."""
+    return float(np.mean(list(grades.values())))
+
+
+@dataclass(frozen=True)
+class Finalists:
+    """Whom the winner is chosen among.
+
+    The distribution's mean, the best trials and the best references, each best first by the search
+    tasks. `references` is empty in a study that began before they could win.
+    """
+
+    mean: TrialRecord | None
+    trials: tuple[TrialRecord, ...]
+    references: tuple[TrialRecord, ...] = ()
+
+    @property
+    def every(self) -> tuple[TrialRecord, ...]:
+        """All of them: trials, the mean, references."""
+        mean = () if self.mean is None else (self.mean,)
+        return (*self.trials, *mean, *self.references)
+
+
+def finalists(history: History, most: int, references_win: bool) -> Finalists:
+    """The finalists of a search; `most` limits trials and references each."""
+    references: list[TrialRecord] = []
+    if references_win:
+        references = best_first(history.references)[:most]
+    trials = best_first(history.candidates)[:most]
+    return Finalists(history.mean, tuple(trials), tuple(references))
+
+
+def choose_winner(
+    found: Finalists, metric: str, validated: Mapping[int, Grades] | None = None
+) -> TrialRecord:
+    """The winner, from the search tasks and, by trial number, the grades on the validation tasks.
+
+    First the mean stands against the references, on all tasks that both answered. The best of many
+    noisy trials is lucky as well as good, so a trial wins only if it beats that incumbent by more
+    than noise: on the validation tasks, which no trial was ranked on. Without them only the best
+    trial is compared, on the search tasks.
+    """
+    fresh = validated or {}
+    named: dict[str, TrialRecord] = {}
+    known: dict[str, Grades] = {}  # on search and validation tasks
+    for trial in found.every:
+        name = MEAN if trial is found.mean else str(trial.number)
+        named[name] = trial
+        known[name] = metric_values(trial.grades, metric) | dict(fresh.get(trial.number, {}))
+    references = {str(trial.number): known[str(trial.number)] for trial in found.references}
+    standing = incumbent(known.get(MEAN), references)
+    challengers = found.trials if validated else found.trials[:1]
+    contest = [str(trial.number) for trial in challengers]
+    if standing in named:
+        contest.append(standing)
+    if validated and (MEAN in named or not references):
+        known = {name: validated[named[name].number] for name in contest}
+    return named[choose({name: known[name] for name in contest}, default=standing)]
 
 
 def compared_with(history: History, genome: Genome) -> dict[str, TrialRecord]:
@@ -113,150 +160,24 @@ def sibling_names(siblings: Sequence[str]) -> list[str]:
     return [f"sibling:{name}" for name in names]
 
 
-def make_verdict(
-    held_out: Mapping[str, Mapping[str, TaskGrade]],
-    metric: str,
-    seed: int,
-    sources: Mapping[str, int] | None = None,
-) -> Verdict:
-    """The verdict from the held-out grades of each candidate ("winner" among them).
+def reference_names(genome: Genome, weights: Sequence[float]) -> dict[Vector, str]:
+    """What each reference is called, by its vector: base, instruct or uniform 0.5, for example.
 
-    `sources` name each task's source where the sources have different weights.
+    `weights` are the uniform ones.
     """
-    candidates, paired = {}, {}
-    winner = metric_values(held_out["winner"], metric)
-    for name, grades in held_out.items():
-        values = metric_values(grades, metric)
-        mean, error = mean_and_error(list(values.values()))
-        if sources:
-            error = stratified_error(values, sources)
-        truncated = float(np.mean([grade.truncated for grade in grades.values()]))
-        candidates[name] = HeldOutScore(mean, error, truncated)
-        if name != "winner":
-            paired[f"{LEAD}{name}"] = _paired_difference(winner, values, seed, sources)
-    return Verdict(metric, len(winner), candidates, paired)
+    names: dict[Vector, str] = {}
+    for weight in (*weights, 1.0):
+        for vector in genome.uniform(weight):
+            names[vector] = f"uniform {weight:g}"
+    for m, name in enumerate(sibling_names(genome.siblings)):
+        names[genome.parent(m)] = name
+    if genome.has_base:
+        names[genome.parent(None)] = "base"
+    return names
 
 
-def _paired_difference(
-    winner: Mapping[str, float],
-    other: Mapping[str, float],
-    seed: int,
-    sources: Mapping[str, int] | None,
-) -> PairedDifference:
-    differences, groups = [], []
-    for task, value in winner.items():
-        if task in other:
-            differences.append(value - other[task])
-            groups.append(sources[task] if sources else 0)
-    if len(differences) == 1:
-        return PairedDifference(differences[0], None, None)
-    low, high = bootstrap_interval(differences, seed, groups)
-    return PairedDifference(float(np.mean(differences)), low, high)
-
-
-@dataclass(frozen=True)
-class FinalTest:
-    """The end of a study: the choice of the winner, and the verdict on the held-out tasks."""
-
-    problem: Problem
-    ledger: Ledger
-    evaluator: Evaluator
-    scorer: Scorer
-    console: Console
-
-    def run(self) -> Verdict:
-        """Choose the winner and compare it. Raises EngineError, JudgeError, StudyFileError.
-
-        What was computed before an interruption comes from the cache. Each look at the held-out
-        tasks is counted: a winner that is chosen after one look is no longer chosen blindly.
-        """
-        history, facts = self.ledger.history(), self.ledger.facts
-        winner = self._choose(history)
-        compared = {"winner": winner, **compared_with(history, self.problem.genome)}
-        numbers = {name: trial.number for name, trial in compared.items()}
-        if facts.verdict is not None and facts.compared == numbers:
-            return facts.verdict
-        evaluations = self._evaluate(compared, self.problem.split.held_out, "verdict: {name}")
-        grades = {}
-        for name, evaluation in evaluations.items():
-            grades[name] = self.scorer.by_task(evaluation)
-        metric, seed = self.problem.study.metric, self.problem.study.search.seed
-        if not metric_values(grades["winner"], metric):
-            raise StudyFileError(
-                "no held-out task is closed",
-                where="judge.metric",
-                found=metric,
-                remedy="Use grade.",
-            )
-        verdict = make_verdict(grades, metric, seed, self.scorer.sources)
-        self._remember_answers(evaluations)
-        look = 1 if facts.verdict is None else facts.look + 1
-        self.ledger.remember("verdict", Decision(verdict, numbers, look))
-        return verdict
-
-    def _choose(self, history: History) -> TrialRecord:
-        """The winner: by the validation tasks where there are any, else by the search tasks."""
-        study, tasks = self.problem.study, self.problem.split.validation
-        metric = study.metric
-        if not tasks:
-            return choose_winner(history, metric)
-        compared = {}
-        for trial in best_first(history.candidates)[: study.search.finalists]:
-            compared[str(trial.number)] = trial
-        if history.mean is not None:
-            compared["mean"] = history.mean
-        grades = {}
-        evaluations = self._evaluate(compared, tasks, "validation: trial {number}")
-        for name, evaluation in evaluations.items():
-            grades[name] = metric_values(self.scorer.by_task(evaluation), metric)
-        if not all(grades.values()):
-            self.console.say(
-                "no validation task is closed, so the winner is chosen on the search tasks"
-            )
-            return choose_winner(history, metric)
-        winner = compared[choose(grades)]
-        means = {}
-        for name, values in grades.items():
-            means[compared[name].number] = mean_and_error(list(values.values()))
-        n = len(next(iter(grades.values())))
-        self.ledger.remember("validation", ValidationChoice(n, means, winner.number))
-        return winner
-
-    def _evaluate(
-        self, compared: Mapping[str, TrialRecord], tasks: Sequence[Task], label: str
-    ) -> dict[str, Evaluation]:
-        """Evaluate trials on the same tasks; while the judge works, the next ones answer."""
-        recipes = [self.problem.genome.decode(trial.weights) for trial in compared.values()]
-        evaluations = {}
-        for i, (name, trial) in enumerate(compared.items()):
-            upcoming = [(recipe, tasks, MERGED) for recipe in recipes[i + 1 :]]
-            shown = label.format(name=name, number=trial.number)
-            evaluate = self.evaluator.evaluate
-            evaluations[name] = evaluate(recipes[i], [tasks], shown, upcoming=upcoming)
-        return evaluations
-
-    def _remember_answers(self, evaluations: Mapping[str, Evaluation]) -> None:
-        """Store what the report shows about the judge and the held-out answers."""
-        tasks, judge = self.problem.split.held_out, self.evaluator.judge
-        if judge is not None:
-            known = known_agreement(judge)
-            report = report_judge(judge.name, judge.version, tasks, evaluations, known)
-            self.ledger.remember("judge_report", report)
-        self.ledger.remember("samples", samples(tasks, evaluations))
-
-
-def samples(tasks: Sequence[Task], evaluations: Mapping[str, Evaluation]) -> list[Sample]:
-    """Held-out answers side by side, those first on which the candidates' grades differ most."""
-    spreads = []
-    for i in range(len(tasks)):
-        values = [evaluation.grades[i].value for evaluation in evaluations.values()]
-        spreads.append(max(values) - min(values))
-    chosen = []
-    for i in sorted(range(len(tasks)), key=lambda i: (-spreads[i], i))[:SAMPLES]:
-        task, answers = tasks[i], {}
-        for name, evaluation in evaluations.items():
-            text = cut(evaluation.answers[i].text, SAMPLE_CHARACTERS)
-            answers[name] = SampleAnswer(text, evaluation.grades[i].value)
-        shown = cut(task.input, SAMPLE_CHARACTERS), cut(task.output, SAMPLE_CHARACTERS)
-        chosen.append(Sample(task.stored_id, *shown, answers))
-    return chosen
+def unbeaten_name(winner: TrialRecord, genome: Genome, weights: Sequence[float]) -> str | None:
+    """What the winner is called if it is a reference, so that no merge was found to beat it."""
+    if winner.role not in REFERENCES:
+        return None
+    return reference_names(genome, weights).get(winner.weights, winner.role)

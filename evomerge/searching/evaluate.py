@@ -159,7 +159,7 @@ class JudgedEvaluator:
         pending.answers = answer_all(
             self.engine,
             self.cache,
-            recipe=recipe.digest(),
+            recipe=self.cache.digest(recipe),
             prompts=[prompt.text for prompt in prompts],
             settings=self.prompter.settings(prompts),
             mode=mode,
@@ -205,7 +205,9 @@ class LmEvalEvaluator:
             self.console.status(f"{label}  answered {n}/{len(tasks)}", detail=True)
 
         began = time.perf_counter()
-        outcomes = self.runner.evaluate(recipe.digest(), tasks, self.cache, merge, progress)
+        outcomes = self.runner.evaluate(
+            self.cache.digest(recipe), tasks, self.cache, merge, progress
+        )
         answering = time.perf_counter() - began - merge.seconds
         grades = []
         scores = self.runner.lm_eval.scores(tasks, outcomes)
@@ -235,7 +237,7 @@ class LikelihoodPart:
         keys = []
         for task in tasks:
             pair = (self.prompter.render(task.input), task.output)
-            keys.append(self.cache.key(recipe.digest(), pair, LIKELIHOOD))
+            keys.append(self.cache.key(self.cache.digest(recipe), pair, LIKELIHOOD))
             kept = self.cache.get(keys[-1], 1)
             if kept is None:
                 missing[keys[-1]] = pair

@@ -6,21 +6,25 @@ the trial ends. A run that is killed therefore leaves complete or interrupted tr
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 
 from optuna.trial import FrozenTrial
 
-from evomerge import sqlite_file
 from evomerge.errors import StudyError
 from evomerge.files import ExclusiveLock, LockHeld
 from evomerge.searching.history import History
-from evomerge.searching.records.optuna_adapter import STATES, StoredStudy, open_stored, sqlite_path
+from evomerge.searching.records.database import sql_engine
+from evomerge.searching.records.optuna_adapter import STATES, StoredStudy, open_stored
+from evomerge.searching.records.storage_errors import storage_errors
+from evomerge.searching.records.storage_lease import StorageLease
+from evomerge.searching.records.storage_place import storage_place
 from evomerge.searching.records.study_facts import STORED_KEYS, StudyFacts, read_facts, stored
 from evomerge.searching.records.trial_record import INTERRUPTED, Result, TrialRecord, read_trial
-from evomerge.study import BEFORE, changed_keys
 
 
 class Ledger:
@@ -32,6 +36,9 @@ class Ledger:
         """`space`: the range of each of the genome's numbers; only a search needs it."""
         self.storage, self.space = storage, dict(space or {})
         self._ended: dict[int, TrialRecord] = {}  # trials that cannot change any more
+        self._settled = History()  # of the first trials, all of which have ended
+        self._read = 0  # how many stored trials `_settled` covers
+        self._known: StudyFacts | None = None  # until a fact changes
 
     @property
     def name(self) -> str:
@@ -45,6 +52,7 @@ class Ledger:
 
     def remember(self, key: str, value: object) -> None:
         """Store one of the facts durably; `key` is a field of StudyFacts."""
+        self._known = None
         self.storage.set_attribute(STORED_KEYS.get(key, key), stored(value))
 
     def records(self) -> list[TrialRecord]:
@@ -52,18 +60,27 @@ class Ledger:
         return list(self.history().trials)
 
     def history(self) -> History:
-        """The history of the records."""
-        facts, records = self.facts, []
-        for t in self.storage.trials():
-            if "role" not in t.user_attrs:
-                continue
-            record = self._ended.get(t.number)
-            if record is None:
-                record = _record(t, tuple(self.space) or facts.names)
-                if t.state.is_finished():
-                    self._ended[t.number] = record
-            records.append(record)
-        return History(tuple(records), facts.start)
+        """The history of the records. Trials that have ended are read once."""
+        if self._known is None:
+            self._known = self.facts
+        following = self.storage.trials(self._read)
+        names = tuple(self.space) or self._known.names
+        records = [self._as_record(t, names) for t in following]
+        ended = len([*takewhile(lambda t: t.state.is_finished(), following)])
+        settled = [record for record in records[:ended] if record is not None]
+        self._settled = self._settled.extended(settled)
+        self._read += ended
+        rest = [record for record in records[ended:] if record is not None]
+        return replace(self._settled, start=self._known.start).extended(rest)
+
+    def _as_record(self, t: FrozenTrial, names: Sequence[str]) -> TrialRecord | None:
+        """A stored trial; None for one without a role, which is not ours."""
+        if "role" not in t.user_attrs:
+            return None
+        record = self._ended.get(t.number) or _record(t, names)
+        if t.state.is_finished():
+            self._ended[t.number] = record
+        return record
 
     def mark_interrupted(self) -> int:
         """Mark trials of a process that ended as interrupted. Returns how many there were."""
@@ -107,69 +124,23 @@ def open_ledger(
     return ledger
 
 
-def check_unchanged(ledger: Ledger, facts: StudyFacts) -> None:
-    """Remember the facts of a new study; refuse a known one that has changed since it began.
-
-    Only the file, the models, the tasks and the knowledge base are compared. Raises StudyError.
-    """
-    old = ledger.facts
-    if old.study_file is not None:
-        assert facts.study_file is not None
-        changed = changed_keys(old.study_file, facts.study_file)
-        for ref, digest in facts.models.items():
-            if old.models.get(ref, digest) != digest:
-                changed.append(f"the model {ref}")
-        if old.tasks not in (None, facts.tasks):
-            changed.append("the tasks")
-        if old.knowledge != facts.knowledge:
-            changed.append("the knowledge base")
-        if changed:
-            undo = _undo(old.study_file, changed)
-            raise StudyError(
-                f"the study has changed since it began: {', '.join(changed)}",
-                where=ledger.name,
-                remedy=f"{undo}, or start a new study with --study NEW_NAME.",
-            )
-    else:
-        ledger.remember("version", facts.version)
-    for key in BEGINNING:
-        value = getattr(facts, key)
-        if getattr(old, key) != value:
-            ledger.remember(key, value)
-
-
-# what is known before the first trial; a study has begun once its last one is written
-BEGINNING = ("models", "tasks", "split", "names", "n_layers", "files", "knowledge", "study_file")
-
-
-def _undo(stored_file: Mapping[str, Mapping[str, object]], changed: Sequence[str]) -> str:
-    """The remedy for a change. A default that is newer than the study was not changed."""
-    settings = []
-    for key in changed:
-        section, _, name = key.partition(".")
-        younger = BEFORE.get(section, {})
-        if name in younger and name not in stored_file.get(section, {}):
-            settings.append(f"--set {key}={json.dumps(younger[name])}")
-    if not settings:
-        return "Undo the change"
-    rest = ", and undo the rest" if len(settings) < len(changed) else ""
-    return f"Resume it as it began with {' '.join(settings)}{rest}"
-
-
 @contextmanager
-def only_worker(url: str, name: str) -> Iterator[None]:
-    """Hold the study for this process while it searches.
+def only_worker(url: str, name: str) -> Iterator[Callable[[], None]]:
+    """Hold the study for this process, and only this one, while it searches.
 
-    Raises StudyError when another process does.
+    What is yielded raises StudyError where another process has taken the study over. Raises
+    StudyError when another process holds it.
     """
-    path = sqlite_path(url)
-    if path is None:
-        yield
-        return
-    file = path.with_name(f"{path.stem}.{name}.lock")
+    place = storage_place(url)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = ExclusiveLock(file)
+        with storage_errors(place, name):
+            lock: ExclusiveLock | StorageLease
+            file = lock_path(url, name)
+            if file is None:
+                lock = StorageLease(sql_engine(place), name)
+            else:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                lock = ExclusiveLock(file)
     except LockHeld as held:
         raise StudyError(
             "the study is being searched by another process",
@@ -177,16 +148,25 @@ def only_worker(url: str, name: str) -> Iterator[None]:
             found=held.holder,
             remedy="Wait for it, or stop it.",
         ) from None
-    except OSError as error:
-        raise sqlite_file.explained(error, "the study", path) from error
-    with lock:
-        yield
+    try:
+        yield lock.check
+    finally:
+        lock.release()
+
+
+def lock_path(url: str, name: str) -> Path | None:
+    """The file that is locked while a study is searched; None where the storage is no file."""
+    file = storage_place(url).file
+    if file is None:
+        return None
+    file = Path(os.path.realpath(file))  # the file itself, however many links lead to it
+    return file.with_name(f"{file.stem}.{name}.lock")
 
 
 def cache_path(url: str, name: str) -> Path:
     """The answer cache of a study: next to its SQLite file, else in storage/."""
-    path = sqlite_path(url)
-    return (path.parent if path else Path("storage")) / f"{name}.answers.sqlite"
+    file = storage_place(url).file
+    return (file.parent if file else Path("storage")) / f"{name}.answers.sqlite"
 
 
 def grades_path(url: str, name: str) -> Path:

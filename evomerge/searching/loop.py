@@ -8,15 +8,16 @@ resumes as if it had not been.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from evomerge.console import Console
 from evomerge.errors import EngineError, StudyFileError
 from evomerge.recipe import Recipe
-from evomerge.searching.choosing import FinalTest
 from evomerge.searching.evaluate import Evaluation, Evaluator
+from evomerge.searching.final_test import FinalTest
 from evomerge.searching.generation.generation_plan import AllTasksPlan, GenerationPlan
+from evomerge.searching.generation.learning import nothing_to_learn
 from evomerge.searching.generation.stopping import StudyClock, progress_line, why_stop
 from evomerge.searching.ledger import Ledger
 from evomerge.searching.prefetch import Item, Reference, Upcoming
@@ -49,6 +50,7 @@ class Search:
         self.sampler, self.clock = problem.sampler, StudyClock(self.ledger)
         # by slot, in this run only, so that a study resumes once the cause is fixed
         self.failures: Counter[tuple[int | None, int | None]] = Counter()
+        self.warned: set[str] = set()  # what was said about grades in this run
 
     def run(self) -> Verdict:
         """Search to the end. Raises whatever stops a run; everything done so far is stored."""
@@ -77,6 +79,14 @@ class Search:
             upcoming = self.upcoming.after_reference(after)
             label = f"{role} {i + 1}/{len(wanted)}"
             self._evaluate_whole(self.ledger.start(role, weights), label, upcoming)
+        self._warn(self.ledger.history().references, "the parents and uniform weights")
+
+    def _warn(self, trials: Sequence[TrialRecord], who: str) -> None:
+        """Say once in a run what keeps a search from learning from these trials."""
+        for sign, sentence in nothing_to_learn(trials, self.study.metric, who).items():
+            if sign not in self.warned:
+                self.console.say(f"warning: {sentence}")
+            self.warned.add(sign)
 
     def _run_generations(self) -> str:
         """Run candidates until there is a reason to stop, which is returned."""
@@ -111,6 +121,10 @@ class Search:
         upcoming = self.upcoming.after_candidate(slot)
         evaluate = self.generation_plan.evaluate
         self._evaluate_and_record(trial, label, lambda r: evaluate(slot, r, label, upcoming))
+        if slot.index == self.sampler.population - 1:
+            number = slot.generation
+            who = f"the candidates of generation {number + 1}"
+            self._warn(self.ledger.history().generation(number), who)
 
     def _evaluate_mean(self) -> None:
         """Evaluate the mean of the distribution that the search arrived at."""

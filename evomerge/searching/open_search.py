@@ -7,48 +7,63 @@ wrong is raised before the first trial.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from evomerge.answering.cache import AnswerCache, cache_scope
 from evomerge.answering.engine import Engine, EngineSpec
 from evomerge.answering.lm_eval.harness import LmEvalRunner
 from evomerge.answering.make_engine import make_engine
-from evomerge.answering.prompts import make_prompter
+from evomerge.answering.prompts import Prompter, make_prompter
 from evomerge.console import Console
 from evomerge.errors import StudyError, StudyFileError
 from evomerge.judging.factory import check_tasks, make_judge
 from evomerge.judging.grade import Judge, WaitingJudge
-from evomerge.merging.checkpoints.fingerprint import combined, fingerprint
-from evomerge.merging.checkpoints.lora import AdaptedModel
-from evomerge.merging.checkpoints.model_folder import ModelFolder
 from evomerge.searching.assemble import judged_search, lm_eval_search
 from evomerge.searching.ledger import (
     Ledger,
     cache_path,
-    check_unchanged,
     grades_path,
     only_worker,
     open_ledger,
 )
 from evomerge.searching.loop import Search
 from evomerge.searching.prepare import Prepared, held_out_examples, prepare
-from evomerge.searching.records.study_facts import SplitKeys, StudyFacts
+from evomerge.searching.starting.recognise import BEGINNING, CHANGING, compared, facts_of
 from evomerge.searching.starting.source_study import start_from_source
 from evomerge.searching.starting.warm_start import check_warm_start
-from evomerge.study import Study
-from evomerge.tasks import stored_ids, tasks_hash
+from evomerge.study import Study, as_begun
 
 
 @contextmanager
 def open_search(study: Study, url: str, console: Console) -> Iterator[Search]:
-    """A search ready to run or to resume. Raises InputError, EngineError, JudgeError."""
-    prepared = prepare(study, console.say)
-    with only_worker(url, study.study):
+    """A search ready to run or to resume. Raises InputError, EngineError, JudgeError.
+
+    A new study is stored with its first trial: where something is refused, nothing is left.
+    """
+    stored = open_ledger(url, study.study, create=True).facts.study_file
+    prepared = prepare(as_begun(study, stored), console.say)
+    with only_worker(url, study.study) as guard, nothing_left(url, study.study) as began:
         ledger = open_study(prepared, url, console)
+        ledger.storage.guard = guard
+        began.append(ledger)
         with resume(prepared, ledger, url, console) as search:
             yield search
+
+
+@contextmanager
+def nothing_left(url: str, name: str) -> Iterator[list[Ledger]]:
+    """Remove the answers and grades files of a study that was refused before its first trial."""
+    files = (cache_path(url, name), grades_path(url, name))
+    made = [path for path in files if not path.exists()]
+    ledgers: list[Ledger] = []
+    try:
+        yield ledgers
+    finally:
+        if all(ledger.storage.is_new for ledger in ledgers):
+            for path in made:
+                with suppress(OSError):
+                    path.unlink()
 
 
 def open_study(prepared: Prepared, url: str, console: Console) -> Ledger:
@@ -58,18 +73,37 @@ def open_study(prepared: Prepared, url: str, console: Console) -> Ledger:
     """
     study, genome, sampler = prepared.study, prepared.genome, prepared.sampler
     ledger = open_ledger(url, study.study, sampler.space, create=True)
-    check_unchanged(ledger, _facts(prepared, ledger.facts))
-    known = tuple(tuple(vector.tolist()) for vector in sampler.known_candidates)
-    if ledger.facts.known_candidates not in (None, known):
-        raise StudyError(
-            "a file of search.recipes has changed",
-            where=ledger.name,
-            remedy="Undo the change, or start a new study with --study NEW_NAME.",
-        )
-    ledger.remember("known_candidates", known)
-    start_from_source(study, url, genome, ledger)
+    facts = facts_of(prepared, ledger.facts)
+    if not ledger.storage.is_new:
+        ledger = compared(ledger, facts)
+    if ledger.storage.is_new:
+        for key in BEGINNING:
+            ledger.remember(key, getattr(facts, key))
+        start_from_source(study, url, genome, ledger)
+    else:
+        _keep_first_engine(ledger, study, console)
+        old = ledger.facts
+        for key in BEGINNING:  # an older version did not store them all
+            before, now = getattr(old, key), getattr(facts, key)
+            if before != now and (key in CHANGING or not before):
+                ledger.remember(key, now)
     _introduce(prepared, console)
     return ledger
+
+
+def _keep_first_engine(ledger: Ledger, study: Study, console: Console) -> None:
+    """Keep the number of threads that the study began with, by which its answers are kept."""
+    facts = ledger.facts
+    before, now = facts.study.engine.threads, study.engine.threads
+    if before == now:
+        return
+    if "threads" not in facts.first_engine:
+        ledger.remember("first_engine", {"threads": before})
+    console.say(
+        f"note: engine.threads was {before or facts.threads or 'left to torch'} and is now "
+        f"{now or facts.threads or 'left to torch'}: sums are rounded in another order, which may "
+        "change a word of an answer"
+    )
 
 
 @contextmanager
@@ -78,21 +112,26 @@ def resume(prepared: Prepared, ledger: Ledger, url: str, console: Console) -> It
 
     They are closed at the end. Raises InputError, EngineError, JudgeError.
     """
-    study, judge = prepared.study, None
+    study, judge, cache = prepared.study, None, None
     if prepared.lm_eval is None:
         judge = _open_judge(prepared, url, ledger)
-    engine = make_engine(EngineSpec.of_study(study, prepared.base, prepared.siblings))
-    cache = AnswerCache(cache_path(url, study.study), cache_scope(study, dict(ledger.facts.models)))
     drain = True
     try:
-        if judge is None:
+        engine = make_engine(EngineSpec.of_study(study, prepared.base, prepared.siblings))
+        settle_threads(study, ledger, engine, console)
+        prompter = None
+        if judge is not None:
+            prompter = _prompter(prepared, engine)
+        if ledger.storage.is_new:
+            _check_first_trial(prepared, engine, prompter)
+        # answers are kept under the names that the models had when the study began
+        first = dict(ledger.facts.models)
+        names = dict(zip(study.genome.all_models, first, strict=True))
+        scope = cache_scope(study, first, ledger.facts.first_engine)
+        cache = AnswerCache(cache_path(url, study.study), scope, names)
+        if judge is None or prompter is None:
             yield _resume_lm_eval(prepared, ledger, console, engine, cache)
         else:
-            if study.search.warm_start is not None:
-                check_warm_start(prepared.genome, prepared.split.search, engine)
-            prompter = make_prompter(
-                engine.tokenizer, study.prompt, study.generation, prepared.chooser, engine.context
-            )
             yield judged_search(
                 prepared, ledger, console, engine, prompter=prompter, judge=judge, cache=cache
             )
@@ -102,7 +141,51 @@ def resume(prepared: Prepared, ledger: Ledger, url: str, console: Console) -> It
     finally:
         if isinstance(judge, WaitingJudge):
             judge.close(drain)
-        cache.close()
+        if cache is not None:
+            cache.close()
+
+
+def settle_threads(study: Study, ledger: Ledger, engine: Engine, console: Console) -> None:
+    """Answer with as many CPU threads as the study did so far.
+
+    Sums over many numbers depend on them in the last bits. Where the study file names none, a new
+    study of a small model tries which number is the fastest, and keeps it.
+    """
+    if study.engine.threads is not None or engine.likelihood is None:
+        return
+    import torch
+
+    from evomerge.answering.hf.threads import fastest_threads
+
+    chosen = ledger.facts.threads
+    if chosen is None and ledger.storage.is_new:
+        chosen = fastest_threads(engine.likelihood.model)
+        if chosen is not None:
+            ledger.remember("threads", chosen)
+            console.say(f"{chosen} of {torch.get_num_threads()} CPU threads are the fastest")
+    if chosen is not None:
+        torch.set_num_threads(chosen)
+
+
+def _prompter(prepared: Prepared, engine: Engine) -> Prompter:
+    """The study's prompts. Raises InputError, StudyFileError where there can be no warm start."""
+    study = prepared.study
+    if study.search.warm_start is not None:
+        check_warm_start(prepared.genome, prepared.split.search, engine)
+    return make_prompter(
+        engine.tokenizer, study.prompt, study.generation, prepared.chooser, engine.context
+    )
+
+
+def _check_first_trial(prepared: Prepared, engine: Engine, prompter: Prompter | None) -> None:
+    """Raise what the first trials would: a prompt without room, a merge that is not possible."""
+    split, genome = prepared.split, prepared.genome
+    for part in (split.search, split.validation, split.held_out):
+        if prompter is not None:
+            prompts = prompter.prepare([task.input for task in part])
+            engine.batches([prompt.text for prompt in prompts], prompter.settings(prompts))
+    _, vector = genome.references(prepared.study.search.uniform)[0]
+    engine.apply(genome.decode(vector))
 
 
 def _resume_lm_eval(
@@ -142,7 +225,7 @@ def _open_judge(prepared: Prepared, url: str, ledger: Ledger) -> Judge:
     check_tasks(judge, prepared.tasks)
     named = f"{judge.name} {judge.version}"
     before = ledger.facts.judge or named
-    if before != named:
+    if before != named and not _moved(before, judge):
         if isinstance(judge, WaitingJudge):
             judge.close()
         raise StudyError(
@@ -155,36 +238,10 @@ def _open_judge(prepared: Prepared, url: str, ledger: Ledger) -> Judge:
     return judge
 
 
-def _facts(prepared: Prepared, known: StudyFacts) -> StudyFacts:
-    """The facts of the study from its files, which are compared when it resumes."""
-    study, split, chooser = prepared.study, prepared.split, prepared.chooser
-    models = [prepared.base, *prepared.siblings]
-    files = {}
-    for ref, model in zip(study.genome.all_models, models, strict=True):
-        files[ref] = _prints(model, known.files.get(ref, {}))
-    return StudyFacts(
-        study_file=study.to_dict(),
-        models={ref: combined(prints) for ref, prints in files.items()},
-        files=files,
-        tasks=tasks_hash(prepared.tasks),
-        split=SplitKeys(
-            stored_ids(split.search), stored_ids(split.validation), stored_ids(split.held_out)
-        ),
-        names=known.names or tuple(prepared.genome.names),
-        n_layers=prepared.genome.slices[-1][1],
-        knowledge=None if chooser is None else chooser.knowledge.digest(),
-    )
-
-
-def _prints(model: ModelFolder, known: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The fingerprint of the folder's files, and for MODEL+ADAPTER of the adapter's after them."""
-    prints = fingerprint(model.path, known)
-    if isinstance(model, AdaptedModel):
-        mark = "adapter/"
-        old = {k.removeprefix(mark): known[k] for k in known if k.startswith(mark)}
-        for name, value in fingerprint(model.adapter, old).items():
-            prints[mark + name] = value
-    return prints
+def _moved(before: str, judge: Judge) -> bool:
+    """Whether a stored judge is this local one, whose model's folder had another name."""
+    local = before.startswith("local:") and judge.name.startswith("local:")
+    return local and before.rpartition(" ")[2] == judge.version
 
 
 def _introduce(prepared: Prepared, console: Console) -> None:

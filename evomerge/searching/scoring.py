@@ -6,14 +6,17 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from evomerge.errors import StudyFileError
-from evomerge.searching.evaluate import Evaluation
 from evomerge.searching.records.trial_record import Result, TaskGrade, metric_values
 from evomerge.study import Study
 from evomerge.tasks import Split, Task
+
+if TYPE_CHECKING:  # scores that are stored can be read without torch
+    from evomerge.searching.evaluate import Evaluation
 
 RESAMPLES = 10_000
 

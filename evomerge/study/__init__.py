@@ -3,8 +3,10 @@
 Everything is checked here, once; a message names the key, the value found and the remedy.
 """
 
-from evomerge.study.comparing import STOPPING_KEYS, changed_keys
+from evomerge.study.comparing import STOPPING_KEYS, as_begun, changed_keys, model_refs
 from evomerge.study.engine_keys import EngineSection, VllmSection
+from evomerge.study.environment import value_prints
+from evomerge.study.files_read import files_read
 from evomerge.study.genome_keys import GenomeSection, mixes_models
 from evomerge.study.judge_keys import JUDGE_MODEL, JudgeSection
 from evomerge.study.prompt_keys import GenerationSection, PromptSection, SplitSection, TaskSource
@@ -29,11 +31,15 @@ __all__ = [
     "Study",
     "TaskSource",
     "VllmSection",
+    "as_begun",
     "changed_keys",
+    "files_read",
     "mixes_models",
+    "model_refs",
     "overridden",
     "read_judge",
     "read_setting",
     "read_study",
     "study_schema",
+    "value_prints",
 ]

@@ -100,7 +100,7 @@ class JudgeSection(Section):
         "header takes precedence.",
     )
     timeout: float = Field(
-        default=120.0, gt=0, examples=[120], description="Seconds to wait for one reply."
+        default=120.0, gt=0, examples=[120], description="Seconds for the whole of one reply."
     )
     asks: int = Field(
         default=3,
@@ -115,6 +115,15 @@ class JudgeSection(Section):
         if model is None or info.data.get("kind") != "local":
             return model
         return folder_or_name(model, info)
+
+    @field_validator("base_url")
+    @classmethod
+    def _no_secret(cls, url: str | None) -> str | None:
+        # not shown, because it may hold a key
+        plain = url is None or not set("@?#") & set(url)
+        need = "Write http://HOST:PORT/v1; a key belongs in the environment, in OPENAI_API_KEY."
+        require(plain, "", "contains more than a host and a path", None, need)
+        return url
 
     @model_validator(mode="after")
     def _check(self) -> Self:

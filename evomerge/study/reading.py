@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,11 @@ from typing import Any
 import yaml
 
 from evomerge.errors import InputError, StudyFileError
+from evomerge.study.environment import expanded, texts_with_variables
 from evomerge.study.judge_keys import JudgeSection
 from evomerge.study.mergekit_evolve import read_mergekit_evolve
 from evomerge.study.messages import validated
 from evomerge.study.prompt_keys import PromptSection
-from evomerge.study.section import join
 from evomerge.study.study_file import Study
 
 
@@ -26,7 +25,8 @@ def read_study(
     """Read, override, resolve and check a study file.
 
     `overrides` are "a.b=value" texts. Paths become absolute, relative to the file's folder;
-    `${NAME}` is taken from `environ`. Raises StudyFileError, InputError.
+    `${NAME}` is taken from `environ`, and stored and shown as it is written. Raises
+    StudyFileError, InputError.
     """
     path = Path(path)
     data = _read_yaml(path)
@@ -45,10 +45,11 @@ def study_from_mapping(
     data = copy.deepcopy(dict(content))
     for override in overrides:
         _override(data, override)
-    data = _expand(data, environ, where, "")
+    written = dict(texts_with_variables(data))
+    data = expanded(data, environ, where)
     data.setdefault("study", "study")
     read_mergekit_evolve(data, where)
-    study = validated(Study, data, where, folder=folder)
+    study = validated(Study, data, where, folder=folder).with_variables(written, environ, folder)
     for place in study.task_search_path:
         if not Path(place).is_dir():
             raise StudyFileError(
@@ -66,7 +67,7 @@ def overridden(study: Study, overrides: Sequence[str], allowed: Sequence[str]) -
     Keys that begin with none of `allowed` are refused. Paths are relative to the working
     directory. Raises InputError, StudyFileError.
     """
-    data = study.to_dict()
+    data = study.filled()
     for override in overrides:
         key = override.partition("=")[0]
         if not any(key == known or key.startswith(f"{known}.") for known in allowed):
@@ -76,7 +77,7 @@ def overridden(study: Study, overrides: Sequence[str], allowed: Sequence[str]) -
                 remedy=f"Keys are those of {', '.join(allowed)}.",
             )
         _override(data, override)
-    changed = validated(Study, data, "--set")
+    changed = validated(Study, data, "--set").with_variables_of(study)
     if not overrides:
         return changed
     prompt = validated(PromptSection, data["prompt"], "--set", "prompt", Path.cwd())
@@ -145,24 +146,3 @@ def _override(data: dict[str, Any], override: str) -> None:
                 remedy="Name a key such as search.trials.",
             )
     target[last] = value
-
-
-def _expand(value: Any, environ: Mapping[str, str], where: str, at: str) -> Any:
-    """`${NAME}` in every text, from the environment."""
-    if isinstance(value, dict):
-        return {k: _expand(v, environ, where, join(at, str(k))) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_expand(v, environ, where, f"{at}[{i}]") for i, v in enumerate(value)]
-    if not isinstance(value, str):
-        return value
-
-    def lookup(match: re.Match[str]) -> str:
-        if match[1] not in environ:
-            raise StudyFileError(
-                f"`{at}` uses ${{{match[1]}}}, which is not set",
-                where=where,
-                remedy=f"Set the environment variable {match[1]}.",
-            )
-        return environ[match[1]]
-
-    return re.sub(r"\$\{(\w+)\}", lookup, value)

@@ -54,8 +54,8 @@ class SearchSection(Section):
     finalists: int = Field(
         default=3,
         ge=1,
-        description="Number of finalists that are compared on the validation tasks, besides the "
-        "distribution's mean.",
+        description="Number of trials, and of parents and uniform weights, that are compared on "
+        "the validation tasks, besides the distribution's mean.",
     )
     recipes: Paths = Field(
         default=(), description="mergekit YAML files that are the first candidates."
@@ -79,7 +79,7 @@ class SearchSection(Section):
     )
     time_limit: Text | None = Field(
         default=None,
-        description="90s, 55m, 8h or 2d: after it no candidate starts; the mean and the verdict "
+        description="90s, 55m, 1h30m or 2d: after it no candidate starts; the mean and the verdict "
         "follow.",
     )
     max_cost: float | None = Field(
@@ -104,10 +104,12 @@ class SearchSection(Section):
         description="First step size, in units of the weight; other numbers take the same share "
         "of their range.",
     )
-    start: float = Field(
-        default=1.0,
-        description="First mean, the same for every weight; slerp takes the same share of its "
-        "range: the middle.",
+    start: float | None = Field(
+        default=None,
+        examples=[0.5],
+        description="First mean, the same for every weight; null: 1, and of several models whose "
+        "weights are not normalised an equal share of 1. slerp takes the same share of its range; "
+        "null: the middle.",
     )
     bounds: Pair | None = Field(
         default=None,
@@ -134,7 +136,7 @@ class SearchSection(Section):
     @classmethod
     def _check_duration(cls, text: str | None) -> str | None:
         holds = text is None or seconds(text) is not None
-        require(holds, "", "is not a duration above 0", text, "Write 90s, 55m, 8h or 2d.")
+        require(holds, "", "is not a duration above 0", text, "Write 90s, 55m, 1h30m or 2d.")
         return text
 
     @model_validator(mode="after")

@@ -8,18 +8,20 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from evomerge.recipe import METHODS
+from evomerge.study.as_written import AsWritten
 from evomerge.study.engine_keys import EngineSection
+from evomerge.study.environment import expanded
 from evomerge.study.genome_keys import GenomeSection
 from evomerge.study.judge_keys import JudgeSection
 from evomerge.study.messages import validated
 from evomerge.study.prompt_keys import GenerationSection, PromptSection, SplitSection, TaskSource
 from evomerge.study.search_keys import ObjectiveSection, SearchSection
-from evomerge.study.section import PathText, Remedy, Section, StudyName, as_tuple, require
+from evomerge.study.section import PathText, Remedy, StudyName, as_tuple, require
 
 # The behaviour of studies from before the key existed.
 BEFORE: dict[str, dict[str, Any]] = {
     "split": {"validation": 0.0},
-    "search": {"ranking": "all", "lr_adapt": False},
+    "search": {"ranking": "all", "lr_adapt": False, "start": 1.0},
 }
 
 
@@ -34,7 +36,7 @@ def _one_or_several(paths: object) -> object:
     return (paths,) if isinstance(paths, str) else as_tuple(paths)
 
 
-class Study(Section):
+class Study(AsWritten):
     """One search, by name."""
 
     genome: GenomeSection = Field(description="What is merged and how.")
@@ -140,20 +142,17 @@ class Study(Section):
         low, high = self.density_bounds
         return 0.8 if low < 0.8 < high else (low + high) / 2
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain lists and dicts, every default written out, as the study is stored."""
-        return self.model_dump(mode="json")
-
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Study:
-        """The inverse of `to_dict`. Raises StudyFileError.
+        """The inverse of `to_dict`; variables that are not set stay as they are written.
 
-        A key that an older version did not store keeps the behaviour of that version.
+        A key that an older version did not store keeps the behaviour of that version. Raises
+        StudyFileError.
         """
-        whole = dict(data)
+        whole = expanded(dict(data))
         for section, values in BEFORE.items():
-            whole[section] = values | data.get(section, {})
-        return validated(cls, whole, "the stored study")
+            whole[section] = values | whole.get(section, {})
+        return validated(cls, whole, "the stored study").with_stored_variables(data)
 
     @model_validator(mode="after")
     def _check_ranges(self) -> Self:
@@ -161,7 +160,8 @@ class Study(Section):
         search, method = self.search, self.genome.merge_method
         low, high = self.bounds
         start = f"is not within the bounds {low} to {high}"
-        require(low <= search.start <= high, "search.start", start, search.start, "Change one.")
+        holds = search.start is None or low <= search.start <= high
+        require(holds, "search.start", start, search.start, "Change one.")
         sparse, dense = self.density_bounds
         require(
             sparse <= self.start_density <= dense,
@@ -209,7 +209,7 @@ class Study(Section):
                 "Remove it.",
             )
             require(
-                search.start == 1.0,
+                search.start in (None, 1.0),  # 1 is what every older study has stored
                 "search.start",
                 "has no effect: `random_init` draws the start",
                 search.start,

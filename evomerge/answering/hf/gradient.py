@@ -171,7 +171,7 @@ class GradientModel:
 
         Rows of a vocabulary are in the merged model's order.
         """
-        plan = self._plan
+        plan, name = self._plan, self._plan.holder(name)
         if name not in VOCABULARY or plan.vocabulary is None:
             ((_, inputs),) = self.live.resident.stream([name], deltas=True)
             return inputs.others
@@ -205,7 +205,7 @@ class GradientModel:
             recipe = self.genome.decode([float(i == j) for i in range(d)])
             plan = live.plan(recipe, after=plan)
             for name in live.names:
-                how = plan.tensors[name]
+                how = plan.tensors[plan.holder(name)]
                 for (ref, _), weight in zip(how.siblings, how.weights, strict=True):
                     # the base among the siblings changes nothing
                     m = index.get(id(plan.models[ref]))

@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
 
 from evomerge.errors import EngineError, ModelError
+from evomerge.merging.checkpoints.hub_kernels import refuse_hub_kernels
 from evomerge.merging.checkpoints.model_folder import ModelFolder
+from evomerge.merging.vocabulary.tokenizer_files import open_tokenizer
 from evomerge.study import EngineSection
 
 
@@ -29,17 +30,12 @@ def load_tokenizer(folder: ModelFolder, trust_remote_code: bool = False) -> PreT
 
     Raises ModelError.
     """
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            str(folder.path), trust_remote_code=trust_remote_code
-        )
-    except Exception as error:
-        # transformers raises OSError, ValueError, KeyError, … for a bad tokenizer
-        raise ModelError(
-            f"the tokenizer cannot be loaded: {error}",
-            where=folder.path,
-            remedy="Add the tokenizer's files.",
-        ) from error
+    tokenizer: PreTrainedTokenizerBase = open_tokenizer(
+        str(folder.path),
+        folder.path,
+        "Add the tokenizer's files.",
+        trust_remote_code=trust_remote_code,
+    )
     tokenizer.padding_side = "left"
     tokenizer.model_max_length = 10**9  # prompts that are too long get our own error
     if tokenizer.pad_token_id is None:
@@ -58,8 +54,11 @@ def load_model(folder: ModelFolder, engine: EngineSection, dtype: torch.dtype) -
 
     It is on the section's device, spread by its device_map, or in 4 bits. It is a PreTrainedModel,
     whose own annotations hide `generate`. Raises EngineError: it does not fit the device, or
-    bitsandbytes is missing. ModelError: transformers cannot load it.
+    bitsandbytes is missing. ModelError: transformers cannot load it, or would run code of the hub.
     """
+    trusted = engine.trust_remote_code
+    if not trusted:
+        refuse_hub_kernels(folder.config, folder.path)
     transformers_logging.disable_progress_bar()  # our own progress lines show what takes time
     device = engine.device
     if device == "auto":
@@ -74,7 +73,8 @@ def load_model(folder: ModelFolder, engine: EngineSection, dtype: torch.dtype) -
             str(folder.path),
             dtype=dtype,
             device_map=device_map,
-            trust_remote_code=engine.trust_remote_code,
+            trust_remote_code=trusted,
+            allow_all_kernels=trusted,
             use_safetensors=True,
             quantization_config=quantization,
         )

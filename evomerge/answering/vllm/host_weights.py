@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 
 from evomerge.errors import EngineError
+from evomerge.merging.adapters.lora import AdaptedModel
 from evomerge.merging.checkpoints.config_defaults import config_value
-from evomerge.merging.checkpoints.model_folder import ModelFolder
+from evomerge.merging.checkpoints.model_folder import HEAD, ModelFolder
 from evomerge.merging.placement import free_bytes
 
 # as safetensors writes them
@@ -63,8 +64,18 @@ class HostWeights:
 
 
 def host_weights_of(model: ModelFolder, dtype: torch.dtype) -> HostWeights:
-    """Room for the model's tensors, without a tied head; it is empty until it is merged into."""
-    tied = {"lm_head.weight"} if config_value(model.config, "tie_word_embeddings") else set()
+    """Room for the model's tensors, without a tied head; it is empty until it is merged into.
+
+    Raises EngineError for a head that an adapter unties: vLLM loads the model that it was made for.
+    """
+    original = model.base if isinstance(model, AdaptedModel) else model
+    if HEAD in model.keys and HEAD not in original.keys:
+        raise EngineError(
+            "the adapter gives the head weights of its own, and vLLM keeps the base's tied one",
+            where=model.ref,
+            remedy="Use engine.kind: transformers.",
+        )
+    tied = {HEAD} if config_value(model.config, "tie_word_embeddings") else set()
     return HostWeights({name: model.shape(name) for name in sorted(model.keys - tied)}, dtype)
 
 

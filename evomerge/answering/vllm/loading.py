@@ -11,6 +11,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from evomerge.errors import EngineError, ModelError
+from evomerge.merging.checkpoints.hub_kernels import refuse_hub_kernels
 from evomerge.merging.checkpoints.model_folder import ModelFolder
 from evomerge.merging.checkpoints.size import kv_cache_bytes
 from evomerge.merging.placement import free_bytes
@@ -56,7 +57,12 @@ def refuse_others(engine: EngineSection) -> None:
 
 
 def load_llm(base: ModelFolder, engine: EngineSection, dtype: str, seed: int) -> Any:
-    """vLLM's `LLM` on the base. Raises EngineError with vLLM's reason."""
+    """vLLM's `LLM` on the base.
+
+    Raises EngineError with vLLM's reason, ModelError where code of the hub would be run.
+    """
+    if not engine.trust_remote_code:
+        refuse_hub_kernels(base.config, base.path)
     arguments = {key: value for key, value in engine.vllm.model_dump().items() if value is not None}
     with _environment(ENVIRONMENT):
         try:

@@ -22,6 +22,7 @@ from evomerge.judging.learned.ridge import GradedAnswers, fit, predict
 from evomerge.judging.validation.agreement import Agreements, compare
 from evomerge.judging.validation.families import family
 from evomerge.judging.validation.reference import Joined, join_grades, pick, read_grades
+from evomerge.outputs import check_outputs
 from evomerge.tasks import Task, load_tasks
 
 FAMILY_POWER = 0.5  # a family of n models counts like sqrt(n); 0: all models alike, 1: all families
@@ -97,6 +98,8 @@ def fit_file(
     `wanted` chooses models by name. Raises TaskError and InputError for the files, InputError where
     no task has enough graded answers, OutputError.
     """
+    read = [Path(path) for path in (tasks_path, answers_path, grades_path)]
+    check_outputs(files=[out], inputs=read)
     tasks = load_tasks(tasks_path)
     grades = pick(read_grades(grades_path, tasks), judges, grades_path)
     grades = {key: grade for key, grade in grades.items() if wanted(key[0])}

@@ -13,11 +13,12 @@ from evomerge.errors import KnowledgeError
 from evomerge.files import replace_file
 from evomerge.knowledge.formats.tables import OPTIONAL, REQUIRED
 from evomerge.knowledge.records import Knowledge, KnowledgeClass
+from evomerge.sheets.delimited import runs_in_spreadsheet
 
 LONGEST = 32767  # UTF-16 units of an Excel cell ("Excel specifications and limits")
 # ECMA-376 22.9.2.19: what looks like a stored character is escaped itself
 STORED = re.compile(r"_(?=x[0-9A-Fa-f]{4}_)")
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f]")
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\ufffe\uffff]")
 ROOM = 500  # rows below the last that drop-down lists and number checks reach
 # height of a line in points, lines of the tallest row: not every program fits rows to their texts
 LINE, TALLEST = 17.0, 12
@@ -265,7 +266,7 @@ def put_text(cell: Any, text: str, place: str = "") -> None:
     if cell.data_type in "fe":  # openpyxl took it for a formula or an error value
         cell.data_type = "s"
     # so that editing the cell does not make it one
-    cell.quotePrefix = stored[:1] in ("=", "+", "-", "@", "'")
+    cell.quotePrefix = stored.startswith("'") or runs_in_spreadsheet(text)
 
 
 def _validate(sheet: Any, column: int, rows: int, **rule: Any) -> None:

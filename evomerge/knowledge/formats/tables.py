@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from evomerge.errors import KnowledgeError
+from evomerge.sheets.sheet import EMPTY, Sheet
 
 REQUIRED = {
     "classes": ("class", "system", "template"),
@@ -112,3 +114,69 @@ def find_columns(sheet: str, header: Sequence[str], where: str, tables: Tables) 
         else:
             tables.notes.append(f"{where}: the column {name} is not read")
     return {column: names.index(column) for column in known if column in names}
+
+
+def fill(tables: Tables, name: str, sheet: Sheet) -> None:
+    """Add the rows of one sheet, whatever file it was read from, with its mistakes and notes."""
+    at = find_columns(name, sheet.header, f"{sheet.where}, row {sheet.header_row}", tables)
+    merged = _merged(sheet, at, tables)
+    read: list[Row] = []
+    for number, cells in sheet.body:
+        mine = {column: cells.get(i, EMPTY) for column, i in at.items()}
+        if not any(cell.text.strip() or cell.wrong for cell in mine.values()):
+            continue
+        place = CellPlace(sheet.where, number)
+        reported = merged.get(number, set())
+        for column, cell in mine.items():
+            if cell.wrong:
+                tables.wrong(cell.wrong, place(column), cell.text or None, cell.remedy)
+                reported.add(column)
+        texts = {column: cell.text for column, cell in mine.items()}
+        read.append(Row(number, texts, place, frozenset(reported)))
+    tables.rows[name] = read
+    _note_hidden(sheet, at, read, tables)
+    _note_formulas(sheet, at, read, tables)
+
+
+def _merged(sheet: Sheet, at: Mapping[str, int], tables: Tables) -> dict[int, set[str]]:
+    """Row -> the columns that merged ranges cover in it.
+
+    Each range is a mistake: only its first cell has a text.
+    """
+    numbers = list(sheet.rows)
+    covered: dict[int, set[str]] = {}
+    for area in sheet.merged_at(list(at.values())):
+        touched = [c for c, i in at.items() if area.first_column <= i <= area.last_column]
+        tables.wrong(
+            "cells are merged",
+            CellPlace(sheet.where, area.first_row)(touched[0]),
+            area.name,
+            "Unmerge them, and fill in each of them.",
+        )
+        first = bisect_left(numbers, area.first_row)
+        for number in numbers[first : bisect_right(numbers, area.last_row)]:
+            covered.setdefault(number, set()).update(touched)
+    return covered
+
+
+def _note_hidden(sheet: Sheet, at: Mapping[str, int], read: Sequence[Row], tables: Tables) -> None:
+    columns = [column for column, i in at.items() if sheet.is_hidden(i)]
+    if columns:
+        tables.notes.append(f"{sheet.where}: hidden columns are read too: {', '.join(columns)}")
+    rows = [str(row.number) for row in read if row.number in sheet.hidden_rows]
+    if rows:
+        tables.notes.append(f"{sheet.where}: hidden rows are read too: {', '.join(rows)}")
+
+
+def _note_formulas(
+    sheet: Sheet, at: Mapping[str, int], read: Sequence[Row], tables: Tables
+) -> None:
+    rows = []
+    for row in read:
+        cells = sheet.rows[row.number]
+        if any(cells.get(i, EMPTY).formula for i in at.values()):
+            rows.append(str(row.number))
+    if rows:
+        tables.notes.append(
+            f"{sheet.where}: formulas are read by their stored values: rows {', '.join(rows)}"
+        )

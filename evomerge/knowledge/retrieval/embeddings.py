@@ -48,7 +48,8 @@ def _load(name: str) -> Any:
             remedy='Install it: pip install "evomerge[embeddings]".',
         ) from error
     try:
-        return SentenceTransformer(name)
+        # the default attention: a config.json may name a kernel on the hub, which would be run
+        return SentenceTransformer(name, model_kwargs={"attn_implementation": None})
     except Exception as error:  # the library passes on the hub's, torch's and its own errors
         lines = str(error).splitlines() or [type(error).__name__]
         raise ModelError(

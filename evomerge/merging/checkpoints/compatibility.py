@@ -20,7 +20,6 @@ CONFIG_KEYS = (
     "num_attention_heads",
     "num_key_value_heads",
     "vocab_size",
-    "tie_word_embeddings",
 )
 ONLY_SIBLINGS = "Only siblings of one base can be merged."
 NAME_A_SOURCE = "Name a `tokenizer_source`."
@@ -36,6 +35,7 @@ def check_fit(
     """
     for model in (base, *siblings):
         refuse_quantized(model)
+        _check_head(model)
     for sibling in siblings:
         keys = [key for key in CONFIG_KEYS if same_vocabulary or key != "vocab_size"]
         _check_config(base, sibling, keys)
@@ -55,6 +55,8 @@ def check_tensors(
     """
     base, wanted = lender
     for model, name in givers:
+        if name == HEAD:
+            _check_head(model)
         if model.stored(name) not in model.keys:
             raise ModelError(
                 f"does not fit the base: it lacks {name}", where=model.path, remedy=ONLY_SIBLINGS
@@ -69,23 +71,11 @@ def check_meaning(base: ModelFolder, others: Iterable[ModelFolder]) -> None:
         _check_config(base, model, MEANING)
 
 
-def check_tied(base: ModelFolder, givers: Iterable[ModelFolder]) -> None:
-    """Raise ModelError where the base's configuration ties a head that is another model's own.
-
-    `givers` are the models that a merged head is made of.
-    """
-    for model in givers:
-        if config_value(base.config, "tie_word_embeddings"):
-            _check_config(base, model, ["tie_word_embeddings"])
-
-
 def _check_config(base: ModelFolder, sibling: ModelFolder, keys: Iterable[str]) -> None:
     for key in keys:
         if base.config.get(key) == sibling.config.get(key):
             continue
         ours, theirs = config_value(base.config, key), config_value(sibling.config, key)
-        if key == "tie_word_embeddings":
-            ours, theirs = bool(ours), bool(theirs)
         if ours != theirs:
             raise ModelError(
                 f"does not fit the base: `{key}` is {theirs}, the base has {ours}",
@@ -94,10 +84,19 @@ def _check_config(base: ModelFolder, sibling: ModelFolder, keys: Iterable[str]) 
             )
 
 
+def _check_head(model: ModelFolder) -> None:
+    """A head that is not stored is the embeddings, unless the model is said to be untied."""
+    if HEAD not in model.keys and model.config.get("tie_word_embeddings") is False:
+        raise ModelError(
+            f"the files lack {HEAD}, and config.json says that it is not tied",
+            where=model.path,
+            found="tie_word_embeddings: false",
+            remedy="Correct the key, or copy the model again.",
+        )
+
+
 def _check_names(base: ModelFolder, sibling: ModelFolder) -> None:
-    for name in sorted(base.keys ^ sibling.keys):
-        if name == HEAD and config_value(base.config, "tie_word_embeddings"):
-            continue
+    for name in sorted((base.keys ^ sibling.keys) - {HEAD}):
         lacking = "the sibling lacks" if name in base.keys else "the base lacks"
         raise ModelError(
             f"does not fit the base: {lacking} {name}", where=sibling.path, remedy=ONLY_SIBLINGS

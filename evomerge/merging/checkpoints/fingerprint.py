@@ -18,6 +18,8 @@ def fingerprint(folder: Path, known: Mapping[str, Any] | None = None) -> dict[st
     known = known or {}
     prints: dict[str, dict[str, Any]] = {}
     for path in sorted({p for pattern in PATTERNS for p in folder.glob(pattern)}):
+        if not path.is_file():  # a link that leads nowhere, or a folder
+            continue
         stat = path.stat()
         old = known.get(path.name)
         if old is None or (old["size"], old["mtime_ns"]) != (stat.st_size, stat.st_mtime_ns):

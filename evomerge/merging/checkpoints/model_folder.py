@@ -69,6 +69,14 @@ class ModelFolder:
         name = self.stored(name)
         return self._reader(name).tensor(name)
 
+    def is_untied(self) -> bool:
+        """Whether the head has weights of its own: one that equals the embeddings may be tied."""
+        if HEAD not in self.files or EMBED not in self.files:
+            return HEAD in self.files
+        if self.config.get("tie_word_embeddings") is False:
+            return True
+        return not torch.equal(self.get_tensor(HEAD), self.get_tensor(EMBED))
+
     def _reader(self, name: str) -> SafetensorsReader:
         path = self.files[name]
         if path not in self._readers:

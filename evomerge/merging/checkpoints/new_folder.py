@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evomerge.errors import InputError, OutputError
-from evomerge.files import ExclusiveLock, LockHeld
+from evomerge.files import ExclusiveLock, LockHeld, sync_folder, sync_tree
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MARK = ".merging-"  # in the names of unfinished folders, which begin with a dot
@@ -39,6 +39,7 @@ class Unfinished:
 def check_new(out: Path) -> None:
     """Raise InputError when `out` exists and is not empty."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        _remove_dead(out)  # of a process that was killed when it had just finished
         raise InputError(
             "already exists", where=out, remedy="Name a new folder, or remove this one."
         )
@@ -58,9 +59,12 @@ def new_folder(out: Path) -> Iterator[Unfinished]:
         _remove_dead(out)
         unfinished = _make(out)
         yield unfinished
+        sync_tree(unfinished.path)
         if out.exists():
             out.rmdir()
         unfinished.path.rename(out)
+        for folder in (out, *made):
+            sync_folder(folder.parent)
         made = []
     except OSError as error:
         room = "Free some space" if error.errno in FULL else "Name another folder"

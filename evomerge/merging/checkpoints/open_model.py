@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from evomerge.errors import ModelError
+from evomerge.merging.adapters.lora_plan import open_lora
+from evomerge.merging.checkpoints.folder_files import check_files, read_json
 from evomerge.merging.checkpoints.hub import find_folder
-from evomerge.merging.checkpoints.lora_plan import open_lora
-from evomerge.merging.checkpoints.model_folder import ModelFolder
+from evomerge.merging.checkpoints.model_folder import HEAD, ModelFolder
 from evomerge.merging.checkpoints.quantized_weights import refuse_quantized
 from evomerge.merging.checkpoints.safetensors_reader import SafetensorsReader
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 NOT_WEIGHTS = ".rotary_emb.inv_freq"  # a constant that old checkpoints carry
 COPY_MODEL = "Copy or download the model again."
 
@@ -20,8 +22,8 @@ COPY_MODEL = "Copy or download the model again."
 def open_model(ref: str) -> ModelFolder:
     """A local folder or a hub name, which is downloaded; `MODEL+ADAPTER` merges a LoRA in.
 
-    Raises ModelError: no model there, damaged or missing files, pickled weights, an adapter that
-    does not fit.
+    Raises ModelError: no model there, damaged or missing files, pickled weights, files that are no
+    files, an adapter that does not fit.
     """
     model, plus, adapter = ref.partition("+")
     if plus and not Path(ref).is_dir():
@@ -31,9 +33,10 @@ def open_model(ref: str) -> ModelFolder:
     path = find_folder(
         ref, "model", "Name a folder with config.json and safetensors, or a hub name."
     )
+    check_files(path)
     config = _read_config(path)
     files = {}
-    for name, file in _weight_files(path).items():
+    for name, file in _weight_files(path, config).items():
         if not name.endswith(NOT_WEIGHTS):
             files[name] = file
     return ModelFolder(path, config, files, ref)
@@ -41,17 +44,13 @@ def open_model(ref: str) -> ModelFolder:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config = read_json(path / "config.json", "Save the model again.")
     except FileNotFoundError:
         raise ModelError(
             "the folder has no config.json",
             where=path,
             remedy="Name a folder in transformers' format.",
         ) from None
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"config.json cannot be read: {error}", where=path, remedy="Save the model again."
-        ) from error
     if not isinstance(config, dict):
         raise ModelError(
             "config.json is not a mapping",
@@ -62,14 +61,22 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _weight_files(path: Path) -> dict[str, Path]:
-    """Tensor name -> its file. Raises ModelError when files are missing, damaged or pickled."""
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        return _indexed_files(index)
-    single = path / "model.safetensors"
+def _weight_files(path: Path, config: Mapping[str, Any]) -> dict[str, Path]:
+    """Tensor name -> its file. Raises ModelError when files are missing, damaged or pickled.
+
+    As in transformers, a single file comes before an index, which may be an older model's.
+    """
+    single, index = path / SINGLE, path / INDEX
     if single.is_file():
         return dict.fromkeys(SafetensorsReader(single).keys, single)
+    if index.is_file():
+        return _indexed_files(index, config)
+    if any(path.glob("*-of-*.safetensors")):
+        raise ModelError(
+            f"the folder has shards, but no {INDEX}, which lists them",
+            where=path,
+            remedy="Copy or download that file too.",
+        )
     pickled = sorted([*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
     if pickled:
         raise ModelError(
@@ -78,18 +85,51 @@ def _weight_files(path: Path) -> dict[str, Path]:
             remedy="Convert them where you trust them: "
             "load with transformers and save_pretrained(folder).",
         )
-    raise ModelError("the folder has no model.safetensors", where=path, remedy=COPY_MODEL)
+    raise ModelError(f"the folder has no {SINGLE}", where=path, remedy=COPY_MODEL)
 
 
-def _indexed_files(index: Path) -> dict[str, Path]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = {str(name): index.parent / str(file) for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+def _indexed_files(index: Path, config: Mapping[str, Any]) -> dict[str, Path]:
+    """What the shards hold that the index names; as in transformers, they decide what is where."""
+    content = read_json(index, "Save the model again.")
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(file, str) for file in weight_map.values()
+    ):
         raise ModelError(
-            "the index of shards cannot be read", where=index, remedy="Save the model again."
-        ) from error
-    for file in sorted(set(names.values())):
-        if not file.is_file():
-            raise ModelError("a shard is missing", where=file, remedy=COPY_MODEL)
-    return names
+            "the index of shards cannot be read: it has no `weight_map` of names",
+            where=index,
+            remedy="Save the model again.",
+        )
+    files = {}
+    for name in sorted(set(weight_map.values())):
+        shard = _shard(index, name)
+        files.update(dict.fromkeys(SafetensorsReader(shard).keys, shard))
+    for name in sorted(weight_map.keys() - files.keys()):
+        # a tied head is the embeddings; old files listed it nevertheless
+        if name == HEAD and config.get("tie_word_embeddings") is not False:
+            continue
+        if not name.endswith(NOT_WEIGHTS):
+            raise ModelError(
+                f"the index lists {name}, which no shard holds", where=index, remedy=COPY_MODEL
+            )
+    return files
+
+
+def _shard(index: Path, name: str) -> Path:
+    """The shard that an index names. Raises ModelError when it is missing or lies elsewhere."""
+    shard = index.parent / name
+    try:
+        # its folder, because the file may be a link, as all are in the hub's cache
+        folder, found = shard.parent.resolve(), shard.is_file()
+    except (OSError, ValueError):  # no system has a file of that name
+        folder, found = index.parent.resolve(), False
+    if ".." in Path(name).parts or not folder.is_relative_to(index.parent.resolve()):
+        raise ModelError(
+            "the index names a shard outside of the model's folder",
+            where=index,
+            found=name,
+            remedy="Copy or download the index again.",
+        )
+    if not found:
+        raise ModelError("a shard is missing", where=shard, remedy=COPY_MODEL)
+    return shard

@@ -7,6 +7,7 @@ from typing import Any
 
 from evomerge.errors import ModelError
 from evomerge.merging.checkpoints.config_defaults import config_value
+from evomerge.merging.checkpoints.hub_kernels import without_attention
 
 
 def count_parameters(config: Mapping[str, Any], where: object = None) -> int:
@@ -19,7 +20,7 @@ def count_parameters(config: Mapping[str, Any], where: object = None) -> int:
 
     models: Any = AutoModelForCausalLM
     try:
-        settings = dict(config)
+        settings = without_attention(config)  # a kernel of the hub would be loaded
         parsed = AutoConfig.for_model(settings.pop("model_type"), **settings)
         with torch.device("meta"):
             model = models.from_config(parsed)

@@ -22,6 +22,8 @@ from evomerge.merging.checkpoints.model_folder import ModelFolder
 from evomerge.merging.vocabulary.tokenizers import (
     Rule,
     load_tokenizers,
+    move_ids,
+    owner_of,
     read_rules,
     read_tokenizer,
     unite,
@@ -54,10 +56,15 @@ class Vocabulary:
     rows: Mapping[str, torch.Tensor]
     rules: Mapping[int, Rule]  # output row -> rule
     base: str | None
+    owner: str | None = None  # the model whose tokenizer it is, unchanged
 
     def save(self, folder: Path) -> None:
         """The tokenizer's files, as transformers writes them. Raises OSError."""
         self.tokenizer.save_pretrained(str(folder))
+
+    def move_ids(self, settings: Any, model: str) -> Any:
+        """Settings in which `model`'s ids of special tokens are the output's; lost ones go."""
+        return move_ids(settings, self.rows[model].tolist())
 
     def align(
         self, tensors: Mapping[str, torch.Tensor], base: str | None = None
@@ -267,6 +274,7 @@ def make_vocabulary(
         rows={ref: _rows(vocab, owned.get(ref, owned[first]), size) for ref, size in sizes.items()},
         rules=read_rules(section.tokens, vocab, owned, sizes),
         base=base,
+        owner=owner_of(vocab, owned, section.source, first),
     )
 
 

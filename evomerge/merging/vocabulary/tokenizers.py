@@ -8,25 +8,18 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from evomerge.errors import ModelError, RecipeError
 from evomerge.merging.checkpoints.config_defaults import config_value
+from evomerge.merging.checkpoints.folder_files import check_links
 from evomerge.merging.checkpoints.model_folder import ModelFolder
+from evomerge.merging.vocabulary.tokenizer_files import FILES, open_tokenizer
 
 log = logging.getLogger(__name__)
-
-FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-    "tekken.json",
-)
 
 
 @dataclass(frozen=True)
@@ -63,20 +56,12 @@ def load_tokenizers(first: str, models: Mapping[str, ModelFolder]) -> dict[str, 
 
 def read_tokenizer(path: str | Path, ref: str) -> Any:
     """A folder's (or hub model's) tokenizer. Raises ModelError."""
-    from transformers import AutoTokenizer
-
     name, revision = str(path), None
-    if not Path(path).is_dir() and "@" in name:
+    if Path(path).is_dir():
+        check_links(Path(path))
+    elif "@" in name:
         name, revision = name.split("@", 1)
-    try:
-        return AutoTokenizer.from_pretrained(name, revision=revision or None)
-    except Exception as error:
-        # OSError, ValueError, KeyError and others, by what is wrong in the files
-        raise ModelError(
-            f"the tokenizer cannot be loaded: {error}",
-            where=ref,
-            remedy="Copy or download its files again.",
-        ) from error
+    return open_tokenizer(name, ref, revision=revision or None)
 
 
 def vocab_size(model: ModelFolder) -> int:
@@ -90,6 +75,34 @@ def vocab_size(model: ModelFolder) -> int:
             remedy="Add it: the number of rows of the embeddings.",
         )
     return size
+
+
+def owner_of(
+    vocab: Mapping[str, int], owned: Mapping[str, Mapping[str, int]], source: str, first: str
+) -> str | None:
+    """The model that the output's tokenizer comes from, where it has the same tokens."""
+    owner = first if source in ("base", "union") else source
+    return owner if owned.get(owner) == vocab else None
+
+
+def move_ids(settings: Any, rows: Sequence[int]) -> Any:
+    """A config.json's or generation_config.json's content with ids of the output's tokens.
+
+    `rows` has the row of each of these in the model of the settings. An id whose token the output
+    lacks is left out of a list, and is null alone.
+    """
+    moved = {row: number for number, row in enumerate(rows) if row >= 0}
+    if not isinstance(settings, Mapping) or all(row == moved[row] for row in moved):
+        return settings
+    changed = dict(settings)
+    for key, value in settings.items():
+        if not key.endswith("_token_id"):
+            continue
+        if isinstance(value, list):
+            changed[key] = [moved[number] for number in value if number in moved]
+        elif isinstance(value, int) and value >= 0:
+            changed[key] = moved.get(value)
+    return changed
 
 
 def unite(tokenizers: Mapping[str, Any], sizes: Mapping[str, int]) -> Any:

@@ -78,7 +78,10 @@ class OnePass:
         for batch in engine.batches(prompts, settings):
             texts = [prompts[i] for i in batch]
             own = None if settings is None else [settings[i] for i in batch]
-            keys = [self.cache.key(recipe.digest(), texts, ONE_PASS, own) for recipe in recipes]
+            keys = [
+                self.cache.key(self.cache.digest(recipe), texts, ONE_PASS, own)
+                for recipe in recipes
+            ]
             if None not in [self.cache.get(key, len(batch)) for key in keys]:
                 pace.found(len(recipes) * len(batch))
                 continue

@@ -10,7 +10,7 @@ import numpy as np
 
 from evomerge.console import duration, plus_minus, seconds
 from evomerge.judging.grade import Judge
-from evomerge.searching.history import History, best_first
+from evomerge.searching.history import History
 from evomerge.searching.ledger import Ledger
 from evomerge.searching.records.trial_record import TrialRecord, metric_values
 from evomerge.searching.samplers.cma import CmaSampler
@@ -111,13 +111,12 @@ def _gained(
     answered n of the N tasks that of the tasks it happened to get, s_d² (1/n - 1/N), s_d² the
     variance of grade - baseline: tasks that all candidates answer add no noise.
     """
-    means, errors = [], []
-    for generation in generations:
-        means.append(float(np.mean([r.score for r in generation])))
-        errors.append(_error(generation, task_baselines, metric))
+    means = [float(np.mean([r.score for r in generation])) for generation in generations]
     before = int(np.argmax(means[:-patience]))
-    for mean, error in zip(means[-patience:], errors[-patience:], strict=True):
-        if mean - means[before] > NOISE * float(np.hypot(error, errors[before])):
+    best = _error(generations[before], task_baselines, metric)
+    for mean, generation in zip(means[-patience:], generations[-patience:], strict=True):
+        error = _error(generation, task_baselines, metric)
+        if mean - means[before] > NOISE * float(np.hypot(error, best)):
             return True
     return False
 
@@ -139,7 +138,8 @@ def progress_line(study: Study, history: History, label: str) -> str:
     """A line about the trial that has just ended, and the time that the rest will take."""
     paces = [sum(trial.seconds.values()) for trial in history.complete[-20:]]
     left = study.search.trials - len(history.candidates) + 5  # the mean and the verdict
-    last, best = history.complete[-1], best_first(history.complete)[0]
+    last, best = history.complete[-1], history.index.best
+    assert best is not None
     assert best.score is not None
     return (
         f"{label}  {last.score:.3f}  "

@@ -1,23 +1,24 @@
-"""Optuna as a plain store of trials and attributes; its private names are used in this file alone.
+"""Optuna as a plain store of trials and attributes.
 
-tests/test_adapters.py is the contract that a version of Optuna must keep.
+Its private names are used here and in database.py alone; tests/test_adapters.py is the contract
+that a version of Optuna must keep.
 """
 
 from __future__ import annotations
 
 import json
-import sqlite3
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.storages import RDBStorage, _CachedStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from evomerge import sqlite_file
-from evomerge.errors import StudyError
+from evomerge.errors import OutputError, StudyError
+from evomerge.searching.records.database import insert_study, make_database, open_database
+from evomerge.searching.records.storage_errors import storage_errors
+from evomerge.searching.records.storage_place import StoragePlace, storage_place
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -25,26 +26,72 @@ STATES = {TrialState.COMPLETE: "complete", TrialState.FAIL: "failed", TrialState
 
 
 class StoredStudy:
-    """One study in its storage. Every error of the storage is raised as an EvomergeError."""
+    """One study in its storage. Every error of the storage is raised as an EvomergeError.
 
-    def __init__(self, study: optuna.Study, url: str = "") -> None:
-        self.study, self.url = study, url
-        self.name: str = study.study_name
+    A new study exists in memory alone until its first trial starts: then it is stored together
+    with its attributes, whole or not at all.
+    """
+
+    def __init__(
+        self,
+        place: StoragePlace,
+        name: str,
+        storage: RDBStorage | None = None,
+        study: optuna.Study | None = None,
+    ) -> None:
+        """`storage` is None where there is no file yet; without a `study` it is a new one."""
+        self.place, self.name = place, name
+        self._storage, self._study = storage, study
+        self._drafted: dict[str, Any] = {}  # attributes of a study that is not stored yet
+        # called before each write: raises where another process has taken the study over
+        self.guard: Callable[[], None] = lambda: None
+
+    @property
+    def study(self) -> optuna.Study:
+        """Optuna's study, which is stored now if it was not."""
+        if self._study is None:
+            self._study = self._store()
+        return self._study
+
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing of it is stored yet."""
+        return self._study is None
+
+    def begin_again(self) -> None:
+        """Make it a new study, which takes the place of the stored one with its first trial."""
+        self._study, self._drafted = None, {}
 
     def attributes(self) -> dict[str, Any]:
         """The study's own attributes."""
-        with storage_errors(self.url, self.name):
-            return dict(self.study.user_attrs)
+        if self._study is None:
+            return dict(self._drafted)
+        with storage_errors(self.place, self.name):
+            return dict(self._study.user_attrs)
 
     def set_attribute(self, key: str, value: Any) -> None:
         """Write one attribute of the study; `value` is JSON."""
-        with storage_errors(self.url, self.name):
-            self.study.set_user_attr(key, value)
+        if self._study is None:
+            self._drafted[key] = json.loads(json.dumps(value))
+            return
+        with storage_errors(self.place, self.name):
+            self.guard()
+            self._study.set_user_attr(key, value)
 
-    def trials(self) -> list[FrozenTrial]:
-        """Every trial by number; they must not be changed."""
-        with storage_errors(self.url, self.name):
-            return self.study.get_trials(deepcopy=False)
+    def trials(self, first: int = 0) -> list[FrozenTrial]:
+        """The trials from number `first` on; they must not be changed.
+
+        Optuna keeps what it has read, but sorts all of it each time that it is asked.
+        """
+        if self._study is None:
+            return []
+        with storage_errors(self.place, self.name):
+            storage, study_id = self._study._storage, self._study._study_id
+            if not first or not isinstance(storage, _CachedStorage):
+                return self._study.get_trials(deepcopy=False)[first:]
+            storage._read_trials_from_remote_storage(study_id)
+            known = storage._studies[study_id].trials
+            return [known[number] for number in range(first, len(known))]
 
     def running(self) -> list[int]:
         """The numbers of the trials that have begun and not ended."""
@@ -66,90 +113,59 @@ class StoredStudy:
             distributions=distributions,
             user_attrs=dict(attributes),
         )
-        with storage_errors(self.url, self.name):
+        with storage_errors(self.place, self.name):
+            self.guard()
             storage = self.study._storage
             return storage.get_trial(storage.create_new_trial(self.study._study_id, running))
 
     def end_trial(self, number: int, key: str, value: Any, score: float | None = None) -> None:
         """Write an attribute, then the trial's end: without a score it has failed."""
-        with storage_errors(self.url, self.name):
+        with storage_errors(self.place, self.name):
+            self.guard()
             storage, study_id = self.study._storage, self.study._study_id
             trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, number)
             storage.set_trial_user_attr(trial_id, key, value)
             self.study.tell(number, score, state=TrialState.FAIL if score is None else None)
 
+    def _store(self) -> optuna.Study:
+        """The study with its attributes in one transaction, in a new file where there is none."""
+        with storage_errors(self.place, self.name):
+            if self._storage is None:
+                made = make_database(self.place, self.name, self._drafted)
+                self._storage = open_database(self.place, write=True)
+                if not made:  # another study has just made the file
+                    insert_study(self._storage, self.name, self._drafted)
+            else:
+                insert_study(self._storage, self.name, self._drafted)
+            return optuna.load_study(storage=self._storage, study_name=self.name)
+
 
 def open_stored(url: str, name: str, create: bool = False) -> StoredStudy:
     """Open a study; `create` makes a new one. Raises StudyError when it is unknown."""
-    path = sqlite_path(url)
-    if path is not None and not path.exists() and not create:
-        raise StudyError(
-            f"there is no study {name!r}",
-            where=path,
-            remedy="Run `evomerge search` first, or name its --storage.",
-        )
-    with storage_errors(url, name):
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            sqlite_file.check_integrity(path)
-        storage = _storage(url)
+    place = storage_place(url)
+    if place.file is not None and not place.file.exists():
+        if not create:
+            raise StudyError(
+                f"there is no study {name!r}",
+                where=place.file,
+                remedy="Run `evomerge search` first, or name its --storage.",
+            )
+        return StoredStudy(place, name)
+    with storage_errors(place, name):
+        storage = open_database(place, write=create)
         summaries = optuna.get_all_study_summaries(storage, include_best_trial=False)
         known = sorted(summary.study_name for summary in summaries)
-        if name not in known and not create:
-            others = f"There are: {', '.join(known)}." if known else "The storage is empty."
-            raise StudyError(f"there is no study {name!r}", where=shown_url(url), remedy=others)
+        if known.count(name) > 1:
+            raise OutputError(
+                f"the storage holds {known.count(name)} studies of one name",
+                where=place.shown,
+                found=name,
+                remedy="Run its `evomerge search` again, which removes those without trials.",
+            )
         if name in known:  # loading writes nothing, so that a read-only copy can be shown
             study = optuna.load_study(storage=storage, study_name=name)
-        else:
-            study = optuna.create_study(
-                storage=storage, study_name=name, direction="maximize", load_if_exists=True
-            )
-    return StoredStudy(study, url)
-
-
-@contextmanager
-def storage_errors(url: str, name: str) -> Iterator[None]:
-    """Raise a storage's errors as one-line EvomergeErrors."""
-    import sqlalchemy.exc
-
-    kinds = (
-        sqlalchemy.exc.SQLAlchemyError,
-        optuna.exceptions.StorageInternalError,
-        sqlite3.Error,
-        OSError,
-        UnicodeError,
-        json.JSONDecodeError,
-    )
-    try:
-        yield
-    except kinds as error:
-        beneath = getattr(error.__cause__, "orig", None) or error.__cause__
-        cause = getattr(error, "orig", None) or beneath or error
-        path = sqlite_path(url)
-        remedy = "Repair it, then run the same command."
-        if path is not None:
-            remedy = (
-                f"The generated answers are stored in another file, {name}.answers.sqlite: "
-                f"move {path.name} away, and `evomerge search` starts over with them."
-            )
-        where = path or shown_url(url)
-        raise sqlite_file.explained(cause, f"the study {name}", where, remedy) from error
-
-
-def shown_url(url: str) -> str:
-    """A storage's URL without its password."""
-    import sqlalchemy.engine
-
-    return sqlalchemy.engine.make_url(url).render_as_string() if "://" in url else url
-
-
-def sqlite_path(url: str) -> Path | None:
-    """The file of an SQLite URL; None for another storage."""
-    return Path(url.removeprefix("sqlite:///")) if url.startswith("sqlite:///") else None
-
-
-def _storage(url: str) -> str | optuna.storages.RDBStorage:
-    if "://" not in url:
-        return url
-    wait = {"connect_args": {"timeout": sqlite_file.WAIT}} if sqlite_path(url) else None
-    return optuna.storages.RDBStorage(url, engine_kwargs=wait)
+            return StoredStudy(place, name, storage, study)
+    if not create:
+        others = f"There are: {', '.join(known)}." if known else "The storage is empty."
+        raise StudyError(f"there is no study {name!r}", where=place.shown, remedy=others)
+    return StoredStudy(place, name, storage)

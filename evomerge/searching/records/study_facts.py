@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any
 
 from evomerge.errors import StudyError
+from evomerge.masking import has_secret
 from evomerge.searching.records.judge_report import JudgeReport
 from evomerge.searching.records.verdict_record import Sample, ValidationChoice, Verdict
 from evomerge.study import Study
@@ -90,9 +91,15 @@ class StudyFacts:
 
     version: int = VERSION
     study_file: Mapping[str, Any] | None = None  # resolved, as `Study.to_dict` wrote it
-    models: Mapping[str, str] = field(default_factory=dict)  # name -> hash
-    files: Mapping[str, Any] = field(default_factory=dict)  # name -> `fingerprint` of its folder
+    # names that the study began with -> hash, in the study file's order; answers are kept by them
+    models: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # name now -> `fingerprint` of its folder
     tasks: str | None = None  # hash
+    task_prints: Mapping[str, str] = field(default_factory=dict)  # task's key -> its hash, cut
+    # variable of the study file -> some digits of its value's hash
+    environment: Mapping[str, str] = field(default_factory=dict)
     split: SplitKeys | None = None
     names: tuple[str, ...] = ()  # of the genome's numbers
     n_layers: int | None = None
@@ -102,6 +109,9 @@ class StudyFacts:
     known_candidates: tuple[tuple[float, ...], ...] | None = None  # in the order of their slots
     start: Start | None = None
     warm_start: tuple[GradientStep, ...] = ()
+    threads: int | None = None  # of the CPU, chosen by trial where the study file names none
+    # keys of `engine:` that have changed -> their first values, by which answers are kept
+    first_engine: Mapping[str, Any] = field(default_factory=dict)
     # batch sizes that a lack of memory has forced
     limits: Mapping[str, int] = field(default_factory=dict)
     elapsed: float = 0.0  # seconds of all runs
@@ -109,6 +119,8 @@ class StudyFacts:
     cascade: CascadeSavings | None = None
     # generation -> (answers graded, answers that the expensive judge graded)
     cascade_generations: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    # whether parents and uniform weights can win, as in every study that began after 0.2
+    references_win: bool = False
     validation: ValidationChoice | None = None
     compared: Mapping[str, int] = field(default_factory=dict)  # name -> trial number
     verdict: Verdict | None = None
@@ -171,7 +183,16 @@ def _generations(data: Mapping[str, list[int]]) -> dict[int, tuple[int, int]]:
     return {int(number): (graded, asked) for number, (graded, asked) in data.items()}
 
 
+def _without_secrets(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A study file without the password that older versions stored in a judge's address."""
+    judge = data.get("judge", {})
+    if not has_secret(judge.get("base_url") or ""):
+        return data
+    return {**data, "judge": {**judge, "base_url": None}}
+
+
 READERS: dict[str, Callable[[Any], Any]] = {
+    "study_file": _without_secrets,
     "split": SplitKeys.from_dict,
     "names": tuple,
     "first": _each(tuple),

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 INTERRUPTED = "interrupted"  # the reason of a trial whose process ended before the trial did
+REFERENCES = ("parent", "uniform")  # the roles of what a search is compared with
 # fields of a TaskGrade that are stored only where they have a value
 OPTIONAL = ("length", "likelihood", "objective")
 

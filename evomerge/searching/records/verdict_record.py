@@ -9,6 +9,7 @@ from typing import Any
 from evomerge.searching.records.trial_record import known_error
 
 LEAD = "winner-"  # begins the keys of `Verdict.paired`
+FOUND = "found"  # names the search's own merge where a reference has won
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,16 @@ class Verdict:
     """The winner compared with its parents and the best uniform weight.
 
     `candidates` are by name, "winner" among them; `paired` by "winner-NAME". `n` counts the
-    held-out tasks that have a value.
+    held-out tasks that have a value. `unbeaten` names the reference that won because no merge was
+    found that beats it: base, instruct or uniform 0.5, for example; it has no difference from
+    itself, and "found" is then the merge that the search arrived at.
     """
 
     metric: str
     n: int
     candidates: Mapping[str, HeldOutScore]
     paired: Mapping[str, PairedDifference]
+    unbeaten: str | None = None
 
     @property
     def leads(self) -> dict[str, PairedDifference]:
@@ -64,7 +68,7 @@ class Verdict:
         paired = {name: PairedDifference(**p) for name, p in data["paired"].items()}
         if data["n"] == 1:  # older studies stored one of no width
             paired = {name: PairedDifference(p.diff, None, None) for name, p in paired.items()}
-        return cls(data["metric"], data["n"], candidates, paired)
+        return cls(data["metric"], data["n"], candidates, paired, data.get("unbeaten"))
 
 
 @dataclass(frozen=True)

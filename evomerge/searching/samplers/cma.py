@@ -1,27 +1,30 @@
 """CMA-ES as a pure function from a study's history to the next vector.
 
-Nothing is pickled and nothing is kept between calls: the optimizer is replayed from the finished
-trials, so that resuming is the same as continuing. Every draw is seeded from (study seed,
-generation, index, attempt), so that an interrupted candidate is drawn identically again.
+Nothing is pickled: the optimizer is replayed from the finished trials, so that resuming is the same
+as continuing. What was replayed last is kept in memory and goes on where the history begins with
+the same trials. Every draw is seeded from (study seed, generation, index, attempt), so that an
+interrupted candidate is drawn identically again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from cmaes import CMA
 
 from evomerge.searching.history import History
+from evomerge.searching.records.study_facts import Start
 from evomerge.searching.records.trial_record import TrialRecord
 from evomerge.searching.samplers.cmaes_adapter import (
     Distribution,
     default_population,
     make_cma,
     state,
+    twin,
 )
 
 
@@ -32,6 +35,19 @@ class Slot:
     generation: int
     index: int
     attempt: int = 0
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """An optimizer that was told these trials; `drawing` is its twin, which candidates come from.
+
+    Drawing rounds the covariance anew, so that what goes on being told must not draw.
+    """
+
+    start: Start | None
+    told: tuple[TrialRecord, ...]
+    optimizer: CMA
+    drawing: CMA
 
 
 class CmaSampler:
@@ -67,6 +83,7 @@ class CmaSampler:
         self.default = Distribution(mean, sigma, shape)
         self.known_candidates = [np.array(x, dtype=float) for x in known_candidates]
         self.population = population or default_population(len(names))
+        self._kept: Replayed | None = None
 
     def start(self, history: History) -> Distribution:
         """The distribution of the first generation: the default, or the stored one."""
@@ -99,9 +116,9 @@ class CmaSampler:
         known = self.known(history)
         if position < len(known) and not slot.attempt:
             return known[position].copy()
-        optimizer = self.replay(history, slot.generation)
-        optimizer.reseed_rng(_seed(self.seed, slot))
-        asked: np.ndarray = optimizer.ask()
+        drawing = self._after(history, slot.generation).drawing
+        drawing.reseed_rng(_seed(self.seed, slot))
+        asked: np.ndarray = drawing.ask()
         return asked
 
     def vectors(
@@ -121,31 +138,58 @@ class CmaSampler:
     def mean(self, history: History) -> tuple[int, np.ndarray]:
         """How many generations are complete, and the mean after them, (d,), within the bounds."""
         complete = history.complete_generations(self.population)
-        return complete, np.clip(self.replay(history, complete).mean, *self.bounds.T)
+        return complete, np.clip(self._after(history, complete).optimizer.mean, *self.bounds.T)
 
     def sigma(self, history: History, generation: int) -> float:
         """The step size that a generation is drawn with; those before it must be complete."""
-        return state(self.replay(history, generation)).sigma
+        return state(self._after(history, generation).optimizer).sigma
 
     def distribution(self, history: History) -> Distribution:
         """What the generation after all complete ones is drawn from: a start for another study."""
-        found = state(self.replay(history, history.complete_generations(self.population)))
+        complete = history.complete_generations(self.population)
+        found = state(self._after(history, complete).optimizer)
         return Distribution(np.clip(found.mean, *self.bounds.T), found.sigma, found.cov)
 
     def replay(self, history: History, generations: int) -> CMA:
-        """The optimizer after being told the first `generations`."""
+        """The optimizer after being told the first `generations`, from the beginning."""
         seed = _seed(self.seed, Slot(0, 0))
         start = self.start(history)
         optimizer = make_cma(start, self.bounds, self.population, seed, self.lr_adapt)
+        self._tell(optimizer, history, range(generations))
+        return optimizer
+
+    def _after(self, history: History, generations: int) -> Replayed:
+        """The same optimizer, going on from the one that is kept if it was told the same."""
+        told = history.index.in_order[: generations * self.population]
+        assert len(told) == generations * self.population
+        kept = self._kept
+        if kept is None or kept.start != history.start:
+            kept = self._replayed(history, ())
+        shared = min(len(kept.told), len(told))
+        if kept.told[:shared] != told[:shared]:
+            kept = self._replayed(history, told)
+        elif len(kept.told) < len(told):
+            optimizer = twin(kept.optimizer)
+            self._tell(optimizer, history, range(shared // self.population, generations))
+            kept = Replayed(history.start, told, optimizer, twin(optimizer))
+        self._kept = kept
+        if len(kept.told) > len(told):  # an earlier generation does not replace a later one
+            return self._replayed(history, told)
+        return kept
+
+    def _replayed(self, history: History, told: tuple[TrialRecord, ...]) -> Replayed:
+        optimizer = self.replay(history, len(told) // self.population)
+        return Replayed(history.start, told, optimizer, twin(optimizer))
+
+    def _tell(self, optimizer: CMA, history: History, generations: Iterable[int]) -> None:
         known = self.known(history)
-        for generation in range(generations):
+        for generation in generations:
             told = []
             for index in range(self.population):
                 trial = history.finished[generation, index]
                 assert trial.score is not None
                 told.append((self._told(optimizer, known, trial), -trial.score))
             optimizer.tell(told)
-        return optimizer
 
     def _told(self, optimizer: CMA, known: Sequence[np.ndarray], trial: TrialRecord) -> np.ndarray:
         """A trial's numbers as the optimizer is told them.

@@ -46,6 +46,19 @@ def make_cma(
     )
 
 
+def twin(optimizer: CMA) -> CMA:
+    """Another optimizer in the same state, bit for bit, but for its random numbers.
+
+    Copying as `copy` and `pickle` do keeps half of the covariance, whose halves differ in bits.
+    """
+    other: CMA = CMA.__new__(CMA)
+    for name, value in vars(optimizer).items():
+        if name != "_rng":
+            setattr(other, name, value.copy() if isinstance(value, np.ndarray) else value)
+    other._rng = np.random.RandomState(0)
+    return other
+
+
 def state(optimizer: CMA) -> Distribution:
     """The distribution that the optimizer draws from now."""
     mean, cov = np.array(optimizer.mean), np.array(optimizer._C)

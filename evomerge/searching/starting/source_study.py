@@ -7,7 +7,7 @@ import re
 from evomerge.errors import StudyError
 from evomerge.genome.weights import Genome, make_genome
 from evomerge.searching.ledger import Ledger, open_ledger
-from evomerge.searching.records.optuna_adapter import sqlite_path
+from evomerge.searching.records.storage_place import file_url, storage_place
 from evomerge.searching.records.study_facts import Start
 from evomerge.searching.samplers.cmaes_adapter import Distribution
 from evomerge.searching.samplers.make_sampler import make_sampler
@@ -63,8 +63,8 @@ def source_url(url: str, study: Study) -> str:
 
     An SQLite study has a file of its own; the source's is next to it, unless one file holds both.
     """
-    path = sqlite_path(url)
-    if path is None:
+    file = storage_place(url).file
+    if file is None:
         return url
-    neighbour = path.with_name(f"{study.search.source_study}.db")
-    return f"sqlite:///{neighbour}" if neighbour.exists() else url
+    neighbour = file.with_name(f"{study.search.source_study}.db")
+    return file_url(neighbour) if neighbour.exists() else url

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 import torch
 
 from evomerge.errors import ModelError
-from evomerge.merging.checkpoints.adapter import (
+from evomerge.merging.adapters.adapter import (
     COPY_ADAPTER,
     MERGED_ELSEWHERE,
     WEIGHTS,
     Adapter,
+    is_within,
     open_adapter,
 )
-from evomerge.merging.checkpoints.lora import AdaptedModel, ModuleLora, source
+from evomerge.merging.adapters.adapter_tensors import AdapterTensors, sort_tensors
+from evomerge.merging.adapters.lora import AdaptedModel, ModuleLora, TokenRows, source
 from evomerge.merging.checkpoints.model_folder import EMBED, HEAD, ModelFolder
 from evomerge.merging.checkpoints.safetensors_reader import SafetensorsReader
 
-PREFIX = "base_model.model."
-PART = re.compile(
-    r"^(.+)\.(lora_[AB]\.(?:weight|bias)|lora_embedding_[AB]|lora_magnitude_vector)(?:\.weight)?$"
-)
 OWN_BASE = "Use it with the model that it was trained on."
 
 
@@ -45,15 +42,24 @@ class _LoraPlan:
         self.tied = self._is_tied()
         self.replaced: dict[str, str] = {}
         self.loras: dict[str, list[ModuleLora]] = {}
-        modules = self._sort_tensors()
-        self._check_saved_modules()
+        self.rows: dict[str, list[TokenRows]] = {}
+        found = sort_tensors(adapter, base.keys)
         # the head's comes last, as in the model
+        for name, key in sorted(found.whole.items(), key=lambda item: item[0] == HEAD):
+            self._check_whole(key, self._target(name))
+            self.replaced[self._target(name)] = key
+        for module, key in sorted(found.rows.items(), key=lambda item: item[0] == "lm_head"):
+            self._add_rows(module, key)
+        self._check_saved_modules(found)
+        modules = found.loras
         for module in sorted(modules, key=lambda module: f"{module}.weight" == HEAD):
             lora = self._lora(module, modules[module])
             self.loras.setdefault(self._target(f"{module}.weight"), []).append(lora)
             if "lora_B.bias" in lora.parts:
                 self.loras.setdefault(f"{module}.bias", []).append(lora)
         self._add_missing(modules)
+        for name in self.rows.keys() & self.loras.keys():
+            raise self._error(f"`trainable_token_indices` and a LoRA both change {name}")
 
     def model(self, ref: str) -> AdaptedModel:
         """What base and adapter make together, under that reference."""
@@ -61,7 +67,7 @@ class _LoraPlan:
         config = dict(self.base.config)
         if self.tied:
             files.pop(HEAD, None)
-        elif config.get("tie_word_embeddings"):
+        elif config.get("tie_word_embeddings") or HEAD not in files:
             files.setdefault(HEAD, self.adapter.path / WEIGHTS)
             config["tie_word_embeddings"] = False
         return AdaptedModel(
@@ -75,29 +81,36 @@ class _LoraPlan:
             _weights=self.adapter,
             _replaced=self.replaced,
             _loras=self.loras,
+            _rows=self.rows,
         )
 
-    def _sort_tensors(self) -> dict[str, dict[str, str]]:
-        """Module -> part -> tensor of the file; whole tensors go to `replaced`."""
-        modules: dict[str, dict[str, str]] = {}
-        for key in self.adapter.shapes:
-            if not key.startswith(PREFIX):
-                raise self._error(f"tensor {key} is of a kind that is not supported")
-            match = PART.match(key.removeprefix(PREFIX))
-            if match:
-                modules.setdefault(match[1], {})[match[2]] = key
-                continue
-            name = self._target(key.removeprefix(PREFIX).replace(".base_layer.", "."))
-            self._check_whole(key, name)
-            self.replaced[name] = key
-        return modules
+    def _add_rows(self, module: str, key: str) -> None:
+        """Rows of a module that `trainable_token_indices` names."""
+        ids, name = self.adapter.token_ids(module), self._target(f"{module}.weight")
+        place = source(self.base, name)
+        if place not in self.base.keys:
+            raise self._error(f"it contains rows of {name}, which the base lacks", OWN_BASE)
+        rows, *width = self.base.shape(place)
+        if ids and max(ids) >= rows:
+            raise self._resized(max(ids) + 1, rows)
+        if not ids or self.adapter.shapes[key] != (len(ids), *width):
+            raise self._error(
+                f"the rows of {name} have shape {self.adapter.shapes[key]}, but the base and "
+                f"`trainable_token_indices` give {(len(ids), *width)}",
+                OWN_BASE,
+            )
+        self.rows.setdefault(name, []).append(TokenRows(ids, key))
 
-    def _check_saved_modules(self) -> None:
+    def _check_saved_modules(self, found: AdapterTensors) -> None:
         for wanted in self.config.get("modules_to_save") or []:
-            if not any(name.rpartition(".")[0].endswith(wanted) for name in self.replaced):
+            if not any(is_within(name.rpartition(".")[0], wanted) for name in found.whole):
                 raise self._error(
                     f"`modules_to_save` names {wanted}, which {WEIGHTS} lacks", COPY_ADAPTER
                 )
+        if self.config.get("trainable_token_indices") and not found.rows:
+            raise self._error(
+                f"`trainable_token_indices` names rows, which {WEIGHTS} lacks", COPY_ADAPTER
+            )
 
     def _add_missing(self, modules: Mapping[str, object]) -> None:
         """A LoRA of zeros where the settings name a module that the file lacks.
@@ -123,7 +136,8 @@ class _LoraPlan:
             raise self._error(f"it targets {module}, which the base lacks", OWN_BASE)
         if ".experts." in module:
             raise self._error(f"it targets {module}, and a LoRA on experts is not supported")
-        if not self.adapter.targets(module):
+        on_parameter = self.adapter.targets_parameter(f"{module}.weight")
+        if not on_parameter and not self._targets(module):
             raise self._error(
                 f"it contains a LoRA for {module}, which its `target_modules` leave out",
                 "Correct adapter_config.json.",
@@ -131,16 +145,40 @@ class _LoraPlan:
         if self.config.get("lora_bias") and f"{module}.bias" not in self.base.keys:
             raise self._error(f"`lora_bias` needs {module}.bias, which the base lacks")
         rank, scaling = self.adapter.rank_and_scaling(module)
+        blocks = self.adapter.blocks(module)
         wanted = self._shapes(self.base.shape(weight), rank, "lora_embedding_A" in parts)
+        for part, n in blocks.items():
+            if part in wanted:
+                wanted[part] = (wanted[part][0], wanted[part][1] // n)
         for part in sorted(wanted.keys() | parts.keys()):
             found = self.adapter.shapes[parts[part]] if part in parts else None
             if found != wanted.get(part):
+                self._check_vocabulary(module, found, wanted.get(part))
                 raise self._error(
                     f"{part} of {module} has shape {found}, "
                     f"but the base and adapter_config.json give {wanted.get(part)}",
                     OWN_BASE,
                 )
-        return ModuleLora(parts, scaling)
+        rounded = on_parameter or bool(self.config.get("use_bdlora"))
+        return ModuleLora(parts, scaling, rounded, blocks)
+
+    def _targets(self, module: str) -> bool:
+        """Whether peft would put a LoRA on the module; the embeddings' is a tied head's as well."""
+        is_tied = self.tied and f"{module}.weight" == HEAD
+        if is_tied and self.config.get("ensure_weight_tying"):
+            module = EMBED.removesuffix(".weight")
+        return self.adapter.targets(module)
+
+    def _check_vocabulary(
+        self, module: str, found: tuple[int, ...] | None, wanted: tuple[int, ...] | None
+    ) -> None:
+        """Raise ModelError where a LoRA differs from the base in the number of tokens alone."""
+        if f"{module}.weight" not in (EMBED, HEAD) or not found or not wanted:
+            return
+        rows = self.base.shape(source(self.base, f"{module}.weight"))[0]
+        for axis in (0, 1):
+            if wanted[axis] == rows and found[1 - axis] == wanted[1 - axis]:
+                raise self._resized(found[axis], rows)
 
     def _shapes(
         self, weight: tuple[int, ...], rank: int, is_embedding: bool
@@ -169,11 +207,14 @@ class _LoraPlan:
         if found == wanted:
             return
         if name in (EMBED, HEAD) and found[1:] == wanted[1:]:
-            raise self._error(
-                f"resized embeddings are not supported: "
-                f"its vocabulary has {found[0]} rows, the base's {wanted[0]}"
-            )
+            raise self._resized(found[0], wanted[0])
         raise self._error(f"{name} has shape {found}, the base's has {wanted}", OWN_BASE)
+
+    def _resized(self, found: int, wanted: int) -> ModelError:
+        return self._error(
+            f"resized embeddings are not supported: "
+            f"its vocabulary has {found} rows, the base's {wanted}"
+        )
 
     def _target(self, name: str) -> str:
         """The merged model's tensor of that name."""
@@ -182,9 +223,10 @@ class _LoraPlan:
     def _is_tied(self) -> bool:
         """Whether head and embeddings are one tensor, by transformers' rule.
 
-        `modules_to_save` makes them two.
+        `modules_to_save` makes them two, unless `ensure_weight_tying` keeps both the same.
         """
-        if any(self.adapter.saves(name.removesuffix(".weight")) for name in (EMBED, HEAD)):
+        saved = any(self.adapter.saves(name.removesuffix(".weight")) for name in (EMBED, HEAD))
+        if saved and not self.config.get("ensure_weight_tying"):
             return False
         if HEAD not in self.base.keys:
             return True

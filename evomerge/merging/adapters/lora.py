@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from evomerge.merging.checkpoints.adapter import Adapter
+from evomerge.merging.adapters.adapter import Adapter
 from evomerge.merging.checkpoints.model_folder import EMBED, HEAD, ModelFolder
 
 
@@ -37,6 +37,16 @@ def add_to_linear(
     if magnitude is not None:
         merged = (magnitude.float() / torch.linalg.norm(merged, dim=1)).view(-1, 1) * merged
     return merged.to(weight.dtype)
+
+
+def add_rounded(
+    weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """W + r(s BA): as `add_to_linear`, but the delta is rounded before the sum.
+
+    So peft adds a LoRA on a parameter, and a block-diagonal one.
+    """
+    return weight + ((b.float() @ a.float()) * scaling).to(weight.dtype)
 
 
 def add_to_embedding(
@@ -68,6 +78,16 @@ class ModuleLora:
 
     parts: Mapping[str, str]
     scaling: float
+    rounded: bool = False  # as in `add_rounded`
+    blocks: Mapping[str, int] = field(default_factory=dict)  # part -> blocks on its diagonal
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Rows of the embeddings or the head that the adapter replaces."""
+
+    ids: tuple[int, ...]
+    key: str  # the tensor in the adapter's file, (len(ids), hidden)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +102,8 @@ class AdaptedModel(ModelFolder):
     _replaced: Mapping[str, str] = field(repr=False)
     # tensor -> LoRAs, in the order in which they are added
     _loras: Mapping[str, list[ModuleLora]] = field(repr=False)
+    # tensor -> rows that are replaced after that
+    _rows: Mapping[str, list[TokenRows]] = field(repr=False)
 
     @property
     def places(self) -> tuple[Path, ...]:
@@ -103,9 +125,20 @@ class AdaptedModel(ModelFolder):
         else:
             tensor = self._weights.read(replaced).to(self.loaded)
         for lora in self._loras.get(name, ()):
-            parts = {part: self._weights.read(key) for part, key in lora.parts.items()}
-            tensor = _add(tensor, parts, lora.scaling)
+            tensor = _add(tensor, lora, self._read_parts(lora))
+        for rows in self._rows.get(name, ()):
+            new = self._weights.read(rows.key).to(tensor.dtype)
+            tensor = tensor.index_copy(0, torch.tensor(rows.ids), new)
         return tensor
+
+    def _read_parts(self, lora: ModuleLora) -> dict[str, torch.Tensor]:
+        parts = {}
+        for part, key in lora.parts.items():
+            parts[part] = self._weights.read(key)
+            if part in lora.blocks:
+                blocks = parts[part].chunk(lora.blocks[part])
+                parts[part] = torch.block_diag(*blocks)
+        return parts
 
 
 def source(base: ModelFolder, name: str) -> str:
@@ -113,14 +146,16 @@ def source(base: ModelFolder, name: str) -> str:
     return EMBED if name == HEAD and HEAD not in base.keys else name
 
 
-def _add(tensor: torch.Tensor, parts: Mapping[str, torch.Tensor], scaling: float) -> torch.Tensor:
+def _add(tensor: torch.Tensor, lora: ModuleLora, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
     if not parts:
         return tensor + 0.0
     if tensor.ndim == 1:
-        return (tensor + parts["lora_B.bias"].float() * scaling).to(tensor.dtype)
+        return (tensor + parts["lora_B.bias"].float() * lora.scaling).to(tensor.dtype)
     magnitude = parts.get("lora_magnitude_vector")
     if "lora_embedding_A" in parts:
         a, b = parts["lora_embedding_A"], parts["lora_embedding_B"]
-        return add_to_embedding(tensor, a, b, scaling, magnitude)
+        return add_to_embedding(tensor, a, b, lora.scaling, magnitude)
     a, b = parts["lora_A.weight"], parts["lora_B.weight"]
-    return add_to_linear(tensor, a, b, scaling, magnitude)
+    if lora.rounded:
+        return add_rounded(tensor, a, b, lora.scaling)
+    return add_to_linear(tensor, a, b, lora.scaling, magnitude)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,26 +12,23 @@ from typing import Any
 import torch
 
 from evomerge.errors import ModelError
+from evomerge.merging.adapters.timed_patterns import TimedPatterns, compiles
+from evomerge.merging.checkpoints.folder_files import check_files, read_json
 from evomerge.merging.checkpoints.hub import find_folder
 from evomerge.merging.checkpoints.safetensors_reader import SafetensorsReader
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 OUTSIDE = ("model.embed_tokens", "lm_head")  # peft's "all-linear" leaves these out
+# by setting of `use_bdlora`
+BLOCK_PARTS = {"target_modules_bd_a": "lora_A.weight", "target_modules_bd_b": "lora_B.weight"}
 MERGED_ELSEWHERE = "Merge it with peft first, and name the result."
 COPY_ADAPTER = "Copy or download the adapter again."
 # Settings that change what is merged, or that peft itself cannot merge.
 REFUSED = (
-    "target_parameters",
-    "trainable_token_indices",
     "layer_replication",
-    "ensure_weight_tying",
-    "use_qalora",
-    "use_bdlora",
     "alora_invocation_tokens",
     "arrow_config",
     "kasa_config",
-    "monteclora_config",
-    "velora_config",
 )
 # Ways to start training from which loading takes only the adapter's shapes; the others move the
 # base's weights as well.
@@ -43,6 +38,7 @@ NAME_TYPES: Mapping[str, tuple[type, ...]] = {
     "target_modules": (str, list),
     "exclude_modules": (str, list),
     "modules_to_save": (list,),
+    "target_parameters": (list,),
     "layers_pattern": (str, list),
     "rank_pattern": (dict,),
     "alpha_pattern": (dict,),
@@ -56,6 +52,7 @@ class Adapter:
     path: Path
     config: Mapping[str, Any]
     _weights: SafetensorsReader = field(repr=False, compare=False)
+    _patterns: TimedPatterns = field(repr=False, compare=False)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -85,18 +82,18 @@ class Adapter:
 
     def _by_pattern(self, key: str, patterns: str, module: str) -> Any:
         for pattern, value in (self.config.get(patterns) or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
+            if self._patterns.match(rf"(.*\.)?({pattern})$", module):
                 return value
         return self.config.get(key)
 
     def targets(self, module: str) -> bool:
         """Whether peft would put a LoRA on the module; it silently skips all that is not named."""
-        if _matches(self.config.get("exclude_modules") or [], module):
+        if self._matches(self.config.get("exclude_modules") or [], module):
             return False
         wanted = self.config.get("target_modules") or []
         if wanted == "all-linear":
             return module not in OUTSIDE
-        matched = _matches(wanted, module)
+        matched = self._matches(wanted, module)
         layers = self.config.get("layers_to_transform")
         in_every_layer = isinstance(wanted, str) or module in wanted or layers in (None, [])
         if in_every_layer or not matched:
@@ -107,14 +104,52 @@ class Adapter:
         """The module's layer by `layers_pattern`; None outside the layers."""
         patterns = self.config.get("layers_pattern") or [r"[^.]*"]
         for pattern in _as_list(patterns):
-            match = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module)
+            match = self._patterns.match(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", module)
             if match:
-                return int(match[1])
+                return int(match["idx"])
         return None
 
+    def _matches(self, names: str | list[str], module: str) -> bool:
+        if isinstance(names, str):
+            return self._patterns.match(rf"(?:{names})\Z", module) is not None
+        return any(module == name or module.endswith(f".{name}") for name in names)
+
     def saves(self, module: str) -> bool:
-        """Whether the adapter contains the whole module, by peft's rule."""
-        return any(module.endswith(name) for name in self.config.get("modules_to_save") or [])
+        """Whether the adapter contains the whole module, or one that it is a part of."""
+        return any(is_within(module, name) for name in self.config.get("modules_to_save") or [])
+
+    def targets_parameter(self, name: str) -> bool:
+        """Whether the tensor itself has a LoRA, rather than its module."""
+        wanted = self.config.get("target_parameters") or []
+        return any(name == target or name.endswith(f".{target}") for target in wanted)
+
+    def blocks(self, module: str) -> dict[str, int]:
+        """The part of a block-diagonal LoRA that is stored as blocks, and their number."""
+        settings = self.config.get("use_bdlora") or {}
+        for key, part in BLOCK_PARTS.items():
+            if any(name in module for name in settings.get(key) or []):
+                return {part: settings["nblocks"]}
+        return {}
+
+    def token_ids(self, module: str) -> tuple[int, ...]:
+        """The tokens whose rows in the module `trainable_token_indices` names."""
+        found = self.config.get("trainable_token_indices") or {}
+        if isinstance(found, list):
+            found = {OUTSIDE[0]: found}
+        for name, ids in found.items():
+            if module.endswith(name):
+                return tuple(ids)
+        return ()
+
+
+def is_within(module: str, name: str) -> bool:
+    """Whether peft finds the module, or one that it is a part of, by the end of its name."""
+    path = module
+    while path:
+        if path.endswith(name):
+            return True
+        path = path.rpartition(".")[0]
+    return False
 
 
 def open_adapter(ref: str) -> Adapter:
@@ -124,11 +159,13 @@ def open_adapter(ref: str) -> Adapter:
     is not supported.
     """
     path = find_folder(ref, "adapter", "Name a folder that peft saved, or a hub name.")
-    _check_files(path)
-    return Adapter(path, _read_config(path / CONFIG), SafetensorsReader(path / WEIGHTS))
+    check_files(path)
+    _check_present(path)
+    config = _read_config(path / CONFIG)
+    return Adapter(path, config, SafetensorsReader(path / WEIGHTS), TimedPatterns(path / CONFIG))
 
 
-def _check_files(path: Path) -> None:
+def _check_present(path: Path) -> None:
     if not (path / CONFIG).is_file():
         raise ModelError(
             "the folder has no adapter_config.json",
@@ -149,14 +186,7 @@ def _check_files(path: Path) -> None:
 
 def _read_config(file: Path) -> dict[str, Any]:
     """adapter_config.json. Raises ModelError for another kind than LoRA or an unknown setting."""
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"adapter_config.json cannot be read: {error}",
-            where=file.parent,
-            remedy=COPY_ADAPTER,
-        ) from error
+    config = read_json(file, COPY_ADAPTER)
     kind = config.get("peft_type") if isinstance(config, dict) else config
     if not isinstance(config, dict) or kind != "LORA":
         raise ModelError(
@@ -184,10 +214,25 @@ def _check_types(config: Mapping[str, Any], file: Path) -> None:
     layers = config.get("layers_to_transform") or []
     if not all(isinstance(layer, int) for layer in _as_list(layers)):
         raise _wrong_type("layers_to_transform", layers, file)
+    tokens = config.get("trainable_token_indices") or []
+    for ids in tokens.values() if isinstance(tokens, dict) else [tokens]:
+        if not isinstance(ids, list) or not all(type(id_) is int and id_ >= 0 for id_ in ids):
+            raise _wrong_type("trainable_token_indices", tokens, file)
+    if not _are_blocks(config.get("use_bdlora") or {}):
+        raise _wrong_type("use_bdlora", config["use_bdlora"], file)
     for key, types in NAME_TYPES.items():
         names = config.get(key)
         if names and not _are_names(key, names, types):
             raise _wrong_type(key, names, file)
+
+
+def _are_blocks(settings: Any) -> bool:
+    if settings == {}:
+        return True
+    if not isinstance(settings, dict) or type(settings.get("nblocks")) is not int:
+        return False
+    names = [settings.get(key) or [] for key in BLOCK_PARTS]
+    return settings["nblocks"] > 0 and all(isinstance(name, list) for name in names)
 
 
 def _are_names(key: str, names: Any, types: tuple[type, ...]) -> bool:
@@ -199,12 +244,7 @@ def _are_names(key: str, names: Any, types: tuple[type, ...]) -> bool:
         return False
     if isinstance(names, list) and key != "layers_pattern":
         return True  # module names, not expressions
-    try:
-        for expression in listed:
-            re.compile(expression)
-    except re.error:
-        return False
-    return True
+    return all(compiles(expression) for expression in listed)
 
 
 def _as_list(setting: Any) -> list[Any]:
@@ -219,9 +259,3 @@ def _wrong_type(key: str, found: object, file: Path) -> ModelError:
         found=found,
         remedy="Correct it.",
     )
-
-
-def _matches(names: str | list[str], module: str) -> bool:
-    if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
-    return any(module == name or module.endswith(f".{name}") for name in names)

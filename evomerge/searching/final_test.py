@@ -1,0 +1,194 @@
+"""The end of a study: the winner is chosen and compared on tasks that the search never saw."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from evomerge.answering.cache import MERGED
+from evomerge.console import Console
+from evomerge.errors import StudyFileError
+from evomerge.searching.choosing import choose_winner, compared_with, finalists, unbeaten_name
+from evomerge.searching.evaluate import Evaluation, Evaluator
+from evomerge.searching.history import History
+from evomerge.searching.ledger import Ledger
+from evomerge.searching.prepare import Problem
+from evomerge.searching.records.trial_record import TaskGrade, TrialRecord, metric_values
+from evomerge.searching.records.verdict_record import (
+    FOUND,
+    LEAD,
+    Decision,
+    HeldOutScore,
+    PairedDifference,
+    Sample,
+    SampleAnswer,
+    ValidationChoice,
+    Verdict,
+)
+from evomerge.searching.report_judge import cut, known_agreement, report_judge
+from evomerge.searching.scoring import (
+    Scorer,
+    bootstrap_interval,
+    mean_and_error,
+    stratified_error,
+)
+from evomerge.tasks import Task
+
+SAMPLES = 12  # held-out tasks whose answers are stored for the report
+SAMPLE_CHARACTERS = 600  # characters of each text that is stored for the report
+
+
+def make_verdict(
+    held_out: Mapping[str, Mapping[str, TaskGrade]],
+    metric: str,
+    seed: int,
+    sources: Mapping[str, int] | None = None,
+    unbeaten: str | None = None,
+    same: Collection[str] = (),
+) -> Verdict:
+    """The verdict from the held-out grades of each candidate ("winner" among them).
+
+    `sources` name each task's source where the sources have different weights; `unbeaten` as in
+    `Verdict`. Candidates that are the `same` trial as the winner are not compared with it.
+    """
+    candidates, paired = {}, {}
+    winner = metric_values(held_out["winner"], metric)
+    for name, grades in held_out.items():
+        values = metric_values(grades, metric)
+        mean, error = mean_and_error(list(values.values()))
+        if sources:
+            error = stratified_error(values, sources)
+        truncated = float(np.mean([grade.truncated for grade in grades.values()]))
+        candidates[name] = HeldOutScore(mean, error, truncated)
+        if name != "winner" and name not in same:
+            paired[f"{LEAD}{name}"] = _paired_difference(winner, values, seed, sources)
+    return Verdict(metric, len(winner), candidates, paired, unbeaten)
+
+
+def _paired_difference(
+    winner: Mapping[str, float],
+    other: Mapping[str, float],
+    seed: int,
+    sources: Mapping[str, int] | None,
+) -> PairedDifference:
+    differences, groups = [], []
+    for task, value in winner.items():
+        if task in other:
+            differences.append(value - other[task])
+            groups.append(sources[task] if sources else 0)
+    if len(differences) == 1:
+        return PairedDifference(differences[0], None, None)
+    low, high = bootstrap_interval(differences, seed, groups)
+    return PairedDifference(float(np.mean(differences)), low, high)
+
+
+@dataclass(frozen=True)
+class FinalTest:
+    """The end of a study: the choice of the winner, and the verdict on the held-out tasks."""
+
+    problem: Problem
+    ledger: Ledger
+    evaluator: Evaluator
+    scorer: Scorer
+    console: Console
+
+    def run(self) -> Verdict:
+        """Choose the winner and compare it. Raises EngineError, JudgeError, StudyFileError.
+
+        What was computed before an interruption comes from the cache. Each look at the held-out
+        tasks is counted: a winner that is chosen after one look is no longer chosen blindly.
+        """
+        history, facts = self.ledger.history(), self.ledger.facts
+        winner = self._choose(history)
+        uniform = self.problem.study.search.uniform
+        unbeaten = unbeaten_name(winner, self.problem.genome, uniform)
+        compared = {"winner": winner, **compared_with(history, self.problem.genome)}
+        if unbeaten is not None:
+            compared[FOUND] = history.mean or history.best_candidate()
+        numbers = {name: trial.number for name, trial in compared.items()}
+        if facts.verdict is not None and facts.compared == numbers:
+            return facts.verdict
+        evaluations = self._evaluate(compared, self.problem.split.held_out, "verdict: {name}")
+        grades = {}
+        for name, evaluation in evaluations.items():
+            grades[name] = self.scorer.by_task(evaluation)
+        metric, seed = self.problem.study.metric, self.problem.study.search.seed
+        if not metric_values(grades["winner"], metric):
+            raise StudyFileError(
+                "no held-out task is closed",
+                where="judge.metric",
+                found=metric,
+                remedy="Use grade.",
+            )
+        same = [name for name, number in numbers.items() if number == winner.number]
+        verdict = make_verdict(grades, metric, seed, self.scorer.sources, unbeaten, same)
+        self._remember_answers(evaluations)
+        look = 1 if facts.verdict is None else facts.look + 1
+        self.ledger.remember("verdict", Decision(verdict, numbers, look))
+        return verdict
+
+    def _choose(self, history: History) -> TrialRecord:
+        """The winner: by the validation tasks where there are any, else by the search tasks."""
+        study, tasks = self.problem.study, self.problem.split.validation
+        metric = study.metric
+        found = finalists(history, study.search.finalists, self.ledger.facts.references_win)
+        if not tasks:
+            return choose_winner(found, metric)
+        compared = {str(trial.number): trial for trial in found.every}
+        grades = {}
+        evaluations = self._evaluate(compared, tasks, "validation: trial {number}")
+        for name, evaluation in evaluations.items():
+            grades[int(name)] = metric_values(self.scorer.by_task(evaluation), metric)
+        if not all(grades.values()):
+            self.console.say(
+                "no validation task is closed, so the winner is chosen on the search tasks"
+            )
+            return choose_winner(found, metric)
+        winner = choose_winner(found, metric, grades)
+        means = {}
+        for number, values in grades.items():
+            means[number] = mean_and_error(list(values.values()))
+        n = len(next(iter(grades.values())))
+        self.ledger.remember("validation", ValidationChoice(n, means, winner.number))
+        return winner
+
+    def _evaluate(
+        self, compared: Mapping[str, TrialRecord], tasks: Sequence[Task], label: str
+    ) -> dict[str, Evaluation]:
+        """Evaluate trials on the same tasks; while the judge works, the next ones answer."""
+        recipes = [self.problem.genome.decode(trial.weights) for trial in compared.values()]
+        evaluations = {}
+        for i, (name, trial) in enumerate(compared.items()):
+            upcoming = [(recipe, tasks, MERGED) for recipe in recipes[i + 1 :]]
+            shown = label.format(name=name, number=trial.number)
+            evaluate = self.evaluator.evaluate
+            evaluations[name] = evaluate(recipes[i], [tasks], shown, upcoming=upcoming)
+        return evaluations
+
+    def _remember_answers(self, evaluations: Mapping[str, Evaluation]) -> None:
+        """Store what the report shows about the judge and the held-out answers."""
+        tasks, judge = self.problem.split.held_out, self.evaluator.judge
+        if judge is not None:
+            known = known_agreement(judge)
+            report = report_judge(judge.name, judge.version, tasks, evaluations, known)
+            self.ledger.remember("judge_report", report)
+        self.ledger.remember("samples", samples(tasks, evaluations))
+
+
+def samples(tasks: Sequence[Task], evaluations: Mapping[str, Evaluation]) -> list[Sample]:
+    """Held-out answers side by side, those first on which the candidates' grades differ most."""
+    spreads = []
+    for i in range(len(tasks)):
+        values = [evaluation.grades[i].value for evaluation in evaluations.values()]
+        spreads.append(max(values) - min(values))
+    chosen = []
+    for i in sorted(range(len(tasks)), key=lambda i: (-spreads[i], i))[:SAMPLES]:
+        task, answers = tasks[i], {}
+        for name, evaluation in evaluations.items():
+            text = cut(evaluation.answers[i].text, SAMPLE_CHARACTERS)
+            answers[name] = SampleAnswer(text, evaluation.grades[i].value)
+        shown = cut(task.input, SAMPLE_CHARACTERS), cut(task.output, SAMPLE_CHARACTERS)
+        chosen.append(Sample(task.stored_id, *shown, answers))
+    return chosen

@@ -1,0 +1,119 @@
+"""What a study needs: memory, disk, answers, requests."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from evomerge.console import size
+from evomerge.genome.weights import Genome
+from evomerge.merging.checkpoints.config_defaults import config_value
+from evomerge.searching.preflight.findings import Findings
+from evomerge.study import SUBSET, Study
+from evomerge.tasks import Split
+
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+WAITING = {
+    "auto": "on the device where they fit, else on the host, else on disk",
+    "device": "on the device too",
+    "host": "in host memory, streamed",
+    "disk": "streamed from disk",
+}
+
+
+def check_slices(findings: Findings, genome: Genome) -> None:
+    """What is searched."""
+    plain = genome.dimensions == len(genome.slices) * len(genome.siblings)
+    findings.add(
+        "ok",
+        "slices",
+        f"{len(genome.slices)} of {genome.slices[0][1]} layers x {len(genome.siblings)} "
+        f"sibling(s) = {genome.dimensions} {'weights' if plain else 'numbers'}",
+    )
+
+
+def check_memory_and_disk(findings: Findings, study: Study, config: Mapping[str, Any]) -> None:
+    """The live model, its cache, the other models, and an exported one."""
+    from evomerge.merging.checkpoints.size import count_parameters, kv_cache_bytes
+
+    engine = study.engine
+    parameters = count_parameters(config)
+    model = parameters * BYTES[study.search.dtype]
+    positions = engine.batch_size * (study.generation.max_new_tokens + 512)
+    copies = len(study.genome.all_models)
+    live = size(live_bytes(study, config, parameters))
+    findings.add(
+        "ok",
+        "memory",
+        f"{_millions(parameters)} parameters, {live} live in "
+        f"{engine.quantization or study.search.dtype}, about "
+        f"{size(kv_cache_bytes(config, positions))} of keys and values ({engine.batch_size} "
+        f"answers per batch); base and siblings: {size(copies * model)}, "
+        f"{WAITING[engine.residency]}",
+    )
+    free = shutil.disk_usage(Path.cwd()).free
+    text = f"{size(copies * model)} of models and {size(model)} for an exported one"
+    level = "ok" if free > model * (1 + copies) else "low"
+    findings.add(level, "disk", f"{text}; {size(free)} free here")
+
+
+def live_bytes(study: Study, config: Mapping[str, Any], parameters: int) -> float:
+    """The size of the live model.
+
+    In 4 bits, linears take half a byte and a scale for each 64 numbers; embeddings and head stay.
+    """
+    whole = BYTES[study.search.dtype]
+    if study.engine.quantization is None:
+        return parameters * whole
+    rows = int(config["vocab_size"]) * int(config["hidden_size"])
+    if not config_value(config, "tie_word_embeddings"):
+        rows *= 2
+    # double: a scale is a byte, and has its own scale
+    scales = 4 / 64 if study.engine.quantization == "4bit" else 1 / 64 + 4 / (64 * 256)
+    return rows * whole + (parameters - rows) * (0.5 + scales)
+
+
+def cost(study: Study, genome: Genome, split: Split | None) -> str:
+    """How many candidates, answers and requests a search has."""
+    from evomerge.searching.samplers.cmaes_adapter import default_population
+
+    s = study.search
+    population = s.population or default_population(genome.dimensions)
+    # without a complete generation there is no mean
+    references = len(genome.references(s.uniform))
+    fixed = references + (s.trials >= population)
+    text = (
+        f"{s.trials} candidates in generations of {population}, {s.trials + fixed} with parents, "
+        "uniform weights and the mean"
+    )
+    if split is None:
+        return text + "; the number of tasks is not known"
+    searched, kept, held_out = map(len, (split.search, split.validation, split.held_out))
+    ranked = searched if s.ranking == "all" else min(searched, s.subset or SUBSET)
+    answers = s.trials * ranked + fixed * searched
+    answers += (s.finalists + 1 + min(s.finalists, references)) * kept
+    answers += (2 + len(study.genome.all_models)) * held_out
+    if study.lm_eval:
+        return f"{text}; {answers:,} answers to documents"
+    more = ""
+    if s.ranking != "all" and ranked != searched:
+        more = " or more, because a generation answers more tasks as the step size shrinks"
+    tokens = study.generation.max_new_tokens
+    judging = judging_cost(study, answers)
+    return f"{text}; {answers:,} answers{more} of at most {tokens} tokens; {judging}"
+
+
+def judging_cost(study: Study, answers: int) -> str:
+    """How many requests the judge may need."""
+    requests = f"{answers * study.judge.votes:,} requests to the judge"
+    if study.judge.kind == "cascade":
+        return f"at most {requests}, fewer where the learned judge decides"
+    if study.judge.kind == "llm":
+        return f"{requests} at most, before retries: equal answers are graded once"
+    return "the judge costs nothing"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"

@@ -1,0 +1,172 @@
+"""`evomerge check`: every finding on one study, before any work."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from evomerge.errors import EvomergeError, ModelError, StudyError
+from evomerge.genome.weights import make_genome
+from evomerge.merging.checkpoints.compatibility import check_fit
+from evomerge.merging.checkpoints.model_folder import ModelFolder, num_layers
+from evomerge.merging.checkpoints.open_model import open_model
+from evomerge.searching.ledger import Ledger, open_ledger
+from evomerge.searching.preflight.answers_check import check_engine, check_judge, check_prompts
+from evomerge.searching.preflight.findings import Findings, PreflightFinding
+from evomerge.searching.preflight.needs import check_memory_and_disk, check_slices, cost
+from evomerge.searching.prepare import prepare, study_tasks
+from evomerge.searching.records.identity import changes, refused
+from evomerge.searching.records.storage_place import storage_place
+from evomerge.searching.records.study_facts import StudyFacts
+from evomerge.searching.starting.recognise import facts_of
+from evomerge.searching.starting.warm_start import check_warm_start
+from evomerge.study import Study, as_begun
+from evomerge.tasks import Split, split_tasks
+
+
+def check_study(
+    study: Study,
+    base_config: Path | None = None,
+    url: str | None = None,
+    results: Path | None = None,
+) -> list[PreflightFinding]:
+    """Every finding, good or bad; nothing is raised for what a user can fix, nothing is written.
+
+    `base_config` is used when the base cannot be reached. `url` is the storage, where the study may
+    have begun already, and `results` the folder of its results.
+    """
+    findings = Findings()
+    config = None if base_config is None else _config_file(findings, base_config)
+    opened = _models(findings, study)
+    split = _tasks(findings, study)
+    check_engine(findings, study)
+    check_judge(findings, study, split)
+    if opened:
+        with findings.refusals("fit"):
+            same = study.genome.tokenizer_source is None
+            check_fit(opened[0], opened[1:], same_vocabulary=same)
+            findings.add("ok", "shapes", f"{len(opened[0].keys)} tensors, the same in every model")
+        with findings.refusals("tokenizer"):
+            check_prompts(findings, study, opened[0], split)
+        config = dict(opened[0].config)
+    _slices_and_sizes(findings, study, config, split)
+    _places(findings, url, results)
+    if opened and findings.all_well:
+        _search_itself(findings, study, url)
+    return findings.lines
+
+
+def _config_file(findings: Findings, path: Path) -> dict[str, Any] | None:
+    """A model's config.json; None when it cannot be read."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError) as error:
+        findings.add("wrong", "--base-config", f"{path}: {error}")
+        return None
+    return config
+
+
+def _models(findings: Findings, study: Study) -> list[ModelFolder]:
+    """Every model, the base first; none where one cannot be reached."""
+    opened = []
+    refs = study.genome.all_models
+    for ref in refs:
+        role = "base" if ref == study.genome.base_model else "sibling"
+        try:
+            opened.append(open_model(ref))
+            findings.add("ok", role, ref)
+        except ModelError as error:
+            findings.add("wrong" if _is_here(ref) else "unknown", role, str(error))
+    return opened if len(opened) == len(refs) else []
+
+
+def _is_here(ref: str) -> bool:
+    """Whether a reference names a folder of this machine, there or not, and no name on the hub."""
+    path = Path(ref.partition("+")[0])
+    return path.is_absolute() or len(path.parts) != 2 or path.parent.is_dir()
+
+
+def _tasks(findings: Findings, study: Study) -> Split | None:
+    """The tasks by their parts; None where they are not known."""
+    parts = study.split
+    try:
+        tasks = study_tasks(study)
+        split = split_tasks(tasks, parts.held_out, parts.seed, parts.validation)
+    except EvomergeError as error:
+        local = any(source.file or source.name for source in study.tasks)
+        findings.add("wrong" if local else "unknown", "tasks", str(error))
+        return None
+    text = f"{len(split.search)} to search on, {len(split.held_out)} held out"
+    if split.validation:
+        text += f", {len(split.validation)} to validate the finalists"
+    findings.add("ok", "tasks", text)
+    return split
+
+
+def _slices_and_sizes(
+    findings: Findings, study: Study, config: dict[str, Any] | None, split: Split | None
+) -> None:
+    """What is searched, and what it needs."""
+    if config is None:
+        text = "no model configuration; give one with --base-config FILE"
+        findings.add("unknown", "slices, memory, disk", text)
+        return
+    with findings.refusals("slices"):
+        genome = make_genome(study, num_layers(config))
+        check_slices(findings, genome)
+        try:
+            check_memory_and_disk(findings, study, config)
+        except KeyError as error:
+            text = f"the configuration has no {error}, so that sizes are not known"
+            findings.add("unknown", "memory, disk", text)
+        findings.add("ok", "cost", cost(study, genome, split))
+
+
+def _places(findings: Findings, url: str | None, results: Path | None) -> None:
+    """Whether storage and results can be written."""
+    places = {"--results": results}
+    if url is not None:
+        with findings.refusals("--storage"):
+            file = storage_place(url).file
+            places["--storage"] = None if file is None else Path(file).parent
+    for name, folder in places.items():
+        if folder is None:
+            continue
+        there = folder.absolute()
+        while not there.exists() and there != there.parent:
+            there = there.parent
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            text = f"{folder}: cannot be made or written. Name another folder."
+            findings.add("wrong", name, text)
+
+
+def _search_itself(findings: Findings, study: Study, url: str | None) -> None:
+    """What a search does before it loads a model: whatever it refuses is wrong."""
+    with findings.refusals("search"):
+        stored = None if url is None else _stored_study(url, study.study)
+        facts = StudyFacts() if stored is None else stored.facts
+        prepared = prepare(as_begun(study, facts.study_file), lambda note: None)
+        if study.search.warm_start is not None:
+            check_warm_start(prepared.genome, prepared.split.search)
+        if stored is None or not facts.begun:
+            return
+        changed = changes(facts, facts_of(prepared, facts))
+        if changed and stored.history().complete:
+            raise refused(facts, changed, study.study)
+        done = len(stored.history().candidates)
+        text = f"the study has begun: {done} of {study.search.trials} candidates are complete"
+        findings.add("ok", "storage", text)
+
+
+def _stored_study(url: str, name: str) -> Ledger | None:
+    """The stored study; None where it has not begun."""
+    try:
+        return open_ledger(url, name)
+    except StudyError as error:
+        if error.what.startswith("there is no study"):
+            return None
+        raise

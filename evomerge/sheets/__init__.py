@@ -1,0 +1,1 @@
+"""Spreadsheets as people have them, for task files and knowledge bases: .xlsx and CSV exports."""

@@ -1,0 +1,164 @@
+"""`evomerge check` finds what `evomerge search` would refuse, and takes its options."""
+
+import io
+import json
+import shutil
+import socket
+
+import pytest
+import yaml
+from chat_server import Server, status
+
+import evomerge
+from evomerge.cli import main
+from evomerge.console import Console
+from evomerge.errors import EvomergeError
+from evomerge.study import read_study
+
+
+def quiet():
+    return Console(io.StringIO())
+
+
+@pytest.fixture
+def place(pair, tmp_path, monkeypatch):
+    """A copy of the pair to change, as the working directory."""
+    shutil.copytree(pair, tmp_path / "pair")
+    monkeypatch.chdir(tmp_path / "pair")
+    return tmp_path / "pair"
+
+
+def wrong(place, *settings, **options):
+    """The findings that are wrong."""
+    found = evomerge.check(place / "study.yaml", overrides=list(settings), **options)
+    return [finding for finding in found if finding.level == "wrong"]
+
+
+def rewrite(place, **fields):
+    """The tasks with other fields."""
+    path = place / "tasks.jsonl"
+    rows = [json.loads(line) | fields for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def free_port():
+    with socket.socket() as own:
+        own.bind(("127.0.0.1", 0))
+        return own.getsockname()[1]
+
+
+REFUSED = {
+    "a context that is too small": ["generation.max_new_tokens=64"],
+    "a folder that is not there": ["genome.models=[./nothing]"],
+    "a folder beside others that is not there": ["genome.models=[nothing]"],
+    "a knowledge base that is not there": ["prompt.knowledge=nothing.xlsx"],
+    "a learned judge's file that is not there": ["judge.kind=learned", "judge.file=nothing.json"],
+    "a local judge that is not there": ["judge.kind=local", "judge.model=./nothing"],
+    "a recipe that is not there": ["search.recipes=[nothing.yaml]"],
+    "a filter that matches nothing": ["genome.filters=[nothing]"],
+    "slices that do not fit": ["genome.layer_granularity=3"],
+    "a vector of another length": ["search.vectors=[[1.0]]"],
+    "no closed task": ["judge.metric=correct"],
+    "no room in a template of one's own": [
+        "prompt.format=template",
+        "prompt.template='{input}'",
+        "generation.max_new_tokens=63",
+    ],
+    "a package that is missing": ["engine.quantization=4bit"],
+}
+
+
+@pytest.mark.parametrize("settings", REFUSED.values(), ids=REFUSED)
+def test_what_search_refuses_check_finds(place, settings):
+    with pytest.raises(EvomergeError) as refused:
+        evomerge.search(
+            place / "study.yaml", storage=place / "s.db", results=place / "r",
+            overrides=settings, console=quiet(),
+        )  # fmt: skip
+    texts = " ".join(finding.text for finding in wrong(place, *settings))
+    if "package" in refused.value.what or "bitsandbytes" in refused.value.what:
+        assert "4bit" in texts
+    else:
+        assert texts
+    arguments = [part for setting in settings for part in ("--set", setting)]
+    assert main(["check", str(place / "study.yaml"), *arguments]) == 2
+
+
+def test_check_writes_nothing(place):
+    before = sorted(place.rglob("*"))
+    assert not wrong(place, storage=place / "new" / "s.db", results=place / "out")
+    assert sorted(place.rglob("*")) == before
+
+
+def test_check_takes_the_options_of_search(place, capsys):
+    options = ["--study", "mine", "--storage", "sqlite:///s.db", "--results", "r"]
+    options += ["--trials", "33", "--seed", "5"]
+    assert main(["check", str(place / "study.yaml"), *options]) == 0
+    assert "33 candidates" in capsys.readouterr().out
+
+
+def test_a_study_that_has_changed_is_found(place):
+    where = {"storage": place / "s.db", "results": place / "r"}
+    file = place / "study.yaml"
+    evomerge.search(file, trials=4, overrides=["search.dtype=float32"], console=quiet(), **where)
+    found = evomerge.check(file, overrides=["search.dtype=float32"], **where)
+    assert {finding.level for finding in found} == {"ok"}
+    assert "4 of 12 candidates" in next(f.text for f in found if f.subject == "storage")
+    changed = wrong(place, "search.dtype=float32", "search.sigma=0.1", **where)
+    assert "search.sigma" in changed[0].text
+    assert not wrong(place, "search.sigma=0.1", study="another", **where)
+
+
+def test_places_that_cannot_be_written_are_found(place):
+    (place / "file").write_text("")
+    (found,) = wrong(place, results=place / "file" / "results")
+    assert found.subject == "--results"
+    (found,) = wrong(place, storage=place / "file" / "s.db")
+    assert found.subject == "--storage"
+
+
+def test_outputs_that_would_overwrite_inputs_are_found(place):
+    found = wrong(place, storage=place / "tasks.jsonl")
+    assert "outputs" in {finding.subject for finding in found}
+
+
+def test_the_judges_server_is_asked(place):
+    settings = ["judge.kind=llm", f"judge.base_url=http://127.0.0.1:{free_port()}/v1"]
+    (found,) = wrong(place, *settings)
+    assert (found.subject, "cannot be reached" in found.text) == ("judge", True)
+    server = Server()
+    with server.running() as url:
+        settings[1] = f"judge.base_url={url}"
+        assert not wrong(place, *settings)
+    assert not server.answered, "no answer is graded"
+    knowing = Server(known=(["m"], status(404, "no such model")))
+    with knowing.running() as url:
+        settings[1] = f"judge.base_url={url}"
+        (found,) = wrong(place, *settings, "judge.model=other")
+    assert "refuses this model" in found.text
+
+
+@pytest.mark.parametrize(("fields", "told"), [({"output": ""}, True), ({}, False)])
+def test_tasks_that_rules_cannot_grade_are_told(place, fields, told):
+    rewrite(place, **fields)
+    found = evomerge.check(place / "study.yaml")
+    warned = [f for f in found if f.subject == "judge" and f.level == "low"]
+    assert bool(warned) == told
+    assert all("about 3" in finding.text for finding in warned)
+
+
+def test_the_longest_prompt_of_every_part_is_measured(place):
+    rows = [json.loads(line) for line in (place / "tasks.jsonl").read_text().splitlines()]
+    for number in (0, 5, 39):
+        changed = [row | {"input": "あ" * 60} if row["task_id"] == number else row for row in rows]
+        (place / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
+        (found,) = wrong(place)
+        assert (found.subject, "context" in found.text) == ("context", True), number
+
+
+def test_a_mergekit_evolve_file_of_a_missing_folder_is_wrong(place):
+    data = yaml.safe_load((place / "study.yaml").read_text())
+    data["genome"]["base_model"] = "./gone"
+    (place / "other.yaml").write_text(yaml.safe_dump(data))
+    assert read_study(place / "other.yaml").genome.base_model == str(place / "gone")
+    assert main(["check", str(place / "other.yaml")]) == 2
