@@ -24,7 +24,6 @@ def check_prompts(findings: Findings, study: Study, base: ModelFolder, split: Sp
     if study.lm_eval:
         _check_lm_eval_template(findings, study, tokenizer.chat_template)
         return
-    make_prompter(tokenizer, study.prompt)
     chooser = None
     with findings.refusals("knowledge"):
         chooser = open_knowledge(study.prompt, lambda n: findings.add("unknown", "knowledge", n))
