@@ -168,7 +168,7 @@ def room(pair, tmp_path_factory):
         "layer_granularity: 2, filters: [mlp]}\n"
         "tasks: [{file: tasks.jsonl}]\n"
         "split: {held_out: 0.5, validation: 0.2, seed: 1}\n"
-        "prompt: {format: chat, system: '${HOME}', knowledge: knowledge.yaml}\n"
+        "prompt: {format: chat, too_long: truncate, system: '${HOME}', knowledge: knowledge.yaml}\n"
         "generation: {max_new_tokens: 12, temperature: 0.5, stop: [x]}\n"
         "judge: {kind: rules, metric: grade}\n"
         "search: {trials: 12, population: 4, uniform: [0.5], bounds: [0, 2], time_limit: 1h}\n"

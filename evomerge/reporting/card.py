@@ -34,7 +34,7 @@ The following YAML configuration was used to produce this model:
 {configuration}
 {fence}
 """
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(?:@[\w.-]+)?", re.ASCII)
+HUB_NAME = re.compile(r"\A[\w.-]+/[\w.-]+(?:@[\w.-]+)?", re.ASCII)
 # what Markdown would read as markup; an underscore within a word is none
 MARKUP = re.compile(r"[\\`*\[\]<>|~$&]|(?<!\w)_|_(?!\w)|^[#+=-]")
 
