@@ -15,6 +15,13 @@ REDRAW_EVERY = 0.1  # seconds between a progress bar's changes
 BAR = 24  # its columns
 # seconds without output before a plain line shows the progress within a candidate
 DETAIL_EVERY = 60.0
+# days, hours, minutes and seconds, or a bare number of seconds
+_NUMBER = r"(\d{1,9}(?:\.\d{1,9})?)"
+_DURATION = re.compile(
+    rf"(?:{_NUMBER} ?d)? ?(?:{_NUMBER} ?h)? ?(?:{_NUMBER} ?m)? ?(?:{_NUMBER} ?s)?|{_NUMBER}"
+)
+UNITS = (86400, 3600, 60, 1, 1)
+LONGEST = 3650 * 86400.0
 
 
 class Console:
@@ -122,11 +129,17 @@ def byte_progress(console: Console, doing: str) -> Callable[[int, int], None]:
 
 
 def seconds(text: str) -> float | None:
-    """The seconds of "90s", "55m", "8h", "2d" or a bare number; None: not a duration above 0."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", text.strip())
-    if match is None or not float(match[1]):
+    """The seconds of "90s", "55m", "1h30m", "2d" or a bare number.
+
+    None: not a duration above 0, or longer than ten years.
+    """
+    match = _DURATION.fullmatch(text.strip())
+    if match is None:
         return None
-    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+    total = sum(
+        float(number or 0) * unit for number, unit in zip(match.groups(), UNITS, strict=True)
+    )
+    return total if 0 < total <= LONGEST else None
 
 
 def plus_minus(value: float, error: float | None) -> str:

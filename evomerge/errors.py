@@ -11,6 +11,7 @@
     │   └── KnowledgeError        the Excel base
     └── RunError                  exit 1: something that happened while running
         ├── EngineError           the model could not be loaded or could not answer
+        │   └── PromptRefused     a server refused one prompt; others may be answered
         ├── JudgeError            the judge could not grade: the run stops, all recorded
         │   └── JudgePaused       exit 3: a budget is spent, or grades are missing
         └── OutputError           a full disk, no permission
@@ -82,6 +83,10 @@ class RunError(EvomergeError):
 
 class EngineError(RunError):
     """The model could not be loaded or could not answer."""
+
+
+class PromptRefused(EngineError):
+    """A server refused one prompt, which is too long or not to its content filter's liking."""
 
 
 class JudgeError(RunError):

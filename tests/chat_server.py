@@ -2,11 +2,12 @@
 demand.
 """
 
+import gzip
 import json
 import threading
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
@@ -23,9 +24,9 @@ class Quiet(ThreadingHTTPServer):
 
 
 class Server:
-    """`models` is the list (None: there is no such page). `plan(number, prompt)`, asked for every
-    question (counted from 0), gives None for a usual answer, a dict of changes to it, or an action:
-    status(…), raw(…), torn().
+    """`models` is the list (None: there is no such page), or an action. `plan(number, prompt)`,
+    asked for every question (counted from 0), gives None for a usual answer, a dict of changes to
+    it, or an action: status(…), raw(…), torn(), drip(…), endless(), packed(…).
     """
 
     def __init__(self, models=("m",), plan=lambda number, prompt: None, seconds=0.0, known=None):
@@ -78,6 +79,48 @@ def torn():
     return tear
 
 
+def drip(part, every=0.05):
+    """A reply whose head or body comes a byte now and then, and never ends."""
+
+    def send(h):
+        with suppress(OSError):
+            h.wfile.write(b"HTTP/1.1 200 OK\r\n")
+            if part == "body":
+                h.wfile.write(b"Content-Type: application/json\r\nContent-Length: 100000\r\n\r\n")
+            for byte in b"X-Header: 0123456789" * 5000:
+                h.wfile.write(bytes([byte]))
+                h.wfile.flush()
+                time.sleep(every)
+        h.close_connection = True
+
+    return send
+
+
+def endless(code=200):
+    """Chunks of blanks without end; they are counted in `sent`."""
+
+    def send(h):
+        h.send_response(code)
+        h.send_header("Content-Type", "application/json")
+        h.send_header("Transfer-Encoding", "chunked")
+        h.end_headers()
+        chunk = b" " * 2**20
+        with suppress(OSError):
+            while True:
+                h.wfile.write(b"%x\r\n%s\r\n" % (len(chunk), chunk))
+                send.sent += len(chunk)
+        h.close_connection = True
+
+    send.sent = 0
+    return send
+
+
+def packed(data):
+    """The data as gzip, whatever was asked for."""
+    kinds = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    return lambda h: h.reply(200, gzip.compress(data), kinds)
+
+
 def prompt_of(body):
     return (
         body["prompt"]
@@ -94,6 +137,8 @@ def handler(server):
             server.asked.append((self.path, None, self.lower()))
             if self.path != "/v1/models" or server.models is None:
                 return status(404, "Not Found")(self)
+            if callable(server.models):
+                return server.models(self)
             return self.json(
                 {"object": "list", "data": [{"id": m, "object": "model"} for m in server.models]}
             )

@@ -38,7 +38,10 @@ from evomerge.study import (
 from evomerge.tasks import load_tasks
 
 ROOT = Path(__file__).resolve().parents[1]
-ANSWER = ROOT / "evomerge" / "reporting" / "templates" / "runner" / "answer.py"
+PROGRAM = [
+    ROOT / "evomerge" / "reporting" / "templates" / "runner" / name
+    for name in ("answer.py", "answer_tools.py")
+]
 ALLOWED = {
     "torch",
     "transformers",
@@ -47,6 +50,8 @@ ALLOWED = {
     "numpy",
     "safetensors",
     "huggingface_hub",
+    "openpyxl",  # where tasks are an Excel file; without it, a line says so
+    "answer_tools",
     *sys.stdlib_module_names,
 }
 TEXT = (

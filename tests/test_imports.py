@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1] / "evomerge"
 ORDER = [
-    ["masking", "errors", "console", "files", "outputs", "sqlite_file", "text"],
+    ["masking", "errors", "console", "files", "finished", "outputs", "sqlite_file", "text"],
     ["sheets"],
     ["task_files"],
     ["study", "recipe", "tasks"],

@@ -63,6 +63,10 @@ def infer(place, out, *options, code=0):
     )
 
 
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def search(pair, place, *settings):
     where = [
         "--storage",
@@ -179,7 +183,8 @@ def test_settings_of_the_run_and_sampling(pair, place):
 def test_best_of_and_self_check_keep_the_format(pair, place, capsys):
     model = ("--model", pair / "base", "--set", "search.dtype=float32", "--max-new-tokens", 6)
     rows = infer(place, "a.jsonl", *model, "--best-of", 3, "--self-check", "empty,repetitive")
-    assert [list(row) for row in rows] == [["task_id", "input", "output"]] * 5
+    assert [list(row)[:3] for row in rows] == [["task_id", "input", "output"]] * 5
+    assert {key for row in rows for key in row} <= {"task_id", "input", "output", "truncated"}
     said = capsys.readouterr().err
     assert "best of 3 by agreement" in said
     assert "self-check (empty, repetitive)" in said
@@ -230,7 +235,8 @@ def test_explaining_asks_the_study_for_its_base_and_the_model_for_classes(pair, 
 def test_the_time_limit_of_a_real_model(pair, place, capsys):
     model = ("--model", pair / "base", "--set", "search.dtype=float32", "--max-new-tokens", 40)
     whole = infer(place, "whole.jsonl", *model)
-    cut = infer(place, "a.jsonl", *model, "--time-limit", "0.001s")
+    infer(place, "a.jsonl", *model, "--time-limit", "0.001s", code=1)  # nothing is answered
+    cut = rows_of(place / "a.jsonl")
     assert [row["unfinished"] for row in cut] == ["time limit"] * 5
     assert "left 5 of 5 tasks unfinished" in capsys.readouterr().err
     assert infer(place, "a.jsonl", *model) == whole

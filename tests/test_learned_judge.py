@@ -112,6 +112,24 @@ def test_fit_says_what_it_is_worth_and_the_judge_orders_answers(files, tmp_path,
     assert judge.facts.held_out["by_family"] is True
 
 
+def test_a_fitted_judge_is_kept(files, tmp_path, capsys, monkeypatch):
+    """Studies name it: another fit to the same file is refused, the same one does nothing."""
+    out = tmp_path / "judge.npz"
+    command = ["judge", "fit", *options(files), "--out", str(out)]
+    assert main([*command, "--reference", "p"]) == 0
+    before = out.read_bytes()
+    capsys.readouterr()
+    assert main([*command, "--reference", "p"]) == 0
+    assert "nothing to do" in capsys.readouterr().err
+    assert main([*command, "--reference", "p,q"]) == 2
+    assert "holds a judge of another run: other judges or models" in capsys.readouterr().err
+    monkeypatch.setattr(learned.features, "VERSION", 99)
+    assert main([*command, "--reference", "p"]) == 2
+    assert "other version of evomerge" in capsys.readouterr().err
+    assert out.read_bytes() == before
+    assert main([*command, "--reference", "p,q", "--overwrite"]) == 0
+
+
 def test_commas_and_spaces_name_the_same_judges(files, tmp_path):
     names = [["--reference", "p,q"], ["--judge", "p", "q"]]
     versions = []

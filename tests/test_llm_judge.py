@@ -15,7 +15,7 @@ from fault_server import answer_of
 from evomerge.answering.engine import Answer
 from evomerge.answering.servers.client import retry_after
 from evomerge.cli import main
-from evomerge.errors import InputError, JudgePaused, ModelError, StudyFileError
+from evomerge.errors import InputError, JudgeError, JudgePaused, ModelError, StudyFileError
 from evomerge.judging.factory import make_judge
 from evomerge.judging.llm.judge import LlmJudge, NoGrade
 from evomerge.judging.llm.judge_prompt import Rubric, fenced, read_vote
@@ -353,23 +353,87 @@ def test_servers_that_take_less_are_asked_for_less():
         "the request exceeds the available context size, try increasing it",
     ],
 )
-def test_an_answer_too_long_for_the_judge_spoils_no_other(tmp_path, said):
+def test_a_task_too_long_for_the_judge_spoils_no_other(tmp_path, said):
     """As vLLM, TGI and llama.cpp say it: neither is the model unknown, nor is anything left out of
-    the other requests.
+    the other requests. The answer is cut to nothing before the judge gives up.
     """
-    server = Server(plan=lambda n, p: status(400, said) if answer_of(p) == "long" else FOUR)
+    long = Task(8, "とても長い課題", "3776メートル", "")
+    server = Server(plan=lambda n, p: status(400, said) if long.input in p else FOUR)
     with server.running() as url:
         judge = judging(url, tmp_path / "g", concurrency=1)
-        with pytest.raises(NoGrade, match="task 7 with its answer is too long for the judge"):
-            judge.grade_all([TASK] * 3, answers("a", "long", "b"))
+        with pytest.raises(NoGrade, match="task 8 is too long for the judge"):
+            judge.grade_all([TASK, long, TASK], answers("a", "long", "b"))
         assert len(judge.grade_all([TASK] * 2, answers("a", "b"))) == 2
         judge.close()
-    assert len(server.prompts()) == 3
+    shown = [answer_of(p) for p in server.prompts() if long.input in p]
+    assert shown == ["long", "lo", "l", ""]
+    assert len(server.prompts()) == 2 + len(shown)
     assert all(
         {"response_format", "max_tokens"} <= set(body)
         for path, body, _ in server.asked
         if path != "/v1/models"
     )
+
+
+def test_an_answer_too_long_for_the_judge_is_cut_until_it_fits():
+    """As the local judge does; the judge is told that it sees a part."""
+    said = "This model's maximum context length is 2048 tokens."
+    server = Server(plan=lambda n, p: status(400, said) if len(answer_of(p)) > 100 else FOUR)
+    with server.running() as url:
+        judge = judging(url)
+        assert judge.grade(TASK, Answer("あ" * 30_000, False, 1)).value == 4.0
+        judge.close()
+    assert [len(answer_of(p)) for p in server.prompts()][:3] == [20_000, 10_000, 5_000]
+    assert len(answer_of(server.prompts()[-1])) == 78
+    assert "途中で切れています" in server.prompts()[-1]
+
+
+FILTER = status(
+    400, body={"error": {"message": "The response was filtered", "code": "content_filter"}}
+)
+REFUSED = {
+    "a filter": FILTER,
+    "no reason": status(400, body={}),
+    "openrouter": status(403, "Your chosen model requires moderation: flagged"),
+    "a reply that is filtered": {"text": "", "finish_reason": "content_filter"},
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("first", [True, False])
+def test_an_answer_that_the_server_refuses_gets_the_lowest_grade(tmp_path, caplog, name, first):
+    """It changes nothing for the other answers, and is asked again by the next run."""
+    server = Server(plan=lambda n, p: REFUSED[name] if answer_of(p) == "bad" else FOUR)
+    texts = ["bad", "a", "b"] if first else ["a", "b", "bad"]
+    with server.running() as url:
+        judge = judging(url, tmp_path / "g", concurrency=1)
+        judge.seed = 0
+        found = judge.grade_all([TASK] * 3, answers(*texts))
+        assert [g.value for g in found] == ([1.0, 4.0, 4.0] if first else [4.0, 4.0, 1.0])
+        refused = found[texts.index("bad")]
+        assert refused.reason.startswith("refused by the judge's server: ")
+        assert judge.refused == 1
+        judge.close()
+        others = [
+            b for _, b, _ in server.asked if b and answer_of(b["messages"][1]["content"]) in "ab"
+        ]
+        assert all("response_format" in body for body in others)
+        server.plan = lambda n, p: FOUR
+        judge = judging(url, tmp_path / "g")
+        assert [g.value for g in judge.grade_all([TASK] * 3, answers(*texts))] == [4.0] * 3
+        judge.close()
+    assert "task 7" in caplog.text
+
+
+@pytest.mark.parametrize("refusal", [FILTER, status(400, "unknown field"), status(422, body={})])
+def test_a_server_that_refuses_every_request_grades_nothing(refusal):
+    server = Server(plan=lambda n, p: refusal)
+    with server.running() as url:
+        judge = judging(url, concurrency=2)
+        with pytest.raises(JudgeError, match="the judge's server answered with status 4"):
+            judge.grade_all([TASK] * 40, answers(*(f"{i}" for i in range(40))))
+        judge.close()
+    assert len(server.prompts()) < 12
 
 
 def fails(kind, *words, **settings):

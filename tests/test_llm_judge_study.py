@@ -13,7 +13,7 @@ from collections import Counter
 from contextlib import closing
 
 import pytest
-from chat_server import Server
+from chat_server import Server, status
 from fault_server import ACTIONS, PASSES, answer_of
 from process_tools import begin, ended, running
 
@@ -131,3 +131,23 @@ def test_kills_change_nothing(pair, whole, tmp_path):
         "a kill loses what was on its way at most, which is asked for again"
     )
     assert sum(server.given.values()) <= votes + 2 * 16
+
+
+def test_a_judge_that_refuses_some_answers_ends_no_search(pair, tmp_path):
+    """Refused answers count as the lowest grade; all others have the grades of a whole study."""
+    refusal = status(400, body={"error": {"message": "filtered", "code": "content_filter"}})
+
+    class Prudish(Steady):
+        def next(self, number, prompt):
+            if hashlib.sha256(answer_of(prompt).encode()).digest()[1] % 4 == 0:
+                return refusal
+            return super().next(number, prompt)
+
+    server = Prudish()
+    with server.running() as url:
+        assert main(arguments(pair, tmp_path, url)) == 0
+    trials, verdict = outcome(tmp_path)
+    assert verdict is not None
+    assert len([trial for trial in trials if trial[0] == "candidate"]) == 10
+    refused = len(server.prompts()) - sum(server.given.values())
+    assert refused > 0

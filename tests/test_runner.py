@@ -19,8 +19,8 @@ import yaml
 from merging_tools import SLICES, random_recipe, same_bits
 from runner_tools import (
     ALLOWED,
-    ANSWER,
     FORBID,
+    PROGRAM,
     ROOT,
     a_base,
     engine_of,
@@ -41,8 +41,9 @@ from evomerge.reporting.runner import mergeable, write_runner
 from evomerge.study import PromptSection
 
 
-def test_one_readable_file_of_few_packages():
-    text = ANSWER.read_text(encoding="utf-8")
+@pytest.mark.parametrize("path", PROGRAM, ids=lambda path: path.name)
+def test_two_readable_files_of_few_packages(path):
+    text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 300
     assert max(map(len, text.splitlines())) <= 100
     tree = ast.parse(text)
@@ -76,13 +77,15 @@ def test_the_folder(family, tmp_path):
     assert sorted(written) == sorted(out.iterdir())
     assert {path.name for path in written} == {
         "answer.py",
+        "answer_tools.py",
         "recipe.yaml",
         "settings.yaml",
         "knowledge.yaml",
         "README.md",
         "requirements.txt",
     }
-    assert (out / "answer.py").read_bytes() == ANSWER.read_bytes()
+    for path in PROGRAM:
+        assert (out / path.name).read_bytes() == path.read_bytes()
     readme = (out / "README.md").read_text(encoding="utf-8")
     assert "| winner | 0.500 | 0.100 | 0% |" in readme
     assert str(family / "one") in readme
@@ -182,7 +185,7 @@ def test_every_form_of_task_file(family, tmp_path, monkeypatch, capsys):
         (1, "犬\u2028"),
         (2, "鳥"),
     ]
-    assert [list(row) for row in map(json.loads, out.read_text("utf-8").split("\n")[:-1])] == [
+    assert [list(row)[:3] for row in map(json.loads, out.read_text("utf-8").split("\n")[:-1])] == [
         ["task_id", "input", "output"]
     ] * 3
     assert "い" not in "".join(
@@ -196,9 +199,9 @@ def test_every_form_of_task_file(family, tmp_path, monkeypatch, capsys):
         path.write_text(wrong, encoding="utf-8")
         with pytest.raises(SystemExit):
             run(tmp_path / "r", monkeypatch, "--tasks", path, "--out", out)
-        assert "record" in capsys.readouterr().err.splitlines()[-1]
+        assert "t.jsonl, line 1: " in capsys.readouterr().err.splitlines()[-1]
     path.write_text('{"input": "\\ud800"}', encoding="utf-8")
-    with pytest.raises(ValueError, match="surrogates"):
+    with pytest.raises(SystemExit, match="surrogate"):
         run(tmp_path / "r", monkeypatch, "--tasks", path, "--out", out)
 
 
@@ -236,7 +239,9 @@ def test_a_time_limit_and_what_comes_after_it(family, tmp_path, monkeypatch):
     write_runner(finish(family), tmp_path / "r", a_base())
     tasks, out = task_file(tmp_path, 24), tmp_path / "o.jsonl"
     arguments = ("--tasks", tasks, "--out", out)
-    run(tmp_path / "r", monkeypatch, *arguments, "--time-limit", "0")
+    with pytest.raises(SystemExit, match="no task was answered within the time limit") as caught:
+        run(tmp_path / "r", monkeypatch, *arguments, "--time-limit", "0.001s")
+    assert caught.value.code == 1
     assert [row["task_id"] for row in rows(out)] == [f"t{i}" for i in range(24)]
     assert {(row["output"], row.get("unfinished")) for row in rows(out)} == {("", "time limit")}
     run(tmp_path / "r", monkeypatch, *arguments)
@@ -273,7 +278,9 @@ def test_without_evomerge_killed_and_resumed(family, tmp_path):
     process.wait()
     assert not out.exists()
     kept = json.loads(part.read_text("utf-8"))
-    marked = {key: {"output": f"marked {answer['output']}"} for key, answer in kept.items()}
+    marked = {
+        key: answer | {"output": f"marked {answer['output']}"} for key, answer in kept.items()
+    }
     part.write_text(json.dumps(marked), encoding="utf-8")
     done = subprocess.run(
         command,

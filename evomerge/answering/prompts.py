@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from evomerge.answering.chat_template import render_chat
 from evomerge.errors import InputError
 from evomerge.knowledge.records import Document, Example, KnowledgeClass, render
 from evomerge.study import GenerationSection
@@ -29,6 +30,7 @@ COMMON = re.compile(
     r"<\|[^<>|]{1,40}\|>|</?s>|\[/?INST\]|<<\/?SYS>>"
     r"|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk|mask)>"
 )
+TRIED = "1+1は？"  # the task of a prompt that is rendered to see whether it can be
 # what an added token that controls looks like; runs of blanks are added tokens too
 TOKEN = re.compile(r"[<\[].+[>\]]")
 
@@ -83,6 +85,17 @@ class Prompter:
     def render(self, text: str) -> str:
         """The whole prompt of one task."""
         return self.prepare([text])[0].text
+
+    def try_each_kind(self) -> None:
+        """Render a prompt of each class, with its examples, or of the plain kind.
+
+        Raises ModelError: the chat template cannot take one of them.
+        """
+        if self.chooser is None:
+            self.render(TRIED)
+            return
+        for choice in self.chooser.of_each_class():
+            self._prompt(TRIED, choice)
 
     def settings(self, prompts: Sequence[Prompt]) -> list[GenerationSection] | None:
         """Each prompt's own settings; None if all are the run's, so that the engine's apply."""
@@ -149,29 +162,12 @@ class Prompter:
                 turns.append({"role": "user", "content": question})
                 turns.append({"role": "assistant", "content": answer})
             turns.append({"role": "user", "content": asked})
-            return self._chat(turns)
+            return render_chat(self.tokenizer, turns)
         template = self.section.template or COMPETITION
         text = f"{system}\n\n" if system else ""
         for question, answer in shots:
             text += f"{template.replace('{input}', question)}{answer}\n\n"
         return text + template.replace("{input}", asked)
-
-    def _chat(self, turns: list[dict[str, str]]) -> str:
-        """The chat template filled in; without system turns, the first user turn gets the text."""
-        from jinja2 import TemplateError
-
-        try:
-            return self._by_template(turns)
-        except TemplateError:
-            system, first, *others = turns
-            if system["role"] != "system":
-                raise
-            content = f"{system['content']}\n\n{first['content']}"
-            return self._by_template([{"role": "user", "content": content}, *others])
-
-    def _by_template(self, turns: list[dict[str, str]]) -> str:
-        tokenizer = self.tokenizer
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
     def _system(self, kind: KnowledgeClass | None) -> str:
         """The class's system text, or else the section's, which is for chat alone."""

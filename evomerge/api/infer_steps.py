@@ -47,6 +47,7 @@ def make_request(
     judge: Judge | str | None,
     self_check: Sequence[str] | str,
     time_limit: float | None,
+    overwrite: bool = False,
 ) -> InferenceRequest:
     """The parameters of `infer` as a request, not yet checked."""
     settings = setting_texts(overrides)
@@ -71,6 +72,7 @@ def make_request(
         judge=judge,
         self_check=_fault_names(self_check),
         time_limit=time_limit,
+        overwrite=overwrite,
     )
 
 

@@ -213,6 +213,7 @@ def infer(
     judge: Judge | str | None = None,
     self_check: Sequence[str] | str = (),
     time_limit: float | None = None,
+    overwrite: bool = False,
     console: Console | None = None,
 ) -> InferenceResult:
     """Answer tasks with a model, a recipe merged in memory, a study's winner, or a server.
@@ -221,6 +222,7 @@ def infer(
     ----------
     tasks: a task file, or records with a field `input`.
     out: a file for the answers, which a later call resumes (default: none is kept).
+    overwrite: give up answers that `out` holds of another model, task file or settings.
     model: a folder or hub name; with `server` (a URL), the server's name for the model.
     recipe: as for `merge`. study, storage: as for `load_study`.
     concurrency: concurrent requests to the server.
@@ -243,7 +245,7 @@ def infer(
         model=model, recipe=recipe, study=study, storage=storage, server=server,
         concurrency=concurrency, knowledge=knowledge, classify=classify, overrides=overrides,
         max_new_tokens=max_new_tokens, best_of=best_of, judge=judge, self_check=self_check,
-        time_limit=time_limit,
+        time_limit=time_limit, overwrite=overwrite,
     )  # fmt: skip
     task_file = Path(tasks) if isinstance(tasks, str | Path) else None
     return run_request(request, to_tasks(tasks), out, console, task_file)

@@ -21,13 +21,13 @@ def infer_command(commands: Commands) -> None:
     add_options(add_command(commands, "infer", infer, does, EXAMPLES))
 
 
-def infer(args: argparse.Namespace) -> None:
-    """Answer a task file."""
+def infer(args: argparse.Namespace) -> int:
+    """Answer a task file; exit 1 if no task has an answer."""
     request = request_of(args)
     # other options may be given: --explain added to a command shows what it would do
     if args.explain:
         _explain(args, request)
-        return
+        return 0
     check_options(args, request)
     from evomerge.api.infer_steps import run_request
     from evomerge.tasks import load_tasks
@@ -35,6 +35,7 @@ def infer(args: argparse.Namespace) -> None:
     console = Console()
     result = run_request(request, load_tasks(args.tasks), args.out, console, args.tasks)
     _report(console, args, result)
+    return 0 if result.answered else 1
 
 
 def _explain(args: argparse.Namespace, request: InferenceRequest) -> None:
@@ -72,4 +73,5 @@ def _report(console: Console, args: argparse.Namespace, result: InferenceResult)
             f"unfinished{begun}: they are marked in the file; "
             "run the same command again to resume"
         )
-    say_written(console, [args.out])
+    if result.made:
+        say_written(console, [args.out])

@@ -49,6 +49,11 @@ def add_options(p: argparse.ArgumentParser) -> None:
     files.add_argument(
         "--out", type=Path, metavar="FILE", help="JSON lines: task_id, input, output"
     )
+    files.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace answers that --out holds of another model, task file or settings",
+    )
     _knowledge_options(p)
     _generation_options(p)
     _refining_options(p)
@@ -153,7 +158,7 @@ def _generation_options(p: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--time-limit",
         metavar="TIME",
-        help="such as 90s, 55m or 2h: after it the file is written, with unfinished tasks marked; "
+        help="90s, 55m or 1h30m: after it the file is written, with unfinished tasks marked; "
         "short tasks come first",
     )
 
@@ -206,7 +211,7 @@ def request_of(args: argparse.Namespace) -> InferenceRequest:
                 "is not a duration",
                 where="--time-limit",
                 found=args.time_limit,
-                remedy="Write 90s, 55m or 2h.",
+                remedy="Write 90s, 55m, 1h30m or 2d.",
             )
     return make_request(
         model=args.model,
@@ -223,6 +228,7 @@ def request_of(args: argparse.Namespace) -> InferenceRequest:
         judge=args.judge,
         self_check=args.self_check or (),
         time_limit=limit,
+        overwrite=args.overwrite,
     )
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from evomerge.cli.options import Commands, add_command, add_group, say_written
 from evomerge.console import Console, plus_minus
+from evomerge.finished import hash_of, hash_of_file, is_finished, record_made
 from evomerge.outputs import check_outputs
 
 GRADE = "evomerge judge grade --tasks t.jsonl --answers a.jsonl --judge rules --out g.jsonl"
@@ -47,6 +49,7 @@ def _grade_command(commands: Commands) -> None:
         metavar="G",
         help="JSON lines: task_id, grade, reason, judge, model (default: stdout)",
     )
+    _overwrite_option(p)
 
 
 def _validate_command(commands: Commands) -> None:
@@ -87,6 +90,13 @@ def _fit_command(commands: Commands) -> None:
         required=True,
         metavar="FILE",
         help="the judge, for --judge learned:FILE",
+    )
+    _overwrite_option(p)
+
+
+def _overwrite_option(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--overwrite", action="store_true", help="replace what --out holds of another run"
     )
 
 
@@ -150,8 +160,17 @@ def judge_grade(args: argparse.Namespace) -> None:
         read = [args.tasks, args.answers, args.judge.partition(":")[2], CACHE]
         check_outputs(files=[args.out], inputs=read)
     judge = judge_from_options(args.judge, args.set)
+    facts = _facts(args, ("tasks", "answers")) | {"judge": hash_of((judge.name, judge.version))}
+    if args.out is not None and _is_made(args, facts, "grades"):
+        return
     summary = grade_file(args.tasks, args.answers, judge, args.out)
-    Console().say(f"{summary.n} answers, mean grade {plus_minus(summary.mean, summary.stderr)}")
+    if args.out is not None:
+        record_made(args.out, facts)
+    line = f"{summary.n} answers, mean grade {plus_minus(summary.mean, summary.stderr)}"
+    refused = getattr(judge, "refused", 0)
+    if refused:
+        line += f"; the judge's server refused {refused}, which count as the lowest grade"
+    Console().say(line)
 
 
 def judge_validate(args: argparse.Namespace) -> None:
@@ -178,14 +197,36 @@ def judge_validate(args: argparse.Namespace) -> None:
 
 def judge_fit(args: argparse.Namespace) -> None:
     """Fit a judge, and report how well it grades models that it was not fitted on."""
+    from evomerge.judging.learned.features import VERSION
     from evomerge.judging.learned.fit import fit_file
+    from evomerge.judging.learned.judge import FORMAT_VERSION
     from evomerge.judging.validation.families import wanted_models
 
     check_outputs(files=[args.out], inputs=[args.tasks, args.answers, args.grades])
     judges = [name for names in args.reference for name in names.split(",") if name]
     models = wanted_models(args.models)
+    facts = _facts(args, ("tasks", "answers", "grades"))
+    facts["judges or models"] = hash_of((judges, args.models))
+    facts["version of evomerge"] = hash_of((FORMAT_VERSION, VERSION))
+    if _is_made(args, facts, "a judge"):
+        return
     fitted = fit_file(args.tasks, args.answers, args.grades, judges, args.out, models)
     console = Console()
     for line in fitted.lines():
         console.say(line)
+    record_made(args.out, facts)
     say_written(console, [args.out])
+
+
+def _facts(args: argparse.Namespace, names: Sequence[str]) -> dict[str, str]:
+    """Hashes of the files that are named; one that is missing gets its error from its reader."""
+    files = {name: Path(getattr(args, name)) for name in names}
+    return {name: hash_of_file(path) for name, path in files.items() if path.is_file()}
+
+
+def _is_made(args: argparse.Namespace, facts: Mapping[str, str], what: str) -> bool:
+    """Whether --out holds just this already. Raises InputError: it holds something else."""
+    if args.overwrite or not is_finished(args.out, facts, what):
+        return False
+    Console().say(f"{args.out} holds this already: nothing to do (--overwrite makes it again)")
+    return True

@@ -10,11 +10,13 @@ from typing import Any
 from evomerge.answering.engine import Answer, Engine, PromptSettings
 from evomerge.answering.prompts import Prompt, Prompter
 from evomerge.errors import EngineError, TaskError
+from evomerge.finished import record_made
 from evomerge.inference.part import CLASSES, Part, replace
 from evomerge.inference.run import Progress, Refining, Run, digest, make_batches
 from evomerge.tasks import Task
 
 UNFINISHED = "time limit"  # the mark of an unfinished task
+REFUSED = "refused"  # what the mark of a task begins with that a server has refused
 LATE = (
     "the time limit was reached before every retry was done: run the same command again to resume"
 )
@@ -22,12 +24,17 @@ LATE = (
 
 @dataclass(frozen=True)
 class Done:
-    """How a run ended, in numbers of tasks; `partial` unfinished ones have part of an answer."""
+    """How a run ended, in numbers of tasks.
+
+    `partial` of the `unfinished` ones have part of an answer; a server has `refused` others.
+    """
 
     answered: int
     unfinished: int = 0
     partial: int = 0
     told: tuple[str, ...] = ()  # lines about what was done besides answering
+    refused: int = 0
+    made: bool = True  # False: the answers were there already
 
 
 def run_inference(
@@ -40,15 +47,21 @@ def run_inference(
     model: str = "",
     deadline: float | None = None,
     refine: Sequence[Refining] = (),
+    facts: Mapping[str, str] | None = None,
+    overwrite: bool = False,
 ) -> Done:
     """Answer every task and write `out`: JSON lines of `task_id`, `input`, `output`, in order.
+
+    An answer that was cut off has `truncated` as well.
 
     With a knowledge base, `out` with the suffix .classes.jsonl holds `task_id`, `class`,
     `similarity`, `examples` (rows of the sheet). `model` identifies all that the answers depend on
     besides the prompts: a run is resumed only under the same one. `progress` gets (answered,
     total). At `deadline`, a time.monotonic(), `out` is written with what exists: a task without an
-    answer has an empty or cut `output` and a fourth key `unfinished`; running again finishes it.
-    The steps of `refine` may answer tasks again and choose, one after the other.
+    answer has an empty or cut `output` and a key `unfinished`; running again finishes it. So does a
+    task that a server refuses.
+    The steps of `refine` may answer tasks again and choose, one after the other. `facts` are kept
+    with the answers, see finished.py; `overwrite` gives up the unfinished answers of another run.
 
     Raises TaskError: a text that UTF-8 cannot hold. InputError: OUT.part is from other tasks,
     prompts or models. OutputError: no space, no permission; what was answered is kept. EngineError.
@@ -56,7 +69,8 @@ def run_inference(
     out = Path(out)
     _check_texts(tasks)
     prompts = prompter.prepare([task.input for task in tasks])
-    with Part(out, _header(engine, prompter, tasks, prompts, model), len(tasks)) as part:
+    header = _header(engine, prompter, tasks, prompts, model)
+    with Part(out, header, len(tasks), overwrite) as part:
         engine.limits.update(part.limits)
         run = Run(engine, prompter, tasks, prompts, part, deadline, progress)
         if progress is not None:
@@ -65,18 +79,31 @@ def run_inference(
             chosen = run.ask(dict(enumerate(prompts)))
         except EngineError:
             if deadline is not None:  # a run with a limit always ends with a file
-                _finish(out, run, dict(part.answers), whole=False, why="error")
+                _finish(out, run, dict(part.answers), False, facts, why="error")
             raise
-        whole = len(chosen) == len(tasks)
-        told = []
-        if whole and refine:
-            told = [step(run, chosen) for step in refine]
+        unfinished = len(tasks) - len(chosen) - len(run.refused)
+        whole = not unfinished and not run.refused
+        told = _refusals(run)
+        if not unfinished and refine:
+            told += [step(run, chosen) for step in refine]
             if run.over:
                 whole = False
                 told.append(LATE)
-        _finish(out, run, chosen, whole)
+        _finish(out, run, chosen, whole, facts)
     partial = sum(bool(answer.text) for answer in run.cut.values())
-    return Done(len(chosen), len(tasks) - len(chosen), partial, tuple(told))
+    return Done(len(chosen), unfinished, partial, tuple(told), len(run.refused))
+
+
+def _refusals(run: Run) -> list[str]:
+    """A line about the prompts that the server has refused, if there are any."""
+    if not run.refused:
+        return []
+    first = min(run.refused)
+    return [
+        f"the server refused {len(run.refused)} of {len(run.tasks)} tasks, which are marked in the "
+        f"file (task {run.tasks[first].task_id}: {run.refused[first]}); "
+        "run the same command again to ask them again"
+    ]
 
 
 def _header(
@@ -119,7 +146,12 @@ def _checked_batches(
 
 
 def _finish(
-    out: Path, run: Run, chosen: Mapping[int, Answer], whole: bool, why: str = UNFINISHED
+    out: Path,
+    run: Run,
+    chosen: Mapping[int, Answer],
+    whole: bool,
+    facts: Mapping[str, str] | None,
+    why: str = UNFINISHED,
 ) -> None:
     """Put the files in their places.
 
@@ -130,6 +162,8 @@ def _finish(
         if any(prompt.choice is not None for prompt in run.prompts):
             replace(out.with_suffix(CLASSES), _class_rows(run))
         replace(out, _rows(run, chosen, why))
+        if facts is not None:
+            record_made(out, facts, whole)
         if whole:
             run.part.path.unlink()
     except OSError as error:
@@ -141,6 +175,10 @@ def _rows(run: Run, chosen: Mapping[int, Answer], why: str) -> Iterator[dict[str
         row: dict[str, Any] = {"task_id": task.task_id, "input": task.input, "output": ""}
         if i in chosen:
             row["output"] = chosen[i].text
+            if chosen[i].truncated:
+                row["truncated"] = True
+        elif i in run.refused:
+            row["unfinished"] = f"{REFUSED}: {run.refused[i]}"
         else:
             if i in run.cut:
                 row["output"] = run.cut[i].text

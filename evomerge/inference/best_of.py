@@ -104,7 +104,8 @@ class BestOf:
         found = {i: [answer] for i, answer in chosen.items()}
         for round_number in range(1, self.n):
             asked = {}
-            for i, prompt in enumerate(run.prompts):
+            for i in chosen:
+                prompt = run.prompts[i]
                 settings = sample_settings(self.n, prompt.settings)[round_number]
                 asked[i] = replace(prompt, settings=settings)
             for i, answer in run.ask(asked, f"sample {round_number}").items():

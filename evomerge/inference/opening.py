@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,15 +27,26 @@ USED = ("prompt", "generation", "engine", "search.dtype", "search.seed")
 
 @dataclass(frozen=True)
 class Opened:
-    """An engine ready to answer, and its settings.
+    """What answers, and its settings; the engine is loaded when it is first used.
 
-    `identity` names all that its answers depend on besides the prompts.
+    `identity` names all that its answers depend on besides the prompts, `model` what of it are
+    weights.
     """
 
-    engine: Engine
-    prompt: PromptSection
+    load: Callable[[], Engine]
     study: Study
-    identity: str
+    model: object
+    identity: str | None = None  # None: the engine says
+
+    @property
+    def prompt(self) -> PromptSection:
+        """How tasks become prompts."""
+        return self.study.prompt
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The engine, ready to answer. Raises EngineError, ModelError."""
+        return self.load()
 
 
 def open_study(
@@ -59,19 +71,21 @@ def open_study(
     elif study.prompt.knowledge is not None:
         check_unchanged_base(study.prompt.knowledge, facts.knowledge, name)
     base, siblings = open_models(snapshot.study)
-    engine = _engine(base, siblings, study)
-    if study.engine.threads is None and facts.threads is not None:
-        import torch
 
-        torch.set_num_threads(facts.threads)  # as the search did
-    if study.engine == snapshot.study.engine:
-        engine.limits.update(facts.limits)
-    if snapshot.verdict is None:
-        say(f"study {name} is not finished: the best trial so far is used")
-    engine.apply(snapshot.recipe)
-    return Opened(
-        engine, study.prompt, study, _identity(snapshot.recipe.digest(), dict(facts.models), study)
-    )
+    def load() -> Engine:
+        engine = _engine(base, siblings, study)
+        if study.engine.threads is None and facts.threads is not None:
+            import torch
+
+            torch.set_num_threads(facts.threads)  # as the search did
+        if study.engine == snapshot.study.engine:
+            engine.limits.update(facts.limits)
+        if snapshot.verdict is None:
+            say(f"study {name} is not finished: the best trial so far is used")
+        engine.apply(snapshot.recipe)
+        return engine
+
+    return _opened(load, study, snapshot.recipe.digest(), dict(facts.models))
 
 
 def open_folder(ref: str, overrides: Sequence[str]) -> Opened:
@@ -85,12 +99,8 @@ def open_folder(ref: str, overrides: Sequence[str]) -> Opened:
     folder = open_model(ref)
     dtype = str(folder.config.get("dtype") or folder.config.get("torch_dtype") or "bfloat16")
     study = _seeded(overridden(_study(dtype, folder.config), overrides, USED))
-    return Opened(
-        _engine(folder, [], study),
-        study.prompt,
-        study,
-        _identity("", combined(fingerprint(folder.path)), study),
-    )
+    prints = combined(fingerprint(folder.path))
+    return _opened(lambda: _engine(folder, [], study), study, "", prints)
 
 
 def open_merged(
@@ -114,14 +124,19 @@ def open_merged(
     models = open_recipe(recipe)
     base, *siblings = models.values()
     study = _seeded(overridden(_study(_dtype(recipe), base.config), overrides, USED))
-    # a single model is merged too: scaled, or with its layers moved
-    engine = _engine(base, siblings or [base], study)
-    engine.apply(recipe)
-    template = chat_template_of(recipe, models)
-    if template is not None:
-        engine.tokenizer.chat_template = template
+    merged, template = recipe, chat_template_of(recipe, models)
+
+    def load() -> Engine:
+        # a single model is merged too: scaled, or with its layers moved
+        engine = _engine(base, siblings or [base], study)
+        engine.apply(merged)
+        if template is not None:
+            engine.tokenizer.chat_template = template
+        return engine
+
     prints = {ref: combined(fingerprint(model.path)) for ref, model in models.items()}
-    return Opened(engine, study.prompt, study, _identity(recipe.digest(), prints, study))
+    opened = _opened(load, study, recipe.digest(), prints)
+    return replace(opened, model=(opened.model, template))
 
 
 def open_server_at(
@@ -129,12 +144,15 @@ def open_server_at(
 ) -> Opened:
     """An OpenAI-compatible server. Raises InputError, ModelError, EngineError."""
     from evomerge.answering.servers.engine import CONCURRENCY, ServerEngine
+    from evomerge.answering.servers.openai_protocol import server_url
 
     study = overridden(_study("bfloat16"), overrides, ("prompt", "generation"))
-    engine = ServerEngine(
-        url, model, study.generation, study.prompt.format == "chat", concurrency or CONCURRENCY
-    )
-    return Opened(engine, study.prompt, study, engine.identity)
+    chat = study.prompt.format == "chat"
+
+    def load() -> Engine:
+        return ServerEngine(url, model, study.generation, chat, concurrency or CONCURRENCY)
+
+    return Opened(load, study, (server_url(url), model))
 
 
 def open_chooser(opened: Opened, classify: str, say: Callable[[str], None]) -> Chooser | None:
@@ -208,11 +226,13 @@ def _dtype(recipe: Recipe) -> str:
     return str(recipe.out_dtype or recipe.dtype or "bfloat16")
 
 
-def _identity(recipe: str, models: Mapping[str, Any] | str, study: Study) -> str:
+def _opened(
+    load: Callable[[], Engine], study: Study, recipe: str, models: Mapping[str, Any] | str
+) -> Opened:
+    """With the identity by which runs of all versions are resumed."""
     s = study.search
-    return repr(
-        (recipe, models, study.generation, study.prompt.too_long, study.engine, s.dtype, s.seed)
-    )
+    settings = (study.generation, study.prompt.too_long, study.engine, s.dtype, s.seed)
+    return Opened(load, study, (recipe, models), repr((recipe, models, *settings)))
 
 
 def check_unchanged_base(path: str, digest: str | None, name: str) -> None:

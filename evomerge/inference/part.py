@@ -38,11 +38,13 @@ class Part:
     that a lack of memory has forced on the engine.
     """
 
-    def __init__(self, out: Path, header: Mapping[str, str], total: int) -> None:
+    def __init__(
+        self, out: Path, header: Mapping[str, str], total: int, overwrite: bool = False
+    ) -> None:
         """Open or continue the file; `total` is the number of tasks.
 
-        Raises InputError: the file holds other answers. OutputError: it cannot be written, or
-        another run is writing it.
+        Raises InputError: the file holds other answers, unless `overwrite` gives them up.
+        OutputError: it cannot be written, or another run is writing it.
         """
         self.path = out.with_name(out.name + ".part")
         self.rounds: dict[str, dict[int, Answer]] = {FIRST: {}}
@@ -59,7 +61,7 @@ class Part:
         except OSError as error:
             raise self.error(error) from error
         try:
-            self._resume(header)
+            self._resume(header, overwrite)
         except BaseException:
             os.close(self.fd)
             self._lock.release()
@@ -127,22 +129,24 @@ class Part:
                 remedy="Wait for it, or name another --out.",
             ) from held
 
-    def _resume(self, header: Mapping[str, str]) -> None:
+    def _resume(self, header: Mapping[str, str], overwrite: bool) -> None:
         with os.fdopen(os.dup(self.fd), "rb") as file:
             whole, newline, _torn = file.read().rpartition(b"\n")
         if not newline:
-            self._truncate(0)
-            self._append(header)
+            self._begin(header)
             return
         numbered = enumerate(whole.split(b"\n"), start=1)
         lines = [_parse(line, self.path, number) for number, line in numbered]
         changed = [key for key, value in header.items() if lines[0].get(key) != value]
+        if changed and overwrite:
+            self._begin(header)
+            return
         if changed:
             others = " and ".join(CALLED.get(key, key) for key in changed)
             raise InputError(
                 f"the unfinished answers in this file differ from this run in {others}",
                 where=self.path,
-                remedy="Run the original command again, delete the file, or name another --out.",
+                remedy="Run the original command again, name another --out, or add --overwrite.",
             )
         for line in lines[1:]:
             if "limits" in line:
@@ -152,6 +156,10 @@ class Part:
             for i, text in zip(line["batch"], line["outputs"], strict=True):
                 kept[i] = Answer(text, i in cut, 0)
         self._truncate(len(whole) + 1)
+
+    def _begin(self, header: Mapping[str, str]) -> None:
+        self._truncate(0)
+        self._append(header)
 
     def _truncate(self, size: int) -> None:
         try:

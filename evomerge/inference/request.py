@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from evomerge.console import LONGEST
 from evomerge.errors import InputError
+from evomerge.finished import hash_of, is_finished
 
 if TYPE_CHECKING:
     from evomerge.inference.answer_file import Done
@@ -28,7 +30,7 @@ class InferenceRequest:
 
     `storage` is the study's URL. `overrides` are "a.b=value" texts for keys of a study file;
     `max_new_tokens` limits every answer, whatever a class of the knowledge base says. `self_check`
-    names faults of an answer, `time_limit` is in seconds.
+    names faults of an answer, `time_limit` is in seconds, `overwrite` gives up other answers.
     """
 
     model: str | None = None
@@ -44,6 +46,7 @@ class InferenceRequest:
     judge: Judge | str | None = None
     self_check: tuple[str, ...] = ()
     time_limit: float | None = None
+    overwrite: bool = False
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -81,6 +84,13 @@ def check_request(request: InferenceRequest, called: Callable[[str], str] = para
     ):
         if value is not None and value < least:
             raise InputError(f"must be {least} or more", where=called(name), found=value)
+    limit = request.time_limit
+    if limit is not None and not 0 < limit <= LONGEST:
+        raise InputError(
+            "is not a number of seconds above 0, or longer than ten years",
+            where=called("time_limit"),
+            found=limit,
+        )
     if request.judge is not None and request.best_of is None:
         raise InputError(
             "chooses among several answers",
@@ -153,12 +163,17 @@ def answer_tasks(
 ) -> Done:
     """Answer the tasks and write `out`; `say` receives notes. Raises as `run_inference` does."""
     from evomerge.answering.prompts import make_prompter
-    from evomerge.inference.answer_file import run_inference
+    from evomerge.inference.answer_file import Done, run_inference
     from evomerge.inference.opening import open_chooser
 
     began = time.monotonic()
-    steps = _refining_steps(request, tasks, say)
     opened = open_request(request, say)
+    facts = _facts(request, opened, tasks)
+    going_on = out.with_name(f"{out.name}.part").exists()
+    if not request.overwrite and is_finished(out, facts, "answers", going_on):
+        line = f"{out} holds these answers already: nothing to do (--overwrite answers again)"
+        return Done(len(tasks), told=(line,), made=False)
+    steps = _refining_steps(request, tasks, say)
     if opened.prompt.knowledge is None and request.classify != "neighbours":
         raise InputError(
             "there is no knowledge base to classify by",
@@ -180,10 +195,32 @@ def answer_tasks(
         tasks,
         out,
         progress,
-        model=opened.identity,
+        model=opened.identity or str(getattr(opened.engine, "identity", "")),
         deadline=None if request.time_limit is None else began + request.time_limit,
         refine=steps,
+        facts=facts,
+        overwrite=request.overwrite,
     )
+
+
+def _facts(request: InferenceRequest, opened: Opened, tasks: Sequence[Task]) -> dict[str, str]:
+    """Hashes of all that the answers depend on, as far as it is known before a model is loaded."""
+    from evomerge.knowledge.read_base import read_knowledge
+
+    study, search = opened.study, opened.study.search
+    base = study.prompt.knowledge
+    judge = getattr(request.judge, "name", request.judge)
+    references = [task.output for task in tasks] if request.best_of else []
+    found: dict[str, object] = {
+        "model": opened.model,
+        "tasks": [(task.task_id, task.input) for task in tasks],
+        "prompts": (study.prompt.model_copy(update={"knowledge": None}), request.classify),
+        "knowledge base": None if base is None else read_knowledge(base).digest(),
+        "generation settings": (study.generation, request.max_new_tokens, search.seed),
+        "engine": (study.engine, search.dtype),
+        "choice among answers": (request.best_of, judge, request.self_check, references),
+    }
+    return {name: hash_of(value) for name, value in found.items()}
 
 
 def _refining_steps(request: InferenceRequest, tasks: Sequence[Task], say: Say) -> list[Refining]:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 if TYPE_CHECKING:
     from evomerge.inference.answer_file import Done
@@ -17,7 +17,7 @@ class AnswerRecord:
     """The answer to one task.
 
     `unfinished` says why there is no whole answer (None: there is one); `class_name` is the task's
-    class where a knowledge base gave it one.
+    class where a knowledge base gave it one; `truncated`: the longest length has ended the answer.
     """
 
     task_id: int | str
@@ -25,14 +25,16 @@ class AnswerRecord:
     output: str
     unfinished: str | None = None
     class_name: str | None = None
+    truncated: bool = False
 
 
 @dataclass(frozen=True)
 class InferenceResult(Sequence[AnswerRecord]):
     """The answers in the order of the tasks; `notes` tell what was done besides answering.
 
-    `partial` of the `unfinished` tasks have the beginning of an answer. `out` is the file with the
-    answers, None where none was requested.
+    `partial` of the `unfinished` tasks have the beginning of an answer; a server has `refused`
+    others. `out` is the file with the answers, None where none was requested; `made` is False where
+    it held them already.
     """
 
     records: tuple[AnswerRecord, ...]
@@ -41,6 +43,8 @@ class InferenceResult(Sequence[AnswerRecord]):
     partial: int
     notes: tuple[str, ...]
     out: Path | None
+    refused: int = 0
+    made: bool = True
 
     @overload
     def __getitem__(self, index: int) -> AnswerRecord: ...
@@ -67,11 +71,18 @@ def read_result(written: Path, done: Done, out: Path | None) -> InferenceResult:
         class_name = classes.get(str(row["task_id"]))
         records.append(AnswerRecord(**row, class_name=class_name))
     return InferenceResult(
-        tuple(records), done.answered, done.unfinished, done.partial, done.told, out
+        tuple(records),
+        done.answered,
+        done.unfinished,
+        done.partial,
+        done.told,
+        out,
+        done.refused,
+        done.made,
     )
 
 
-def _rows(path: Path) -> Iterator[dict[str, str]]:
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8", newline="\n") as file:
         for line in file:
             yield json.loads(line)

@@ -16,6 +16,7 @@ from typing import Protocol, runtime_checkable
 
 from evomerge.answering.engine import Answer, Engine, PromptSettings
 from evomerge.answering.prompts import Prompt, Prompter
+from evomerge.errors import PromptRefused
 from evomerge.inference.part import FIRST, Part
 from evomerge.tasks import Task
 
@@ -36,6 +37,7 @@ class AnswersEach(Protocol):
         settings: PromptSettings = None,
         deadline: float | None = None,
         shorter: Callable[[int], str | None] | None = None,
+        on_refusal: Callable[[int, PromptRefused], None] | None = None,
     ) -> Iterator[tuple[int, Answer]]: ...
 
 
@@ -59,6 +61,8 @@ class Run:
     progress: Progress | None = None
     # first answers that the deadline has cut off
     cut: dict[int, Answer] = field(default_factory=dict)
+    # first prompts that a server has refused, and why; the others are answered
+    refused: dict[int, str] = field(default_factory=dict)
 
     @property
     def over(self) -> bool:
@@ -136,8 +140,13 @@ class Run:
             now[at] = found
             return found.text
 
+        def on_refusal(at: int, error: PromptRefused) -> None:
+            if name == FIRST:
+                self.refused[places[order[at]]] = error.what
+
         texts, settings = [prompt.text for prompt in now], self.prompter.settings(now)
-        for at, answer in self.engine.answer_each(texts, settings, self.deadline, shorter):
+        answers = self.engine.answer_each(texts, settings, self.deadline, shorter, on_refusal)
+        for at, answer in answers:
             self._keep({places[order[at]]: answer}, name)
 
     def _keep(self, answers: Mapping[int, Answer], name: str) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from evomerge.answering.servers.openai_protocol import whole
 from evomerge.errors import EngineError, JudgeError, ModelError, StudyFileError
 from evomerge.judging.grade import Grade
-from evomerge.judging.llm.judge_prompt import GRADES, RUBRIC, Rubric
+from evomerge.judging.llm.judge_prompt import EXAMPLE, GRADES, RUBRIC, Rubric
 from evomerge.tasks import Task
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ TEMPLATE = (
 LEAD = "点数："
 ROOM = 8  # tokens kept free for the digit
 AT_ONCE = 256  # answers whose tokens are in memory together
-EXAMPLE = Task(0, "1+1は？", "2", "")  # tried before any answer is graded
 _VISIBLE = re.compile(r"[^\s\u200b\ufeff]")
 
 
@@ -209,8 +208,7 @@ def as_prompt(tokenizer: Any, messages: Sequence[dict[str, str]], where: str) ->
     joined = "\n\n".join(message["content"] for message in messages)
     if not tokenizer.chat_template:
         return _first_token(tokenizer) + joined + "\n\n"
-    from jinja2 import TemplateError
-
+    reason = "it leaves out what it is given"
     for turns in (list(messages), [{"role": "user", "content": joined}]):
         try:
             text = str(
@@ -218,14 +216,15 @@ def as_prompt(tokenizer: Any, messages: Sequence[dict[str, str]], where: str) ->
                     turns, tokenize=False, add_generation_prompt=True, enable_thinking=False
                 )
             )
-        except TemplateError:
+        except Exception as error:  # raise_exception, and whatever an expression can raise
+            reason = str(error) or type(error).__name__
             continue
         if all(message["content"].strip() in text for message in messages):
             if text.rstrip().endswith("<think>"):
                 text += "\n</think>\n\n"
             return text
     raise ModelError(
-        "its chat template does not take the rubric",
+        f"its chat template does not take the rubric: {reason[:300]}",
         where=where,
         remedy="Use another model as the judge.",
     )

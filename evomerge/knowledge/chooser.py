@@ -157,6 +157,18 @@ class Chooser:
             )
         return chosen
 
+    def of_each_class(self) -> list[TaskKnowledge]:
+        """What some task of each class would get."""
+        found = []
+        for kind in self.knowledge.classes:
+            own = [
+                example for example in self.knowledge.examples if example.class_name == kind.name
+            ]
+            shown = tuple(own[: _shots(kind)])
+            quoted = self.knowledge.documents[: _quotes(kind)]
+            found.append(TaskKnowledge(kind, 0.0, shown, quoted))
+        return found
+
     def _classified(self, texts: Sequence[str], near: Nearest) -> list[Classification]:
         by_votes = self.classifier.classify_near(texts, near)
         if self.way == "neighbours" or self.by_model is None or not texts:

@@ -28,6 +28,7 @@ from evomerge.searching.snapshot import StudySnapshot
 from evomerge.study import GenerationSection, PromptSection, Study
 
 TEMPLATES = Path(__file__).with_name("templates") / "runner"
+PROGRAM = ("answer.py", "answer_tools.py")
 FETCHED = ("model*.safetensors", "*.json", "*.jinja", "*.model")  # of a model on the hub
 # the class of all tasks where there is no knowledge base
 PLAIN = KnowledgeClass("plain", "", "{input}")
@@ -44,7 +45,7 @@ def write_runner(snapshot: StudySnapshot, folder: Path, knowledge: Knowledge | N
     study, recipe = snapshot.study, snapshot.recipe
     name = snapshot.ledger.name
     texts = {
-        "answer.py": (TEMPLATES / "answer.py").read_text(encoding="utf-8"),
+        **{name: (TEMPLATES / name).read_text(encoding="utf-8") for name in PROGRAM},
         "requirements.txt": _rendered("requirements.txt"),
         "recipe.yaml": recipe_text(snapshot),
         "settings.yaml": _rendered(
@@ -194,7 +195,10 @@ def _voting() -> dict[str, Any]:
 
 
 def _numbers_of(kind: KnowledgeClass, run: GenerationSection) -> dict[str, Any]:
-    """How many examples and documents a class's prompt holds, and its generation settings."""
+    """How many examples and documents a class's prompt holds, and its generation settings.
+
+    Where the class sets its own length, half of a small context is kept for the prompt.
+    """
     sampled = run.do_sample if kind.temperature is None else kind.temperature > 0
     generation: dict[str, Any] = {
         "max_new_tokens": kind.max_new_tokens or run.max_new_tokens,
@@ -211,6 +215,7 @@ def _numbers_of(kind: KnowledgeClass, run: GenerationSection) -> dict[str, Any]:
     return {
         "examples": _or(kind.shots, SHOTS),
         "documents": documents,
+        "own_length": kind.max_new_tokens is not None,
         "generation": generation,
     }
 

@@ -100,7 +100,7 @@ class JudgeSection(Section):
         "header takes precedence.",
     )
     timeout: float = Field(
-        default=120.0, gt=0, examples=[120], description="Seconds to wait for one reply."
+        default=120.0, gt=0, examples=[120], description="Seconds for the whole of one reply."
     )
     asks: int = Field(
         default=3,

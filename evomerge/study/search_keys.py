@@ -79,7 +79,7 @@ class SearchSection(Section):
     )
     time_limit: Text | None = Field(
         default=None,
-        description="90s, 55m, 8h or 2d: after it no candidate starts; the mean and the verdict "
+        description="90s, 55m, 1h30m or 2d: after it no candidate starts; the mean and the verdict "
         "follow.",
     )
     max_cost: float | None = Field(
@@ -136,7 +136,7 @@ class SearchSection(Section):
     @classmethod
     def _check_duration(cls, text: str | None) -> str | None:
         holds = text is None or seconds(text) is not None
-        require(holds, "", "is not a duration above 0", text, "Write 90s, 55m, 8h or 2d.")
+        require(holds, "", "is not a duration above 0", text, "Write 90s, 55m, 1h30m or 2d.")
         return text
 
     @model_validator(mode="after")

@@ -14,18 +14,26 @@ from datetime import UTC
 from email.utils import parsedate_to_datetime
 from typing import Any, Literal, TypeVar
 
-from evomerge.answering.servers.openai_protocol import api_key, is_too_long, message_of
+from evomerge.answering.servers.bounded import OversizedReply, bounded_http
+from evomerge.answering.servers.openai_protocol import (
+    FilteredReply,
+    api_key,
+    is_filtered,
+    is_too_long,
+    message_of,
+)
 from evomerge.errors import ModelError
 
 T = TypeVar("T")
 # Waits before the next attempt, given the server's Retry-After and our own delay, both in
 # seconds; False: do not try again.
 Pause = Callable[[float | None, float], bool]
-Kind = Literal["timeout", "unreachable", "broken", "status", "unreadable"]
+Kind = Literal["timeout", "unreachable", "broken", "status", "unreadable", "filtered"]
 
 CONNECT = 10.0  # seconds
 LONGEST_WAIT = 600.0  # seconds of a Retry-After that we wait at most
 PASSING = (408, 409, 425, 429)  # statuses that may pass, and all from 500 on
+OF_A_PROMPT = (400, 413, 422, 451)  # statuses of a request that is refused for what it contains
 LISTED = 20  # models that a message names
 LINE = 300  # characters of a server's message that ours shows
 REFUSED = (401, 403)
@@ -50,7 +58,8 @@ class ServerFailure(Exception):
     """Why a request failed.
 
     `said` is one line, without the key. `unreachable` means that no connection was made, `broken`
-    that one was lost, `unreadable` that the reply has not the protocol's shape.
+    that one was lost, `unreadable` that the reply has not the protocol's shape, `filtered` that a
+    content filter took the place of the reply.
     """
 
     kind: Kind
@@ -58,17 +67,28 @@ class ServerFailure(Exception):
     status: int | None = None
     retry_after: float | None = None
     too_long: bool = False
+    filtered: bool = False
     attempts: int = 1
+
+    @property
+    def in_words(self) -> str:
+        """The status, if there is one, and what the server said."""
+        return self.said if self.status is None else f"status {self.status}: {self.said}"
 
     @property
     def refused(self) -> bool:
         """Whether the key is missing or wrong."""
-        return self.status in REFUSED
+        return self.status in REFUSED and not self.filtered
+
+    @property
+    def of_a_prompt(self) -> bool:
+        """Whether this prompt may be what the server refuses, rather than every request."""
+        return self.too_long or self.filtered or self.status in OF_A_PROMPT
 
     @property
     def passes(self) -> bool:
         """Whether another attempt may succeed."""
-        if self.too_long:
+        if self.too_long or self.filtered:
             return False
         return self.status is None or self.status in PASSING or self.status >= 500
 
@@ -77,7 +97,9 @@ class OpenAIClient:
     """The `openai` package's client with our retries; safe among threads."""
 
     def __init__(self, url: str, timeout: float) -> None:
-        """`timeout` is in seconds, for a whole reply. The key comes from the environment.
+        """`timeout` is in seconds, for the whole of a reply, which has a largest size too.
+
+        The key comes from the environment.
 
         Raises ImportError without the package openai, InputError for a key that no header can
         carry.
@@ -90,7 +112,11 @@ class OpenAIClient:
         limits = openai.Timeout(timeout, connect=min(CONNECT, timeout))
         # A server without keys accepts any key, and without one the client would not start.
         self.sdk: Any = openai.OpenAI(
-            base_url=url, api_key=self.key or "none", max_retries=0, timeout=limits
+            base_url=url,
+            api_key=self.key or "none",
+            max_retries=0,
+            timeout=limits,
+            http_client=bounded_http(openai.DefaultHttpxClient),
         )
 
     def request(self, send: Callable[[Any], T], policy: RetryPolicy, pause: Pause) -> T:
@@ -114,7 +140,10 @@ class OpenAIClient:
     @property
     def request_errors(self) -> tuple[type[Exception], ...]:
         """What a request raises: the package's errors, and those of replies of another shape."""
-        return (self.errors.OpenAIError, ValueError, TypeError, AttributeError)
+        # RecursionError: JSON that is nested too deeply
+        shapes = (ValueError, TypeError, AttributeError, RecursionError)
+        bounds = (TimeoutError, OversizedReply)
+        return (self.errors.OpenAIError, FilteredReply, *bounds, *shapes)
 
     def models(self) -> list[str]:
         """The models that the server lists; none where its list cannot be read.
@@ -122,14 +151,20 @@ class OpenAIClient:
         Raises ServerFailure.
         """
         quick = self.sdk.with_options(timeout=min(self.timeout, 2 * CONNECT))
+
+        def send(_: Any) -> list[str]:
+            # as plain JSON: an object for each of many models would take seconds
+            reply = quick.models.with_raw_response.list().http_response.json()
+            found = reply.get("data") if isinstance(reply, dict) else None
+            rows = [row for row in found or [] if isinstance(row, dict)]
+            return [row["id"] for row in rows if isinstance(row.get("id"), str)]
+
         try:
-            page = self.request(lambda _: quick.models.list(), RetryPolicy(1), waiting)
+            return self.request(send, RetryPolicy(1), waiting)
         except ServerFailure as failure:
             if failure.kind == "unreadable":
                 return []
             raise
-        names = [getattr(model, "id", None) for model in getattr(page, "data", None) or []]
-        return [name for name in names if isinstance(name, str)]
 
     def failure(self, error: Exception) -> ServerFailure:
         """An exception of a request in words."""
@@ -141,9 +176,16 @@ class OpenAIClient:
                 status=error.status_code,
                 retry_after=retry_after(error.response.headers),
                 too_long=is_too_long(error),
+                filtered=is_filtered(error),
             )
-        if isinstance(error, e.APITimeoutError):
-            return ServerFailure("timeout", f"no reply within {self.timeout:g} s")
+        if isinstance(error, FilteredReply):
+            return ServerFailure("filtered", self.hidden(str(error)), filtered=True)
+        causes = (error, error.__cause__)  # some versions of the package wrap every error
+        if any(isinstance(cause, TimeoutError | e.APITimeoutError) for cause in causes):
+            return ServerFailure("timeout", f"no whole reply within {self.timeout:g} s")
+        for cause in causes:
+            if isinstance(cause, OversizedReply):
+                return ServerFailure("unreadable", str(cause))
         if isinstance(error, e.APIConnectionError):
             said = self.hidden(str(error.__cause__ or error))
             return ServerFailure("unreachable" if _never_connected(error) else "broken", said)
@@ -169,7 +211,7 @@ def waiting(asked: float | None, delay: float) -> bool:
 
 def names(listed: Sequence[str]) -> str:
     """Models for a message: twenty at most, and how many more there are."""
-    shown = ", ".join(listed[:LISTED])
+    shown = ", ".join(name[:LINE] for name in listed[:LISTED])
     more = len(listed) - LISTED
     return f"{shown} and {more} more" if more > 0 else shown
 

@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator
 from queue import Empty, SimpleQueue
 
 from evomerge.answering.engine import Answer
-from evomerge.errors import EvomergeError
+from evomerge.errors import EvomergeError, PromptRefused
 
 
 class ConcurrentRequests:
     """Calls `ask(index)` for every index below `count`, `concurrency` at a time.
 
-    After an EvomergeError no further call begins. The threads are daemons: neither Ctrl-C nor a
-    deadline waits for a server.
+    After an EvomergeError no further call begins, unless it concerns one prompt only. The threads
+    are daemons: neither Ctrl-C nor a deadline waits for a server.
     """
 
     def __init__(self, ask: Callable[[int], Answer], count: int, concurrency: int) -> None:
@@ -55,7 +55,8 @@ class ConcurrentRequests:
                 try:
                     self.found.put((index, self.ask(index)))
                 except EvomergeError as error:
-                    self.waiting.clear()
+                    if not isinstance(error, PromptRefused):
+                        self.waiting.clear()
                     self.found.put((index, error))
         finally:
             self.found.put(None)

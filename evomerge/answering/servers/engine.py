@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from evomerge.answering.engine import Answer, OnAnswer, PromptSettings, Watch
@@ -22,27 +23,27 @@ from evomerge.answering.servers.client import (
     only_model,
 )
 from evomerge.answering.servers.concurrency import ConcurrentRequests
+from evomerge.answering.servers.failures import GOES_ON, PENALTY, lasting_error
 from evomerge.answering.servers.openai_protocol import (
-    KEY,
     TurnsAsJson,
     read_reply,
     request_settings,
     server_url,
     whole,
 )
-from evomerge.errors import EngineError, EvomergeError, ModelError
+from evomerge.errors import EngineError, EvomergeError, ModelError, PromptRefused
 from evomerge.recipe import Recipe
 from evomerge.study import GenerationSection
 
 # a prompt's index -> the same prompt with less in it, None where nothing can be dropped
 Shorter = Callable[[int], str | None]
+OnRefusal = Callable[[int, PromptRefused], None]
 
 CONCURRENCY = 8  # requests at the same time
 RETRIES = 5  # retries of a request, after 0.5 to 8 s or as long as Retry-After says
 READ = 600.0  # seconds for a whole reply
-SHORTEN = "Shorten the task, or lower generation.max_new_tokens. Finished answers are kept."
-NO_COMPLETIONS = "Check --server, or use --format chat: not every server offers completions."
-GOES_ON = "Finished answers are kept: run the same command again to resume."
+# by whether it is a chat: a prompt that a server takes if it takes any
+SHORTEST = {True: '[{"role": "user", "content": "1"}]', False: "1"}
 
 
 class ServerEngine:
@@ -74,6 +75,8 @@ class ServerEngine:
         self.limits: dict[str, int] = {}  # the server's memory is not ours to manage
         self.context: int | None = None  # unknown: the server refuses a prompt that is too long
         self.watch: Watch | None = None  # a server reports no progress within an answer
+        self.takes_prompts = False  # known once it has answered one
+        self._trying = threading.Lock()
         self.model: str | None = None
         self.client = _connect(self.url)
         listed = self._list(needed=model is None)
@@ -125,13 +128,15 @@ class ServerEngine:
         settings: PromptSettings = None,
         deadline: float | None = None,
         shorter: Shorter | None = None,
+        on_refusal: OnRefusal | None = None,
     ) -> Iterator[tuple[int, Answer]]:
         """(index of the prompt, answer) as they arrive.
 
         After a failure no further prompt is sent, running requests are still yielded, and the first
-        failure is raised at the end. At `deadline`, a time.monotonic(), running requests are
-        abandoned. `shorter`, never called twice at the same time, gives another prompt where the
-        server says that one is too long, as often as it says so.
+        failure is raised at the end. A prompt that the server refuses while it takes others goes to
+        `on_refusal`, and the others are asked. At `deadline`, a time.monotonic(), running requests
+        are abandoned. `shorter`, never called twice at the same time, gives another prompt where
+        the server says that one is too long, as often as it says so.
         """
         own = [self.generation] * len(prompts) if settings is None else settings
         client, stop, one = self.client, threading.Event(), threading.Lock()
@@ -150,7 +155,10 @@ class ServerEngine:
             for index, found in requests.results(deadline):
                 if isinstance(found, Answer):
                     yield index, found
+                elif isinstance(found, PromptRefused) and on_refusal is not None:
+                    on_refusal(index, found)
                 else:
+                    requests.waiting.clear()
                     failures.append(found)
         finally:
             stop.set()
@@ -168,7 +176,7 @@ class ServerEngine:
         shorter: Callable[[], str | None],
         stop: threading.Event,
     ) -> Answer:
-        """One answer. Raises EngineError, ModelError.
+        """One answer. Raises PromptRefused, EngineError, ModelError.
 
         vLLM and llama.cpp accept a prompt that leaves little room, and cut the answer short. An
         answer with fewer tokens than we allow is requested again with a shorter prompt, as long as
@@ -181,8 +189,10 @@ class ServerEngine:
             except ServerFailure as failure:
                 less = shorter() if failure.too_long else None
                 if less is None:
-                    raise self._error(failure) from failure
+                    shortest = partial(self._reply, client, SHORTEST[self.chat], g, stop)
+                    raise self._lasting(failure, shortest) from failure
             else:
+                self.takes_prompts = True
                 if not answer.truncated or not 0 < answer.tokens < g.max_new_tokens:
                     return answer
                 if answer.tokens <= cut.tokens:
@@ -192,6 +202,23 @@ class ServerEngine:
                     return answer
                 cut = answer
             prompt = whole(less)
+
+    def _lasting(self, failure: ServerFailure, shortest: Callable[[], Answer]) -> EvomergeError:
+        """The error to raise: PromptRefused where the server takes other prompts.
+
+        Where it has not answered any yet, the shortest one is tried with the same settings.
+        """
+        error = self._error(failure)
+        if not failure.of_a_prompt or isinstance(error, ModelError) or PENALTY in failure.said:
+            return error
+        with self._trying:
+            if not self.takes_prompts:
+                try:
+                    shortest()
+                except (ServerFailure, EngineError):
+                    return error
+                self.takes_prompts = True
+        return PromptRefused(failure.in_words)
 
     def _reply(
         self, client: OpenAIClient, prompt: str, g: GenerationSection, stop: threading.Event
@@ -235,36 +262,11 @@ class ServerEngine:
 
     def _error(self, failure: ServerFailure) -> EvomergeError:
         """A failed request as an error for the user; its retries are over."""
-        status, said = failure.status, failure.said
-        if status in (400, 404, 422):
-            unknown = self._unknown_model(status, said)
+        if failure.status in (400, 404, 422):
+            unknown = self._unknown_model(failure.status, failure.said)
             if unknown is not None:
                 return unknown
-        if failure.kind == "timeout":
-            what, remedy = f"the server gave no answer within {READ:.0f} s", GOES_ON
-        elif failure.kind in ("unreachable", "broken"):
-            what = f"the server cannot be reached: {said}"
-            remedy = f"Start it, or check --server. {GOES_ON}"
-        elif failure.kind == "unreadable":
-            what, remedy = f"the server's reply contains no answer: {said}", GOES_ON
-        elif failure.refused:
-            what = f"the server refused access with status {status}: {said}"
-            remedy = f"Check the key in {KEY}." if self.client.key else f"Set {KEY}."
-        else:
-            what = f"the server answered with status {status}: {said}"
-            remedy = self._remedy(failure)
-        path = ("/chat" if self.chat else "") + "/completions" if status == 404 else ""
-        return EngineError(what, where=self.url + path, remedy=remedy)
-
-    def _remedy(self, failure: ServerFailure) -> str:
-        """What to do about a status that is neither a refused key nor an unknown model."""
-        if "repetition_penalty" in failure.said:  # OpenAI's own server, transformers'
-            return "Set repetition_penalty to 1: this server does not accept it."
-        if failure.status == 404:
-            return "Check --server." if self.chat else NO_COMPLETIONS
-        if failure.status == 429:
-            return f"Lower --concurrency. {GOES_ON}"
-        return SHORTEN if failure.too_long else GOES_ON
+        return lasting_error(failure, self.client, self.chat)
 
     def _unknown_model(self, status: int, said: str) -> ModelError | None:
         """An error that names the server's models, where it does not list the requested one."""

@@ -25,6 +25,21 @@ TOO_LONG = re.compile(
     r"|max_tokens must be at least 1, got",
     re.IGNORECASE,
 )
+# How servers say that a content filter refuses a prompt: OpenAI, Azure, OpenRouter, DashScope,
+# Zhipu, DeepSeek, Google's and Anthropic's gateways.
+FILTER_CODES = ("content_filter", "content_policy_violation", "data_inspection_failed", "1301")
+FILTERED = re.compile(
+    r"content[ _-]?(filter|policy|management|moderation|exists risk)"
+    r"|(is|was|been|input|prompt|request) (flagged|blocked|rejected) (by|for|due|as|because)"
+    r"|requires moderation|moderation (policy|system|error)|inappropriate content"
+    r"|safety (system|filter|policy|settings)|usage policy",
+    re.IGNORECASE,
+)
+EXAMINED = 10_000  # characters of a server's message
+
+
+class FilteredReply(Exception):
+    """A content filter took the place of the reply."""
 
 
 class TurnsAsJson:
@@ -93,7 +108,10 @@ def request_settings(model: str | None, g: GenerationSection) -> dict[str, Any]:
 
 
 def read_reply(reply: Any) -> Answer:
-    """The answer in a reply of either endpoint. Raises ValueError if it holds none."""
+    """The answer in a reply of either endpoint.
+
+    Raises ValueError if it holds none, FilteredReply if a content filter left nothing of it.
+    """
     choices = getattr(reply, "choices", None)
     if not isinstance(choices, list) or not choices:
         _no_answer(reply)
@@ -106,10 +124,13 @@ def read_reply(reply: Any) -> Answer:
         text = "" if text is None else text
     if not isinstance(text, str):
         _no_answer(reply)
+    ended = getattr(choice, "finish_reason", None)
+    if ended == "content_filter" and not text.strip():
+        raise FilteredReply("a content filter left nothing of the answer")
     tokens = getattr(getattr(reply, "usage", None), "completion_tokens", None)
     if not isinstance(tokens, int):
         tokens = 0
-    return Answer(whole(text), getattr(choice, "finish_reason", None) == "length", tokens)
+    return Answer(whole(text), ended == "length", tokens)
 
 
 def message_of(error: Any) -> str:
@@ -119,10 +140,13 @@ def message_of(error: Any) -> str:
         if isinstance(body, dict):
             body = body.get(key, body)
     if isinstance(body, str):
-        return body
+        return body[:EXAMINED]
     if not body:
         return "no reason given"
-    return json.dumps(body, ensure_ascii=False, default=str)
+    try:
+        return json.dumps(body, ensure_ascii=False, default=str)[:EXAMINED]
+    except RecursionError:
+        return "a reason that is nested too deeply"
 
 
 def is_too_long(error: Any) -> bool:
@@ -134,6 +158,14 @@ def is_too_long(error: Any) -> bool:
         return False
     codes = {getattr(error, "code", None), getattr(error, "type", None)}
     return bool(codes & set(TOO_LONG_CODES)) or TOO_LONG.search(message_of(error)) is not None
+
+
+def is_filtered(error: Any) -> bool:
+    """Whether a server's content filter refuses the request."""
+    if getattr(error, "status_code", None) not in (400, 403, 422, 451):
+        return False
+    codes = {str(getattr(error, name, None)) for name in ("code", "type")}
+    return bool(codes & set(FILTER_CODES)) or FILTERED.search(message_of(error)) is not None
 
 
 def _no_answer(reply: Any) -> NoReturn:

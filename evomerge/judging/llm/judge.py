@@ -9,6 +9,7 @@ gave; if one is missing, there is no grade, and the run pauses.
 from __future__ import annotations
 
 import json
+import logging
 import statistics
 import threading
 from collections.abc import Sequence
@@ -24,10 +25,13 @@ from evomerge.errors import EvomergeError, JudgeError, JudgePaused
 from evomerge.judging.grade import Grade
 from evomerge.judging.llm.budget import GOES_ON, Budget
 from evomerge.judging.llm.grades_cache import GradesCache, Usage, grade_key
-from evomerge.judging.llm.judge_client import JudgeClient, Stopped, TooLong
-from evomerge.judging.llm.judge_prompt import RUBRIC, Rubric, Vote, one_line, read_vote
+from evomerge.judging.llm.judge_client import JudgeClient, Refused, Reply, Stopped, TooLong
+from evomerge.judging.llm.judge_prompt import RUBRIC, Rubric, Vote, one_line, read_vote, shorter
 from evomerge.study import JudgeSection
 from evomerge.tasks import Task
+
+log = logging.getLogger(__name__)
+REFUSED = "refused by the judge's server"
 
 Votes: TypeAlias = "dict[int, Future[Vote] | Vote]"  # by the vote's number: pending or received
 
@@ -109,6 +113,7 @@ class LlmJudge:
         self.identity = json.dumps([self.client.model, s.temperature, s.reply_tokens])
         identity = json.dumps([self.identity, self.rubric.digest, s.votes])
         self.version = sha256(identity.encode()).hexdigest()[:12]
+        self.refused = 0  # answers that the server has refused
         self.failure: EvomergeError | None = None  # the first error, which ended the run
         self._queue: SimpleQueue[VoteRequest | None] = SimpleQueue()
         self._wanted: dict[tuple[str, int], Future[Vote]] = {}  # queued or running
@@ -208,21 +213,14 @@ class LlmJudge:
 
     def _vote(self, request: VoteRequest) -> Vote:
         """Ask until a reply can be read; the usage of every request is stored, with its vote."""
-        task, answer, text = request.task, request.answer, ""
+        text = ""
         for ask in range(self.section.asks):
-            messages = self.rubric.messages(task, answer.text, answer.truncated, again=ask > 0)
             seed = request.number + ask * self.section.votes
             try:
                 # 0, the first vote's, is not sent: it is the request of a judge without votes
-                reply = self.client.ask(messages, seed or None, self._stop)
-            except TooLong as error:
-                raise NoGrade(
-                    f"paused: task {task.task_id} with its answer is too long for the judge: "
-                    f"{error}",
-                    where=self.name,
-                    remedy="Give the server a longer context, or lower judge.reply_tokens. "
-                    + GOES_ON,
-                ) from error
+                reply = self._reply(request, ask > 0, seed or None)
+            except Refused as refusal:
+                return self._lowest(request, str(refusal))
             text = reply.text
             vote = read_vote(text)
             self.cache.put(reply.usage, request.key, request.number, vote)
@@ -230,11 +228,41 @@ class LlmJudge:
                 return vote
         raise NoGrade(
             f"paused: no grade could be read from {self.section.asks} replies on task "
-            f"{task.task_id}",
+            f"{request.task.task_id}",
             where=self.name,
             found=one_line(text, 60),
             remedy=f"The answer has no grade. {GOES_ON}",
         )
+
+    def _reply(self, request: VoteRequest, again: bool, seed: int | None) -> Reply:
+        """The reply on an answer, or on half of it, and so on, where the server has no more room.
+
+        Raises Refused, NoGrade: the task itself is too long.
+        """
+        task, shown, cut = request.task, request.answer.text, request.answer.truncated
+        while True:
+            messages = self.rubric.messages(task, shown, cut, again)
+            try:
+                return self.client.ask(messages, seed, self._stop, self.rubric.shortest)
+            except TooLong as error:
+                if not shown:
+                    raise NoGrade(
+                        f"paused: task {task.task_id} is too long for the judge: {error}",
+                        where=self.name,
+                        remedy="Give the server a longer context, or lower judge.reply_tokens. "
+                        + GOES_ON,
+                    ) from error
+            shown, cut = shorter(shown), True
+
+    def _lowest(self, request: VoteRequest, why: str) -> Vote:
+        """The vote on an answer that the server refuses; the first one is reported."""
+        with self._lock:
+            self.refused += 1
+            first = self.refused == 1
+        if first:
+            what = "%s refuses the answer to task %s (%s): refused answers get the lowest grade"
+            log.warning(what, self.name, request.task.task_id, why)
+        return Vote.lowest(f"{REFUSED}: {why}")
 
 
 def _raise_first(errors: Sequence[BaseException]) -> None:

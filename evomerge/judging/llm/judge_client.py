@@ -19,6 +19,7 @@ from evomerge.answering.servers.client import (
 )
 from evomerge.answering.servers.openai_protocol import (
     KEY,
+    is_filtered,
     is_too_long,
     message_of,
     read_reply,
@@ -33,6 +34,7 @@ from evomerge.study import JUDGE_MODEL, JudgeSection
 OPENAI = "https://api.openai.com/v1"
 URL = "OPENAI_BASE_URL"
 WHERE = "judge.base_url"
+MOST_TOKENS = 10**9  # of one request; more is no count
 LONGEST_PAUSE = 60.0  # seconds between two attempts, where the server names no time
 
 
@@ -42,6 +44,10 @@ class Stopped(Exception):
 
 class TooLong(Exception):
     """This request and its reply do not fit the model's context; others may."""
+
+
+class Refused(Exception):
+    """The server refuses what this request contains, and takes others."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,8 @@ class JudgeClient:
         self.rate = RateLimit(section.requests_per_minute)
         self.retries = RetryPolicy(section.retries, section.back_off, LONGEST_PAUSE)
         self.unsupported: set[str] = set()  # optional fields that the server does not accept
+        self.grades = False  # whether it has replied to a request with this rubric
+        self._trying = threading.Lock()
         self.model = ""
         listed = self._list()
         named = section.model or os.environ.get(JUDGE_MODEL)
@@ -82,11 +90,18 @@ class JudgeClient:
         if listed and self.model not in listed:  # some servers have more models than they list
             self._probe(listed)
 
-    def ask(self, messages: list[dict[str, str]], seed: int | None, stop: threading.Event) -> Reply:
+    def ask(
+        self,
+        messages: list[dict[str, str]],
+        seed: int | None,
+        stop: threading.Event,
+        shortest: list[dict[str, str]] | None = None,
+    ) -> Reply:
         """Return the reply; the budget counts its usage, and the caller stores it.
 
         Raises JudgePaused: the budget or the retries are used up; InputError: the server refuses
-        access; TooLong; Stopped.
+        access; TooLong; Stopped; Refused: it refuses this request, although it takes one with the
+        messages `shortest`, which are sent where it has not replied to any yet.
         """
 
         def pause(asked: float | None, delay: float) -> bool:
@@ -107,7 +122,22 @@ class JudgeClient:
         except ServerFailure as failure:
             if failure.too_long:
                 raise TooLong(failure.said) from failure
+            if failure.of_a_prompt and shortest is not None and self._takes(shortest, seed, stop):
+                raise Refused(failure.in_words) from failure
             raise self._error(failure) from failure
+
+    def _takes(
+        self, shortest: list[dict[str, str]], seed: int | None, stop: threading.Event
+    ) -> bool:
+        """Whether the server replies to requests with this rubric. Raises as `ask`."""
+        with self._trying:
+            if not self.grades:
+                self.unsupported.discard("response_format")  # it may not have been the reason
+                try:
+                    self.keep(self.ask(shortest, seed, stop).usage)
+                except (TooLong, JudgeError, InputError):
+                    return False
+        return True
 
     def _send(
         self, sdk: Any, messages: list[dict[str, str]], seed: int | None, stop: threading.Event
@@ -121,6 +151,7 @@ class JudgeClient:
             reply = sdk.chat.completions.create(messages=messages, **sent)
             text = read_reply(reply).text
             usage = _usage(reply, messages, text)
+            self.grades = True
             return Reply(text, usage)
         except self.client.request_errors as error:
             self.keep(usage)
@@ -145,14 +176,17 @@ class JudgeClient:
 
     def _drop_field(self, error: Any, sent: Mapping[str, Any]) -> bool:
         """Whether the server refuses an optional field; from then on it is left out."""
-        if getattr(error, "status_code", None) not in (400, 422) or is_too_long(error):
+        if getattr(error, "status_code", None) not in (400, 422):
+            return False
+        if is_too_long(error) or is_filtered(error):
             return False
         said = message_of(error)
         for name in ("max_tokens", "seed", "temperature"):  # reasoning models refuse these
             if name in sent and name in said:
                 self.unsupported.add(name)
                 return True
-        if "response_format" in sent:  # often refused without an error that names it
+        # often refused without an error that names it, but not by a server that has taken it
+        if "response_format" in sent and ("response_format" in said or not self.grades):
             self.unsupported.add("response_format")
             return True
         return False
@@ -245,8 +279,8 @@ def _usage(reply: Any, messages: Sequence[dict[str, str]], text: str) -> Usage:
 
 
 def _count(usage: Any, name: str) -> int | None:
-    """A number of tokens that a server reports, if it is one."""
+    """A number of tokens that a server reports, if it is one that a reply can have."""
     value = getattr(usage, name, None)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MOST_TOKENS:
         return None
     return value

@@ -18,6 +18,7 @@ from evomerge.tasks import Task
 VERSION = "1"  # the version of all texts here: a different rubric gives different grades
 LONGEST = 20_000  # characters of an answer that are shown
 GRADES = (1, 2, 3, 4, 5)
+EXAMPLE = Task(0, "1+1は？", "2", "")  # tried where it is not known whether a judge grades at all
 
 SYSTEM = """あなたは日本語の回答を採点する、厳密で公平な採点者です。
 採点の対象は、目印の行 <<<回答 番号>>> と <<<回答終わり 番号>>> の間の文章だけです。
@@ -92,6 +93,11 @@ class Vote:
     grade: int
     reason: str
 
+    @classmethod
+    def lowest(cls, reason: str) -> Vote:
+        """The lowest grade there is."""
+        return cls(GRADES[0], one_line(reason))
+
 
 @dataclass(frozen=True)
 class Rubric:
@@ -103,6 +109,11 @@ class Rubric:
     def digest(self) -> str:
         """What the grades depend on besides model, task and answer."""
         return sha256(json.dumps([VERSION, SYSTEM, self.template]).encode()).hexdigest()
+
+    @property
+    def shortest(self) -> list[dict[str, str]]:
+        """The turns of a request that every judge can grade."""
+        return self.messages(EXAMPLE, EXAMPLE.output)
 
     def messages(
         self, task: Task, answer: str, truncated: bool = False, again: bool = False
@@ -120,6 +131,11 @@ class Rubric:
         if again:
             text += AGAIN
         return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
+
+
+def shorter(answer: str) -> str:
+    """Half of what is shown of an answer."""
+    return answer[: min(len(answer), LONGEST) // 2]
 
 
 def fenced(answer: str, truncated: bool = False) -> str:

@@ -24,8 +24,6 @@ def check_prompts(findings: Findings, study: Study, base: ModelFolder, split: Sp
     if study.lm_eval:
         _check_lm_eval_template(findings, study, tokenizer.chat_template)
         return
-    make_prompter(tokenizer, study.prompt)
-    findings.add("ok", "tokenizer", f"prompts in format {study.prompt.format}")
     chooser = None
     with findings.refusals("knowledge"):
         chooser = open_knowledge(study.prompt, lambda n: findings.add("unknown", "knowledge", n))
@@ -33,6 +31,8 @@ def check_prompts(findings: Findings, study: Study, base: ModelFolder, split: Sp
             found = chooser.knowledge
             text = f"{len(found.classes)} classes, {len(found.examples)} examples"
             findings.add("ok", "knowledge", text)
+    make_prompter(tokenizer, study.prompt, chooser=chooser).try_each_kind()
+    findings.add("ok", "tokenizer", f"prompts in format {study.prompt.format}")
     context, most = context_of(study, base), study.generation.max_new_tokens
     if split is None:
         return

@@ -1,22 +1,25 @@
 """Answers tasks with the merged model of recipe.yaml: see README.md."""
 
-import argparse
-import hashlib
 import json
 import re
+import sys
 import time
 import unicodedata
 from pathlib import Path
 
-import numpy as np
-import torch
-import yaml
-from huggingface_hub import snapshot_download
-from safetensors import safe_open
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import Ridge
-from sklearn.pipeline import make_union
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import answer_tools as tools
+
+with tools.one_line_errors():  # these take some seconds
+    import numpy as np
+    import torch
+    import yaml
+    from safetensors import safe_open
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import Ridge
+    from sklearn.pipeline import make_union
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 NEVER = "(?!)"  # a pattern that matches nothing
 
@@ -175,60 +178,29 @@ def prompt(
     for role, content in turns(kind, text, examples, documents):
         content = re.sub(control, lambda match: f"{match[0][0]} {match[0][1:]}", content)
         chat.append({"role": role, "content": content})
-    whole = tokenizer.apply_chat_template(
-        chat, chat_template=SETTINGS["chat_template"], tokenize=False, add_generation_prompt=True
-    )
+    whole = tools.filled(tokenizer, SETTINGS["chat_template"], chat)
     ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
     if len(ids) > room and examples:  # the least similar one is dropped
         return prompt(tokenizer, room, text, kind, examples[1:], documents)
     if len(ids) > room and documents:
         return prompt(tokenizer, room, text, kind, examples, documents[:-1])
     if len(ids) > room and (room < 1 or SETTINGS["too_long"] == "refuse"):
-        raise SystemExit(f"a task of {len(ids)} tokens is too long for {room}: {text[:60]}")
+        tools.fail(f"a task of {len(ids)} tokens is too long for {room}: {text[:60]}", 1)
     return whole, ids[-room:]
 
 
-def read_options() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tasks", required=True, metavar="FILE", help="JSON lines: task_id, input")
-    parser.add_argument("--out", required=True, metavar="FILE", help="where the answers go")
-    parser.add_argument("--model", metavar="FOLDER", help="a merged model, used without merging")
-    parser.add_argument("--time-limit", type=float, default=float("inf"), metavar="MINUTES")
-    where = "where a model of recipe.yaml is on this machine"
-    parser.add_argument("--path", nargs="*", default=[], metavar="NAME=FOLDER", help=where)
-    return parser, parser.parse_args()
+def load(model_folder: str | None, donor: str, folders: dict[str, str]):
+    """The merged model, on the GPU where there is one."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folders[donor], dtype=RECIPE["dtype"], use_safetensors=True
+    )
+    model.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False)
+    if not model_folder:
+        merge(model, donor, folders)
+    return model
 
 
-def read_tasks(path: str, parser: argparse.ArgumentParser) -> dict[str, dict]:
-    """JSON lines, where a record may spread over several; the keys are the ids as texts."""
-    text, at, tasks = Path(path).read_text("utf-8-sig"), 0, {}
-    while blank := re.compile(r"\s*(?=\S)").match(text, at):
-        record, at = json.JSONDecoder().raw_decode(text, blank.end())
-        number = record.get("task_id")
-        if number in (None, ""):
-            number = len(tasks)
-        # encoding rejects half of a surrogate pair
-        task = {"task_id": number, "input": record.get("input", "").encode().decode()}
-        if not task["input"].strip() or tasks.setdefault(str(number), task) is not task:
-            wrong = "has no text under `input`, or repeats an earlier task_id"
-            parser.error(f"record {len(tasks) + 1} of the tasks {wrong}: {record}")
-    return tasks
-
-
-def find_models(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, str]:
-    """The folder of each model by its name, downloaded from the hub where there is none."""
-    names = [args.model] if args.model else SETTINGS["models"]
-    places = {name: name for name in names} | dict(path.rsplit("=", 1) for path in args.path)
-    for name, place in places.items():
-        if not Path(place).is_dir() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", place):
-            parser.error(f"there is no folder {place}: give it with --path {name}=FOLDER")
-    for name, place in places.items():
-        if not Path(place).is_dir():
-            places[name] = snapshot_download(place, allow_patterns=SETTINGS["files"])
-    return places
-
-
-def answer(model, tokenizer, waiting: list[int], asked: list, own: list[dict]) -> dict[int, str]:
+def answer(model, tokenizer, waiting: list[int], asked: list, own: list[dict]) -> dict[int, dict]:
     """Answers to the first batch of the waiting tasks; a batch shares its generation settings."""
     batch = [i for i in waiting if own[i] == own[waiting[0]]][: SETTINGS["batch_size"]]
     width = len(asked[batch[-1]])  # the longest is the last
@@ -239,61 +211,81 @@ def answer(model, tokenizer, waiting: list[int], asked: list, own: list[dict]) -
         **own[batch[0]], eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
     )
     torch.manual_seed(SETTINGS["seed"] + batch[0])
-    new = model.generate(ids.where(ids >= 0, ids[:, -1:]), attention_mask=(ids >= 0).long())
+    try:
+        new = model.generate(ids.where(ids >= 0, ids[:, -1:]), attention_mask=(ids >= 0).long())
+    except torch.OutOfMemoryError:
+        if len(batch) == 1:
+            tools.fail("the GPU has no memory for a single answer", 1)
+        SETTINGS["batch_size"] = len(batch) // 2
+        torch.cuda.empty_cache()
+        return {}
     stop = "|".join(map(re.escape, SETTINGS["stop"])) or NEVER
     texts = tokenizer.batch_decode(new[:, width:], skip_special_tokens=True)
-    return {i: re.split(stop, text)[0] for i, text in zip(batch, texts, strict=True)}
+    answers = {}
+    for i, text, tokens in zip(batch, texts, new[:, width:].tolist(), strict=True):
+        kept = re.split(stop, text)[0]
+        ended = set(tokens) & set(ends if isinstance(ends, list) else [ends])
+        cut = {} if ended or kept != text else {"truncated": True}
+        answers[i] = {"output": kept} | cut
+    return answers
+
+
+def prompts(tokenizer, context: int, inputs: list[str]) -> tuple[list[list[int]], list[dict]]:
+    """The tokens of each task's prompt, and its generation settings."""
+    choices = [(text, SETTINGS["plain"], [], []) for text in inputs]
+    if BASE:
+        choices = list(choose(inputs))
+    asked, own = [], []
+    for choice in choices:
+        settings = dict(choice[1]["generation"])
+        if choice[1]["own_length"]:  # half of a small context is for the prompt
+            settings["max_new_tokens"] = min(settings["max_new_tokens"], max(1, context // 2))
+        own.append(settings)
+        asked.append(prompt(tokenizer, context - settings["max_new_tokens"], *choice)[1])
+    return asked, own
 
 
 def main() -> None:
     start = time.monotonic()
-    parser, args = read_options()
-    tasks = read_tasks(args.tasks, parser)
+    args = tools.read_options(__doc__)
+    tasks = tools.read_tasks(args.tasks)
     donor = args.model or SETTINGS["donor"]
     if not donor:
-        parser.error("only evomerge can merge this: evomerge export STUDY --model DIR, --model DIR")
-    folders = find_models(args, parser)
+        tools.fail("only evomerge can merge this: evomerge export STUDY --model DIR, --model DIR")
+    names = [args.model] if args.model else SETTINGS["models"]
+    folders = tools.find_models(names, args.path, SETTINGS["files"])
     tokenizer = AutoTokenizer.from_pretrained(folders[donor])
-    model = AutoModelForCausalLM.from_pretrained(
-        folders[donor], dtype=RECIPE["dtype"], use_safetensors=True
-    )
-    model.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False)
-    if not args.model:
-        merge(model, donor, folders)
-    inputs = [task["input"] for task in tasks.values()]
-    choices = [(text, SETTINGS["plain"], [], []) for text in inputs]
-    if BASE:
-        choices = list(choose(inputs))
-    own = [kind["generation"] for _, kind, _, _ in choices]
-    context = getattr(model.config, "max_position_embeddings", 10**9)
-    asked, keys = [], []
-    for number, settings, choice in zip(tasks, own, choices, strict=True):
-        asked.append(prompt(tokenizer, context - settings["max_new_tokens"], *choice)[1])
-        made_from = repr((args.model, RECIPE, number, settings, asked[-1]))
-        keys.append(hashlib.sha256(made_from.encode()).hexdigest())
-    part, spare = Path(f"{args.out}.part"), Path(f"{args.out}.tmp")
-    # answers of an earlier run
-    done = json.loads(part.read_text("utf-8")) if part.exists() else {}
+    config = AutoConfig.from_pretrained(folders[donor]).get_text_config(decoder=True)
+    context = getattr(config, "max_position_embeddings", None) or 10**9
+    asked, own = prompts(tokenizer, context, [task["input"] for task in tasks.values()])
+    each = zip(tasks, own, asked, strict=True)
+    keys = [tools.hash_of((args.model, RECIPE, number, *made_from)) for number, *made_from in each]
+    facts = {"model": (args.model, RECIPE), "tasks": list(tasks.values()), "prompts": keys}
+    facts = {name: tools.hash_of(value) for name, value in facts.items()}
+    part = args.out.with_name(args.out.name + ".part")
+    if not args.overwrite and tools.is_finished(args.out, facts, part.exists()):
+        return print(f"{args.out} holds these answers already: nothing to do")
+    done = tools.read_part(part)
     waiting = [i for i, key in enumerate(keys) if key not in done]
     waiting.sort(key=lambda i: len(asked[i]) + own[i]["max_new_tokens"])  # the cheapest first
-    while waiting and time.monotonic() - start < 60 * args.time_limit:
+    model = load(args.model, donor, folders) if waiting else None
+    while waiting and time.monotonic() - start < args.time_limit:
         then = time.monotonic()
         answers = answer(model, tokenizer, waiting, asked, own)
         waiting = [i for i in waiting if i not in answers]
-        done |= {keys[i]: {"output": text} for i, text in answers.items()}
-        spare.write_text(json.dumps(done, ensure_ascii=False), "utf-8")
-        spare.replace(part)  # whole or not at all
-        left = (time.monotonic() - then) * len(waiting) / len(answers)
+        done |= {keys[i]: found for i, found in answers.items()}
+        tools.write(part, json.dumps(done, ensure_ascii=False))
+        left = (time.monotonic() - then) * len(waiting) / max(1, len(answers))
         print(f"{len(done)} of {len(keys)} tasks, about {left:.0f} s to go", flush=True)
-    lines = []
-    for task, key in zip(tasks.values(), keys, strict=True):
-        row = task | done.get(key, {"output": "", "unfinished": "time limit"})
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    spare.write_text("".join(lines), "utf-8", newline="\n")
-    spare.replace(args.out)
-    if done.keys() >= set(keys):
+    missing = {"output": "", "unfinished": "time limit"}
+    rows = [task | done.get(key, missing) for task, key in zip(tasks.values(), keys, strict=True)]
+    tools.finish(args.out, rows, facts, not waiting)
+    if not waiting:
         part.unlink(missing_ok=True)
+    elif len(waiting) == len(keys):
+        tools.fail("no task was answered within the time limit; they are marked in the file", 1)
 
 
 if __name__ == "__main__":
-    main()
+    with tools.one_line_errors():
+        main()

@@ -1,0 +1,42 @@
+"""A tokenizer's chat template filled in; it comes with the model and can fail in any way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from evomerge.errors import ModelError
+
+
+def render_chat(tokenizer: Any, turns: list[dict[str, str]]) -> str:
+    """The text of the turns, up to the beginning of the answer.
+
+    A system text that the template has no turn for is put above the first user turn. Raises
+    ModelError, which names the template: a syntax error, an undefined name, turns that it refuses.
+    """
+    try:
+        return _filled(tokenizer, turns)
+    except Exception as error:  # raise_exception, and whatever an expression can raise
+        system, *others = turns
+        if system["role"] != "system" or not others:
+            raise _failed(tokenizer, error) from error
+    text = f"{system['content']}\n\n{others[0]['content']}"
+    others[0] = {"role": others[0]["role"], "content": text}
+    try:
+        return _filled(tokenizer, others)
+    except Exception as error:
+        raise _failed(tokenizer, error) from error
+
+
+def _filled(tokenizer: Any, turns: list[dict[str, str]]) -> str:
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+
+
+def _failed(tokenizer: Any, error: Exception) -> ModelError:
+    said = str(error) or type(error).__name__
+    line = getattr(error, "lineno", None)
+    return ModelError(
+        f"cannot be filled in: {said[:300]}" + (f" (line {line})" if line else ""),
+        where=f"the chat template of {getattr(tokenizer, 'name_or_path', '')}",
+        remedy="Mend it in chat_template.jinja or tokenizer_config.json, "
+        "or set prompt.format to competition.",
+    )
