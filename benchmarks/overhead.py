@@ -144,7 +144,8 @@ def open_study(folder: Path, trials: int, ranking: str) -> tuple[Search, Instant
     ledger.remember("n_layers", LAYERS)
     ledger.remember("study_file", study.to_dict())
     engine: Any = InstantEngine()
-    prompter: Any = Prompter(None, PromptSection(format="template", template="{input}"))
+    no_tokenizer: Any = None  # a template needs none
+    prompter = Prompter(no_tokenizer, PromptSection(format="template", template="{input}"))
     cache = AnswerCache(folder / "answers.sqlite", "overhead")
     running = judged_search(
         problem,

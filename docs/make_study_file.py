@@ -17,7 +17,8 @@ Every key of a study file, as `evomerge/study/` describes it. `make docs` writes
 [study.schema.json](../search_spaces/study.schema.json), with which editors complete and check study
 files. `evomerge schema` prints the same schema.
 
-Paths are relative to the file, `${NAME}` is replaced by an environment variable, and
+Paths are relative to the file, `${NAME}` is replaced by an environment variable (a study stores and
+shows it as it is written, and notices when its value changes), and
 `--set search.trials=24` overrides a key. A mergekit-evolve configuration is a study file:
 [MERGEKIT_EVOLVE.md](MERGEKIT_EVOLVE.md).
 """

@@ -162,3 +162,20 @@ def test_a_mergekit_evolve_file_of_a_missing_folder_is_wrong(place):
     (place / "other.yaml").write_text(yaml.safe_dump(data))
     assert read_study(place / "other.yaml").genome.base_model == str(place / "gone")
     assert main(["check", str(place / "other.yaml")]) == 2
+
+
+def test_a_length_that_no_file_names_leaves_room_for_prompts(place):
+    data = yaml.safe_load((place / "study.yaml").read_text(encoding="utf-8"))
+    data.pop("generation", None)
+    (place / "study.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
+    config = json.loads((place / "base" / "config.json").read_text(encoding="utf-8"))
+    assert config["max_position_embeddings"] <= 256  # the default length fills it
+    assert not wrong(place)
+    half = config["max_position_embeddings"] // 2
+    found = evomerge.search(
+        place / "study.yaml", storage=f"sqlite:///{place}/s.db", results=place / "r",
+        overrides=["search.trials=2"], console=quiet(),
+    )  # fmt: skip
+    assert found.study.generation.max_new_tokens == half
+    # a length that is named stays, and is refused
+    assert wrong(place, "generation.max_new_tokens=256")

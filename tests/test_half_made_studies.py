@@ -24,7 +24,7 @@ from evomerge.study import read_study
 
 KILLS = int(os.environ.get("EVOMERGE_KILLS", "0"))
 # without it, a few: before, while and after the database gets its name
-NUMBERS = range(1, KILLS + 1) if KILLS else (1, 20, 38, 40, 46, 90)
+NUMBERS = range(1, KILLS + 1) if KILLS else (1, 20, 35, 40, 46, 90)
 READING = ("SELECT", "PRAGMA")
 CHANGING = ("os.rename", "os.link", "os.remove", "os.mkdir", "os.truncate")
 STUDY = make_study(trials=8, population=4)

@@ -195,6 +195,7 @@ def study(tmp_path):
             for part in ("search", "validation", "held_out")
         },
     )
+    ledger.start("parent", [])  # a study is stored with its first trial
     return tmp_path / "tasks.jsonl", url, split
 
 

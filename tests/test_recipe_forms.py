@@ -193,7 +193,10 @@ def test_a_module_s_parameters_rank_between_those_of_slices_and_of_the_top(famil
             PLAIN + "tokenizer: {source: 'model:x/y'}\n",
             ["tokenizer.source", "x/y, without `model:`"],
         ),
-        (PLAIN + "name: a\n---\n" + PLAIN, ["c.yml", "several YAML documents", "one merge a file"]),
+        (
+            PLAIN + "name: a\n---\n" + PLAIN,
+            ["c.yml", "several YAML documents", "one merge per file"],
+        ),
         (PLAIN + "chat_template: chatml2\n", ["`chat_template`", "chatml2", "auto", "chatml"]),
         (PLAIN + "chat_template: [x]\n", ["`chat_template`", "Jinja"]),
         (PLAIN + "modules: {default: {}}\n", ["exactly one", "modules"]),

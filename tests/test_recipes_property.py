@@ -159,16 +159,18 @@ def test_what_mergekit_cannot_read_is_refused(families, tmp_path, key, value):
         mergekit().merge(yaml.safe_dump(data), tmp_path / "theirs")
 
 
-def test_layers_under_models_are_refused():
-    """mergekit ignores them, and merges all layers."""
+def test_layers_under_models_are_read_over():
+    """As in mergekit, which merges all layers; a note names them."""
     models = [
         {"model": name, "layer_range": [0, 2], "parameters": {"weight": 1}}
         for name in ("base", "one")
     ]
-    with pytest.raises(RecipeError, match="layer_range"):
-        Recipe.from_dict(
-            {"merge_method": "task_arithmetic", "base_model": "base", "models": models}
-        )
+    recipe = Recipe.from_dict(
+        {"merge_method": "task_arithmetic", "base_model": "base", "models": models}
+    )
+    assert [source.layers for source in recipe.slices[0].sources] == [None, None]
+    assert "models[0], `layer_range`" in recipe.unread
+    assert "models[1], `layer_range`" in recipe.unread
 
 
 def strict(data):

@@ -1,6 +1,9 @@
 """The sampler against plain cmaes, and against itself after any interruption."""
 
 import hashlib
+import itertools
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +16,12 @@ from evomerge.searching.samplers.cma import CmaSampler, Slot, within_reach
 from evomerge.searching.samplers.cmaes_adapter import Distribution, state
 
 NAMES = ["a", "b", "c"]
+# of studies that end with their test: in memory, where there is such a folder
+MEMORY = Path("/dev/shm")
+FOLDER, NUMBER = (
+    tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None),
+    itertools.count(),
+)
 TARGET = np.array([0.3, 1.4, 0.9])
 
 
@@ -36,7 +45,8 @@ def result(x):
     return Result(float(-np.sum((np.array(x) - TARGET) ** 2)), None, 1, 0.0, {}, {})
 
 
-def new_ledger(own, url="sqlite:///:memory:"):
+def new_ledger(own, url=None):
+    url = url or f"sqlite:///{FOLDER.name}/{next(NUMBER)}.db"
     return open_ledger(url, "s", own.space, create=True)
 
 

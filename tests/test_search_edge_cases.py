@@ -187,8 +187,9 @@ def test_a_first_candidate_that_changed_is_refused(pair, tmp_path):
     study = read_study(pair / "study.yaml", [f"search.recipes=[{path}]"])
     url = f"sqlite:///{tmp_path}/s.db"
     path.write_text(genome.decode([0.5] * 4).to_yaml(), encoding="utf-8")
-    with open_search(study, url, Console(StringIO())):
-        pass
+    with open_search(study, url, Console(StringIO())) as search:
+        trial = search.ledger.start("candidate", [0.5] * 4, 0, 0)
+        search.ledger.storage.end_trial(trial.number, "result", {"n": 1}, 1.0)
     path.write_text(genome.decode([0.6] * 4).to_yaml(), encoding="utf-8")
     with pytest.raises(StudyError, match="recipes"), open_search(study, url, Console(StringIO())):
         pass

@@ -17,7 +17,7 @@ def model_reference(value: Any, what: str, where: str) -> str:
     It may be that text, or a mapping: mergekit itself writes a path with a blank in it as
     {model: {path, revision}, lora: {path, revision}}. Raises RecipeError, in which it is `what`.
     """
-    if isinstance(value, str) and value.strip():
+    if isinstance(value, str) and value:
         return value
     if isinstance(value, Mapping):
         model = value if "path" in value else value.get("model")

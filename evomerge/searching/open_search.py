@@ -75,7 +75,7 @@ def open_study(prepared: Prepared, url: str, console: Console) -> Ledger:
     ledger = open_ledger(url, study.study, sampler.space, create=True)
     facts = facts_of(prepared, ledger.facts)
     if not ledger.storage.is_new:
-        ledger = compared(ledger, facts)
+        ledger = compared(ledger, facts, sampler.space)
     if ledger.storage.is_new:
         for key in BEGINNING:
             ledger.remember(key, getattr(facts, key))
@@ -87,6 +87,9 @@ def open_study(prepared: Prepared, url: str, console: Console) -> Ledger:
             before, now = getattr(old, key), getattr(facts, key)
             if before != now and (key in CHANGING or not before):
                 ledger.remember(key, now)
+        # facts are without the secrets that older versions stored
+        if ledger.storage.attributes()["study_file"] != facts.study_file:
+            ledger.remember("study_file", facts.study_file)
     _introduce(prepared, console)
     return ledger
 

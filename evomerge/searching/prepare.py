@@ -17,6 +17,7 @@ from evomerge.knowledge.retrieval.interface import comparison_key
 from evomerge.merging.checkpoints.compatibility import check_fit
 from evomerge.merging.checkpoints.model_folder import ModelFolder, num_layers
 from evomerge.merging.checkpoints.open_model import open_model
+from evomerge.searching.answer_room import with_room_for_prompts
 from evomerge.searching.samplers.cma import CmaSampler
 from evomerge.searching.samplers.make_sampler import make_sampler
 from evomerge.study import Study
@@ -55,6 +56,7 @@ def prepare(study: Study, say: Callable[[str], None]) -> Prepared:
     if lm_eval is not None:
         lm_eval.check_split(split)
     base, siblings = open_models(study)
+    study = with_room_for_prompts(study, base, say)
     genome = make_genome(study, num_layers(base.config))
     check_filters(genome, base)
     chooser = open_knowledge(study.prompt, say)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from evomerge.merging.checkpoints.config_defaults import config_value
 from evomerge.merging.checkpoints.model_folder import ModelFolder
+from evomerge.searching.answer_room import context_of
 from evomerge.searching.preflight.findings import Findings
 from evomerge.study import JudgeSection, Study
 from evomerge.tasks import Split, Task
@@ -24,6 +23,7 @@ def check_prompts(findings: Findings, study: Study, base: ModelFolder, split: Sp
     if study.lm_eval:
         _check_lm_eval_template(findings, study, tokenizer.chat_template)
         return
+    make_prompter(tokenizer, study.prompt)
     chooser = None
     with findings.refusals("knowledge"):
         chooser = open_knowledge(study.prompt, lambda n: findings.add("unknown", "knowledge", n))
@@ -48,18 +48,6 @@ def check_prompts(findings: Findings, study: Study, base: ModelFolder, split: Sp
         room = "of unknown length" if context is None else f"of {context:,} tokens"
         text = f"the longest prompt has {longest:,} tokens, an answer at most {most:,}"
         findings.add("ok", "context", f"{text}, in a context {room}")
-
-
-def context_of(study: Study, base: ModelFolder) -> int | None:
-    """How many tokens prompt and answer may have; None where the model does not say."""
-    if study.engine.kind == "vllm" and study.engine.vllm.max_model_len is not None:
-        return study.engine.vllm.max_model_len
-    config: Mapping[str, Any] = base.config
-    text = config.get("text_config")
-    if "max_position_embeddings" not in config and isinstance(text, dict):
-        config = text
-    length = config_value(config, "max_position_embeddings")
-    return length if isinstance(length, int) else None
 
 
 def _check_lm_eval_template(findings: Findings, study: Study, template: object) -> None:

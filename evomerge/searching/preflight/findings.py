@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from evomerge.errors import EvomergeError
+from evomerge.masking import masked
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Findings:
 
     def add(self, level: str, subject: str, text: str) -> None:
         """Add one finding."""
-        self.lines.append(PreflightFinding(level, subject, text))
+        self.lines.append(PreflightFinding(level, subject, masked(text)))
 
     @contextmanager
     def refusals(self, subject: str) -> Iterator[None]:

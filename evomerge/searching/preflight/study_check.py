@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from evomerge.genome.weights import make_genome
 from evomerge.merging.checkpoints.compatibility import check_fit
 from evomerge.merging.checkpoints.model_folder import ModelFolder, num_layers
 from evomerge.merging.checkpoints.open_model import open_model
+from evomerge.searching.answer_room import with_room_for_prompts
 from evomerge.searching.ledger import Ledger, open_ledger
 from evomerge.searching.preflight.answers_check import check_engine, check_judge, check_prompts
 from evomerge.searching.preflight.findings import Findings, PreflightFinding
@@ -40,6 +42,9 @@ def check_study(
     findings = Findings()
     config = None if base_config is None else _config_file(findings, base_config)
     opened = _models(findings, study)
+    if opened:
+        note = partial(findings.add, "ok", "generation")
+        study = with_room_for_prompts(study, opened[0], note)
     split = _tasks(findings, study)
     check_engine(findings, study)
     check_judge(findings, study, split)

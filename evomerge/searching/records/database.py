@@ -10,6 +10,7 @@ import sqlite3
 from collections import Counter
 from collections.abc import Callable, Mapping
 from hashlib import sha256
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import optuna
@@ -75,11 +76,7 @@ def make_database(place: StoragePlace, name: str, attributes: Mapping[str, Any])
     """
     assert place.file is not None
     place.file.parent.mkdir(parents=True, exist_ok=True)
-    # a run that was killed here left a file of the same name
-    digest = sha256(name.encode()).hexdigest()[:12]
-    hidden = place.file.with_name(f".{place.file.name[:100]}.{digest}.new")
-    for leftover in (hidden, hidden.with_name(f"{hidden.name}-journal")):
-        leftover.unlink(missing_ok=True)
+    hidden = remove_unfinished(place, name)
     storage = _storage(storage_place(file_url(hidden)))
     try:
         insert_study(storage, name, attributes)
@@ -87,6 +84,16 @@ def make_database(place: StoragePlace, name: str, attributes: Mapping[str, Any])
         storage.remove_session()
         storage.engine.dispose()
     return name_file(hidden, place.file)
+
+
+def remove_unfinished(place: StoragePlace, name: str) -> Path:
+    """Remove the file that a run left which was killed while it made the database; its path."""
+    assert place.file is not None
+    digest = sha256(name.encode()).hexdigest()[:12]
+    hidden = place.file.with_name(f".{place.file.name[:100]}.{digest}.new")
+    for leftover in (hidden, hidden.with_name(f"{hidden.name}-journal")):
+        leftover.unlink(missing_ok=True)
+    return hidden
 
 
 def insert_study(storage: RDBStorage, name: str, attributes: Mapping[str, Any]) -> None:

@@ -16,7 +16,12 @@ from optuna.storages import RDBStorage, _CachedStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from evomerge.errors import OutputError, StudyError
-from evomerge.searching.records.database import insert_study, make_database, open_database
+from evomerge.searching.records.database import (
+    insert_study,
+    make_database,
+    open_database,
+    remove_unfinished,
+)
 from evomerge.searching.records.storage_errors import storage_errors
 from evomerge.searching.records.storage_place import StoragePlace, storage_place
 
@@ -152,6 +157,8 @@ def open_stored(url: str, name: str, create: bool = False) -> StoredStudy:
             )
         return StoredStudy(place, name)
     with storage_errors(place, name):
+        if place.file is not None and create:
+            remove_unfinished(place, name)
         storage = open_database(place, write=create)
         summaries = optuna.get_all_study_summaries(storage, include_best_trial=False)
         known = sorted(summary.study_name for summary in summaries)

@@ -72,10 +72,11 @@ def _prints(model: ModelFolder, known: Mapping[str, Any]) -> dict[str, dict[str,
     return prints
 
 
-def compared(ledger: Ledger, facts: StudyFacts) -> Ledger:
+def compared(ledger: Ledger, facts: StudyFacts, space: Mapping[str, tuple[float, float]]) -> Ledger:
     """The ledger of a stored study, which begins again where it changed before a trial was done.
 
-    Raises StudyError where a trial depends on what has changed.
+    `space` is that of the study's file now. Raises StudyError where a trial depends on what has
+    changed.
     """
     old = ledger.facts
     whole = old.begun and old.models and old.tasks is not None
@@ -83,10 +84,8 @@ def compared(ledger: Ledger, facts: StudyFacts) -> Ledger:
     if old.known_candidates not in (None, facts.known_candidates):
         changed.append("a file of search.recipes")
     if not changed:
-        # the storage has the parameters under the names that the study began with
-        names = old.names or tuple(ledger.space)
-        return Ledger(ledger.storage, dict(zip(names, ledger.space.values(), strict=True)))
+        return ledger
     if ledger.history().complete:
         raise refused(old, changed, ledger.name)
     ledger.storage.begin_again()
-    return Ledger(ledger.storage, ledger.space)
+    return Ledger(ledger.storage, space)
