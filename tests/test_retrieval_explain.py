@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from evomerge.cli import main
-from evomerge.cli.explaining import WIDTH, _fit
+from evomerge.cli.explaining import WIDTH, fit
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = str(ROOT / "evomerge" / "knowledge" / "examples_ja.yaml")
@@ -93,4 +93,4 @@ def test_refused(capsys, options, said):
     ],
 )
 def test_fit(text, wanted):
-    assert _fit(text, 6) == wanted
+    assert fit(text, 6) == wanted
