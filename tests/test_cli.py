@@ -53,7 +53,7 @@ def fails(capsys, argv, code, *words):
 
 def test_show_json_is_the_stable_form(searched, capsys):
     data = shown(capsys, searched[1])
-    assert set(data) == {"study", "best", "trials", "verdict"}
+    assert set(data) == {"study", "best", "unbeaten", "trials", "verdict"}
     assert {frozenset(t) for t in data["trials"]} == {
         frozenset(
             {
@@ -79,8 +79,13 @@ def test_show_json_is_the_stable_form(searched, capsys):
     assert len({t["score"] for t in data["trials"]}) > 8
     verdict = data["verdict"]
     assert verdict["n"] == 20
-    assert set(verdict["candidates"]) == {"winner", "base", "instruct", "uniform"}
-    assert set(verdict["paired"]) == {"winner-base", "winner-instruct", "winner-uniform"}
+    # a reference wins here, and the search's own merge is tested beside it
+    names = {"base", "instruct", "uniform", "found"}
+    assert data["unbeaten"] is not None
+    assert set(verdict["candidates"]) == {"winner", *names}
+    assert data["trials"][data["best"]]["role"] in ("parent", "uniform")
+    assert set(verdict["paired"]) < {f"winner-{name}" for name in names}
+    assert len(verdict["paired"]) == 3
     assert json.loads((searched[0] / "results/tiny/verdict.json").read_text()) == verdict
 
 
@@ -361,13 +366,10 @@ def test_several_siblings_and_a_device_map(pair, capsys, tmp_path):
     assert main([*run, "--set", "engine.device_map=auto", "--set", "genome.normalize=true"]) == 0
     data = shown(capsys, url)
     assert [t["weights"] for t in data["trials"][:3]] == [[0.0] * 8, [1.0, 0.0] * 4, [0.0, 1.0] * 4]
-    assert set(data["verdict"]["candidates"]) == {
-        "winner",
-        "base",
-        "sibling:instruct",
-        "sibling:math",
-        "uniform",
-    }
+    names = {"winner", "base", "sibling:instruct", "sibling:math", "uniform"}
+    if data["unbeaten"] is not None:
+        names.add("found")
+    assert set(data["verdict"]["candidates"]) == names
     assert main(["merge", str(tmp_path / "r/tiny/best.yaml"), str(tmp_path / "merged")]) == 0
 
 
