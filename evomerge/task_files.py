@@ -37,7 +37,7 @@ def read_records(path: Path) -> list[Record]:
 
 
 def read_json_records(path: Path) -> list[Record]:
-    """The records of a JSON-lines file or of a JSON list; one may spread over several lines.
+    """The records of a JSON-lines file or of a JSON list; one may span several lines.
 
     CRLF and a byte-order mark are accepted. Raises TaskError naming the line.
     """

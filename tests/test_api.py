@@ -117,7 +117,7 @@ def test_search_continues_and_accepts_a_mapping_and_a_study(pair, tmp_path, monk
 def test_a_running_study_is_loaded(pair, tmp_path):
     class Stop(io.StringIO):
         def write(self, text):
-            if "trial 3/" in text:
+            if "candidate 3/" in text:
                 raise KeyboardInterrupt
             return super().write(text)
 

@@ -53,7 +53,7 @@ def fails(capsys, argv, code, *words):
 
 def test_show_json_is_the_stable_form(searched, capsys):
     data = shown(capsys, searched[1])
-    assert set(data) == {"study", "best", "unbeaten", "trials", "verdict"}
+    assert set(data) == {"study", "winner", "best", "unbeaten", "trials", "verdict"}
     assert {frozenset(t) for t in data["trials"]} == {
         frozenset(
             {

@@ -25,6 +25,7 @@ from evomerge.console import Console
 from evomerge.errors import StudyFileError
 from evomerge.genome.weights import make_genome
 from evomerge.recipe import Recipe
+from evomerge.searching.generation.stopping import Spending, why_limited
 from evomerge.searching.history import History
 from evomerge.searching.records.identity import changes, refused
 from evomerge.searching.records.study_facts import StudyFacts
@@ -295,3 +296,8 @@ def test_without_a_complete_generation_it_is_said_that_there_is_no_mean(tmp_path
     search.run()
     assert not [r for r in search.ledger.records() if r.role == "mean"]
     assert "no generation of 8 is complete" in stream.getvalue()
+
+
+def test_a_study_that_has_more_than_is_asked_for_says_so():
+    stopped = why_limited(SearchSection(trials=4), 6, Spending(0.0, 0.0))
+    assert stopped == "6 candidates are done, more than the 4 asked for"

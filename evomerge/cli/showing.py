@@ -25,11 +25,14 @@ def print_trials(found: LoadedStudy) -> None:
 
 
 def trial_line(r: TrialRecord) -> str:
-    """A row of the table; a failed trial shows its reason instead of a score."""
+    """A row of the table; a failed trial shows its reason instead of a score.
+
+    Generations and places in them count from 1, trials from 0, as in Optuna.
+    """
     score = (r.reason or "")[:15]
     if r.score is not None:
         score = plus_minus(r.score, r.stderr)
-    generation, index = _number(r.generation), _number(r.index)
+    generation, index = _counted(r.generation), _counted(r.index)
     return (
         f"{r.number:>5}  {generation:>3}  {index:>3}  {r.role:9}  {r.state:8}  {score:15}  "
         f"{r.n:>3}  {r.truncated:>4.0%}"
@@ -77,5 +80,5 @@ def cache_line(path: Path) -> str:
     return f"answer cache: {size(n_bytes)}, {content}, in {path}"
 
 
-def _number(value: int | None) -> str:
-    return "" if value is None else str(value)
+def _counted(value: int | None) -> str:
+    return "" if value is None else str(value + 1)

@@ -14,7 +14,7 @@ from evomerge.recipe.unread_keys import UnreadKeys
 
 @dataclass(frozen=True)
 class ParameterChecks:
-    """Refuses what mergekit would turn into NaN tensors, and notes what it reads over."""
+    """Refuses what mergekit would turn into NaN tensors, and notes what it ignores."""
 
     method: str
     dtype: str | None

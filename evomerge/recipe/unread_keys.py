@@ -1,4 +1,4 @@
-"""Keys of a configuration that decide nothing: mergekit reads over them, and so do we, aloud."""
+"""Keys of a configuration that mergekit ignores: they change nothing, and a note names them."""
 
 from __future__ import annotations
 

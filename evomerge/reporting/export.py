@@ -199,7 +199,8 @@ def as_json(snapshot: StudySnapshot) -> dict[str, Any]:
     """The stable form of `evomerge show --json`."""
     return {
         "study": snapshot.ledger.name,
-        "best": snapshot.winner.number,
+        "winner": snapshot.winner.number,
+        "best": snapshot.winner.number,  # its name in version 0.1
         "unbeaten": snapshot.unbeaten,
         "trials": [{key: getattr(r, key) for key in SHOWN} for r in snapshot.records],
         "verdict": None if snapshot.verdict is None else snapshot.verdict.to_dict(),

@@ -115,7 +115,7 @@ class Search:
                 remedy="Fix the cause and run the same command again.",
             )
         done = len(history.candidates) + 1
-        label = f"gen {slot.generation + 1}  trial {done}/{self.study.search.trials}"
+        label = f"gen {slot.generation + 1}  candidate {done}/{self.study.search.trials}"
         vector = self.sampler.draw(history, slot)
         trial = self.ledger.start("candidate", vector.tolist(), slot.generation, slot.index)
         upcoming = self.upcoming.after_candidate(slot)

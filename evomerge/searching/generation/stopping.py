@@ -66,7 +66,9 @@ def why_stop(
 
 def why_limited(s: SearchSection, candidates: int, spending: Spending) -> str | None:
     """The limit of candidates, time or money that is reached."""
-    if candidates >= s.trials:
+    if candidates > s.trials:
+        return f"{candidates} candidates are done, more than the {s.trials} asked for"
+    if candidates == s.trials:
         return f"all {s.trials} candidates are done"
     limit = None if s.time_limit is None else seconds(s.time_limit)
     after = f"after {candidates} of {s.trials} candidates"
@@ -142,7 +144,7 @@ def progress_line(study: Study, history: History, label: str) -> str:
     assert best is not None
     assert best.score is not None
     return (
-        f"{label}  {last.score:.3f}  "
-        f"best {plus_minus(best.score, best.stderr)} (#{best.number})  "
-        f"{paces[-1]:.1f} s/candidate  ETA {duration(left * float(np.mean(paces)))}"
+        f"{label}  {last.score:.3f} in {paces[-1]:.1f} s  "
+        f"best {plus_minus(best.score, best.stderr)} (trial {best.number})  "
+        f"ETA {duration(left * float(np.mean(paces)))}"
     )

@@ -113,7 +113,7 @@ def read_text(path: Path) -> str:
 
 
 def json_rows(path: Path):
-    """Records of JSON lines or a JSON list; one may spread over several lines."""
+    """Records of JSON lines or a JSON list; one may span several lines."""
     text, at = read_text(path), 0
     between = " \t\r\n,[]" if path.suffix.lower() == ".json" else " \t\r\n"
     decoder = json.JSONDecoder(strict=False)  # a raw line break in a text is read as it is
