@@ -104,7 +104,12 @@ def storage_url(storage: str | Path | None, name: str) -> str:
     """
     if not re.fullmatch(r"[\w.-]+", name) or len(name.encode()) > LONGEST_OLD_NAME:
         raise StudyError("is not a study's name", found=name, remedy="Name a study.")
-    given = str(storage or os.environ.get("EVOMERGE_STORAGE") or f"storage/{name}.db")
+    return given_url(storage or os.environ.get("EVOMERGE_STORAGE") or f"storage/{name}.db")
+
+
+def given_url(storage: str | Path) -> str:
+    """The URL of a storage that is given as one, or as the path of an SQLite file."""
+    given = str(storage)
     if "://" in given:
         return given
     if set("?%") & set(given):  # they mean something in a URL

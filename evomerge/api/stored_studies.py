@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evomerge.api.inputs import results_folder, storage_url
+from evomerge.api.inputs import given_url, results_folder, storage_url
 from evomerge.errors import EvomergeError
 
 if TYPE_CHECKING:
@@ -34,12 +34,13 @@ def list_studies(
     """
     from evomerge.searching.catalogue import entries
 
-    if storage is not None or os.environ.get("EVOMERGE_STORAGE"):
-        return entries(storage_url(storage, ""))
+    storage = storage or os.environ.get("EVOMERGE_STORAGE")
+    if storage:
+        return entries(given_url(storage))
     found = []
     for file in sorted(FOLDER.glob("*.db")):
         try:
-            found += entries(storage_url(file, ""))
+            found += entries(given_url(file))
         except EvomergeError as error:
             say(f"warning: {error}")
     return found
