@@ -204,7 +204,7 @@ def _explained(fault: Exception, where: object, error: type[InputError]) -> Inpu
         return error("is nested too deeply", where=where, remedy="Write fewer levels.")
     if "single document" in str(getattr(fault, "context", "")):
         one = _ONE_EACH.get(error.__name__, "document")
-        remedy = f"Split it: one {one} a file."
+        remedy = f"Split it: one {one} per file."
         return error("holds several YAML documents", where=where, remedy=remedy)
     mark = getattr(fault, "problem_mark", None)
     if mark is not None:
