@@ -74,7 +74,7 @@ def test_a_hub_name_stays_a_hub_name(tmp_path):
         (MINIMAL.replace("[./instruct]", "[./base]"), ["`genome.models`", "at least two models"]),
         (
             MINIMAL + "---\n" + MINIMAL,
-            ["small.yaml", "several YAML documents", "one study a file"],
+            ["small.yaml", "several YAML documents", "one study per file"],
         ),
         (
             genome(merge_method="linear", tokenizer_source="'model:./a'"),
