@@ -177,6 +177,11 @@ def seconds(text: str) -> float | None:
     return total if 0 < total <= LONGEST else None
 
 
+def counted(n: int, noun: str) -> str:
+    """ "1 sibling", "3 siblings": a number and a noun that takes an s."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
 def plus_minus(value: float, error: float | None) -> str:
     """A figure with its standard error; a single value has none."""
     return f"{value:.3f} (n = 1)" if error is None else f"{value:.3f} ± {error:.3f}"

@@ -45,7 +45,9 @@ def is_finished(out: Path, facts: Mapping[str, str], what: str, going_on: bool =
     changed = [name for name, value in facts.items() if made.facts.get(name) != value]
     if changed:
         listed = ", ".join(changed)
-        raise InputError(f"holds {what} of another run: other {listed}", where=out, remedy=CHOICE)
+        raise InputError(
+            f"holds {what} from another run (changed: {listed})", where=out, remedy=CHOICE
+        )
     try:
         changed_since = made.content != hash_of_file(out)
     except OSError as error:

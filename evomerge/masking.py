@@ -7,12 +7,29 @@ from urllib.parse import unquote, unquote_plus
 
 MASK = "***"
 # names of query parameters whose values are nobody's business
-SECRET = re.compile(r"pass|pwd|secret|token|credential|auth|key|sig\b|signature")
+SECRET = re.compile(r"pass|pwd|secret|tok|credential|auth|key|sig\b|signature")
 _PARAMETER = re.compile(r"([?&;])([^=&;?#\s]{1,80})=([^&;#\s\"'<>]*)")
 
 
+_HIDDEN: dict[str, str] = {}  # a value -> what is shown for it
+
+
+def hide(name: str, value: str) -> None:
+    """Show `${NAME}` for an environment variable's value from now on, if its name sounds secret.
+
+    Values of up to three characters are left alone: they occur in other words.
+    """
+    if len(value) > 3 and _is_secret(name):
+        _HIDDEN[value] = f"${{{name}}}"
+
+
 def masked(text: str) -> str:
-    """A text whose URLs show no password and no key. Takes time linear in its length."""
+    """A text without hidden values, whose URLs show no password and no key.
+
+    Takes time linear in its length.
+    """
+    for value, shown in _HIDDEN.items():
+        text = text.replace(value, shown)
     if "://" not in text:
         return text
     words = re.split(r"(\s+)", text)

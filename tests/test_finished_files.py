@@ -85,7 +85,7 @@ def test_another_command_is_refused_and_names_what_is_other(pair, place, capsys,
     arguments = (*based, "--set", "prompt.system=", *options)
     assert infer(pair, place, *arguments, **other) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert f"a.jsonl: holds answers of another run: other {named}" in line
+    assert f"a.jsonl: holds answers from another run (changed: {named}" in line
     assert "--overwrite" in line
     assert content(place) == before
     assert infer(pair, place, *arguments, "--overwrite", **other) == 0
@@ -153,7 +153,7 @@ def test_grades_are_kept_too(place, capsys):
     assert grade(place) == 0
     assert "nothing to do" in capsys.readouterr().err
     assert grade(place, answers="better") == 2
-    assert "holds grades of another run: other answers" in capsys.readouterr().err
+    assert "holds grades from another run (changed: answers)" in capsys.readouterr().err
     assert (place / "g.jsonl").read_bytes() == before
     assert grade(place, "--overwrite", answers="better") == 0
 

@@ -4,10 +4,12 @@ import hashlib
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
 import evomerge
+from evomerge.api.inputs import check_no_study_file
 from evomerge.cli import main
 from evomerge.errors import InputError
 from evomerge.outputs import check_outputs
@@ -277,3 +279,12 @@ def test_grades_in_the_working_directory(tmp_path, monkeypatch):
     command = ["judge", "grade", "--tasks", "t.jsonl", "--answers", "a.json", "--out", "g.json"]
     assert main(command) == 0
     assert (tmp_path / "g.json").is_file()
+
+
+def test_a_pipe_or_device_is_not_read_to_see_what_it_holds(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    check_no_study_file(tmp_path / "pipe")  # nothing writes to it: reading would never end
+    check_no_study_file(Path("/dev/zero"))
+    (tmp_path / "study.yaml").write_text("genome: {}\n")
+    with pytest.raises(InputError, match="is a study file"):
+        check_no_study_file(tmp_path / "study.yaml")

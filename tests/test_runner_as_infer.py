@@ -276,10 +276,10 @@ def test_finished_answers_are_kept(family, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     run(tmp_path / "r", monkeypatch, *arguments)
     assert "nothing to do" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="answers of another run: other model"):
+    with pytest.raises(SystemExit, match=r"answers from another run \(changed: model"):
         run(tmp_path / "r", monkeypatch, *arguments, "--model", family / "base")
     fewer = task_file(tmp_path / "r", 2)
-    with pytest.raises(SystemExit, match="answers of another run: other tasks"):
+    with pytest.raises(SystemExit, match=r"answers from another run \(changed: tasks"):
         run(tmp_path / "r", monkeypatch, "--tasks", fewer, "--out", out)
     assert out.read_bytes() == before
     out.write_bytes(before + b"x")

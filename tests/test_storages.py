@@ -315,3 +315,11 @@ def test_a_study_on_a_server(server):
     with pytest.raises(InputError, match="There are: s"):
         open_ledger(server, "t")
     optuna.delete_study(study_name="s", storage=server)
+
+
+@pytest.mark.parametrize(
+    "form", ["{}", "sqlite:///{}", "/", ".", "sqlite:////", "sqlite:///.", "/dev/null"]
+)
+def test_a_storage_is_a_regular_file(tmp_path, form):
+    with pytest.raises(InputError, match="--storage"):
+        storage_place(form.format(tmp_path))

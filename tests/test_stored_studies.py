@@ -123,8 +123,9 @@ def test_a_list_names_every_study_of_the_default_folder(place, run):
     assert max(len(line) for line in out.splitlines()) <= 80
     assert head.split() == ["study", "candidates", "state", "best", "last", "activity"]
     assert first.split()[0] == "b" * 31 + "."
-    assert first.split()[1:4] == ["0/100", "unfinished", "-"]
-    best = max(t.score for t in load("fake").records if t.role == "candidate" and t.score)
+    reference = max(t.score for t in search.ledger.history().complete)
+    assert first.split()[1:4] == ["0/100", "unfinished", f"{reference:.3f}"]
+    best = max(t.score for t in load("fake").records if t.score)
     assert second.split()[:4] == ["fake", "8/8", "finished", f"{best:.3f}"]
     assert "broken.db" in err
     assert len(err.splitlines()) == 1
@@ -274,7 +275,7 @@ def test_the_card_and_the_runner_of_another_trial_do_not_claim_the_verdict(place
     assert written[0].read_text() == found.recipe_yaml, "results are the winner's"
 
 
-@pytest.mark.parametrize(("number", "words"), [(99, "there is no such trial"), (-1, "no such")])
+@pytest.mark.parametrize(("number", "words"), [(99, "has no trial 99"), (-1, "has no trial -1")])
 def test_a_trial_that_is_not_there(place, run, number, words):
     code, out, err = run("export", "fake", "--trial", number)
     assert (code, out) == (2, "")

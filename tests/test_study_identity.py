@@ -11,10 +11,11 @@ import pytest
 from evomerge.answering.hf.engine import TransformersEngine
 from evomerge.cli import main
 from evomerge.console import Console
-from evomerge.errors import EvomergeError, StudyError
+from evomerge.errors import EvomergeError, InputError, StudyError
 from evomerge.searching.ledger import open_ledger
 from evomerge.searching.open_search import open_search
 from evomerge.study import read_study
+from evomerge.study.environment import expanded
 
 FAST = ("search.trials=2", "generation.max_new_tokens=3", "search.ranking=all")
 REFUSED = {
@@ -281,3 +282,13 @@ def test_no_error_shows_a_password(text):
 )
 def test_what_holds_no_password_is_shown_whole(text):
     assert str(EvomergeError(text)) == text
+
+
+def test_a_variable_that_sounds_secret_is_not_shown_in_errors():
+    variables = {"HUB_TOKEN": "Zq9SECRETzq", "MODELS": "/data/models"}
+    filled = expanded({"a": "${HUB_TOKEN}", "b": "${MODELS}/x"}, variables)
+    assert filled == {"a": "Zq9SECRETzq", "b": "/data/models/x"}
+    error = str(InputError("no such model", where="/data/models/x", found=[filled["a"]]))
+    assert "Zq9SECRETzq" not in error
+    assert "${HUB_TOKEN}" in error
+    assert "/data/models/x" in error

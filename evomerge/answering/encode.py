@@ -65,7 +65,7 @@ class Encoder:
             return row
         room = self.context - new_tokens
         if self.too_long == "refuse" or room < 1:
-            remedy = "Lower generation.max_new_tokens, shorten the task"
+            remedy = "Lower generation.max_new_tokens or shorten the task"
             raise EngineError(
                 f"a prompt of {len(row)} tokens and max_new_tokens {new_tokens} "
                 f"exceed the context of {self.context}",

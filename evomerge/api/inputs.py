@@ -160,8 +160,11 @@ def result_files(folder: Path) -> list[Path]:
 
 def check_no_study_file(out: Path) -> None:
     """Raise InputError where the file is a study file, which a study does not know by its name."""
+    if not out.is_file():  # a device or a pipe may never end
+        return
     try:
-        text = out.read_bytes()[:LONGEST_STUDY_FILE]
+        with out.open("rb") as file:
+            text = file.read(LONGEST_STUDY_FILE)
     except OSError:
         return
     if re.search(rb"^[\"']?genome[\"']?[ \t]*:", text, re.MULTILINE):

@@ -41,7 +41,7 @@ def trial_line(r: TrialRecord) -> str:
 
 def print_verdict(found: LoadedStudy) -> None:
     """The verdict with its paired differences and notes, or the best so far."""
-    from evomerge.reporting.sentences import conclusion
+    from evomerge.reporting.sentences import conclusion, short_title
 
     verdict, winner = found.verdict, found.winner
     named = f"trial {winner.number} ({found.unbeaten or winner.role})"
@@ -54,8 +54,10 @@ def print_verdict(found: LoadedStudy) -> None:
     put(f"verdict on {verdict.n} held-out tasks, metric {verdict.metric}; winner: {named}")
     for line in textwrap.wrap(conclusion(verdict), WIDTH):
         put(line)
+    titles = {name: short_title(name) for name in verdict.candidates}
+    width = max(12, *map(len, titles.values()))
     for name, c in verdict.candidates.items():
-        line = f"  {name:12} {plus_minus(c.mean, c.stderr)}  cut {c.truncated:>4.0%}"
+        line = f"  {titles[name]:{width}} {plus_minus(c.mean, c.stderr)}  cut {c.truncated:>4.0%}"
         paired = verdict.leads.get(name)
         if paired:
             interval = "(n = 1)"

@@ -105,7 +105,7 @@ class Recipe:
         """A line that names the keys that nothing reads; None without any."""
         if not self.unread:
             return None
-        return f"note: nothing reads {'; '.join(self.unread)}, as in mergekit"
+        return f"note: ignored, as in mergekit: {'; '.join(self.unread)}"
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as it was read."""

@@ -68,7 +68,7 @@ def read_chat_template(data: Mapping[str, Any], where: str) -> str | None:
         return None
     if not isinstance(given, str) or ("{" not in given and given not in ("auto", *CHAT_TEMPLATES)):
         raise RecipeError(
-            "`chat_template` is no template",
+            "`chat_template` is not a template",
             where=where,
             found=given,
             remedy=f"Write auto, one of {', '.join(CHAT_TEMPLATES)}, or the template in Jinja.",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from evomerge.console import counted
 from evomerge.searching.records.verdict_record import FOUND
 
 if TYPE_CHECKING:
@@ -64,8 +65,13 @@ def model_title(name: str) -> str:
     if name == "uniform":
         return "best uniform weight"
     if name == FOUND:
-        return "best merge found"
+        return "search's own merge"
     return name.removeprefix("sibling:")
+
+
+def short_title(name: str) -> str:
+    """The same for a column of a terminal: "uniform", "own merge"."""
+    return "own merge" if name == FOUND else name.removeprefix("sibling:")
 
 
 def with_article(name: str) -> str:
@@ -90,7 +96,9 @@ def unbeaten_title(name: str) -> str:
 
 def unbeaten_sentence(name: str) -> str:
     """That a reference has won, in plain words."""
-    return f"No merge was found that beats {unbeaten_title(name)}, which is therefore the winner."
+    other = " other" if name.startswith("uniform") else ""  # which is a merge itself
+    title = unbeaten_title(name)
+    return f"No{other} merge was found that beats {title} by more than chance, so {title} wins."
 
 
 def conclusion(verdict: Verdict) -> str:
@@ -167,18 +175,23 @@ def notes(facts: StudyFacts) -> list[str]:
         lines.append(f"The search ended because {facts.stopped.removeprefix('converged: ')}.")
     chosen = facts.validation
     if chosen is not None:
-        sentence = (
-            f"The winner was chosen among {len(chosen.means)} finalists on {chosen.n} validation "
-            "tasks, on which no candidate was ranked"
+        tasks = counted(chosen.n, "validation task")
+        lines.append(
+            f"The winner was chosen among {len(chosen.means)} finalists on {tasks}, which ranked "
+            "no generation."
         )
         if facts.references_win:
-            sentence += "; its mean and the references were compared on the search tasks as well"
+            lines.append(
+                "The search's mean and the references were also compared on the search tasks."
+            )
         if look == 1:
-            sentence += "; the held-out tasks played no part in it"
-        lines.append(f"{sentence}.")
+            lines.append("The held-out tasks played no part in the choice.")
+    if FOUND in facts.compared:
+        own = facts.compared[FOUND]
+        lines.append(f"The search's own merge is trial {own}, its mean or its best candidate.")
     if look > 1:
         lines.append(
-            f"This is look number {look} at the held-out tasks: the search was resumed after a "
+            f"The held-out tasks have now been used {look} times: the search was resumed after a "
             "verdict, so the intervals are too narrow."
         )
     saved = facts.cascade

@@ -56,11 +56,14 @@ def _entry(url: str, summary: StoredSummary) -> StudyEntry:
     elif known.get("verdict") and known.get("stopped", "") is not None:
         state = "finished"
     file: Mapping[str, Any] = known.get("study_file") or {}
+    planned = file.get("search", {}).get("trials")
+    if planned is not None:  # a study that was asked for fewer later on keeps what it has
+        planned = max(planned, summary.candidates)
     return StudyEntry(
         name=summary.name,
         storage=url,
         trials=summary.candidates,
-        planned=file.get("search", {}).get("trials"),
+        planned=planned,
         state=state,
         best=summary.best,
         last_activity=summary.last,

@@ -15,7 +15,7 @@ from evomerge.answering.engine import Engine, EngineSpec
 from evomerge.answering.lm_eval.harness import LmEvalRunner
 from evomerge.answering.make_engine import make_engine
 from evomerge.answering.prompts import Prompter, make_prompter
-from evomerge.console import Console
+from evomerge.console import Console, counted
 from evomerge.errors import StudyError, StudyFileError
 from evomerge.judging.factory import check_tasks, make_judge
 from evomerge.judging.grade import Judge, WaitingJudge
@@ -250,9 +250,9 @@ def _moved(before: str, judge: Judge) -> bool:
 def _introduce(prepared: Prepared, console: Console) -> None:
     """Report what the search covers."""
     study, split, genome = prepared.study, prepared.split, prepared.genome
-    size = f"{len(genome.slices)} slices x {len(genome.siblings)} sibling(s)"
+    size = f"{len(genome.slices)} slices x {counted(len(genome.siblings), 'sibling')}"
     if genome.dimensions != len(genome.slices) * len(genome.siblings):
-        size += f", {genome.dimensions} numbers"
+        size += f", {genome.dimensions} numbers to search"
     kept = ""
     if split.validation:
         kept = f", {len(split.validation)} to validate the finalists"

@@ -46,9 +46,8 @@ class StudySnapshot:
         trial = by_number.get(number)
         if trial is None:
             raise StudyError(
-                "there is no such trial",
+                f"has no trial {number}",
                 where=name,
-                found=number,
                 remedy=f"Numbers go from {min(by_number)} to {max(by_number)}; `evomerge show "
                 f"{name}` lists them.",
             )

@@ -9,6 +9,7 @@ from hashlib import sha256
 from typing import Any, TypeAlias
 
 from evomerge.errors import StudyFileError
+from evomerge.masking import hide
 
 Place: TypeAlias = tuple[str | int, ...]  # keys and indices, from the top
 VARIABLE = re.compile(r"\$\{(\w+)\}")
@@ -47,6 +48,7 @@ def expanded(data: Any, environ: Mapping[str, str] | None = None, where: str | N
     def fill(at: Place, text: str) -> str:
         def lookup(match: re.Match[str]) -> str:
             if match[1] in variables:
+                hide(match[1], variables[match[1]])
                 return variables[match[1]]
             if where is None:
                 return match[0]

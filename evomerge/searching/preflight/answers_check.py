@@ -161,9 +161,9 @@ def _check_rules(findings: Findings, study: Study, split: Split) -> None:
         findings.add(
             "low",
             "judge",
-            f"{bare} of {len(every)} tasks have no reference (`output`): the rules give every "
-            "answer to them about 3, so that a verdict would mean nothing. Add references, or use "
-            "judge.kind: llm.",
+            f"{bare} of {len(every)} tasks have no reference (`output`): without one the rules see "
+            "little more than an answer's form, so a verdict would mean nothing. Add references, "
+            "or use judge.kind: llm.",
         )
 
 

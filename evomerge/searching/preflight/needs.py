@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from evomerge.console import size
+from evomerge.console import counted, size
 from evomerge.genome.weights import Genome
 from evomerge.merging.checkpoints.config_defaults import config_value
 from evomerge.searching.preflight.findings import Findings
@@ -26,11 +26,12 @@ WAITING = {
 def check_slices(findings: Findings, genome: Genome) -> None:
     """What is searched."""
     plain = genome.dimensions == len(genome.slices) * len(genome.siblings)
+    siblings = counted(len(genome.siblings), "sibling")
     findings.add(
         "ok",
         "slices",
-        f"{len(genome.slices)} of {genome.slices[0][1]} layers x {len(genome.siblings)} "
-        f"sibling(s) = {genome.dimensions} {'weights' if plain else 'numbers'}",
+        f"{len(genome.slices)} of {genome.slices[0][1]} layers x {siblings} = "
+        f"{genome.dimensions} {'weights' if plain else 'numbers'}",
     )
 
 
@@ -97,12 +98,12 @@ def cost(study: Study, genome: Genome, split: Split | None) -> str:
     answers += (2 + len(study.genome.all_models)) * held_out
     if study.lm_eval:
         return f"{text}; {answers:,} answers to documents"
-    more = ""
+    least, more = "", ""
     if s.ranking != "all" and ranked != searched:
-        more = " or more, because a generation answers more tasks as the step size shrinks"
-    tokens = study.generation.max_new_tokens
-    judging = judging_cost(study, answers)
-    return f"{text}; {answers:,} answers{more} of at most {tokens} tokens; {judging}"
+        least = "at least "
+        more = " (a generation answers more tasks as the step size shrinks)"
+    answered = f"{least}{answers:,} answers of at most {study.generation.max_new_tokens} tokens"
+    return f"{text}; {answered}{more}; {judging_cost(study, answers)}"
 
 
 def judging_cost(study: Study, answers: int) -> str:

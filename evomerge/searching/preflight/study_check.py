@@ -114,7 +114,7 @@ def _slices_and_sizes(
 ) -> None:
     """What is searched, and what it needs."""
     if config is None:
-        text = "no model configuration; give one with --base-config FILE"
+        text = "not known until every model is found; --base-config FILE helps without the base"
         findings.add("unknown", "slices, memory, disk", text)
         return
     with findings.refusals("slices"):

@@ -87,6 +87,13 @@ def storage_place(url: str) -> StoragePlace:
             found=masked_url(url),
             remedy="Name a file: sqlite:///FILE.",
         )
+    if file.exists() and not file.is_file():
+        raise InputError(
+            "an SQLite storage is a regular file",
+            where="--storage",
+            found=str(file),
+            remedy="Name a file: sqlite:///FILE.",
+        )
     return StoragePlace(url, parsed, file)
 
 

@@ -27,7 +27,7 @@ class StoredSummary:
     name: str
     attributes: Mapping[str, Any]
     candidates: int
-    best: float | None  # highest score of these
+    best: float | None  # highest score of any trial, as a search's progress shows it
     last: datetime | None  # when its newest trial began or ended, in local time
 
 
@@ -61,12 +61,17 @@ def _summary(storage: RDBStorage, study: FrozenStudy) -> StoredSummary:
         .where(TrialModel.study_id == study._study_id)
         .group_by(TrialModel.state, TrialUserAttributeModel.value_json)
     )
-    count, best, newest = 0, None, []
+    count, newest = 0, []
+    best: float | None = None
     with storage.engine.connect() as connection:
         for state, kind, number, highest, trial_id in connection.execute(query):
             newest.append(trial_id)
-            if state == TrialState.COMPLETE and kind == json.dumps("candidate"):
-                count, best = number, highest
+            if state != TrialState.COMPLETE:
+                continue
+            if highest is not None and (best is None or highest > best):
+                best = highest
+            if kind == json.dumps("candidate"):
+                count = number
     last = None
     if newest:
         trial = storage.get_trial(max(newest))

@@ -57,7 +57,7 @@ def read_options(does: str) -> argparse.Namespace:
     parser.add_argument("--tasks", type=Path, required=True, metavar="FILE", help=forms)
     where = "where the answers go, as JSON lines"
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=where)
-    more = "replace answers that --out holds of another model, task file or settings"
+    more = "replace answers in --out from another model, task file or settings"
     parser.add_argument("--overwrite", action="store_true", help=more)
     parser.add_argument("--model", metavar="FOLDER", help="a merged model, used without merging")
     when = "90s, 55m or 1h30m: after it no batch starts, and unfinished tasks are marked"
@@ -242,7 +242,7 @@ def is_finished(out: Path, facts: dict[str, str], going_on: bool) -> bool:
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         fail(f"{out}: exists already, and what it was made from is not known; {CHOICE}")
     if changed:
-        fail(f"{out}: holds answers of another run: other {', '.join(changed)}; {CHOICE}")
+        fail(f"{out}: holds answers from another run (changed: {', '.join(changed)}). {CHOICE}")
     if content != hashlib.sha256(out.read_bytes()).hexdigest():
         if going_on:
             return False
