@@ -122,10 +122,10 @@ def test_a_fitted_judge_is_kept(files, tmp_path, capsys, monkeypatch):
     assert main([*command, "--reference", "p"]) == 0
     assert "nothing to do" in capsys.readouterr().err
     assert main([*command, "--reference", "p,q"]) == 2
-    assert "holds a judge of another run: other judges or models" in capsys.readouterr().err
+    assert "holds a judge from another run (changed: judges or models)" in capsys.readouterr().err
     monkeypatch.setattr(learned.features, "VERSION", 99)
     assert main([*command, "--reference", "p"]) == 2
-    assert "other version of evomerge" in capsys.readouterr().err
+    assert "version of evomerge" in capsys.readouterr().err
     assert out.read_bytes() == before
     assert main([*command, "--reference", "p,q", "--overwrite"]) == 0
 

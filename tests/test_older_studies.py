@@ -185,9 +185,9 @@ def test_a_finished_study_is_shown_as_it_was(place, run):
 
 def test_a_finished_study_stays_or_goes_on(place, run):
     before = json.loads(run("show", "finished", "--json"))
-    assert "look number" not in run("search", "finished")
+    assert "have now been used" not in run("search", "finished")
     assert json.loads(run("show", "finished", "--json")) == before
-    assert "look number 2" in run("search", "finished", "--trials", 12)
+    assert "have now been used 2 times" in run("search", "finished", "--trials", 12)
     same_end(place, "finished", run("show", "finished", "--json"), expected("finished"))
 
 

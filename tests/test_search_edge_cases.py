@@ -91,7 +91,7 @@ def test_a_second_verdict_that_was_killed_is_made_again(tmp_path):
     search, _, _ = make_search(tmp_path, make_study(trials=24))
     verdict = search.run()
     assert verdict != first, "the old winner's verdict"
-    assert "look number 2" in " ".join(notes(search.ledger.facts))
+    assert "have now been used 2 times" in " ".join(notes(search.ledger.facts))
 
 
 def test_a_failure_in_a_later_block_of_a_race_counts(tmp_path):
@@ -236,7 +236,7 @@ def test_check_counts_what_a_search_has(pair):
         line.subject: line
         for line in check_study(read_study(pair / "study.yaml", ["search.subset=4"]))
     }
-    assert "or more" in grows["cost"].text, (
+    assert "at least" in grows["cost"].text, (
         "with learning-rate adaptation the step size shrinks too"
     )
 
