@@ -321,9 +321,11 @@ def test_the_whole_merge(folder, monkeypatch, tmp_path, name):
         for side in (tmp_path / "out", folder / "out" / name)
     ]
     assert configs[0] == configs[1]
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+    # mergekit loses generation_config.json with a tokenizer_source, and with it other end tokens
+    kept = {"generation_config.json"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} - kept == {
         p.name for p in (folder / "out" / name).iterdir()
-    }
+    } - kept
 
 
 @pytest.mark.parametrize("name", FAILING)
@@ -331,5 +333,6 @@ def test_a_merge_that_cannot_be_leaves_nothing(folder, monkeypatch, tmp_path, ca
     monkeypatch.chdir(folder)
     Path("recipe.yml").write_text(yaml.safe_dump(recipe(name, *FAILING[name])))
     assert main(["merge", "recipe.yml", str(tmp_path / "out")]) == 2
-    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len([line for line in said if "note: ignored, as in mergekit" not in line]) == 1
     assert not list(tmp_path.iterdir())
