@@ -571,6 +571,26 @@ def test_a_head_is_untied_on_a_base_without_the_key(folder, tmp_path):
     assert same_bits(model.get_tensor(HEAD), head.bfloat16())
 
 
+def test_a_stored_head_is_untied_on_a_base_that_is_tied_by_default(folder, tmp_path):
+    """Gemma's config.json has no key, and a fine-tune's files may hold the head as well."""
+    base = tmp_path / "base"
+    base.mkdir()
+    config = json.loads((folder / "tied/config.json").read_text(encoding="utf-8"))
+    del config["tie_word_embeddings"]
+    config["model_type"] = "gemma"
+    (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    tensors = load_all(folder / "tied")
+    tensors[HEAD] = tensors[EMBED].clone()
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    head = noise(*tensors[EMBED].shape)
+    adapter = write_adapter(tmp_path / "saved", {HEAD: head}, modules_to_save=["lm_head"])
+    model = open_lora(open_model(str(base)), adapter)
+    assert model.config["tie_word_embeddings"] is False
+    assert same_bits(model.get_tensor(HEAD), head.bfloat16())
+    plain = open_lora(open_model(str(base)), write_adapter(tmp_path / "plain", parts(Q)))
+    assert plain.config.get("tie_word_embeddings") is not False, "still tied"
+
+
 def test_a_lora_on_experts_is_refused(folder, tmp_path):
     """transformers 5 holds them in one tensor, and peft converts the adapter: other arithmetic."""
     base = tmp_path / "base"

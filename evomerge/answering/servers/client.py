@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC
 from email.utils import parsedate_to_datetime
@@ -232,11 +233,9 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     Reads retry-after-ms, then Retry-After as a number or as a date (RFC 9110, section 10.2.3).
     """
     text = headers.get("retry-after-ms")
-    try:
-        if text is not None:
+    if text is not None:
+        with suppress(ValueError):  # Retry-After may say it as well
             return max(0.0, float(text) / 1000)
-    except ValueError:
-        pass
     text = headers.get("retry-after")
     if text is None:
         return None

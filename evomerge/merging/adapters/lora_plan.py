@@ -17,6 +17,7 @@ from evomerge.merging.adapters.adapter import (
 )
 from evomerge.merging.adapters.adapter_tensors import AdapterTensors, sort_tensors
 from evomerge.merging.adapters.lora import AdaptedModel, ModuleLora, TokenRows, source
+from evomerge.merging.checkpoints.config_defaults import config_value
 from evomerge.merging.checkpoints.model_folder import EMBED, HEAD, ModelFolder
 from evomerge.merging.checkpoints.safetensors_reader import SafetensorsReader
 
@@ -67,7 +68,7 @@ class _LoraPlan:
         config = dict(self.base.config)
         if self.tied:
             files.pop(HEAD, None)
-        elif config.get("tie_word_embeddings") or HEAD not in files:
+        elif config_value(config, "tie_word_embeddings") or HEAD not in files:
             files.setdefault(HEAD, self.adapter.path / WEIGHTS)
             config["tie_word_embeddings"] = False
         return AdaptedModel(
@@ -230,7 +231,7 @@ class _LoraPlan:
             return False
         if HEAD not in self.base.keys:
             return True
-        if not self.base.config.get("tie_word_embeddings"):
+        if not config_value(self.base.config, "tie_word_embeddings"):
             return False
         head = self.base.get_tensor(HEAD).to(self.loaded)
         return torch.equal(head, self.base.get_tensor(EMBED).to(self.loaded))

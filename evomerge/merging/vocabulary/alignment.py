@@ -104,7 +104,7 @@ class Vocabulary:
 
     def keeps(self, model: str) -> bool:
         """Whether every token of the output has the row that it has in `model`."""
-        return torch.equal(self.rows[model], torch.arange(len(self.tokens)))
+        return model in self._in_place
 
     def check_rules(self, models: Sequence[str], base: str | None = None) -> None:
         """Raise RecipeError where `align` of these models' tensors would, whatever the tensors."""
@@ -165,10 +165,7 @@ class Vocabulary:
         return at, row
 
     def _table(
-        self,
-        tensors: Mapping[str, torch.Tensor],
-        defaults: Defaults,
-        dtype: torch.dtype,
+        self, tensors: Mapping[str, torch.Tensor], defaults: Defaults, dtype: torch.dtype
     ) -> torch.Tensor:
         """The default rows, (len(defaults.ids), ...)."""
         first = next(iter(tensors.values()))
@@ -207,7 +204,7 @@ class Vocabulary:
         """(size, ...): the model's own rows, default rows in their places, mean rows at the end."""
         rows, n = self.rows[ref], len(self.tokens)
         new = (defaults.forced[defaults.ids] | (rows[defaults.ids] < 0)).nonzero().squeeze(1)
-        if not len(new) and self.size == n and ref in self._in_place:
+        if not len(new) and self.size == n and self.keeps(ref):
             return tensor if len(tensor) == n else tensor[:n]
         out = tensor.new_empty((self.size, *tensor.shape[1:]))
         torch.index_select(tensor, 0, rows.clamp_min(0).to(tensor.device), out=out[:n])

@@ -246,6 +246,7 @@ def prompts(tokenizer, context: int, inputs: list[str]) -> tuple[list[list[int]]
 
 
 def main() -> None:
+    """Answer the tasks that have no answer yet, and write the answers."""
     start = time.monotonic()
     args = tools.read_options(__doc__)
     tasks = tools.read_tasks(args.tasks)

@@ -52,6 +52,7 @@ def seconds(text: str) -> float:
 
 
 def read_options(does: str) -> argparse.Namespace:
+    """The command line's options; `does` is the program's description."""
     parser = argparse.ArgumentParser(prog="answer.py", description=does)
     forms = "task_id and input, as .jsonl, .json, .csv or .xlsx"
     parser.add_argument("--tasks", type=Path, required=True, metavar="FILE", help=forms)
