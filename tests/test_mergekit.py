@@ -22,6 +22,7 @@ from evomerge.cli import main
 from evomerge.merging.build import build_model
 from evomerge.recipe import Recipe, read_recipe, task_arithmetic_recipe
 from evomerge.recipe.mergekit_keys import CHAT_TEMPLATES
+from evomerge.reporting.card import model_card
 
 PYTHON, SCRIPT = os.environ.get("EVOMERGE_MERGEKIT_PYTHON"), shutil.which("mergekit-yaml")
 COMMAND = [PYTHON, "-m", "mergekit.scripts.run_yaml"] if PYTHON else [SCRIPT]
@@ -40,7 +41,7 @@ def both(recipe, folder):
         [*COMMAND, "recipe.yml", "theirs"], cwd=folder, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    build_model(recipe, folder / "ours")
+    build_model(recipe, folder / "ours", write_card=model_card)
     return load_all(folder / "ours"), load_all(folder / "theirs")
 
 

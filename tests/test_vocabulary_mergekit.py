@@ -320,6 +320,13 @@ def test_the_whole_merge(folder, monkeypatch, tmp_path, name):
         json.loads((side / "config.json").read_text())
         for side in (tmp_path / "out", folder / "out" / name)
     ]
+    # mergekit keeps the ids of the base's tokenizer; here they follow their tokens, without which
+    # no answer would end
+    before = AutoTokenizer.from_pretrained(folder / base_of(name, CASES[name][0]))
+    after = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for key in ("bos_token_id", "eos_token_id"):
+        moved, kept = (config.pop(key) for config in configs)
+        assert after.convert_ids_to_tokens(moved) == before.convert_ids_to_tokens(kept)
     assert configs[0] == configs[1]
     # mergekit loses generation_config.json with a tokenizer_source, and with it other end tokens
     kept = {"generation_config.json"}
