@@ -131,6 +131,20 @@ def check(argv, out=None):
 def room(pair, tmp_path_factory):
     """A folder with a good file of every kind."""
     folder = tmp_path_factory.mktemp("fuzz")
+    write_models(folder, pair)
+    write_texts(folder)
+    for name, sibling, more in (
+        ("recipe", "instruct", {}),
+        ("sharded", "shards", {}),
+        ("adapted", "base+" + str(folder / "lora"), {}),
+        ("united", "instruct", {"tokenizer_source": "union"}),
+    ):
+        write_recipe(folder, name, str(folder / sibling), more)
+    return folder
+
+
+def write_models(folder, pair):
+    """Base and sibling, the sibling in two shards, and a LoRA of the base."""
     for name in ("base", "instruct"):
         shutil.copytree(pair / name, folder / name)
     shutil.copytree(pair / "instruct", folder / "shards")
@@ -162,6 +176,10 @@ def room(pair, tmp_path_factory):
     key = "base_model.model.model.layers.0.self_attn.q_proj"
     lora = {f"{key}.lora_A.weight": torch.ones(2, 32), f"{key}.lora_B.weight": torch.ones(32, 2)}
     save_file(lora, folder / "lora" / "adapter_model.safetensors", {"format": "pt"})
+
+
+def write_texts(folder):
+    """A study file, tasks, answers, knowledge bases and examples."""
     (folder / "study.yaml").write_text(
         "study: fuzz\n"
         "genome: {base_model: ./base, models: [./instruct], merge_method: ties, "
@@ -184,36 +202,24 @@ def room(pair, tmp_path_factory):
     for name in ("knowledge.yaml", "knowledge.xlsx"):
         write_knowledge(starter(), folder / name, [])
     (folder / "examples.csv").write_text("class,input,output\na,b,c\nb,d,e\n")
-    for name, sibling, more in (
-        ("recipe", "instruct", {}),
-        ("sharded", "shards", {}),
-        ("adapted", "base+" + str(folder / "lora"), {}),
-        ("united", "instruct", {"tokenizer_source": "union"}),
-    ):
-        slices = [
-            {
-                "sources": [
-                    {"model": str(folder / "base"), "layer_range": [0, 4]},
-                    {
-                        "model": str(folder / sibling),
-                        "layer_range": [0, 4],
-                        "parameters": {
-                            "weight": [{"filter": "mlp", "value": [0, 1]}, {"value": 0.5}]
-                        },
-                    },
-                ]
-            }
-        ]
-        recipe = {
-            "merge_method": "task_arithmetic",
-            "base_model": str(folder / "base"),
-            "dtype": "bfloat16",
-            "parameters": {"normalize": False},
-            "slices": slices,
-            **more,
-        }
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
-    return folder
+
+
+def write_recipe(folder, name, sibling, more):
+    """A recipe with slices, filters and a gradient; `more` are further keys."""
+    weight = [{"filter": "mlp", "value": [0, 1]}, {"value": 0.5}]
+    sources = [
+        {"model": str(folder / "base"), "layer_range": [0, 4]},
+        {"model": sibling, "layer_range": [0, 4], "parameters": {"weight": weight}},
+    ]
+    recipe = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(folder / "base"),
+        "dtype": "bfloat16",
+        "parameters": {"normalize": False},
+        "slices": [{"sources": sources}],
+        **more,
+    }
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
 
 
 GRADE = ["judge", "grade", "--tasks", "tasks.jsonl", "--answers", "answers.jsonl", "--out", "G"]
