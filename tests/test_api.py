@@ -93,6 +93,7 @@ def test_trials_are_the_table_of_trials(searched):
     assert frame["score"].tolist() == pytest.approx(written["score"].tolist())
     assert frame["generation"].isna().tolist() == written["generation"].isna().tolist()
     candidates = frame[frame.role == "candidate"]
+    assert (candidates["generation"].min(), candidates["index"].min()) == (1, 1)
     assert found.best.score == candidates.score.max()
     assert found.winner.number in frame.number.tolist()
     assert [tuple(row) for row in frame.filter(like="weight ").to_numpy()] == [

@@ -114,10 +114,20 @@ def part(found, wanted):
     return found
 
 
+def from_one(trial):
+    """A trial that 0.1 showed, whose generations and candidates counted from 0."""
+    shift = 1 if trial["role"] == "candidate" else 0
+    places = {key: trial[key] for key in ("generation", "index")}
+    for key, value in places.items():
+        if value not in (None, ""):  # "" in a table
+            places[key] = type(value)(int(value) + shift)
+    return trial | places
+
+
 def same_trials(found, wanted):
     """Every figure of the complete trials, in order; not their numbers, which kills shift."""
     complete = [t for t in found if t["state"] == "complete"]
-    places = [(t["role"], t["generation"], t["index"]) for t in wanted]
+    places = [(t["role"], t["generation"], t["index"]) for t in map(from_one, wanted)]
     assert [(t["role"], t["generation"], t["index"]) for t in complete] == places
     for place, trial, known in zip(places, complete, wanted, strict=True):
         assert trial["weights"] == pytest.approx(known["weights"], abs=WEIGHT), place
@@ -155,6 +165,7 @@ def test_an_unfinished_study_ends_as_it_would_have(place, run, judge_url, name):
     wanted, (url, answered) = expected(name), judge_url
     before = wanted["before"]
     if before is not None:  # there was a finished candidate, without which nothing is shown
+        before["trials"] = [from_one(t) for t in before["trials"]]
         assert part(json.loads(run("show", name, "--json")), before) == before
     run("search", name, *(["--set", f"judge.base_url={url}"] if name == "llm" else []))
     shown = same_end(place, name, run("show", name, "--json"), wanted)
@@ -171,6 +182,7 @@ def test_an_unfinished_study_ends_as_it_would_have(place, run, judge_url, name):
 def test_a_finished_study_is_shown_as_it_was(place, run):
     kept = FIXTURE / "finished"
     wanted = json.loads(located(kept / "show.json", place))
+    wanted["trials"] = [from_one(t) for t in wanted["trials"]]
     assert part(json.loads(run("show", "finished", "--json")), wanted) == wanted
     assert run("export", "finished") == located(kept / "export.yaml", place)
     run("report", "finished")
@@ -180,6 +192,7 @@ def test_a_finished_study_is_shown_as_it_was(place, run):
     assert part(read(results / "verdict.json"), wanted) == wanted
     rows, wanted = table(results / "trials.csv"), table(kept / "trials.csv")
     assert rows.keys() == wanted.keys()
+    wanted = {number: from_one(row) for number, row in wanted.items()}
     assert part(rows, wanted) == wanted
 
 

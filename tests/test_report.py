@@ -71,6 +71,12 @@ class Trial:
     grades: dict[str, dict[str, Any]] = field(default_factory=dict)
     parts: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def place(self) -> tuple[int | None, int | None]:
+        if self.generation is None or self.index is None:
+            return self.generation, None
+        return self.generation + 1, self.index + 1
+
 
 def trials() -> list[Trial]:
     rng = random.Random(0)

@@ -65,8 +65,8 @@ class LoadedStudy:
     def trials(self) -> pandas.DataFrame:
         """One row per trial, with the columns of trials.csv.
 
-        number, generation, index, role, state, score, stderr, n (tasks), truncated (share of
-        answers), seconds by phase, reason of a failure, and a column per weight.
+        number, generation and index (both from 1), role, state, score, stderr, n (tasks),
+        truncated (share of answers), seconds by phase, reason of a failure, a column per weight.
         """
         import pandas
 

@@ -32,7 +32,7 @@ def trial_line(r: TrialRecord) -> str:
     score = (r.reason or "")[:15]
     if r.score is not None:
         score = plus_minus(r.score, r.stderr)
-    generation, index = _counted(r.generation), _counted(r.index)
+    generation, index = ("" if count is None else count for count in r.place)
     return (
         f"{r.number:>5}  {generation:>3}  {index:>3}  {r.role:9}  {r.state:8}  {score:15}  "
         f"{r.n:>3}  {r.truncated:>4.0%}"
@@ -80,7 +80,3 @@ def cache_line(path: Path) -> str:
     n_bytes, batches = found
     content = "damaged" if batches is None else f"{batches} batches"
     return f"answer cache: {size(n_bytes)}, {content}, in {path}"
-
-
-def _counted(value: int | None) -> str:
-    return "" if value is None else str(value + 1)

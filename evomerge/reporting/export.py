@@ -17,7 +17,7 @@ from evomerge.recipe import DARE
 from evomerge.reporting.card import ABOUT, markdown_text, model_card
 from evomerge.reporting.report import write_report
 from evomerge.reporting.sentences import conclusion, notes, unbeaten_sentence
-from evomerge.reporting.trial_table import write_trials_csv
+from evomerge.reporting.trial_table import shown_fields, write_trials_csv
 from evomerge.searching.choosing import reference_names
 from evomerge.searching.records.trial_record import REFERENCES, TrialRecord
 from evomerge.searching.records.verdict_record import Verdict
@@ -27,19 +27,6 @@ RESULT_FILES = ("best.yaml", "README.md", "verdict.json", "trials.csv", "report.
 SEED_COMMENT = "# The same numbers are dropped with: mergekit-yaml --random-seed {seed}\n"
 # of a card, where a parent has won
 NO_MERGE = "The configuration below gives {name} itself, which is no merge."
-# the keys of a trial in `evomerge show --json`
-SHOWN = (
-    "number",
-    "generation",
-    "index",
-    "role",
-    "state",
-    "weights",
-    "score",
-    "stderr",
-    "n",
-    "truncated",
-)
 
 
 def write_results(snapshot: StudySnapshot, folder: Path) -> list[Path]:
@@ -136,8 +123,7 @@ def picked_sentence(snapshot: StudySnapshot) -> str:
     label = reference_labels(snapshot).get(trial.number)
     kind = trial.role if label is None else f"{trial.role}, {label}"
     if trial.role == "candidate":
-        assert trial.generation is not None
-        kind = f"a candidate of generation {trial.generation + 1}"
+        kind = f"a candidate of generation {trial.place[0]}"
     elif trial.role == "mean":
         kind = "the mean of the search's distribution"
     score = plus_minus(trial.score or 0.0, trial.stderr)
@@ -202,7 +188,7 @@ def as_json(snapshot: StudySnapshot) -> dict[str, Any]:
         "winner": snapshot.winner.number,
         "best": snapshot.winner.number,  # its name in version 0.1
         "unbeaten": snapshot.unbeaten,
-        "trials": [{key: getattr(r, key) for key in SHOWN} for r in snapshot.records],
+        "trials": [shown_fields(r) | {"weights": r.weights} for r in snapshot.records],
         "verdict": None if snapshot.verdict is None else snapshot.verdict.to_dict(),
     }
 

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from evomerge.searching.records.trial_record import TrialRecord
 
 PHASES = ("merge", "answer", "judge")
-COLUMNS = ("number", "generation", "index", "role", "state", "score", "stderr", "n", "truncated")
+# of every trial, also in `evomerge show --json`
+FIELDS = ("role", "state", "score", "stderr", "n", "truncated")
+COLUMNS = ("number", "generation", "index", *FIELDS)
 Cell = str | int | float | None
 
 
@@ -48,8 +50,7 @@ def trial_rows(trials: Sequence[TrialRecord], slices: Sequence[str]) -> list[dic
     rows = []
     for t in trials:
         row: dict[str, Cell] = dict.fromkeys(headings)
-        for column in COLUMNS:
-            row[column] = getattr(t, column)
+        row |= shown_fields(t)
         for phase in PHASES:
             row[f"seconds_{phase}"] = t.seconds.get(phase)
         row["reason"] = t.reason
@@ -59,6 +60,13 @@ def trial_rows(trials: Sequence[TrialRecord], slices: Sequence[str]) -> list[dic
             row[f"part {part}"] = t.parts.get(part)
         rows.append(row)
     return rows
+
+
+def shown_fields(trial: TrialRecord) -> dict[str, Cell]:
+    """The columns of COLUMNS: generation and index from 1."""
+    generation, index = trial.place
+    row: dict[str, Cell] = {"number": trial.number, "generation": generation, "index": index}
+    return row | {name: getattr(trial, name) for name in FIELDS}
 
 
 def write_trials_csv(out: Path, trials: Sequence[TrialRecord], slices: Sequence[str]) -> Path:

@@ -109,8 +109,19 @@ class TrialRecord:
 
     @property
     def slot(self) -> tuple[int | None, int | None]:
-        """Generation and index."""
+        """Generation and index, from 0."""
         return self.generation, self.index
+
+    @property
+    def place(self) -> tuple[int | None, int | None]:
+        """Generation and candidate as they are shown, from 1.
+
+        A mean belongs to the last generation that it was computed from.
+        """
+        generation, index = self.slot
+        if generation is not None and self.role != "mean":
+            generation += 1
+        return generation, None if index is None else index + 1
 
 
 def read_trial(
