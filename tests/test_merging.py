@@ -136,6 +136,19 @@ def test_damaged_missing_and_pickled_weights(family):
         open_model(str(family / "one"))
 
 
+def test_gguf_files_are_named(family):
+    file = family / "one/one-q4_k_m.gguf"
+    file.write_bytes(b"GGUF")
+    assert open_model(str(family / "one")).files  # the weights beside it are read
+    (family / "one/model.safetensors").unlink()
+    for without_config in (False, True):
+        if without_config:
+            (family / "one/config.json").unlink()
+        for ref in (family / "one", file):
+            with pytest.raises(ModelError, match=r"q4_k_m\.gguf: GGUF files are not read"):
+                open_model(str(ref))
+
+
 def test_older_folders_fit(family):
     """A file that still holds rotary constants; a configuration that leaves out the KV heads where
     they are the heads.

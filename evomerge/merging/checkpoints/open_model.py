@@ -30,6 +30,8 @@ def open_model(ref: str) -> ModelFolder:
         base = open_model(model)
         refuse_quantized(base)
         return open_lora(base, adapter, ref)
+    if ref.endswith(".gguf"):
+        _refuse_gguf(Path(ref).expanduser().parent)
     path = find_folder(
         ref, "model", "Name a folder with config.json and safetensors, or a hub name."
     )
@@ -46,6 +48,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = read_json(path / "config.json", "Save the model again.")
     except FileNotFoundError:
+        _refuse_gguf(path)
         raise ModelError(
             "the folder has no config.json",
             where=path,
@@ -85,7 +88,19 @@ def _weight_files(path: Path, config: Mapping[str, Any]) -> dict[str, Path]:
             remedy="Convert them where you trust them: "
             "load with transformers and save_pretrained(folder).",
         )
+    _refuse_gguf(path)
     raise ModelError(f"the folder has no {SINGLE}", where=path, remedy=COPY_MODEL)
+
+
+def _refuse_gguf(path: Path) -> None:
+    """Raise ModelError if all that a folder without weights has is a GGUF file."""
+    for file in sorted(path.glob("*.gguf")):
+        raise ModelError(
+            "GGUF files are not read, since most hold rounded weights",
+            where=file,
+            remedy="Name the original model's folder, or convert this one: load it with "
+            "transformers (gguf_file=…) and save_pretrained(folder).",
+        )
 
 
 def _indexed_files(index: Path, config: Mapping[str, Any]) -> dict[str, Path]:
