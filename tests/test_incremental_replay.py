@@ -144,6 +144,19 @@ def test_every_draw_is_that_of_a_full_replay(tmp_path, name, seed):
         same_state(kept, new.replay(reference, slot.generation))
 
 
+def test_the_only_writer_knows_what_is_stored(tmp_path):
+    own, rng = make(), random.Random(5)
+    url = f"sqlite:///{tmp_path}/s.db"
+    ledger = open_ledger(url, "s", own.space, create=True)
+    ledger.only_writer = True
+    for _ in range(30):
+        step(own, ledger, ledger, rng)
+        assert ledger.history() is ledger.history()
+        same_history(ledger.history(), Ledger(ledger.storage, own.space).history().trials)
+        ledger.remember("start", Start((rng.random(), 0.5, 1.5), 0.2, tuple(map(tuple, np.eye(3)))))
+        assert ledger.history().start == open_ledger(url, "s", own.space).facts.start
+
+
 def test_an_earlier_history_is_still_what_it_was(tmp_path):
     own = make()
     ledger = open_ledger(f"sqlite:///{tmp_path}/s.db", "s", own.space, create=True)

@@ -39,6 +39,8 @@ class Ledger:
         self._settled = History()  # of the first trials, all of which have ended
         self._read = 0  # how many stored trials `_settled` covers
         self._known: StudyFacts | None = None  # until a fact changes
+        self.only_writer = False  # whether no other process writes: then nothing is read twice
+        self._history: History | None = None  # until a fact or a trial changes
 
     @property
     def name(self) -> str:
@@ -52,7 +54,7 @@ class Ledger:
 
     def remember(self, key: str, value: object) -> None:
         """Store one of the facts durably; `key` is a field of StudyFacts."""
-        self._known = None
+        self._known = self._history = None
         self.storage.set_attribute(STORED_KEYS.get(key, key), stored(value))
 
     def records(self) -> list[TrialRecord]:
@@ -60,7 +62,13 @@ class Ledger:
         return list(self.history().trials)
 
     def history(self) -> History:
-        """The history of the records. Trials that have ended are read once."""
+        """The history of the records."""
+        if self._history is None or not self.only_writer:
+            self._history = self._read_history()
+        return self._history
+
+    def _read_history(self) -> History:
+        """The same from the storage; of trials, only those that had not ended."""
         if self._known is None:
             self._known = self.facts
         following = self.storage.trials(self._read)
@@ -84,6 +92,7 @@ class Ledger:
 
     def mark_interrupted(self) -> int:
         """Mark trials of a process that ended as interrupted. Returns how many there were."""
+        self._history = None
         stale = self.storage.running()
         for number in stale:
             self.storage.end_trial(number, "reason", INTERRUPTED)
@@ -97,16 +106,19 @@ class Ledger:
         index: int | None = None,
     ) -> TrialRecord:
         """Start a trial with these weights, stored whole or not at all."""
+        self._history = None
         params = dict(zip(self.space, map(float, weights), strict=True))
         slot = {"generation": generation, "index": index, "role": role}
         return _record(self.storage.start_trial(params, self.space, slot), tuple(self.space))
 
     def finish(self, trial: TrialRecord, result: Result) -> None:
         """Record a trial's result and end it."""
+        self._history = None
         self.storage.end_trial(trial.number, "result", stored(result), result.score)
 
     def fail(self, trial: TrialRecord, reason: str) -> None:
         """Record why a trial failed and end it."""
+        self._history = None
         self.storage.end_trial(trial.number, "reason", reason)
 
 

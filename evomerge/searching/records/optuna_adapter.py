@@ -7,6 +7,7 @@ that a version of Optuna must keep.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -121,7 +122,12 @@ class StoredStudy:
         with storage_errors(self.place, self.name):
             self.guard()
             storage = self.study._storage
-            return storage.get_trial(storage.create_new_trial(self.study._study_id, running))
+            trial_id = storage.create_new_trial(self.study._study_id, running)
+            if isinstance(storage, _CachedStorage):  # it knows the number; any other reads it
+                _, running.number = storage._trial_id_to_study_id_and_number[trial_id]
+            else:
+                running.number = storage.get_trial_number_from_id(trial_id)
+        return running
 
     def end_trial(self, number: int, key: str, value: Any, score: float | None = None) -> None:
         """Write an attribute, then the trial's end: without a score it has failed."""
@@ -130,7 +136,11 @@ class StoredStudy:
             storage, study_id = self.study._storage, self.study._study_id
             trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, number)
             storage.set_trial_user_attr(trial_id, key, value)
-            self.study.tell(number, score, state=TrialState.FAIL if score is None else None)
+            # Study.tell would read the trial three times
+            if score is None or math.isnan(score):
+                storage.set_trial_state_values(trial_id, TrialState.FAIL)
+            else:
+                storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [score])
 
     def _store(self) -> optuna.Study:
         """The study with its attributes in one transaction, in a new file where there is none."""
