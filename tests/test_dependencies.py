@@ -6,6 +6,7 @@ import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -58,25 +59,28 @@ def distributions(module):
     return {canonicalize_name(name) for name in DISTRIBUTIONS.get(module, [module])}
 
 
-IMPORTS = [
-    (path.relative_to(ROOT), module, inside)
-    for path in sorted(PACKAGE.rglob("*.py"))
-    if SHIPPED not in path.parents
-    for module, inside in imported(path)
-]
+@pytest.fixture(scope="module")
+def every_import():
+    """(file, module, not run on import) of the whole package."""
+    return [
+        (path.relative_to(ROOT), module, inside)
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if SHIPPED not in path.parents
+        for module, inside in imported(path)
+    ]
 
 
-def test_every_imported_package_is_declared():
+def test_every_imported_package_is_declared(every_import):
     missing = [
         f"{path} imports {module}"
-        for path, module, inside in IMPORTS
+        for path, module, inside in every_import
         if not distributions(module) & (CORE.keys() | (OPTIONAL if inside else set()))
     ]
     assert not missing, "declare it in pyproject.toml; an extra's import stands in a function"
 
 
-def test_every_declared_package_is_imported():
-    used = set().union(*(distributions(module) for _, module, _ in IMPORTS))
+def test_every_declared_package_is_imported(every_import):
+    used = set().union(*(distributions(module) for _, module, _ in every_import))
     assert not (CORE.keys() | OPTIONAL) - used - INDIRECT.keys()
 
 

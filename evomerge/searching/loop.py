@@ -48,6 +48,7 @@ class Search:
         problem = self.problem
         self.study, self.genome, self.split = problem.study, problem.genome, problem.split
         self.sampler, self.clock = problem.sampler, StudyClock(self.ledger)
+        self.ledger.only_writer = True
         # by slot, in this run only, so that a study resumes once the cause is fixed
         self.failures: Counter[tuple[int | None, int | None]] = Counter()
         self.warned: set[str] = set()  # what was said about grades in this run

@@ -45,7 +45,7 @@ def open_search(study: Study, url: str, console: Console) -> Iterator[Search]:
     prepared = prepare(as_begun(study, stored), console.say)
     with only_worker(url, study.study) as guard, nothing_left(url, study.study) as began:
         ledger = open_study(prepared, url, console)
-        ledger.storage.guard, ledger.only_writer = guard, True
+        ledger.storage.guard = guard
         began.append(ledger)
         with resume(prepared, ledger, url, console) as search:
             yield search
