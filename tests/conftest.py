@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from optuna.storages._rdb.storage import _VersionManager
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -29,6 +30,17 @@ def pytest_collection_finish():
     """Leave what the libraries made out of every later search for garbage: a fifth of the time."""
     gc.freeze()
     gc.enable()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def migrations_are_read_once():
+    """Each new storage reads Optuna's migrations twice, which takes longer than a tiny study."""
+    versions = _VersionManager.__new__(_VersionManager)
+    versions.url = "sqlite://"
+    scripts = versions._create_alembic_script()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_VersionManager, "_create_alembic_script", lambda self: scripts)
+        yield
 
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

@@ -9,6 +9,7 @@ import json
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -142,9 +143,7 @@ def _options(place: StoragePlace, connect: Connect | None = None) -> dict[str, A
 
 def _check_revision(engine: sqlalchemy.Engine, place: StoragePlace) -> None:
     """Raise StudyError for tables of another version of Optuna, before anything is changed."""
-    manager = _VersionManager.__new__(_VersionManager)  # its __init__ would write
-    manager.url = place.url
-    newest, *older = manager.get_all_versions()
+    newest, *older = _revisions()
     found = _revision(engine)
     if found in (None, newest):
         return
@@ -158,6 +157,14 @@ def _check_revision(engine: sqlalchemy.Engine, place: StoragePlace) -> None:
         found=found,
         remedy=remedy,
     )
+
+
+@cache
+def _revisions() -> list[str]:
+    """Of the tables that this Optuna knows, the newest first; reading its scripts takes a while."""
+    manager = _VersionManager.__new__(_VersionManager)  # its __init__ would write
+    manager.url = "sqlite://"
+    return manager.get_all_versions()
 
 
 def _revision(engine: sqlalchemy.Engine) -> str | None:
