@@ -104,6 +104,7 @@ def make_study(name="fake", n=None, validation=0.0, objective=None, sources=None
         "uniform": (0.5,),
         "ranking": "all",
         "dtype": "float32",
+        "warm_start": None,
     } | search
     return Study(
         genome=GenomeSection(models=("sibling",), base_model="base", layer_granularity=1),

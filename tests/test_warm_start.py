@@ -5,6 +5,8 @@ differences; the walk.
 import copy
 import json
 from dataclasses import asdict, replace
+from io import StringIO
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,14 +18,16 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
+import evomerge
 from evomerge.answering.engine import EngineSpec
 from evomerge.answering.hf import gradient as gradient_module
 from evomerge.answering.hf import references as references_module
 from evomerge.answering.hf.engine import TransformersEngine
-from evomerge.answering.hf.gradient import MICRO_TOKENS, GradientModel, inner
+from evomerge.answering.hf.gradient import MICRO_TOKENS, GradientModel, TransformersGradient, inner
 from evomerge.answering.hf.references import batches, likelihoods, make_pair
 from evomerge.answering.prompts import Prompter
-from evomerge.errors import StudyFileError
+from evomerge.console import Console
+from evomerge.errors import EngineError, StudyFileError
 from evomerge.genome.weights import Genome
 from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.live import LiveModel
@@ -32,11 +36,13 @@ from evomerge.searching.starting import warm_start as warm_start_module
 from evomerge.searching.starting.warm_start import (
     adam_trajectory,
     check_warm_start,
+    find_warm_start,
     minibatch_indices,
     step_scales,
     warm_start,
 )
 from evomerge.study import EngineSection, GenerationSection, PromptSection
+from evomerge.study.reading import study_from_mapping
 from evomerge.tasks import Task
 
 PREFIX = [5, 9, 20, 7, 6, 6, 8, 12, 4]  # long enough to be shared
@@ -416,6 +422,71 @@ def test_scales_are_wide_where_the_likelihood_is_flat():
     assert (
         step_scales(late).tolist() == step_scales(late[3:]).tolist()
     )  # the way there does not count
+
+
+def wanted(pair, engine, /, tasks=TASKS, genome=None, **settings):
+    """Whether a study with these keys has a warm start; `genome` has changes."""
+    data = {
+        "genome": {"base_model": "base", "models": ["instruct"]},
+        "tasks": [{"file": "tasks.jsonl"}],
+    }
+    study = study_from_mapping(data | settings, Path("."))
+    made = replace(make_genome(pair, ("instruct",)), **(genome or {}))
+    problem = SimpleNamespace(study=study, genome=made, split=SimpleNamespace(search=tasks))
+    return find_warm_start(problem, engine, None) is not None
+
+
+def test_by_default_it_is_taken_where_it_can_be(engine, pair):
+    assert wanted(pair, engine)
+    open_tasks = [Task(100 + i, "あ") for i in range(21)]
+    assert wanted(pair, engine, tasks=[*TASKS, *open_tasks])
+    assert not wanted(pair, engine, tasks=[*TASKS[:20], *open_tasks])
+    assert not wanted(pair, SimpleNamespace(gradient=None))
+    assert not wanted(pair, engine, genome={"method": "slerp"})
+    assert not wanted(pair, engine, genome={"normalize": True})
+    assert not wanted(pair, engine, search={"warm_start": None})
+    assert not wanted(pair, engine, search={"source_study": "other"})
+    assert not wanted(pair, engine, random_init=True)
+    assert not wanted(pair, engine, engine={"quantization": "4bit"})
+
+
+def searched(pair, tmp_path, warm_start):
+    said = StringIO()
+    changes = {"warm_start": warm_start, "warm_start_steps": 3, "trials": 4}
+    found = evomerge.search(
+        pair / "study.yaml",
+        storage=tmp_path / "s.db",
+        results=tmp_path,
+        console=Console(said),
+        overrides={f"search.{key}": value for key, value in changes.items()},
+    )
+    return found, found.snapshot.ledger.facts, said.getvalue()
+
+
+def test_a_search_begins_where_the_steps_lead(pair, tmp_path):
+    found, facts, _ = searched(pair, tmp_path, "auto")
+    assert [step.number for step in facts.warm_start] == [0, 1, 2]
+    first = next(r for r in found.records if r.role == "candidate")
+    assert first.weights == facts.start.mean
+
+
+@pytest.mark.parametrize("warm_start", ["auto", "likelihood"])
+def test_without_memory_for_gradients_only_the_default_goes_on(
+    pair, tmp_path, monkeypatch, warm_start
+):
+    def fail(*_):
+        raise EngineError("out of memory with the gradient of a single task")
+
+    monkeypatch.setattr(TransformersGradient, "__call__", fail)
+    if warm_start == "likelihood":
+        with pytest.raises(EngineError, match="out of memory"):
+            searched(pair, tmp_path, warm_start)
+        return
+    found, facts, said = searched(pair, tmp_path, warm_start)
+    assert "note: the search starts without gradient steps: out of memory" in said
+    assert not facts.warm_start
+    assert facts.start.mean == (1.0,) * 4
+    assert found.verdict is not None
 
 
 def test_without_references_or_gradients_it_is_refused(engine, pair):

@@ -20,7 +20,7 @@ from evomerge.searching.loop import Search
 from evomerge.searching.prefetch import Upcoming
 from evomerge.searching.prepare import Problem
 from evomerge.searching.scoring import Scorer, make_scorer
-from evomerge.searching.starting.warm_start import LikelihoodStart
+from evomerge.searching.starting.warm_start import LikelihoodStart, find_warm_start
 from evomerge.tasks import Task
 
 
@@ -45,12 +45,10 @@ def judged_search(
     def longest(task: Task) -> int:
         return prompter.prepare([task.input])[0].settings.max_new_tokens
 
-    likelihood = start = None
+    likelihood = None
     if study.objective.likelihood:
         assert engine.likelihood is not None  # the study file was checked for it
         likelihood = LikelihoodPart(engine, engine.likelihood, prompter, cache)
-    if study.search.warm_start is not None:
-        start = LikelihoodStart(problem, engine, prompter)
     one_pass = OnePass(problem, engine, cache, ledger)
     evaluator = JudgedEvaluator(
         engine=engine,
@@ -64,6 +62,7 @@ def judged_search(
     )
     scorer = make_scorer(study, problem.split, longest)
     plan = GenerationPlan(problem, ledger, evaluator, scorer, one_pass, console)
+    start = find_warm_start(problem, engine, prompter)
     return _search(
         problem, ledger, console, evaluator=evaluator, plan=plan, scorer=scorer, warm_start=start
     )
@@ -107,7 +106,7 @@ def _search(
         evaluator=evaluator,
         generation_plan=plan,
         scorer=scorer,
-        upcoming=Upcoming(problem, ledger, plan, compared),
+        upcoming=Upcoming(problem, ledger, plan, compared, warm_start is not None),
         final_test=FinalTest(problem, ledger, evaluator, scorer, console),
         console=console,
         warm_start=warm_start,

@@ -128,14 +128,15 @@ class Upcoming:
     generation_plan: TaskPlan
     # the trials that the verdict compares the winner with, once the references are graded
     compared: Callable[[], Iterable[Sequence[float]]]
+    warm_start: bool  # whether gradient steps come between the references and the candidates
 
     def after_reference(self, following: Sequence[Reference]) -> Iterator[Item]:
         """The references that are left, and then the first generation where its draws are known."""
         genome, tasks = self.problem.genome, self.problem.split.search
         for _, weights in following:
             yield genome.decode(weights), tasks, MERGED
-        plan, warm_start = self.generation_plan, self.problem.study.search.warm_start
-        fixed = warm_start is None and not plan.compares_candidates_first
+        plan = self.generation_plan
+        fixed = not self.warm_start and not plan.compares_candidates_first
         if fixed and plan.mode() == MERGED:
             yield from self._draws(0, 0)
 

@@ -38,7 +38,7 @@ STOPPING_KEYS = (
 )
 
 # Defaults that have changed. Older studies have stored the one that they began with.
-FORMER: dict[str, dict[str, Any]] = {"search": {"start": 1.0}}
+FORMER: dict[str, dict[str, Any]] = {"search": {"start": 1.0, "warm_start": None}}
 
 # Paths, whose contents are compared instead: those of `search.recipes` are known candidates.
 CONTENT_KEYS = (

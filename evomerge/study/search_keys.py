@@ -79,10 +79,11 @@ class SearchSection(Section):
         description="A finished study of the same genome and storage: its distribution is the "
         "first one.",
     )
-    warm_start: Literal["likelihood"] | None = Field(
-        default=None,
+    warm_start: Literal["auto", "likelihood"] | None = Field(
+        default="auto",
         description="likelihood: gradient steps on the references' likelihood give the first "
-        "distribution.",
+        "distribution; auto: that, where the tasks have references and the method and the engine "
+        "allow it; null: none.",
     )
     warm_start_steps: int = Field(
         default=16, ge=1, le=10**5, description="Steps of the warm start."
@@ -203,7 +204,7 @@ class SearchSection(Section):
             f"Use at least {first}.",
         )
         require(
-            self.source_study is None or self.warm_start is None,
+            self.source_study is None or self.warm_start != "likelihood",
             "source_study",
             "sets the start, and so does `warm_start`",
             self.source_study,

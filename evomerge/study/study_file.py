@@ -21,7 +21,7 @@ from evomerge.study.section import STORED, PathText, Remedy, StudyName, as_tuple
 # The behaviour of studies from before the key existed.
 BEFORE: dict[str, dict[str, Any]] = {
     "split": {"validation": 0.0},
-    "search": {"ranking": "all", "lr_adapt": False, "start": 1.0},
+    "search": {"ranking": "all", "lr_adapt": False, "start": 1.0, "warm_start": None},
 }
 
 
@@ -202,7 +202,9 @@ class Study(AsWritten):
             "Name another study.",
         )
         if self.random_init:
-            given = search.warm_start or search.source_study
+            given = search.source_study
+            if search.warm_start != "auto":
+                given = search.warm_start or given
             require(
                 given is None,
                 "random_init",
@@ -269,10 +271,11 @@ class Study(AsWritten):
             "Make two studies.",
         )
         everything = "cannot be combined with lm-eval tasks, whose metrics are over all documents"
+        warm_start = None if self.search.warm_start == "auto" else self.search.warm_start
         found = {
             "search.ranking": None if self.search.ranking == "all" else self.search.ranking,
             "split.validation": self.split.validation or None,
-            "search.warm_start": self.search.warm_start,
+            "search.warm_start": warm_start,
         }
         for key, value in found.items():
             require(value is None, key, everything, value, "Remove it.")

@@ -152,7 +152,7 @@ def _search_itself(findings: Findings, study: Study, url: str | None) -> None:
         stored = None if url is None else _stored_study(url, study.study)
         facts = StudyFacts() if stored is None else stored.facts
         prepared = prepare(as_begun(study, facts.study_file), lambda note: None)
-        if study.search.warm_start is not None:
+        if study.search.warm_start == "likelihood":
             check_warm_start(prepared.genome, prepared.split.search)
         if stored is None or not facts.begun:
             return

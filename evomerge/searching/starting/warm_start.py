@@ -21,19 +21,20 @@ import numpy as np
 from evomerge.answering.engine import Engine
 from evomerge.answering.hf.gradient import check_gradient
 from evomerge.answering.prompts import Prompter
-from evomerge.console import Console
-from evomerge.errors import StudyFileError
+from evomerge.console import Console, duration
+from evomerge.errors import EngineError, StudyFileError
 from evomerge.genome.weights import Genome
 from evomerge.searching.generation.stopping import StudyClock
 from evomerge.searching.ledger import Ledger
 from evomerge.searching.prepare import Problem
-from evomerge.searching.records.study_facts import GradientStep
+from evomerge.searching.records.study_facts import GradientStep, Start
 from evomerge.searching.samplers.cmaes_adapter import Distribution
 from evomerge.searching.starting.source_study import as_start
 from evomerge.study import Study
 from evomerge.tasks import Task
 
 BATCH = 16  # tasks of a step
+MOSTLY = 0.5  # share of the search tasks that must have references for `auto`
 # a number's first step, in units of the weight: 16 steps can cross the whole range
 RATE = 0.25
 BETAS = (0.9, 0.98)  # memory of Adam's two moments (Kingma & Ba 2015, arXiv 1412.6980, algorithm 1)
@@ -67,9 +68,20 @@ class LikelihoodStart:
 
         Raises as `warm_start`.
         """
-        facts = ledger.facts
-        if facts.start is not None:
+        if ledger.facts.start is not None:
             return
+        try:
+            start = self._climb(ledger, console, clock)
+        except EngineError as error:
+            if self.problem.study.search.warm_start != "auto":
+                raise
+            console.say(f"note: the search starts without gradient steps: {error}")
+            start = as_start(self.problem.sampler.default)
+        ledger.remember("start", start)
+
+    def _climb(self, ledger: Ledger, console: Console, clock: StudyClock) -> Start:
+        """Where the first generation is drawn."""
+        facts = ledger.facts
         done = list(facts.warm_start)
 
         def record(step: GradientStep) -> None:
@@ -95,7 +107,24 @@ class LikelihoodStart:
         default = self.problem.sampler.default
         cov = default.cov * np.outer(found.scales, found.scales) / size**2
         start = Distribution(np.array(found.mean), default.sigma * size, cov)
-        ledger.remember("start", as_start(start, mean_is_first=True))
+        return as_start(start, mean_is_first=True)
+
+
+def find_warm_start(problem: Problem, engine: Engine, prompter: Prompter) -> LikelihoodStart | None:
+    """The study's warm start; None where it has none, or `auto` finds that it cannot have one."""
+    study = problem.study
+    if study.search.warm_start is None:
+        return None
+    if study.search.warm_start == "auto":
+        elsewhere = study.search.source_study or study.random_init or study.engine.quantization
+        with_reference = [task for task in problem.split.search if task.output]
+        if elsewhere or len(with_reference) < MOSTLY * len(problem.split.search):
+            return None
+        try:
+            check_warm_start(problem.genome, with_reference, engine)
+        except StudyFileError:
+            return None
+    return LikelihoodStart(problem, engine, prompter)
 
 
 def check_warm_start(genome: Genome, tasks: Sequence[Task], engine: Engine | None = None) -> None:
@@ -149,7 +178,8 @@ def warm_start(
             GradientStep(number, tuple(vector.tolist()), -found.mean, down, len(chosen), seconds)
         )
         record(steps[-1])
-        report(f"{number + 1}/{count}  loss {steps[-1].loss:.3f} nats a token  {seconds:.1f} s")
+        left = (count - len(steps)) * sum(step.seconds for step in steps) / len(steps)
+        report(f"{len(steps)}/{count}  loss {-found.mean:.3f} nats a token  ETA {duration(left)}")
     gradients = [step.gradient for step in steps[:count]]
     return WarmStart(
         tuple(average(adam_trajectory(genome, gradients, count)).tolist()),
