@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from evomerge.errors import EvomergeError, InputError, ModelError, StudyError
-from evomerge.genome.weights import make_genome
+from evomerge.genome.weights import Genome, make_genome
 from evomerge.merging.checkpoints.compatibility import check_fit
 from evomerge.merging.checkpoints.model_folder import ModelFolder, num_layers
 from evomerge.merging.checkpoints.open_model import open_model
@@ -17,13 +18,24 @@ from evomerge.searching.ledger import Ledger, open_ledger
 from evomerge.searching.preflight.answers_check import check_engine, check_judge, check_prompts
 from evomerge.searching.preflight.findings import Findings, PreflightFinding
 from evomerge.searching.preflight.needs import check_memory_and_disk, check_slices, cost
+from evomerge.searching.preflight.verdict_power import (
+    advice,
+    telling_tasks,
+    verdict_power,
+)
 from evomerge.searching.prepare import prepare, study_tasks
 from evomerge.searching.records.identity import changes, refused
 from evomerge.searching.records.storage_place import storage_place
 from evomerge.searching.records.study_facts import StudyFacts
+from evomerge.searching.records.trial_record import TrialRecord
 from evomerge.searching.starting.recognise import facts_of
-from evomerge.searching.starting.warm_start import check_warm_start
-from evomerge.study import Study, as_begun
+from evomerge.searching.starting.warm_start import (
+    BATCH,
+    GRADIENT,
+    check_warm_start,
+    warm_start_obstacle,
+)
+from evomerge.study import SUBSET, Study, as_begun
 from evomerge.tasks import Split, split_tasks
 from evomerge.yaml_json import read_json_object
 
@@ -56,7 +68,7 @@ def check_study(
         with findings.refusals("tokenizer"):
             check_prompts(findings, study, opened[0], split)
         config = dict(opened[0].config)
-    _slices_and_sizes(findings, study, config, split)
+    _slices_and_sizes(findings, study, config, split, _references(url, study.study))
     _places(findings, url, results)
     if opened and findings.all_well:
         _search_itself(findings, study, url)
@@ -110,9 +122,13 @@ def _tasks(findings: Findings, study: Study) -> Split | None:
 
 
 def _slices_and_sizes(
-    findings: Findings, study: Study, config: dict[str, Any] | None, split: Split | None
+    findings: Findings,
+    study: Study,
+    config: dict[str, Any] | None,
+    split: Split | None,
+    references: Sequence[TrialRecord],
 ) -> None:
-    """What is searched, and what it needs."""
+    """What is searched, what it needs and what it can show."""
     if config is None:
         text = "not known until every model is found; --base-config FILE helps without the base"
         findings.add("unknown", "slices, memory, disk", text)
@@ -126,6 +142,51 @@ def _slices_and_sizes(
             text = f"the configuration has no {error}, so that sizes are not known"
             findings.add("unknown", "memory, disk", text)
         findings.add("ok", "cost", cost(study, genome, split))
+        if split is not None:
+            _start_and_verdict(findings, study, genome, split, references)
+
+
+def _start_and_verdict(
+    findings: Findings,
+    study: Study,
+    genome: Genome,
+    split: Split,
+    references: Sequence[TrialRecord],
+) -> None:
+    """Whether gradient steps come first, what the verdict can show, and which settings may not do.
+
+    `references` are the study's parents and uniform weights, if it has begun.
+    """
+    search, searched = study.search, len(split.search)
+    if search.warm_start is not None and not study.lm_eval:
+        obstacle = warm_start_obstacle(study, genome, split.search)
+        text = f"no gradient steps: {obstacle}"
+        if obstacle is None:
+            answers = search.warm_start_steps * min(BATCH, searched) * GRADIENT
+            text = f"{search.warm_start_steps} gradient steps, about as long as {answers:,} answers"
+        findings.add("ok", "start", text)
+    scale, telling = 1.0, (0, 0)
+    if study.metric == "objective":
+        scale = abs(study.objective.grade)
+    power = verdict_power(len(split.held_out), study.metric, references, scale)
+    if power is not None:
+        findings.add("ok", "verdict", power.sentence())
+    if references:
+        telling = telling_tasks(references, study.metric)
+        text = f"{telling[0]} of {telling[1]} search tasks tell parents and uniform weights apart"
+        findings.add("ok", "tasks", text)
+    ranked = searched if search.ranking == "all" else min(searched, search.subset or SUBSET)
+    for sentence in advice(*telling, ranked, genome.dimensions, search.trials):
+        findings.add("low", "search", sentence)
+
+
+def _references(url: str | None, name: str) -> tuple[TrialRecord, ...]:
+    """The parents and uniform weights of a stored study, as far as they are graded."""
+    try:
+        stored = None if url is None else _stored_study(url, name)
+    except EvomergeError:  # what is wrong with the storage is said elsewhere
+        return ()
+    return () if stored is None else stored.history().references
 
 
 def _places(findings: Findings, url: str | None, results: Path | None) -> None:

@@ -34,6 +34,7 @@ from evomerge.study import Study
 from evomerge.tasks import Task
 
 BATCH = 16  # tasks of a step
+GRADIENT = 3  # a task's gradient in answers: a forward pass, and a backward one at twice its cost
 MOSTLY = 0.5  # share of the search tasks that must have references for `auto`
 # a number's first step, in units of the weight: 16 steps can cross the whole range
 RATE = 0.25
@@ -112,19 +113,33 @@ class LikelihoodStart:
 
 def find_warm_start(problem: Problem, engine: Engine, prompter: Prompter) -> LikelihoodStart | None:
     """The study's warm start; None where it has none, or `auto` finds that it cannot have one."""
-    study = problem.study
+    study, split = problem.study, problem.split
     if study.search.warm_start is None:
         return None
-    if study.search.warm_start == "auto":
-        elsewhere = study.search.source_study or study.random_init or study.engine.quantization
-        with_reference = [task for task in problem.split.search if task.output]
-        if elsewhere or len(with_reference) < MOSTLY * len(problem.split.search):
-            return None
-        try:
-            check_warm_start(problem.genome, with_reference, engine)
-        except StudyFileError:
-            return None
+    obstacle = warm_start_obstacle(study, problem.genome, split.search, engine)
+    if study.search.warm_start == "auto" and obstacle is not None:
+        return None
     return LikelihoodStart(problem, engine, prompter)
+
+
+def warm_start_obstacle(
+    study: Study, genome: Genome, tasks: Sequence[Task], engine: Engine | None = None
+) -> str | None:
+    """Why `auto` takes no gradient steps; None where it does. `tasks`: those to search on."""
+    if study.search.source_study or study.random_init:
+        return "the study file sets another start"
+    if study.engine.quantization:
+        return "a 4-bit model has no gradient"
+    if study.engine.kind != "transformers":
+        return f"{study.engine.kind} has no gradient"
+    with_reference = [task for task in tasks if task.output]
+    if len(with_reference) < MOSTLY * len(tasks):
+        return f"only {len(with_reference)} of {len(tasks)} search tasks have a reference"
+    try:
+        check_warm_start(genome, with_reference, engine)
+    except StudyFileError as error:
+        return error.what
+    return None
 
 
 def check_warm_start(genome: Genome, tasks: Sequence[Task], engine: Engine | None = None) -> None:

@@ -1,0 +1,110 @@
+"""What a study's verdict can show: its standard error, known before any work or after some."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from evomerge.searching.records.trial_record import TrialRecord, metric_values
+
+NORMAL = 1.96  # standard errors on either side of a 95 % interval
+# Standard deviation, over tasks, of the difference between two models, while nothing is known: with
+# right or wrong, a quarter of the tasks differ; the median of 108 models that three LLM judges
+# graded from 1 to 5 on ELYZA-tasks-100 is 1.5; a score of lm-eval lies between 0 and 1.
+EXPECTED = {"correct": 0.5, "grade": 1.5, "score": 0.5}
+FEW = 8  # tasks that tell references apart, below which a generation's order is mostly luck
+
+
+@dataclass(frozen=True)
+class VerdictPower:
+    """Of a paired difference between two models on `tasks` held-out tasks.
+
+    `deviation` is the standard deviation of that difference over tasks; `measured` on references.
+    """
+
+    tasks: int
+    deviation: float
+    measured: bool
+
+    @property
+    def error(self) -> float:
+        """The expected standard error of the mean difference, s / √n."""
+        return self.deviation / math.sqrt(self.tasks)
+
+    @property
+    def smallest(self) -> float:
+        """The smallest difference whose 95 % interval is expected not to hold 0."""
+        return NORMAL * self.error
+
+    def sentence(self) -> str:
+        """Both, in words."""
+        known = "as the parents and uniform weights differ" if self.measured else "as models do"
+        return (
+            f"on {self.tasks} held-out tasks a difference has a standard error of about "
+            f"{self.error:.2g}, {known}: below {self.smallest:.2g} it will not show"
+        )
+
+
+def verdict_power(
+    held_out: int, metric: str, references: Sequence[TrialRecord] = (), scale: float = 1.0
+) -> VerdictPower | None:
+    """The power of a verdict on so many tasks; None where nothing is held out.
+
+    `references` are complete trials that all answered the search tasks, from which the deviation is
+    taken where there are two or more. `scale` multiplies the expected one otherwise.
+    """
+    if not held_out:
+        return None
+    values = _by_task(references, metric)
+    if len(values) < 2 or len(references) < 2:
+        return VerdictPower(held_out, scale * EXPECTED.get(metric, EXPECTED["grade"]), False)
+    variances = []
+    for one, other in combinations(range(len(references)), 2):
+        differences = [row[one] - row[other] for row in values.values()]
+        variances.append(np.var(differences, ddof=1))
+    return VerdictPower(held_out, float(np.sqrt(np.mean(variances))), True)
+
+
+def telling_tasks(references: Sequence[TrialRecord], metric: str) -> tuple[int, int]:
+    """How many tasks tell the references apart, and how many they all answered."""
+    values = _by_task(references, metric)
+    return len([row for row in values.values() if len(set(row)) > 1]), len(values)
+
+
+def advice(telling: int, answered: int, subset: int, dimensions: int, trials: int) -> list[str]:
+    """Sentences on settings that teach a search little; `subset` tasks rank a generation.
+
+    `telling` of the `answered` search tasks tell the references apart; 0 of 0 is not known yet.
+    """
+    sentences = []
+    if answered and telling < FEW:
+        sentences.append(
+            f"only {telling} of {answered} search tasks tell the parents and uniform weights "
+            "apart: add tasks that are neither too easy nor too hard for them"
+        )
+    elif answered and subset < answered and subset * telling / answered < FEW:
+        enough = min(answered, math.ceil(FEW * answered / telling))
+        sentences.append(
+            f"of the {subset} tasks of a generation about {subset * telling / answered:.0f} tell "
+            f"models apart: set search.subset to {enough}"
+        )
+    population = 4 + math.floor(3 * math.log(dimensions))
+    if trials < 5 * population:
+        sentences.append(
+            f"{trials} candidates are fewer than five generations of {population}, the usual "
+            f"population for {dimensions} numbers: set search.trials to {5 * population} or more"
+        )
+    return sentences
+
+
+def _by_task(references: Sequence[TrialRecord], metric: str) -> Mapping[str, list[float]]:
+    """Task -> the value of each reference, of the tasks that all of them have a value for."""
+    graded = [metric_values(trial.grades, metric) for trial in references]
+    if not graded:
+        return {}
+    shared = set(graded[0]).intersection(*graded[1:])
+    return {task: [grades[task] for grades in graded] for task in graded[0] if task in shared}
