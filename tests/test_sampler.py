@@ -11,9 +11,9 @@ from cmaes import CMA
 
 from evomerge.searching.history import History
 from evomerge.searching.ledger import open_ledger
-from evomerge.searching.records.trial_record import INTERRUPTED, Result
+from evomerge.searching.records.trial_record import INTERRUPTED, Result, TaskGrade
 from evomerge.searching.samplers.cma import CmaSampler, Slot, within_reach
-from evomerge.searching.samplers.cmaes_adapter import Distribution, state
+from evomerge.searching.samplers.cmaes_adapter import Distribution, make_cma, state
 
 NAMES = ["a", "b", "c"]
 # of studies that end with their test: in memory, where there is such a folder
@@ -175,6 +175,33 @@ def complete(own, trials):
     for _ in range(trials):
         step(own, ledger)
     return ledger.history()
+
+
+def coarse(weights):
+    """A score with many ties, and two tasks' grades that tell the candidates apart."""
+    finer = -float(np.sum((np.array(weights) - 0.7) ** 2))
+    grades = {"0": TaskGrade(True, False, finer), "1": TaskGrade(False, False, 2 * finer)}
+    return Result(round(finer), None, 2, 0.0, {}, grades)
+
+
+@pytest.mark.parametrize("breaks_ties", [False, True])
+def test_partial_credit_orders_equal_scores(breaks_ties):
+    own = make(lr_adapt=True)
+    ledger = new_ledger(own)
+    ledger.remember("credit_breaks_ties", breaks_ties)
+    for _ in range(30):
+        step(own, ledger, coarse)
+    history = ledger.history()
+    optimizer = make_cma(own.default, own.bounds, 6, lr_adapt=True)
+    for generation in range(5):
+        told = history.generation(generation)
+        assert len({t.score for t in told}) < 6, "scores are tied"
+        small = 1e-6 if breaks_ties else 0.0
+        optimizer.tell(
+            [(np.array(t.weights), -t.score - small * 1.5 * t.grades["0"].grade) for t in told]
+        )
+    assert own.mean(history)[1].tolist() == optimizer.mean.tolist()
+    assert own.distribution(history).cov.tolist() == state(optimizer).cov.tolist()
 
 
 def test_learning_rates_adapt_as_in_plain_cmaes_and_the_mean_stays_within_bounds():

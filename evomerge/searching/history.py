@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import TypeAlias
@@ -62,13 +62,15 @@ class TrialIndex:
 
 @dataclass(frozen=True)
 class History:
-    """Every trial by number, and where the first generation starts if not at the default.
+    """Every trial by number, and what decides about draws besides.
 
-    `known` is the trials' index where it has been made already.
+    `start` is where the first generation starts if not at the default. `known` is the trials' index
+    where it has been made already.
     """
 
     trials: tuple[TrialRecord, ...] = ()
     start: Start | None = None
+    credit_breaks_ties: bool = False  # among candidates of equal score
     known: TrialIndex | None = field(default=None, repr=False, compare=False)
 
     @cached_property
@@ -80,7 +82,7 @@ class History:
         """This history and the trials that follow."""
         if not trials:
             return self
-        return History(self.trials + tuple(trials), self.start, self.index.after(trials))
+        return replace(self, trials=self.trials + tuple(trials), known=self.index.after(trials))
 
     @property
     def complete(self) -> tuple[TrialRecord, ...]:

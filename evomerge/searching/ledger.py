@@ -79,7 +79,11 @@ class Ledger:
         self._settled = self._settled.extended(settled)
         self._read += ended
         rest = [record for record in records[ended:] if record is not None]
-        return replace(self._settled, start=self._known.start).extended(rest)
+        facts = self._known
+        settled_so_far = replace(
+            self._settled, start=facts.start, credit_breaks_ties=facts.credit_breaks_ties
+        )
+        return settled_so_far.extended(rest)
 
     def _as_record(self, t: FrozenTrial, names: Sequence[str]) -> TrialRecord | None:
         """A stored trial; None for one without a role, which is not ours."""

@@ -121,6 +121,8 @@ class StudyFacts:
     cascade_generations: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     # whether parents and uniform weights can win, as in every study that began after 0.2
     references_win: bool = False
+    # whether partial credit orders candidates of equal score; the same studies
+    credit_breaks_ties: bool = False
     validation: ValidationChoice | None = None
     compared: Mapping[str, int] = field(default_factory=dict)  # name -> trial number
     verdict: Verdict | None = None

@@ -108,6 +108,12 @@ class TrialRecord:
     parts: Mapping[str, float] = field(default_factory=dict)
 
     @property
+    def credit(self) -> float:
+        """The mean of the judge's grades, which know partial credit; 0 where there are none."""
+        grades = [known.grade for known in self.grades.values() if known.grade is not None]
+        return sum(grades) / len(grades) if grades else 0.0
+
+    @property
     def slot(self) -> tuple[int | None, int | None]:
         """Generation and index, from 0."""
         return self.generation, self.index

@@ -184,9 +184,11 @@ class CmaSampler:
     def _tell(self, optimizer: CMA, history: History, generations: Iterable[int]) -> None:
         known = self.known(history)
         for generation in generations:
+            trials = [history.finished[generation, index] for index in range(self.population)]
+            if history.credit_breaks_ties:  # an optimizer ranks equal scores as it is told them
+                trials.sort(key=lambda trial: -trial.credit)
             told = []
-            for index in range(self.population):
-                trial = history.finished[generation, index]
+            for trial in trials:
                 assert trial.score is not None
                 told.append((self._told(optimizer, known, trial), -trial.score))
             optimizer.tell(told)

@@ -29,6 +29,7 @@ BEGINNING = (
     "environment",
     "known_candidates",
     "references_win",
+    "credit_breaks_ties",
     "study_file",
 )
 CHANGING = ("task_prints", "files", "environment", "study_file")
@@ -56,8 +57,9 @@ def facts_of(prepared: Prepared, known: StudyFacts) -> StudyFacts:
         n_layers=prepared.genome.slices[-1][1],
         knowledge=None if chooser is None else chooser.knowledge.digest(),
         known_candidates=tuple(tuple(vector.tolist()) for vector in vectors),
-        # a study that has begun chooses its winner as it did then
+        # a study that has begun ranks and chooses as it did then
         references_win=known.references_win or not known.begun,
+        credit_breaks_ties=known.credit_breaks_ties or not known.begun,
     )
 
 
