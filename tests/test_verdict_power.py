@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from evomerge.searching.preflight.verdict_power import advice, telling_tasks, verdict_power
+from evomerge.searching.generation.learning import telling_tasks
+from evomerge.searching.preflight.verdict_power import advice, verdict_power
 from evomerge.searching.records.trial_record import TaskGrade
 from evomerge.searching.scoring import bootstrap_interval
 

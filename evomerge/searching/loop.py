@@ -8,17 +8,17 @@ resumes as if it had not been.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from evomerge.console import Console
-from evomerge.errors import EngineError, StudyFileError
+from evomerge.errors import EngineError
 from evomerge.recipe import Recipe
 from evomerge.searching.evaluate import Evaluation, Evaluator
 from evomerge.searching.final_test import FinalTest
+from evomerge.searching.generation import stopping
 from evomerge.searching.generation.generation_plan import AllTasksPlan, GenerationPlan
-from evomerge.searching.generation.learning import nothing_to_learn
-from evomerge.searching.generation.stopping import StudyClock, progress_line, why_stop
+from evomerge.searching.generation.learning import LearningWarnings
 from evomerge.searching.ledger import Ledger
 from evomerge.searching.prefetch import Item, Reference, Upcoming
 from evomerge.searching.prepare import Problem
@@ -27,6 +27,7 @@ from evomerge.searching.records.verdict_record import Verdict
 from evomerge.searching.scoring import Scorer
 from evomerge.searching.starting.warm_start import LikelihoodStart
 
+LUCK = "no generation of {} is complete: the best trial wins, which is mostly luck"
 MAX_ATTEMPTS = 3  # failures in one slot of a generation before the run stops
 
 
@@ -47,11 +48,11 @@ class Search:
     def __post_init__(self) -> None:
         problem = self.problem
         self.study, self.genome, self.split = problem.study, problem.genome, problem.split
-        self.sampler, self.clock = problem.sampler, StudyClock(self.ledger)
+        self.sampler, self.clock = problem.sampler, stopping.StudyClock(self.ledger)
         self.ledger.only_writer = True
         # by slot, in this run only, so that a study resumes once the cause is fixed
         self.failures: Counter[tuple[int | None, int | None]] = Counter()
-        self.warned: set[str] = set()  # what was said about grades in this run
+        self.warnings = LearningWarnings(self.study.metric, self.console)
 
     def run(self) -> Verdict:
         """Search to the end. Raises whatever stops a run; everything done so far is stored."""
@@ -80,30 +81,18 @@ class Search:
             upcoming = self.upcoming.after_reference(after)
             label = f"{role} {i + 1}/{len(wanted)}"
             self._evaluate_whole(self.ledger.start(role, weights), label, upcoming)
-        self._warn(self.ledger.history().references, "the parents and uniform weights")
-
-    def _warn(self, trials: Sequence[TrialRecord], who: str) -> None:
-        """Say once in a run what keeps a search from learning from these trials."""
-        for sign, sentence in nothing_to_learn(trials, self.study.metric, who).items():
-            if sign not in self.warned:
-                self.console.say(f"warning: {sentence}")
-            self.warned.add(sign)
+        self.warnings.about_references(self.ledger.history().references)
 
     def _run_generations(self) -> str:
         """Run candidates until there is a reason to stop, which is returned."""
-        judge = self.evaluator.judge
+        judge, why_stop = self.evaluator.judge, stopping.why_stop
         reason = why_stop(self.study, self.sampler, self.ledger, self.clock, judge)
         if reason is None:
             self.ledger.remember("stopped", None)
         while reason is None:
             self._run_candidate()
             reason = why_stop(self.study, self.sampler, self.ledger, self.clock, judge)
-        if not self.ledger.history().candidates:
-            raise StudyFileError(
-                f"the search ended before its first candidate: {reason}",
-                where="search",
-                remedy="Raise the limit.",
-            )
+        stopping.check_searched(self.ledger.history(), reason)
         return reason
 
     def _run_candidate(self) -> None:
@@ -123,19 +112,15 @@ class Search:
         evaluate = self.generation_plan.evaluate
         self._evaluate_and_record(trial, label, lambda r: evaluate(slot, r, label, upcoming))
         if slot.index == self.sampler.population - 1:
-            number = slot.generation
-            who = f"the candidates of generation {number + 1}"
-            self._warn(self.ledger.history().generation(number), who)
+            drawn = self.ledger.history().generation(slot.generation)
+            self.warnings.about(drawn, f"the candidates of generation {slot.generation + 1}")
 
     def _evaluate_mean(self) -> None:
         """Evaluate the mean of the distribution that the search arrived at."""
         history = self.ledger.history()
         generation, mean = self.sampler.mean(history)
         if not generation:
-            none = f"no generation of {self.sampler.population} is complete"
-            self.console.say(
-                f"{none}: the best trial wins, which among few noisy ones is mostly luck"
-            )
+            self.console.say(LUCK.format(self.sampler.population))
         elif not history.has("mean", mean.tolist()):
             trial = self.ledger.start("mean", mean.tolist(), generation)
             self._evaluate_whole(trial, "the distribution's mean", self.upcoming.after_mean())
@@ -162,4 +147,4 @@ class Search:
         result = self.scorer.result(evaluation, baselines if trial.role == "candidate" else {})
         self.ledger.finish(trial, result)
         self.clock.remember()
-        self.console.status(progress_line(self.study, self.ledger.history(), label))
+        self.console.status(stopping.progress_line(self.study, self.ledger.history(), label))

@@ -28,6 +28,7 @@ from evomerge.searching.ledger import (
     open_ledger,
 )
 from evomerge.searching.loop import Search
+from evomerge.searching.preflight.verdict_power import grade_scale, verdict_power
 from evomerge.searching.prepare import Prepared, held_out_examples, prepare
 from evomerge.searching.starting.recognise import BEGINNING, CHANGING, compared, facts_of
 from evomerge.searching.starting.source_study import start_from_source
@@ -261,6 +262,9 @@ def _introduce(prepared: Prepared, console: Console) -> None:
         f"{len(split.held_out)} held out{kept}, {study.search.trials} candidates in generations of "
         f"{prepared.sampler.population}"
     )
+    power = verdict_power(len(split.held_out), study.metric, scale=grade_scale(study))
+    if power is not None:
+        console.say(power.sentence())
     known = 0
     if prepared.chooser is not None:
         known = held_out_examples(prepared.chooser.knowledge, split)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from evomerge.console import duration, plus_minus, seconds
+from evomerge.errors import StudyFileError
 from evomerge.judging.grade import Judge
 from evomerge.searching.history import History
 from evomerge.searching.ledger import Ledger
@@ -134,6 +135,16 @@ def _error(
         above = np.array([values[t] - task_baselines[t] for t in values if t in task_baselines])
         drawn.append(draw_variance(above, len(task_baselines)))
     return float(np.sqrt(scatter + np.mean(drawn)))
+
+
+def check_searched(history: History, reason: str) -> None:
+    """Raise StudyFileError for a search that ends, for this reason, before its first candidate."""
+    if not history.candidates:
+        raise StudyFileError(
+            f"the search ended before its first candidate: {reason}",
+            where="search",
+            remedy="Raise the limit.",
+        )
 
 
 def progress_line(study: Study, history: History, label: str) -> str:

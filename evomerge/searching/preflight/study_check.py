@@ -14,13 +14,14 @@ from evomerge.merging.checkpoints.compatibility import check_fit
 from evomerge.merging.checkpoints.model_folder import ModelFolder, num_layers
 from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.searching.answer_room import with_room_for_prompts
+from evomerge.searching.generation.learning import telling_tasks
 from evomerge.searching.ledger import Ledger, open_ledger
 from evomerge.searching.preflight.answers_check import check_engine, check_judge, check_prompts
 from evomerge.searching.preflight.findings import Findings, PreflightFinding
 from evomerge.searching.preflight.needs import check_memory_and_disk, check_slices, cost
 from evomerge.searching.preflight.verdict_power import (
     advice,
-    telling_tasks,
+    grade_scale,
     verdict_power,
 )
 from evomerge.searching.prepare import prepare, study_tasks
@@ -165,10 +166,8 @@ def _start_and_verdict(
             answers = search.warm_start_steps * min(BATCH, searched) * GRADIENT
             text = f"{search.warm_start_steps} gradient steps, about as long as {answers:,} answers"
         findings.add("ok", "start", text)
-    scale, telling = 1.0, (0, 0)
-    if study.metric == "objective":
-        scale = abs(study.objective.grade)
-    power = verdict_power(len(split.held_out), study.metric, references, scale)
+    telling = (0, 0)
+    power = verdict_power(len(split.held_out), study.metric, references, grade_scale(study))
     if power is not None:
         findings.add("ok", "verdict", power.sentence())
     if references:

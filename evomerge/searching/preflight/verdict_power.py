@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
 
-from evomerge.searching.records.trial_record import TrialRecord, metric_values
+from evomerge.searching.generation.learning import FEW, shared_values
+from evomerge.searching.records.trial_record import TrialRecord
+from evomerge.study import Study
 
 NORMAL = 1.96  # standard errors on either side of a 95 % interval
 # Standard deviation, over tasks, of the difference between two models, while nothing is known: with
 # right or wrong, a quarter of the tasks differ; the median of 108 models that three LLM judges
 # graded from 1 to 5 on ELYZA-tasks-100 is 1.5; a score of lm-eval lies between 0 and 1.
 EXPECTED = {"correct": 0.5, "grade": 1.5, "score": 0.5}
-FEW = 8  # tasks that tell references apart, below which a generation's order is mostly luck
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def verdict_power(
     """
     if not held_out:
         return None
-    values = _by_task(references, metric)
+    values = shared_values(references, metric)
     if len(values) < 2 or len(references) < 2:
         return VerdictPower(held_out, scale * EXPECTED.get(metric, EXPECTED["grade"]), False)
     variances = []
@@ -69,10 +70,9 @@ def verdict_power(
     return VerdictPower(held_out, float(np.sqrt(np.mean(variances))), True)
 
 
-def telling_tasks(references: Sequence[TrialRecord], metric: str) -> tuple[int, int]:
-    """How many tasks tell the references apart, and how many they all answered."""
-    values = _by_task(references, metric)
-    return len([row for row in values.values() if len(set(row)) > 1]), len(values)
+def grade_scale(study: Study) -> float:
+    """What an objective multiplies a grade by."""
+    return abs(study.objective.grade) if study.metric == "objective" else 1.0
 
 
 def advice(telling: int, answered: int, subset: int, dimensions: int, trials: int) -> list[str]:
@@ -99,12 +99,3 @@ def advice(telling: int, answered: int, subset: int, dimensions: int, trials: in
             f"population for {dimensions} numbers: set search.trials to {5 * population} or more"
         )
     return sentences
-
-
-def _by_task(references: Sequence[TrialRecord], metric: str) -> Mapping[str, list[float]]:
-    """Task -> the value of each reference, of the tasks that all of them have a value for."""
-    graded = [metric_values(trial.grades, metric) for trial in references]
-    if not graded:
-        return {}
-    shared = set(graded[0]).intersection(*graded[1:])
-    return {task: [grades[task] for grades in graded] for task in graded[0] if task in shared}
