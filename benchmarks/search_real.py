@@ -2,9 +2,14 @@
 
     python benchmarks/search_real.py gain PAIR KEPT  # PAIR as make_real_pair.py makes it; hours
     python benchmarks/search_real.py demo DEMO KEPT  # DEMO as `evomerge demo` makes it; an hour
+    python benchmarks/search_real.py two PAIR KEPT  # PAIR as make_two_siblings.py makes it; an hour
 
 KEPT is a folder for the studies: an interrupted run continues where it stopped. The last line is
 one JSON object.
+
+two: the winner against the better parent and the best uniform weight, on tasks that the search
+never saw, in 3 seeds (each another split), with the defaults, and with `warm_start: null` at the
+same price: BUDGET answers, of which a task's gradient is GRADIENT.
 
 gain: the score on tasks that the search never saw, of the winner after 24 candidates, with the warm
 start and without, in 3 seeds. The difference and its 95 % interval by bootstrap over tasks, each
@@ -23,7 +28,7 @@ import json
 import logging
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -40,12 +45,12 @@ from evomerge.searching.open_search import open_search
 from evomerge.searching.records.study_facts import GradientStep
 from evomerge.searching.samplers.cmaes_adapter import Distribution, make_cma
 from evomerge.searching.scoring import bootstrap_interval
-from evomerge.searching.starting.warm_start import warm_start
-from evomerge.study import Study, read_study
+from evomerge.searching.starting.warm_start import BATCH, GRADIENT, warm_start
+from evomerge.study import SUBSET, Study, read_study
+from evomerge.study.search_keys import SearchSection
 from evomerge.tasks import Task
 
-# a task's gradient in answers: a forward pass, and a backward pass at twice its cost
-GRADIENT = 3
+BUDGET = 120 * 16  # answers of candidates, gradients included
 STOCK = 100  # candidates of the stock sampler
 GENERATIONS = 8  # of ours, at most
 
@@ -139,6 +144,37 @@ def demo(folder: Path, kept: Path, seeds: int = 5, steps: int = 16) -> dict[str,
     }
     share = {arm: round(middle[arm] / middle["stock"], 3) for arm in ("plain", "warm")}
     return {"demo_answers": middle, "share_of_stock": share, "seeds": rows}
+
+
+def two(pair: Path, kept: Path, seeds: int = 3, dtype: str = "bfloat16") -> dict[str, Any]:
+    """Two siblings with skills of their own: defaults, and no gradient steps, at one price."""
+    rows = []
+    for seed in range(seeds):
+        for arm in ("auto", None):
+            settings = _settings(
+                pair / "parent", pair / "a", pair / "tasks.jsonl", layers=2, tokens=24, seed=seed
+            )
+            settings["genome"]["models"].append(str(pair / "b"))
+            settings["split"] = {"seed": seed}
+            settings["prompt"] = {"format": "chat"}
+            defaults = SearchSection()
+            spent = defaults.warm_start_steps * BATCH * GRADIENT if arm else 0
+            trials = (BUDGET - spent) // SUBSET
+            settings["search"] |= {"trials": trials, "warm_start": arm, "dtype": dtype}
+            with search_of(settings, kept / f"two-{arm}-{seed}") as search:
+                verdict = search.run()
+            parent = max(
+                (name for name in verdict.candidates if name.startswith("sibling:")),
+                key=lambda name: verdict.candidates[name].mean,
+            )
+            row: dict[str, Any] = {"seed": seed, "warm_start": arm, "trials": trials}
+            row |= {name: round(found.mean, 3) for name, found in verdict.candidates.items()}
+            for over, name in (("parent", parent), ("uniform", "uniform")):
+                lead = verdict.leads.get(name)
+                row[f"over_{over}"] = lead and [lead.diff, lead.low, lead.high]
+            rows.append(row)
+            say(json.dumps(row))
+    return {"two_siblings": rows, "answers": BUDGET}
 
 
 def warmed(search: Search, steps: int, file: Path) -> tuple[Distribution, int]:
@@ -259,7 +295,7 @@ def _settings(
         "tasks": [{"file": str(tasks)}],
         "generation": {"max_new_tokens": tokens},
         "judge": {"kind": "rules", "metric": "correct"},
-        "search": {"seed": seed},
+        "search": {"seed": seed, "warm_start": None},
         "engine": {"batch_size": 64, "threads": 1},
     }
 
@@ -283,7 +319,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="The search on real answers; see the file's first lines."
     )
-    parser.add_argument("what", choices=["gain", "demo"])
+    parser.add_argument("what", choices=["gain", "demo", "two"])
     parser.add_argument("folder", type=Path, metavar="PAIR")
     parser.add_argument("kept", type=Path, metavar="KEPT")
     parser.add_argument("--seeds", type=int, default=None)
@@ -295,9 +331,8 @@ def main() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     what, folder, kept = given.pop("what"), given.pop("folder").resolve(), given.pop("kept")
-    print(
-        json.dumps(gain(folder, kept, **given) if what == "gain" else demo(folder, kept, **given))
-    )
+    measures: dict[str, Callable[..., dict[str, Any]]] = {"gain": gain, "demo": demo, "two": two}
+    print(json.dumps(measures[what](folder, kept, **given)))
 
 
 if __name__ == "__main__":
