@@ -56,6 +56,7 @@ STARTS = {
     "1 each": replace(PLAIN, start="one"),
     "an equal share of 1": PLAIN,
     "the best reference": replace(PLAIN, start="reference"),
+    "the best sibling": replace(PLAIN, start="sibling"),
 }
 Job = tuple[bool, Options, MakeWorld, str, int]
 

@@ -46,7 +46,8 @@ class Options:
     reference_lead: float | None = None
     average: float = 0.0  # the winner is the mean over this share of the last generations' means
     references: bool = True  # they are graded first, on every search task
-    start: str = "share"  # 1 over the number of siblings; or "one", or "reference": the best one
+    # 1 over the number of siblings; or "one", or the best "reference", or the best "sibling" alone
+    start: str = "share"
     race_error: float = 0.05
 
 
@@ -66,6 +67,11 @@ def ours(world: World, seed: int, o: Options) -> Iterator[Step]:
         spent, levels = graded.size, graded.mean(axis=0)
         if o.start == "reference":
             start = references[int(graded.mean(axis=1).argmax())]
+        if o.start == "sibling":
+            alone = [
+                i for i, vector in enumerate(references) if _is_sibling(vector, world.siblings)
+            ]
+            start = references[max(alone, key=lambda i: float(graded[i].mean()))]
     known = {}  # the references that can win
     if o.reference_lead is not None:
         known = _reference_grades(world, references, graded, validation, aside, o.finalists)
@@ -121,6 +127,12 @@ def ours(world: World, seed: int, o: Options) -> Iterator[Step]:
         # the loop also grades the mean on every search task
         spent_on_choice = len(search) + (1 + len(best) + len(known)) * kept
         yield spent + spent_on_choice, vectors[winner]
+
+
+def _is_sibling(vector: Array, siblings: int) -> bool:
+    """Whether a vector is one sibling at 1 and the others at 0."""
+    slices = vector.reshape(-1, siblings)
+    return bool((slices == slices[0]).all() and sorted(slices[0]) == [0.0] * (siblings - 1) + [1.0])
 
 
 def _reference_grades(
