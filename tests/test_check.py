@@ -103,7 +103,7 @@ def test_a_study_that_has_changed_is_found(place):
     evomerge.search(file, trials=4, overrides=["search.dtype=float32"], console=quiet(), **where)
     found = evomerge.check(file, overrides=["search.dtype=float32"], **where)
     (advice,) = [finding for finding in found if finding.level != "ok"]
-    assert "fewer than five generations of 8" in advice.text
+    assert "fewer than five generations of 4" in advice.text
     assert any("tell parents and uniform weights apart" in finding.text for finding in found)
     assert "4 of 12 candidates" in next(f.text for f in found if f.subject == "storage")
     changed = wrong(place, "search.dtype=float32", "search.sigma=0.1", **where)

@@ -60,13 +60,13 @@ def test_tasks_that_tell_references_apart_are_counted():
 
 
 def test_advice_names_the_setting():
-    assert advice(0, 0, 16, 4, 240) == [], "nothing is known yet"
-    assert advice(60, 96, 16, 30, 240) == []
-    (found,) = advice(24, 96, 16, 30, 240)
+    assert advice(0, 0, 16, 8, 240) == [], "nothing is known yet"
+    assert advice(60, 96, 16, 14, 240) == []
+    (found,) = advice(24, 96, 16, 14, 240)
     assert "about 4 tell models apart: set search.subset to 32" in found
-    assert advice(24, 96, 32, 30, 240) == []
-    (found,) = advice(7, 96, 16, 30, 240)
+    assert advice(24, 96, 32, 14, 240) == []
+    (found,) = advice(7, 96, 16, 14, 240)
     assert "only 7 of 96 search tasks" in found
-    (found,) = advice(60, 96, 96, 30, 60)
+    (found,) = advice(60, 96, 96, 14, 60)
     assert "five generations of 14" in found
     assert "search.trials to 70" in found

@@ -174,7 +174,7 @@ def settle_threads(study: Study, ledger: Ledger, engine: Engine, console: Consol
 def _prompter(prepared: Prepared, engine: Engine) -> Prompter:
     """The study's prompts. Raises InputError, StudyFileError where there can be no warm start."""
     study = prepared.study
-    if study.search.warm_start == "likelihood":
+    if study.search.demanded_start is not None:
         check_warm_start(prepared.genome, prepared.split.search, engine)
     return make_prompter(
         engine.tokenizer, study.prompt, study.generation, prepared.chooser, engine.context

@@ -156,6 +156,15 @@ class SearchSection(Section):
     )
     seed: Seed = Field(default=0, description="Seed of the search.")
 
+    @property
+    def demanded_start(self) -> str | None:
+        """The warm start that must be possible; None where there is none, or only if it can be."""
+        return None if self.warm_start == "auto" else self.warm_start
+
+    def first_tasks(self, searched: int) -> int:
+        """How many of the search tasks rank a first generation."""
+        return searched if self.ranking == "all" else min(searched, self.subset or SUBSET)
+
     @field_validator("time_limit")
     @classmethod
     def _check_duration(cls, text: str | None) -> str | None:
@@ -204,7 +213,7 @@ class SearchSection(Section):
             f"Use at least {first}.",
         )
         require(
-            self.source_study is None or self.warm_start != "likelihood",
+            self.source_study is None or self.demanded_start is None,
             "source_study",
             "sets the start, and so does `warm_start`",
             self.source_study,

@@ -202,9 +202,7 @@ class Study(AsWritten):
             "Name another study.",
         )
         if self.random_init:
-            given = search.source_study
-            if search.warm_start != "auto":
-                given = search.warm_start or given
+            given = search.demanded_start or search.source_study
             require(
                 given is None,
                 "random_init",
@@ -271,11 +269,10 @@ class Study(AsWritten):
             "Make two studies.",
         )
         everything = "cannot be combined with lm-eval tasks, whose metrics are over all documents"
-        warm_start = None if self.search.warm_start == "auto" else self.search.warm_start
         found = {
             "search.ranking": None if self.search.ranking == "all" else self.search.ranking,
             "split.validation": self.split.validation or None,
-            "search.warm_start": warm_start,
+            "search.warm_start": self.search.demanded_start,
         }
         for key, value in found.items():
             require(value is None, key, everything, value, "Remove it.")

@@ -11,7 +11,7 @@ from evomerge.console import counted, size
 from evomerge.genome.weights import Genome
 from evomerge.merging.checkpoints.config_defaults import config_value
 from evomerge.searching.preflight.findings import Findings
-from evomerge.study import SUBSET, Study
+from evomerge.study import Study
 from evomerge.tasks import Split
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -92,7 +92,7 @@ def cost(study: Study, genome: Genome, split: Split | None) -> str:
     if split is None:
         return text + "; the number of tasks is not known"
     searched, kept, held_out = map(len, (split.search, split.validation, split.held_out))
-    ranked = searched if s.ranking == "all" else min(searched, s.subset or SUBSET)
+    ranked = s.first_tasks(searched)
     answers = s.trials * ranked + fixed * searched
     answers += (s.finalists + 1 + min(s.finalists, references)) * kept
     answers += (2 + len(study.genome.all_models)) * held_out

@@ -19,16 +19,13 @@ from evomerge.searching.ledger import Ledger, open_ledger
 from evomerge.searching.preflight.answers_check import check_engine, check_judge, check_prompts
 from evomerge.searching.preflight.findings import Findings, PreflightFinding
 from evomerge.searching.preflight.needs import check_memory_and_disk, check_slices, cost
-from evomerge.searching.preflight.verdict_power import (
-    advice,
-    grade_scale,
-    verdict_power,
-)
+from evomerge.searching.preflight.verdict_power import advice, grade_scale, verdict_power
 from evomerge.searching.prepare import prepare, study_tasks
 from evomerge.searching.records.identity import changes, refused
 from evomerge.searching.records.storage_place import storage_place
 from evomerge.searching.records.study_facts import StudyFacts
 from evomerge.searching.records.trial_record import TrialRecord
+from evomerge.searching.samplers.cmaes_adapter import default_population
 from evomerge.searching.starting.recognise import facts_of
 from evomerge.searching.starting.warm_start import (
     BATCH,
@@ -36,7 +33,7 @@ from evomerge.searching.starting.warm_start import (
     check_warm_start,
     warm_start_obstacle,
 )
-from evomerge.study import SUBSET, Study, as_begun
+from evomerge.study import Study, as_begun
 from evomerge.tasks import Split, split_tasks
 from evomerge.yaml_json import read_json_object
 
@@ -174,8 +171,9 @@ def _start_and_verdict(
         telling = telling_tasks(references, study.metric)
         text = f"{telling[0]} of {telling[1]} search tasks tell parents and uniform weights apart"
         findings.add("ok", "tasks", text)
-    ranked = searched if search.ranking == "all" else min(searched, search.subset or SUBSET)
-    for sentence in advice(*telling, ranked, genome.dimensions, search.trials):
+    population = search.population or default_population(genome.dimensions)
+    ranked = search.first_tasks(searched)
+    for sentence in advice(*telling, ranked, population, search.trials):
         findings.add("low", "search", sentence)
 
 
@@ -212,7 +210,7 @@ def _search_itself(findings: Findings, study: Study, url: str | None) -> None:
         stored = None if url is None else _stored_study(url, study.study)
         facts = StudyFacts() if stored is None else stored.facts
         prepared = prepare(as_begun(study, facts.study_file), lambda note: None)
-        if study.search.warm_start == "likelihood":
+        if study.search.demanded_start is not None:
             check_warm_start(prepared.genome, prepared.split.search)
         if stored is None or not facts.begun:
             return

@@ -75,7 +75,7 @@ def grade_scale(study: Study) -> float:
     return abs(study.objective.grade) if study.metric == "objective" else 1.0
 
 
-def advice(telling: int, answered: int, subset: int, dimensions: int, trials: int) -> list[str]:
+def advice(telling: int, answered: int, subset: int, population: int, trials: int) -> list[str]:
     """Sentences on settings that teach a search little; `subset` tasks rank a generation.
 
     `telling` of the `answered` search tasks tell the references apart; 0 of 0 is not known yet.
@@ -92,10 +92,9 @@ def advice(telling: int, answered: int, subset: int, dimensions: int, trials: in
             f"of the {subset} tasks of a generation about {subset * telling / answered:.0f} tell "
             f"models apart: set search.subset to {enough}"
         )
-    population = 4 + math.floor(3 * math.log(dimensions))
     if trials < 5 * population:
         sentences.append(
-            f"{trials} candidates are fewer than five generations of {population}, the usual "
-            f"population for {dimensions} numbers: set search.trials to {5 * population} or more"
+            f"{trials} candidates are fewer than five generations of {population}: set "
+            f"search.trials to {5 * population} or more"
         )
     return sentences
