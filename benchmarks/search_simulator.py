@@ -65,13 +65,9 @@ def ours(world: World, seed: int, o: Options) -> Iterator[Step]:
         references = world.references()
         graded = world.grades(references, search, rng)
         spent, levels = graded.size, graded.mean(axis=0)
-        if o.start == "reference":
-            start = references[int(graded.mean(axis=1).argmax())]
-        if o.start == "sibling":
-            alone = [
-                i for i, vector in enumerate(references) if _is_sibling(vector, world.siblings)
-            ]
-            start = references[max(alone, key=lambda i: float(graded[i].mean()))]
+        if o.start in ("reference", "sibling"):
+            few = slice(1, 1 + world.siblings) if o.start == "sibling" else slice(None)
+            start = references[few][int(graded[few].mean(axis=1).argmax())]
     known = {}  # the references that can win
     if o.reference_lead is not None:
         known = _reference_grades(world, references, graded, validation, aside, o.finalists)
@@ -127,12 +123,6 @@ def ours(world: World, seed: int, o: Options) -> Iterator[Step]:
         # the loop also grades the mean on every search task
         spent_on_choice = len(search) + (1 + len(best) + len(known)) * kept
         yield spent + spent_on_choice, vectors[winner]
-
-
-def _is_sibling(vector: Array, siblings: int) -> bool:
-    """Whether a vector is one sibling at 1 and the others at 0."""
-    slices = vector.reshape(-1, siblings)
-    return bool((slices == slices[0]).all() and sorted(slices[0]) == [0.0] * (siblings - 1) + [1.0])
 
 
 def _reference_grades(

@@ -137,6 +137,12 @@ def test_damaged_missing_and_pickled_weights(family):
 
 
 def test_gguf_files_are_named(family):
+    with pytest.raises(ModelError, match="no such model folder"):
+        open_model("~nobody-here/one.gguf")
+    (family / "two/a.gguf").write_bytes(b"GGUF")
+    (family / "two/b.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match=r"two/b\.gguf: GGUF"):
+        open_model(str(family / "two/b.gguf"))
     file = family / "one/one-q4_k_m.gguf"
     file.write_bytes(b"GGUF")
     assert open_model(str(family / "one")).files  # the weights beside it are read

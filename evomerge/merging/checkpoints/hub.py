@@ -18,21 +18,21 @@ def find_folder(ref: str, kind: str, remedy: str) -> Path:
 
     Raises ModelError, in whose text the folder is one of this `kind`: "model" or "adapter".
     """
-    path = _local(ref)
+    path = local_path(ref)
     if is_folder(path):
         return path
     folder, _, revision = ref.rpartition("@")
-    if folder and is_folder(_local(folder)):
+    if folder and is_folder(local_path(folder)):
         # as in mergekit, whose references may all end in a revision
         log.warning("%s: a folder has no revisions, so @%s changes nothing", folder, revision)
-        return _local(folder)
+        return local_path(folder)
     is_name = ref.partition("@")[0].count("/") == 1 and not ref.startswith((".", "/", "~"))
     if is_there(path) or not is_name:
         raise ModelError(f"there is no such {kind} folder", where=ref, remedy=remedy)
     return download(ref)
 
 
-def _local(ref: str) -> Path:
+def local_path(ref: str) -> Path:
     """The path that a reference would be, with ~ replaced if there is such a user."""
     with suppress(RuntimeError):
         return Path(ref).expanduser()

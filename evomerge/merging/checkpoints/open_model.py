@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from evomerge.errors import ModelError
 from evomerge.merging.adapters.lora_plan import open_lora
 from evomerge.merging.checkpoints.folder_files import check_files, read_json
-from evomerge.merging.checkpoints.hub import find_folder
+from evomerge.merging.checkpoints.hub import find_folder, local_path
 from evomerge.merging.checkpoints.model_folder import HEAD, ModelFolder
 from evomerge.merging.checkpoints.quantized_weights import refuse_quantized
 from evomerge.merging.checkpoints.safetensors_reader import SafetensorsReader
@@ -30,8 +30,8 @@ def open_model(ref: str) -> ModelFolder:
         base = open_model(model)
         refuse_quantized(base)
         return open_lora(base, adapter, ref)
-    if ref.endswith(".gguf"):
-        _refuse_gguf(Path(ref).expanduser().parent)
+    if ref.endswith(".gguf") and local_path(ref).is_file():
+        _refuse_gguf([local_path(ref)])
     path = find_folder(
         ref, "model", "Name a folder with config.json and safetensors, or a hub name."
     )
@@ -48,7 +48,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = read_json(path / "config.json", "Save the model again.")
     except FileNotFoundError:
-        _refuse_gguf(path)
+        _refuse_gguf(path.glob("*.gguf"))
         raise ModelError(
             "the folder has no config.json",
             where=path,
@@ -88,13 +88,13 @@ def _weight_files(path: Path, config: Mapping[str, Any]) -> dict[str, Path]:
             remedy="Convert them where you trust them: "
             "load with transformers and save_pretrained(folder).",
         )
-    _refuse_gguf(path)
+    _refuse_gguf(path.glob("*.gguf"))
     raise ModelError(f"the folder has no {SINGLE}", where=path, remedy=COPY_MODEL)
 
 
-def _refuse_gguf(path: Path) -> None:
-    """Raise ModelError if all that a folder without weights has is a GGUF file."""
-    for file in sorted(path.glob("*.gguf")):
+def _refuse_gguf(files: Iterable[Path]) -> None:
+    """Raise ModelError for GGUF files that stand in a model's place."""
+    for file in sorted(files):
         raise ModelError(
             "GGUF files are not read, since most hold rounded weights",
             where=file,
