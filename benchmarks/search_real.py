@@ -27,28 +27,23 @@ import argparse
 import json
 import logging
 import statistics
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
-import yaml
+from search_studies import mean, say, search_of, study_settings, unseen, values_of, winner
 
-from evomerge.console import Console
 from evomerge.searching.evaluate import JudgedEvaluator
 from evomerge.searching.loop import Search
-from evomerge.searching.open_search import open_search
 from evomerge.searching.records.study_facts import GradientStep
 from evomerge.searching.samplers.cmaes_adapter import Distribution, make_cma
 from evomerge.searching.scoring import bootstrap_interval
 from evomerge.searching.starting.warm_start import BATCH, GRADIENT, warm_start
-from evomerge.study import SUBSET, Study, read_study
+from evomerge.study import SUBSET
 from evomerge.study.search_keys import SearchSection
-from evomerge.tasks import Task
 
 BUDGET = 120 * 16  # answers of candidates, gradients included
 STOCK = 100  # candidates of the stock sampler
@@ -67,7 +62,7 @@ def gain(
     scores: dict[str, list[dict[str, float]]] = {"none": [], "likelihood": []}
     for seed in range(seeds):
         for arm, found in scores.items():
-            settings = _settings(
+            settings = study_settings(
                 pair / "parent",
                 pair / "sibling",
                 pair / "tasks.jsonl",
@@ -115,7 +110,7 @@ def demo(folder: Path, kept: Path, seeds: int = 5, steps: int = 16) -> dict[str,
     """
     rows = []
     for seed in range(seeds):
-        settings = _settings(
+        settings = study_settings(
             folder / "base",
             folder / "instruct",
             folder / "tasks.jsonl",
@@ -151,7 +146,7 @@ def two(pair: Path, kept: Path, seeds: int = 3, dtype: str = "bfloat16") -> dict
     rows = []
     for seed in range(seeds):
         for arm in ("auto", None):
-            settings = _settings(
+            settings = study_settings(
                 pair / "parent", pair / "a", pair / "tasks.jsonl", layers=2, tokens=24, seed=seed
             )
             settings["genome"]["models"].append(str(pair / "b"))
@@ -170,8 +165,8 @@ def two(pair: Path, kept: Path, seeds: int = 3, dtype: str = "bfloat16") -> dict
             row: dict[str, Any] = {"seed": seed, "warm_start": arm, "trials": trials}
             row |= {name: round(found.mean, 3) for name, found in verdict.candidates.items()}
             for over, name in (("parent", parent), ("uniform", "uniform")):
-                lead = verdict.leads.get(name)
-                row[f"over_{over}"] = lead and [lead.diff, lead.low, lead.high]
+                lead = verdict.leads.get(name)  # None: the winner itself
+                row[f"over_{over}"] = None if lead is None else [lead.diff, lead.low, lead.high]
             rows.append(row)
             say(json.dumps(row))
     return {"two_siblings": rows, "answers": BUDGET}
@@ -221,7 +216,7 @@ def stock(search: Search, seed: int) -> tuple[float, ...]:
     def objective(trial: optuna.Trial) -> float:
         vector = [trial.suggest_float(gene.name, gene.low, gene.high) for gene in genes]
         return mean(
-            _values(search, vector, search.split.search, f"stock {trial.number + 1}/{STOCK}")
+            values_of(search, vector, search.split.search, f"stock {trial.number + 1}/{STOCK}")
         )
 
     study = optuna.create_study(
@@ -249,70 +244,11 @@ def reached(search: Search, start: Distribution, goal: float) -> int:
         drawn = [optimizer.ask() for _ in range(sampler.population)]
         optimizer.tell(
             [
-                (x, -mean(_values(search, x.tolist(), tasks, f"generation {generation + 1}")))
+                (x, -mean(values_of(search, x.tolist(), tasks, f"generation {generation + 1}")))
                 for x in drawn
             ]
         )
     return GENERATIONS * sampler.population * len(tasks)
-
-
-def winner(search: Search) -> tuple[float, ...]:
-    """The vector that the verdict was about."""
-    found = search.ledger.history().trial(search.ledger.facts.compared["winner"])
-    assert found is not None
-    return found.weights
-
-
-def unseen(search: Search, vector: Sequence[float]) -> dict[str, float]:
-    """task_id -> 1 or 0 on the held-out tasks."""
-    return _values(search, vector, search.split.held_out, "unseen")
-
-
-def _values(
-    search: Search, vector: Sequence[float], tasks: Sequence[Task], label: str
-) -> dict[str, float]:
-    found = search.evaluator.evaluate(search.genome.decode(vector), [tasks], label)
-    return {
-        str(task.task_id): float(bool(grade.correct))
-        for task, grade in zip(found.tasks, found.grades, strict=True)
-    }
-
-
-def mean(values: dict[str, float]) -> float:
-    return statistics.mean(values.values())
-
-
-def _settings(
-    base: Path, sibling: Path, tasks: Path, layers: int, tokens: int, seed: int
-) -> dict[str, Any]:
-    return {
-        "genome": {
-            "base_model": str(base),
-            "models": [str(sibling)],
-            "merge_method": "task_arithmetic",
-            "layer_granularity": layers,
-        },
-        "tasks": [{"file": str(tasks)}],
-        "generation": {"max_new_tokens": tokens},
-        "judge": {"kind": "rules", "metric": "correct"},
-        "search": {"seed": seed, "warm_start": None},
-        "engine": {"batch_size": 64, "threads": 1},
-    }
-
-
-@contextmanager
-def search_of(settings: dict[str, Any], kept: Path) -> Iterator[Search]:
-    """A search with its own study file in `kept`."""
-    kept.mkdir(parents=True, exist_ok=True)
-    file = kept / "study.yaml"
-    file.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    study: Study = read_study(file)
-    with open_search(study, f"sqlite:///{kept.resolve()}/study.db", Console()) as search:
-        yield search
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def main() -> None:
