@@ -464,10 +464,22 @@ def searched(pair, tmp_path, warm_start):
 
 
 def test_a_search_begins_where_the_steps_lead(pair, tmp_path):
-    found, facts, _ = searched(pair, tmp_path, "auto")
+    found, facts, said = searched(pair, tmp_path, "auto")
+    assert "3 gradient steps on the references' likelihood" in said
     assert [step.number for step in facts.warm_start] == [0, 1, 2]
     first = next(r for r in found.records if r.role == "candidate")
     assert first.weights == facts.start.mean
+
+
+def test_check_says_what_a_study_that_has_begun_does(pair, tmp_path):
+    def start_of(**where):
+        changes = {"search.warm_start": "auto"}
+        found = evomerge.check(pair / "study.yaml", overrides=changes, **where)
+        return [finding.text for finding in found if finding.subject == "start"]
+
+    searched(pair, tmp_path, None)
+    assert start_of() == ["16 gradient steps, about as long as 768 answers"]
+    assert start_of(storage=tmp_path / "s.db") == [], "begun without, it goes on without"
 
 
 @pytest.mark.parametrize("warm_start", ["auto", "likelihood"])

@@ -50,6 +50,9 @@ def check_study(
     have begun already, and `results` the folder of its results.
     """
     findings = Findings()
+    begun, references = _begun(url, study.study), tuple[TrialRecord, ...]()
+    if begun is not None:
+        study, references = as_begun(study, begun.facts.study_file), begun.history().references
     config = None if base_config is None else _config_file(findings, base_config)
     opened = _models(findings, study)
     if opened:
@@ -66,7 +69,7 @@ def check_study(
         with findings.refusals("tokenizer"):
             check_prompts(findings, study, opened[0], split)
         config = dict(opened[0].config)
-    _slices_and_sizes(findings, study, config, split, _references(url, study.study))
+    _slices_and_sizes(findings, study, config, split, references)
     _places(findings, url, results)
     if opened and findings.all_well:
         _search_itself(findings, study, url)
@@ -177,13 +180,12 @@ def _start_and_verdict(
         findings.add("low", "search", sentence)
 
 
-def _references(url: str | None, name: str) -> tuple[TrialRecord, ...]:
-    """The parents and uniform weights of a stored study, as far as they are graded."""
+def _begun(url: str | None, name: str) -> Ledger | None:
+    """The stored study where it can be read; what is wrong with its storage is said elsewhere."""
     try:
-        stored = None if url is None else _stored_study(url, name)
-    except EvomergeError:  # what is wrong with the storage is said elsewhere
-        return ()
-    return () if stored is None else stored.history().references
+        return None if url is None else _stored_study(url, name)
+    except EvomergeError:
+        return None
 
 
 def _places(findings: Findings, url: str | None, results: Path | None) -> None:

@@ -108,6 +108,10 @@ class LikelihoodStart:
         default = self.problem.sampler.default
         cov = default.cov * np.outer(found.scales, found.scales) / size**2
         start = Distribution(np.array(found.mean), default.sigma * size, cov)
+        console.say(
+            f"{len(found.steps)} gradient steps on the references' likelihood, "
+            f"{duration(found.seconds)}: the first generation is drawn around their end"
+        )
         return as_start(start, mean_is_first=True)
 
 
