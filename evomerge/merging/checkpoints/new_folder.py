@@ -91,7 +91,12 @@ def _make(out: Path) -> Unfinished:
         except OSError:
             lock = None
         path = hidden / "model"
-        path.mkdir()
+        try:
+            path.mkdir()
+        except FileNotFoundError:
+            if lock is not None:
+                lock.release()
+            continue  # the same, but it has already removed the folder
         path.chmod(0o755)
         return Unfinished(path, lock)
 
