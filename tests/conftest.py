@@ -122,7 +122,7 @@ def pair(tmp_path_factory):
         "generation: {max_new_tokens: 12}\n"
         "judge: {metric: grade}\n"
         "search: {trials: 12, population: 4, uniform: [0.5], warm_start: null}\n"
-        "engine: {batch_size: 8}\n",
+        "engine: {batch_size: 16}\n",
         encoding="utf-8",
     )
     return folder

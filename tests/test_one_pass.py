@@ -54,10 +54,10 @@ def passes(monkeypatch):
 
 
 def test_the_trials_are_those_of_candidate_after_candidate(pair, tmp_path, passes):
-    fp32 = "search.dtype=float32"
-    one_by_one = search(pair, tmp_path, "one", fp32, "engine.population=false", "search.trials=10")
+    settings = ("search.dtype=float32", "engine.batch_size=8", "search.trials=10")
+    one_by_one = search(pair, tmp_path, "one", *settings, "engine.population=false")
     assert passes == []
-    together = search(pair, tmp_path, "all", fp32, "engine.population=true", "search.trials=10")
+    together = search(pair, tmp_path, "all", *settings, "engine.population=true")
     n = len(together.records[0].grades)
     batches = [8] * (n // 8) + [n % 8] * bool(n % 8)
     # generations of four, the last one cut short
@@ -109,7 +109,12 @@ def test_a_killed_pass_loses_a_batch_and_a_full_memory_is_remembered(
     """The second batch of the second generation is interrupted; before that, memory had allowed
     twelve rows at once.
     """
-    settings = ("search.dtype=float32", "engine.population=true", "search.trials=8")
+    settings = (
+        "search.dtype=float32",
+        "engine.population=true",
+        "engine.batch_size=8",
+        "search.trials=8",
+    )
     whole = search(pair, tmp_path, "whole", *settings)
     count, answer_all, decode = [], TransformersPopulation.__call__, population_module.decode
     wanted = len(passes)
