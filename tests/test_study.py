@@ -48,6 +48,14 @@ def test_a_hub_name_stays_a_hub_name(tmp_path):
     assert study.genome.base_model == "llm-jp/llm-jp-3-13b"
 
 
+def test_several_objectives_are_named_and_stored(tmp_path):
+    text = MINIMAL + "objective: {maximize: [correct, 'group:1'], minimize: [answer_tokens]}\n"
+    study = read_study(write(tmp_path, text))
+    assert study.objective.several == ("correct", "group:1", "answer_tokens")
+    assert study.metric == study.judge.metric
+    assert Study.from_dict(study.to_dict()) == study
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -159,6 +167,31 @@ def test_a_hub_name_stays_a_hub_name(tmp_path):
         (MINIMAL + "objective: {grade: 0}\n", ["`objective`", "weight"]),
         (
             MINIMAL + "engine: {kind: vllm}\nobjective: {likelihood: 1}\n",
+            ["`objective.likelihood`", "engine.kind: transformers"],
+        ),
+        (
+            MINIMAL + "objective: {maximize: [grade], minimize: [grade]}\n",
+            ["`objective`", "twice", "'grade'", "Remove one"],
+        ),
+        (
+            MINIMAL + "objective: {maximize: [correct], minimize: [answer_token]}\n",
+            ["`objective`", "'answer_token'", "Did you mean answer_tokens?"],
+        ),
+        (MINIMAL + "objective: {maximize: [grade]}\n", ["`objective`", "2 to 4", "['grade']"]),
+        (
+            MINIMAL + "objective: {grade: 1, maximize: [grade, correct]}\n",
+            ["`objective`", "both weights and objectives", "Keep one"],
+        ),
+        (
+            MINIMAL + "objective: {maximize: [correct, tasks:x]}\n",
+            ["`objective`", "'tasks:x'", "tasks:"],
+        ),
+        (
+            MINIMAL + "objective: {maximize: [grade, correct]}\nsearch: {ranking: race}\n",
+            ["`search.ranking`", "several objectives"],
+        ),
+        (
+            MINIMAL + "objective: {maximize: [grade, likelihood]}\nengine: {kind: vllm}\n",
             ["`objective.likelihood`", "engine.kind: transformers"],
         ),
         (MINIMAL + "    dataset: x\n", ["`tasks[0]`", "exactly one", "'file'"]),

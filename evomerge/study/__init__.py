@@ -9,15 +9,18 @@ from evomerge.study.environment import value_prints
 from evomerge.study.files_read import files_read
 from evomerge.study.genome_keys import GenomeSection, mixes_models
 from evomerge.study.judge_keys import JUDGE_MODEL, JudgeSection
+from evomerge.study.objective_keys import GROUP, SOURCE, ObjectiveSection, source_names
 from evomerge.study.prompt_keys import GenerationSection, PromptSection, SplitSection, TaskSource
 from evomerge.study.reading import overridden, read_judge, read_setting, read_study
 from evomerge.study.schema import study_schema
-from evomerge.study.search_keys import SUBSET, ObjectiveSection, SearchSection
+from evomerge.study.search_keys import SUBSET, SearchSection
 from evomerge.study.study_file import BEFORE, Study
 
 __all__ = [
     "BEFORE",
+    "GROUP",
     "JUDGE_MODEL",
+    "SOURCE",
     "STOPPING_KEYS",
     "SUBSET",
     "EngineSection",
@@ -40,6 +43,7 @@ __all__ = [
     "read_judge",
     "read_setting",
     "read_study",
+    "source_names",
     "study_schema",
     "value_prints",
 ]

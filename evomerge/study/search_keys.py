@@ -1,4 +1,4 @@
-"""`search:` and `objective:` how CMA-ES searches, what is maximised, and when it ends."""
+"""`search:` how CMA-ES searches, and when it ends."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from evomerge.study.section import (
     Seed,
     StudyName,
     Text,
-    Weight,
     as_tuple,
     require,
 )
@@ -219,26 +218,4 @@ class SearchSection(Section):
             self.source_study,
             "Remove one of them.",
         )
-        return self
-
-
-class ObjectiveSection(Section):
-    """What is maximised: a weighted sum of an answer's parts, each recorded for every trial."""
-
-    grade: Weight = Field(default=1.0, description="Weight of judge.metric.")
-    length: Weight = Field(
-        default=0.0,
-        description="Weight of the answer's share of max_new_tokens, 0 to 1; below 0: shorter is "
-        "better.",
-    )
-    likelihood: Weight = Field(
-        default=0.0,
-        description="Weight of the reference's mean log-likelihood per token, in nats; only with "
-        "transformers.",
-    )
-
-    @model_validator(mode="after")
-    def _check_weights(self) -> Self:
-        weighted = self.grade or self.length or self.likelihood
-        require(weighted, "", "has no part with a weight", None, "Give one part a weight.")
         return self

@@ -14,8 +14,9 @@ from evomerge.study.environment import expanded
 from evomerge.study.genome_keys import GenomeSection
 from evomerge.study.judge_keys import JudgeSection
 from evomerge.study.messages import validated
+from evomerge.study.objective_keys import ObjectiveSection, check_objective
 from evomerge.study.prompt_keys import GenerationSection, PromptSection, SplitSection, TaskSource
-from evomerge.study.search_keys import ObjectiveSection, SearchSection
+from evomerge.study.search_keys import SearchSection
 from evomerge.study.section import STORED, PathText, Remedy, StudyName, as_tuple, require
 
 # The behaviour of studies from before the key existed.
@@ -113,6 +114,8 @@ class Study(AsWritten):
     @property
     def metric(self) -> str:
         """Which figure of a task's grades is optimised, and compared in the verdict."""
+        if self.objective.several:
+            return self.judge.metric
         weights = {source.weight for source in self.tasks}
         weighted = len(weights) > 1 and not self.lm_eval
         if weighted or self.objective != ObjectiveSection():
@@ -246,13 +249,7 @@ class Study(AsWritten):
             [source.weight for source in self.tasks],
             "Give one source a weight.",
         )
-        require(
-            not self.objective.likelihood or engine.kind == "transformers",
-            "objective.likelihood",
-            "needs `engine.kind: transformers`",
-            self.objective.likelihood,
-            "Change one of them.",
-        )
+        check_objective(self.objective, self.tasks, search, judge, engine)
         return self
 
     @model_validator(mode="after")
