@@ -46,7 +46,7 @@ def judged_search(
         return prompter.prepare([task.input])[0].settings.max_new_tokens
 
     likelihood = None
-    if study.objective.likelihood:
+    if study.objective.needs_likelihood:
         assert engine.likelihood is not None  # the study file was checked for it
         likelihood = LikelihoodPart(engine, engine.likelihood, prompter, cache)
     one_pass = OnePass(problem, engine, cache, ledger)

@@ -3,19 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from evomerge.answering.cache import MERGED
 from evomerge.console import Console
 from evomerge.errors import StudyFileError
-from evomerge.searching.choosing import choose_winner, compared_with, finalists, unbeaten_name
+from evomerge.searching.choosing import (
+    choose_winner,
+    compared_with,
+    finalists,
+    reference_names,
+    unbeaten_name,
+)
 from evomerge.searching.evaluate import Evaluation, Evaluator
+from evomerge.searching.front.make_front import (
+    MOST,
+    as_front,
+    choose_front,
+    contenders,
+    held_out_point,
+)
+from evomerge.searching.front.objective_values import estimates, objective_baselines
 from evomerge.searching.history import History
 from evomerge.searching.ledger import Ledger
 from evomerge.searching.prepare import Problem
-from evomerge.searching.records.trial_record import TaskGrade, TrialRecord, metric_values
+from evomerge.searching.records.front_record import Front
+from evomerge.searching.records.trial_record import (
+    REFERENCES,
+    TaskGrade,
+    TrialRecord,
+    metric_values,
+)
 from evomerge.searching.records.verdict_record import (
     FOUND,
     LEAD,
@@ -37,6 +57,7 @@ from evomerge.searching.scoring import (
 from evomerge.tasks import Task
 
 SAMPLES = 12  # held-out tasks whose answers are stored for the report
+POINT = "point:"  # begins the names of the front's other points among those compared
 SAMPLE_CHARACTERS = 600  # characters of each text that is stored for the report
 
 
@@ -101,16 +122,23 @@ class FinalTest:
         tasks is counted: a winner that is chosen after one look is no longer chosen blindly.
         """
         history, facts = self.ledger.history(), self.ledger.facts
-        winner = self._choose(history)
+        points: list[TrialRecord] = []
+        if self.problem.study.objective.several:
+            points, winner = self._choose_front(history)
+        else:
+            winner = self._choose(history)
         uniform = self.problem.study.search.uniform
         unbeaten = unbeaten_name(winner, self.problem.genome, uniform)
         compared = {"winner": winner, **compared_with(history, self.problem.genome)}
         if unbeaten is not None:
             compared[FOUND] = history.mean or history.best_candidate()
         numbers = {name: trial.number for name, trial in compared.items()}
+        also = {str(t.number): t for t in points if t.number not in numbers.values()}
+        numbers |= {f"{POINT}{number}": int(number) for number in also}
         if facts.verdict is not None and facts.compared == numbers:
             return facts.verdict
         evaluations = self._evaluate(compared, self.problem.split.held_out, "verdict: {name}")
+        others = self._evaluate(also, self.problem.split.held_out, "verdict: trial {name}")
         grades = {}
         for name, evaluation in evaluations.items():
             grades[name] = self.scorer.by_task(evaluation)
@@ -122,8 +150,10 @@ class FinalTest:
                 found=metric,
                 remedy="Use grade.",
             )
-        same = [name for name, number in numbers.items() if number == winner.number]
+        same = [name for name, trial in compared.items() if trial.number == winner.number]
         verdict = make_verdict(grades, metric, seed, self.scorer.sources, unbeaten, same)
+        if points:
+            verdict = replace(verdict, front=self._front(points, compared, grades, others))
         self._remember_answers(evaluations)
         look = 1 if facts.verdict is None else facts.look + 1
         self.ledger.remember("verdict", Decision(verdict, numbers, look))
@@ -153,6 +183,52 @@ class FinalTest:
         n = len(next(iter(grades.values())))
         self.ledger.remember("validation", ValidationChoice(n, means, winner.number))
         return winner
+
+    def _choose_front(self, history: History) -> tuple[list[TrialRecord], TrialRecord]:
+        """The trials on the front, by the search tasks and the validation tasks, and the winner."""
+        objectives = self.problem.objectives
+        trials, more = contenders(history, several=True), self.problem.split.validation
+        fresh: dict[str, dict[str, TaskGrade]] = {}
+        if more and history.means:  # else the trials have seen different tasks
+            compared = {str(trial.number): trial for trial in trials}
+            for name, evaluation in self._evaluate(compared, more, "validation: {name}").items():
+                fresh[name] = self.scorer.by_task(evaluation)
+        baselines, known = objective_baselines(history.references, objectives), {}
+        for t in trials:
+            grades = {**t.grades, **fresh.get(str(t.number), {})}
+            known[t.number] = estimates(grades, baselines, objectives)
+        found = choose_front(known, trials, objectives, MOST)
+        assert found is not None  # the references have every objective
+        return found
+
+    def _front(
+        self,
+        points: Sequence[TrialRecord],
+        compared: Mapping[str, TrialRecord],
+        grades: Mapping[str, Mapping[str, TaskGrade]],
+        others: Mapping[str, Evaluation],
+    ) -> Front:
+        """The front on the held-out tasks, with the parents and the best uniform weight."""
+        objectives, study = self.problem.objectives, self.problem.study
+        by_number = {compared[name].number: grades[name] for name in compared}
+        for name, evaluation in others.items():
+            by_number[int(name)] = self.scorer.by_task(evaluation)
+        names = reference_names(self.problem.genome, study.search.uniform)
+        made = {}
+        for trial in (*points, *compared.values()):
+            label = trial.role
+            if label in REFERENCES:
+                label = names.get(trial.weights, label)
+            own = by_number[trial.number]
+            made[trial.number] = held_out_point(trial, label, own, objectives, study.search.seed)
+        shown = compared_with(self.ledger.history(), self.problem.genome).values()
+        return as_front(
+            objectives,
+            [made[trial.number] for trial in points],
+            [made[trial.number] for trial in shown],
+            compared["winner"].number,
+            held_out=True,
+        )
 
     def _evaluate(
         self, compared: Mapping[str, TrialRecord], tasks: Sequence[Task], label: str

@@ -112,8 +112,13 @@ class History:
     @cached_property
     def mean(self) -> TrialRecord | None:
         """The latest complete trial of the distribution's mean."""
+        return self.means[-1] if self.means else None
+
+    @cached_property
+    def means(self) -> tuple[TrialRecord, ...]:
+        """The complete trials of means after the same generation, the latest one."""
         means = self._complete("mean")
-        return means[-1] if means else None
+        return tuple(t for t in means if t.generation == means[-1].generation)
 
     def has(self, role: str, weights: Sequence[float]) -> bool:
         """Whether a complete trial has this role and these weights."""

@@ -16,6 +16,7 @@ from evomerge.errors import EngineError
 from evomerge.recipe import Recipe
 from evomerge.searching.evaluate import Evaluation, Evaluator
 from evomerge.searching.final_test import FinalTest
+from evomerge.searching.front.objective_values import with_objectives
 from evomerge.searching.generation import stopping
 from evomerge.searching.generation.generation_plan import AllTasksPlan, GenerationPlan
 from evomerge.searching.generation.learning import LearningWarnings
@@ -67,7 +68,7 @@ class Search:
         reason = self._run_generations()
         self.console.say(f"the search ends: {reason}")
         self.ledger.remember("stopped", reason)
-        self._evaluate_mean()
+        self._evaluate_means()
         return self.final_test.run()
 
     def _evaluate_references(self) -> None:
@@ -115,15 +116,20 @@ class Search:
             drawn = self.ledger.history().generation(slot.generation)
             self.warnings.about(drawn, f"the candidates of generation {slot.generation + 1}")
 
-    def _evaluate_mean(self) -> None:
-        """Evaluate the mean of the distribution that the search arrived at."""
-        history = self.ledger.history()
-        generation, mean = self.sampler.mean(history)
+    def _evaluate_means(self) -> None:
+        """Evaluate the mean of each distribution that the search arrived at."""
+        generation, means = self.sampler.means(self.ledger.history())
         if not generation:
             self.console.say(LUCK.format(self.sampler.population))
-        elif not history.has("mean", mean.tolist()):
+            return
+        for number, mean in enumerate(means, start=1):
+            if self.ledger.history().has("mean", mean.tolist()):
+                continue
+            label = "the distribution's mean"
+            if len(means) > 1:
+                label = f"mean {number}/{len(means)}"
             trial = self.ledger.start("mean", mean.tolist(), generation)
-            self._evaluate_whole(trial, "the distribution's mean", self.upcoming.after_mean())
+            self._evaluate_whole(trial, label, self.upcoming.after_mean())
 
     def _evaluate_whole(self, trial: TrialRecord, label: str, ahead: Iterable[Item]) -> None:
         """Run a trial that answers every search task."""
@@ -143,8 +149,11 @@ class Search:
             self.failures[trial.slot] += 1
             self.console.say(f"{label}: failed: {error}")
             return
-        baselines = self.ledger.history().task_baselines(self.study.metric)
+        history = self.ledger.history()
+        baselines = history.task_baselines(self.study.metric)
         result = self.scorer.result(evaluation, baselines if trial.role == "candidate" else {})
+        if self.study.objective.several:
+            result = with_objectives(result, history.references, self.problem.objectives)
         self.ledger.finish(trial, result)
         self.clock.remember()
         self.console.status(stopping.progress_line(self.study, self.ledger.history(), label))

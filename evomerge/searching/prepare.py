@@ -18,6 +18,7 @@ from evomerge.merging.checkpoints.compatibility import check_fit
 from evomerge.merging.checkpoints.model_folder import ModelFolder, num_layers
 from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.searching.answer_room import with_room_for_prompts
+from evomerge.searching.front.objective_values import FrontObjective, study_objectives, task_groups
 from evomerge.searching.samplers.cma import CmaSampler
 from evomerge.searching.samplers.make_sampler import make_sampler
 from evomerge.study import Study
@@ -32,6 +33,11 @@ class Problem:
     genome: Genome
     split: Split
     sampler: CmaSampler
+
+    @property
+    def objectives(self) -> tuple[FrontObjective, ...]:
+        """The study's objectives, as of `study_objectives`."""
+        return study_objectives(self.study, task_groups(self.study, self.split))
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ def prepare(study: Study, say: Callable[[str], None]) -> Prepared:
     lm_eval = LmEvalTasks(study) if study.lm_eval else None
     tasks = study_tasks(study) if lm_eval is None else lm_eval.tasks
     split = split_tasks(tasks, study.split.held_out, study.split.seed, study.split.validation)
+    task_groups(study, split)  # an empty one is refused here
     if lm_eval is not None:
         lm_eval.check_split(split)
     base, siblings = open_models(study)

@@ -117,14 +117,20 @@ class Scorer:
 
     def by_task(self, evaluation: Evaluation) -> dict[str, TaskGrade]:
         """Task key -> its grade, with the objective's parts where the study has an objective."""
-        by_task = {}
+        by_task, objective = {}, self.study.metric == "objective"
         for i, task in enumerate(evaluation.tasks):
             answer, grade = evaluation.answers[i], evaluation.grades[i]
-            known = TaskGrade(grade.correct, answer.truncated, **{evaluation.figure: grade.value})
-            if self.study.metric == "objective":
+            known = TaskGrade(
+                grade.correct,
+                answer.truncated,
+                tokens=answer.tokens,
+                **{evaluation.figure: grade.value},
+            )
+            if objective or self.study.objective.several:
                 length = answer.tokens / self.longest(task)
                 likelihood = None if evaluation.likelihoods is None else evaluation.likelihoods[i]
                 known = replace(known, length=length, likelihood=likelihood)
+            if objective:
                 known = replace(known, objective=self._objective(task.key, known))
             by_task[task.key] = known
         return by_task

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from evomerge.errors import StudyError
 from evomerge.genome.weights import Genome, make_genome
 from evomerge.recipe import Recipe
-from evomerge.searching.choosing import choose_winner, finalists, unbeaten_name
+from evomerge.searching.choosing import (
+    choose_winner,
+    compared_with,
+    finalists,
+    reference_names,
+    unbeaten_name,
+)
+from evomerge.searching.front.make_front import recorded_front
+from evomerge.searching.front.objective_values import study_objectives
 from evomerge.searching.history import History
 from evomerge.searching.ledger import Ledger, open_ledger
+from evomerge.searching.records.front_record import Front
 from evomerge.searching.records.study_facts import StudyFacts
 from evomerge.searching.records.trial_record import TrialRecord
 from evomerge.searching.records.verdict_record import Verdict
@@ -62,6 +72,17 @@ class StudySnapshot:
             )
         return replace(self, picked=trial)
 
+    @cached_property
+    def front(self) -> Front | None:
+        """The verdict's front, or that of the trials so far.
+
+        None where they have recorded too little for one.
+        """
+        if self.verdict is not None and self.verdict.front is not None:
+            return self.verdict.front
+        history = self.ledger.history()
+        return front_so_far(self.ledger.facts, history, self.study, self.genome)
+
     @property
     def unbeaten(self) -> str | None:
         """The reference that wins because no merge was found that beats it; as in `Verdict`."""
@@ -81,16 +102,37 @@ def load_snapshot(url: str, name: str) -> StudySnapshot:
     assert facts.n_layers is not None
     study = facts.study
     genome = make_genome(study, facts.n_layers)
-    winner = winner_of(facts, history, study)
+    winner = winner_of(facts, history, study, genome)
     return StudySnapshot(ledger, study, genome, list(history.trials), winner, facts.verdict)
 
 
-def winner_of(facts: StudyFacts, history: History, study: Study) -> TrialRecord:
-    """The trial that the verdict names, or the choice by the trials so far."""
+def front_so_far(facts: StudyFacts, history: History, study: Study, genome: Genome) -> Front | None:
+    """The front that the trials have recorded; None of a study that recorded too little for one."""
+    names = reference_names(genome, study.search.uniform)
+    return recorded_front(
+        history,
+        study_objectives(study, facts.task_groups),
+        several=bool(study.objective.several),
+        labels={t.number: names.get(t.weights, t.role) for t in history.references},
+        compared=[t.number for t in compared_with(history, genome).values()],
+    )
+
+
+def winner_of(facts: StudyFacts, history: History, study: Study, genome: Genome) -> TrialRecord:
+    """The trial that the verdict names, or the choice by the trials so far.
+
+    With several objectives that is the compromise on the front.
+    """
     named = None
     if "winner" in facts.compared:
         named = history.trial(facts.compared["winner"])
     if named is not None:
         return named
+    if study.objective.several:
+        front = front_so_far(facts, history, study, genome)
+        assert front is not None  # the references have every objective
+        chosen = history.trial(front.points[front.knee].trial)
+        assert chosen is not None
+        return chosen
     found = finalists(history, study.search.finalists, facts.references_win)
     return choose_winner(found, study.metric)

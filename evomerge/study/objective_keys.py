@@ -54,6 +54,11 @@ class ObjectiveSection(Section):
         return (*self.maximize, *self.minimize)
 
     @property
+    def signs(self) -> dict[str, float]:
+        """Each of several objectives, and what makes more of it better: 1 or -1."""
+        return dict.fromkeys(self.maximize, 1.0) | dict.fromkeys(self.minimize, -1.0)
+
+    @property
     def needs_likelihood(self) -> bool:
         """Whether the references' likelihood is a part of it."""
         return bool(self.likelihood) or "likelihood" in self.several

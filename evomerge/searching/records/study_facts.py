@@ -101,6 +101,8 @@ class StudyFacts:
     # variable of the study file -> some digits of its value's hash
     environment: Mapping[str, str] = field(default_factory=dict)
     split: SplitKeys | None = None
+    # objective -> keys of its tasks, of each objective that is a group of tasks
+    task_groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     names: tuple[str, ...] = ()  # of the genome's numbers
     n_layers: int | None = None
     knowledge: str | None = None  # hash of the knowledge base

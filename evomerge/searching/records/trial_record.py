@@ -14,7 +14,7 @@ from typing import Any
 INTERRUPTED = "interrupted"  # the reason of a trial whose process ended before the trial did
 REFERENCES = ("parent", "uniform")  # the roles of what a search is compared with
 # fields of a TaskGrade that are stored only where they have a value
-OPTIONAL = ("length", "likelihood", "objective")
+OPTIONAL = ("length", "likelihood", "objective", "tokens")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class TaskGrade:
 
     `grade` is a judge's grade, `score` a document's share of lm-eval's score; `length` is the
     answer's share of its longest allowed length and `likelihood` the reference's log-likelihood in
-    nats per token. `objective` is the weighted sum of these parts.
+    nats per token. `objective` is the weighted sum of these parts. `tokens` are the answer's; older
+    studies do not know them.
     """
 
     correct: bool | None  # None for an open task
@@ -33,6 +34,7 @@ class TaskGrade:
     length: float | None = None
     likelihood: float | None = None
     objective: float | None = None
+    tokens: int | None = None
 
     def value(self, metric: str) -> float | None:
         """The metric's value: grade, correct (1.0 or 0.0), score or objective."""
@@ -77,7 +79,7 @@ class Result:
     grades: Mapping[str, TaskGrade]  # by the tasks' keys
     tokens: int = 0  # new tokens of all answers
     tokens_per_second: float | None = None  # of the answers that were not in the cache
-    parts: Mapping[str, float] = field(default_factory=dict)  # means of the objective's parts
+    parts: Mapping[str, float] = field(default_factory=dict)  # of the objective, or each objective
 
     def to_dict(self) -> dict[str, Any]:
         """The stored form."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from evomerge.searching.records.front_record import Front
 from evomerge.searching.records.trial_record import known_error
 
 LEAD = "winner-"  # begins the keys of `Verdict.paired`
@@ -40,7 +41,8 @@ class Verdict:
     `candidates` are by name, "winner" among them; `paired` by "winner-NAME". `n` counts the
     held-out tasks that have a value. `unbeaten` names the reference that won because no merge was
     found that beats it: base, instruct or uniform 0.5, for example; it has no difference from
-    itself, and "found" is then the merge that the search arrived at.
+    itself, and "found" is then the merge that the search arrived at. With several objectives the
+    winner is the compromise on the `front`, which is None with one.
     """
 
     metric: str
@@ -48,6 +50,7 @@ class Verdict:
     candidates: Mapping[str, HeldOutScore]
     paired: Mapping[str, PairedDifference]
     unbeaten: str | None = None
+    front: Front | None = None
 
     @property
     def leads(self) -> dict[str, PairedDifference]:
@@ -68,7 +71,15 @@ class Verdict:
         paired = {name: PairedDifference(**p) for name, p in data["paired"].items()}
         if data["n"] == 1:  # older studies stored one of no width
             paired = {name: PairedDifference(p.diff, None, None) for name, p in paired.items()}
-        return cls(data["metric"], data["n"], candidates, paired, data.get("unbeaten"))
+        front = data.get("front")
+        return cls(
+            metric=data["metric"],
+            n=data["n"],
+            candidates=candidates,
+            paired=paired,
+            unbeaten=data.get("unbeaten"),
+            front=None if front is None else Front.from_dict(front),
+        )
 
 
 @dataclass(frozen=True)

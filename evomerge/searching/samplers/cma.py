@@ -39,19 +39,26 @@ class Slot:
 
 @dataclass(frozen=True)
 class Replayed:
-    """An optimizer that was told these trials; `drawing` is its twin, which candidates come from.
+    """Optimizers that were told these trials; candidates come from `drawing`, their twins.
 
     Drawing rounds the covariance anew, so that what goes on being told must not draw.
     """
 
     start: Start | None
     told: tuple[TrialRecord, ...]
-    optimizer: CMA
-    drawing: CMA
+    optimizers: tuple[CMA, ...]
+    drawing: tuple[CMA, ...]
+
+    @property
+    def optimizer(self) -> CMA:
+        """The only one, or the first."""
+        return self.optimizers[0]
 
 
 class CmaSampler:
     """Draws one candidate at a time; `names[i]` is the parameter of dimension i."""
+
+    distributions = 1  # a subclass may have several, which take turns
 
     def __init__(
         self,
@@ -116,10 +123,15 @@ class CmaSampler:
         known = self.known(history)
         if position < len(known) and not slot.attempt:
             return known[position].copy()
-        drawing = self._after(history, slot.generation).drawing
+        turn = self.turn(slot.generation, slot.index)
+        drawing = self._after(history, slot.generation).drawing[turn]
         drawing.reseed_rng(_seed(self.seed, slot))
         asked: np.ndarray = drawing.ask()
         return asked
+
+    def turn(self, generation: int, index: int) -> int:
+        """Which distribution a slot is drawn from."""
+        return (generation + index) % self.distributions
 
     def vectors(
         self, history: History, generation: int, trials: int, first: int = 0, finished: bool = True
@@ -135,28 +147,39 @@ class CmaSampler:
             elif finished:
                 yield trial.weights
 
-    def mean(self, history: History) -> tuple[int, np.ndarray]:
-        """How many generations are complete, and the mean after them, (d,), within the bounds."""
+    def means(self, history: History) -> tuple[int, list[np.ndarray]]:
+        """How many generations are complete, and each mean after them, (d,), within the bounds."""
         complete = history.complete_generations(self.population)
-        return complete, np.clip(self._after(history, complete).optimizer.mean, *self.bounds.T)
+        found = self._after(history, complete).optimizers
+        return complete, [np.clip(optimizer.mean, *self.bounds.T) for optimizer in found]
+
+    def mean(self, history: History) -> tuple[int, np.ndarray]:
+        """The same of the only distribution, or the first."""
+        complete, means = self.means(history)
+        return complete, means[0]
 
     def sigma(self, history: History, generation: int) -> float:
-        """The step size that a generation is drawn with; those before it must be complete."""
-        return state(self._after(history, generation).optimizer).sigma
+        """The step size that a generation is drawn with; those before it must be complete.
+
+        Of several distributions, the largest.
+        """
+        found = self._after(history, generation).optimizers
+        return max(state(optimizer).sigma for optimizer in found)
 
     def distribution(self, history: History) -> Distribution:
-        """What the generation after all complete ones is drawn from: a start for another study."""
+        """What the generation after all complete ones is drawn from: a start for another study.
+
+        Of several distributions, the one in the middle.
+        """
         complete = history.complete_generations(self.population)
-        found = state(self._after(history, complete).optimizer)
+        optimizers = self._after(history, complete).optimizers
+        found = state(optimizers[len(optimizers) // 2])
         return Distribution(np.clip(found.mean, *self.bounds.T), found.sigma, found.cov)
 
     def replay(self, history: History, generations: int) -> CMA:
-        """The optimizer after being told the first `generations`, from the beginning."""
-        seed = _seed(self.seed, Slot(0, 0))
-        start = self.start(history)
-        optimizer = make_cma(start, self.bounds, self.population, seed, self.lr_adapt)
-        self._tell(optimizer, history, range(generations))
-        return optimizer
+        """The first optimizer after being told the first `generations`, from the beginning."""
+        told = history.index.in_order[: generations * self.population]
+        return self._replayed(history, told).optimizer
 
     def _after(self, history: History, generations: int) -> Replayed:
         """The same optimizer, going on from the one that is kept if it was told the same."""
@@ -169,29 +192,40 @@ class CmaSampler:
         if kept.told[:shared] != told[:shared]:
             kept = self._replayed(history, told)
         elif len(kept.told) < len(told):
-            optimizer = twin(kept.optimizer)
-            self._tell(optimizer, history, range(shared // self.population, generations))
-            kept = Replayed(history.start, told, optimizer, twin(optimizer))
+            optimizers = tuple(map(twin, kept.optimizers))
+            self._tell(optimizers, history, range(shared // self.population, generations))
+            kept = Replayed(history.start, told, optimizers, tuple(map(twin, optimizers)))
         self._kept = kept
         if len(kept.told) > len(told):  # an earlier generation does not replace a later one
             return self._replayed(history, told)
         return kept
 
     def _replayed(self, history: History, told: tuple[TrialRecord, ...]) -> Replayed:
-        optimizer = self.replay(history, len(told) // self.population)
-        return Replayed(history.start, told, optimizer, twin(optimizer))
+        seed, start, optimizers = _seed(self.seed, Slot(0, 0)), self.start(history), []
+        for _ in range(self.distributions):
+            made = make_cma(start, self.bounds, self.population, seed, self.lr_adapt)
+            optimizers.append(made)
+        self._tell(optimizers, history, range(len(told) // self.population))
+        return Replayed(history.start, told, tuple(optimizers), tuple(map(twin, optimizers)))
 
-    def _tell(self, optimizer: CMA, history: History, generations: Iterable[int]) -> None:
-        known = self.known(history)
+    def _tell(
+        self, optimizers: Sequence[CMA], history: History, generations: Iterable[int]
+    ) -> None:
+        """Tell each optimizer the generations, which are complete."""
+        known, optimizer = self.known(history), optimizers[0]
         for generation in generations:
-            trials = [history.finished[generation, index] for index in range(self.population)]
-            if history.credit_breaks_ties:  # an optimizer ranks equal scores as it is told them
-                trials.sort(key=lambda trial: -trial.credit)
             told = []
-            for trial in trials:
+            for trial in self.ranked(history, generation):
                 assert trial.score is not None
                 told.append((self._told(optimizer, known, trial), -trial.score))
             optimizer.tell(told)
+
+    def ranked(self, history: History, generation: int) -> list[TrialRecord]:
+        """A complete generation, in the order in which an optimizer ranks equal scores."""
+        trials = [history.finished[generation, index] for index in range(self.population)]
+        if history.credit_breaks_ties:
+            trials.sort(key=lambda trial: -trial.credit)
+        return trials
 
     def _told(self, optimizer: CMA, known: Sequence[np.ndarray], trial: TrialRecord) -> np.ndarray:
         """A trial's numbers as the optimizer is told them.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
 from evomerge.genome.weights import Genome
 from evomerge.searching.samplers.cma import CmaSampler
+from evomerge.searching.samplers.pareto import ParetoSampler
 from evomerge.searching.starting.known_candidates import first_vectors
 from evomerge.study import Study
 
@@ -32,7 +34,10 @@ def make_sampler(
     if study.random_init:
         rng = random.Random(f"start/{s.seed}")
         starts = [rng.uniform(low, high) for low, high in bounds]
-    return CmaSampler(
+    make: Callable[..., CmaSampler] = CmaSampler
+    if study.objective.several:
+        make = partial(ParetoSampler, study.objective.signs)
+    return make(
         names=genome.names,
         bounds=bounds,
         declared=declared,

@@ -8,6 +8,7 @@ from typing import Any
 from evomerge.merging.adapters.lora import AdaptedModel
 from evomerge.merging.checkpoints.fingerprint import combined, fingerprint
 from evomerge.merging.checkpoints.model_folder import ModelFolder
+from evomerge.searching.front.objective_values import task_groups
 from evomerge.searching.ledger import Ledger
 from evomerge.searching.prepare import Prepared
 from evomerge.searching.records.identity import changes, refused
@@ -22,6 +23,7 @@ BEGINNING = (
     "tasks",
     "task_prints",
     "split",
+    "task_groups",
     "names",
     "n_layers",
     "files",
@@ -53,6 +55,7 @@ def facts_of(prepared: Prepared, known: StudyFacts) -> StudyFacts:
         split=SplitKeys(
             stored_ids(split.search), stored_ids(split.validation), stored_ids(split.held_out)
         ),
+        task_groups=task_groups(study, split),
         names=tuple(prepared.genome.names),
         n_layers=prepared.genome.slices[-1][1],
         knowledge=None if chooser is None else chooser.knowledge.digest(),
