@@ -1,6 +1,8 @@
 """Several objectives: values, fronts, the sampler, and a search to its verdict."""
 
 import itertools
+import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,22 +10,30 @@ from optuna._hypervolume import compute_hypervolume
 from search_tools import Cut, Cutting, TaskEngine, make_search, make_study, trials
 
 from evomerge.answering.engine import Answer
-from evomerge.errors import StudyFileError
+from evomerge.cli.showing import print_front, value_cell
+from evomerge.errors import InputError, StudyFileError
+from evomerge.reporting.front_chart import front_charts
+from evomerge.reporting.report import write_report
 from evomerge.searching.front.objective_values import (
     FrontObjective,
     estimates,
     objective_baselines,
     study_objectives,
     task_groups,
+    trial_estimates,
 )
 from evomerge.searching.front.pareto_front import hypervolume, knee, non_dominated, thinned
+from evomerge.searching.front.picking import picked_point
 from evomerge.searching.history import History
+from evomerge.searching.records.front_record import Front, FrontPoint, FrontValue
 from evomerge.searching.records.trial_record import TaskGrade, TrialRecord
 from evomerge.searching.records.verdict_record import Verdict
 from evomerge.searching.samplers.pareto import ParetoSampler, simplex, standardized
+from evomerge.searching.snapshot import load_snapshot
 from evomerge.study import ObjectiveSection
 from evomerge.tasks import Split, Task
 
+EVIL = "<script>uniform"
 BOTH = ObjectiveSection(maximize=("grade",), minimize=("answer_tokens",))
 
 
@@ -155,7 +165,7 @@ def test_a_search_finds_a_front_and_answers_it_once(tmp_path):
         for value in point.values.values():
             assert value.low <= value.mean <= value.high
     assert [point.name for point in front.compared] == ["base", "sibling"]
-    middle = history.trial(front.points[front.knee].trial)
+    middle = history.trial(front.middle.trial)
     assert search.ledger.facts.compared["winner"] == middle.number
     assert len(history.means) == 5
     # the search covers more than its parents do
@@ -223,3 +233,147 @@ def test_a_replay_is_the_sampler_that_went_on(tmp_path):
     for t in history.candidates:
         slot = fresh.sampler.slot(history, *t.slot)
         assert tuple(fresh.sampler.draw(history, slot).tolist()) == t.weights
+
+
+def value(mean):
+    return FrontValue(mean, mean - 0.1, mean + 0.1)
+
+
+def front_of(*points):
+    made = []
+    for trial, (correct, tokens) in enumerate(points):
+        values = {"correct": value(correct), "answer_tokens": value(tokens)}
+        made.append(FrontPoint(10 + trial, "mean", values))
+    base = FrontPoint(0, EVIL, {"correct": value(0.2), "answer_tokens": value(50)})
+    return Front(("correct",), ("answer_tokens",), tuple(made), (base,), knee=2, held_out=True)
+
+
+FRONT = front_of((0.9, 400.0), (0.8, 250.0), (0.4, 120.0))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "trial"),
+    [
+        ("1", 10),
+        ("3", 12),
+        ("knee", 11),
+        ("answer_tokens<=300", 11),
+        ("answer_tokens <= 120", 12),
+        ("correct>=0.5", 11),
+        ("correct>=.85", 10),
+    ],
+)
+def test_a_point_is_picked_by_number_knee_or_constraint(wanted, trial):
+    assert picked_point(FRONT, wanted).trial == trial
+
+
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [
+        ("0", ["no such point", "1 to 3"]),
+        ("4", ["no such point", "'4'"]),
+        ("knees", ["neither", "'knees'", "answer_tokens<="]),
+        ("correct>=e", ["neither"]),
+        ("length<=3", ["no objective", "'length'", "correct or answer_tokens"]),
+        ("answer_tokens<=100", ["answer_tokens <= 100", "120", "point 3"]),
+        ("correct>=0.95", ["correct >= 0.95", "0.9,", "point 1"]),
+    ],
+)
+def test_an_impossible_point_is_one_line(wanted, words):
+    with pytest.raises(InputError) as caught:
+        picked_point(FRONT, wanted)
+    assert "\n" not in str(caught.value)
+    for word in ["--point", *words]:
+        assert word in str(caught.value)
+
+
+def test_a_front_is_shown_in_80_columns(capsys):
+    print_front(FRONT)
+    four = replace(FRONT, maximize=("correct", "tasks:" + "x" * 90), minimize=("a", "b"))
+    print_front(four)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    cells = ["0.800 [0.700, 0.900]", "250.0 [249.9, 250.1]"]
+    assert lines[3].split() == f"2 11 mean (knee) {' '.join(cells)}".split()
+        "2",
+        "11",
+        "mean",
+        "(knee)",
+        "0.800",
+        "[0.700,",
+        "0.900]",
+        "250.0",
+        "[249.9,",
+        "250.1]",
+    ]
+    assert value_cell(FrontValue(0.5, None, None)) == "0.500"
+    for number in (0.0, -99.9994, 999.99, 12345.6, -1e7):
+        assert len(value_cell(FrontValue(number, None, None))) <= 9
+
+
+def test_the_picture_holds_each_point_within_its_axes():
+    (chart,) = front_charts(FRONT)
+    area = chart.area
+    assert [mark.label for mark in chart.marks] == ["1", "2", "3", EVIL]
+    for mark in chart.marks:
+        assert area.left <= mark.left <= mark.x <= mark.right <= area.right
+        assert area.top <= mark.high <= mark.y <= mark.low <= area.bottom
+    by_tokens = sorted(chart.marks, key=lambda mark: mark.x)
+    assert [mark.label for mark in by_tokens] == [EVIL, "3", "2", "1"]
+    assert 3 <= len(chart.xticks) <= 8
+    assert not front_charts(front_of((0.9, 400.0)))
+    assert not front_charts(None)
+
+
+def test_the_page_has_the_picture_and_escapes_names(tmp_path):
+    page = write_report(
+        tmp_path / "r.html",
+        study="s",
+        metric="correct",
+        trials=[],
+        verdict=None,
+        best=None,
+        slices=[],
+        front=FRONT,
+    ).read_text(encoding="utf-8")
+    assert 'class="front"' in page
+    assert page.count("<circle") == 5
+    assert "answer_tokens" in page
+    assert "<script" not in page
+
+
+def test_a_front_is_stored_as_it_is():
+    verdict = Verdict("correct", 3, {}, {}, front=FRONT)
+    assert Verdict.from_dict(json.loads(json.dumps(verdict.to_dict()))) == verdict
+
+
+def test_a_study_with_one_objective_has_a_front_from_what_it_recorded(tmp_path):
+    search, _, _ = make_search(tmp_path, make_study(trials=16), Talkative(noise=0.0))
+    search.run()
+    found = load_snapshot(f"sqlite:///{tmp_path}/fake.db", "fake")
+    front = found.front
+    assert (front.maximize, front.minimize, front.held_out) == (
+        ("grade",),
+        ("answer_tokens",),
+        False,
+    )
+    rows = {}
+    for t in search.ledger.history().complete:
+        tokens = np.mean([grade.tokens for grade in t.grades.values()])
+        rows[t.number] = (t.score, -tokens)
+    for point in front.points:
+        grade, tokens = rows[point.trial]
+        assert point.values["grade"].mean == pytest.approx(grade)
+        assert point.values["answer_tokens"].mean == pytest.approx(-tokens)
+    wanted = non_dominated(np.array(list(rows.values())))
+    assert sorted(point.trial for point in front.points) == sorted([*rows][i] for i in wanted)
+    assert found.with_point("1").picked.number == front.points[0].trial
+
+
+def test_trials_without_tokens_by_task_have_those_of_all_their_answers(tmp_path):
+    known = [record(i, {"0": TaskGrade(True, False, 3.0)}, tokens=7) for i in range(2)]
+    objectives = study_objectives(make_study(), {})
+    baselines = objective_baselines(known, objectives)
+    assert trial_estimates(known[0], baselines, objectives)["answer_tokens"].mean == 7
+    without = record(0, {"0": TaskGrade(True, False, 3.0)})
+    assert "answer_tokens" not in trial_estimates(without, baselines, objectives)

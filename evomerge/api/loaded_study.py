@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from evomerge.console import Console
     from evomerge.recipe import Recipe
+    from evomerge.searching.records.front_record import Front
     from evomerge.searching.records.trial_record import TrialRecord
     from evomerge.searching.records.verdict_record import Verdict
     from evomerge.searching.snapshot import StudySnapshot
@@ -122,9 +123,26 @@ class LoadedStudy:
         """
         return replace(self, snapshot=self.snapshot.with_trial(number))
 
+    def with_point(self, wanted: str) -> LoadedStudy:
+        """The same with a point of the front: its number, "knee", or "answer_tokens<=300".
+
+        Of the points that meet a constraint it is the best in the other objective. Raises
+        InputError for one that there is not, StudyError for a study that has no front.
+        """
+        return replace(self, snapshot=self.snapshot.with_point(wanted))
+
+    @property
+    def front(self) -> Front:
+        """The merges that no other beats in every objective, or in score and tokens of an answer.
+
+        On the held-out tasks where a search of several objectives has ended, else on the search
+        tasks. Raises StudyError for a study of an older version that did not record them.
+        """
+        return self.snapshot.known_front
+
     @property
     def recipe(self) -> Recipe:
-        """The winner's recipe, or that of `with_trial`."""
+        """The winner's recipe, or that of `with_trial` or `with_point`."""
         return self.snapshot.recipe
 
     @property
@@ -165,11 +183,11 @@ class LoadedStudy:
 
         return plot_parallel(self.snapshot)
 
-    def to_json(self) -> dict[str, Any]:
-        """The stable form that `evomerge show --json` prints."""
+    def to_json(self, pareto: bool = False) -> dict[str, Any]:
+        """The stable form that `evomerge show --json` prints, with --pareto the front too."""
         from evomerge.reporting.export import as_json
 
-        return as_json(self.snapshot)
+        return as_json(self.snapshot, pareto)
 
     def write_results(self, results: str | Path | None = None) -> list[Path]:
         """Write best.yaml, README.md, verdict.json, trials.csv and report.html to results/NAME/.

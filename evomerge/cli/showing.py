@@ -6,13 +6,18 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from evomerge.cli.explaining import fit
 from evomerge.console import plus_minus, put, size
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from evomerge.api import LoadedStudy
+    from evomerge.searching.records.front_record import Front, FrontPoint, FrontValue
     from evomerge.searching.records.trial_record import TrialRecord
 
 WIDTH = 100  # columns of a sentence
+NAME, CELL = 16, 23  # columns of the front's table, which has 80
 HEADINGS = "trial  gen  idx  role       state     score            n   cut"
 
 
@@ -68,6 +73,50 @@ def print_verdict(found: LoadedStudy) -> None:
     for sentence in found.notes:
         for line in textwrap.wrap(sentence, WIDTH):
             put(line)
+    if verdict.front is not None:
+        put()
+        print_front(verdict.front)
+
+
+def print_front(front: Front) -> None:
+    """The front as a table of 80 columns: two objectives to a line."""
+    tasks = "held-out tasks" if front.held_out else "search tasks"
+    put(f"front of {len(front.points)} on the {tasks}; value and 95 % interval")
+    titles = [f"max {name}" for name in front.maximize]
+    titles += [f"min {name}" for name in front.minimize]
+    _put_row(f"{'point':>5}  {'trial':>5}  {'':{NAME}}", titles)
+    for number, point in enumerate(front.points, start=1):
+        name = f"{point.name} (knee)" if number == front.knee else point.name
+        _put_point(front, str(number), name, point)
+    for point in front.compared:
+        _put_point(front, "-", point.name, point)
+
+
+def _put_point(front: Front, number: str, name: str, point: FrontPoint) -> None:
+    cells = [value_cell(point.values.get(objective)) for objective in front.objectives]
+    _put_row(f"{number:>5}  {point.trial:>5}  {fit(name, NAME)}", cells)
+
+
+def _put_row(first: str, cells: Sequence[str]) -> None:
+    for i in range(0, len(cells), 2):
+        row = "  ".join(fit(cell, CELL) for cell in cells[i : i + 2])
+        put(f"{first if i == 0 else '':{NAME + 14}}  {row}".rstrip())
+
+
+def value_cell(value: FrontValue | None) -> str:
+    """A value of an objective and its interval in at most 23 columns, or a dash."""
+    if value is None:
+        return "-"
+    text = _figure(value.mean)
+    if value.low is None or value.high is None:
+        return text
+    return f"{text} [{_figure(value.low)}, {_figure(value.high)}]"
+
+
+def _figure(value: float) -> str:
+    """Three decimals, fewer of larger numbers."""
+    digits = 3 - min(3, max(0, len(str(int(abs(value)))) - 1))
+    return f"{value:.{digits}f}"
 
 
 def cache_line(path: Path) -> str:

@@ -29,9 +29,15 @@ def study_commands(commands: Commands) -> None:
         "show",
         show,
         "print a study's trials, the best so far and the verdict",
-        "evomerge show demo\nevomerge show demo --json",
+        "evomerge show demo\nevomerge show demo --json\nevomerge show demo --pareto",
     )
     study_option(p)
+    p.add_argument(
+        "--pareto",
+        action="store_true",
+        help="the front: the merges that no other beats in every objective; of a study with one, "
+        "in score and tokens of an answer",
+    )
     p.add_argument("--json", action="store_true", help="print one JSON object")
     _export_command(commands)
     p = add_command(
@@ -110,6 +116,7 @@ def _export_command(commands: Commands) -> None:
         "portable runner",
         "evomerge export demo -o best.yaml\n"
         "evomerge export demo --model merged/\n"
+        "evomerge export demo --point 'answer_tokens<=300'\n"
         "evomerge export demo --runner runner/ --knowledge base.xlsx",
     )
     study_option(p)
@@ -123,6 +130,13 @@ def _export_command(commands: Commands) -> None:
         metavar="N",
         help="not the winner but trial N as `evomerge show` numbers them, from 0: parents and "
         "uniform weights first, then candidates, the mean last; failed trials have numbers too",
+    )
+    p.add_argument(
+        "--point",
+        metavar="POINT",
+        help="not the winner but a point of the front that `evomerge show --pareto` lists: its "
+        "number, knee (the compromise), or a constraint such as 'answer_tokens<=300', of whose "
+        "points the best in the other objective",
     )
     p.add_argument(
         "--runner",
@@ -179,11 +193,14 @@ def check(args: argparse.Namespace) -> int:
 def show(args: argparse.Namespace) -> None:
     """Print trials and verdict as a table, or as one JSON object."""
     import evomerge
-    from evomerge.cli.showing import cache_line, print_trials, print_verdict
+    from evomerge.cli.showing import cache_line, print_front, print_trials, print_verdict
 
     found = evomerge.load_study(args.study, storage=args.storage)
     if args.json:
-        put_json(found.to_json())
+        put_json(found.to_json(args.pareto))
+        return
+    if args.pareto:
+        print_front(found.front)
         return
     print_trials(found)
     put()
@@ -201,9 +218,16 @@ def export(args: argparse.Namespace) -> None:
         raise InputError(
             "goes into a runner", where="--knowledge", remedy="Add --runner DIR, or leave it out."
         )
+    if args.point is not None and args.trial is not None:
+        raise InputError(
+            "names a trial, and so does --trial", where="--point", remedy="Leave one of them out."
+        )
     found, console = evomerge.load_study(args.study, storage=args.storage), Console()
-    if args.trial is not None:
+    if args.point is not None:
+        found = found.with_point(args.point)
+    elif args.trial is not None:
         found = found.with_trial(args.trial)
+    if found.snapshot.picked is not None:
         console.say(picked_sentence(found.snapshot))
     elif found.unbeaten is not None:
         console.say(f"note: {unbeaten_sentence(found.unbeaten)}")

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ def write_page(snapshot: StudySnapshot, out: Path) -> Path:
         best=snapshot.winner.number,
         slices=slice_labels(snapshot),
         labels=reference_labels(snapshot),
+        front=snapshot.front,
         samples=facts.samples,
         notes=notes(facts),
         judge=facts.judge_report,
@@ -181,9 +183,10 @@ def reference_labels(snapshot: StudySnapshot) -> dict[int, str]:
     return labels
 
 
-def as_json(snapshot: StudySnapshot) -> dict[str, Any]:
-    """The stable form of `evomerge show --json`."""
-    return {
+def as_json(snapshot: StudySnapshot, pareto: bool = False) -> dict[str, Any]:
+    """The stable form of `evomerge show --json`; `pareto` adds the front."""
+    shown = {"pareto": asdict(snapshot.known_front)} if pareto else {}
+    return shown | {
         "study": snapshot.ledger.name,
         "winner": snapshot.winner.number,
         "best": snapshot.winner.number,  # its name in version 0.1

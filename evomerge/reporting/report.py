@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evomerge.reporting.charts import progress_chart, verdict_rows, weight_chart
+from evomerge.reporting.front_chart import front_charts
 from evomerge.reporting.judge_section import judge_section
 from evomerge.reporting.sentences import (
     METRICS,
@@ -28,6 +29,7 @@ from evomerge.reporting.trial_table import seconds_by_phase, truncation
 if TYPE_CHECKING:
     import jinja2
 
+    from evomerge.searching.records.front_record import Front
     from evomerge.searching.records.judge_report import JudgeReport
     from evomerge.searching.records.study_facts import CascadeSavings
     from evomerge.searching.records.trial_record import TrialRecord
@@ -49,13 +51,15 @@ def write_report(
     judge: JudgeReport | None = None,
     cascade: CascadeSavings | None = None,
     notes: Sequence[str] = (),
+    front: Front | None = None,
 ) -> Path:
     """Write the page of a study, finished or not, to `out`, and return `out`. Raises OSError.
 
     `best` is the winner's trial number. `slices` holds a label per weight, such as "0–2". `labels`
     names parents and uniform trials by their numbers: "base", "uniform 0.5". `samples` are held-out
     answers side by side. `judge` is what the study stores about its judge, `cascade` what a cascade
-    judge saved, `notes` the result of sentences.notes.
+    judge saved, `notes` the result of sentences.notes. `front`: that of several objectives, or of
+    score and tokens.
     """
     winner = next((t for t in trials if t.number == best), None)
     page = (
@@ -79,6 +83,8 @@ def write_report(
             samples=samples,
             study_file=study_file,
             judge=judge_section(judge, cascade),
+            front=front,
+            fronts=front_charts(front),
         )
     )
     out.write_text(page, encoding="utf-8")

@@ -10,13 +10,13 @@ from evomerge.genome.weights import Genome, make_genome
 from evomerge.recipe import Recipe
 from evomerge.searching.choosing import (
     choose_winner,
-    compared_with,
     finalists,
     reference_names,
     unbeaten_name,
 )
 from evomerge.searching.front.make_front import recorded_front
 from evomerge.searching.front.objective_values import study_objectives
+from evomerge.searching.front.picking import picked_point
 from evomerge.searching.history import History
 from evomerge.searching.ledger import Ledger, open_ledger
 from evomerge.searching.records.front_record import Front
@@ -72,6 +72,24 @@ class StudySnapshot:
             )
         return replace(self, picked=trial)
 
+    def with_point(self, wanted: str) -> StudySnapshot:
+        """The same study with a point of its front picked for export, as of `picked_point`.
+
+        Raises InputError, StudyError for a study that has no front.
+        """
+        return self.with_trial(picked_point(self.known_front, wanted).trial)
+
+    @property
+    def known_front(self) -> Front:
+        """The front. Raises StudyError for a study that has none."""
+        if self.front is None:
+            raise StudyError(
+                "the trials have not recorded the tokens of their answers, so there is no front",
+                where=self.ledger.name,
+                remedy="Search again with this version.",
+            )
+        return self.front
+
     @cached_property
     def front(self) -> Front | None:
         """The verdict's front, or that of the trials so far.
@@ -114,7 +132,6 @@ def front_so_far(facts: StudyFacts, history: History, study: Study, genome: Geno
         study_objectives(study, facts.task_groups),
         several=bool(study.objective.several),
         labels={t.number: names.get(t.weights, t.role) for t in history.references},
-        compared=[t.number for t in compared_with(history, genome).values()],
     )
 
 
@@ -131,7 +148,7 @@ def winner_of(facts: StudyFacts, history: History, study: Study, genome: Genome)
     if study.objective.several:
         front = front_so_far(facts, history, study, genome)
         assert front is not None  # the references have every objective
-        chosen = history.trial(front.points[front.knee].trial)
+        chosen = history.trial(front.middle.trial)
         assert chosen is not None
         return chosen
     found = finalists(history, study.search.finalists, facts.references_win)

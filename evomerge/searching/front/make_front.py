@@ -67,12 +67,10 @@ def recorded_front(
     *,
     several: bool,
     labels: Mapping[int, str],
-    compared: Sequence[int] = (),
 ) -> Front | None:
     """The front from what the trials have recorded on the search tasks; None if that is too little.
 
-    `labels` name parents and uniform weights by their trials' numbers, of which those in `compared`
-    are shown beside the front.
+    `labels` name parents and uniform weights, which are shown beside it, by their trials' numbers.
     """
     trials = contenders(history, several)
     baselines, known = objective_baselines(history.references, objectives), {}
@@ -89,7 +87,7 @@ def recorded_front(
     return as_front(
         objectives,
         [points[t.number] for t in chosen],
-        [points[number] for number in compared],
+        [points[t.number] for t in history.references],
         middle.number,
     )
 
@@ -114,7 +112,7 @@ def as_front(
         minimize=tuple(each.name for each in objectives if not each.maximized),
         points=tuple(ordered),
         compared=tuple({point.trial: point for point in compared}.values()),
-        knee=[point.trial for point in ordered].index(middle),
+        knee=[point.trial for point in ordered].index(middle) + 1,
         held_out=held_out,
     )
 

@@ -35,9 +35,10 @@ class FrontPoint:
 class Front:
     """The trials that no other beats in every objective, best in the first objective first.
 
-    `maximize` and `minimize` name the objectives. `knee` is the place of the compromise among the
-    points, from 0. `compared` are the parents and the best uniform weight, which may be a parent.
-    With `held_out` the values are those on the held-out tasks, else those on the search tasks.
+    `maximize` and `minimize` name the objectives. `knee` is the number of the compromise among
+    the points, from 1. `compared` are the parents and uniform weights, on held-out tasks only
+    the best of these. With `held_out` the values are those on the held-out tasks, else on the search
+    tasks.
     """
 
     maximize: tuple[str, ...]
@@ -51,6 +52,11 @@ class Front:
     def objectives(self) -> tuple[str, ...]:
         """The names of all objectives."""
         return (*self.maximize, *self.minimize)
+
+    @property
+    def middle(self) -> FrontPoint:
+        """The compromise."""
+        return self.points[self.knee - 1]
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Front:
