@@ -185,6 +185,12 @@ def test_a_finished_study_is_shown_as_it_was(place, run):
     wanted["trials"] = [from_one(t) for t in wanted["trials"]]
     assert part(json.loads(run("show", "finished", "--json")), wanted) == wanted
     assert run("export", "finished") == located(kept / "export.yaml", place)
+    front = json.loads(run("show", "finished", "--json", "--pareto"))["pareto"]
+    known = {trial["number"]: trial for trial in wanted["trials"]}
+    for point in front["points"]:
+        assert set(point["values"]) == {"grade", "answer_tokens"}
+        assert point["values"]["grade"]["mean"] == close(known[point["trial"]]["score"])
+    assert run("export", "finished", "--point", "knee")
     run("report", "finished")
     results = place / "results/finished"
     assert (results / "best.yaml").read_text(encoding="utf-8") == located(kept / "best.yaml", place)

@@ -30,7 +30,7 @@ from evomerge.searching.records.trial_record import TaskGrade, TrialRecord
 from evomerge.searching.records.verdict_record import Verdict
 from evomerge.searching.samplers.pareto import ParetoSampler, simplex, standardized
 from evomerge.searching.snapshot import load_snapshot
-from evomerge.study import ObjectiveSection
+from evomerge.study import ObjectiveSection, TaskSource
 from evomerge.tasks import Split, Task
 
 EVIL = "<script>uniform"
@@ -366,3 +366,20 @@ def test_trials_without_tokens_by_task_have_those_of_all_their_answers(tmp_path)
     assert trial_estimates(known[0], baselines, objectives)["answer_tokens"].mean == 7
     without = record(0, {"0": TaskGrade(True, False, 3.0)})
     assert "answer_tokens" not in trial_estimates(without, baselines, objectives)
+
+
+def test_three_objectives_and_groups_of_tasks(tmp_path):
+    sources = (TaskSource(file="a.jsonl"), TaskSource(file="b.jsonl"))
+    named = ObjectiveSection(maximize=("tasks:a", "tasks:b"), minimize=("answer_tokens",))
+    study = make_study(objective=named, sources=sources, trials=16, ranking="subset", subset=8)
+    search, _, _ = make_search(tmp_path, study, Talkative())
+    front = search.run().front
+    assert search.sampler.distributions == 6
+    # two that have ranked every generation alike have one mean
+    assert 3 <= len(search.ledger.history().means) <= 6
+    for t in search.ledger.history().references:
+        for number, name in enumerate(("tasks:a", "tasks:b")):
+            values = [g.grade for key, g in t.grades.items() if key.startswith(f"{number}-")]
+            assert t.parts[name] == pytest.approx(np.mean(values))
+    assert all(set(point.values) == set(named.several) for point in front.points)
+    assert len(front_charts(front)) == 2

@@ -37,7 +37,7 @@ class Front:
 
     `maximize` and `minimize` name the objectives. `knee` is the number of the compromise among
     the points, from 1. `compared` are the parents and uniform weights, on held-out tasks only
-    the best of these. With `held_out` the values are those on the held-out tasks, else on the search
+    the best of these. With `held_out` the values are of the held-out tasks, else of the search
     tasks.
     """
 
