@@ -78,24 +78,29 @@ def live_bytes(study: Study, config: Mapping[str, Any], parameters: int) -> floa
 
 def cost(study: Study, genome: Genome, split: Split | None) -> str:
     """How many candidates, answers and requests a search has."""
+    from evomerge.searching.front.make_front import MOST
     from evomerge.searching.samplers.cmaes_adapter import default_population
+    from evomerge.searching.samplers.pareto import simplex
 
-    s = study.search
+    s, several = study.search, len(study.objective.several)
     population = s.population or default_population(genome.dimensions)
     # without a complete generation there is no mean
     references = len(genome.references(s.uniform))
-    fixed = references + (s.trials >= population)
+    means = len(simplex(several)) if several else 1
+    fixed = references + means * (s.trials >= population)
     text = (
         f"{s.trials} candidates in generations of {population}, {s.trials + fixed} with parents, "
-        "uniform weights and the mean"
+        f"uniform weights and {f'{means} means' if several else 'the mean'}"
     )
     if split is None:
         return text + "; the number of tasks is not known"
     searched, kept, held_out = map(len, (split.search, split.validation, split.held_out))
     ranked = s.first_tasks(searched)
     answers = s.trials * ranked + fixed * searched
-    answers += (s.finalists + 1 + min(s.finalists, references)) * kept
-    answers += (2 + len(study.genome.all_models)) * held_out
+    finalists = fixed if several else s.finalists + 1 + min(s.finalists, references)
+    answers += finalists * kept
+    compared = (MOST if several else 1) + 1 + len(study.genome.all_models)
+    answers += compared * held_out
     if study.lm_eval:
         return f"{text}; {answers:,} answers to documents"
     least, more = "", ""
