@@ -27,14 +27,16 @@ _DURATION = re.compile(
 )
 UNITS = (86400, 3600, 60, 1, 1)
 LONGEST = 3650 * 86400.0
-# controls, line separators, marks that turn the direction of writing, halves of surrogate pairs
+# controls, line separators, marks that turn the direction of writing, halves of surrogate pairs,
+# and what has no width: a key with a byte-order mark looks like the key
 _UNSEEN = re.compile(
-    "[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+    "[\x00-\x08\x0a-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
+    "\ud800-\udfff]"
 )
 
 
 def shown(text: str) -> str:
-    """The text on one line, with each character that a terminal would obey as its escape."""
+    """The text on one line, with what a terminal would obey or hide as escapes."""
     return _UNSEEN.sub(lambda match: ascii(match[0])[1:-1], text)
 
 

@@ -14,7 +14,7 @@ from evomerge.console import Console, put, put_json, shown
 from evomerge.errors import InputError
 
 CODES = ["\x1b[2J", "\x1b]0;title\x07", "\r", "\n", "\x00", "\x08", "\x7f", "\x9b31m", "\u202e"]
-CODES += ["\u2028", "\u2066", "\x85"]
+CODES += ["\u2028", "\u2066", "\x85", "\u200b", "\ufeff", "\u2060", "\xad"]
 
 
 class Terminal(io.StringIO):
