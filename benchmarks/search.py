@@ -106,7 +106,7 @@ def start(who: str | Options, world: World, seed: int) -> Iterator[Step]:
 def measure(job: tuple[str | Options, str, int]) -> tuple[int, float]:
     """(answers to half of the gain, share of the gain at the budget)."""
     who, landscape, seed = job
-    world = make_world(landscape, seed)
+    world = with_idle_tasks(make_world(landscape, seed), seed)
     half, held, value = LIMIT, float("nan"), 0.0
     before: Array | None = None
     for spent, winner in start(who, world, seed):
