@@ -363,9 +363,9 @@ def test_trials_without_tokens_by_task_have_those_of_all_their_answers(tmp_path)
     known = [record(i, {"0": TaskGrade(True, False, 3.0)}, tokens=7) for i in range(2)]
     objectives = study_objectives(make_study(), {})
     baselines = objective_baselines(known, objectives)
-    assert trial_estimates(known[0], baselines, objectives)["answer_tokens"].mean == 7
+    assert trial_estimates(known[0], baselines, objectives, "grade")["answer_tokens"].mean == 7
     without = record(0, {"0": TaskGrade(True, False, 3.0)})
-    assert "answer_tokens" not in trial_estimates(without, baselines, objectives)
+    assert "answer_tokens" not in trial_estimates(without, baselines, objectives, "grade")
 
 
 def test_three_objectives_and_groups_of_tasks(tmp_path):

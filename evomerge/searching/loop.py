@@ -153,7 +153,9 @@ class Search:
         baselines = history.task_baselines(self.study.metric)
         result = self.scorer.result(evaluation, baselines if trial.role == "candidate" else {})
         if self.study.objective.several:
-            result = with_objectives(result, history.references, self.problem.objectives)
+            result = with_objectives(
+                result, history.references, self.problem.objectives, evaluation.chances
+            )
         self.ledger.finish(trial, result)
         self.clock.remember()
         self.console.status(stopping.progress_line(self.study, self.ledger.history(), label))

@@ -131,6 +131,7 @@ def front_so_far(facts: StudyFacts, history: History, study: Study, genome: Geno
         history,
         study_objectives(study, facts.task_groups),
         several=bool(study.objective.several),
+        metric=study.metric,
         labels={t.number: names.get(t.weights, t.role) for t in history.references},
     )
 

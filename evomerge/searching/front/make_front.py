@@ -66,16 +66,18 @@ def recorded_front(
     objectives: Sequence[FrontObjective],
     *,
     several: bool,
+    metric: str,
     labels: Mapping[int, str],
 ) -> Front | None:
     """The front from what the trials have recorded on the search tasks; None if that is too little.
 
-    `labels` name parents and uniform weights, which are shown beside it, by their trials' numbers.
+    `metric` is what the trials' scores are. `labels` name parents and uniform weights, which are
+    shown beside the front, by their trials' numbers.
     """
     trials = contenders(history, several)
     baselines, known = objective_baselines(history.references, objectives), {}
     for t in (*trials, *history.references):
-        known[t.number] = trial_estimates(t, baselines, objectives)
+        known[t.number] = trial_estimates(t, baselines, objectives, metric)
     found = choose_front(known, trials, objectives)
     if found is None:
         return None

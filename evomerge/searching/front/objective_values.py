@@ -10,7 +10,7 @@ import numpy as np
 
 from evomerge.errors import StudyFileError
 from evomerge.searching.records.trial_record import Result, TaskGrade, TrialRecord
-from evomerge.searching.scoring import mean_and_error, two_phase_mean
+from evomerge.searching.scoring import difference_estimate, mean_and_error, two_phase_mean
 from evomerge.study import GROUP, SOURCE, Study, source_names
 from evomerge.tasks import Split, Task
 
@@ -127,12 +127,15 @@ def objective_baselines(
 
 
 def estimates(
-    grades: Mapping[str, TaskGrade], baselines: Baselines, objectives: Sequence[FrontObjective]
+    grades: Mapping[str, TaskGrade],
+    baselines: Baselines,
+    objectives: Sequence[FrontObjective],
+    chances: Mapping[str, float] | None = None,
 ) -> dict[str, Estimate]:
     """A trial's value of each objective, corrected for the tasks that it has seen.
 
-    As `two_phase_mean` corrects a score, by the `objective_baselines`. An objective of which the
-    trial has seen no task is left out.
+    As `two_phase_mean` corrects a score, by the `objective_baselines`, or with the tasks' `chances`
+    as `difference_estimate` does. An objective of which the trial has seen no task is left out.
     """
     found = {}
     for objective in objectives:
@@ -140,17 +143,27 @@ def estimates(
         if not values:
             continue
         if len(values) < len(known) and values.keys() <= known.keys():
-            found[objective.name] = Estimate(*two_phase_mean(values, known))
+            if chances is None:
+                mean, error, _ = two_phase_mean(values, known)
+            else:
+                drawn = {task: chances[task] for task in chances if task in known}
+                mean, error, _ = difference_estimate(values, known, drawn)
+            found[objective.name] = Estimate(mean, error)
         else:
             found[objective.name] = Estimate(*mean_and_error(list(values.values())))
     return found
 
 
 def trial_estimates(
-    trial: TrialRecord, baselines: Baselines, objectives: Sequence[FrontObjective]
+    trial: TrialRecord, baselines: Baselines, objectives: Sequence[FrontObjective], metric: str
 ) -> dict[str, Estimate]:
-    """The same of a stored trial; one without tokens by task has those of all its answers."""
+    """The same of a stored trial; `metric` is what its score is.
+
+    A trial without tokens by task has those of all its answers.
+    """
     found = estimates(trial.grades, baselines, objectives)
+    if metric in found and trial.score is not None:
+        found[metric] = Estimate(trial.score, trial.stderr)
     for objective in objectives:
         missing = objective.figure == TOKENS and objective.name not in found
         if missing and trial.tokens is not None and trial.grades:
@@ -159,14 +172,17 @@ def trial_estimates(
 
 
 def with_objectives(
-    result: Result, references: Sequence[TrialRecord], objectives: Sequence[FrontObjective]
+    result: Result,
+    references: Sequence[TrialRecord],
+    objectives: Sequence[FrontObjective],
+    chances: Mapping[str, float] | None = None,
 ) -> Result:
     """The result with the value of each objective as its parts. Raises StudyFileError.
 
     A generation's candidates lack the same ones: those of which its tasks say nothing.
     """
     baselines = objective_baselines(references, objectives)
-    found = estimates(result.grades, baselines, objectives)
+    found = estimates(result.grades, baselines, objectives, chances)
     if not references and len(found) < len(objectives):  # the first one answers every task
         missing = next(each for each in objectives if each.name not in found)
         raise StudyFileError(

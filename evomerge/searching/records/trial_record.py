@@ -80,6 +80,8 @@ class Result:
     tokens: int = 0  # new tokens of all answers
     tokens_per_second: float | None = None  # of the answers that were not in the cache
     parts: Mapping[str, float] = field(default_factory=dict)  # of the objective, or each objective
+    # of the score, from drawing some of the search tasks; None: all were answered
+    draw_variance: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The stored form."""
@@ -108,6 +110,7 @@ class TrialRecord:
     tokens: int | None = None
     tokens_per_second: float | None = None
     parts: Mapping[str, float] = field(default_factory=dict)
+    draw_variance: float | None = None
 
     @property
     def credit(self) -> float:
@@ -161,6 +164,7 @@ def read_trial(
         tokens=data.get("tokens"),
         tokens_per_second=data.get("tokens_per_second"),
         parts=data.get("parts", {}),
+        draw_variance=data.get("draw_variance"),
     )
 
 
