@@ -23,7 +23,7 @@ from search_studies import mean, say, search_of, study_settings, unseen, values_
 
 from evomerge.searching.evaluate import JudgedEvaluator
 from evomerge.searching.loop import Search
-from evomerge.searching.scoring import bootstrap_interval
+from evomerge.searching.scoring import paired_interval
 from evomerge.searching.starting.lessons import Lessons
 from evomerge.searching.starting.warm_start import WarmStart, climb, warm_start
 from evomerge.tasks import Task
@@ -88,7 +88,7 @@ def main() -> None:
             for task, value in row["parents"].items():
                 gains.setdefault(task, []).append(value - row[other][task])
         each = [float(np.mean(values)) for values in gains.values()]
-        low, high = bootstrap_interval(each)
+        low, high = paired_interval(each)
         result[f"parents_over_{other}"] = [round(x, 4) for x in (float(np.mean(each)), low, high)]
     print(json.dumps(result))
 
