@@ -31,7 +31,6 @@ from scipy import stats
 from search import SHIPPED
 from search_landscapes import BOUNDS, LANDSCAPES, Array, World, make_world
 from search_simulator import ours
-from search_studies import say
 
 from evomerge.searching.final_test import make_verdict
 from evomerge.searching.records.trial_record import TaskGrade
@@ -154,8 +153,11 @@ def task_grades(world: World, values: Array) -> dict[str, TaskGrade]:
 
 def measure(
     studies: int, n: int, zero_one: bool, change: Callable[[World], World]
-) -> dict[str, list[float]]:
-    """The figures of every kind of interval on the same studies, a third on each landscape."""
+) -> tuple[dict[str, list[float]], int]:
+    """The figures of every kind of interval on the same studies, a third on each landscape.
+
+    Second, how many of the studies have no true gain.
+    """
     tallies = {name: Tally() for name in ("verdict", *OTHERS)}
     without_gain = 0
     for i in range(studies):
@@ -168,25 +170,29 @@ def measure(
             for name, method in OTHERS.items():
                 tallies[name].add(*method(differences), true, best)
         without_gain += not gained
-    say(f"{n}, right or wrong: {zero_one}: {without_gain} of {studies} studies without a true gain")
-    return {name: tally.figures(without_gain) for name, tally in tallies.items()}
+    return {name: tally.figures(without_gain) for name, tally in tallies.items()}, without_gain
 
 
 def main() -> None:
     studies = int(sys.argv[1]) if len(sys.argv) > 1 else STUDIES
     worlds = {"something to find": lambda world: world, "nothing to find": nothing}
     result: dict[str, Any] = {"studies": studies, "coverage": {}, "called_better": {}}
+    calls, chances = 0.0, 0
     print("| studies | interval | holds | above | width | better |\n|---|---|---|---|---|---|")
     for zero_one, kind in ((False, "1 to 5"), (True, "right or wrong")):
         for n in HELD_OUT:
             for what, change in worlds.items():
                 row = f"{n} tasks, {kind}, {what}"
-                found = measure(studies, n, zero_one, change)
+                found, without_gain = measure(studies, n, zero_one, change)
                 for name, figures in found.items():
                     cells = " | ".join(f"{x:.3f}" for x in figures)
                     print(f"| {row} | {name} | {cells} |", flush=True)
                 result["coverage"][row] = round(found["verdict"][0], 4)
                 result["called_better"][row] = round(found["verdict"][3], 4)
+                calls += found["verdict"][3] * without_gain
+                chances += without_gain
+    result["called_better_in_all"] = round(calls / chances, 4)
+    result["without_gain"] = chances
     print(json.dumps(result))
 
 
