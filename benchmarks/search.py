@@ -6,8 +6,10 @@
 
 The last line is one JSON object. answers_to_half_gain: graded answers until the true value of the
 chosen winner reaches half of the optimum's gain over the better parent; answers for the references,
-the mean and the choice are included, and a search that never gets there within 20,000 counts as
-20,000. true_gain_of_winner: the share of that gain at 5,000 answers, 100 candidates times 50 tasks.
+the mean and the choice are included, and a search that never gets there within 40,000 counts as
+40,000. true_gain_of_winner: the share of that gain at 5,000 answers. To the 50 tasks on which
+candidates differ come others on which they never do, --idle of all tasks.
+
 The peers continue past their own limits. Seeds 0 to 19 are reported; defaults were chosen on others
 (1000 and 2000 on).
 """
@@ -23,18 +25,19 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from search_landscapes import LANDSCAPES, Array, World, make_world
+from search_landscapes import IDLE, LANDSCAPES, Array, World, make_world, with_idle_tasks
 from search_simulator import Options, Step, mergekit_evolve, optuna_cmaes, ours
 
 from evomerge.searching.scoring import paired_interval
 
-LIMIT = 20_000
+LIMIT = 40_000
 BUDGET = 5_000
 SEEDS = range(20)
 FLIPS = 20_000
 SHIPPED = Options(
     ranking="subset",
     subset=16,
+    sampling="informative",
     sigma=0.3,
     lr_adapt=True,
     validation=0.2,
@@ -69,7 +72,10 @@ OPTIONS = {
         ranking="subset", lr_adapt=True, start="reference"
     ),
     "the shipped one, references cannot win": replace(SHIPPED, reference_lead=None),
+    "the shipped one, every task as likely": replace(SHIPPED, sampling="uniform"),
     "the shipped one, subset 8": replace(SHIPPED, subset=8),
+    "the shipped one, subset 12": replace(SHIPPED, subset=12),
+    "the shipped one, subset 24": replace(SHIPPED, subset=24),
     "the shipped one, start at the best uniform weight": replace(SHIPPED, start="reference"),
     "subset 16, lr_adapt, 3 finalists, best on validation": Options(
         "subset", lr_adapt=True, validation=0.2, finalists=3, lead=0
@@ -103,10 +109,10 @@ def start(who: str | Options, world: World, seed: int) -> Iterator[Step]:
     return PEERS[who](world, seed) if isinstance(who, str) else ours(world, seed, who)
 
 
-def measure(job: tuple[str | Options, str, int]) -> tuple[int, float]:
+def measure(job: tuple[str | Options, str, int, float]) -> tuple[int, float]:
     """(answers to half of the gain, share of the gain at the budget)."""
-    who, landscape, seed = job
-    world = make_world(landscape, seed)
+    who, landscape, seed, idle = job
+    world = with_idle_tasks(make_world(landscape, seed), seed, idle)
     half, held, value = LIMIT, float("nan"), 0.0
     before: Array | None = None
     for spent, winner in start(who, world, seed):
@@ -146,14 +152,13 @@ def small_row(name: str, found: Array) -> str:
     return f"| {name} | {cost:,.0f} | {held:.2f} | {value:.2f} |"
 
 
-def measure_all(pool: ProcessPoolExecutor, who: str | Options) -> dict[str, Array]:
+def measure_all(pool: ProcessPoolExecutor, who: str | Options, idle: float) -> dict[str, Array]:
     """landscape -> (seeds, 2) of `measure`."""
-    return {
-        landscape: np.array(
-            list(pool.map(measure, [(who, landscape, seed) for seed in SEEDS], chunksize=5))
-        )
-        for landscape in LANDSCAPES
-    }
+    found = {}
+    for landscape in LANDSCAPES:
+        jobs = [(who, landscape, seed, idle) for seed in SEEDS]
+        found[landscape] = np.array(list(pool.map(measure, jobs, chunksize=5)))
+    return found
 
 
 def row(name: str, found: dict[str, Array]) -> str:
@@ -224,6 +229,9 @@ def main() -> None:
         metavar=("PAIR", "DEMO", "KEPT"),
         help="on real models: benchmarks/search_real.py",
     )
+    parser.add_argument(
+        "--idle", type=float, default=IDLE, help=f"share of idle tasks; default {IDLE}, or 0"
+    )
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
     if arguments.real:
@@ -252,10 +260,10 @@ def main() -> None:
         )
         found = {}
         for name, who in contenders.items():
-            found[name] = measure_all(pool, who)
+            found[name] = measure_all(pool, who, arguments.idle)
             print(row(name, found[name]), flush=True)
         for name, options in OPTIONS.items() if arguments.table else ():
-            print(row(name, measure_all(pool, options)), flush=True)
+            print(row(name, measure_all(pool, options, arguments.idle)), flush=True)
         if arguments.table:
             head = (
                 f"{SMALL_CANDIDATES} candidates, 4 numbers | answers | gain | at "

@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,9 @@ GRADES = Path(__file__).resolve().parents[2] / "shared" / "elyza" / "grades.json
 NOISE = 0.9  # of an answer, on the scale of grades
 GAIN = 0.4  # of the optimum over the better parent, in grade points
 SHARE = 0.12  # the same for tasks that are right or wrong
+# of the 100 tasks, those on which all judges give two models of one family the same grade: .22 to
+# .68 in seven families of `../shared/elyza/grades.jsonl`
+IDLE = 0.37
 BOUNDS = (0.0, 2.0)
 UNIFORM = (0.25, 0.5, 0.75, 1.25)
 # The result of fit_difficulties(GRADES), for when the grades are not available.
@@ -90,7 +93,7 @@ def difficulties() -> tuple[float, ...]:
 @dataclass(frozen=True)
 class World:
     """One landscape with its tasks. `search` are the tasks that a search may ask, as rows of the
-    population.
+    population; -1 is an idle task, whose grade (`constant`, by place) no weights change.
     """
 
     shape: Callable[[Array], Array]  # (m, d) -> (m,)
@@ -102,6 +105,7 @@ class World:
     parent: float  # true value of the better parent
     gain: float  # true value of the optimum above it
     siblings: int = 1  # a vector holds their weights, slice by slice
+    constant: Array | None = None
 
     def level(self, w: Array, tasks: Array) -> Array:
         """(m, tasks) latent levels."""
@@ -117,7 +121,10 @@ class World:
         answered = self.level(np.abs(w), self.search[tasks]) + NOISE * rng.standard_normal(
             (len(w), len(tasks))
         )
-        return (answered > 0).astype(float) if self.zero_one else np.clip(np.rint(answered), 1, 5)
+        found = (answered > 0).astype(float) if self.zero_one else np.clip(np.rint(answered), 1, 5)
+        if self.constant is not None:
+            found = np.where(self.search[tasks] < 0, self.constant[tasks], found)
+        return found
 
     def references(self) -> Array:
         """The base, each sibling and the uniform weights, as a study has them."""
@@ -174,6 +181,19 @@ def make_world(
     rng = np.random.default_rng([seed, sorted(LANDSCAPES).index(landscape), dimensions])
     best = np.clip(0.85 + 0.35 * rng.standard_normal(dimensions), 0.1, 1.9)
     return _scaled(landscape, best, rng, tasks, zero_one)
+
+
+def with_idle_tasks(world: World, seed: int, share: float = IDLE) -> World:
+    """The same world with idle tasks among the others: so many that they are `share` of all."""
+    rng = np.random.default_rng([seed, 11])
+    live = len(world.search)
+    more = round(live * share / (1 - share))
+    order = rng.permutation(live + more)
+    levels = world.levels[rng.integers(0, len(world.levels), more)]
+    fixed = (levels > 0).astype(float) if world.zero_one else np.clip(np.rint(levels), 1, 5)
+    search = np.concatenate([world.search, np.full(more, -1)])[order]
+    constant = np.concatenate([np.zeros(live), fixed])[order]
+    return replace(world, search=search, constant=constant)
 
 
 def make_sibling_world(landscape: str, seed: int, siblings: int, share: float) -> World:

@@ -16,7 +16,18 @@ import optuna
 from search_landscapes import BOUNDS, Array, World
 
 from evomerge.searching.choosing import MEAN, choose, incumbent
-from evomerge.searching.generation.racing import blocks, hopeless, subset_size, task_order
+from evomerge.searching.generation.informative import (
+    inclusion_chances,
+    pooled_spread,
+    systematic_sample,
+)
+from evomerge.searching.generation.racing import (
+    blocks,
+    draw_offset,
+    hopeless,
+    subset_size,
+    task_order,
+)
 from evomerge.searching.samplers.cmaes_adapter import (
     Distribution,
     default_population,
@@ -49,6 +60,7 @@ class Options:
     # 1 over the number of siblings; or "one", or the best "reference", or the best "sibling" alone
     start: str = "share"
     race_error: float = 0.05
+    sampling: str = "uniform"
 
 
 def ours(world: World, seed: int, o: Options) -> Iterator[Step]:
@@ -60,11 +72,14 @@ def ours(world: World, seed: int, o: Options) -> Iterator[Step]:
     spent, levels, start = 0, np.zeros(len(search)), np.ones(d)
     if o.start == "share":
         start = start / world.siblings
+    squares, freedom = np.zeros(len(search)), np.zeros(len(search))
     aside = np.random.default_rng([seed, 7])  # of answers that no search without them would get
     if o.references:
         references = world.references()
         graded = world.grades(references, search, rng)
         spent, levels = graded.size, graded.mean(axis=0)
+        squares = np.square(graded - levels).sum(axis=0)
+        freedom += len(graded) - 1
         if o.start in ("reference", "sibling"):
             few = slice(1, 1 + world.siblings) if o.start == "sibling" else slice(None)
             start = references[few][int(graded[few].mean(axis=1).argmax())]
@@ -86,13 +101,21 @@ def ours(world: World, seed: int, o: Options) -> Iterator[Step]:
         size = len(search)
         if o.ranking != "all":
             size = subset_size(size, o.subset, (state(optimizer).sigma / o.sigma) ** (o.growth / 2))
-        chosen = search[np.array(task_order(seed, generation, len(search))[:size])]
+        order = task_order(seed, generation, len(search))
+        chances, places = np.full(len(search), size / len(search)), order[:size]
+        if o.sampling == "informative" and size < len(search):
+            chances = inclusion_chances(pooled_spread(squares, freedom), size)
+            places = systematic_sample(chances, order, draw_offset(seed, generation))
+        chosen = search[places]
         drawn = np.array([optimizer.ask() for _ in range(optimizer.population_size)])
         grades = world.grades(drawn, chosen, rng)
+        squares[places] += np.square(grades - grades.mean(axis=0)).sum(axis=0)
+        freedom[places] += len(grades) - 1
         if o.ranking == "race":
             _race(grades, o.race_error)
         spent += int((~np.isnan(grades)).sum())
-        scores = np.nanmean(grades - levels[chosen - kept], axis=1)
+        above = (grades - levels[places]) / chances[places] * size / len(search)
+        scores = np.nanmean(above, axis=1)
         optimizer.tell([(x, -float(score)) for x, score in zip(drawn, scores, strict=True)])
         generation += 1
         means.append(optimizer.mean.copy())

@@ -9,6 +9,7 @@ import json
 import re
 import sys
 import time
+import unicodedata
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TextIO
@@ -27,15 +28,22 @@ _DURATION = re.compile(
 )
 UNITS = (86400, 3600, 60, 1, 1)
 LONGEST = 3650 * 86400.0
-# controls, line separators, marks that turn the direction of writing, halves of surrogate pairs
-_UNSEEN = re.compile(
-    "[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
-)
+# what has no glyph but belongs to ordinary text: tabs, and what joins letters and emoji or does not
+_JOINERS = "\t\u200c\u200d"
+
+
+def is_seen(character: str) -> bool:
+    """Whether a terminal shows it: spaces do, controls and characters without width do not."""
+    if character.isprintable() or character in _JOINERS:
+        return True
+    return unicodedata.category(character) == "Zs"
 
 
 def shown(text: str) -> str:
-    """The text on one line, with each character that a terminal would obey as its escape."""
-    return _UNSEEN.sub(lambda match: ascii(match[0])[1:-1], text)
+    """The text on one line, with what a terminal would obey or hide as escapes."""
+    if text.isprintable():
+        return text
+    return "".join(c if is_seen(c) else ascii(c)[1:-1] for c in text)
 
 
 def put(text: str = "") -> None:
@@ -47,7 +55,9 @@ def put_json(value: Any) -> None:
     """Print one JSON value on stdout, as ASCII where the terminal knows nothing else."""
     plain = not (sys.stdout.encoding or "").lower().startswith("utf")
     text = json.dumps(value, ensure_ascii=plain)
-    print(_UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
+    if not text.isprintable():
+        text = "".join(c if is_seen(c) else json.dumps(c)[1:-1] for c in text)
+    print(text)
 
 
 class Console:

@@ -41,7 +41,8 @@ def candidates(search):
 
 @pytest.mark.parametrize("ranking", ["subset", "race"])
 def test_a_generation_is_ranked_on_tasks_of_its_own(tmp_path, ranking):
-    search, _, _ = make_search(tmp_path, make_study(ranking=ranking, subset=16))
+    study = make_study(ranking=ranking, subset=16, sampling="uniform")
+    search, _, _ = make_search(tmp_path, study)
     search.run()
     references = [r for r in search.ledger.records() if r.role in ("parent", "uniform")]
     levels = {

@@ -14,7 +14,7 @@ from evomerge.console import Console, put, put_json, shown
 from evomerge.errors import InputError
 
 CODES = ["\x1b[2J", "\x1b]0;title\x07", "\r", "\n", "\x00", "\x08", "\x7f", "\x9b31m", "\u202e"]
-CODES += ["\u2028", "\u2066", "\x85"]
+CODES += ["\u2028", "\u2066", "\x85", "\u200b", "\ufeff", "\u2060", "\xad", "\ud7fc", "\ue000"]
 
 
 class Terminal(io.StringIO):
@@ -44,7 +44,7 @@ def test_control_characters_are_shown_escaped_once(code, capsys):
 
 
 def test_ordinary_text_is_shown_as_it_is():
-    text = "日本語 é 👩‍👧 a\tb \\n [1, 2]"
+    text = "日本語 é 👩‍👧 ❤️ می‌خواهم a\u3000b a\tb \\n [1, 2]"
     assert shown(text) == text
 
 

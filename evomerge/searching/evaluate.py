@@ -40,6 +40,8 @@ class Evaluation:
     figure: str = "grade"
     # if the objective needs them: nats per token, None for a task without a reference
     likelihoods: list[float | None] | None = None
+    # of the tasks to be drawn, by key; None: they were all as likely as each other
+    chances: Mapping[str, float] | None = None
 
 
 class Evaluator(Protocol):

@@ -112,6 +112,10 @@ class TaskPlan(Protocol):
     def compares_candidates_first(self) -> bool:
         """Whether a generation's candidates are compared before their trials begin."""
 
+    @property
+    def tasks_follow_grades(self) -> bool:
+        """Whether a generation's tasks depend on the grades before it."""
+
     def tasks(self, generation: int) -> Sequence[Task]:
         """The search tasks that a generation is ranked on."""
 
@@ -137,6 +141,7 @@ class Upcoming:
             yield genome.decode(weights), tasks, MERGED
         plan = self.generation_plan
         fixed = not self.warm_start and not plan.compares_candidates_first
+        fixed = fixed and not plan.tasks_follow_grades
         if fixed and plan.mode() == MERGED:
             yield from self._draws(0, 0)
 

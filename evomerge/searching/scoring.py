@@ -75,8 +75,8 @@ def _error_and_freedom(values: Sequence[float], groups: Sequence[int]) -> tuple[
 
 def two_phase_mean(
     grades: Mapping[str, float], task_baselines: Mapping[str, float]
-) -> tuple[float, float | None]:
-    """A candidate's score over all search tasks, and its standard error, from the tasks it saw.
+) -> tuple[float, float | None, float]:
+    """A candidate's score over all search tasks, its standard error, and `draw_variance`.
 
     `task_baselines` are the tasks' mean grades by the references, which answered all: easy tasks
     must not flatter a candidate that drew them. score = mean(grade - baseline over the n tasks
@@ -85,15 +85,13 @@ def two_phase_mean(
     of the grade (Cochran 1977, chapter 12). With every task seen this is s_g / √N, the error of a
     plain mean.
     """
-    values = np.array(list(grades.values()), dtype=float)
-    above = values - np.array([task_baselines[task] for task in grades], dtype=float)
-    known = list(task_baselines.values())
+    values, above, known = _beside_baselines(grades, task_baselines)
     total = len(known)
-    score = float(above.mean() + np.mean(known))
+    score, drawn = float(above.mean() + np.mean(known)), draw_variance(above, total)
     if len(values) > 1:
-        return score, math.sqrt(draw_variance(above, total) + values.var(ddof=1) / total)
+        return score, math.sqrt(drawn + values.var(ddof=1) / total), drawn
     # a single grade has no spread: that of the baselines is used instead
-    return score, float(np.std(known, ddof=1)) if total > 1 else None
+    return score, float(np.std(known, ddof=1)) if total > 1 else None, drawn
 
 
 def draw_variance(above: np.ndarray, total: int) -> float:
@@ -101,6 +99,45 @@ def draw_variance(above: np.ndarray, total: int) -> float:
     if len(above) < 2:
         return 0.0
     return float(above.var(ddof=1)) * (1 / len(above) - 1 / total)
+
+
+def difference_estimate(
+    grades: Mapping[str, float],
+    task_baselines: Mapping[str, float],
+    chances: Mapping[str, float],
+) -> tuple[float, float | None, float]:
+    """The same as `two_phase_mean` where each task had a chance of its own to be drawn.
+
+    `chances` are those of all tasks that were drawn; of these a candidate may have seen only a
+    random part, which divides them further.
+    score = sum over the tasks seen of (grade - baseline) / chance, over N, + mean(baseline over
+    all N): the difference estimator, whose expectation is the mean over all N (Särndal, Swensson
+    and Wretman 1992, 6.3). Its variance is Hájek's (1964) for fixed sizes: with
+    e = (grade - baseline) / chance and B the mean of e weighted by 1 - chance, n / (n - 1) times
+    the sum of (1 - chance) (e - B)², over N². s_g² weighs the grades by the inverse of their
+    chances.
+    """
+    values, above, known = _beside_baselines(grades, task_baselines)
+    n, total = len(values), len(known)
+    chance = np.array([chances[task] for task in grades]) * n / len(chances)
+    expanded, left = above / chance, 1 - chance
+    score = float(expanded.sum() / total + np.mean(known))
+    if n < 2:
+        return score, float(np.std(known, ddof=1)) if total > 1 else None, 0.0
+    center = left @ expanded / left.sum() if left.any() else 0.0
+    drawn = float(left @ np.square(expanded - center)) * n / (n - 1) / total**2
+    share = 1 / chance / (1 / chance).sum()
+    spread = float(share @ np.square(values - share @ values)) * n / (n - 1)
+    return score, math.sqrt(drawn + spread / total), drawn
+
+
+def _beside_baselines(
+    grades: Mapping[str, float], task_baselines: Mapping[str, float]
+) -> tuple[np.ndarray, np.ndarray, list[float]]:
+    """The grades, what they have more than their tasks' baselines, and all baselines."""
+    values = np.array(list(grades.values()), dtype=float)
+    above = values - np.array([task_baselines[task] for task in grades], dtype=float)
+    return values, above, list(task_baselines.values())
 
 
 @dataclass(frozen=True)
@@ -165,8 +202,13 @@ class Scorer:
                 found="correct",
                 remedy="Use grade.",
             )
+        drawn = None
         if len(values) < len(task_baselines) and values.keys() <= task_baselines.keys():
-            score, error = two_phase_mean(values, task_baselines)
+            if evaluation.chances is None:
+                score, error, drawn = two_phase_mean(values, task_baselines)
+            else:
+                chances = evaluation.chances
+                score, error, drawn = difference_estimate(values, task_baselines, chances)
         else:
             score, error = mean_and_error(list(values.values()))
             if self.sources:
@@ -181,6 +223,7 @@ class Scorer:
             tokens=sum(answer.tokens for answer in evaluation.answers),
             tokens_per_second=evaluation.tokens_per_second,
             parts=part_means(grades, self.study),
+            draw_variance=drawn,
         )
 
 

@@ -9,11 +9,12 @@ from evomerge.study.environment import value_prints
 from evomerge.study.files_read import files_read
 from evomerge.study.genome_keys import GenomeSection, mixes_models
 from evomerge.study.judge_keys import JUDGE_MODEL, JudgeSection
+from evomerge.study.older_defaults import BEFORE
 from evomerge.study.prompt_keys import GenerationSection, PromptSection, SplitSection, TaskSource
 from evomerge.study.reading import overridden, read_judge, read_setting, read_study
 from evomerge.study.schema import study_schema
 from evomerge.study.search_keys import SUBSET, ObjectiveSection, SearchSection
-from evomerge.study.study_file import BEFORE, Study
+from evomerge.study.study_file import Study
 
 __all__ = [
     "BEFORE",

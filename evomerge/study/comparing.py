@@ -8,6 +8,7 @@ from typing import Any
 
 from evomerge.errors import StudyFileError
 from evomerge.study.environment import VARIABLE, dotted, texts_with_variables
+from evomerge.study.older_defaults import FORMER
 from evomerge.study.section import join
 from evomerge.study.study_file import Study
 
@@ -36,9 +37,6 @@ STOPPING_KEYS = (
     "judge.input_price",
     "judge.output_price",
 )
-
-# Defaults that have changed. Older studies have stored the one that they began with.
-FORMER: dict[str, dict[str, Any]] = {"search": {"start": 1.0, "warm_start": None}}
 
 # Paths, whose contents are compared instead: those of `search.recipes` are known candidates.
 CONTENT_KEYS = (

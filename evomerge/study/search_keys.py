@@ -54,6 +54,11 @@ class SearchSection(Section):
         description="Number of tasks of the first generation, more as the step size shrinks; null: "
         "16.",
     )
+    sampling: Literal["informative", "uniform"] = Field(
+        default="informative",
+        description="How subset and race draw a generation's tasks. informative: those on which "
+        "models differ more often, each counted by the inverse of its chance; uniform: all alike.",
+    )
     race_error: float = Field(
         default=0.05,
         ge=1e-6,

@@ -14,15 +14,10 @@ from evomerge.study.environment import expanded
 from evomerge.study.genome_keys import GenomeSection
 from evomerge.study.judge_keys import JudgeSection
 from evomerge.study.messages import validated
+from evomerge.study.older_defaults import BEFORE
 from evomerge.study.prompt_keys import GenerationSection, PromptSection, SplitSection, TaskSource
 from evomerge.study.search_keys import ObjectiveSection, SearchSection
 from evomerge.study.section import STORED, PathText, Remedy, StudyName, as_tuple, require
-
-# The behaviour of studies from before the key existed.
-BEFORE: dict[str, dict[str, Any]] = {
-    "split": {"validation": 0.0},
-    "search": {"ranking": "all", "lr_adapt": False, "start": 1.0, "warm_start": None},
-}
 
 
 def _named_tasks(tasks: object) -> object:

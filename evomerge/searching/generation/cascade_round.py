@@ -13,6 +13,7 @@ from evomerge.judging.grade import Grade
 from evomerge.recipe import Recipe
 from evomerge.searching.evaluate import Evaluation, JudgedEvaluator
 from evomerge.searching.generation.racing import BLOCK, blocks, task_order
+from evomerge.searching.generation.task_draw import DrawnTasks
 from evomerge.searching.records.study_facts import CascadeSavings
 from evomerge.searching.scoring import Scorer
 from evomerge.study import Study
@@ -49,13 +50,14 @@ class CascadeRound:
     scorer: Scorer
 
     def run(
-        self, recipes: Sequence[Recipe], tasks: Sequence[Task], keep: int, mode: str, label: str
+        self, recipes: Sequence[Recipe], drawn: DrawnTasks, keep: int, mode: str, label: str
     ) -> CascadeOutcome | None:
         """The outcome of a generation; None when no candidate could answer. Raises JudgeError.
 
         The tasks are graded in the same blocks for all candidates, because differences are paired.
         """
-        rows = self._answered(recipes, tuple(tasks), mode, label)
+        tasks, weights = drawn.tasks, drawn.weights()
+        rows = self._answered(recipes, tasks, mode, label)
         if not rows:
             return None
         order = task_order(self.study.search.seed, 0, len(tasks))
@@ -64,9 +66,10 @@ class CascadeRound:
             looks.append(order[block.start : block.stop])
 
         def ask(asked: list[int], chosen: list[int]) -> Floats:
-            return self._ask([rows[row] for row in asked], chosen)
+            values: Floats = self._ask([rows[row] for row in asked], chosen) * weights[chosen]
+            return values
 
-        settle(self._values(rows), ask, keep, self.judge.error, looks)
+        settle(self._values(rows) * weights, ask, keep, self.judge.error, looks)
         return self._outcome(rows)
 
     def _answered(

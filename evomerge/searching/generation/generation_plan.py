@@ -8,7 +8,7 @@ generation therefore has the same result.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -21,14 +21,14 @@ from evomerge.recipe import Recipe
 from evomerge.searching.evaluate import Evaluation, Evaluator, JudgedEvaluator
 from evomerge.searching.generation.cascade_round import CascadeRound
 from evomerge.searching.generation.one_pass import OnePass
-from evomerge.searching.generation.racing import blocks, hopeless, subset_size, task_order
+from evomerge.searching.generation.racing import blocks, hopeless
+from evomerge.searching.generation.task_draw import TaskDraw
 from evomerge.searching.ledger import Ledger
 from evomerge.searching.prefetch import Item, PendingEvaluation
 from evomerge.searching.prepare import Problem
 from evomerge.searching.records.study_facts import CascadeSavings
 from evomerge.searching.samplers.cma import Slot
 from evomerge.searching.scoring import Scorer
-from evomerge.study import SUBSET
 from evomerge.tasks import Task
 
 
@@ -48,6 +48,7 @@ class AllTasksPlan:
     evaluator: Evaluator
     search_tasks: Sequence[Task]
     compares_candidates_first: bool = False
+    tasks_follow_grades: bool = False
 
     def tasks(self, generation: int) -> Sequence[Task]:
         """Every search task."""
@@ -77,12 +78,17 @@ class GenerationPlan:
         console: Console,
     ) -> None:
         self.study, self.genome, self.sampler = problem.study, problem.genome, problem.sampler
-        self.search_tasks, self.ledger = problem.split.search, ledger
+        self.ledger, self.task_draw = ledger, TaskDraw(problem, ledger)
         self.evaluator, self.scorer = evaluator, scorer
         self.one_pass, self.console = one_pass, console
         self.decisions: GenerationDecisions | None = None
         self.keep = max(1, self.sampler.population // 2)  # candidates of the better half
         self._mode: str | None = None
+
+    @property
+    def tasks_follow_grades(self) -> bool:
+        """Whether a generation's tasks depend on the grades before it."""
+        return self.task_draw.informative
 
     @property
     def compares_candidates_first(self) -> bool:
@@ -103,19 +109,7 @@ class GenerationPlan:
 
     def tasks(self, generation: int) -> tuple[Task, ...]:
         """The search tasks that a generation is ranked on."""
-        s = self.study.search
-        if s.ranking == "all":
-            return self.search_tasks
-        history = self.ledger.history()
-        baselines = history.task_baselines(self.study.metric)
-        # an open task, which is neither right nor wrong, has no baseline
-        eligible = [task for task in self.search_tasks if task.key in baselines]
-        if not eligible:
-            eligible = list(self.search_tasks)
-        n = len(eligible)
-        ratio = self.sampler.sigma(history, generation) / self.sampler.start(history).sigma
-        size = subset_size(n, min(n, s.subset or SUBSET), ratio)
-        return tuple(eligible[i] for i in task_order(s.seed, generation, n)[:size])
+        return self.task_draw.of(generation).tasks
 
     def blocks(self, generation: int) -> list[tuple[Task, ...]]:
         """The generation's tasks in the blocks of a race; without a race they are one block."""
@@ -136,8 +130,10 @@ class GenerationPlan:
         count = max(1, decisions.blocks.get(digest, len(every)))
         if digest in decisions.grades:
             grades = decisions.grades[digest]
-            return self.evaluator.evaluate_with_grades(recipe, every[:count], grades, label, mode)
-        return self.evaluator.evaluate(recipe, every[:count], label, mode, upcoming)
+            found = self.evaluator.evaluate_with_grades(recipe, every[:count], grades, label, mode)
+        else:
+            found = self.evaluator.evaluate(recipe, every[:count], label, mode, upcoming)
+        return replace(found, chances=self.task_draw.of(generation).chances)
 
     def _answer_in_one_pass(self, generation: int, named: str) -> None:
         prompter = self.evaluator.prompter
@@ -167,7 +163,8 @@ class GenerationPlan:
                 grades = self._cascade(self.evaluator.judge, generation, recipes, label)
                 self.decisions = GenerationDecisions(digests, grades=grades)
             else:
-                counts = self._race(recipes, self.blocks(generation), label)
+                weights = self.task_draw.of(generation).weights()
+                counts = self._race(recipes, self.blocks(generation), weights, label)
                 self.decisions = GenerationDecisions(digests, counts)
         return self.decisions
 
@@ -176,18 +173,24 @@ class GenerationPlan:
     ) -> Mapping[str, Mapping[str, Grade]]:
         """The grades by recipe digest and task key; {} when no candidate could answer."""
         cascade = CascadeRound(judge, self.study, self.evaluator, self.scorer)
-        outcome = cascade.run(recipes, self.tasks(generation), self.keep, self.mode(), label)
+        drawn = self.task_draw.of(generation)
+        outcome = cascade.run(recipes, drawn, self.keep, self.mode(), label)
         if outcome is None:
             return {}
         self._remember_savings(generation, outcome.savings)
         return outcome.grades
 
     def _race(
-        self, recipes: Sequence[Recipe], every: Sequence[Sequence[Task]], label: str
+        self,
+        recipes: Sequence[Recipe],
+        every: Sequence[Sequence[Task]],
+        weights: np.ndarray,
+        label: str,
     ) -> dict[str, int]:
         """How many blocks each recipe answers, by its digest.
 
-        Block by block; a candidate that can no longer enter the better half stops.
+        Block by block; a candidate that can no longer enter the better half stops. `weights` are
+        those of the tasks' values, in order.
         """
         counts: dict[str, int] = {}
         values = np.full((len(recipes), sum(map(len, every))), np.nan)
@@ -204,7 +207,7 @@ class GenerationPlan:
             start += len(block)
             if number < len(every):
                 looks, error = max(1, len(every) - 1), self.study.search.race_error
-                stopped = hopeless(values[racing], self.keep, error, looks)
+                stopped = hopeless(values[racing] * weights, self.keep, error, looks)
                 racing = [i for row, i in enumerate(racing) if row not in stopped]
         return counts
 

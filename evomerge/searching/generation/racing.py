@@ -26,6 +26,12 @@ def task_order(seed: int, generation: int, n: int) -> list[int]:
     return order
 
 
+def draw_offset(seed: int, generation: int) -> float:
+    """The generation's random number of systematic sampling, 0 to below 1."""
+    digest = hashlib.sha256(f"{seed}/{generation}/offset".encode()).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
+
+
 def subset_size(n_tasks: int, first: int, sigma_ratio: float) -> int:
     """How many of the n_tasks a generation answers: first / sigma_ratio², from `first` to n_tasks.
 

@@ -131,7 +131,10 @@ def _error(
     scatter = float(scores.var(ddof=1)) / len(scores) if len(scores) > 1 else 0.0
     drawn = []
     for r in generation:
-        values = metric_values(r.grades, metric)
+        if r.draw_variance is not None:
+            drawn.append(r.draw_variance)
+            continue
+        values = metric_values(r.grades, metric)  # of an older study, or of all search tasks
         above = np.array([values[t] - task_baselines[t] for t in values if t in task_baselines])
         drawn.append(draw_variance(above, len(task_baselines)))
     return float(np.sqrt(scatter + np.mean(drawn)))

@@ -78,6 +78,8 @@ class Result:
     tokens: int = 0  # new tokens of all answers
     tokens_per_second: float | None = None  # of the answers that were not in the cache
     parts: Mapping[str, float] = field(default_factory=dict)  # means of the objective's parts
+    # of the score, from drawing some of the search tasks; None: all were answered
+    draw_variance: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The stored form."""
@@ -106,6 +108,7 @@ class TrialRecord:
     tokens: int | None = None
     tokens_per_second: float | None = None
     parts: Mapping[str, float] = field(default_factory=dict)
+    draw_variance: float | None = None
 
     @property
     def credit(self) -> float:
@@ -159,6 +162,7 @@ def read_trial(
         tokens=data.get("tokens"),
         tokens_per_second=data.get("tokens_per_second"),
         parts=data.get("parts", {}),
+        draw_variance=data.get("draw_variance"),
     )
 
 
