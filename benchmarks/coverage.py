@@ -103,7 +103,10 @@ class Tally:
     def figures(self, without_gain: int) -> list[float]:
         """holds, above, width, better. `without_gain`: so many studies have no true gain."""
         counts = (self.held, self.above, self.width)
-        return [*(count / self.intervals for count in counts), self.wrongly_better / without_gain]
+        return [
+            *(count / self.intervals for count in counts),
+            self.wrongly_better / max(1, without_gain),
+        ]
 
 
 def nothing(world: World) -> World:

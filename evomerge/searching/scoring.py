@@ -46,7 +46,7 @@ def paired_interval(
 
     With `groups`, one for each difference, the error is that of `stratified_error`, with the
     degrees of freedom of Satterthwaite (1946). On 50 tasks the percentile bootstrap holds the true
-    difference in 93 % of right-or-wrong studies and this in 94 % (docs/SEARCH.md).
+    difference in 92 % of right-or-wrong studies and this in 94 % (docs/SEARCH.md).
     """
     error, freedom = _error_and_freedom(differences, groups or [0] * len(differences))
     mean, away = float(np.mean(differences)), t_quantile(0.025, freedom) * error
