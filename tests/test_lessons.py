@@ -29,7 +29,7 @@ from evomerge.merging.live import LiveModel
 from evomerge.searching.ledger import Ledger
 from evomerge.searching.records.trial_record import TaskGrade, read_trial
 from evomerge.searching.starting.lessons import better_parents
-from evomerge.searching.starting.warm_start import check_demanded_start
+from evomerge.searching.starting.warm_start import check_demanded_start, climbed_by_default
 from evomerge.study import EngineSection, GenerationSection
 from evomerge.study.reading import study_from_mapping
 from evomerge.tasks import Task
@@ -219,3 +219,11 @@ def test_where_there_can_be_no_steps_it_is_said_in_a_line(pair, changes, line):
     with pytest.raises(StudyFileError, match=f"search.warm_start: {line}") as caught:
         check_demanded_start(study_from_mapping(data, Path(".")), genome, [Task(0, "あ")])
     assert "\n" not in str(caught.value)
+
+
+def test_by_default_parents_teach_several_siblings_and_references_a_single_one(pair):
+    told = [Task(i, "あ", "い") for i in range(4)]
+    single, several = (make_genome(pair, names) for names in (("instruct",), ("instruct", "other")))
+    assert climbed_by_default(single, told) == "likelihood"
+    assert climbed_by_default(single, [*told[:1], *(Task(i, "あ") for i in range(3))]) == "parents"
+    assert climbed_by_default(several, told) == "parents"

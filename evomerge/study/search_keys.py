@@ -88,8 +88,8 @@ class SearchSection(Section):
         default="auto",
         description="Gradient steps give the first distribution. likelihood: on the references' "
         "likelihood; parents: towards the parent that answers a task better, without references; "
-        "auto: the first where the tasks have references, else the second, where the method and "
-        "the engine allow it; null: none.",
+        "auto: the first for a single sibling and tasks with references, else the second, where "
+        "the method and the engine allow it; null: none.",
     )
     warm_start_steps: int = Field(
         default=16, ge=1, le=10**5, description="Steps of the warm start."

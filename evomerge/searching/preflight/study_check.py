@@ -166,7 +166,7 @@ def _start_and_verdict(
         text = f"no gradient steps: {obstacle}"
         if obstacle is None:
             answers = search.warm_start_steps * min(BATCH, searched) * GRADIENT
-            kind = search.demanded_start or climbed_by_default(split.search)
+            kind = search.demanded_start or climbed_by_default(genome, split.search)
             text = f"{search.warm_start_steps} gradient steps on {CLIMBED[kind]}, about as long as "
             text += f"{answers:,} answers"
         findings.add("ok", "start", text)

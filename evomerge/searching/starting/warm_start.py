@@ -137,14 +137,21 @@ def find_warm_start(
     if kind is None:
         if obstacle is not None:
             return None
-        kind = climbed_by_default(split.search)
+        kind = climbed_by_default(problem.genome, split.search)
     return GradientStart(problem, engine, prompter, kind, answers)
 
 
-def climbed_by_default(tasks: Sequence[Task]) -> str:
-    """What `auto` climbs, a key of CLIMBED: the likelihood where enough of the tasks have one."""
+def climbed_by_default(genome: Genome, tasks: Sequence[Task]) -> str:
+    """What `auto` climbs, a key of CLIMBED.
+
+    The likelihood of a single sibling's merges where enough of the tasks have references; the
+    better parent teaches the merges of several siblings, which are good at different tasks
+    (docs/SEARCH.md has figures of both).
+    """
     with_reference = [task for task in tasks if task.output]
-    return "likelihood" if len(with_reference) >= MOSTLY * len(tasks) else "parents"
+    if len(genome.siblings) > 1 or len(with_reference) < MOSTLY * len(tasks):
+        return "parents"
+    return "likelihood"
 
 
 def warm_start_obstacle(
@@ -158,7 +165,7 @@ def warm_start_obstacle(
     if study.engine.kind != "transformers":
         return f"{study.engine.kind} has no gradient"
     try:
-        check_warm_start(genome, tasks, engine, climbed_by_default(tasks))
+        check_warm_start(genome, tasks, engine, climbed_by_default(genome, tasks))
     except StudyFileError as error:
         return error.what
     return None
