@@ -29,7 +29,7 @@ TESTS-embeddings = tests/test_retrieval.py
 TESTS-serve      = tests/test_transformers_serve.py tests/test_llm_judge_server.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo search resume test test-fuzz test-kills test-vllm $(EXTRAS:%=test-%) check docs export infer report bench real-pair two-siblings clean
+.PHONY: help setup demo search resume test test-fuzz test-kills test-vllm $(EXTRAS:%=test-%) check docs export infer report bench real-pair two-siblings japanese-pair clean
 
 help:
 	@sed -nE 's/^([a-zA-Z-]+):.*## (.*)/make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -51,6 +51,8 @@ real-pair: $(VENV)/.ready-real-pair ## build a real pair of 135 M parameters in 
 	@$(BIN)/python benchmarks/make_real_pair.py pairs/real
 two-siblings: $(VENV)/.ready-real-pair ## build a parent and two siblings of 135 M parameters in pairs/two/ (at most 15 minutes)
 	@$(BIN)/python benchmarks/make_two_siblings.py pairs/two
+japanese-pair: $(VENV)/.ready-real-pair ## build Gemma 3 270M and a Japanese sibling in pairs/japanese/ (about 40 minutes, resumable)
+	@$(BIN)/python benchmarks/make_japanese_pair.py pairs/japanese
 test: $(READY) ## run the tests, in parallel
 	@$(PYTEST) $(PARALLEL)
 test-EXTRA: ## tests that need an extra: test-mergekit, -lm-eval, -4bit, -bm25, -embeddings, -serve

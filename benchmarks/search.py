@@ -28,7 +28,7 @@ import numpy as np
 from search_landscapes import IDLE, LANDSCAPES, Array, World, make_world, with_idle_tasks
 from search_simulator import Options, Step, mergekit_evolve, optuna_cmaes, ours
 
-from evomerge.searching.scoring import bootstrap_interval
+from evomerge.searching.scoring import paired_interval
 
 LIMIT = 40_000
 BUDGET = 5_000
@@ -176,7 +176,7 @@ def compare(a: dict[str, Array], b: dict[str, Array]) -> dict[str, Any]:
     two-sided.
     """
     pairs = np.concatenate([a[landscape][:, 1] - b[landscape][:, 1] for landscape in a])
-    low, high = bootstrap_interval(pairs.tolist())
+    low, high = paired_interval(pairs.tolist())
     signs = np.random.default_rng(0).choice([-1.0, 1.0], (FLIPS, len(pairs)))
     p = (1 + int((np.abs((signs * pairs).mean(axis=1)) >= abs(pairs.mean()) - 1e-12).sum())) / (
         FLIPS + 1

@@ -40,7 +40,7 @@ from evomerge.searching.evaluate import JudgedEvaluator
 from evomerge.searching.loop import Search
 from evomerge.searching.records.study_facts import GradientStep
 from evomerge.searching.samplers.cmaes_adapter import Distribution, make_cma
-from evomerge.searching.scoring import bootstrap_interval
+from evomerge.searching.scoring import paired_interval
 from evomerge.searching.starting.warm_start import BATCH, GRADIENT, warm_start
 from evomerge.study import SUBSET
 from evomerge.study.search_keys import SearchSection
@@ -93,7 +93,7 @@ def gain(
         )
         for task in tasks
     ]
-    low, high = bootstrap_interval(each)
+    low, high = paired_interval(each)
     return {
         "warm_start_gain": round(statistics.mean(each), 4),
         "interval": [round(low, 4), round(high, 4)],

@@ -49,7 +49,7 @@ from evomerge.judging.rules.judge import RulesJudge
 from evomerge.judging.validation.families import is_tuning, wanted_models
 from evomerge.judging.validation.reference import answer_key, join_grades, pick, read_grades
 from evomerge.merging.checkpoints.open_model import open_model
-from evomerge.searching.scoring import bootstrap_interval
+from evomerge.searching.scoring import paired_interval
 from evomerge.study import EngineSection, GenerationSection, PromptSection
 from evomerge.tasks import Task, load_tasks
 
@@ -329,7 +329,7 @@ def _cells(folder: Path, wanted: Callable[[str], bool]) -> list[Cell]:
 
 def _told(name: str, gains: Sequence[float]) -> dict[str, Any]:
     """Print and return a mean with its interval."""
-    low, high = bootstrap_interval(gains)
+    low, high = paired_interval(gains)
     print(f"{name} {fmean(gains):+.3f} [{low:+.3f}, {high:+.3f}]", flush=True)
     return {"gain": round(fmean(gains), 4), "low": round(low, 4), "high": round(high, 4)}
 

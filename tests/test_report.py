@@ -332,7 +332,7 @@ def test_one_held_out_task_gives_no_interval(tmp_path: Path) -> None:
     grades = {}
     for name, grade in (("winner", 4.0), ("base", 3.0)):
         grades[name] = {"0": TaskGrade(None, False, grade)}
-    verdict = make_verdict(grades, "grade", 0)
+    verdict = make_verdict(grades, "grade")
     assert verdict.paired["winner-base"] == PairedDifference(1.0, None, None)
     # version 0.2.0 and before stored one of no width
     older = verdict.to_dict()

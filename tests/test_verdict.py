@@ -7,7 +7,7 @@ from evomerge.searching.final_test import make_verdict
 from evomerge.searching.history import History
 from evomerge.searching.records.trial_record import TaskGrade, TrialRecord
 from evomerge.searching.records.verdict_record import Verdict
-from evomerge.searching.scoring import bootstrap_interval, mean_and_error, stratified_error
+from evomerge.searching.scoring import mean_and_error, paired_interval, stratified_error
 
 
 def record(number, role, grades, weights=(1.0, 0.5)):
@@ -65,14 +65,24 @@ def test_the_error_of_groups_is_that_of_their_means():
     assert found == pytest.approx(np.sqrt(alone))
 
 
-def test_the_bootstrap_interval_is_scipys():
+def test_the_interval_is_scipys():
     differences = np.random.default_rng(0).normal(0.3, 1.0, 60)
-    low, high = bootstrap_interval(differences)
-    other = stats.bootstrap(
-        (differences,), np.mean, method="percentile", n_resamples=20_000, rng=1
-    ).confidence_interval
-    assert low == pytest.approx(other.low, abs=0.02)
-    assert high == pytest.approx(other.high, abs=0.02)
+    wanted = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
+    assert paired_interval(differences.tolist()) == pytest.approx((wanted.low, wanted.high))
+    assert paired_interval([0.5] * 7) == (0.5, 0.5)
+
+
+def test_the_interval_of_groups_is_welchs():
+    """Half the sum of two groups' means is half the difference of the one and minus the other."""
+    rng = np.random.default_rng(1)
+    one, two = rng.normal(0.3, 1.0, 9), rng.normal(-0.1, 3.0, 9)
+    wanted = stats.ttest_ind(one, -two, equal_var=False).confidence_interval(0.95)
+    found = paired_interval([*one, *two], [0] * 9 + [1] * 9)
+    assert found == pytest.approx((wanted.low / 2, wanted.high / 2))
+    low, high = paired_interval([*one, 0.4], [0] * 9 + [1])  # one alone has the spread of all
+    known = {str(i): x for i, x in enumerate([*one, 0.4])}
+    error = stratified_error(known, {task: int(task == "9") for task in known})
+    assert high - low > 2 * 1.96 * error
 
 
 def chosen(trials, references_win=False):
@@ -109,12 +119,11 @@ def test_the_verdict_pairs_by_task_and_leaves_open_tasks_out_of_correct():
     verdict = make_verdict(
         {"winner": grades(True, True, None, True), "base": grades(False, True, None, False)},
         "correct",
-        seed=0,
     )
     assert (verdict.metric, verdict.n) == ("correct", 3)
     assert verdict.candidates["winner"].mean == 1.0
     assert verdict.candidates["base"].truncated == 0.25
     assert verdict.paired["winner-base"].diff == pytest.approx(2 / 3)
-    assert (
-        0 <= verdict.paired["winner-base"].low <= 2 / 3 <= verdict.paired["winner-base"].high <= 1
-    )
+    wanted = stats.ttest_rel([1, 1, 1], [0, 1, 0]).confidence_interval(0.95)
+    assert verdict.paired["winner-base"].low == pytest.approx(wanted.low)
+    assert verdict.paired["winner-base"].high == pytest.approx(wanted.high)

@@ -10,7 +10,7 @@ import pytest
 from evomerge.searching.generation.learning import telling_tasks
 from evomerge.searching.preflight.verdict_power import advice, verdict_power
 from evomerge.searching.records.trial_record import TaskGrade
-from evomerge.searching.scoring import bootstrap_interval
+from evomerge.searching.scoring import paired_interval
 
 
 def graded(*rows):
@@ -45,9 +45,9 @@ def test_a_difference_of_the_smallest_size_is_shown_in_half_of_the_verdicts():
     level = rng.normal(3, 1, 80)
     found = verdict_power(50, "grade", graded(*(level + rng.normal(0, 0.9, (5, 80))).tolist()))
     shown = 0
-    for seed in range(400):
+    for _ in range(400):
         winner, parent = rng.normal(0, 0.9, (2, 50))
-        shown += bootstrap_interval((winner - parent + found.smallest).tolist(), seed)[0] > 0
+        shown += paired_interval((winner - parent + found.smallest).tolist())[0] > 0
     assert 0.4 < shown / 400 < 0.6
 
 

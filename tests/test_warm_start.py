@@ -32,15 +32,9 @@ from evomerge.genome.weights import Genome
 from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.live import LiveModel
 from evomerge.searching.records.study_facts import GradientStep
-from evomerge.searching.starting import warm_start as warm_start_module
-from evomerge.searching.starting.warm_start import (
-    adam_trajectory,
-    check_warm_start,
-    find_warm_start,
-    minibatch_indices,
-    step_scales,
-    warm_start,
-)
+from evomerge.searching.starting import walk
+from evomerge.searching.starting.walk import adam_trajectory, minibatch_indices, step_scales
+from evomerge.searching.starting.warm_start import check_warm_start, find_warm_start, warm_start
 from evomerge.study import EngineSection, GenerationSection, PromptSection
 from evomerge.study.reading import study_from_mapping
 from evomerge.tasks import Task
@@ -383,9 +377,7 @@ def test_adam_is_torchs(pair):
     genome = make_genome(pair, ("instruct",), weight_bounds=(-9.0, 9.0))
     gradients = np.random.default_rng(0).normal(size=(7, genome.dimensions))
     x = torch.tensor([gene.start for gene in genome.genes], dtype=torch.float64, requires_grad=True)
-    adam = torch.optim.Adam(
-        [x], lr=warm_start_module.RATE, betas=warm_start_module.BETAS, eps=1e-12
-    )
+    adam = torch.optim.Adam([x], lr=walk.RATE, betas=walk.BETAS, eps=1e-12)
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda t: 1 - t / 10)
     for gradient in gradients:
         x.grad = torch.tensor(gradient)
@@ -409,7 +401,7 @@ def test_every_task_comes_equally_often_and_a_step_is_its_numbers_alone():
 
 def test_scales_are_wide_where_the_likelihood_is_flat():
     rng = np.random.default_rng(0)
-    third = warm_start_module.NARROWED
+    third = walk.NARROWED
     found = step_scales((rng.normal(size=(800, 4)) * [1, 2, 4, 2]).tolist()) / third
     assert found == pytest.approx([2, 1, 0.5, 1], rel=0.15)
     assert np.prod(found) == pytest.approx(1)
@@ -425,7 +417,7 @@ def test_scales_are_wide_where_the_likelihood_is_flat():
 
 
 def wanted(pair, engine, /, tasks=TASKS, genome=None, **settings):
-    """Whether a study with these keys has a warm start; `genome` has changes."""
+    """What the gradient steps of a study with these keys climb; `genome` has changes."""
     data = {
         "genome": {"base_model": "base", "models": ["instruct"]},
         "tasks": [{"file": "tasks.jsonl"}],
@@ -433,14 +425,16 @@ def wanted(pair, engine, /, tasks=TASKS, genome=None, **settings):
     study = study_from_mapping(data | settings, Path("."))
     made = replace(make_genome(pair, ("instruct",)), **(genome or {}))
     problem = SimpleNamespace(study=study, genome=made, split=SimpleNamespace(search=tasks))
-    return find_warm_start(problem, engine, None) is not None
+    found = find_warm_start(problem, engine, None, None)
+    return None if found is None else found.kind
 
 
 def test_by_default_it_is_taken_where_it_can_be(engine, pair):
-    assert wanted(pair, engine)
+    assert wanted(pair, engine) == "likelihood"
     open_tasks = [Task(100 + i, "あ") for i in range(21)]
-    assert wanted(pair, engine, tasks=[*TASKS, *open_tasks])
-    assert not wanted(pair, engine, tasks=[*TASKS[:20], *open_tasks])
+    assert wanted(pair, engine, tasks=[*TASKS, *open_tasks]) == "likelihood"
+    assert wanted(pair, engine, tasks=[*TASKS[:20], *open_tasks]) == "parents"
+    assert wanted(pair, engine, search={"warm_start": "parents"}) == "parents"
     assert not wanted(pair, SimpleNamespace(gradient=None))
     assert not wanted(pair, engine, genome={"method": "slerp"})
     assert not wanted(pair, engine, genome={"normalize": True})
@@ -478,7 +472,9 @@ def test_check_says_what_a_study_that_has_begun_does(pair, tmp_path):
         return [finding.text for finding in found if finding.subject == "start"]
 
     searched(pair, tmp_path, None)
-    assert start_of() == ["16 gradient steps, about as long as 768 answers"]
+    assert start_of() == [
+        "16 gradient steps on the references' likelihood, about as long as 768 answers"
+    ]
     assert start_of(storage=tmp_path / "s.db") == [], "begun without, it goes on without"
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from evomerge.genome.weights import Genome
     from evomerge.merging.checkpoints.model_folder import ModelFolder
     from evomerge.recipe import Recipe
@@ -70,16 +72,30 @@ class EngineSpec:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class NextTokens:
+    """A model's distributions of each of a text's n tokens, cut to the k likeliest, on the CPU.
+
+    tokens, logprobs (n, k). The rest of a distribution counts as one more token.
+    """
+
+    tokens: Tensor
+    logprobs: Tensor
+
+
 @dataclass(frozen=True)
 class LikelihoodGradient:
-    """The log-likelihood of references at one vector, and its gradient."""
+    """The log-likelihood of references at one vector, and its gradient.
 
-    values: tuple[float, ...]  # each reference's mean per token, in nats
+    With teachers, minus the divergence from them in its place.
+    """
+
+    values: tuple[float, ...]  # each text's mean per token, in nats
     gradient: tuple[float, ...]  # (d,): the derivative of the mean of `values`
 
     @property
     def mean(self) -> float:
-        """The mean over references, in nats per token."""
+        """The mean over texts, in nats per token."""
         return sum(self.values) / len(self.values)
 
 
@@ -104,11 +120,25 @@ class BatchedCandidatesCapability(Protocol):
 class GradientCapability(Protocol):
     """The gradient of the references' log-likelihood with respect to a genome's vector."""
 
-    def __call__(self, genome: Genome, vector: Sequence[float], pairs: Pairs) -> LikelihoodGradient:
+    def __call__(
+        self,
+        genome: Genome,
+        vector: Sequence[float],
+        pairs: Pairs,
+        teachers: Sequence[NextTokens] | None = None,
+    ) -> LikelihoodGradient:
         """The value and gradient at `vector`, (d,), over (prompt, reference) pairs.
 
-        The live model has the vector's weights afterwards. Raises StudyFileError for a genome that
-        is not linear in its vector, EngineError when one pair does not fit into memory.
+        With `teachers`, one for each pair, the value is minus the divergence of the model's
+        distributions from the teacher's, KL(teacher || model), in place of the log-likelihood. The
+        live model has the vector's weights afterwards. Raises StudyFileError for a genome that is
+        not linear in its vector, EngineError when one pair does not fit into memory.
+        """
+
+    def teachers(self, recipe: Recipe, pairs: Pairs) -> list[NextTokens]:
+        """The recipe's distributions of the tokens that a gradient of these pairs looks at.
+
+        The live model has the recipe's weights afterwards. Raises EngineError.
         """
 
 

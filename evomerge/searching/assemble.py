@@ -20,7 +20,7 @@ from evomerge.searching.loop import Search
 from evomerge.searching.prefetch import Upcoming
 from evomerge.searching.prepare import Problem
 from evomerge.searching.scoring import Scorer, make_scorer
-from evomerge.searching.starting.warm_start import LikelihoodStart, find_warm_start
+from evomerge.searching.starting.warm_start import GradientStart, find_warm_start
 from evomerge.tasks import Task
 
 
@@ -62,7 +62,7 @@ def judged_search(
     )
     scorer = make_scorer(study, problem.split, longest)
     plan = GenerationPlan(problem, ledger, evaluator, scorer, one_pass, console)
-    start = find_warm_start(problem, engine, prompter)
+    start = find_warm_start(problem, engine, prompter, evaluator.answers)
     return _search(
         problem, ledger, console, evaluator=evaluator, plan=plan, scorer=scorer, warm_start=start
     )
@@ -94,7 +94,7 @@ def _search(
     evaluator: Evaluator,
     plan: GenerationPlan | AllTasksPlan,
     scorer: Scorer,
-    warm_start: LikelihoodStart | None = None,
+    warm_start: GradientStart | None = None,
 ) -> Search:
     def compared() -> list[tuple[float, ...]]:
         trials = compared_with(ledger.history(), problem.genome)

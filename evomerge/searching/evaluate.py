@@ -143,6 +143,10 @@ class JudgedEvaluator:
         """The references' likelihoods where the objective needs them. Raises EngineError."""
         return None if self.likelihood is None else self.likelihood.of(recipe, tasks)
 
+    def answers(self, recipe: Recipe, tasks: Sequence[Task]) -> list[Answer]:
+        """The answers alone, from the cache where these tasks were answered. Raises EngineError."""
+        return self.begin((recipe, tasks, MERGED), "answers", graded=False).answers
+
     def take_or_begin(self, item: Item, label: str, graded: bool = True) -> PendingEvaluation:
         """The evaluation that was started ahead, or starts now. Raises EngineError."""
         return self.prefetcher.take(item) or self.begin(item, label, graded)

@@ -50,8 +50,8 @@ from evomerge.searching.records.verdict_record import (
 from evomerge.searching.report_judge import cut, known_agreement, report_judge
 from evomerge.searching.scoring import (
     Scorer,
-    bootstrap_interval,
     mean_and_error,
+    paired_interval,
     stratified_error,
 )
 from evomerge.tasks import Task
@@ -64,7 +64,6 @@ SAMPLE_CHARACTERS = 600  # characters of each text that is stored for the report
 def make_verdict(
     held_out: Mapping[str, Mapping[str, TaskGrade]],
     metric: str,
-    seed: int,
     sources: Mapping[str, int] | None = None,
     unbeaten: str | None = None,
     same: Collection[str] = (),
@@ -84,14 +83,13 @@ def make_verdict(
         truncated = float(np.mean([grade.truncated for grade in grades.values()]))
         candidates[name] = HeldOutScore(mean, error, truncated)
         if name != "winner" and name not in same:
-            paired[f"{LEAD}{name}"] = _paired_difference(winner, values, seed, sources)
+            paired[f"{LEAD}{name}"] = _paired_difference(winner, values, sources)
     return Verdict(metric, len(winner), candidates, paired, unbeaten)
 
 
 def _paired_difference(
     winner: Mapping[str, float],
     other: Mapping[str, float],
-    seed: int,
     sources: Mapping[str, int] | None,
 ) -> PairedDifference:
     differences, groups = [], []
@@ -101,7 +99,7 @@ def _paired_difference(
             groups.append(sources[task] if sources else 0)
     if len(differences) == 1:
         return PairedDifference(differences[0], None, None)
-    low, high = bootstrap_interval(differences, seed, groups)
+    low, high = paired_interval(differences, groups)
     return PairedDifference(float(np.mean(differences)), low, high)
 
 
@@ -142,7 +140,7 @@ class FinalTest:
         grades = {}
         for name, evaluation in evaluations.items():
             grades[name] = self.scorer.by_task(evaluation)
-        metric, seed = self.problem.study.metric, self.problem.study.search.seed
+        metric = self.problem.study.metric
         if not metric_values(grades["winner"], metric):
             raise StudyFileError(
                 "no held-out task is closed",
@@ -151,7 +149,7 @@ class FinalTest:
                 remedy="Use grade.",
             )
         same = [name for name, trial in compared.items() if trial.number == winner.number]
-        verdict = make_verdict(grades, metric, seed, self.scorer.sources, unbeaten, same)
+        verdict = make_verdict(grades, metric, self.scorer.sources, unbeaten, same)
         if points:
             verdict = replace(verdict, front=self._front(points, compared, grades, others))
         self._remember_answers(evaluations)
@@ -220,7 +218,7 @@ class FinalTest:
             if label in REFERENCES:
                 label = names.get(trial.weights, label)
             own = by_number[trial.number]
-            made[trial.number] = held_out_point(trial, label, own, objectives, study.search.seed)
+            made[trial.number] = held_out_point(trial, label, own, objectives)
         shown = compared_with(self.ledger.history(), self.problem.genome).values()
         return as_front(
             objectives,

@@ -26,7 +26,7 @@ from evomerge.searching.prepare import Problem
 from evomerge.searching.records.trial_record import TrialRecord
 from evomerge.searching.records.verdict_record import Verdict
 from evomerge.searching.scoring import Scorer
-from evomerge.searching.starting.warm_start import LikelihoodStart
+from evomerge.searching.starting.warm_start import GradientStart
 
 LUCK = "no generation of {} is complete: the best trial wins, which is mostly luck"
 MAX_ATTEMPTS = 3  # failures in one slot of a generation before the run stops
@@ -44,7 +44,7 @@ class Search:
     upcoming: Upcoming
     final_test: FinalTest
     console: Console
-    warm_start: LikelihoodStart | None = None
+    warm_start: GradientStart | None = None
 
     def __post_init__(self) -> None:
         problem = self.problem

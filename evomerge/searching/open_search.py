@@ -32,7 +32,7 @@ from evomerge.searching.preflight.verdict_power import grade_scale, verdict_powe
 from evomerge.searching.prepare import Prepared, held_out_examples, prepare
 from evomerge.searching.starting.recognise import BEGINNING, CHANGING, compared, facts_of
 from evomerge.searching.starting.source_study import start_from_source
-from evomerge.searching.starting.warm_start import check_warm_start
+from evomerge.searching.starting.warm_start import check_demanded_start
 from evomerge.study import Study, as_begun
 
 
@@ -174,8 +174,7 @@ def settle_threads(study: Study, ledger: Ledger, engine: Engine, console: Consol
 def _prompter(prepared: Prepared, engine: Engine) -> Prompter:
     """The study's prompts. Raises InputError, StudyFileError where there can be no warm start."""
     study = prepared.study
-    if study.search.demanded_start is not None:
-        check_warm_start(prepared.genome, prepared.split.search, engine)
+    check_demanded_start(study, prepared.genome, prepared.split.search, engine)
     return make_prompter(
         engine.tokenizer, study.prompt, study.generation, prepared.chooser, engine.context
     )

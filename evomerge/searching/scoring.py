@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from evomerge.errors import StudyFileError
+from evomerge.searching.generation.racing import t_quantile
 from evomerge.searching.records.trial_record import Result, TaskGrade, metric_values
 from evomerge.study import Study
 from evomerge.tasks import Split, Task
 
 if TYPE_CHECKING:  # scores that are stored can be read without torch
     from evomerge.searching.evaluate import Evaluation
-
-RESAMPLES = 10_000
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
@@ -35,40 +34,43 @@ def stratified_error(values: Mapping[str, float], group: Mapping[str, int]) -> f
     √Σ (n_g/N)² s_g² / n_g (Cochran 1977, chapter 5). A single value in a group has no variance:
     that of all values is used instead.
     """
-    whole = list(values.values())
-    if len(whole) < 2:
+    if len(values) < 2:
         return None
-    groups: dict[int, list[float]] = {}
-    for task, value in values.items():
-        groups.setdefault(group[task], []).append(value)
-    total = 0.0
-    for part in groups.values():
-        error = mean_and_error(part)[1]
-        if error is None:
-            error = float(np.std(whole, ddof=1))
-        total += (len(part) / len(whole)) ** 2 * error**2
-    return float(np.sqrt(total))
+    return _error_and_freedom(list(values.values()), [group[task] for task in values])[0]
 
 
-def bootstrap_interval(
-    differences: Sequence[float], seed: int = 0, groups: Sequence[int] = ()
+def paired_interval(
+    differences: Sequence[float], groups: Sequence[int] = ()
 ) -> tuple[float, float]:
-    """95 % percentile interval of the mean of paired differences (Efron and Tibshirani 1993, 13.3).
+    """95 % interval of the mean of two or more paired differences, by Student's t (Student 1908).
 
-    With `groups`, one for each difference, every group is resampled on its own, because the groups'
-    sizes are fixed.
+    With `groups`, one for each difference, the error is that of `stratified_error`, with the
+    degrees of freedom of Satterthwaite (1946). On 50 tasks the percentile bootstrap holds the true
+    difference in 92 % of right-or-wrong studies and this in 94 % (docs/SEARCH.md).
     """
-    array = np.asarray(differences, dtype=float)
-    rng = np.random.default_rng(seed)
-    of = np.array(groups or [0] * len(array))
-    sums = []
-    for group in dict.fromkeys(of.tolist()):
-        part = array[of == group]
-        drawn = rng.integers(0, len(part), (RESAMPLES, len(part)))
-        sums.append(part[drawn].sum(axis=1))
-    means = np.sum(sums, axis=0) / len(array)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
+    error, freedom = _error_and_freedom(differences, groups or [0] * len(differences))
+    mean, away = float(np.mean(differences)), t_quantile(0.025, freedom) * error
+    return mean - away, mean + away
+
+
+def _error_and_freedom(values: Sequence[float], groups: Sequence[int]) -> tuple[float, float]:
+    """The stratified error of a mean, and its degrees of freedom: (Σ e_g²)² / Σ e_g⁴ / (n_g - 1).
+
+    `values` are two or more. One that is alone in its group has the variance of all.
+    """
+    parts: dict[int, list[float]] = {}
+    for value, group in zip(values, groups, strict=True):
+        parts.setdefault(group, []).append(value)
+    total, fourth = 0.0, 0.0
+    for part in parts.values():
+        error, known = mean_and_error(part)[1], len(part)
+        if error is None:
+            error, known = float(np.std(values, ddof=1)), len(values)
+        share = (len(part) / len(values)) ** 2 * error**2
+        total += share
+        fourth += share**2 / (known - 1)
+    freedom = total**2 / fourth if fourth else len(values) - 1
+    return float(np.sqrt(total)), freedom
 
 
 def two_phase_mean(

@@ -83,11 +83,12 @@ class SearchSection(Section):
         description="A finished study of the same genome and storage: its distribution is the "
         "first one.",
     )
-    warm_start: Literal["auto", "likelihood"] | None = Field(
+    warm_start: Literal["auto", "likelihood", "parents"] | None = Field(
         default="auto",
-        description="likelihood: gradient steps on the references' likelihood give the first "
-        "distribution; auto: that, where the tasks have references and the method and the engine "
-        "allow it; null: none.",
+        description="Gradient steps give the first distribution. likelihood: on the references' "
+        "likelihood; parents: towards the parent that answers a task better, without references; "
+        "auto: the first for a single sibling and tasks with references, else the second, where "
+        "the method and the engine allow it; null: none.",
     )
     warm_start_steps: int = Field(
         default=16, ge=1, le=10**5, description="Steps of the warm start."

@@ -1,7 +1,8 @@
 """The gradient of the references' log-likelihood with respect to a genome's vector.
 
-It costs one backward pass. Every merged tensor is W = B + sum_m w_m D_m, and every weight is linear
-in the vector, w_m = sum_j C_mj x_j. So
+With teachers, of minus the divergence from their distributions in its place. It costs one backward
+pass. Every merged tensor is W = B + sum_m w_m D_m, and every weight is linear in the vector,
+w_m = sum_j C_mj x_j. So
 
     d loss / d x_j = sum over tensors and siblings of C_mj <d loss / d W, D_m>
 
@@ -13,17 +14,18 @@ to bf16 gets the slope of the one that is not.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from evomerge.answering.engine import LikelihoodGradient, Pairs, items_at
+from evomerge.answering.engine import LikelihoodGradient, NextTokens, Pairs, items_at
 from evomerge.answering.hf.batching import BatchExecutor, shrink_to_fit
 from evomerge.answering.hf.references import TokenPair, batches, likelihoods, make_pair
+from evomerge.answering.hf.teaching import divergences, next_tokens
 from evomerge.errors import EngineError, StudyFileError
 from evomerge.genome.weights import Genome
 from evomerge.merging import quantized
@@ -31,7 +33,9 @@ from evomerge.merging.checkpoints.model_folder import VOCABULARY
 from evomerge.merging.live import LiveModel
 from evomerge.merging.stream import MergePlan
 from evomerge.merging.tensor_merge import load_finite
+from evomerge.recipe import Recipe
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 # tokens, with padding, of one forward and backward pass: what backward needs grows with them
 MICRO_TOKENS = 2048
@@ -59,21 +63,49 @@ class TransformersGradient:
         self.model, self.live, self.executor = model, live, executor
         self._known: GradientModel | None = None  # of the last genome
 
-    def __call__(self, genome: Genome, vector: Sequence[float], pairs: Pairs) -> LikelihoodGradient:
+    def __call__(
+        self,
+        genome: Genome,
+        vector: Sequence[float],
+        pairs: Pairs,
+        teachers: Sequence[NextTokens] | None = None,
+    ) -> LikelihoodGradient:
         """The value and gradient at `vector`, (d,), over (prompt, reference) pairs.
 
-        Out of memory, half of the tokens that failed become the limit `gradient_tokens`, and it is
-        computed again. Raises EngineError: out of memory with one pair; StudyFileError for a genome
-        that is not linear in its vector.
+        Raises EngineError: out of memory with one pair; StudyFileError for a genome that is not
+        linear in its vector.
         """
         if self._known is None or self._known.genome != genome:
             self._known = GradientModel(self.model, self.live, genome)
-        compute, limits = self._known, self.executor.limits
+        compute = self._known
         tokens = [self.pair(prompt, reference) for prompt, reference in pairs]
+        return self._within_memory(tokens, lambda micro: compute(tokens, vector, micro, teachers))
+
+    def teachers(self, recipe: Recipe, pairs: Pairs) -> list[NextTokens]:
+        """See `GradientCapability.teachers`."""
+        tokens = [self.pair(prompt, answer) for prompt, answer in pairs]
+        self.live.apply(recipe)
+
+        def compute(micro_tokens: int) -> list[NextTokens]:
+            known: dict[int, NextTokens] = {}
+            for batch in batches(tokens, micro_tokens):
+                found = next_tokens(self.model, items_at(tokens, batch))
+                known.update(zip(batch, found, strict=True))
+            return [known[i] for i in range(len(tokens))]
+
+        return self._within_memory(tokens, compute)
+
+    def _within_memory(self, tokens: Sequence[TokenPair], compute: Callable[[int], T]) -> T:
+        """The result of `compute`, which gets the most tokens of a pass.
+
+        Out of memory, half of the tokens that failed become the limit `gradient_tokens`, and it is
+        computed again. Raises EngineError: out of memory with one pair.
+        """
+        limits = self.executor.limits
         longest = max(len(prompt) + len(reference) for prompt, reference in tokens)
 
-        def run() -> LikelihoodGradient:
-            return compute(tokens, vector, limits.get("gradient_tokens", MICRO_TOKENS))
+        def run() -> T:
+            return compute(limits.get("gradient_tokens", MICRO_TOKENS))
 
         def shrink() -> None:
             """Halve the tokens of a pass; a single task cannot be divided."""
@@ -118,7 +150,11 @@ class GradientModel:
         self.slopes = self._slopes()
 
     def __call__(
-        self, pairs: Sequence[TokenPair], vector: Sequence[float], micro_tokens: int = MICRO_TOKENS
+        self,
+        pairs: Sequence[TokenPair],
+        vector: Sequence[float],
+        micro_tokens: int = MICRO_TOKENS,
+        teachers: Sequence[NextTokens] | None = None,
     ) -> LikelihoodGradient:
         """Give the live model the vector's weights to keep; running out of memory raises."""
         self.live.apply(self.genome.decode(vector))
@@ -127,7 +163,11 @@ class GradientModel:
         with self._reducing(total):
             for batch in batches(pairs, micro_tokens):
                 with torch.enable_grad():
-                    means = likelihoods(self.model, items_at(pairs, batch))
+                    rows = items_at(pairs, batch)
+                    if teachers is None:
+                        means = likelihoods(self.model, rows)
+                    else:
+                        means = -divergences(self.model, rows, items_at(teachers, batch))
                     (means.sum() / len(pairs)).backward()
                 for i, value in zip(batch, means.tolist(), strict=True):
                     values[i] = value

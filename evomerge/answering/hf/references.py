@@ -45,6 +45,15 @@ def batches(pairs: Sequence[TokenPair], tokens: int) -> list[list[int]]:
 
 def likelihoods(model: Any, pairs: Sequence[TokenPair]) -> Tensor:
     """Each reference's mean log-likelihood per token, (rows,) in fp32, in nats, differentiable."""
+    logits, tokens, shares = answer_logits(model, pairs)
+    return -row_sums(F.cross_entropy(logits, tokens, reduction="none"), shares)
+
+
+def answer_logits(model: Any, pairs: Sequence[TokenPair]) -> tuple[Tensor, Tensor, Tensor]:
+    """The references' n tokens one row after another: fp32 logits (n, vocabulary), and ids (n,).
+
+    Third, each column's share in its row's mean, (rows, columns): 0 where no token counts.
+    """
     device = model.get_input_embeddings().weight.device
     rows = [prompt + reference for prompt, reference in pairs]
     first = min(len(prompt) for prompt, _ in pairs) - 1  # the first column whose logits count
@@ -70,8 +79,13 @@ def likelihoods(model: Any, pairs: Sequence[TokenPair]) -> Tensor:
     weight = _token_weights(pairs, first, width).to(logits.device)
     chosen = weight > 0  # (rows, columns): the logits of the others are not converted to fp32
     targets = ids.to(logits.device)[:, first + 1 :]
-    losses = F.cross_entropy(logits[chosen].float(), targets[chosen], reduction="none")
-    return -torch.zeros_like(weight).masked_scatter(chosen, losses * weight[chosen]).sum(dim=1)
+    return logits[chosen].float(), targets[chosen], weight
+
+
+def row_sums(values: Tensor, shares: Tensor) -> Tensor:
+    """The weighted sum of each row, (rows,), of one value (n,) for each share above 0."""
+    chosen = shares > 0
+    return torch.zeros_like(shares).masked_scatter(chosen, values * shares[chosen]).sum(dim=1)
 
 
 def _token_weights(pairs: Sequence[TokenPair], first: int, width: int) -> Tensor:

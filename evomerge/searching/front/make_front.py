@@ -16,7 +16,7 @@ from evomerge.searching.front.pareto_front import knee, non_dominated, thinned
 from evomerge.searching.history import History
 from evomerge.searching.records.front_record import Front, FrontPoint, FrontValue
 from evomerge.searching.records.trial_record import REFERENCES, TaskGrade, TrialRecord
-from evomerge.searching.scoring import bootstrap_interval
+from evomerge.searching.scoring import paired_interval
 
 MOST = 8  # points that answer the held-out tasks
 Z95 = 1.96  # standard errors to each side of a mean in a 95 % interval
@@ -124,16 +124,15 @@ def held_out_point(
     name: str,
     grades: Mapping[str, TaskGrade],
     objectives: Sequence[FrontObjective],
-    seed: int,
 ) -> FrontPoint:
-    """A trial's values on the held-out tasks, each with its bootstrap interval over the tasks."""
+    """A trial's values on the held-out tasks, each with its 95 % interval by Student's t."""
     values = {}
     for objective in objectives:
         by_task = list(objective.values(grades).values())
         if len(by_task) == 1:
             values[objective.name] = FrontValue(by_task[0], None, None)
         elif by_task:
-            low, high = bootstrap_interval(by_task, seed)
+            low, high = paired_interval(by_task)
             values[objective.name] = FrontValue(float(np.mean(by_task)), low, high)
     return FrontPoint(trial.number, name, values)
 

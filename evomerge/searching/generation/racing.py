@@ -92,7 +92,7 @@ def paired_moments(grades: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], ND
 
 
 @lru_cache(maxsize=4096)
-def t_quantile(level: float, freedom: int) -> float:
+def t_quantile(level: float, freedom: float) -> float:
     """What Student's t exceeds with probability `level`."""
     from scipy.special import stdtrit  # scipy.stats calls it too, and takes longer to import
 

@@ -29,8 +29,10 @@ from evomerge.searching.samplers.cmaes_adapter import default_population
 from evomerge.searching.starting.recognise import facts_of
 from evomerge.searching.starting.warm_start import (
     BATCH,
+    CLIMBED,
     GRADIENT,
-    check_warm_start,
+    check_demanded_start,
+    climbed_by_default,
     warm_start_obstacle,
 )
 from evomerge.study import Study, as_begun
@@ -164,7 +166,9 @@ def _start_and_verdict(
         text = f"no gradient steps: {obstacle}"
         if obstacle is None:
             answers = search.warm_start_steps * min(BATCH, searched) * GRADIENT
-            text = f"{search.warm_start_steps} gradient steps, about as long as {answers:,} answers"
+            kind = search.demanded_start or climbed_by_default(genome, split.search)
+            text = f"{search.warm_start_steps} gradient steps on {CLIMBED[kind]}, about as long as "
+            text += f"{answers:,} answers"
         findings.add("ok", "start", text)
     telling = (0, 0)
     power = verdict_power(len(split.held_out), study.metric, references, grade_scale(study))
@@ -212,8 +216,7 @@ def _search_itself(findings: Findings, study: Study, url: str | None) -> None:
         stored = None if url is None else _stored_study(url, study.study)
         facts = StudyFacts() if stored is None else stored.facts
         prepared = prepare(as_begun(study, facts.study_file), lambda note: None)
-        if study.search.demanded_start is not None:
-            check_warm_start(prepared.genome, prepared.split.search)
+        check_demanded_start(study, prepared.genome, prepared.split.search)
         if stored is None or not facts.begun:
             return
         changed = changes(facts, facts_of(prepared, facts))

@@ -46,11 +46,11 @@ class Start:
 
 @dataclass(frozen=True)
 class GradientStep:
-    """One step of the likelihood warm start: where it was, and what it found there."""
+    """One step of the warm start: where it was, and what it found there."""
 
     number: int  # from 0
     vector: tuple[float, ...]  # (d,)
-    loss: float  # nats per token
+    loss: float  # nats per token: of references, or of the divergence from parents
     gradient: tuple[float, ...]  # (d,), of the loss
     tasks: int
     seconds: float

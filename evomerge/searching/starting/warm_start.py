@@ -1,9 +1,9 @@
-"""The likelihood warm start: gradient steps give CMA-ES its first mean and scales.
+"""The warm start: gradient steps give CMA-ES its first mean and scales.
 
-The steps are taken in the genome's numbers. What is climbed is the mean log-likelihood of the
-references, on search tasks only: each reference's mean per token, and the mean of that over tasks.
-AdaMerging (Yang et al. 2024, arXiv 2310.02575) climbs the entropy of unlabelled answers in the same
-way; here there are references.
+The steps are taken in the genome's numbers (walk.py). What is climbed is the mean log-likelihood of
+the references, on search tasks only: each reference's mean per token, and the mean of that over
+tasks. Without references it is minus the divergence from the parents (lessons.py). AdaMerging (Yang
+et al. 2024, arXiv 2310.02575) climbs the entropy of unlabelled answers in the same way.
 
 Nothing is kept between steps except what is stored: a step is a function of the study's seed, its
 number, and the gradients before it. A run that was killed therefore resumes as if it had not been.
@@ -11,14 +11,13 @@ number, and the gradients before it. A run that was killed therefore resumes as 
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from evomerge.answering.engine import Engine
+from evomerge.answering.engine import Engine, LikelihoodGradient, items_at
 from evomerge.answering.hf.gradient import check_gradient
 from evomerge.answering.prompts import Prompter
 from evomerge.console import Console, duration
@@ -29,21 +28,24 @@ from evomerge.searching.ledger import Ledger
 from evomerge.searching.prepare import Problem
 from evomerge.searching.records.study_facts import GradientStep, Start
 from evomerge.searching.samplers.cmaes_adapter import Distribution
+from evomerge.searching.starting.lessons import Answering, Lessons
 from evomerge.searching.starting.source_study import as_start
+from evomerge.searching.starting.walk import (
+    adam_trajectory,
+    average,
+    minibatch_indices,
+    step_scales,
+)
 from evomerge.study import Study
 from evomerge.tasks import Task
 
 BATCH = 16  # tasks of a step
 GRADIENT = 3  # a task's gradient in answers: a forward pass, and a backward one at twice its cost
 MOSTLY = 0.5  # share of the search tasks that must have references for `auto`
-# a number's first step, in units of the weight: 16 steps can cross the whole range
-RATE = 0.25
-BETAS = (0.9, 0.98)  # memory of Adam's two moments (Kingma & Ba 2015, arXiv 1412.6980, algorithm 1)
-# share of the steps, the last ones, whose vectors are averaged (Polyak & Juditsky 1992)
-AVERAGED = 0.25
-WIDEST = 3.0  # a scale lies in 1 / WIDEST to WIDEST of their geometric mean
-# that mean: at a good place the steps of a search from nowhere only lead away (docs/SEARCH.md)
-NARROWED = 1 / 3
+CLIMBED = {
+    "likelihood": "the references' likelihood",
+    "parents": "the divergence from each task's better parent",
+}
 
 
 @dataclass(frozen=True)
@@ -56,20 +58,26 @@ class WarmStart:
     seconds: float  # of all steps, those of earlier runs included
 
 
+# a vector (d,), and which tasks: the value to climb there
+GradientAt = Callable[[list[float], list[int]], LikelihoodGradient]
+
+
 @dataclass(frozen=True)
-class LikelihoodStart:
-    """The warm start of one study."""
+class GradientStart:
+    """The warm start of one study, on a key of CLIMBED."""
 
     problem: Problem
     engine: Engine
     prompter: Prompter
+    kind: str
+    answers: Answering  # of a parent
 
     def run(self, ledger: Ledger, console: Console, clock: StudyClock) -> None:
         """Climb, each step recorded, and remember where the first generation is drawn; once.
 
         Raises as `warm_start`.
         """
-        if ledger.facts.start is not None:
+        if ledger.facts.start is not None or ledger.history().candidates:
             return
         try:
             start = self._climb(ledger, console, clock)
@@ -93,37 +101,57 @@ class LikelihoodStart:
         def report(line: str) -> None:
             console.status(f"warm start  {line}")
 
-        found = warm_start(
-            self.engine,
-            self.problem.genome,
-            self.problem.split.search,
-            self.prompter,
-            self.problem.study,
-            facts.warm_start,
-            record,
-            report,
-        )
+        study, genome, tasks = self.problem.study, self.problem.genome, self.problem.split.search
+        if self.kind == "likelihood":
+            found = warm_start(
+                self.engine, genome, tasks, self.prompter, study, facts.warm_start, record, report
+            )
+        else:
+            check_warm_start(genome, tasks, self.engine, self.kind)
+            parents = tuple(ledger.history().parents.values())
+            lessons = Lessons(
+                self.engine, genome, tasks, self.prompter, parents, study.metric, self.answers
+            )
+            found = climb(genome, study, len(tasks), lessons, facts.warm_start, record, report)
         # the scales' size is that of the first steps, and the rest is their form
         size = float(np.exp(np.log(found.scales).mean()))
         default = self.problem.sampler.default
         cov = default.cov * np.outer(found.scales, found.scales) / size**2
         start = Distribution(np.array(found.mean), default.sigma * size, cov)
         console.say(
-            f"{len(found.steps)} gradient steps on the references' likelihood, "
+            f"{len(found.steps)} gradient steps on {CLIMBED[self.kind]}, "
             f"{duration(found.seconds)}: the first generation is drawn around their end"
         )
         return as_start(start, mean_is_first=True)
 
 
-def find_warm_start(problem: Problem, engine: Engine, prompter: Prompter) -> LikelihoodStart | None:
+def find_warm_start(
+    problem: Problem, engine: Engine, prompter: Prompter, answers: Answering
+) -> GradientStart | None:
     """The study's warm start; None where it has none, or `auto` finds that it cannot have one."""
     study, split = problem.study, problem.split
     if study.search.warm_start is None:
         return None
     obstacle = warm_start_obstacle(study, problem.genome, split.search, engine)
-    if study.search.warm_start == "auto" and obstacle is not None:
-        return None
-    return LikelihoodStart(problem, engine, prompter)
+    kind = study.search.demanded_start
+    if kind is None:
+        if obstacle is not None:
+            return None
+        kind = climbed_by_default(problem.genome, split.search)
+    return GradientStart(problem, engine, prompter, kind, answers)
+
+
+def climbed_by_default(genome: Genome, tasks: Sequence[Task]) -> str:
+    """What `auto` climbs, a key of CLIMBED.
+
+    The likelihood of a single sibling's merges where enough of the tasks have references; the
+    better parent teaches the merges of several siblings, which are good at different tasks
+    (docs/SEARCH.md has figures of both).
+    """
+    with_reference = [task for task in tasks if task.output]
+    if len(genome.siblings) > 1 or len(with_reference) < MOSTLY * len(tasks):
+        return "parents"
+    return "likelihood"
 
 
 def warm_start_obstacle(
@@ -136,27 +164,53 @@ def warm_start_obstacle(
         return "a 4-bit model has no gradient"
     if study.engine.kind != "transformers":
         return f"{study.engine.kind} has no gradient"
-    with_reference = [task for task in tasks if task.output]
-    if len(with_reference) < MOSTLY * len(tasks):
-        return f"only {len(with_reference)} of {len(tasks)} search tasks have a reference"
     try:
-        check_warm_start(genome, with_reference, engine)
+        check_warm_start(genome, tasks, engine, climbed_by_default(genome, tasks))
     except StudyFileError as error:
         return error.what
     return None
 
 
-def check_warm_start(genome: Genome, tasks: Sequence[Task], engine: Engine | None = None) -> None:
+def check_demanded_start(
+    study: Study, genome: Genome, tasks: Sequence[Task], engine: Engine | None = None
+) -> None:
+    """Raise StudyFileError for a warm start that the study file names and that cannot be."""
+    kind, section = study.search.demanded_start, study.engine
+    if kind is None:
+        return
+    if section.quantization:
+        raise StudyFileError(
+            "a 4-bit model has no gradient",
+            where="search.warm_start",
+            found=kind,
+            remedy="Leave out engine.quantization.",
+        )
+    if section.kind != "transformers":
+        raise StudyFileError(
+            "needs an engine with gradients",
+            where="search.warm_start",
+            found=f"{kind}, engine.kind: {section.kind}",
+            remedy="Use engine.kind: transformers.",
+        )
+    check_warm_start(genome, tasks, engine, kind)
+
+
+def check_warm_start(
+    genome: Genome,
+    tasks: Sequence[Task],
+    engine: Engine | None = None,
+    kind: str | None = "likelihood",
+) -> None:
     """Raise StudyFileError where there can be no warm start.
 
-    This is the case with another method or engine, or without references.
+    This is the case with another method or engine, or without the references of a likelihood.
     """
     check_gradient(genome)
-    if not any(task.output for task in tasks):
+    if kind == "likelihood" and not any(task.output for task in tasks):
         raise StudyFileError(
             "no search task has a reference",
             where="search.warm_start",
-            remedy="Leave it out, or add `output` to tasks.",
+            remedy="Write `parents`, or add `output` to tasks.",
         )
     if engine is not None and engine.gradient is None:
         raise StudyFileError(
@@ -183,14 +237,32 @@ def warm_start(
     memory does not suffice.
     """
     check_warm_start(genome, tasks, engine)
-    assert engine.gradient is not None
+    gradient = engine.gradient
+    assert gradient is not None
     pairs = [(prompter.render(task.input), task.output) for task in tasks if task.output]
+
+    def gradient_at(vector: list[float], chosen: list[int]) -> LikelihoodGradient:
+        return gradient(genome, vector, items_at(pairs, chosen))
+
+    return climb(genome, study, len(pairs), gradient_at, done, record, report)
+
+
+def climb(
+    genome: Genome,
+    study: Study,
+    tasks: int,
+    gradient_at: GradientAt,
+    done: Sequence[GradientStep],
+    record: Callable[[GradientStep], None],
+    report: Callable[[str], None],
+) -> WarmStart:
+    """`search.warm_start_steps` steps on minibatches of so many tasks; the rest as `warm_start`."""
     count, steps = study.search.warm_start_steps, list(done)
     for number in range(len(steps), count):
         vector = adam_trajectory(genome, [step.gradient for step in steps], count)[-1]
-        chosen = minibatch_indices(study.search.seed, number, len(pairs), BATCH)
+        chosen = minibatch_indices(study.search.seed, number, tasks, BATCH)
         began = time.perf_counter()
-        found = engine.gradient(genome, vector.tolist(), [pairs[i] for i in chosen])
+        found = gradient_at(vector.tolist(), chosen)
         seconds = round(time.perf_counter() - began, 4)
         down = tuple(-g for g in found.gradient)
         steps.append(
@@ -206,60 +278,3 @@ def warm_start(
         tuple(steps[:count]),
         round(sum(step.seconds for step in steps[:count]), 4),
     )
-
-
-def adam_trajectory(
-    genome: Genome, gradients: Sequence[Sequence[float]], count: int
-) -> list[np.ndarray]:
-    """Every vector (d,) of a walk of `count` Adam steps: the start, and one for each gradient.
-
-    The rate falls along a line to 0 after the last step. Numbers stay within their bounds.
-    """
-    low = np.array([gene.low for gene in genome.genes])
-    high = np.array([gene.high for gene in genome.genes])
-    x = np.clip(np.array([gene.start for gene in genome.genes], dtype=float), low, high)
-    first, second = np.zeros_like(x), np.zeros_like(x)
-    vectors = [x]
-    for t, gradient in enumerate(np.array(gradients, dtype=float).reshape(-1, len(x)), start=1):
-        first = BETAS[0] * first + (1 - BETAS[0]) * gradient
-        second = BETAS[1] * second + (1 - BETAS[1]) * gradient**2
-        step = first / (1 - BETAS[0] ** t) / (np.sqrt(second / (1 - BETAS[1] ** t)) + 1e-12)
-        x = np.clip(x - RATE * (1 - (t - 1) / count) * step, low, high)
-        vectors.append(x)
-    return vectors
-
-
-def average(vectors: Sequence[np.ndarray]) -> np.ndarray:
-    """The mean of a walk's last vectors, (d,)."""
-    late = max(1, round(AVERAGED * (len(vectors) - 1)))
-    mean: np.ndarray = np.mean(vectors[-late:], axis=0)
-    return mean
-
-
-def step_scales(gradients: Sequence[Sequence[float]]) -> np.ndarray:
-    """(d,) factors of the first step size, large where the likelihood is flat.
-
-    Their geometric mean is NARROWED. A log-likelihood's curvature is the mean square of its
-    gradient (Fisher's information), and the width of a bowl is the root of its inverse.
-    """
-    # the first steps say little about where the walk ends
-    late = np.array(gradients, dtype=float)[len(gradients) // 2 :]
-    square = np.mean(np.square(late), axis=0)
-    width = -0.5 * np.log(np.maximum(square, max(square.max(), 1e-300) * 1e-12))
-    for _ in range(20):  # cutting off values moves the mean of the rest
-        width = np.clip(width - width.mean(), -np.log(WIDEST), np.log(WIDEST))
-    factors: np.ndarray = np.exp(width - width.mean()) * NARROWED
-    return factors
-
-
-def minibatch_indices(seed: int, step: int, count: int, size: int) -> list[int]:
-    """Which of `count` tasks a step sees.
-
-    It is a part of an endless row of shuffled decks, so that all come equally often.
-    """
-    size = min(size, count)
-    positions = range(step * size, (step + 1) * size)
-    decks: dict[int, list[int]] = {}
-    for deck in {position // count for position in positions}:
-        decks[deck] = random.Random(f"warm start/{seed}/{deck}").sample(range(count), count)
-    return [decks[position // count][position % count] for position in positions]
