@@ -118,7 +118,7 @@ def ours(problem: Problem, seed: int, candidates: Sequence[int]) -> Iterator[tup
     history, seen = History(), (list(references[0]), list(references[1]))
     for limit in candidates:
         while len(history.trials) + sampler.population + sampler.distributions <= limit:
-            made = []
+            made: list[TrialRecord] = []
             for _ in range(sampler.population):
                 slot = replace(sampler.next_slot(history), index=len(made))
                 w = sampler.draw(history, slot)
