@@ -7,7 +7,7 @@ import re
 from evomerge.errors import InputError
 from evomerge.searching.records.front_record import Front, FrontPoint
 
-CONSTRAINT = re.compile(r"(?P<name>.+?)\s*(?P<sign>[<>]=)\s*(?P<limit>[-+.\deE]+)")
+CONSTRAINT = re.compile(r"(?P<name>[^<>]++)(?P<sign>[<>]=)\s*(?P<limit>[-+.\deE]+)")
 WHERE = "--point"
 
 
@@ -38,7 +38,7 @@ def picked_point(front: Front, wanted: str) -> FrontPoint:
             found=wanted,
             remedy=f"Write 1, knee, or '{front.objectives[-1]}<=NUMBER', for example.",
         )
-    return _constrained(front, found["name"], found["sign"], limit)
+    return _constrained(front, found["name"].strip(), found["sign"], limit)
 
 
 def _number(text: str) -> float | None:
