@@ -7,7 +7,7 @@ import re
 from evomerge.errors import InputError
 from evomerge.searching.records.front_record import Front, FrontPoint
 
-CONSTRAINT = re.compile(r"(?P<name>[^<>]++)(?P<sign>[<>]=)\s*(?P<limit>[-+.\deE]+)")
+CONSTRAINT = re.compile(r"\A(?P<name>[^<>]++)(?P<sign>[<>]=)\s*(?P<limit>[-+.\deE]+)")
 WHERE = "--point"
 
 
