@@ -28,7 +28,7 @@ import numpy as np
 from search_landscapes import IDLE, LANDSCAPES, Array, World, make_world, with_idle_tasks
 from search_simulator import Options, Step, mergekit_evolve, optuna_cmaes, ours
 
-from evomerge.searching.scoring import paired_interval
+from evomerge.searching.estimates import paired_interval
 
 LIMIT = 40_000
 BUDGET = 5_000

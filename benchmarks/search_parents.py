@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from search_studies import mean, say, search_of, study_settings, unseen, values_of
 
+from evomerge.searching.estimates import paired_interval
 from evomerge.searching.evaluate import JudgedEvaluator
 from evomerge.searching.loop import Search
-from evomerge.searching.scoring import paired_interval
 from evomerge.searching.starting.lessons import Lessons
 from evomerge.searching.starting.warm_start import WarmStart, climb, warm_start
 from evomerge.tasks import Task

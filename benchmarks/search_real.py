@@ -36,11 +36,11 @@ import numpy as np
 import optuna
 from search_studies import mean, say, search_of, study_settings, unseen, values_of, winner
 
+from evomerge.searching.estimates import paired_interval
 from evomerge.searching.evaluate import JudgedEvaluator
 from evomerge.searching.loop import Search
 from evomerge.searching.records.study_facts import GradientStep
 from evomerge.searching.samplers.cmaes_adapter import Distribution, make_cma
-from evomerge.searching.scoring import paired_interval
 from evomerge.searching.starting.warm_start import BATCH, GRADIENT, warm_start
 from evomerge.study import SUBSET
 from evomerge.study.search_keys import SearchSection

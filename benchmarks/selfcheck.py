@@ -49,7 +49,7 @@ from evomerge.judging.rules.judge import RulesJudge
 from evomerge.judging.validation.families import is_tuning, wanted_models
 from evomerge.judging.validation.reference import answer_key, join_grades, pick, read_grades
 from evomerge.merging.checkpoints.open_model import open_model
-from evomerge.searching.scoring import paired_interval
+from evomerge.searching.estimates import paired_interval
 from evomerge.study import EngineSection, GenerationSection, PromptSection
 from evomerge.tasks import Task, load_tasks
 

@@ -86,7 +86,7 @@ def step(own, ledger, other, rng):
         writer.finish(trial, outcome(trial.weights, rng))
         return
     if kind < 0.15:
-        complete, mean = own.mean(history)
+        complete, (mean,) = own.means(history)
         trial = writer.start("mean", mean.tolist(), complete)
         writer.finish(trial, outcome(trial.weights, rng))
         return

@@ -9,6 +9,7 @@ import pytest
 from search_tools import QualityJudge, make_search, make_study
 
 from evomerge.judging.grade import Grade
+from evomerge.searching.estimates import difference_estimate, two_phase_mean
 from evomerge.searching.generation.informative import (
     FLOOR,
     PRIOR,
@@ -16,7 +17,6 @@ from evomerge.searching.generation.informative import (
     spreads,
     systematic_sample,
 )
-from evomerge.searching.scoring import difference_estimate, two_phase_mean
 
 SPREADS = {
     "idle and telling": [0.0] * 20 + [1.0] * 10 + [3.0] * 6,

@@ -9,14 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, stats
 
-from evomerge.searching.generation.racing import (
-    blocks,
-    hopeless,
-    subset_size,
-    t_quantile,
-    task_order,
-)
-from evomerge.searching.scoring import two_phase_mean
+from evomerge.searching.estimates import t_quantile, two_phase_mean
+from evomerge.searching.generation.racing import blocks, hopeless, subset_size, task_order
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 5, 49])

@@ -25,6 +25,12 @@ FOLDER, NUMBER = (
 TARGET = np.array([0.3, 1.4, 0.9])
 
 
+def mean_of(sampler, history):
+    """How many generations are complete, and the mean of the only distribution after them."""
+    complete_generations, (mean,) = sampler.means(history)
+    return complete_generations, mean
+
+
 def make(declared=((-1.0, 3.0),) * 3, **more):
     settings = {
         "names": NAMES,
@@ -106,7 +112,7 @@ def test_the_candidates_are_those_of_plain_cmaes(seed):
         optimizer.tell([(x, -result(x).score) for x in asked])
         theirs += [x.tolist() for x in asked]
     assert ours == theirs
-    assert own.mean(ledger.history())[1].tolist() == np.clip(optimizer.mean, 0, 2).tolist()
+    assert mean_of(own, ledger.history())[1].tolist() == np.clip(optimizer.mean, 0, 2).tolist()
 
 
 def test_every_number_has_its_own_bounds_start_and_step():
@@ -127,14 +133,14 @@ def test_one_number_alone_is_searched():
     ledger = new_ledger(own)
     for _ in range(60):
         step(own, ledger, lambda x: Result(-((x[0] - 1.4) ** 2), None, 1, 0.0, {}, {}))
-    assert own.mean(ledger.history())[1] == pytest.approx([1.4], abs=0.02)
+    assert mean_of(own, ledger.history())[1] == pytest.approx([1.4], abs=0.02)
 
 
 def test_it_finds_the_optimum():
     own = sampler(8)
     ledger = new_ledger(own)
     run(own, ledger, 240)
-    _, mean = own.mean(ledger.history())
+    _, mean = mean_of(own, ledger.history())
     assert np.abs(mean - TARGET).max() < 0.02
 
 
@@ -200,7 +206,7 @@ def test_partial_credit_orders_equal_scores(breaks_ties):
         optimizer.tell(
             [(np.array(t.weights), -t.score - small * 1.5 * t.grades["0"].grade) for t in told]
         )
-    assert own.mean(history)[1].tolist() == optimizer.mean.tolist()
+    assert mean_of(own, history)[1].tolist() == optimizer.mean.tolist()
     assert own.distribution(history).cov.tolist() == state(optimizer).cov.tolist()
 
 
@@ -217,8 +223,8 @@ def test_learning_rates_adapt_as_in_plain_cmaes_and_the_mean_stays_within_bounds
     for generation in range(5):
         told = trials.generation(generation)
         optimizer.tell([(np.array(t.weights), -t.score) for t in told])
-    assert own.mean(trials)[1].tolist() == optimizer.mean.tolist()
-    assert own.mean(trials)[1].tolist() != make().mean(complete(make(), 30))[1].tolist()
+    assert mean_of(own, trials)[1].tolist() == optimizer.mean.tolist()
+    assert mean_of(own, trials)[1].tolist() != mean_of(make(), complete(make(), 30))[1].tolist()
     edge = [(0.0, 0.2)] * 3
     at_the_edge = make(edge, bounds=edge, starts=[0.1] * 3, lr_adapt=True)
     ledger = new_ledger(at_the_edge)

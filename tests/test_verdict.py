@@ -3,11 +3,11 @@ import pytest
 from scipy import stats
 
 from evomerge.searching.choosing import choose_winner, finalists
+from evomerge.searching.estimates import mean_and_error, paired_interval, stratified_error
 from evomerge.searching.final_test import make_verdict
 from evomerge.searching.history import History
 from evomerge.searching.records.trial_record import TaskGrade, TrialRecord
 from evomerge.searching.records.verdict_record import Verdict
-from evomerge.searching.scoring import mean_and_error, paired_interval, stratified_error
 
 
 def record(number, role, grades, weights=(1.0, 0.5)):

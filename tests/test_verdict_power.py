@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from evomerge.searching.estimates import paired_interval
 from evomerge.searching.generation.learning import telling_tasks
 from evomerge.searching.preflight.verdict_power import advice, verdict_power
 from evomerge.searching.records.trial_record import TaskGrade
-from evomerge.searching.scoring import paired_interval
 
 
 def graded(*rows):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from evomerge.reporting.sentences import number
+from evomerge.searching.estimates import Z95
 
 if TYPE_CHECKING:
     from evomerge.searching.records.trial_record import TrialRecord
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
 
 Axis = Callable[[float], float]  # a value -> its place in pixels
 
-Z95 = 1.96  # standard errors to each side of a mean in a 95 % interval
 LABEL_GAP = 14.0  # smallest distance between two labels next to the progress chart
 CELL_WIDTH = 130.0  # of an interval bar in the verdict table
 STEPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.25, 0.5, 1.0, 2.0)  # between an axis's ticks

@@ -60,7 +60,7 @@ def judged_search(
         shared_seconds=one_pass.take_seconds,
         likelihood=likelihood,
     )
-    scorer = make_scorer(study, problem.split, longest)
+    scorer = make_scorer(problem, longest)
     plan = GenerationPlan(problem, ledger, evaluator, scorer, one_pass, console)
     start = find_warm_start(problem, engine, prompter, evaluator.answers)
     return _search(
@@ -81,7 +81,7 @@ def lm_eval_search(
     engine.limits.update(ledger.facts.limits)
     evaluator = LmEvalEvaluator(engine, runner, cache, console)
     study = problem.study
-    scorer = make_scorer(study, problem.split, lambda task: study.generation.max_new_tokens)
+    scorer = make_scorer(problem, lambda task: study.generation.max_new_tokens)
     plan = AllTasksPlan(evaluator, problem.split.search)
     return _search(problem, ledger, console, evaluator=evaluator, plan=plan, scorer=scorer)
 

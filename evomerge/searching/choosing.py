@@ -13,7 +13,7 @@ import numpy as np
 
 from evomerge.genome.search_space import model_names
 from evomerge.genome.weights import Genome, Vector
-from evomerge.searching.generation.racing import t_quantile
+from evomerge.searching.estimates import t_quantile
 from evomerge.searching.history import History, best_first
 from evomerge.searching.records.trial_record import REFERENCES, TrialRecord, metric_values
 from evomerge.searching.records.verdict_record import FOUND

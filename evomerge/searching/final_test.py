@@ -17,6 +17,7 @@ from evomerge.searching.choosing import (
     reference_names,
     unbeaten_name,
 )
+from evomerge.searching.estimates import mean_and_error, paired_interval, stratified_error
 from evomerge.searching.evaluate import Evaluation, Evaluator
 from evomerge.searching.front.make_front import (
     MOST,
@@ -48,12 +49,7 @@ from evomerge.searching.records.verdict_record import (
     Verdict,
 )
 from evomerge.searching.report_judge import cut, known_agreement, report_judge
-from evomerge.searching.scoring import (
-    Scorer,
-    mean_and_error,
-    paired_interval,
-    stratified_error,
-)
+from evomerge.searching.scoring import Scorer
 from evomerge.tasks import Task
 
 SAMPLES = 12  # held-out tasks whose answers are stored for the report

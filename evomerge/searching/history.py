@@ -9,8 +9,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import TypeAlias
 
-import numpy as np
-
+from evomerge.searching.estimates import task_means
 from evomerge.searching.records.study_facts import Start
 from evomerge.searching.records.trial_record import (
     INTERRUPTED,
@@ -175,11 +174,7 @@ class History:
 
     def task_baselines(self, metric: str) -> dict[str, float]:
         """Task key -> its mean value by the references, which answer every search task."""
-        values: dict[str, list[float]] = {}
-        for t in self.references:
-            for task, value in metric_values(t.grades, metric).items():
-                values.setdefault(task, []).append(value)
-        return {task: float(np.mean(known)) for task, known in values.items()}
+        return task_means(metric_values(t.grades, metric) for t in self.references)
 
     def _complete(self, *roles: str) -> tuple[TrialRecord, ...]:
         return tuple(t for t in self.index.others if t.role in roles)

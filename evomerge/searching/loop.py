@@ -16,7 +16,6 @@ from evomerge.errors import EngineError
 from evomerge.recipe import Recipe
 from evomerge.searching.evaluate import Evaluation, Evaluator
 from evomerge.searching.final_test import FinalTest
-from evomerge.searching.front.objective_values import with_objectives
 from evomerge.searching.generation import stopping
 from evomerge.searching.generation.generation_plan import AllTasksPlan, GenerationPlan
 from evomerge.searching.generation.learning import LearningWarnings
@@ -29,7 +28,6 @@ from evomerge.searching.scoring import Scorer
 from evomerge.searching.starting.warm_start import GradientStart
 
 LUCK = "no generation of {} is complete: the best trial wins, which is mostly luck"
-MAX_ATTEMPTS = 3  # failures in one slot of a generation before the run stops
 
 
 @dataclass
@@ -100,11 +98,7 @@ class Search:
         """Run one trial in the first open slot."""
         history = self.ledger.history()
         slot = self.sampler.next_slot(history)
-        if self.failures[slot.generation, slot.index] >= MAX_ATTEMPTS:
-            raise EngineError(
-                f"{MAX_ATTEMPTS} candidates in a row failed: {history.last_failure()}",
-                remedy="Fix the cause and run the same command again.",
-            )
+        stopping.check_attempts(self.failures[slot.generation, slot.index], history)
         done = len(history.candidates) + 1
         label = f"gen {slot.generation + 1}  candidate {done}/{self.study.search.trials}"
         vector = self.sampler.draw(history, slot)
@@ -125,9 +119,7 @@ class Search:
         for number, mean in enumerate(means, start=1):
             if self.ledger.history().has("mean", mean.tolist()):
                 continue
-            label = "the distribution's mean"
-            if len(means) > 1:
-                label = f"mean {number}/{len(means)}"
+            label = f"mean {number}/{len(means)}" if len(means) > 1 else "the distribution's mean"
             trial = self.ledger.start("mean", mean.tolist(), generation)
             self._evaluate_whole(trial, label, self.upcoming.after_mean())
 
@@ -150,12 +142,8 @@ class Search:
             self.console.say(f"{label}: failed: {error}")
             return
         history = self.ledger.history()
-        baselines = history.task_baselines(self.study.metric)
-        result = self.scorer.result(evaluation, baselines if trial.role == "candidate" else {})
-        if self.study.objective.several:
-            result = with_objectives(
-                result, history.references, self.problem.objectives, evaluation.chances
-            )
+        baselines = history.task_baselines(self.study.metric) if trial.role == "candidate" else {}
+        result = self.scorer.result(evaluation, baselines, history.references)
         self.ledger.finish(trial, result)
         self.clock.remember()
         self.console.status(stopping.progress_line(self.study, self.ledger.history(), label))

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from evomerge.searching.estimates import Z95, paired_interval
 from evomerge.searching.front.objective_values import (
     Estimate,
     FrontObjective,
@@ -16,10 +17,8 @@ from evomerge.searching.front.pareto_front import knee, non_dominated, thinned
 from evomerge.searching.history import History
 from evomerge.searching.records.front_record import Front, FrontPoint, FrontValue
 from evomerge.searching.records.trial_record import REFERENCES, TaskGrade, TrialRecord
-from evomerge.searching.scoring import paired_interval
 
 MOST = 8  # points that answer the held-out tasks
-Z95 = 1.96  # standard errors to each side of a mean in a 95 % interval
 
 
 def contenders(history: History, several: bool) -> tuple[TrialRecord, ...]:

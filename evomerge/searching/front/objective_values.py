@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeAlias
 
-import numpy as np
-
 from evomerge.errors import StudyFileError
-from evomerge.searching.records.trial_record import Result, TaskGrade, TrialRecord
-from evomerge.searching.scoring import difference_estimate, mean_and_error, two_phase_mean
+from evomerge.searching.estimates import estimate, task_means
+from evomerge.searching.records.trial_record import TaskGrade, TrialRecord
 from evomerge.study import GROUP, SOURCE, Study, source_names
 from evomerge.tasks import Split, Task
 
@@ -80,7 +78,7 @@ def study_objectives(
 
 
 def task_groups(study: Study, split: Split) -> dict[str, tuple[str, ...]]:
-    """FrontObjective -> the keys of its tasks, for each objective that is a group of tasks.
+    """Objective -> the keys of its tasks, for each objective that is a group of tasks.
 
     Raises StudyFileError for a group without tasks to search on, or held-out ones.
     """
@@ -116,14 +114,10 @@ def objective_baselines(
     references: Sequence[TrialRecord], objectives: Sequence[FrontObjective]
 ) -> dict[str, dict[str, float]]:
     """Objective -> task key -> its mean value by the references, which answer every task."""
-    found = {}
-    for objective in objectives:
-        values: dict[str, list[float]] = {}
-        for reference in references:
-            for task, value in objective.values(reference.grades).items():
-                values.setdefault(task, []).append(value)
-        found[objective.name] = {task: float(np.mean(known)) for task, known in values.items()}
-    return found
+    return {
+        objective.name: task_means(objective.values(reference.grades) for reference in references)
+        for objective in objectives
+    }
 
 
 def estimates(
@@ -134,23 +128,16 @@ def estimates(
 ) -> dict[str, Estimate]:
     """A trial's value of each objective, corrected for the tasks that it has seen.
 
-    As `two_phase_mean` corrects a score, by the `objective_baselines`, or with the tasks' `chances`
-    as `difference_estimate` does. An objective of which the trial has seen no task is left out.
+    As `estimate` corrects a score, by the `objective_baselines` and the tasks' `chances`. An
+    objective of which the trial has seen no task is left out.
     """
     found = {}
     for objective in objectives:
         values, known = objective.values(grades), baselines[objective.name]
         if not values:
             continue
-        if len(values) < len(known) and values.keys() <= known.keys():
-            if chances is None:
-                mean, error, _ = two_phase_mean(values, known)
-            else:
-                drawn = {task: chances[task] for task in chances if task in known}
-                mean, error, _ = difference_estimate(values, known, drawn)
-            found[objective.name] = Estimate(mean, error)
-        else:
-            found[objective.name] = Estimate(*mean_and_error(list(values.values())))
+        mean, error, _ = estimate(values, known, chances)
+        found[objective.name] = Estimate(mean, error)
     return found
 
 
@@ -171,18 +158,18 @@ def trial_estimates(
     return found
 
 
-def with_objectives(
-    result: Result,
+def objective_means(
+    grades: Mapping[str, TaskGrade],
     references: Sequence[TrialRecord],
     objectives: Sequence[FrontObjective],
     chances: Mapping[str, float] | None = None,
-) -> Result:
-    """The result with the value of each objective as its parts. Raises StudyFileError.
+) -> dict[str, float]:
+    """A new trial's value of each objective. Raises StudyFileError.
 
     A generation's candidates lack the same ones: those of which its tasks say nothing.
     """
     baselines = objective_baselines(references, objectives)
-    found = estimates(result.grades, baselines, objectives, chances)
+    found = estimates(grades, baselines, objectives, chances)
     if not references and len(found) < len(objectives):  # the first one answers every task
         missing = next(each for each in objectives if each.name not in found)
         raise StudyFileError(
@@ -191,4 +178,4 @@ def with_objectives(
             found=missing.name,
             remedy="Name another one: correct needs closed tasks, likelihood references.",
         )
-    return replace(result, parts={name: value.mean for name, value in found.items()})
+    return {name: value.mean for name, value in found.items()}

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from evomerge.searching.estimates import t_quantile
 
 BLOCK = 8  # tasks between two looks of a race
 
@@ -89,11 +90,3 @@ def paired_moments(grades: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], ND
     mean = filled.sum(axis=2) / np.maximum(n, 1)
     squares = (np.where(seen, differences - mean[:, :, None], 0.0) ** 2).sum(axis=2)
     return n, mean, squares / np.maximum(n - 1, 1)
-
-
-@lru_cache(maxsize=4096)
-def t_quantile(level: float, freedom: float) -> float:
-    """What Student's t exceeds with probability `level`."""
-    from scipy.special import stdtrit  # scipy.stats calls it too, and takes longer to import
-
-    return -float(stdtrit(freedom, level))  # symmetric about 0

@@ -9,15 +9,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from evomerge.console import duration, plus_minus, seconds
-from evomerge.errors import StudyFileError
+from evomerge.errors import EngineError, StudyFileError
 from evomerge.judging.grade import Judge
+from evomerge.searching.estimates import draw_variance
 from evomerge.searching.history import History
 from evomerge.searching.ledger import Ledger
 from evomerge.searching.records.trial_record import TrialRecord, metric_values
 from evomerge.searching.samplers.cma import CmaSampler
-from evomerge.searching.scoring import draw_variance
 from evomerge.study import SearchSection, Study
 
+MAX_ATTEMPTS = 3  # failures in one slot of a generation before the run stops
 NOISE = 2.0  # standard errors that a generation's mean must gain to count as better
 
 
@@ -138,6 +139,15 @@ def _error(
         above = np.array([values[t] - task_baselines[t] for t in values if t in task_baselines])
         drawn.append(draw_variance(above, len(task_baselines)))
     return float(np.sqrt(scatter + np.mean(drawn)))
+
+
+def check_attempts(failures: int, history: History) -> None:
+    """Raise EngineError where so many candidates have failed in one slot of a generation."""
+    if failures >= MAX_ATTEMPTS:
+        raise EngineError(
+            f"{failures} candidates in a row failed: {history.last_failure()}",
+            remedy="Fix the cause and run the same command again.",
+        )
 
 
 def check_searched(history: History, reason: str) -> None:

@@ -9,11 +9,11 @@ from itertools import combinations
 
 import numpy as np
 
+from evomerge.searching.estimates import Z95
 from evomerge.searching.generation.learning import FEW, shared_values
 from evomerge.searching.records.trial_record import TrialRecord
 from evomerge.study import Study
 
-NORMAL = 1.96  # standard errors on either side of a 95 % interval
 # Standard deviation, over tasks, of the difference between two models, while nothing is known: with
 # right or wrong, a quarter of the tasks differ; the median of 108 models that three LLM judges
 # graded from 1 to 5 on ELYZA-tasks-100 is 1.5; a score of lm-eval lies between 0 and 1.
@@ -39,7 +39,7 @@ class VerdictPower:
     @property
     def smallest(self) -> float:
         """The smallest difference whose 95 % interval is expected not to hold 0."""
-        return NORMAL * self.error
+        return Z95 * self.error
 
     def sentence(self) -> str:
         """Both, in words."""

@@ -153,11 +153,6 @@ class CmaSampler:
         found = self._after(history, complete).optimizers
         return complete, [np.clip(optimizer.mean, *self.bounds.T) for optimizer in found]
 
-    def mean(self, history: History) -> tuple[int, np.ndarray]:
-        """The same of the only distribution, or the first."""
-        complete, means = self.means(history)
-        return complete, means[0]
-
     def sigma(self, history: History, generation: int) -> float:
         """The step size that a generation is drawn with; those before it must be complete.
 
