@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from search_studies import mean, say, search_of, study_settings, unseen, values_of
+from search_studies import mean, say, search_of, two_sibling_settings, unseen, values_of
 
 from evomerge.searching.estimates import paired_interval
 from evomerge.searching.evaluate import JudgedEvaluator
@@ -50,12 +50,7 @@ def walked(search: Search, arm: str) -> WarmStart:
 
 def measure(pair: Path, kept: Path, seed: int) -> dict[str, dict[str, float]]:
     """Arm -> task -> 1 or 0 on the held-out tasks."""
-    settings = study_settings(
-        pair / "parent", pair / "a", pair / "tasks.jsonl", layers=2, tokens=24, seed=seed
-    )
-    settings["genome"]["models"].append(str(pair / "b"))
-    settings["split"] = {"seed": seed}
-    settings["prompt"] = {"format": "chat"}
+    settings = two_sibling_settings(pair, seed)
     settings["search"] |= {"uniform": [0.5], "dtype": "float32"}
     found = {}
     with search_of(settings, kept / f"parents-{seed}") as search:

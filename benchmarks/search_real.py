@@ -34,7 +34,16 @@ from typing import Any
 
 import numpy as np
 import optuna
-from search_studies import mean, say, search_of, study_settings, unseen, values_of, winner
+from search_studies import (
+    mean,
+    say,
+    search_of,
+    study_settings,
+    two_sibling_settings,
+    unseen,
+    values_of,
+    winner,
+)
 
 from evomerge.searching.estimates import paired_interval
 from evomerge.searching.evaluate import JudgedEvaluator
@@ -146,12 +155,7 @@ def two(pair: Path, kept: Path, seeds: int = 3, dtype: str = "bfloat16") -> dict
     rows = []
     for seed in range(seeds):
         for arm in ("auto", None):
-            settings = study_settings(
-                pair / "parent", pair / "a", pair / "tasks.jsonl", layers=2, tokens=24, seed=seed
-            )
-            settings["genome"]["models"].append(str(pair / "b"))
-            settings["split"] = {"seed": seed}
-            settings["prompt"] = {"format": "chat"}
+            settings = two_sibling_settings(pair, seed)
             defaults = SearchSection()
             spent = defaults.warm_start_steps * BATCH * GRADIENT if arm else 0
             trials = (BUDGET - spent) // SUBSET

@@ -7,8 +7,9 @@ A step is (graded answers so far, those of choosing the winner included; the win
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from statistics import NormalDist
 
 import numpy as np
@@ -63,89 +64,129 @@ class Options:
     sampling: str = "uniform"
 
 
+@dataclass
+class TaskGrades:
+    """What is known of n tasks: their levels by the references, and how much grades differ."""
+
+    levels: Array  # (n,)
+    squares: Array  # (n,) sums of squares within groups of candidates
+    freedom: Array  # (n,) their degrees of freedom
+
+    def draw(self, seed: int, generation: int, size: int, sampling: str) -> tuple[Array, Array]:
+        """A generation's tasks, (size,) places, and their chances."""
+        n = len(self.levels)
+        order = task_order(seed, generation, n)
+        chances, places = np.full(n, size / n), order[:size]
+        if sampling == "informative" and size < n:
+            chances = inclusion_chances(pooled_spread(self.squares, self.freedom), size)
+            places = systematic_sample(chances, order, draw_offset(seed, generation))
+        return np.array(places), chances[places]
+
+    def saw(self, places: Array, grades: Array) -> None:
+        """Count (candidates, tasks) grades of one group."""
+        self.squares[places] += np.square(grades - grades.mean(axis=0)).sum(axis=0)
+        self.freedom[places] += len(grades) - 1
+
+
+Finalist = tuple[float, Array, Array]  # score, weights, grades on the validation tasks
+
+
 def ours(world: World, seed: int, o: Options) -> Iterator[Step]:
     """CMA-ES as the loop runs it, with the winner it would choose after each generation."""
     rng = np.random.default_rng([seed, 1])
     d, n = world.tilt.shape[1], len(world.search)
     kept = round(n * o.validation)
     search, validation = np.arange(kept, n), np.arange(kept)
-    spent, levels, start = 0, np.zeros(len(search)), np.ones(d)
+    spent, start = 0, np.ones(d)
+    tasks = TaskGrades(*np.zeros((3, len(search))))
     if o.start == "share":
         start = start / world.siblings
-    squares, freedom = np.zeros(len(search)), np.zeros(len(search))
     aside = np.random.default_rng([seed, 7])  # of answers that no search without them would get
     if o.references:
         references = world.references()
         graded = world.grades(references, search, rng)
-        spent, levels = graded.size, graded.mean(axis=0)
-        squares = np.square(graded - levels).sum(axis=0)
-        freedom += len(graded) - 1
+        spent, tasks.levels = graded.size, graded.mean(axis=0)
+        tasks.saw(np.arange(len(search)), graded)
         if o.start in ("reference", "sibling"):
             few = slice(1, 1 + world.siblings) if o.start == "sibling" else slice(None)
             start = references[few][int(graded[few].mean(axis=1).argmax())]
-    known = {}  # the references that can win
+    known: dict[str, tuple[Array, Array]] = {}  # the references that can win
     if o.reference_lead is not None:
         known = _reference_grades(world, references, graded, validation, aside, o.finalists)
-    bounds = np.tile(BOUNDS, (d, 1))
     optimizer = make_cma(
         Distribution(start, o.sigma, np.eye(d)),
-        bounds,
+        np.tile(BOUNDS, (d, 1)),
         o.population or default_population(d),
         seed,
         o.lr_adapt,
     )
     means: list[Array] = []
-    best: list[tuple[float, Array, Array]] = []  # score, weights, grades on the validation tasks
-    generation = 0
-    while True:
+    best: list[Finalist] = []
+    for generation in count():
         size = len(search)
         if o.ranking != "all":
             size = subset_size(size, o.subset, (state(optimizer).sigma / o.sigma) ** (o.growth / 2))
-        order = task_order(seed, generation, len(search))
-        chances, places = np.full(len(search), size / len(search)), order[:size]
-        if o.sampling == "informative" and size < len(search):
-            chances = inclusion_chances(pooled_spread(squares, freedom), size)
-            places = systematic_sample(chances, order, draw_offset(seed, generation))
-        chosen = search[places]
+        places, chances = tasks.draw(seed, generation, size, o.sampling)
         drawn = np.array([optimizer.ask() for _ in range(optimizer.population_size)])
-        grades = world.grades(drawn, chosen, rng)
-        squares[places] += np.square(grades - grades.mean(axis=0)).sum(axis=0)
-        freedom[places] += len(grades) - 1
+        grades = world.grades(drawn, search[places], rng)
+        tasks.saw(places, grades)
         if o.ranking == "race":
             _race(grades, o.race_error)
         spent += int((~np.isnan(grades)).sum())
-        above = (grades - levels[places]) / chances[places] * size / len(search)
+        above = (grades - tasks.levels[places]) / chances * size / len(search)
         scores = np.nanmean(above, axis=1)
         optimizer.tell([(x, -float(score)) for x, score in zip(drawn, scores, strict=True)])
-        generation += 1
         means.append(optimizer.mean.copy())
         mean = np.mean(means[-max(1, round(o.average * len(means))) :], axis=0)
         if not o.finalists:
             yield spent + len(search), mean
             continue
-        for x, score in zip(drawn, scores, strict=True):
-            if len(best) < o.finalists or score > best[-1][0]:
-                best = sorted(
-                    [*best, (float(score), x, world.grades(x[None], validation, rng)[0])],
-                    key=lambda b: -b[0],
-                )[: o.finalists]
-        stands = {MEAN: world.grades(mean[None], validation, rng)[0]} | {
-            str(i): b[2] for i, b in enumerate(best)
-        }
-        vectors = {MEAN: mean} | {str(i): b[1] for i, b in enumerate(best)}
-        vectors |= {name: reference[0] for name, reference in known.items()}
-        own = np.concatenate([world.grades(mean[None], search, aside)[0], stands[MEAN]])
-        references_known = {name: _named(grades) for name, (_, grades) in known.items()}
-        chance = NormalDist().cdf(-(o.reference_lead or 0.0))
-        standing = incumbent(_named(own), references_known, chance)
-        if standing != MEAN:
-            del stands[MEAN]
-            stands[standing] = known[standing][1][len(search) :]
-        named = {name: _named(values) for name, values in stands.items()}
-        winner = choose(named, standing, NormalDist().cdf(-o.lead))
+        best = _best(world, best, zip(drawn, scores, strict=True), validation, rng, o.finalists)
+        stands = world.grades(mean[None], validation, rng)[0]
+        own = np.concatenate([world.grades(mean[None], search, aside)[0], stands])
         # the loop also grades the mean on every search task
         spent_on_choice = len(search) + (1 + len(best) + len(known)) * kept
-        yield spent + spent_on_choice, vectors[winner]
+        yield spent + spent_on_choice, _winner(mean, own, best, known, len(search), o)
+
+
+def _best(
+    world: World,
+    best: list[Finalist],
+    trials: Iterable[tuple[Array, float]],
+    validation: Array,
+    rng: np.random.Generator,
+    most: int,
+) -> list[Finalist]:
+    """The `most` best of the finalists so far and these trials."""
+    for x, score in trials:
+        if len(best) < most or score > best[-1][0]:
+            fresh = world.grades(x[None], validation, rng)[0]
+            best = sorted([*best, (float(score), x, fresh)], key=lambda b: -b[0])[:most]
+    return best
+
+
+def _winner(
+    mean: Array,
+    own: Array,
+    best: list[Finalist],
+    known: dict[str, tuple[Array, Array]],
+    searched: int,
+    o: Options,
+) -> Array:
+    """The winner's weights. Grades of the mean, `own`, and of references are on search tasks, so
+    many of them, and then on validation tasks.
+    """
+    stands = {MEAN: own[searched:]} | {str(i): b[2] for i, b in enumerate(best)}
+    vectors = {MEAN: mean} | {str(i): b[1] for i, b in enumerate(best)}
+    vectors |= {name: reference[0] for name, reference in known.items()}
+    references_known = {name: _named(grades) for name, (_, grades) in known.items()}
+    chance = NormalDist().cdf(-(o.reference_lead or 0.0))
+    standing = incumbent(_named(own), references_known, chance)
+    if standing != MEAN:
+        del stands[MEAN]
+        stands[standing] = known[standing][1][searched:]
+    named = {name: _named(values) for name, values in stands.items()}
+    return vectors[choose(named, standing, NormalDist().cdf(-o.lead))]
 
 
 def _reference_grades(

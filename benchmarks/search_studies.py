@@ -62,6 +62,17 @@ def study_settings(
     }
 
 
+def two_sibling_settings(pair: Path, seed: int) -> dict[str, Any]:
+    """Of a pair as make_two_siblings.py makes it; every seed has another split."""
+    settings = study_settings(
+        pair / "parent", pair / "a", pair / "tasks.jsonl", layers=2, tokens=24, seed=seed
+    )
+    settings["genome"]["models"].append(str(pair / "b"))
+    settings["split"] = {"seed": seed}
+    settings["prompt"] = {"format": "chat"}
+    return settings
+
+
 @contextmanager
 def search_of(settings: dict[str, Any], kept: Path) -> Iterator[Search]:
     """A search with its own study file in `kept`."""
