@@ -11,7 +11,7 @@ from evomerge.text import QUOTED
 # finds the beginnings of lines, where an option may follow: each run of blanks is looked at once
 _OPTION_LINE = re.compile(
     r"(?m)(?:^|\n)[\s・-]*+"
-    r"(?:(?:選択肢|情報|文)?+\s*+[(]?+([A-Ha-h1-9])[).:、]\s*+(.{1,60}?)[^\S\n]*+$)?"
+    r"(?:(?:選択肢|情報|文)?+\s*+[(]?+([A-Ha-h1-9])[).:、]\s*+(.{0,59}?\S)[^\S\n]*+$)?"
 )
 _OPTION_INLINE = re.compile(r"\(([a-hA-H])\)\s*([^\s(),、。]{1,20})")
 _BULLET = re.compile(r"(?m)^[-・]\s*(.{1,40})$")
