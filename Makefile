@@ -17,6 +17,8 @@ DEMO     = demo/.ready
 PYTEST   = $(BIN)/python -m pytest
 # one more process than cores: some tests wait for a server
 PARALLEL = -n $(shell $(PYTHON) -c "import os; print(min(8, os.cpu_count() + 1))") --dist worksteal
+# the tests write thousands of small files: in memory, where there is much of it
+SCRATCH  = $(shell $(PYTHON) -c "import os, shutil; d = '/dev/shm'; print(d if os.path.isdir(d) and shutil.disk_usage(d).free > 8e9 else '')")
 EXTRAS   = mergekit lm-eval 4bit bm25 embeddings serve
 BENCHES  = $(filter-out benchmarks/make_% benchmarks/pair_% benchmarks/search_%,$(wildcard benchmarks/*.py))
 SEARCH   = $(BIN)/evomerge search $(SPACE) --study $(STUDY) $(if $(TRIALS),--trials $(TRIALS))
@@ -54,7 +56,7 @@ two-siblings: $(VENV)/.ready-real-pair ## build a parent and two siblings of 135
 japanese-pair: $(VENV)/.ready-real-pair ## build Gemma 3 270M and a Japanese sibling in pairs/japanese/ (about 40 minutes, resumable)
 	@$(BIN)/python benchmarks/make_japanese_pair.py pairs/japanese
 test: $(READY) ## run the tests, in parallel
-	@$(PYTEST) $(PARALLEL)
+	@$(if $(SCRATCH),TMPDIR=$(SCRATCH)) $(PYTEST) $(PARALLEL)
 test-EXTRA: ## tests that need an extra: test-mergekit, -lm-eval, -4bit, -bm25, -embeddings, -serve
 	@echo 'Name the extra: make $(EXTRAS:%=test-%)' >&2; exit 2
 test-vllm: $(VLLM)/.ready ## test the vLLM engine on the CPU, in .venv-vllm (3.5 GB): its tests, the demo study, its speed
