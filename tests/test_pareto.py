@@ -274,6 +274,10 @@ def test_a_point_is_picked_by_number_knee_or_constraint(wanted, trial):
         ("4", ["no such point", "'4'"]),
         ("knees", ["neither", "'knees'", "answer_tokens<="]),
         ("correct>=e", ["neither"]),
+        ("9" * 5000, ["neither"]),
+        ("", ["neither"]),
+        ("answer_tokens<=nan", ["neither"]),
+        ("<=3", ["no objective", "''"]),
         ("length<=3", ["no objective", "'length'", "correct or answer_tokens"]),
         ("answer_tokens<=100", ["answer_tokens <= 100", "120", "point 3"]),
         ("correct>=0.95", ["correct >= 0.95", "0.9,", "point 1"]),
@@ -285,6 +289,18 @@ def test_an_impossible_point_is_one_line(wanted, words):
     assert "\n" not in str(caught.value)
     for word in ["--point", *words]:
         assert word in str(caught.value)
+
+
+def test_a_group_s_name_may_hold_a_sign():
+    points = []
+    for point in FRONT.points:
+        values = {"group:a<=b": point.values["correct"], "length": value(1.0)}
+        points.append(replace(point, values=values))
+    front = Front(("group:a<=b",), ("length",), tuple(points), (), knee=1)
+    assert picked_point(front, "group:a<=b<=0.5").trial == 12
+    unknown = replace(front, minimize=("likelihood",))
+    with pytest.raises(InputError, match="has both group:a<=b and likelihood"):
+        picked_point(unknown, "group:a<=b<=0.5")
 
 
 def test_a_front_is_shown_in_80_columns(capsys):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
+import math
 
 from evomerge.errors import InputError
 from evomerge.searching.records.front_record import Front, FrontPoint
 
-CONSTRAINT = re.compile(r"\A(?P<name>[^<>]++)(?P<sign>[<>]=)\s*(?P<limit>[-+.\deE]+)")
 WHERE = "--point"
+DIGITS = 9  # of a point's number, at most
 
 
 def picked_point(front: Front, wanted: str) -> FrontPoint:
@@ -19,7 +19,7 @@ def picked_point(front: Front, wanted: str) -> FrontPoint:
     """
     if wanted == "knee":
         return front.middle
-    if wanted.isdecimal():
+    if wanted.isdecimal() and len(wanted) <= DIGITS:
         number = int(wanted)
         if not 1 <= number <= len(front.points):
             raise InputError(
@@ -29,23 +29,26 @@ def picked_point(front: Front, wanted: str) -> FrontPoint:
                 remedy=f"Use 1 to {len(front.points)}; `evomerge show STUDY --pareto` lists them.",
             )
         return front.points[number - 1]
-    found = CONSTRAINT.fullmatch(wanted.strip())
-    limit = None if found is None else _number(found["limit"])
-    if found is None or limit is None:
+    # the last sign: a group's name may hold one
+    at = max(wanted.rfind("<="), wanted.rfind(">="))
+    limit = _number(wanted[at + 2 :])
+    if at < 0 or limit is None:
         raise InputError(
             "is neither a point's number, nor knee, nor a constraint",
             where=WHERE,
             found=wanted,
             remedy=f"Write 1, knee, or '{front.objectives[-1]}<=NUMBER', for example.",
         )
-    return _constrained(front, found["name"].strip(), found["sign"], limit)
+    return _constrained(front, wanted[:at].strip(), wanted[at : at + 2], limit)
 
 
 def _number(text: str) -> float | None:
+    """A finite number; None for anything else."""
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
         return None
+    return value if math.isfinite(value) else None
 
 
 def _constrained(front: Front, name: str, sign: str, limit: float) -> FrontPoint:
@@ -56,13 +59,18 @@ def _constrained(front: Front, name: str, sign: str, limit: float) -> FrontPoint
             found=name,
             remedy=f"Use {' or '.join(front.objectives)}.",
         )
-    known = [point for point in front.points if name in point.values]
+    other = next(objective for objective in front.objectives if objective != name)
+    known = [point for point in front.points if {name, other} <= point.values.keys()]
     below = sign == "<="
     fitting = []
     for point in known:
         mean = point.values[name].mean
         if mean <= limit if below else mean >= limit:
             fitting.append(point)
+    if not known:
+        raise InputError(
+            f"no point of the front has both {name} and {other}", where=WHERE, remedy="Use knee."
+        )
     if not fitting:
         nearest = min(known, key=lambda point: abs(point.values[name].mean - limit))
         raise InputError(
@@ -72,7 +80,5 @@ def _constrained(front: Front, name: str, sign: str, limit: float) -> FrontPoint
             f"{front.points.index(nearest) + 1}",
             remedy="Loosen the constraint.",
         )
-    other = next(objective for objective in front.objectives if objective != name)
     better = 1.0 if other in front.maximize else -1.0
-    rated = [point for point in fitting if other in point.values]
-    return max(rated, key=lambda point: better * point.values[other].mean)
+    return max(fitting, key=lambda point: better * point.values[other].mean)
