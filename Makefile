@@ -34,7 +34,7 @@ TESTS-serve      = tests/test_transformers_serve.py tests/test_llm_judge_server.
 .PHONY: help setup demo search resume test test-fuzz test-kills test-vllm $(EXTRAS:%=test-%) check docs export infer report bench real-pair two-siblings japanese-pair clean
 
 help:
-	@sed -nE 's/^([a-zA-Z-]+):.*## (.*)/make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+	@sed -nE 's/^([a-zA-Z-]+):.*## (.*)/make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 	@echo 'Options: SPACE=search_spaces/FILE.yaml, STUDY=NAME, TRIALS=N.'
 
 setup: $(READY) ## create .venv and install evomerge with its pinned dependencies
@@ -66,7 +66,7 @@ $(EXTRAS:%=test-%): test-%: $(VENV)/.ready-%
 	@$(if $(filter mergekit,$*),EVOMERGE_MERGEKIT_PYTHON=$(CURDIR)/$(BIN)/python) $(PYTEST) $(PARALLEL) -rs $(TESTS-$*)
 test-fuzz: $(READY) ## change every kind of input file in COUNT ways, and pump every pattern: COUNT=2000 SEED=1
 	@EVOMERGE_FUZZ=$(COUNT) $(PYTEST) $(PARALLEL) --hypothesis-seed=$(SEED) tests/test_fuzz.py tests/test_patterns.py
-test-kills: $(READY) ## kill a study at each of its first 200 writes (half an hour)
+test-kills: $(READY) ## kill a study at each of its first 200 writes (two minutes)
 	@EVOMERGE_KILLS=200 $(PYTEST) $(PARALLEL) tests/test_half_made_studies.py
 docs: $(READY) ## write docs/CLI.md, docs/STUDY_FILE.md and the study file's JSON Schema
 	@$(BIN)/python docs/make_cli.py
