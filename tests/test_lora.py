@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from evomerge.errors import ModelError
 from evomerge.merging.adapters.lora import add_to_embedding, add_to_linear
 from evomerge.merging.adapters.lora_plan import open_lora
-from evomerge.merging.checkpoints.model_folder import EMBED, HEAD, ModelFolder
+from evomerge.merging.architecture.architecture import EMBED, HEAD
+from evomerge.merging.checkpoints.model_folder import ModelFolder
 from evomerge.merging.checkpoints.open_model import open_model
 
 PREFIX = "base_model.model."

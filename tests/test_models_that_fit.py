@@ -15,7 +15,7 @@ from evomerge.errors import ModelError, RecipeError
 from evomerge.merging.build import build_model
 from evomerge.merging.checkpoints.compatibility import CONFIG_KEYS, check_fit
 from evomerge.merging.checkpoints.config_defaults import config_value
-from evomerge.merging.checkpoints.model_folder import EMBED, HEAD
+from evomerge.merging.architecture.architecture import EMBED, HEAD
 from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.checkpoints.size import kv_cache_bytes
 from evomerge.merging.live import LiveModel

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from evomerge.cli import main
 from evomerge.errors import ModelError, RecipeError, UnsupportedRecipe
 from evomerge.merging.build import build_model
-from evomerge.merging.checkpoints.model_folder import HEAD
+from evomerge.merging.architecture.architecture import HEAD
 from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.live import LiveModel
 from evomerge.recipe import Recipe, task_arithmetic_recipe

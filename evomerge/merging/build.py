@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from evomerge.console import parse_size, size
 from evomerge.errors import ModelError, OutputError
+from evomerge.merging.architecture.text_config import layers_key, text_config, with_text
 from evomerge.merging.checkpoints.folder_files import TEMPLATES, copy_files, read_json
-from evomerge.merging.checkpoints.model_folder import ModelFolder
+from evomerge.merging.checkpoints.model_folder import ModelFolder, num_layers
 from evomerge.merging.checkpoints.new_folder import check_new, new_folder
 from evomerge.merging.checkpoints.shards import Progress, plan_shards, total_size, write_shards
 from evomerge.merging.stream import MergePlan, open_recipe
@@ -104,11 +106,8 @@ def _write_config(plan: MergePlan, folder: Path) -> None:
             config["torch_dtype"] = dtype
         if "dtype" in config or "torch_dtype" not in config:
             config["dtype"] = dtype
-    for setting in BY_LAYER:
-        values = config.get(setting)
-        if isinstance(values, list) and len(values) == config["num_hidden_layers"]:
-            config[setting] = _by_layer(plan, setting, values)
-    config["num_hidden_layers"] = plan.layout.n_layers
+    if plan.layout.restacked:
+        config = with_text(config, _restacked(plan, text_config(config)))
     if plan.unties:
         config["tie_word_embeddings"] = False
     if plan.vocabulary is not None:
@@ -119,11 +118,22 @@ def _write_config(plan: MergePlan, folder: Path) -> None:
     )
 
 
+def _restacked(plan: MergePlan, text: Mapping[str, Any]) -> dict[str, Any]:
+    """The text decoder's configuration with the merged model's layers."""
+    changed = dict(text)
+    for setting in BY_LAYER:
+        values = text.get(setting)
+        if isinstance(values, list) and len(values) == num_layers(plan.donor.config):
+            changed[setting] = _by_layer(plan, setting, values)
+    changed[layers_key(text) or "num_hidden_layers"] = plan.layout.n_layers
+    return changed
+
+
 def _by_layer(plan: MergePlan, setting: str, values: list[Any]) -> list[Any]:
     """A list with an item for each layer, of the layers that the merged model has."""
     merged = []
     for ref, layer in plan.layout.lenders:
-        own = plan.models[ref].config.get(setting)
+        own = text_config(plan.models[ref].config).get(setting)
         lent = own if isinstance(own, list) and layer < len(own) else values
         merged.append(lent[min(layer, len(lent) - 1)])
     return merged

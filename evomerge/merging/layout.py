@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from evomerge.errors import ModelError, RecipeError, UnsupportedRecipe
-from evomerge.merging.checkpoints.model_folder import HEAD, ModelFolder, num_layers
-from evomerge.merging.known_families import KNOWN
+from evomerge.errors import ModelError, RecipeError
+from evomerge.merging.architecture.architecture import LIKE_LLAMA, Architecture
+from evomerge.merging.architecture.roles import Role
+from evomerge.merging.checkpoints.model_folder import ModelFolder, num_layers
 from evomerge.merging.methods.registry import MergeMethod, get_method
-from evomerge.merging.settings import evaluate
-from evomerge.merging.tensor_plan import TensorPlan
-from evomerge.recipe import MERGEKIT, Recipe, Slice, Source
-
-LAYER = re.compile(r"^(.*?\blayers\.)(\d+)(\..*)$")
-# outside the layers: the first slice's and the last's
-FIRST, LAST = ("model.embed_tokens.",), ("model.norm.", "lm_head.")
+from evomerge.merging.settings import evaluate, names_tensor
+from evomerge.merging.tensor_plan import TensorPlan, kept
+from evomerge.recipe import Recipe, Slice, Source
 
 
 @dataclass(frozen=True)
@@ -36,14 +32,14 @@ class Layout:
         self,
         recipe: Recipe,
         n_layers: int,
-        architecture: str = "LlamaForCausalLM",
+        architecture: Architecture = LIKE_LLAMA,
         depths: Mapping[str, int] | None = None,
     ) -> None:
-        """`architecture` is the donor's class; `depths` are the layers of models of another depth.
+        """`architecture` is the donor's; `depths` are the layers of models of another depth.
 
         Raises RecipeError for a slice past the end.
         """
-        self.recipe, self.known = recipe, architecture in KNOWN
+        self.recipe, self.architecture = recipe, architecture
         self.method: MergeMethod = get_method(recipe.merge_method)
         self._layers: list[LayerPosition] = []
         for i, piece in enumerate(recipe.slices):
@@ -78,13 +74,13 @@ class Layout:
         """The merged model's tensors, sorted: the order in which mergekit merges.
 
         The donor lends its names; a head is merged when it or any model of the head's slice stores
-        one. Raises ModelError when tensors are missing, UnsupportedRecipe for mixtures of experts.
+        one. Raises ModelError when tensors are missing.
         """
-        donor_ref = self.recipe.donor
+        donor_ref, head = self.recipe.donor, self.architecture.head
         donor = models[donor_ref]
-        plain = {name for name in donor.keys if name != HEAD and not LAYER.match(name)}
-        if any(HEAD in models[ref].keys for ref in (donor_ref, *self.head_givers)):
-            plain.add(HEAD)
+        plain = {name for name in donor.keys if name != head and not self.architecture.split(name)}
+        if any(models[ref].head in models[ref].keys for ref in (donor_ref, *self.head_givers)):
+            plain.add(head)
         lent = {donor_ref: layers_of(donor)}
         for i, (ref, layer) in enumerate(self.lenders):
             if ref not in lent:
@@ -95,39 +91,51 @@ class Layout:
     @property
     def head_givers(self) -> list[str]:
         """The models that a merged head is made of."""
-        return [ref for ref, _ in self.inputs(HEAD)]
+        return [ref for ref, _ in self.inputs(self.architecture.head)]
 
     def inputs(self, name: str) -> list[tuple[str, str]]:
         """(model, name) of every tensor that may go into an output tensor, the lender's first."""
         position = self.position(name)
-        inputs = [_input(name, source, position) for source in position.piece.sources]
+        inputs = [self._input(name, source, position) for source in position.piece.sources]
         donor = self.recipe.donor
         return sorted(inputs, key=lambda place: place[0] != donor)
 
     def position(self, name: str) -> LayerPosition:
-        """A layer's own slice; the last slice for final norm and head, the first for embeddings.
+        """A layer's own slice; outside the layers the first or the last, by the tensor's role.
 
-        t is 0 outside the layers. Raises ModelError for a layer that is too many,
-        UnsupportedRecipe for a tensor of another kind, about which mergekit's rules say nothing.
+        t is 0 outside the layers. Raises ModelError for a layer that is too many.
         """
-        match = LAYER.match(name)
-        if match:
-            if int(match[2]) >= self.n_layers:
-                raise ModelError(
-                    f"tensor {name} is beyond the configuration's {self.n_layers} layers",
-                    remedy="Correct config.json.",
-                )
-            return self._layers[int(match[2])]
-        if not name.startswith(FIRST + LAST):
-            raise UnsupportedRecipe(
-                f"tensor {name} is of an architecture that is not supported",
-                remedy=f"Llama and similar models are supported. {MERGEKIT}",
+        parts = self.architecture.split(name)
+        if parts is None:
+            in_last = self.architecture.role(name) == Role.LAST
+            return LayerPosition(self.recipe.slices[-1 if in_last else 0], None, 0.0)
+        if parts[1] >= self.n_layers:
+            raise ModelError(
+                f"tensor {name} is beyond the configuration's {self.n_layers} layers",
+                remedy="Correct config.json.",
             )
-        in_last = name.startswith(LAST) and self.known
-        return LayerPosition(self.recipe.slices[-1 if in_last else 0], None, 0.0)
+        return self._layers[parts[1]]
+
+    def stays(self, name: str) -> bool:
+        """Whether the tensor is the donor's own: outside the text path, in a recipe of slices.
+
+        A recipe of whole models, or a filter that names the tensor, merges it like the first slice.
+        """
+        if self.architecture.role(name) != Role.OUTSIDE or self.architecture.split(name):
+            return False
+        piece = self.recipe.slices[0]
+        if all(source.layers is None for source in piece.sources):
+            return False
+        levels = [piece.parameters, self.recipe.parameters]
+        levels += [source.parameters for source in piece.sources]
+        return not any(
+            names_tensor(setting, name) for level in levels for setting in level.values()
+        )
 
     def plan(self, name: str) -> TensorPlan:
         """How a tensor is merged. Raises RecipeError when the method lacks a parameter."""
+        if self.stays(name):
+            return kept(self.recipe.donor, name)
         method, position = self.method, self.position(name)
         piece = position.piece
         base, sources = None, piece.sources
@@ -135,7 +143,7 @@ class Layout:
             sources = piece.siblings
             for source in piece.sources:
                 if source.model == piece.base_model:
-                    base = _input(name, source, position)
+                    base = self._input(name, source, position)
         densities: tuple[float, ...] = ()
         if method.has_densities:
             densities = self._each("density", name, sources, 1.0)
@@ -150,7 +158,7 @@ class Layout:
         return TensorPlan(
             self.recipe.merge_method,
             base,
-            tuple(_input(name, source, position) for source in sources),
+            tuple(self._input(name, source, position) for source in sources),
             weights,
             densities,
             normalize,
@@ -172,7 +180,7 @@ class Layout:
         filtered = name
         if source is not None:
             levels.insert(0, source.parameters)
-            filtered = _input(name, source, position)[1]
+            filtered = self._input(name, source, position)[1]
         for level in levels:
             if key in level:
                 value = evaluate(key, level[key], filtered, position.t)
@@ -189,6 +197,14 @@ class Layout:
                 remedy=f"Add parameters: {{{key}: …}} to the slice or the recipe.",
             )
         return float(value)
+
+    def _input(self, name: str, source: Source, position: LayerPosition) -> tuple[str, str]:
+        """(model, name) of the tensor that a source gives to an output tensor."""
+        parts = self.architecture.split(name)
+        if parts is not None:
+            before, _, after = parts
+            name = f"{before}{_input_layer(source, position)}{after}"
+        return source.model, name
 
     def _each(
         self, key: str, name: str, sources: tuple[Source, ...], default: float | None = None
@@ -227,14 +243,6 @@ def _check_ranges(piece: Slice, n_layers: int, depths: Mapping[str, int], where:
             )
 
 
-def _input(name: str, source: Source, position: LayerPosition) -> tuple[str, str]:
-    """(model, name) of the tensor that a source gives to an output tensor."""
-    match = LAYER.match(name)
-    if match:
-        name = f"{match[1]}{_input_layer(source, position)}{match[3]}"
-    return source.model, name
-
-
 def _input_layer(source: Source, position: LayerPosition) -> int:
     start = source.layers[0] if source.layers else 0
     return start + (position.layer or 0)
@@ -243,18 +251,14 @@ def _input_layer(source: Source, position: LayerPosition) -> int:
 def layers_of(folder: ModelFolder) -> dict[int, set[tuple[str, str]]]:
     """Layer -> its tensors, as (name before the layer's number, name after it).
 
-    Raises ModelError unless every layer that config.json names is there and complete,
-    UnsupportedRecipe for mixtures of experts.
+    Raises ModelError unless every layer that config.json names is there and complete.
     """
     by_layer: dict[int, set[tuple[str, str]]] = {}
     for name in folder.keys:
-        if ".experts." in name:
-            raise UnsupportedRecipe(
-                "mixtures of experts are not supported", where=folder.path, remedy=MERGEKIT
-            )
-        match = LAYER.match(name)
-        if match:
-            by_layer.setdefault(int(match[2]), set()).add((match[1], match[3]))
+        parts = folder.architecture.split(name)
+        if parts is not None:
+            before, layer, after = parts
+            by_layer.setdefault(layer, set()).add((before, after))
     check_layers(folder, by_layer)
     return by_layer
 
@@ -262,7 +266,8 @@ def layers_of(folder: ModelFolder) -> dict[int, set[tuple[str, str]]]:
 def check_layers(folder: ModelFolder, by_layer: Mapping[int, set[tuple[str, str]]]) -> None:
     """Raise ModelError unless the file has every layer that config.json names, complete.
 
-    Layers of one type must have the same tensors. `by_layer`: (name before, name after the number).
+    Layers of a plain model that are of one type must have the same tensors. `by_layer`: (name
+    before, name after the number).
     """
     count = num_layers(folder.config)
     if set(by_layer) != set(range(count)):
@@ -273,6 +278,15 @@ def check_layers(folder: ModelFolder, by_layer: Mapping[int, set[tuple[str, str]
             where=folder.path,
             remedy="Correct config.json, or copy the model again.",
         )
+    lacking = folder.architecture.lacking
+    if lacking is not None:
+        for name in lacking:
+            raise ModelError(
+                f"the file lacks {name}",
+                where=folder.path,
+                remedy="Copy or download the model again.",
+            )
+        return
     types = folder.config.get("layer_types") or [""] * count
     complete: dict[str, set[tuple[str, str]]] = {}
     for layer, tensors in by_layer.items():

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from evomerge.errors import EngineError
+from evomerge.merging.architecture.roles import NUMBER
 from evomerge.merging.checkpoints.model_folder import ModelFolder
-from evomerge.merging.layout import LAYER
 from evomerge.merging.tensor_merge import load_finite
 
 log = logging.getLogger(__name__)
@@ -249,6 +249,6 @@ def _by_layer(names: Sequence[str]) -> list[list[str]]:
     """Names in groups that are read and merged together: a layer, or a tensor outside of them."""
     groups: dict[object, list[str]] = {}
     for name in names:
-        match = LAYER.match(name)
-        groups.setdefault(int(match[2]) if match else name, []).append(name)
+        match = NUMBER.search(name)
+        groups.setdefault(name[: match.end()] if match else name, []).append(name)
     return list(groups.values())

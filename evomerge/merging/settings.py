@@ -25,6 +25,14 @@ def evaluate(key: str, setting: Any, name: str, t: float) -> float | bool | None
     return None
 
 
+def names_tensor(setting: Any, name: str) -> bool:
+    """Whether one of a setting's filters matches the tensor `name`; a bare number has none."""
+    items = [setting] if isinstance(setting, Mapping) else setting
+    if not isinstance(items, list) or not isinstance(items[0], Mapping):
+        return False
+    return any(item.get("filter") == "*" or (item.get("filter") or "\0") in name for item in items)
+
+
 def _interpolate(key: str, setting: list[Any], t: float) -> float | bool:
     """Linear between the two nearest values; booleans take the one before t."""
     values = [scalar(key, item) for item in setting]

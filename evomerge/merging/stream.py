@@ -9,15 +9,10 @@ from typing import Any
 import torch
 
 from evomerge.errors import RecipeError
+from evomerge.merging.architecture.architecture import architecture_of
 from evomerge.merging.checkpoints.compatibility import check_fit, check_meaning, check_tensors
 from evomerge.merging.checkpoints.config_defaults import config_value
-from evomerge.merging.checkpoints.model_folder import (
-    EMBED,
-    HEAD,
-    VOCABULARY,
-    ModelFolder,
-    num_layers,
-)
+from evomerge.merging.checkpoints.model_folder import ModelFolder, num_layers
 from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.layout import Layout
 from evomerge.merging.methods.dare_draws import Draws
@@ -27,6 +22,7 @@ from evomerge.merging.tensor_merge import (
     load_finite,
     merge_tensors,
 )
+from evomerge.merging.tensor_plan import TensorPlan, kept
 from evomerge.recipe import Recipe
 
 # elements that go through an element-wise method at once: 1 MB in bf16 stays in a core's cache
@@ -48,6 +44,8 @@ def open_recipe(recipe: Recipe) -> dict[str, ModelFolder]:
     check_meaning(first, others)
     layout = make_layout(recipe, models)
     for name in layout.names(models):
+        if layout.stays(name):
+            continue
         inputs = [(models[ref], source) for ref, source in layout.inputs(name)]
         check_tensors(inputs[0], inputs[1:], same_vocabulary)
     return models
@@ -55,10 +53,13 @@ def open_recipe(recipe: Recipe) -> dict[str, ModelFolder]:
 
 def make_layout(recipe: Recipe, models: Mapping[str, ModelFolder]) -> Layout:
     """The recipe laid over these models. Raises RecipeError, UnsupportedRecipe."""
-    config = models[recipe.donor].config
-    architecture = recipe.architecture or (config.get("architectures") or [""])[0]
+    donor = models[recipe.donor]
+    architecture = donor.architecture
+    if recipe.architecture is not None:
+        config = {**donor.config, "architectures": [recipe.architecture]}
+        architecture = architecture_of(config, donor.keys)
     depths = {ref: num_layers(model.config) for ref, model in models.items()}
-    return Layout(recipe, num_layers(config), architecture, depths)
+    return Layout(recipe, num_layers(donor.config), architecture, depths)
 
 
 class MergePlan:
@@ -88,10 +89,17 @@ class MergePlan:
             and after.models == models
         ):
             self.vocabulary = after.vocabulary
-        self.tensors = {name: self.layout.plan(name) for name in self.names}
+        self.tensors = {name: self._tensor(name) for name in self.names}
         self._check_numbers()
         states = None if after is None else after.draws.states
         self.draws: Draws = Draws(random_seed, self._draw_counts(), states)
+
+    def _tensor(self, name: str) -> TensorPlan:
+        """A tensor's plan; one of whole numbers stays what its lender has."""
+        ref, source = self.layout.inputs(name)[0]
+        if self.models[ref].dtype(source).is_floating_point:
+            return self.layout.plan(name)
+        return kept(ref, source)
 
     @cached_property
     def vocabulary(self) -> Any:
@@ -111,12 +119,14 @@ class MergePlan:
         if not any(self.models[ref].is_untied() for ref in self.layout.head_givers):
             return False
         tied = config_value(self.donor.config, "tie_word_embeddings")
-        return HEAD not in self.donor.keys or bool(tied)
+        return self.donor.head not in self.donor.keys or bool(tied)
 
     def _check_numbers(self) -> None:
         """Raise RecipeError where a weight is infinite in its dtype: the tensors would be NaN."""
         rounds = self.layout.method.rounds_weights
         for name, plan in self.tensors.items():
+            if plan.is_copy:
+                continue
             dtype = self.working_dtype(name)
             limit = torch.finfo(dtype).max if rounds else FLOAT32_MAX
             for number in (*plan.weights, plan.scale):
@@ -139,7 +149,7 @@ class MergePlan:
 
     def holder(self, name: str) -> str:
         """The merged tensor that a parameter holds: the embeddings, for a head that stays tied."""
-        return name if name in self.tensors else EMBED
+        return name if name in self.tensors else self.donor.embeddings
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of the merged tensor."""
@@ -151,14 +161,17 @@ class MergePlan:
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of the merged tensor: `out_dtype`, or the one it is merged in."""
-        return dtype_named(self.recipe.out_dtype) or self.working_dtype(name)
+        working = self.working_dtype(name)
+        if not working.is_floating_point:
+            return working
+        return dtype_named(self.recipe.out_dtype) or working
 
     def working_dtype(self, name: str) -> torch.dtype:
         """The recipe's `dtype`; without one, the widest that the tensor has on disk."""
         named = dtype_named(self.recipe.dtype)
-        if named is not None:
-            return named
         found = [self.models[ref].dtype(source) for ref, source in self.tensors[name].inputs]
+        if named is not None and found[0].is_floating_point:
+            return named
         return reduce(torch.promote_types, found)
 
     def merge(self, name: str, device: Any = "cpu") -> torch.Tensor:
@@ -186,7 +199,8 @@ class MergePlan:
 
     def elementwise(self, name: str) -> bool:
         """Whether every element of the merged tensor depends on its own place only."""
-        return self.layout.method.elementwise and not self._moves_rows(name)
+        by_element = self.layout.method.elementwise or self.tensors[name].is_copy
+        return by_element and not self._moves_rows(name)
 
     def chunked(self, name: str) -> ChunkedMerge:
         """Prepare an element-wise tensor to be merged in chunks."""
@@ -205,7 +219,7 @@ class MergePlan:
         return out
 
     def _moves_rows(self, name: str) -> bool:
-        return name in VOCABULARY and self.vocabulary is not None
+        return name in self.donor.vocabulary and self.vocabulary is not None
 
 
 def merged_tensors(

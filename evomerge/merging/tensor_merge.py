@@ -31,6 +31,9 @@ class ChunkedMerge:
         Raises ModelError on NaN or infinite weights, RecipeError on an overflow of float16.
         """
         end, plan = start + out.numel(), self.plan
+        if not self.dtype.is_floating_point:
+            out.copy_(self.inputs[plan.inputs[0][0]][start:end])
+            return
         tensors = {}
         for ref, source in plan.inputs:
             chunk = self.inputs[ref][start:end].to(self.dtype)
@@ -53,6 +56,8 @@ def merge_tensors(
 
     Raises RecipeError on weights that sum to 0 where they are normalised.
     """
+    if plan.is_copy:
+        return tensors[plan.inputs[0][0]]
     method = get_method(plan.method)
     base = None if plan.base is None else tensors[plan.base[0]]
     others: Iterable[torch.Tensor] = [tensors[ref] for ref, _ in plan.siblings]
@@ -65,6 +70,8 @@ def load_finite(
     model: ModelFolder, name: str, dtype: torch.dtype, device: Any = "cpu"
 ) -> torch.Tensor:
     """A tensor in `dtype`. Raises ModelError when it holds NaN or infinite numbers."""
+    if not dtype.is_floating_point:
+        return model.get_tensor(name).to(device)
     return finite(model.get_tensor(name).to(device=device, dtype=dtype), model, name)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+COPY = "copy"  # instead of a method: the tensor is one model's own
+
 
 @dataclass(frozen=True)
 class TensorPlan:
@@ -26,6 +28,11 @@ class TensorPlan:
     parameters: Mapping[str, float] = field(default_factory=dict)
 
     @property
+    def is_copy(self) -> bool:
+        """Whether the merged tensor is one model's own."""
+        return self.method == COPY
+
+    @property
     def inputs(self) -> tuple[tuple[str, str], ...]:
         """(model, tensor name) of everything that is read, the base first."""
         return self.siblings if self.base is None else (self.base, *self.siblings)
@@ -38,3 +45,8 @@ class TensorPlan:
         """
         plain = not self.normalize and self.scale == 1
         return self.method == "task_arithmetic" and len(self.siblings) == 1 and plain
+
+
+def kept(model: str, name: str) -> TensorPlan:
+    """The plan of a tensor that stays a model's own."""
+    return TensorPlan(COPY, None, ((model, name),))

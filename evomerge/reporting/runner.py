@@ -20,8 +20,8 @@ from evomerge.knowledge.classification.by_neighbours import CLEAR, LEAST, POWER,
 from evomerge.knowledge.formats.yaml_format import to_yaml
 from evomerge.knowledge.records import PLACEHOLDER, Knowledge, KnowledgeClass
 from evomerge.knowledge.retrieval import tfidf
+from evomerge.merging.architecture.described import LAST_SLICE, NORM_AND_HEAD
 from evomerge.merging.checkpoints.new_folder import check_new, new_folder
-from evomerge.merging.known_families import KNOWN
 from evomerge.recipe import Recipe
 from evomerge.reporting.export import outcome_markdown, recipe_text
 from evomerge.searching.snapshot import StudySnapshot
@@ -133,7 +133,9 @@ def settings(study: Study, recipe: Recipe, knowledge: Knowledge | None) -> dict[
         "plain": plain,
         "donor": recipe.donor if mergeable(recipe) else None,
         "models": list(recipe.models),
-        "norm_and_head_last": sorted(KNOWN),
+        "norm_and_head_last": sorted(
+            name for name, last in LAST_SLICE.items() if last == NORM_AND_HEAD
+        ),
         "files": list(FETCHED),
     }
 

@@ -29,7 +29,6 @@ from evomerge.answering.hf.teaching import divergences, next_tokens
 from evomerge.errors import EngineError, StudyFileError
 from evomerge.genome.weights import Genome
 from evomerge.merging import quantized
-from evomerge.merging.checkpoints.model_folder import VOCABULARY
 from evomerge.merging.live import LiveModel
 from evomerge.merging.stream import MergePlan
 from evomerge.merging.tensor_merge import load_finite
@@ -212,7 +211,7 @@ class GradientModel:
         Rows of a vocabulary are in the merged model's order.
         """
         plan, name = self._plan, self._plan.holder(name)
-        if name not in VOCABULARY or plan.vocabulary is None:
+        if name not in plan.donor.vocabulary or plan.vocabulary is None:
             ((_, inputs),) = self.live.resident.stream([name], deltas=True)
             return inputs.others
         parameter, how = self.live.resident.parameters[name], plan.tensors[name]

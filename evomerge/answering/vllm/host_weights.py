@@ -19,8 +19,9 @@ import torch
 
 from evomerge.errors import EngineError
 from evomerge.merging.adapters.lora import AdaptedModel
+from evomerge.merging.architecture.architecture import HEAD
 from evomerge.merging.checkpoints.config_defaults import config_value
-from evomerge.merging.checkpoints.model_folder import HEAD, ModelFolder
+from evomerge.merging.checkpoints.model_folder import ModelFolder
 from evomerge.merging.placement import free_bytes
 
 # as safetensors writes them

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from evomerge.merging.adapters.adapter import Adapter
-from evomerge.merging.checkpoints.model_folder import EMBED, HEAD, ModelFolder
+from evomerge.merging.architecture.architecture import EMBED, HEAD
+from evomerge.merging.checkpoints.model_folder import ModelFolder
 
 
 def add_to_linear(

@@ -17,8 +17,9 @@ from evomerge.merging.adapters.adapter import (
 )
 from evomerge.merging.adapters.adapter_tensors import AdapterTensors, sort_tensors
 from evomerge.merging.adapters.lora import AdaptedModel, ModuleLora, TokenRows, source
+from evomerge.merging.architecture.architecture import EMBED, HEAD
 from evomerge.merging.checkpoints.config_defaults import config_value
-from evomerge.merging.checkpoints.model_folder import EMBED, HEAD, ModelFolder
+from evomerge.merging.checkpoints.model_folder import ModelFolder
 from evomerge.merging.checkpoints.safetensors_reader import SafetensorsReader
 
 OWN_BASE = "Use it with the model that it was trained on."

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from evomerge.errors import ModelError
+from evomerge.merging.architecture.text_config import text_config
 from evomerge.merging.checkpoints.config_defaults import config_value
-from evomerge.merging.checkpoints.model_folder import HEAD, VOCABULARY, ModelFolder
+from evomerge.merging.checkpoints.model_folder import ModelFolder, tied_by_config
 from evomerge.merging.checkpoints.quantized_weights import refuse_quantized
 
 # Keys of config.json that must be equal for tensors of one name to have one meaning, which their
@@ -20,6 +21,9 @@ CONFIG_KEYS = (
     "num_attention_heads",
     "num_key_value_heads",
     "vocab_size",
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
 )
 ONLY_SIBLINGS = "Only siblings of one base can be merged."
 NAME_A_SOURCE = "Name a `tokenizer_source`."
@@ -55,7 +59,7 @@ def check_tensors(
     """
     base, wanted = lender
     for model, name in givers:
-        if name == HEAD:
+        if name == model.head:
             _check_head(model)
         if model.stored(name) not in model.keys:
             raise ModelError(
@@ -72,10 +76,13 @@ def check_meaning(base: ModelFolder, others: Iterable[ModelFolder]) -> None:
 
 
 def _check_config(base: ModelFolder, sibling: ModelFolder, keys: Iterable[str]) -> None:
-    for key in keys:
-        if base.config.get(key) == sibling.config.get(key):
+    type_of = ("model_type", base.config, sibling.config)
+    text = (text_config(base.config), text_config(sibling.config))
+    compared = [type_of, *((key, *text) for key in keys)]
+    for key, our_config, their_config in compared:
+        if our_config.get(key) == their_config.get(key):
             continue
-        ours, theirs = config_value(base.config, key), config_value(sibling.config, key)
+        ours, theirs = config_value(our_config, key), config_value(their_config, key)
         if ours != theirs:
             raise ModelError(
                 f"does not fit the base: `{key}` is {theirs}, the base has {ours}",
@@ -86,9 +93,9 @@ def _check_config(base: ModelFolder, sibling: ModelFolder, keys: Iterable[str]) 
 
 def _check_head(model: ModelFolder) -> None:
     """A head that is not stored is the embeddings, unless the model is said to be untied."""
-    if HEAD not in model.keys and model.config.get("tie_word_embeddings") is False:
+    if model.head not in model.keys and tied_by_config(model.config) is False:
         raise ModelError(
-            f"the files lack {HEAD}, and config.json says that it is not tied",
+            f"the files lack {model.head}, and config.json says that it is not tied",
             where=model.path,
             found="tie_word_embeddings: false",
             remedy="Correct the key, or copy the model again.",
@@ -96,7 +103,7 @@ def _check_head(model: ModelFolder) -> None:
 
 
 def _check_names(base: ModelFolder, sibling: ModelFolder) -> None:
-    for name in sorted((base.keys ^ sibling.keys) - {HEAD}):
+    for name in sorted((base.keys ^ sibling.keys) - {base.head, sibling.head}):
         lacking = "the sibling lacks" if name in base.keys else "the base lacks"
         raise ModelError(
             f"does not fit the base: {lacking} {name}", where=sibling.path, remedy=ONLY_SIBLINGS
@@ -107,13 +114,13 @@ def _check_shapes(
     base: ModelFolder, wanted: str, sibling: ModelFolder, name: str, same_vocabulary: bool
 ) -> None:
     # the first axis that must be equal
-    axis = 1 if not same_vocabulary and name in VOCABULARY else 0
+    axis = 1 if not same_vocabulary and name in base.vocabulary else 0
     ours, theirs = base.shape(wanted), sibling.shape(name)
     if ours[axis:] != theirs[axis:]:
         # a key says it better than a tensor's shape
-        other = "vocab_size" if name in VOCABULARY else "intermediate_size"
+        other = "vocab_size" if name in base.vocabulary else "intermediate_size"
         _check_config(base, sibling, ["hidden_size", other])
-        rows_only = name in VOCABULARY and ours[1:] == theirs[1:]
+        rows_only = name in base.vocabulary and ours[1:] == theirs[1:]
         raise ModelError(
             f"does not fit the base: {name} is {theirs}, the base has {ours}",
             where=sibling.path,

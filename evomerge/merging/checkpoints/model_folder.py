@@ -12,11 +12,10 @@ from typing import Any
 import torch
 
 from evomerge.errors import UnsupportedRecipe
+from evomerge.merging.architecture.architecture import Architecture, architecture_of
+from evomerge.merging.architecture.text_config import layers_key, text_config
+from evomerge.merging.checkpoints.config_defaults import config_value
 from evomerge.merging.checkpoints.safetensors_reader import SafetensorsReader
-from evomerge.recipe import MERGEKIT
-
-EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-VOCABULARY = (EMBED, HEAD)  # tensors with a row for each token
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,26 @@ class ModelFolder:
         return frozenset(self.files)
 
     @cached_property
+    def architecture(self) -> Architecture:
+        """Its layers, and the roles of its other tensors."""
+        return architecture_of(self.config, self.keys)
+
+    @property
+    def head(self) -> str:
+        """The name of the output embeddings, also where the files do not store them."""
+        return self.architecture.head
+
+    @property
+    def embeddings(self) -> str:
+        """The name of the input embeddings."""
+        return self.architecture.embeddings
+
+    @property
+    def vocabulary(self) -> tuple[str, str]:
+        """The tensors with a row for each token."""
+        return self.embeddings, self.head
+
+    @cached_property
     def _headers(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of every tensor."""
         headers = {}
@@ -50,7 +69,9 @@ class ModelFolder:
 
     def stored(self, name: str) -> str:
         """The name of a tensor on disk: a tied head is stored as the embeddings."""
-        return EMBED if name == HEAD and HEAD not in self.files else name
+        if name in self.files:
+            return name
+        return self.embeddings if name == self.head else name
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Raises ModelError when a file lacks one of its tensors."""
@@ -71,11 +92,12 @@ class ModelFolder:
 
     def is_untied(self) -> bool:
         """Whether the head has weights of its own: one that equals the embeddings may be tied."""
-        if HEAD not in self.files or EMBED not in self.files:
-            return HEAD in self.files
-        if self.config.get("tie_word_embeddings") is False:
+        embeddings, head = self.vocabulary
+        if head not in self.files or embeddings not in self.files:
+            return head in self.files
+        if tied_by_config(self.config) is False:
             return True
-        return not torch.equal(self.get_tensor(HEAD), self.get_tensor(EMBED))
+        return not torch.equal(self.get_tensor(head), self.get_tensor(embeddings))
 
     def _reader(self, name: str) -> SafetensorsReader:
         path = self.files[name]
@@ -92,12 +114,23 @@ def same_model(folder: ModelFolder, ref: str) -> bool:
     return named == [os.path.realpath(place) for place in folder.places]
 
 
+def tied_by_config(config: Mapping[str, Any]) -> bool | None:
+    """What config.json says of a head that is the embeddings; None where it says nothing."""
+    for part in (config, text_config(config)):
+        if isinstance(part.get("tie_word_embeddings"), bool):
+            return bool(part["tie_word_embeddings"])
+    return None
+
+
 def num_layers(config: Mapping[str, Any]) -> int:
-    """Layers of the model that a config.json describes. Raises UnsupportedRecipe."""
-    if not isinstance(config.get("num_hidden_layers"), int):
+    """Layers of the text decoder that a config.json describes. Raises UnsupportedRecipe."""
+    text = text_config(config)
+    key = layers_key(text)
+    found = text[key] if key is not None else config_value(text, "num_hidden_layers")
+    if not isinstance(found, int):
         raise UnsupportedRecipe(
             "the configuration has no `num_hidden_layers`",
             where=config.get("model_type"),
-            remedy=f"Llama and similar models are supported. {MERGEKIT}",
+            remedy="Models that write text, of a type that transformers knows, are supported.",
         )
-    return int(config["num_hidden_layers"])
+    return found

@@ -8,9 +8,10 @@ from typing import Any
 
 from evomerge.errors import ModelError
 from evomerge.merging.adapters.lora_plan import open_lora
+from evomerge.merging.architecture.architecture import HEAD
 from evomerge.merging.checkpoints.folder_files import check_files, read_json
 from evomerge.merging.checkpoints.hub import find_folder, local_path
-from evomerge.merging.checkpoints.model_folder import HEAD, ModelFolder
+from evomerge.merging.checkpoints.model_folder import ModelFolder
 from evomerge.merging.checkpoints.quantized_weights import refuse_quantized
 from evomerge.merging.checkpoints.safetensors_reader import SafetensorsReader
 

@@ -12,6 +12,15 @@ from safetensors import SafetensorError, safe_open
 from evomerge.errors import ModelError
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+# of counters, masks and indices, which are copied as they are
+WHOLE = {
+    "BOOL": torch.bool,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "U8": torch.uint8,
+}
 COPY_AGAIN = "Copy or download it again."
 
 
@@ -48,8 +57,9 @@ class SafetensorsReader:
         return found
 
     def dtype_or_none(self, name: str) -> torch.dtype | None:
-        """The dtype, None where it is not one that can be merged."""
-        return DTYPES.get(self.stored_dtype(name))
+        """The dtype, None where it can be neither merged nor copied."""
+        stored = self.stored_dtype(name)
+        return DTYPES.get(stored) or WHOLE.get(stored)
 
     def stored_dtype(self, name: str) -> str:
         """The dtype by safetensors' name. Raises ModelError when the file lacks the tensor."""

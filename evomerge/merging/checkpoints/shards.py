@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 
 from evomerge.files import sync_file
+from evomerge.merging.checkpoints.safetensors_reader import DTYPES, WHOLE
 from evomerge.merging.stream import CHUNK, MergePlan
 from evomerge.merging.tensor_merge import ChunkedMerge
 
 THREADS = 8  # at most: more only share the memory's bandwidth, and each has a buffer
-FORMAT_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+FORMAT_NAMES = {dtype: name for name, dtype in (*DTYPES.items(), *WHOLE.items())}
 Progress = Callable[[int, int], None]
 SEEKING = threading.Lock()  # where a file has one position for all threads
 

@@ -1,0 +1,169 @@
+"""The layers of a checkpoint, and the slice that decides each of its other tensors."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from evomerge.merging.architecture.conversion import groups_of
+from evomerge.merging.architecture.described import LAST_SLICE
+from evomerge.merging.architecture.empty_model import empty_model
+from evomerge.merging.architecture.roles import Role, is_one_module, text_path
+
+log = logging.getLogger(__name__)
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+PLAIN_LAYERS = "model.layers."
+# what models like Llama have, whose names say what they are
+_PLAIN = re.compile(
+    r"(model\.layers\.\d+\..*|model\.embed_tokens\.\w+|model\.norm\.\w+|lm_head\.\w+)\Z"
+)
+_NOT_PLAIN = (".experts.", "block_sparse_moe")
+_NUMBERED = re.compile(r"(?:^|\.)(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A checkpoint's names: `before` + a layer's number + `after`, or a name with a role."""
+
+    prefixes: tuple[str, ...]  # what stands before a layer's number, longest first
+    roles: Mapping[str, Role] = field(repr=False)  # of everything outside the layers
+    embeddings: str = EMBED
+    head: str = HEAD
+    # what transformers' model has and the files lack; None where only the names speak
+    lacking: tuple[str, ...] | None = None
+
+    def split(self, name: str) -> tuple[str, int, str] | None:
+        """A layer's tensor as (before, number, after); None for one outside the layers."""
+        if name in self.roles:
+            return None
+        for before in self.prefixes:
+            if name.startswith(before):
+                number, dot, after = name[len(before) :].partition(".")
+                if number.isdigit():
+                    return before, int(number), dot + after
+        return None
+
+    def role(self, name: str) -> Role:
+        """The role of a tensor outside the layers; an unknown one follows the first slice."""
+        return self.roles.get(name, Role.FIRST)
+
+
+LIKE_LLAMA = Architecture(
+    (PLAIN_LAYERS,), {EMBED: Role.FIRST, "model.norm.weight": Role.LAST, HEAD: Role.LAST}
+)
+
+
+def architecture_of(config: Mapping[str, Any], names: Collection[str]) -> Architecture:
+    """The architecture of a checkpoint, from its config.json and its tensors' names.
+
+    Names like Llama's speak for themselves. For all others, transformers' own model of the
+    configuration says where each tensor goes; where it has none, the names have to do.
+    """
+    described = LAST_SLICE.get(_class_name(config))
+    if all(_PLAIN.match(name) and not any(part in name for part in _NOT_PLAIN) for name in names):
+        return _plain(names, described)
+    model = empty_model(config)
+    found = None if model is None else _by_modules(model, names, described)
+    return found or _by_names(config, names, described)
+
+
+def _class_name(config: Mapping[str, Any]) -> str:
+    named = config.get("architectures") or [""]
+    return str(named[0])
+
+
+def _plain(names: Collection[str], described: tuple[str, ...] | None) -> Architecture:
+    outside = [name for name in (*names, HEAD) if not name.startswith(PLAIN_LAYERS)]
+    return Architecture((PLAIN_LAYERS,), _first_or_last(outside, described))
+
+
+def _first_or_last(names: Collection[str], described: tuple[str, ...] | None) -> dict[str, Role]:
+    """mergekit's rule for a model of one module."""
+    roles = {}
+    for name in names:
+        last = described is not None and name.startswith(described)
+        roles[name] = Role.LAST if last else Role.FIRST
+    return roles
+
+
+def _by_modules(
+    model: Any, names: Collection[str], described: tuple[str, ...] | None
+) -> Architecture | None:
+    path = text_path(model)
+    if path is None:
+        return None
+    groups, left_out = groups_of(model, names)
+    targets = dict(left_out)
+    for group in groups:
+        targets.update(dict.fromkeys(group.sources, group.target))
+    one_module = described is not None or is_one_module(model.state_dict())
+    prefixes: set[str] = set()
+    roles: dict[str, Role] = {}
+    embeddings = head = ""
+    for name in names:
+        target = targets[name]
+        layer = None if name in left_out else path.layer(target)
+        before = None if layer is None else _before(name, layer)
+        if before is not None:
+            prefixes.add(before)
+            continue
+        if name in left_out:
+            roles[name] = Role.OUTSIDE
+        elif one_module:
+            roles.update(_first_or_last([name], described))
+        else:
+            roles[name] = path.role(target)
+        embeddings = name if target == path.embeddings else embeddings
+        head = name if target == path.head else head
+    if not prefixes:
+        return None
+    head = head or path.head
+    if one_module:
+        roles.update(_first_or_last([head], described))
+    else:
+        roles[head] = Role.LAST
+    return Architecture(_longest_first(prefixes), roles, embeddings or EMBED, head)
+
+
+def _before(name: str, layer: int) -> str | None:
+    """What stands before the layer's number, which is the first such number of the name."""
+    for match in _NUMBERED.finditer(name):
+        if int(match[1]) == layer:
+            return name[: match.start(1)]
+    return None
+
+
+def _by_names(
+    config: Mapping[str, Any], names: Collection[str], described: tuple[str, ...] | None
+) -> Architecture:
+    """The largest list of tensors whose numbers run from 0 without a gap."""
+    numbers: dict[str, list[int]] = {}
+    for name in names:
+        match = _NUMBERED.search(name)
+        if match:
+            numbers.setdefault(name[: match.start(1)], []).append(int(match[1]))
+    whole = {
+        before: found
+        for before, found in numbers.items()
+        if set(found) == set(range(max(found) + 1))
+    }
+    layers = max(whole, key=lambda before: len(whole[before]), default=PLAIN_LAYERS)
+    outside = [name for name in names if not name.startswith(layers)]
+    unknown = [name for name in outside if not _PLAIN.match(name)]
+    if unknown:
+        log.warning(
+            "transformers has no model for %s: %d tensors outside of %s take the first slice's "
+            "weight, such as %s",
+            config.get("model_type"),
+            len(unknown),
+            layers,
+            unknown[0],
+        )
+    return Architecture((layers,), _first_or_last([*outside, HEAD], described))
+
+
+def _longest_first(prefixes: set[str]) -> tuple[str, ...]:
+    return tuple(sorted(prefixes, key=lambda before: (-len(before), before)))

@@ -1,0 +1,60 @@
+"""transformers' own model of a configuration, without weights: it says what each tensor is."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+
+def empty_model(config: Mapping[str, Any]) -> Any:
+    """The model that config.json describes, on torch's meta device (a PreTrainedModel).
+
+    None for a type that transformers does not know or cannot make from the configuration.
+    """
+    return _empty_model(json.dumps(config, sort_keys=True))
+
+
+@lru_cache(maxsize=4)
+def _empty_model(text: str) -> Any:
+    import torch
+    from transformers import CONFIG_MAPPING
+    from transformers.utils import logging
+
+    config = json.loads(text)
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        config.pop("quantization_config", None)
+        made: Any = CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(config))
+        with torch.device("meta"):
+            model: Any = model_class(made).from_config(made)
+        model.tie_weights()
+    except Exception:  # KeyError, TypeError and others, by what is wrong with the configuration
+        return None
+    finally:
+        logging.set_verbosity(level)
+    return model
+
+
+def model_class(config: Any) -> Any:
+    """transformers' Auto class that makes a model which writes text, of its configuration.
+
+    A class for text alone comes first. The class that config.json names decides where both exist.
+    """
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForMultimodalLM,
+    )
+
+    classes = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
+    fitting = [auto for auto in classes if type(config) in auto._model_mapping]
+    named = set(getattr(config, "architectures", None) or [])
+    for auto in fitting:
+        made = auto._model_mapping[type(config)]
+        if not isinstance(made, tuple) and made.__name__ in named:
+            return auto
+    return fitting[0] if fitting else AutoModelForCausalLM
