@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+WIDE = 1 << 28  # from here on torch.randint takes two 32-bit numbers for one of its own
+
 
 @dataclass(frozen=True)
 class TensorPlan:
@@ -24,6 +26,16 @@ class TensorPlan:
     draws: int = 0  # deltas that are thinned out at random
     # further parameters of the method, such as slerp's `t`
     parameters: Mapping[str, float] = field(default_factory=dict)
+    # those that each sibling has for itself, such as della's `epsilon`
+    by_sibling: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    samples: int = 0  # of a tensor with more elements so many are drawn
+
+    def random_numbers(self, elements: int) -> int:
+        """How many 32-bit numbers are drawn for a tensor of so many elements."""
+        drawn = self.draws * elements
+        if 0 < self.samples < elements:
+            drawn += self.samples * (2 if elements >= WIDE else 1)
+        return drawn
 
     @property
     def inputs(self) -> tuple[tuple[str, str], ...]:
