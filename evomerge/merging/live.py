@@ -105,9 +105,8 @@ class LiveModel:
         stale = [name for name in self.names if self._applied.get(name) != states[name]]
         streamed = []
         for name in stale:
-            if plan.needs_no_cast_or_realignment(
-                plan.holder(name), self.resident.parameters[name].dtype
-            ):
+            planned, dtype = plan.holder(name), self.resident.parameters[name].dtype
+            if plan.needs_no_cast_or_realignment(planned, dtype) and self._has_base(plan, planned):
                 streamed.append(name)
                 continue
             with self._marking(name, states[name]):
@@ -163,6 +162,13 @@ class LiveModel:
                 remedy="Merge the tokenizers first: "
                 "`evomerge merge` each sibling, then search over the results.",
             )
+
+    def _has_base(self, plan: MergePlan, planned: str) -> bool:
+        """Whether a tensor's deltas, if it has any, are those from the loaded base."""
+        base = plan.tensors[planned].base
+        if base is None or not plan.layout.method.takes_deltas:
+            return True
+        return plan.models[base[0]] is self.base
 
     def _write_from_files(self, name: str, plan: MergePlan) -> None:
         """Merge one tensor whose dtype changes or whose rows move."""
