@@ -20,8 +20,15 @@ class MethodParameter:
     search: tuple[float, float] | None = None  # the range of its gene; None: it is not searched
     # the gene is a share of min(density, 1 - density), the most that the density leaves
     within_density: bool = False
-    as_base: float | None = None  # the value that makes the merge the base, if there is one
-    as_sibling: float | None = None  # the value that makes it the only sibling
+
+    @property
+    def start(self) -> float:
+        """The gene's first mean: the default, or the middle where that is not inside the range."""
+        assert self.search is not None
+        low, high = self.search
+        if self.default is None or self.within_density or not low < self.default < high:
+            return (low + high) / 2
+        return float(self.default)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +72,16 @@ class MethodTraits:
         return self.needs_base or self.optional_base
 
     @property
+    def searched(self) -> Mapping[str, MethodParameter]:
+        """The further parameters that have genes."""
+        return {name: own for name, own in self.own.items() if own.search is not None}
+
+    @property
+    def weighs_parents(self) -> bool:
+        """Whether weights of 1 and 0 give a sibling alone, and of 0 the base."""
+        return self.weighted and not self.optional_base
+
+    @property
     def by_source(self) -> frozenset[str]:
         """The parameters that each source may have for itself."""
         names = {name for name, parameter in self.own.items() if parameter.per_model}
@@ -102,8 +119,8 @@ BREADCRUMBS_TRAITS = replace(
         "gamma": MethodParameter(default=0.01, low=0, high=1, per_model=True, search=(0.0, 0.2))
     },
 )
-# differences that count as none: at 0 every one counts, and at the end of float16 none does
-THRESHOLD = MethodParameter(default=1e-5, low=0, search=(0.0, 1e-3), as_base=65504, as_sibling=0)
+# a difference up to it counts as none
+THRESHOLD = MethodParameter(default=1e-5, low=0, search=(0.0, 1e-3))
 RAM_TRAITS = MethodTraits(
     takes_deltas=True, weighted=False, scales=False, parameters={"epsilon": THRESHOLD}
 )
@@ -143,9 +160,7 @@ METHODS: dict[str, MethodTraits] = {
         elementwise=True,
         weighted=False,
         rounds_weights=False,
-        parameters={
-            "scale": MethodParameter(default=1.0, per_model=True, search=(0.5, 1.5), as_sibling=1.0)
-        },
+        parameters={"scale": MethodParameter(default=1.0, per_model=True, search=(0.5, 1.5))},
     ),
     "nuslerp": MethodTraits(
         link="NuSLERP",
@@ -201,11 +216,7 @@ METHODS: dict[str, MethodTraits] = {
         takes_deltas=True,
         weighted=False,
         scales=False,
-        parameters={
-            "select_topk": MethodParameter(
-                default=1.0, low=0, high=1, search=(0.0, 1.0), as_base=0, as_sibling=1
-            )
-        },
+        parameters={"select_topk": MethodParameter(default=1.0, low=0, high=1, search=(0.0, 1.0))},
     ),
     "nearswap": MethodTraits(
         link="[NearSwap](https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001)",
@@ -213,7 +224,7 @@ METHODS: dict[str, MethodTraits] = {
         elementwise=True,
         weighted=False,
         rounds_weights=False,
-        parameters={"t": MethodParameter(low=0, search=(0.0, 0.01), as_base=0, as_sibling=65504)},
+        parameters={"t": MethodParameter(low=0, search=(0.0, 0.01))},
     ),
     "arcee_fusion": MethodTraits(
         link="[Arcee Fusion](https://arcee.ai)",
@@ -232,7 +243,7 @@ METHODS: dict[str, MethodTraits] = {
         link="[Reinforced Agent Merging Plus (Tensor-Local)](https://arxiv.org/abs/2601.13572)",
         widens=True,
         parameters={
-            "r": MethodParameter(default=0.1, low=0, search=(0.0, 1.0), as_sibling=0),
+            "r": MethodParameter(default=0.1, low=0, search=(0.0, 1.0)),
             "alpha": MethodParameter(default=0.2, low=0, search=(0.0, 1.0)),
             "epsilon": THRESHOLD,
         },
