@@ -292,7 +292,7 @@ def fake_mergekit(tmp_path):
 
 
 def test_other_methods_go_to_mergekit(family, fake_mergekit):
-    path = write(family, recipe(family, method="sce"))
+    path = write(family, recipe(family, method="of_tomorrow"))
     done = run(
         "merge",
         path,
@@ -304,7 +304,7 @@ def test_other_methods_go_to_mergekit(family, fake_mergekit):
         path=[fake_mergekit],
     )
     assert (done.returncode, done.stdout) == (0, "")
-    assert [("mergekit" in line, "sce" in line) for line in done.stderr.splitlines()] == [
+    assert [("mergekit" in line, "of_tomorrow" in line) for line in done.stderr.splitlines()] == [
         (True, True),
         (False, False),
     ]
@@ -320,7 +320,7 @@ def test_other_methods_go_to_mergekit(family, fake_mergekit):
 
 
 def test_what_mergekit_says_is_shown_when_it_fails(family, fake_mergekit):
-    path = write(family, recipe(family, method="sce") | {"parameters": {"note": "fail"}})
+    path = write(family, recipe(family, method="of_tomorrow") | {"parameters": {"note": "fail"}})
     done = run("merge", path, str(family / "out"), path=[fake_mergekit])
     assert done.returncode == 1
     assert "mergekit failed: ValueError: no such thing" in done.stderr.splitlines()[-1]
@@ -330,7 +330,10 @@ def test_what_mergekit_says_is_shown_when_it_fails(family, fake_mergekit):
 
 def test_other_methods_without_mergekit(family, capsys, monkeypatch):
     monkeypatch.setattr("evomerge.merging.mergekit.is_installed", lambda: False)
-    assert main(["merge", write(family, recipe(family, method="sce")), str(family / "out")]) == 2
+    assert (
+        main(["merge", write(family, recipe(family, method="of_tomorrow")), str(family / "out")])
+        == 2
+    )
     assert "pip install 'evomerge[mergekit]'" in capsys.readouterr().err
     assert not (family / "out").exists()
 
@@ -339,7 +342,7 @@ def test_other_methods_without_mergekit(family, capsys, monkeypatch):
     not MERGEKIT_PYTHON, reason="EVOMERGE_MERGEKIT_PYTHON names no Python with mergekit"
 )
 def test_the_real_mergekit_beside_evomerge(family):
-    path = write(family, recipe(family, ("one", "two"), "model_stock"))
+    path = write(family, recipe(family, ("one", "two"), "model_stock") | {"dtype": "float64"})
     done = run(
         "merge", path, str(family / "out"), "--out-shard-size", "20K", python=MERGEKIT_PYTHON
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from merging_tools import load_all, make_family
 
@@ -20,10 +20,23 @@ from evomerge.cli import main
 from evomerge.genome.search_space import model_names
 from evomerge.genome.weights import make_genome, walk
 from evomerge.merging.stream import MergePlan, open_recipe
-from evomerge.recipe import Recipe, task_arithmetic_recipe
+from evomerge.recipe import METHODS, Recipe, task_arithmetic_recipe
 from evomerge.study import GenomeSection, SearchSection, Study, TaskSource
 
 DELTAS = ("task_arithmetic", "ties", "dare_ties", "dare_linear")
+MORE = (
+    "passthrough",
+    "nuslerp",
+    "multislerp",
+    "della",
+    "della_linear",
+    "breadcrumbs",
+    "breadcrumbs_ties",
+    "sce",
+    "nearswap",
+    "ram",
+    "ramplus_tl",
+)
 LAYERS = 6
 
 
@@ -39,9 +52,16 @@ def genome(search=None, **section):
 
 @st.composite
 def genomes(draw):
-    method = draw(st.sampled_from([*DELTAS, "linear", "slerp"]))
+    method = draw(st.sampled_from([*DELTAS, "linear", "slerp", *MORE]))
+    traits = METHODS[method]
     base = draw(st.sampled_from(["base"] if method in DELTAS else [None, "base", "m1"]))
     several = draw(st.integers(1 if base == "base" else 2, 4))
+    if method in MORE:
+        least, most = traits.siblings
+        base = "base" if traits.needs_base else None
+        if traits.optional_base:
+            base = draw(st.sampled_from([None, "base"]))
+        several = draw(st.integers(max(least, 1 if base or most == 1 else 2), most or 4))
     section = {
         "merge_method": method,
         "base_model": base,
@@ -68,6 +88,7 @@ def test_different_vectors_give_different_recipes(data):
     one = data.draw(vectors(g))
     gene = data.draw(st.integers(0, g.dimensions - 1))
     low, high = g.genes[gene].low, g.genes[gene].high
+    assume("epsilon" not in g.names[gene] or "epsilon" not in g.parameters)
     near = math.nextafter(one[gene], low if one[gene] == high else high)
     other = data.draw(st.sampled_from([near, *({low, high} - {one[gene]})]))
     two = (*one[:gene], other, *one[gene + 1 :])
@@ -84,7 +105,9 @@ def test_genes_have_names_of_their_own_and_start_inside_their_range(g):
     groups = (
         g.dimensions
         if g.method == "slerp"
-        else len(g.slices) * len(g.models) * (len(g.filters) + 1) * len(g.parameters)
+        else len(g.slices)
+        * (len(g.filters) + 1)
+        * (len(g.models) * len(g.parameters) + len(g.shared_parameters))
     )
     assert g.dimensions == groups
     for gene in g.genes:
@@ -133,6 +156,37 @@ def test_names_of_parameters_filters_and_points():
 )
 def test_every_model_has_a_name_of_its_own(refs, names):
     assert model_names(refs) == names
+
+
+def test_numbers_of_a_method_s_own():
+    """Per model after the weight and the density; those of all models at the end."""
+    g = genome(base_model="base", models=("a",), merge_method="della", layer_granularity=3)
+    assert g.names[:3] == tuple(f"layers 0-2 · a{end}" for end in ("", " · density", " · epsilon"))
+    sources = g.decode([0.5, 0.8, 0.5, 0.25, 0.3, 0.1]).slices
+    settings = [piece.sources[0].parameters for piece in sources]
+    assert settings[0] == {"weight": 0.5, "density": 0.8, "epsilon": 0.5 * (1 - 0.8)}
+    assert settings[1] == {"weight": 0.25, "density": 0.3, "epsilon": 0.1 * 0.3}
+    g = genome(base_model="base", models=("a", "b"), merge_method="ramplus_tl", filters=("mlp",))
+    assert g.names[:3] == tuple(f"layers 0-5 · {key} · mlp" for key in ("r", "alpha", "epsilon"))
+    assert g.names[3:] == tuple(f"layers 0-5 · {key} · rest" for key in ("r", "alpha", "epsilon"))
+    (piece,) = g.decode([0.1, 0.2, 1e-4, 0.3, 0.4, 0.0]).to_dict()["slices"]
+    assert piece["parameters"]["alpha"] == [
+        {"filter": "mlp", "value": 0.2},
+        {"filter": None, "value": 0.4},
+    ]
+    assert [list(source) for source in piece["sources"]] == [["layer_range", "model"]] * 3
+
+
+@pytest.mark.parametrize("method", ["karcher", "model_stock", "arcee_fusion"])
+def test_a_method_without_numbers_cannot_be_searched(method):
+    with pytest.raises(ValueError, match="has no numbers that could be searched"):
+        genome(base_model="base", models=("a", "b"), merge_method=method)
+
+
+@pytest.mark.parametrize(("method", "count"), [("nearswap", 2), ("nuslerp", 3), ("passthrough", 2)])
+def test_too_many_models_for_a_method(method, count):
+    with pytest.raises(ValueError, match=f"not those of {method}, which merges exactly"):
+        genome(base_model="base", models=("a", "b", "c")[:count], merge_method=method)
 
 
 def test_densities_have_bounds_start_and_step_of_their_own():
@@ -237,7 +291,15 @@ def family(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("method", "smooth"), [*itertools.product([*DELTAS, "linear"], [False, True]), ("slerp", False)]
+    ("method", "smooth"),
+    [
+        *itertools.product([*DELTAS, "linear", "della", "breadcrumbs_ties", "ram"], [False, True]),
+        ("slerp", False),
+        ("nuslerp", True),
+        ("multislerp", False),
+        ("sce", True),
+        ("ramplus_tl", False),
+    ],
 )
 def test_parents_are_the_models_themselves(family, method, smooth):
     models = tuple(str(family / name) for name in ("one", "two"))
@@ -379,12 +441,22 @@ def test_a_vector_means_what_mergekit_evolve_reads_in_it(tmp_path):
         ("merge_method: ties, layer_granularity: 2, filters: [mlp]", {"base", "instruct"}),
         ("merge_method: dare_linear, smooth: true, layer_granularity: 2", {"base", "instruct"}),
         ("merge_method: slerp, layer_granularity: 2", {"base", "instruct"}),
+        ("merge_method: della, layer_granularity: 2", {"base", "instruct"}),
+        ("merge_method: nearswap, filters: [mlp]", {"base", "instruct"}),
+        ("merge_method: ramplus_tl, smooth: true, layer_granularity: 2", {"base", "instruct"}),
+        ("merge_method: multislerp, layer_granularity: 2", {"base", "instruct"}),
     ],
 )
 def test_a_search_over_it_reaches_a_verdict(pair, tmp_path, capsys, kind, names):
     run(pair, tmp_path, f"base_model: {pair}/base, models: [{pair}/instruct], {kind}")
     found = set(verdict(tmp_path, capsys)["candidates"])
     assert found - {"found"} == {"winner", "uniform", *names}  # "found" where a reference wins
+
+
+def test_a_search_of_one_model_reaches_a_verdict(pair, tmp_path, capsys):
+    run(pair, tmp_path, f"models: [{pair}/instruct], merge_method: passthrough")
+    found = set(verdict(tmp_path, capsys)["candidates"])
+    assert found - {"found"} == {"winner", "uniform", "instruct"}
 
 
 def test_a_search_without_a_base_reaches_a_verdict(pair, tmp_path, capsys):

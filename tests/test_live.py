@@ -21,7 +21,7 @@ from evomerge.merging.live import LiveModel
 from evomerge.merging.methods import fused
 from evomerge.merging.methods.deltas import add_weighted_into
 from evomerge.merging.stream import merged_tensors, open_recipe
-from evomerge.recipe import Recipe, task_arithmetic_recipe
+from evomerge.recipe import BUILT_IN, METHODS, Recipe, task_arithmetic_recipe
 
 RESIDENCIES = ("device", "host", "disk")
 
@@ -105,26 +105,26 @@ def test_the_live_model_takes_every_kind_of_recipe(tmp_path, live_dtype, residen
 
 
 def method_recipe(family, method, **top):
-    """A recipe of that method that uses all it has: two siblings (slerp: one), gradients,
+    """A recipe of that method that uses all it has: two siblings where it takes two, gradients,
     densities.
     """
+    traits, numbers = METHODS[method], {"epsilon": 0.02, "gamma": [0.05, 0.1]}
     one = {"model": str(family / "one"), "parameters": {"weight": [0.2, 0.9], "density": 0.6}}
-    two = {"model": str(family / "two"), "parameters": {"weight": -0.4, "density": [0.3, 1.0]}}
+    two = {"model": str(family / "two"), "parameters": {"weight": -0.4, "density": [0.3, 0.9]}}
     base = {"model": str(family / "base"), "parameters": {"weight": 0.5}}
-    data = {
-        "merge_method": method,
-        "models": [one, base] if method == "slerp" else [one, two, base],
-        "dtype": "bfloat16",
-    }
-    data |= {"base_model": str(family / "base")}
-    return Recipe.from_dict(
-        data | ({"parameters": {"t": [0.1, 0.8]}} if method == "slerp" else {}) | top
-    )
+    for source in (one, two):
+        for key in traits.own.keys() & numbers.keys():
+            source["parameters"][key] = numbers[key]
+    models = [one] if traits.siblings[1] == 1 else [one, two]
+    data = {"merge_method": method, "models": models, "dtype": "bfloat16"}
+    if method != "passthrough":
+        data |= {"models": [*models, base], "base_model": str(family / "base")}
+    shared = {"t": [0.1, 0.8], "scale": [0.5, 1.5], "select_topk": 0.4, "r": 0.3, "max_iter": 5}
+    parameters = {key: shared[key] for key in traits.own.keys() & shared.keys()}
+    return Recipe.from_dict(data | {"parameters": parameters} | top)
 
 
-@pytest.mark.parametrize(
-    "method", ["task_arithmetic", "ties", "dare_ties", "dare_linear", "linear", "slerp"]
-)
+@pytest.mark.parametrize("method", BUILT_IN)
 @pytest.mark.parametrize("residency", RESIDENCIES)
 def test_every_method_from_everywhere(tmp_path, method, residency):
     """In between stands another method, which keeps weights where this one keeps deltas, or the
@@ -136,7 +136,28 @@ def test_every_method_from_everywhere(tmp_path, method, residency):
     live.apply(recipe)
     live.apply(method_recipe(family, "linear" if method != "linear" else "ties"))
     live.apply(recipe)
-    assert not differing(weights_of(model), fresh(recipe, seed=7))
+    wanted = {name: tensor.to(torch.bfloat16) for name, tensor in fresh(recipe, seed=7).items()}
+    assert not differing(weights_of(model), wanted)
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "slerp", "multislerp"])
+def test_a_slice_s_own_base_is_the_base_there(tmp_path, method):
+    """Deltas are kept from the loaded base, and others are not."""
+    family = make_family(tmp_path)
+    model, live = make_live(family)
+    sources = [
+        {"model": str(family / ref), "layer_range": [0, 4], "parameters": {"weight": 0.3}}
+        for ref in ("base", "one", "two")
+    ]
+    if method == "slerp":
+        sources.pop()
+    piece = {"sources": sources, "base_model": str(family / "one"), "parameters": {"t": 0.4}}
+    recipe = Recipe.from_dict(
+        {"merge_method": method, "base_model": str(family / "base"), "dtype": "bfloat16"}
+        | {"slices": [piece]}
+    )
+    live.apply(recipe)
+    assert not differing(weights_of(model), fresh(recipe))
 
 
 def test_dare_drops_the_same_numbers_whatever_changed_before(tmp_path):

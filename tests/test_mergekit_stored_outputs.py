@@ -24,14 +24,38 @@ CASES = {
     "linear_nonorm": [],
     "vocab_mismatch_tokbase": [],
 }
+# of the other methods
+MORE_CASES = {
+    "passthrough_one_model": [],
+    "passthrough_repeat": [],
+    "passthrough_interleaved": [],
+    "passthrough_scaled": [],
+    "nuslerp": [],
+    "nuslerp_task": [],
+    "multislerp": [],
+    "multislerp_task": [],
+    "karcher": [],
+    "della": ["--random-seed", "7"],
+    "della_linear": ["--random-seed", "7"],
+    "breadcrumbs": [],
+    "breadcrumbs_ties": [],
+    "model_stock": [],
+    "model_stock_filter_wise": [],
+    "sce": [],
+    "nearswap": [],
+    "arcee_fusion": [],
+    "ram": [],
+    "ramplus_tl": [],
+}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *MORE_CASES])
 def test_every_bit(shared, tmp_path, monkeypatch, case):
     folder = tmp_path / case
-    shutil.copytree(shared / "golden" / case, folder)
+    stored, flags = ("golden", CASES) if case in CASES else ("golden2", MORE_CASES)
+    shutil.copytree(shared / stored / case, folder)
     monkeypatch.chdir(folder)
-    assert main(["merge", "config.yml", "out", *CASES[case]]) == 0
+    assert main(["merge", "config.yml", "out", *flags[case]]) == 0
     assert not differing(load_all(folder / "out"), load_all(folder / "expected"))
     wanted = {p.name for p in (folder / "expected").iterdir()}
     if case == "vocab_mismatch_tokbase":

@@ -45,7 +45,7 @@ def test_a_digest_sees_the_rounded_weight(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"merge_method": "sce"}, ["merge_method", "sce", "evomerge[mergekit]"]),
+        ({"merge_method": "sec"}, ["merge_method", "sec", "sce", "evomerge[mergekit]"]),
         ({"merge_method": None}, ["merge_method", "missing"]),
         ({"slices": None}, ["exactly one"]),
         ({"dtype": "int8"}, ["dtype", "int8"]),

@@ -71,8 +71,8 @@ def test_several_objectives_are_named_and_stored(tmp_path):
         (MINIMAL + "prompt: {format: template, template: no slot}\n", ["{input}"]),
         (MINIMAL + "limit: 50\n", ["`limit`", "lm-eval"]),
         (
-            MINIMAL.replace("task_arithmetic", "passthrough"),
-            ["merge_method", "dare_linear", "'passthrough'"],
+            MINIMAL.replace("task_arithmetic", "passthru"),
+            ["merge_method", "dare_linear", "'passthru'"],
         ),
         (
             MINIMAL.replace("  base_model: ./base\n", ""),

@@ -7,7 +7,7 @@ from typing import Any
 
 from evomerge.genome.model_walk import walk
 from evomerge.genome.search_space import SearchSpace
-from evomerge.recipe import Recipe, task_arithmetic_recipe
+from evomerge.recipe import METHODS, Recipe, task_arithmetic_recipe
 from evomerge.study import mixes_models
 
 
@@ -15,12 +15,19 @@ def vector_to_recipe(space: SearchSpace, vector: Sequence[float]) -> Recipe:
     """(d,) numbers -> recipe."""
     x = [float(number) for number in vector]
     assert len(x) == space.dimensions
+    if space.is_alone(x):
+        return _alone(space, int(-x[0]) - 1)
     if space.method == "slerp":
         return _slerp(space, x)
     plain = not space.filters and not space.smooth and space.tokenizer_source is None
     if space.method == "task_arithmetic" and plain:
         return _task_arithmetic(space, x)
     return _weighted(space, x)
+
+
+def _alone(space: SearchSpace, model: int) -> Recipe:
+    """One of the models as it is, for a genome whose merges do not contain it."""
+    return _recipe(space, models=[{"model": space.all_models[model]}], merge_method="passthrough")
 
 
 def _slerp(space: SearchSpace, x: Sequence[float]) -> Recipe:
@@ -53,17 +60,25 @@ def _task_arithmetic(space: SearchSpace, x: Sequence[float]) -> Recipe:
 
 def _weighted(space: SearchSpace, x: Sequence[float]) -> Recipe:
     """A recipe with weights: sources per slice, or with `smooth` once with gradients."""
-    data: dict[str, Any] = {"parameters": {"normalize": float(space.normalize)}}
+    parameters: dict[str, Any] = {}
+    if "normalize" in METHODS[space.method].reads:
+        parameters["normalize"] = float(space.normalize)
+    if not mixes_models(space.method):
+        parameters["int8_mask"] = 1.0
+    data: dict[str, Any] = {"parameters": parameters}
     if space.base_model is not None:
         data["base_model"] = space.base_model
-    if not mixes_models(space.method):
-        data["parameters"]["int8_mask"] = 1.0
     if space.smooth:
-        return _recipe(space, models=_sources(space, x, range(len(space.slices))), **data)
+        every = range(len(space.slices))
+        parameters |= _shared(space, x, every)
+        return _recipe(space, models=_sources(space, x, every), **data)
     slices = []
     for g, layers in enumerate(space.slices):
         sources = _sources(space, x, range(g, g + 1))
-        slices.append({"sources": [{"layer_range": list(layers), **s} for s in sources]})
+        piece: dict[str, Any] = {"sources": [{"layer_range": list(layers), **s} for s in sources]}
+        if space.shared_parameters:
+            piece["parameters"] = _shared(space, x, range(g, g + 1))
+        slices.append(piece)
     return _recipe(space, slices=slices, **data)
 
 
@@ -71,7 +86,10 @@ def _sources(space: SearchSpace, x: Sequence[float], groups: range) -> list[dict
     """The models with their parameters in some groups, and a base that has no numbers last."""
     sources: list[dict[str, Any]] = []
     for m, ref in enumerate(space.models):
-        sources.append({"model": ref, "parameters": _settings(space, x, m, groups)})
+        source: dict[str, Any] = {"model": ref}
+        if space.parameters:
+            source["parameters"] = _settings(space, x, m, groups)
+        sources.append(source)
     if space.base_model is not None and space.base_model not in space.models:
         sources.append({"model": space.base_model})
     return sources
@@ -80,13 +98,47 @@ def _sources(space: SearchSpace, x: Sequence[float], groups: range) -> list[dict
 def _settings(space: SearchSpace, x: Sequence[float], m: int, groups: range) -> dict[str, Any]:
     """Model m's parameters in one group, or in several as lines through their points."""
     settings: dict[str, Any] = {}
-    for p, key in enumerate(space.parameters):
-        values = []
-        for f, text in enumerate(space.filter_sets):
-            points = [x[space.position(g, m, f, p)] for g in groups]
-            values.append({"filter": text, "value": points if len(points) > 1 else points[0]})
-        settings[key] = values if space.filters else values[0]["value"]
+    for key in space.parameters:
+        settings[key] = _by_filter(
+            space,
+            [
+                [_value(space, x, key, g, m, f) for g in groups]
+                for f in range(len(space.filter_sets))
+            ],
+        )
     return settings
+
+
+def _value(space: SearchSpace, x: Sequence[float], key: str, g: int, m: int, f: int) -> float:
+    """What a recipe has for a number of a model."""
+    number = x[space.position(g, m, f, space.parameters.index(key))]
+    own = METHODS[space.method].searched.get(key)
+    if own is None or not own.within_density:
+        return number
+    density = x[space.position(g, m, f, space.parameters.index("density"))]
+    return number * min(density, 1 - density)
+
+
+def _shared(space: SearchSpace, x: Sequence[float], groups: range) -> dict[str, Any]:
+    """The parameters that the models share, in one group or several."""
+    settings: dict[str, Any] = {}
+    for q, key in enumerate(space.shared_parameters):
+        settings[key] = _by_filter(
+            space,
+            [
+                [x[space.shared_position(g, f, q)] for g in groups]
+                for f in range(len(space.filter_sets))
+            ],
+        )
+    return settings
+
+
+def _by_filter(space: SearchSpace, points: Sequence[Sequence[float]]) -> Any:
+    """A parameter's points for each filter set, as a recipe has them."""
+    values: list[dict[str, Any]] = []
+    for text, line in zip(space.filter_sets, points, strict=True):
+        values.append({"filter": text, "value": list(line) if len(line) > 1 else line[0]})
+    return values if space.filters else values[0]["value"]
 
 
 def _recipe(space: SearchSpace, **data: Any) -> Recipe:

@@ -48,8 +48,19 @@ class SearchSpace:
     @property
     def parameters(self) -> tuple[str, ...]:
         """What each model has in each group and filter set."""
-        dense = METHODS[self.method].has_densities
-        return ("weight", "density") if dense else ("weight",)
+        traits, keys = METHODS[self.method], []
+        if traits.weighted or self.method == "slerp":
+            keys.append("weight")
+        if traits.has_densities:
+            keys.append("density")
+        keys += [key for key, own in traits.searched.items() if own.per_model]
+        return tuple(keys)
+
+    @property
+    def shared_parameters(self) -> tuple[str, ...]:
+        """What each group and filter set has once, for all models."""
+        searched = METHODS[self.method].searched
+        return tuple(key for key, own in searched.items() if not own.per_model)
 
     @property
     def filter_sets(self) -> tuple[str | None, ...]:
@@ -62,6 +73,23 @@ class SearchSpace:
         return tuple(model for model in self.models if model != self.base_model)
 
     @property
+    def all_models(self) -> tuple[str, ...]:
+        """Every model, the base first."""
+        first = () if self.base_model is None else (self.base_model,)
+        return (*first, *self.siblings)
+
+    def alone(self, model: int) -> tuple[float, ...]:
+        """The vector of one of `all_models` alone, where no merge is that: outside all ranges."""
+        return (-1.0 - model,) * self.dimensions
+
+    def is_alone(self, vector: Sequence[float]) -> bool:
+        """Whether it is a vector of `alone`."""
+        traits = METHODS[self.method]
+        if traits.weighs_parents or self.method == "slerp":
+            return False
+        return tuple(vector) in [self.alone(model) for model in range(len(self.all_models))]
+
+    @property
     def has_base(self) -> bool:
         """Whether the base alone is one of the genome's merges."""
         return self.base_model is not None
@@ -69,8 +97,9 @@ class SearchSpace:
     @property
     def genes(self) -> tuple[Gene, ...]:
         """Every number's name and range, in the vector's order."""
-        genes = _slerp_genes(self) if self.method == "slerp" else _weight_genes(self)
-        return tuple(genes)
+        if self.method == "slerp":
+            return tuple(_slerp_genes(self))
+        return (*_model_genes(self), *_shared_genes(self))
 
     @property
     def dimensions(self) -> int:
@@ -85,7 +114,9 @@ class SearchSpace:
     @property
     def shape(self) -> tuple[object, ...]:
         """What each number stands for, whatever the models are called."""
-        sets = (len(self.models), self.filter_sets, self.parameters)
+        sets: tuple[object, ...] = (len(self.models), self.filter_sets, self.parameters)
+        if self.shared_parameters:
+            sets += (self.method, self.shared_parameters)
         return (self.method == "slerp", self.smooth, self.slices, *sets)
 
     def position(self, group: int, model: int, filter_set: int, parameter: int) -> int:
@@ -93,6 +124,12 @@ class SearchSpace:
         place = group * len(self.models) + model
         place = place * len(self.filter_sets) + filter_set
         return place * len(self.parameters) + parameter
+
+    def shared_position(self, group: int, filter_set: int, parameter: int) -> int:
+        """The index of a number that the models share; they come after all others."""
+        first = self.position(len(self.slices), 0, 0, 0)
+        place = group * len(self.filter_sets) + filter_set
+        return first + place * len(self.shared_parameters) + parameter
 
 
 def _slerp_genes(space: SearchSpace) -> Iterator[Gene]:
@@ -121,10 +158,7 @@ def model_names(refs: Sequence[str]) -> tuple[str, ...]:
     return tuple(names if len(set(names)) == len(names) else numbered)
 
 
-def _weight_genes(space: SearchSpace) -> Iterator[Gene]:
-    low, high = space.weight_bounds
-    sparse, dense = space.density_bounds
-    scale = (dense - sparse) / (high - low)
+def _model_genes(space: SearchSpace) -> Iterator[Gene]:
     names = model_names(space.models)
     for g in range(len(space.slices)):
         group, group_label = _group(space, g)
@@ -132,11 +166,35 @@ def _weight_genes(space: SearchSpace) -> Iterator[Gene]:
             shown = f" {model}" if len(names) > 1 else ""
             for text in space.filter_sets:
                 part, part_label = _filter(space, text)
-                name, label = f"{group} · {model}", group_label + shown
-                yield Gene(name + part, label + part_label, low, high, space.start, 1.0)
-                if "density" in space.parameters:
-                    name, label = f"{name} · density{part}", f"{label} density{part_label}"
-                    yield Gene(name, label, sparse, dense, space.start_density, scale)
+                for key in space.parameters:
+                    name, label = f"{group} · {model}", group_label + shown
+                    if key != "weight":
+                        name, label = f"{name} · {key}", f"{label} {key}"
+                    yield _gene(space, key, name + part, label + part_label)
+
+
+def _shared_genes(space: SearchSpace) -> Iterator[Gene]:
+    for g in range(len(space.slices)):
+        group, group_label = _group(space, g)
+        for text in space.filter_sets:
+            part, part_label = _filter(space, text)
+            for key in space.shared_parameters:
+                name, label = f"{group} · {key}{part}", f"{group_label} {key}{part_label}"
+                yield _gene(space, key, name, label)
+
+
+def _gene(space: SearchSpace, key: str, name: str, label: str) -> Gene:
+    """The number of a parameter, with its range and its start."""
+    low, high = space.weight_bounds
+    if key == "weight":
+        return Gene(name, label, low, high, space.start, 1.0)
+    if key == "density":
+        bounds, start = space.density_bounds, space.start_density
+    else:
+        own = METHODS[space.method].searched[key]
+        assert own.search is not None
+        bounds, start = own.search, own.start
+    return Gene(name, label, *bounds, start, (bounds[1] - bounds[0]) / (high - low))
 
 
 def _group(space: SearchSpace, g: int) -> tuple[str, str]:

@@ -2,9 +2,15 @@
 
 A vector is x[group, model, filter set, parameter], flattened: mergekit-evolve's order. A group is a
 slice of layers, or with `smooth` a point of each model's line along the layers. The filter sets are
-one per filter and the rest; the parameters are the weight, and for ties and dare the density. Where
+one per filter and the rest; the parameters are the weight, the density, and the method's own. Where
 mergekit-evolve folds numbers into range (abs, clamp), here bounds keep them there, so two different
 vectors give two different recipes.
+
+Parameters that the models share, such as nearswap's t, come after all others, as x[group, filter
+set, parameter]. A parent that no merge of the method gives has a vector outside all ranges.
+
+della's epsilon is a share of what the density leaves it, so that every vector has a recipe; with
+density 1 it leaves nothing, and its last bits may be rounded away.
 
 slerp has one number u per slice. It walks along the edges of the complete graph of models: u = edge
 + t, and t goes from the edge's first model to its second. Of two models that is t itself.
@@ -23,7 +29,7 @@ from evomerge.errors import StudyFileError
 from evomerge.genome.decoding import vector_to_recipe
 from evomerge.genome.model_walk import walk
 from evomerge.genome.search_space import Gene, SearchSpace
-from evomerge.recipe import BUILT_IN, METHODS, Recipe
+from evomerge.recipe import METHODS, Recipe
 from evomerge.study import Study, mixes_models
 
 Vector = tuple[float, ...]
@@ -45,8 +51,10 @@ class Genome(SearchSpace):
         ref = self.base_model
         if sibling is not None:
             ref = self.siblings[sibling]
-        if self.method != "slerp":
+        if METHODS[self.method].weighs_parents:
             return self._fill(lambda model: float(model == ref), density=1.0)
+        if self.method != "slerp":
+            return self.alone(self.all_models.index(str(ref)))
         for edge, (first, _) in enumerate(walk(len(self.models))):
             if self.models[first] == ref:
                 return (float(edge),) * self.dimensions
@@ -65,9 +73,12 @@ class Genome(SearchSpace):
                 return ()
             edges = range(len(walk(len(self.models))))
             return tuple((edge + weight,) * self.dimensions for edge in edges)
-        if not mixes_models(self.method):
+        traits = METHODS[self.method]
+        if not traits.weighted:  # the one merge of the parameters' starts
+            return (self._fill(lambda _: 0.0),)
+        if traits.sets_base_apart and not traits.optional_base:
             return (self._fill(lambda _: weight),)
-        if self.base_model is None:
+        if self.base_model is None or traits.optional_base:
             return (self._fill(lambda _: 1 / len(self.models)),)
         if 1 - weight < self.weight_bounds[0]:
             return ()
@@ -79,6 +90,10 @@ class Genome(SearchSpace):
         """Whether all slices and siblings have one weight, whatever the densities: a parent can."""
         if self.method == "slerp":
             return len(set(vector)) == 1
+        if self.is_alone(vector):
+            return False
+        if "weight" not in self.parameters:
+            return vector == self.uniform(1.0)[0]
         shared: set[float] = set()
         for m, ref in enumerate(self.models):
             weights = set()
@@ -107,11 +122,13 @@ class Genome(SearchSpace):
         """One weight per model in every slice and filter set, one density for all."""
         if density is None:
             density = self.start_density
-        numbers: list[float] = []
+        searched, numbers = METHODS[self.method].searched, []
         for ref in self.models:
-            entry = [weight(ref), density][: len(self.parameters)]
+            values = {"weight": weight(ref), "density": density}
+            entry = [values[k] if k in values else searched[k].start for k in self.parameters]
             numbers += entry * len(self.filter_sets)
-        return tuple(numbers) * len(self.slices)
+        shared = [searched[key].start for key in self.shared_parameters] * len(self.filter_sets)
+        return (*numbers * len(self.slices), *shared * len(self.slices))
 
 
 def make_genome(study: Study, n_layers: int) -> Genome:
@@ -132,8 +149,7 @@ def make_genome(study: Study, n_layers: int) -> Genome:
     if mixes_models(method) and section.base_model not in models:
         models = section.all_models
     if normalize is None:
-        own = method not in BUILT_IN and METHODS[method].normalize
-        normalize = own or method in NORMALIZED
+        normalize = METHODS[method].normalize or method in NORMALIZED
     return Genome(
         method=method,
         base_model=section.base_model,

@@ -13,7 +13,8 @@ from evomerge.merging.checkpoints.model_folder import ModelFolder, num_layers
 from evomerge.merging.methods.registry import MergeMethod, get_method
 from evomerge.merging.settings import evaluate, names_tensor
 from evomerge.merging.tensor_plan import TensorPlan, kept
-from evomerge.recipe import Recipe, Slice, Source
+from evomerge.recipe import MethodParameter, Recipe, Slice, Source
+from evomerge.recipe.parameter_checks import check_value
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ class Layout:
         method, position = self.method, self.position(name)
         piece = position.piece
         base, sources = None, piece.sources
-        if method.needs_base:
+        if method.sets_base_apart:
             sources = piece.siblings
             for source in piece.sources:
                 if source.model == piece.base_model:
@@ -151,10 +152,19 @@ class Layout:
         normalize, scale, rescale = False, 1.0, False
         if method.weighted:
             weights = self._each("weight", name, sources)
+        if method.weighted and method.normalizes:
             normalize = bool(self.parameter("normalize", name, default=method.normalize))
-        if method.takes_deltas:
+        if method.takes_deltas and method.scales:
             scale = float(self.parameter("lambda", name, default=1.0))
             rescale = bool(self.parameter("rescale", name, default=method.rescale))
+        parameters, by_sibling = {}, {}
+        for key, own in method.own.items():
+            if own.per_model:
+                by_sibling[key] = self._each(key, name, sources, own.default)
+                if own.within_density:
+                    _check_within(key, by_sibling[key], densities, name)
+            else:
+                parameters[key] = self._method_parameter(key, name, own)
         return TensorPlan(
             self.recipe.merge_method,
             base,
@@ -165,10 +175,9 @@ class Layout:
             scale,
             rescale,
             sum(density < 1 for density in densities) if method.draws else 0,
-            {
-                key: self._method_parameter(key, name, value)
-                for key, value in method.parameters.items()
-            },
+            parameters,
+            by_sibling,
+            method.samples,
         )
 
     def parameter(
@@ -188,14 +197,15 @@ class Layout:
                     return value
         return default
 
-    def _method_parameter(self, key: str, name: str, default: float | None) -> float:
+    def _method_parameter(self, key: str, name: str, own: MethodParameter) -> float:
         """A parameter of the method itself, such as slerp's t."""
-        value = self.parameter(key, name, default=default)
+        value = self.parameter(key, name, default=own.default)
         if value is None:
             raise RecipeError(
                 f"`{key}` is not set for {name}",
                 remedy=f"Add parameters: {{{key}: …}} to the slice or the recipe.",
             )
+        check_value(key, float(value), own, name)  # a gradient may lie between whole numbers
         return float(value)
 
     def _input(self, name: str, source: Source, position: LayerPosition) -> tuple[str, str]:
@@ -229,6 +239,20 @@ def _positions(piece: Slice, n_layers: int) -> list[LayerPosition]:
     if count == 1:
         return [LayerPosition(piece, 0, 1.0)]
     return [LayerPosition(piece, layer, layer / (count - 1)) for layer in range(count)]
+
+
+def _check_within(
+    key: str, values: tuple[float, ...], densities: tuple[float, ...], name: str
+) -> None:
+    """Raise RecipeError where density - value to density + value are no chances, as of della."""
+    for value, density in zip(values, densities, strict=True):
+        if density < 1 and not (density - value > 0 and density + value < 1):
+            raise RecipeError(
+                f"`{key}` leaves the range 0 to 1 around the density {density:g}",
+                where=name,
+                found=value,
+                remedy=f"Use less than {min(density, 1 - density):g}.",
+            )
 
 
 def _check_ranges(piece: Slice, n_layers: int, depths: Mapping[str, int], where: str) -> None:

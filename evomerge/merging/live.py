@@ -29,7 +29,7 @@ from evomerge.merging.placement import (
     is_out_of_memory,
 )
 from evomerge.merging.stream import MergePlan
-from evomerge.merging.tensor_merge import merge_tensors
+from evomerge.merging.tensor_merge import check_merged, merge_tensors
 from evomerge.recipe import Recipe
 
 
@@ -105,9 +105,8 @@ class LiveModel:
         stale = [name for name in self.names if self._applied.get(name) != states[name]]
         streamed = []
         for name in stale:
-            if plan.needs_no_cast_or_realignment(
-                plan.holder(name), self.resident.parameters[name].dtype
-            ):
+            planned, dtype = plan.holder(name), self.resident.parameters[name].dtype
+            if plan.needs_no_cast_or_realignment(planned, dtype) and self._has_base(plan, planned):
                 streamed.append(name)
                 continue
             with self._marking(name, states[name]):
@@ -164,6 +163,13 @@ class LiveModel:
                 "`evomerge merge` each sibling, then search over the results.",
             )
 
+    def _has_base(self, plan: MergePlan, planned: str) -> bool:
+        """Whether a tensor's deltas, if it has any, are those from the loaded base."""
+        base = plan.tensors[planned].base
+        if base is None or not plan.layout.method.takes_deltas:
+            return True
+        return plan.models[base[0]] is self.base
+
     def _write_from_files(self, name: str, plan: MergePlan) -> None:
         """Merge one tensor whose dtype changes or whose rows move."""
         parameter = self.live[name]
@@ -182,18 +188,20 @@ class LiveModel:
         method = get_method(tensor.method)
         # a sibling that is the base itself has no delta here
         others = {}
-        for ref, _ in tensor.siblings:
+        for ref, _ in tensor.inputs:
             if plan.models[ref] is not self.base:
                 others[ref] = inputs.others[self.siblings.index(plan.models[ref])]
         if tensor.is_single_delta and not quantized.is_quantized(out):
-            (delta,) = others.values()
+            delta = others[tensor.siblings[0][0]]
             kernel = fused.kernel(out.device, out.dtype, self._parameters)
             kernel(out, inputs.base_no_neg_zero, delta, tensor.weights[0])
             return
-        generator = plan.draws.generator(planned) if tensor.draws else None
+        generator = plan.generator(planned)
         if method.takes_deltas:
             deltas = [others[ref] for ref, _ in tensor.siblings]
             merged = method.merge(inputs.base, deltas, tensor, generator)
+            if not method.finite:
+                check_merged(merged, tensor)
         else:
             tensors = {ref: others.get(ref, inputs.base) for ref, _ in tensor.inputs}
             merged = merge_tensors(tensor, tensors, generator)
@@ -204,7 +212,7 @@ class LiveModel:
         name = plan.holder(name)
         tensor = plan.tensors[name]
         places = tuple(plan.models[ref].places for ref, _ in tensor.inputs)
-        drawn = plan.draws.starts[name] if tensor.draws else None
+        drawn = plan.draws.starts.get(name)
         return tensor, places, plan.working_dtype(name), plan.dtype(name), drawn
 
     def _find(self, ref: str) -> ModelFolder:

@@ -140,12 +140,17 @@ class MergePlan:
 
     def _draw_counts(self) -> dict[str, int]:
         """How many random numbers each tensor takes, in the order in which mergekit merges."""
-        drawing = [name for name, plan in self.tensors.items() if plan.draws]
-        drawing.sort(key=lambda name: (max(key for _, key in self.tensors[name].inputs), name))
         counts = {}
-        for name in drawing:
-            counts[name] = self.tensors[name].draws * torch.Size(self.shape(name)).numel()
-        return counts
+        for name, plan in self.tensors.items():
+            if plan.draws or plan.samples:
+                counts[name] = plan.random_numbers(torch.Size(self.shape(name)).numel())
+        drawing = [name for name, count in counts.items() if count]
+        drawing.sort(key=lambda name: (max(key for _, key in self.tensors[name].inputs), name))
+        return {name: counts[name] for name in drawing}
+
+    def generator(self, name: str) -> torch.Generator | None:
+        """The stream of random numbers where the tensor's begin; None where it takes none."""
+        return self.draws.generator(name) if name in self.draws.starts else None
 
     def holder(self, name: str) -> str:
         """The merged tensor that a parameter holds: the embeddings, for a head that stays tied."""
@@ -160,11 +165,19 @@ class MergePlan:
         return shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype of the merged tensor: `out_dtype`, or the one it is merged in."""
+        """The dtype of the merged tensor: `out_dtype`, or the one that the method gives."""
         working = self.working_dtype(name)
         if not working.is_floating_point:
             return working
+        if self._widens(name):
+            return torch.float32
         return dtype_named(self.recipe.out_dtype) or working
+
+    def _widens(self, name: str) -> bool:
+        """Whether the method's float32 is what is stored, as in mergekit."""
+        widens = self.layout.method.widens and self.recipe.out_dtype is None
+        tensor = self.tensors[name]
+        return widens and not tensor.is_copy and bool(tensor.siblings)
 
     def working_dtype(self, name: str) -> torch.dtype:
         """The recipe's `dtype`; without one, the widest that the tensor has on disk."""
@@ -184,8 +197,7 @@ class MergePlan:
             tensors[ref] = load_finite(self.models[ref], source, dtype, device)
         if self._moves_rows(name):
             tensors = self.vocabulary.align(tensors, self.layout.position(name).piece.base_model)
-        generator = self.draws.generator(name) if plan.draws else None
-        merged = merge_tensors(plan, tensors, generator).to(self.dtype(name))
+        merged = merge_tensors(plan, tensors, self.generator(name)).to(self.dtype(name))
         check_overflow(merged, name)
         return merged
 
@@ -194,7 +206,9 @@ class MergePlan:
 
         It is merged in `dtype`, stays in it, and none of its rows moves.
         """
-        same = self.working_dtype(name) == dtype == self.dtype(name)
+        same = self.working_dtype(name) == dtype and (
+            self.dtype(name) == dtype or self._widens(name)
+        )
         return same and not self._moves_rows(name)
 
     def elementwise(self, name: str) -> bool:

@@ -63,7 +63,20 @@ def merge_tensors(
     others: Iterable[torch.Tensor] = [tensors[ref] for ref, _ in plan.siblings]
     if method.takes_deltas and base is not None:
         others = differences(base, others)
-    return method.merge(base, others, plan, generator)
+    merged = method.merge(base, others, plan, generator)
+    if not method.finite:
+        check_merged(merged, plan)
+    return merged
+
+
+def check_merged(merged: torch.Tensor, plan: TensorPlan) -> None:
+    """Raise RecipeError when a method has given NaN or infinite numbers."""
+    if not _is_finite(merged):
+        raise RecipeError(
+            f"{plan.method} gives NaN or infinite numbers",
+            where=plan.inputs[0][1],
+            remedy="Change its parameters, or leave this tensor out by a filter.",
+        )
 
 
 def load_finite(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 COPY = "copy"  # instead of a method: the tensor is one model's own
+WIDE = 1 << 28  # from here on torch.randint takes two 32-bit numbers for one of its own
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,16 @@ class TensorPlan:
     draws: int = 0  # deltas that are thinned out at random
     # further parameters of the method, such as slerp's `t`
     parameters: Mapping[str, float] = field(default_factory=dict)
+    # those that each sibling has for itself, such as della's `epsilon`
+    by_sibling: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    samples: int = 0  # of a tensor with more elements so many are drawn
+
+    def random_numbers(self, elements: int) -> int:
+        """How many 32-bit numbers are drawn for a tensor of so many elements."""
+        drawn = self.draws * elements
+        if 0 < self.samples < elements:
+            drawn += self.samples * (2 if elements >= WIDE else 1)
+        return drawn
 
     @property
     def is_copy(self) -> bool:

@@ -2,22 +2,23 @@
 
 from evomerge.recipe.configuration import Recipe, read_recipe, task_arithmetic_recipe
 from evomerge.recipe.layers import Slice, Source, TokenizerSection
-from evomerge.recipe.mergekit_keys import (
-    BOOLEANS,
+from evomerge.recipe.mergekit_keys import BOOLEANS, MERGEKIT, PARAMETERS, scalar
+from evomerge.recipe.method_traits import (
     BUILT_IN,
-    DARE,
-    MERGEKIT,
+    DRAWING,
     METHODS,
+    MethodParameter,
     MethodTraits,
-    scalar,
 )
 
 __all__ = [
     "BOOLEANS",
     "BUILT_IN",
-    "DARE",
+    "DRAWING",
     "MERGEKIT",
     "METHODS",
+    "PARAMETERS",
+    "MethodParameter",
     "MethodTraits",
     "Recipe",
     "Slice",

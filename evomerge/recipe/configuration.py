@@ -14,7 +14,7 @@ import yaml
 
 from evomerge.errors import RecipeError
 from evomerge.recipe.layers import Slice, TokenizerSection
-from evomerge.recipe.mergekit_keys import BUILT_IN
+from evomerge.recipe.method_traits import BUILT_IN, METHODS, MethodTraits
 from evomerge.recipe.model_references import override_architecture
 from evomerge.recipe.modules import listed, over
 from evomerge.recipe.parameter_checks import ParameterChecks
@@ -125,12 +125,17 @@ class Recipe:
         dtype = self.dtype
         if self.merge_method in ("linear", "slerp"):
             dtype = "float32"
-        elif self.merge_method not in BUILT_IN:
-            dtype = None  # a user's own method may use every digit
+        elif self.merge_method not in BUILT_IN or not _rounds(METHODS[self.merge_method]):
+            dtype = None  # every digit may count
         data = _renamed(self.to_dict(), names or {})
         # what nothing reads may hold values that JSON lacks, such as dates
         text = json.dumps(rounded(data, dtype), sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _rounds(traits: MethodTraits) -> bool:
+    """Whether a weight counts as the dtype rounds it, and there is no other number of that kind."""
+    return traits.takes_deltas and traits.weighted
 
 
 def _renamed(data: Any, names: Mapping[str, str], key: str = "") -> Any:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from evomerge.errors import RecipeError
-from evomerge.recipe.mergekit_keys import BOOLEANS, LARGEST, METHODS, PARAMETERS, scalar
+from evomerge.recipe.mergekit_keys import BOOLEANS, LARGEST, PARAMETERS, scalar
+from evomerge.recipe.method_traits import BUILT_IN, METHODS, MethodParameter
 from evomerge.recipe.unread_keys import UnreadKeys
 
 
@@ -47,7 +48,10 @@ class ParameterChecks:
 
     def _check_names(self, value: Mapping[Any, Any], known: tuple[str, ...], where: str) -> None:
         """Note the parameters that the method does not read; refuse those of an own method."""
-        own = {key for traits in METHODS.values() for key in traits.parameters}
+        own: set[str] = set()
+        for name, traits in METHODS.items():
+            if name not in BUILT_IN:
+                own |= traits.parameters.keys()
         for key in value:
             if key in own.difference(known):
                 raise RecipeError(
@@ -63,7 +67,8 @@ class ParameterChecks:
     def note_shared(self, parameters: Mapping[str, Any], where: str) -> None:
         """Note a source's parameters that are read from slices and the top level only."""
         for key in parameters:
-            if key not in ("weight", "density", "int8_mask") and key in METHODS[self.method].reads:
+            traits = METHODS[self.method]
+            if key not in (*traits.by_source, "int8_mask") and key in traits.reads:
                 self.unread.add(key, where)
 
     def _setting(self, key: str, setting: Any, where: str) -> None:
@@ -110,7 +115,8 @@ class ParameterChecks:
                 found=number,
                 remedy="Use a finite one: NaN and infinite weights give NaN tensors.",
             )
-        if abs(number) > LARGEST[None if self.method == "linear" else self.dtype]:
+        traits = METHODS[self.method]
+        if abs(number) > LARGEST[self.dtype if traits.rounds_weights else None]:
             raise RecipeError(
                 f"`{key}` is infinite in {self.dtype or 'float32'}",
                 where=where,
@@ -124,6 +130,33 @@ class ParameterChecks:
                 found=number,
                 remedy="Use more than 0 and at most 1: the share that is kept.",
             )
+        if key in traits.own:
+            check_value(key, number, traits.own[key], where)
+
+
+def check_value(key: str, number: float, parameter: MethodParameter, where: str) -> None:
+    """Raise RecipeError for a number that a method's own parameter cannot have."""
+    if parameter.kind == "whole" and number != int(number):
+        raise RecipeError(
+            f"`{key}` is not a whole number",
+            where=where,
+            found=number,
+            remedy="Use a whole one, and as a gradient one that is whole in every layer.",
+        )
+    low, high = parameter.low, parameter.high
+    if (low is None or number >= low) and (high is None or number <= high):
+        return
+    limits = []
+    if low is not None:
+        limits.append(f"at least {low:g}")
+    if high is not None:
+        limits.append(f"at most {high:g}")
+    raise RecipeError(
+        f"`{key}` is out of range",
+        where=where,
+        found=number,
+        remedy=f"Use {' and '.join(limits)}.",
+    )
 
 
 def _listed(value: Any) -> list[Any]:

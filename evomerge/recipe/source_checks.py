@@ -8,7 +8,7 @@ from typing import Any
 
 from evomerge.errors import RecipeError
 from evomerge.recipe.layers import Slice, Source
-from evomerge.recipe.mergekit_keys import METHODS
+from evomerge.recipe.method_traits import METHODS, MethodTraits
 from evomerge.recipe.model_references import model_reference
 from evomerge.recipe.parameter_checks import ParameterChecks
 from evomerge.recipe.unread_keys import misspelled
@@ -81,7 +81,8 @@ class SourceChecks:
         )
         self.values.unread.check(item, known, where)
         parameters = self.values.parameters(item.get("parameters"), where)
-        if parameters and model == base and METHODS[self.method].takes_deltas:
+        traits = METHODS[self.method]
+        if parameters and model == base and (traits.takes_deltas or traits.optional_base):
             self.values.unread.add("parameters", f"{where} (the base)")
         else:
             self.values.note_shared(parameters, where)
@@ -101,9 +102,10 @@ class SourceChecks:
         return pair[0], pair[1]
 
     def _check_models(self, sources: Sequence[Source], base: str | None, where: str) -> None:
-        """Refuse what mergekit refuses: no base, a model twice, slerp of not exactly two."""
-        names = [source.model for source in sources]
-        if METHODS[self.method].needs_base and base not in names:
+        """Refuse what mergekit refuses: no base, a model twice, too few or too many."""
+        names, traits = [source.model for source in sources], METHODS[self.method]
+        needs_base = traits.needs_base or (traits.optional_base and base is not None)
+        if needs_base and base not in names:
             raise RecipeError(
                 "the base is not among the `sources`",
                 where=where,
@@ -117,13 +119,26 @@ class SourceChecks:
                     found=name,
                     remedy="Keep one, with the sum of the weights.",
                 )
-        if self.method == "slerp" and len(names) != 2:
+        least, most = traits.siblings
+        apart = base in names and traits.sets_base_apart
+        found = len(names) - apart
+        if found < least or (most is not None and found > most):
             raise RecipeError(
-                "slerp merges exactly two models",
+                f"{self.method} merges {number_of_models(traits)}",
                 where=where,
                 found=names,
-                remedy="Keep the base and one other.",
+                remedy="Add another." if found < least else "Remove the others.",
             )
+
+
+def number_of_models(traits: MethodTraits) -> str:
+    """How many sources a method takes, in words."""
+    least, most = traits.siblings
+    number = ("one model", "two models", "three models")[least + traits.needs_base - 1]
+    text = f"exactly {number}" if most == least else f"at least {number}"
+    if traits.needs_base:
+        text += ", the base among them"
+    return text + (" besides a base" if traits.optional_base else "")
 
 
 def _model(item: Any, where: str) -> str:

@@ -7,7 +7,8 @@ from typing import Any
 
 from evomerge.errors import RecipeError, UnsupportedRecipe
 from evomerge.recipe.layers import TokenizerSection
-from evomerge.recipe.mergekit_keys import CHAT_TEMPLATES, DTYPES, KEYS, MERGEKIT, METHODS
+from evomerge.recipe.mergekit_keys import CHAT_TEMPLATES, DTYPES, KEYS, MERGEKIT
+from evomerge.recipe.method_traits import METHODS
 from evomerge.recipe.model_references import model_reference, tokenizer_of
 from evomerge.recipe.modules import Listed
 from evomerge.recipe.unread_keys import UnreadKeys

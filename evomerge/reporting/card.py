@@ -66,7 +66,7 @@ def model_card(
     longest = max(map(len, re.findall("`+", configuration)), default=0)
     base, using = None, ""
     # slerp has no direction: its base model is a source like the other
-    if method.needs_base and recipe.merge_method != "slerp" and recipe.base_model is not None:
+    if method.sets_base_apart and recipe.merge_method != "slerp" and recipe.base_model is not None:
         base, using = recipe.base_model, f" using {_link(recipe.base_model)} as a base"
     return CARD.format(
         front=yaml.safe_dump(front, sort_keys=True),

@@ -14,7 +14,7 @@ import yaml
 
 from evomerge.console import plus_minus
 from evomerge.files import replace_file
-from evomerge.recipe import DARE
+from evomerge.recipe import DRAWING
 from evomerge.reporting.card import ABOUT, markdown_text, model_card
 from evomerge.reporting.report import write_report
 from evomerge.reporting.sentences import conclusion, notes, unbeaten_sentence
@@ -92,7 +92,7 @@ def recipe_text(snapshot: StudySnapshot) -> str:
     random.
     """
     text = snapshot.recipe.to_yaml()
-    if snapshot.recipe.merge_method in DARE:
+    if snapshot.recipe.merge_method in DRAWING:
         text = SEED_COMMENT.format(seed=snapshot.study.search.seed) + text
     if snapshot.unbeaten is not None and snapshot.picked is None:
         text = f"# {unbeaten_sentence(snapshot.unbeaten)}\n{text}"

@@ -121,7 +121,9 @@ def resume(prepared: Prepared, ledger: Ledger, url: str, console: Console) -> It
         judge = _open_judge(prepared, url, ledger)
     drain = True
     try:
-        engine = make_engine(EngineSpec.of_study(study, prepared.base, prepared.siblings))
+        # a single model, whose own layers are scaled, is merged all the same
+        siblings = prepared.siblings or [prepared.base]
+        engine = make_engine(EngineSpec.of_study(study, prepared.base, siblings))
         settle_threads(study, ledger, engine, console)
         prompter = None
         if judge is not None:

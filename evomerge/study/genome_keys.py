@@ -17,6 +17,7 @@ from pydantic import (
 
 from evomerge.recipe import BUILT_IN, METHODS
 from evomerge.recipe.model_references import OLD_PREFIX
+from evomerge.recipe.source_checks import number_of_models
 from evomerge.study.section import (
     ModelRef,
     Remedy,
@@ -33,18 +34,25 @@ log = logging.getLogger(__name__)
 
 def mixes_models(method: str) -> bool:
     """Whether models are mixed as they are: the base, if there is one, is one more of them."""
-    return method == "slerp" or not METHODS[method].needs_base
+    return method == "slerp" or not METHODS[method].sets_base_apart
 
 
 def _searchable(method: str) -> str:
-    """A method of this name exists, and weights are all that its recipes must hold."""
+    """A method of this name exists, and what its recipes must hold are numbers with genes."""
     traits = METHODS.get(method)
     names = f"Use {', '.join(METHODS)}, or one that your program has registered."
     require(traits is not None, "", "is not a merge method", method, names)
-    searched = traits is not None and traits.weighted and None not in traits.parameters.values()
+    assert traits is not None
+    if method == "slerp":
+        return method
+    numbers = traits.weighted or traits.searched
+    merged = "Merge it with `evomerge merge`."
+    if method in BUILT_IN:
+        require(numbers, "", "has no numbers that could be searched", method, merged)
+    needed = [own for own in traits.own.values() if own.default is None and own.search is None]
     what = "cannot be searched: its recipes need more than weights and densities"
     remedy = "Register it with `weighted`, and with a default for each of its parameters."
-    require(searched or method in BUILT_IN, "", what, method, remedy)
+    require(numbers and not needed, "", what, method, remedy)
     return method
 
 
@@ -118,8 +126,8 @@ class GenomeSection(Section):
     @model_validator(mode="after")
     def _check_models(self) -> Self:
         method, base = self.merge_method, self.base_model
-        mixed = mixes_models(method)
-        if not mixed:
+        mixed, traits = mixes_models(method), METHODS[method]
+        if traits.needs_base and not mixed:
             need = f"Add the model that the siblings come from: {method} needs it."
             require(base is not None, "base_model", "is missing", None, need)
         twice = [model for model in self.models if self.models.count(model) > 1]
@@ -128,8 +136,14 @@ class GenomeSection(Section):
             log.warning("genome.models: the base is left out, whose weight has no effect: %s", base)
             siblings = tuple(model for model in self.models if model != base)
             object.__setattr__(self, "models", siblings)  # it is frozen from here on
+        if method != "slerp":
+            merged = self.all_models if mixed else self.models
+            least, most = traits.siblings
+            holds = least <= len(merged) and (most is None or len(merged) <= most)
+            number = f"are not those of {method}, which merges {number_of_models(traits)}"
+            require(holds, "models", number, merged, "Add or remove some.")
         require(
-            len(self.all_models) >= 2,
+            len(self.all_models) >= 2 or traits.siblings[1] == 1,
             "models",
             f"has too few: {method} needs at least two models",
             self.models,

@@ -172,9 +172,9 @@ class Study(AsWritten):
             "Change one.",
         )
         require(
-            method != "slerp" or search.bounds is None,
+            METHODS[method].weighted or search.bounds is None,
             "search.bounds",
-            "cannot be combined with slerp, which has no weights",
+            f"cannot be combined with {method}, which has no weights",
             search.bounds,
             "Remove it.",
         )

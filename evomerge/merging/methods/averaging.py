@@ -1,5 +1,7 @@
 """The methods that average the models themselves: linear and spherical, in fp32, rounded once.
 
+And passthrough, which takes a single one.
+
 Bit-equal on the CPU to mergekit 0.1.5. All tensors of a call have one shape and one dtype; the
 result has them too.
 """
@@ -71,6 +73,18 @@ def slerp(
     for chunk in _chunks(v0):
         out[:, chunk] = share0 * v0[:, chunk].float() + share1 * v1[:, chunk].float()
     return out.reshape(base.shape)
+
+
+def passthrough(
+    base: Tensor | None,
+    models: Iterable[Tensor],
+    plan: TensorPlan,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """The one model as it is, times its `scale`: for layers that are stacked in another order."""
+    (model,) = models
+    (scale,) = plan.by_sibling["scale"]
+    return model if scale == 1 else model * scale
 
 
 def _cosine(v0: Tensor, v1: Tensor) -> Tensor:

@@ -1,4 +1,6 @@
-"""The methods that add deltas (siblings minus base) to the base: task arithmetic, TIES and DARE.
+"""The methods that add weighted deltas (siblings minus base) to the base.
+
+Task arithmetic, TIES, DARE, DELLA and model breadcrumbs.
 
 Bit-equal on the CPU to mergekit 0.1.5. All tensors of a call have one shape and one dtype; the
 result has them too. Where a step is said to round, it rounds to that dtype: in bf16 nearly every
@@ -13,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from evomerge.merging.methods.thinning import drop, pieces, trim
+from evomerge.merging.methods.thinning import drop, drop_by_rank, pieces, trim, trim_band
 from evomerge.merging.tensor_plan import TensorPlan
 
 SMALLEST = 1e-8  # a sum of weights below it does not divide
@@ -94,6 +96,71 @@ def dare_linear(
     return _in_pieces(add_weighted, base, _dropped(deltas, plan, generator), plan)
 
 
+def della(
+    base: Tensor | None,
+    deltas: Iterable[Tensor],
+    plan: TensorPlan,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Drop at random, the small ones more often, rescale, then elect signs as TIES does.
+
+    Deep et al. 2024, arXiv 2406.11617, section 3.
+    """
+    return _in_pieces(add_elected, base, _dropped_by_rank(deltas, plan, generator), plan)
+
+
+def della_linear(
+    base: Tensor | None,
+    deltas: Iterable[Tensor],
+    plan: TensorPlan,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Drop at random, the small ones more often, rescale, then task arithmetic.
+
+    Deep et al. 2024, arXiv 2406.11617, section 3.
+    """
+    return _in_pieces(add_weighted, base, _dropped_by_rank(deltas, plan, generator), plan)
+
+
+def breadcrumbs(
+    base: Tensor | None,
+    deltas: Iterable[Tensor],
+    plan: TensorPlan,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Zero the smallest numbers and the outliers, then task arithmetic.
+
+    Davari and Belilovsky 2023, arXiv 2312.06795, section 4.
+    """
+    return _in_pieces(add_weighted, base, _banded(deltas, plan), plan)
+
+
+def breadcrumbs_ties(
+    base: Tensor | None,
+    deltas: Iterable[Tensor],
+    plan: TensorPlan,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Zero the smallest numbers and the outliers, then elect signs as TIES does.
+
+    Davari and Belilovsky 2023, arXiv 2312.06795, and Yadav et al. 2023, arXiv 2306.01708.
+    """
+    return _in_pieces(add_elected, base, _banded(deltas, plan), plan)
+
+
+def _banded(deltas: Iterable[Tensor], plan: TensorPlan) -> Iterator[Tensor]:
+    parts = zip(deltas, plan.densities, plan.by_sibling["gamma"], strict=True)
+    return (trim_band(delta, density, gamma, plan.rescale) for delta, density, gamma in parts)
+
+
+def _dropped_by_rank(
+    deltas: Iterable[Tensor], plan: TensorPlan, generator: torch.Generator | None
+) -> Iterator[Tensor]:
+    parts = zip(deltas, plan.densities, plan.by_sibling["epsilon"], strict=True)
+    for delta, density, epsilon in parts:
+        yield drop_by_rank(delta, density, epsilon, generator, plan.rescale)
+
+
 def _dropped(
     deltas: Iterable[Tensor], plan: TensorPlan, generator: torch.Generator | None
 ) -> Iterator[Tensor]:
@@ -154,8 +221,7 @@ def add_elected(
         return base
     rounded = torch.tensor(list(weights), dtype=base.dtype, device=base.device)
     products = torch.stack([delta * weight for delta, weight in zip(deltas, rounded, strict=True)])
-    elected = (products.sum(dim=0) >= 0).to(base.dtype) * 2 - 1
-    counts = products.sign() == elected
+    counts = agree(products)
     mixed = (products * counts).sum(dim=0)
     if normalize:
         total = (rounded.reshape(-1, *[1] * base.dim()) * counts).sum(dim=0)
@@ -163,6 +229,12 @@ def add_elected(
     if scale != 1:
         mixed *= scale
     return base + mixed
+
+
+def agree(products: Tensor) -> Tensor:
+    """Whether each element, (siblings, …), has the sign of the siblings' sum; 0 elects plus."""
+    elected = (products.sum(dim=0) >= 0).to(products.dtype) * 2 - 1
+    return products.sign() == elected
 
 
 def add_weighted_into(out: Tensor, base: Tensor, delta: Tensor, weight: float) -> None:

@@ -1,4 +1,4 @@
-"""The merge methods by name: the six built in, and those that a user registers.
+"""The merge methods by name: those of mergekit 0.1.5, and those that a user adds.
 
 What is known of a method without torch, its traits, is in `evomerge.recipe.METHODS`.
 """
@@ -6,14 +6,14 @@ What is known of a method without torch, its traits, is in `evomerge.recipe.METH
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from evomerge.errors import InputError
-from evomerge.merging.methods import averaging, deltas
+from evomerge.merging.methods import averaging, consensus, deltas, spherical, towards
 from evomerge.merging.tensor_plan import TensorPlan
 from evomerge.recipe import BUILT_IN, METHODS, MethodTraits
 
@@ -78,8 +78,29 @@ _FUNCTIONS: dict[str, MergeFunction] = {
     "dare_linear": deltas.dare_linear,
     "linear": averaging.linear,
     "slerp": averaging.slerp,
+    "passthrough": averaging.passthrough,
+    "nuslerp": spherical.nuslerp,
+    "multislerp": spherical.multislerp,
+    "karcher": spherical.karcher,
+    "della": deltas.della,
+    "della_linear": deltas.della_linear,
+    "breadcrumbs": deltas.breadcrumbs,
+    "breadcrumbs_ties": deltas.breadcrumbs_ties,
+    "model_stock": towards.model_stock,
+    "sce": consensus.sce,
+    "nearswap": towards.nearswap,
+    "arcee_fusion": towards.arcee_fusion,
+    "ram": consensus.ram,
+    "ramplus_tl": consensus.ramplus_tl,
 }
+
+
+def with_function(traits: MethodTraits, merge: MergeFunction) -> MergeMethod:
+    """The method of these traits."""
+    return MergeMethod(merge, **{item.name: getattr(traits, item.name) for item in fields(traits)})
+
+
 _METHODS: dict[str, MergeMethod] = {
-    name: MergeMethod(merge, **vars(METHODS[name])) for name, merge in _FUNCTIONS.items()
+    name: with_function(METHODS[name], merge) for name, merge in _FUNCTIONS.items()
 }
 assert _METHODS.keys() == set(BUILT_IN), "every method has traits and a function"

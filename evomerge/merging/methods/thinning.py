@@ -1,9 +1,15 @@
-"""Fewer elements in a delta: TIES keeps the largest of them, DARE a random choice."""
+"""Fewer elements in a delta.
+
+TIES keeps the largest, DARE a random choice, DELLA one in which the larger are likelier, and model
+breadcrumbs those between the smallest and the outliers.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from evomerge.errors import RecipeError
 
 PIECE = 1 << 19  # elements that are drawn or added up at a time
 
@@ -47,6 +53,66 @@ def drop(
         drawn = torch.bernoulli(probabilities, generator=generator)
         torch.mul(delta_.reshape(-1)[piece], drawn.to(delta.device), out=flat[piece])
     return _rescaled(delta_, flat.reshape(delta.shape), rescale).to(delta.dtype)
+
+
+def trim_band(delta: Tensor, density: float, gamma: float, rescale: bool = False) -> Tensor:
+    """Zero the `gamma` share of largest magnitude, and of the rest the smallest.
+
+    The `density` share stays; where both cannot be, fewer of the largest go. Davari and Belilovsky
+    2023, arXiv 2312.06795, section 4.
+    """
+    if density >= 1:
+        return delta
+    elements = delta.numel()
+    kept = int(density * elements)
+    first = max(0, elements - kept - int(gamma * elements))
+    magnitude = delta.abs().reshape(-1)
+    if magnitude.device.type == "cpu":
+        magnitude = magnitude.float()
+    order = torch.sort(magnitude, descending=False).indices
+    del magnitude
+    mask = torch.zeros(elements, dtype=delta.dtype, device=delta.device)
+    mask[order[first : first + kept]] = 1
+    del order
+    return _rescaled(delta, mask.reshape(delta.shape).mul_(delta), rescale)
+
+
+def drop_by_rank(
+    delta: Tensor,
+    density: float,
+    epsilon: float,
+    generator: torch.Generator | None,
+    rescale: bool = True,
+) -> Tensor:
+    """Keep a number with a probability from density - epsilon to density + epsilon.
+
+    The probability grows with its magnitude's rank in its row; density 1 draws nothing. The
+    draws are the CPU's, whatever the delta's device. Deep et al. 2024, arXiv 2406.11617, section
+    3.1. Raises RecipeError for rows of a single number, which have no rank.
+    """
+    if density >= 1:
+        return delta
+    assert generator is not None
+    rows = delta.reshape(1, -1) if delta.dim() < 2 else delta
+    if rows.shape[1] == 1:
+        raise RecipeError(
+            "della cannot rank a row of one number",
+            found=list(delta.shape),
+            remedy="Set density: 1 for this tensor, by a filter.",
+        )
+    dtype = delta.dtype if delta.dtype == torch.bfloat16 else torch.float32
+    kept = torch.empty(rows.shape, dtype=dtype, device=delta.device)
+    step = max(1, PIECE // max(1, rows[:1].numel()))
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step]
+        order = torch.argsort(part.abs(), dim=1, descending=False)
+        ranks = order.argsort(dim=1).to(dtype) + 1
+        least, most = ranks.amin(dim=1, keepdim=True), ranks.amax(dim=1, keepdim=True)
+        place = ((ranks - least) / (most - least)).clamp(0, 1)
+        chances = (density - epsilon) + place * 2 * epsilon
+        drawn = torch.bernoulli(chances.cpu(), generator=generator).to(delta.device)
+        torch.mul(part.to(dtype), drawn, out=kept[start : start + step])
+    return _rescaled(delta.to(dtype), kept.reshape(delta.shape), rescale).to(delta.dtype)
 
 
 def pieces(elements: int) -> list[slice]:

@@ -44,7 +44,8 @@ def encode(genome: Genome, recipe: Recipe, where: str) -> tuple[float, ...]:
     """The vector whose merge a recipe is: the inverse of `Genome.decode`.
 
     The recipe may be written in another way than `decode` would write it. For genomes of slices,
-    not smooth and not slerp. Raises StudyFileError for a recipe that is not a merge of the genome.
+    not smooth, with weights and densities alone. Raises StudyFileError for a recipe that is no
+    merge of the genome.
     """
     _check_form(genome, recipe, where)
     n_layers = genome.slices[-1][1]
@@ -72,9 +73,10 @@ def encode(genome: Genome, recipe: Recipe, where: str) -> tuple[float, ...]:
 
 def _check_form(genome: Genome, recipe: Recipe, where: str) -> None:
     """Raise StudyFileError for a recipe of another kind than the genome's."""
-    if genome.smooth or genome.method == "slerp":
+    plain = genome.method != "slerp" and set(genome.parameters) <= {"weight", "density"}
+    if genome.smooth or genome.shared_parameters or not plain:
         raise StudyFileError(
-            "a smooth or slerp genome takes vectors",
+            f"a smooth genome, or one of {genome.method}'s own numbers, takes vectors",
             where="search.recipes",
             found=where,
             remedy="Use search.vectors.",
