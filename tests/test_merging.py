@@ -16,7 +16,7 @@ from conftest import make_model, save
 from merging_tools import SLICES, differing, load_all, make_family, random_recipe
 from safetensors.torch import load_file, save_file
 
-from evomerge.errors import InputError, ModelError, OutputError, RecipeError, UnsupportedRecipe
+from evomerge.errors import InputError, ModelError, OutputError, RecipeError
 from evomerge.merging.build import build_model, parse_size
 from evomerge.merging.checkpoints.compatibility import check_fit
 from evomerge.merging.checkpoints.open_model import open_model
@@ -172,15 +172,13 @@ def test_older_folders_fit(family):
     check_fit(open_model(str(base)), [open_model(str(one))])
 
 
-def test_architectures_that_the_rules_do_not_cover(family):
-    layout = Layout(task_arithmetic_recipe("b", ["s"], [(0, 4)], [[1.0]]), 4)
-    for name in (
-        "transformer.h.0.attn.weight",
-        "model.final_layernorm.weight",
-        "model.layers.4.mlp.up_proj.weight",
-    ):
-        with pytest.raises(ModelError if "layers.4" in name else UnsupportedRecipe, match=name):
-            layout.position(name)
+def test_tensors_that_are_not_known_follow_the_first_slice(family):
+    recipe = task_arithmetic_recipe("b", ["s"], [(0, 2), (2, 4)], [[1.0], [0.5]])
+    layout = Layout(recipe, 4)
+    for name in ("transformer.h.0.attn.weight", "model.final_layernorm.weight"):
+        assert layout.position(name).piece is recipe.slices[0]
+    with pytest.raises(ModelError, match=r"layers\.4"):
+        layout.position("model.layers.4.mlp.up_proj.weight")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

@@ -12,10 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, Gemma2F
 
 from evomerge.cli import main
 from evomerge.errors import ModelError, RecipeError
+from evomerge.merging.architecture.architecture import EMBED, HEAD
 from evomerge.merging.build import build_model
 from evomerge.merging.checkpoints.compatibility import CONFIG_KEYS, check_fit
 from evomerge.merging.checkpoints.config_defaults import config_value
-from evomerge.merging.architecture.architecture import EMBED, HEAD
 from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.checkpoints.size import kv_cache_bytes
 from evomerge.merging.live import LiveModel
@@ -198,15 +198,15 @@ def test_quantised_models_are_named_with_a_remedy(tmp_path, capsys, kind):
     assert words in line
 
 
-def test_masks_of_old_models_are_not_taken_for_quantised_weights(tmp_path):
-    """GPT-NeoX's files hold them as bytes; such a model is left to mergekit."""
+def test_masks_of_old_models_are_copied(tmp_path):
+    """GPT-NeoX's files hold them as bytes, which are no quantised weights."""
     family = make_family(tmp_path)
-    mask = {"gpt_neox.layers.0.attention.bias": torch.ones(4, 4).bool().to(torch.uint8)}
-    for name in ("base", "one"):
-        edit_tensors(family / name, lambda tensors: tensors | mask)
-    with pytest.raises((ModelError, RecipeError)) as caught:
-        build_model(plain(family), tmp_path / "out")
-    assert "quantised" not in str(caught.value).replace(str(tmp_path), "")
+    name = "gpt_neox.layers.0.attention.bias"
+    mask = {name: torch.ones(4, 4).bool().to(torch.uint8)}
+    for model in ("base", "one"):
+        edit_tensors(family / model, lambda tensors: tensors | mask)
+    merged = load_all(build_model(plain(family), tmp_path / "out"))
+    assert torch.equal(merged[name], mask[name])
 
 
 def test_plain_weights_that_were_trained_in_4_bits_are_merged(tmp_path):

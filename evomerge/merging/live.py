@@ -13,14 +13,11 @@ import torch
 
 from evomerge.errors import ModelError, RecipeError
 from evomerge.merging import quantized
-from evomerge.merging.checkpoints.model_folder import (
-    HEAD,
-    VOCABULARY,
-    ModelFolder,
-    same_model,
-)
+from evomerge.merging.architecture.roles import Role
+from evomerge.merging.checkpoints.model_folder import ModelFolder, same_model
 from evomerge.merging.methods import fused
 from evomerge.merging.methods.registry import get_method
+from evomerge.merging.module_space import ModuleSpace, views_of
 from evomerge.merging.placement import (
     Inputs,
     LiveParameter,
@@ -50,20 +47,21 @@ class LiveModel:
     ) -> None:
         """`random_seed` decides what DARE drops. Raises ModelError where model and files differ."""
         self.base, self.siblings, self.random_seed = base, list(siblings), random_seed
-        stored = any(HEAD in folder.keys for folder in (base, *siblings))
-        if stored:
+        stored = set(base.keys) - {base.head}
+        if any(folder.head in folder.keys for folder in (base, *siblings)):
             _untie(model)
-        self.live = dict(model.named_parameters())
-        names = set(base.keys) - {HEAD}
-        if stored and HEAD in self.live:
-            names.add(HEAD)
-        self.names = sorted(names)
+            stored.add(base.head)
+        self.space = ModuleSpace(model, base, stored)
+        self.live = _tensors_of(model)
         self._check_names()
+        self.names = [name for name in self.space.names if name in self.live]
         parameters = {}
         for name in self.names:
-            parameter, elements = self.live[name], torch.Size(base.shape(name)).numel()
+            parameter = self.live[name]
+            elements = torch.Size(quantized.shape(parameter)).numel()
             parameters[name] = LiveParameter(parameter.device, quantized.dtype(parameter), elements)
-        self.resident = Resident(base, siblings, parameters, residency)
+        views = views_of([base, *siblings], self.space)
+        self.resident = Resident(views[0], views[1:], parameters, residency)
         self._parameters = sum(parameter.elements for parameter in parameters.values())
         self._plan: MergePlan | None = None  # the last one
         self._applied: dict[str, object] = {}  # what each parameter holds now
@@ -71,21 +69,26 @@ class LiveModel:
     def _check_names(self) -> None:
         """Raise ModelError unless files and live model have the same tensors."""
         models = (self.base, *self.siblings)
-        if HEAD not in self.live and any(model.is_untied() for model in models):
+        made = set(self.space.names)
+        head = self.base.head
+        is_tied = head not in made or all(name not in self.live for name in self._targets(head))
+        if is_tied and any(model.is_untied() for model in models):
             raise ModelError(
-                f"a file stores {HEAD}, which the live model ties to its embeddings",
+                f"a file stores {head}, which the live model ties to its embeddings",
                 where=self.base.path,
                 remedy="Save the models with transformers, or use engine.kind: transformers.",
             )
-        for name in self.names:
-            if name not in self.live:
+        for name in self.space.left_out:
+            if self.base.architecture.role(name) != Role.OUTSIDE:
                 raise ModelError(
                     f"the live model has no parameter {name}",
                     where=self.base.path,
                     remedy="This architecture cannot be merged in place.",
                 )
-        # such a parameter would keep its loaded weights
-        for name in self.live.keys() - set(self.names):
+        # such a parameter would keep its loaded weights; a buffer has what the code gives it
+        for name in self.live.keys() - made:
+            if not isinstance(self.live[name], torch.nn.Parameter):
+                continue
             raise ModelError(
                 f"the file has no tensor for {name}",
                 where=self.base.path,
@@ -103,15 +106,37 @@ class LiveModel:
         self._check_in_place(plan)
         states = {name: self._state(plan, name) for name in self.names}
         stale = [name for name in self.names if self._applied.get(name) != states[name]]
-        streamed = []
+        streamed, groups = [], {}
         for name in stale:
-            planned, dtype = plan.holder(name), self.resident.parameters[name].dtype
-            if plan.needs_no_cast_or_realignment(planned, dtype) and self._has_base(plan, planned):
+            if self._is_streamed(plan, name):
                 streamed.append(name)
-                continue
-            with self._marking(name, states[name]):
-                self._write_from_files(name, plan)
+            else:
+                group = self.space.group(name)
+                groups.setdefault(group.target, []).append(name)
+        for names in groups.values():
+            self._write_from_files(names, plan, states)
         self._write_streamed(streamed, plan, states)
+
+    def planned(self, plan: MergePlan, name: str) -> str:
+        """The merged tensor, by its name in the files, that says how a parameter is merged.
+
+        Of several that become one parameter it is the first.
+        """
+        return plan.holder(self.space.group(name).sources[0])
+
+    def _is_streamed(self, plan: MergePlan, name: str) -> bool:
+        """Whether the parameter can be merged as it is, from the parameters of the inputs."""
+        group, dtype = self.space.group(name), self.resident.parameters[name].dtype
+        planned = self.planned(plan, name)
+        if not plan.needs_no_cast_or_realignment(planned, dtype):
+            return False
+        if not self._has_base(plan, planned):
+            return False
+        if group.converter is None:
+            return True
+        tensor = plan.tensors[planned].without_names
+        alike = all(plan.tensors[source].without_names == tensor for source in group.sources)
+        return alike and plan.elementwise(planned) and planned not in plan.draws.starts
 
     def plan(self, recipe: Recipe, after: MergePlan | None = None) -> MergePlan:
         """How a recipe of the loaded models is merged; `after` as for `MergePlan`.
@@ -154,7 +179,8 @@ class LiveModel:
         vocabulary = plan.vocabulary
         if vocabulary is None:
             return
-        rows = min(self.base.shape(name)[0] for name in VOCABULARY if name in self.base.keys)
+        stored = [name for name in self.base.vocabulary if name in self.base.keys]
+        rows = min(self.base.shape(name)[0] for name in stored)
         if not vocabulary.keeps(plan.recipe.donor) or vocabulary.size > rows:
             raise RecipeError(
                 "`tokenizer_source` would move rows of the live model's embeddings",
@@ -170,21 +196,34 @@ class LiveModel:
             return True
         return plan.models[base[0]] is self.base
 
-    def _write_from_files(self, name: str, plan: MergePlan) -> None:
-        """Merge one tensor whose dtype changes or whose rows move."""
-        parameter = self.live[name]
-        merged = plan.merge(plan.holder(name), parameter.device).to(
-            self.resident.parameters[name].dtype
-        )
-        if plan.vocabulary is not None and name in VOCABULARY:
-            parameter[: len(merged)].copy_(merged)  # rows that no token has are left unchanged
-        else:
-            quantized.write(parameter, merged)
+    def _write_from_files(
+        self, names: Sequence[str], plan: MergePlan, states: Mapping[str, object]
+    ) -> None:
+        """Merge a group as the files have it: whole tensors, changing dtypes, rows that move."""
+        group = self.space.group(names[0])
+        device = self.live[names[0]].device
+        made = self.space.made_of(group, lambda name: plan.merge(plan.holder(name), device))
+        for name in names:
+            parameter = self.live[name]
+            merged = made[name].to(parameter.device, self.resident.parameters[name].dtype)
+            with self._marking(name, states[name]):
+                if plan.vocabulary is not None and group.sources[0] in self.base.vocabulary:
+                    # rows that no token has are left unchanged
+                    parameter[: len(merged)].copy_(merged)
+                else:
+                    quantized.write(parameter, merged)
+
+    def _targets(self, source: str) -> list[str]:
+        """The parameters that a tensor of the files becomes."""
+        return [name for name in self.space.names if source in self.space.group(name).sources]
 
     def _write(self, name: str, plan: MergePlan, inputs: Inputs) -> None:
         """Merge one tensor from its inputs on its device."""
-        planned = plan.holder(name)
+        planned = self.planned(plan, name)
         out, tensor = self.live[name], plan.tensors[planned]
+        if tensor.is_copy:
+            quantized.write(out, self._own(inputs, plan.models[tensor.inputs[0][0]]))
+            return
         method = get_method(tensor.method)
         # a sibling that is the base itself has no delta here
         others = {}
@@ -209,11 +248,21 @@ class LiveModel:
 
     def _state(self, plan: MergePlan, name: str) -> object:
         """Everything that decides a parameter's bits."""
-        name = plan.holder(name)
+        return tuple(self._state_of(plan, source) for source in self.space.group(name).sources)
+
+    def _state_of(self, plan: MergePlan, source: str) -> object:
+        name = plan.holder(source)
         tensor = plan.tensors[name]
         places = tuple(plan.models[ref].places for ref, _ in tensor.inputs)
         drawn = plan.draws.starts.get(name)
         return tensor, places, plan.working_dtype(name), plan.dtype(name), drawn
+
+    def _own(self, inputs: Inputs, model: ModelFolder) -> torch.Tensor:
+        """One model's own tensor among the inputs."""
+        if model is self.base:
+            return inputs.base
+        own = inputs.others[self.siblings.index(model)]
+        return inputs.base + own if self.resident.deltas else own
 
     def _find(self, ref: str) -> ModelFolder:
         """The folder that a recipe's reference means. Raises ModelError."""
@@ -229,10 +278,25 @@ class LiveModel:
 
 def _untie(model: Any) -> None:
     """Give a head that is the embeddings weights of its own; the merged ones may differ."""
-    is_transformers_model = hasattr(model, "get_output_embeddings")
-    if HEAD in dict(model.named_parameters()) or not is_transformers_model:
+    if not hasattr(model, "get_output_embeddings"):
         return
     head = model.get_output_embeddings()
+    own = [id(parameter) for parameter in model.parameters()]
+    if head is None or id(head.weight) not in own:
+        return
+    embeddings = model.get_input_embeddings()
+    if head.weight is not embeddings.weight:
+        return
     tied = head.weight
     head.weight = torch.nn.Parameter(tied.detach().clone(), tied.requires_grad)
     model.config.tie_word_embeddings = False
+
+
+def _tensors_of(model: Any) -> dict[str, torch.Tensor]:
+    """The parameters, and the buffers of floating-point numbers that files can store."""
+    tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
+    stored = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if name in stored and name not in tensors and buffer.is_floating_point():
+            tensors[name] = buffer
+    return tensors

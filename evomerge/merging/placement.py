@@ -17,8 +17,7 @@ from torch import Tensor
 
 from evomerge.errors import EngineError
 from evomerge.merging.architecture.roles import NUMBER
-from evomerge.merging.checkpoints.model_folder import ModelFolder
-from evomerge.merging.tensor_merge import load_finite
+from evomerge.merging.tensor_merge import TensorSource, load_finite
 
 log = logging.getLogger(__name__)
 Residency = Literal["device", "host", "disk"]
@@ -52,8 +51,8 @@ class Resident:
 
     def __init__(
         self,
-        base: ModelFolder,
-        siblings: Sequence[ModelFolder],
+        base: TensorSource,
+        siblings: Sequence[TensorSource],
         parameters: Mapping[str, LiveParameter],
         residency: Literal["auto"] | Residency = "auto",
     ) -> None:

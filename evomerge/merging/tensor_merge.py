@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
@@ -79,8 +80,18 @@ def check_merged(merged: torch.Tensor, plan: TensorPlan) -> None:
         )
 
 
+class TensorSource(Protocol):
+    """What a model's tensors are read from."""
+
+    @property
+    def ref(self) -> str: ...
+    @property
+    def path(self) -> Path: ...
+    def get_tensor(self, name: str, /) -> torch.Tensor: ...
+
+
 def load_finite(
-    model: ModelFolder, name: str, dtype: torch.dtype, device: Any = "cpu"
+    model: TensorSource, name: str, dtype: torch.dtype, device: Any = "cpu"
 ) -> torch.Tensor:
     """A tensor in `dtype`. Raises ModelError when it holds NaN or infinite numbers."""
     if not dtype.is_floating_point:
@@ -88,7 +99,7 @@ def load_finite(
     return finite(model.get_tensor(name).to(device=device, dtype=dtype), model, name)
 
 
-def finite(tensor: torch.Tensor, model: ModelFolder, name: str) -> torch.Tensor:
+def finite(tensor: torch.Tensor, model: TensorSource, name: str) -> torch.Tensor:
     """The tensor itself. Raises ModelError when it holds NaN or infinite numbers."""
     if not _is_finite(tensor):
         raise ModelError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 COPY = "copy"  # instead of a method: the tensor is one model's own
 WIDE = 1 << 28  # from here on torch.randint takes two 32-bit numbers for one of its own
@@ -37,6 +37,12 @@ class TensorPlan:
         if 0 < self.samples < elements:
             drawn += self.samples * (2 if elements >= WIDE else 1)
         return drawn
+
+    @property
+    def without_names(self) -> TensorPlan:
+        """The plan with models only: equal ones merge alike."""
+        base = None if self.base is None else (self.base[0], "")
+        return replace(self, base=base, siblings=tuple((ref, "") for ref, _ in self.siblings))
 
     @property
     def is_copy(self) -> bool:

@@ -210,16 +210,16 @@ class GradientModel:
 
         Rows of a vocabulary are in the merged model's order.
         """
-        plan, name = self._plan, self._plan.holder(name)
-        if name not in plan.donor.vocabulary or plan.vocabulary is None:
+        plan, planned = self._plan, self.live.planned(self._plan, name)
+        if planned not in plan.donor.vocabulary or plan.vocabulary is None:
             ((_, inputs),) = self.live.resident.stream([name], deltas=True)
             return inputs.others
-        parameter, how = self.live.resident.parameters[name], plan.tensors[name]
+        parameter, how = self.live.resident.parameters[name], plan.tensors[planned]
         tensors = {
             ref: load_finite(plan.models[ref], source, parameter.dtype, parameter.device)
             for ref, source in how.inputs
         }
-        aligned = plan.vocabulary.align(tensors, plan.layout.position(name).piece.base_model)
+        aligned = plan.vocabulary.align(tensors, plan.layout.position(planned).piece.base_model)
         found = {id(plan.models[ref]): aligned[ref] for ref, _ in how.siblings}
         assert how.base is not None
         base = aligned[how.base[0]]
@@ -244,7 +244,9 @@ class GradientModel:
             recipe = self.genome.decode([float(i == j) for i in range(d)])
             plan = live.plan(recipe, after=plan)
             for name in live.names:
-                how = plan.tensors[plan.holder(name)]
+                how = plan.tensors[live.planned(plan, name)]
+                if how.is_copy:
+                    continue
                 for (ref, _), weight in zip(how.siblings, how.weights, strict=True):
                     # the base among the siblings changes nothing
                     m = index.get(id(plan.models[ref]))

@@ -21,10 +21,9 @@ CONFIG_KEYS = (
     "num_attention_heads",
     "num_key_value_heads",
     "vocab_size",
-    "num_experts",
-    "num_local_experts",
-    "n_routed_experts",
 )
+# what models without experts do not have at all
+EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
 ONLY_SIBLINGS = "Only siblings of one base can be merged."
 NAME_A_SOURCE = "Name a `tokenizer_source`."
 
@@ -78,7 +77,7 @@ def check_meaning(base: ModelFolder, others: Iterable[ModelFolder]) -> None:
 def _check_config(base: ModelFolder, sibling: ModelFolder, keys: Iterable[str]) -> None:
     type_of = ("model_type", base.config, sibling.config)
     text = (text_config(base.config), text_config(sibling.config))
-    compared = [type_of, *((key, *text) for key in keys)]
+    compared = [type_of, *((key, *text) for key in (*keys, *EXPERT_KEYS))]
     for key, our_config, their_config in compared:
         if our_config.get(key) == their_config.get(key):
             continue
