@@ -1,6 +1,6 @@
 """Every type of transformers, tiny and random: merged on disk, merged live, searched.
 
-A row a type; the last line is one JSON object {"types", "build", "live", "search"}, each a number of
+A row a type; the last line is one JSON object {"types", "build", "live", "search"}: numbers of
 types. build: `evomerge merge`'s work, and every tensor by the formula b + w (s - b), each slice of
 layers with a weight of its own. live: the live model's every tensor and its logits equal, bit for
 bit, a fresh load of that folder. search: a study of four candidates runs to its verdict. Types that
@@ -184,8 +184,11 @@ def check_live(folder: Path) -> None:
     ours, theirs = model.state_dict(), fresh.state_dict()
     for name, tensor in theirs.items():
         assert torch.equal(ours[name], tensor), f"live: {name} differs"
-    moved = [name for name, tensor in load(folder / "base").state_dict().items()
-             if not torch.equal(tensor, theirs[name])]
+    moved = [
+        name
+        for name, tensor in load(folder / "base").state_dict().items()
+        if not torch.equal(tensor, theirs[name])
+    ]
     assert moved, "nothing was merged"
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     a, b = model(input_ids=ids).logits, fresh(input_ids=ids).logits
@@ -211,7 +214,10 @@ def check_search(folder: Path) -> None:
 
 def table(rows: list[Row]) -> str:
     """docs/MODELS.md's table."""
-    lines = ["| type | reads images | merged on disk | merged live | searched |", "|---|---|---|---|---|"]
+    lines = [
+        "| type | reads images | merged on disk | merged live | searched |",
+        "|---|---|---|---|---|",
+    ]
     for row in rows:
         if row.made:
             marks = " | ".join(_mark(row.passed.get(step)) for step in STEPS)

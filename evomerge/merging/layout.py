@@ -9,7 +9,8 @@ from typing import Any
 from evomerge.errors import ModelError, RecipeError
 from evomerge.merging.architecture.architecture import LIKE_LLAMA, Architecture
 from evomerge.merging.architecture.roles import Role
-from evomerge.merging.checkpoints.model_folder import ModelFolder, num_layers
+from evomerge.merging.checkpoints.layers import layers_of
+from evomerge.merging.checkpoints.model_folder import ModelFolder
 from evomerge.merging.methods.registry import MergeMethod, get_method
 from evomerge.merging.settings import evaluate, names_tensor
 from evomerge.merging.tensor_plan import TensorPlan, kept
@@ -270,55 +271,3 @@ def _check_ranges(piece: Slice, n_layers: int, depths: Mapping[str, int], where:
 def _input_layer(source: Source, position: LayerPosition) -> int:
     start = source.layers[0] if source.layers else 0
     return start + (position.layer or 0)
-
-
-def layers_of(folder: ModelFolder) -> dict[int, set[tuple[str, str]]]:
-    """Layer -> its tensors, as (name before the layer's number, name after it).
-
-    Raises ModelError unless every layer that config.json names is there and complete.
-    """
-    by_layer: dict[int, set[tuple[str, str]]] = {}
-    for name in folder.keys:
-        parts = folder.architecture.split(name)
-        if parts is not None:
-            before, layer, after = parts
-            by_layer.setdefault(layer, set()).add((before, after))
-    check_layers(folder, by_layer)
-    return by_layer
-
-
-def check_layers(folder: ModelFolder, by_layer: Mapping[int, set[tuple[str, str]]]) -> None:
-    """Raise ModelError unless the file has every layer that config.json names, complete.
-
-    Layers of a plain model that are of one type must have the same tensors. `by_layer`: (name
-    before, name after the number).
-    """
-    count = num_layers(folder.config)
-    if set(by_layer) != set(range(count)):
-        odd = sorted(set(by_layer) ^ set(range(count)))[0]
-        raise ModelError(
-            f"config.json has {count} layers, the file {len(by_layer)}: "
-            f"layer {odd} is in only one of them",
-            where=folder.path,
-            remedy="Correct config.json, or copy the model again.",
-        )
-    lacking = folder.architecture.lacking
-    if lacking is not None:
-        for name in lacking:
-            raise ModelError(
-                f"the file lacks {name}",
-                where=folder.path,
-                remedy="Copy or download the model again.",
-            )
-        return
-    types = folder.config.get("layer_types") or [""] * count
-    complete: dict[str, set[tuple[str, str]]] = {}
-    for layer, tensors in by_layer.items():
-        complete.setdefault(types[layer], set()).update(tensors)
-    for layer, tensors in by_layer.items():
-        for _, after in sorted(complete[types[layer]] - tensors):
-            raise ModelError(
-                f"the file lacks layer {layer}'s {after[1:]}",
-                where=folder.path,
-                remedy="Copy or download the model again.",
-            )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -17,7 +17,7 @@ from evomerge.merging.architecture.roles import Role
 from evomerge.merging.checkpoints.model_folder import ModelFolder, same_model
 from evomerge.merging.methods import fused
 from evomerge.merging.methods.registry import get_method
-from evomerge.merging.module_space import ModuleSpace, views_of
+from evomerge.merging.module_space import ModuleSpace, tensors_of, untie, views_of
 from evomerge.merging.placement import (
     Inputs,
     LiveParameter,
@@ -49,10 +49,10 @@ class LiveModel:
         self.base, self.siblings, self.random_seed = base, list(siblings), random_seed
         stored = set(base.keys) - {base.head}
         if any(folder.head in folder.keys for folder in (base, *siblings)):
-            _untie(model)
+            untie(model)
             stored.add(base.head)
         self.space = ModuleSpace(model, base, stored)
-        self.live = _tensors_of(model)
+        self.live = tensors_of(model)
         self._check_names()
         self.names = [name for name in self.space.names if name in self.live]
         parameters = {}
@@ -71,7 +71,7 @@ class LiveModel:
         models = (self.base, *self.siblings)
         made = set(self.space.names)
         head = self.base.head
-        is_tied = head not in made or all(name not in self.live for name in self._targets(head))
+        is_tied = not any(name in self.live for name in self._targets(head))
         if is_tied and any(model.is_untied() for model in models):
             raise ModelError(
                 f"a file stores {head}, which the live model ties to its embeddings",
@@ -274,29 +274,3 @@ class LiveModel:
             where=ref,
             remedy="Load it as the base or a sibling.",
         )
-
-
-def _untie(model: Any) -> None:
-    """Give a head that is the embeddings weights of its own; the merged ones may differ."""
-    if not hasattr(model, "get_output_embeddings"):
-        return
-    head = model.get_output_embeddings()
-    own = [id(parameter) for parameter in model.parameters()]
-    if head is None or id(head.weight) not in own:
-        return
-    embeddings = model.get_input_embeddings()
-    if head.weight is not embeddings.weight:
-        return
-    tied = head.weight
-    head.weight = torch.nn.Parameter(tied.detach().clone(), tied.requires_grad)
-    model.config.tie_word_embeddings = False
-
-
-def _tensors_of(model: Any) -> dict[str, torch.Tensor]:
-    """The parameters, and the buffers of floating-point numbers that files can store."""
-    tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
-    stored = model.state_dict().keys()
-    for name, buffer in model.named_buffers():
-        if name in stored and name not in tensors and buffer.is_floating_point():
-            tensors[name] = buffer
-    return tensors

@@ -93,3 +93,29 @@ class ModuleView:
 def views_of(folders: Sequence[ModelFolder], space: ModuleSpace) -> list[ModuleView]:
     """A view of each folder."""
     return [ModuleView(folder, space) for folder in folders]
+
+
+def untie(model: Any) -> None:
+    """Give a head that is the embeddings weights of its own; the merged ones may differ."""
+    if not hasattr(model, "get_output_embeddings"):
+        return
+    head = model.get_output_embeddings()
+    own = [id(parameter) for parameter in model.parameters()]
+    if head is None or id(head.weight) not in own:
+        return
+    embeddings = model.get_input_embeddings()
+    if head.weight is not embeddings.weight:
+        return
+    tied = head.weight
+    head.weight = torch.nn.Parameter(tied.detach().clone(), tied.requires_grad)
+    model.config.tie_word_embeddings = False
+
+
+def tensors_of(model: Any) -> dict[str, torch.Tensor]:
+    """The parameters, and the buffers of floating-point numbers that files can store."""
+    tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
+    stored = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if name in stored and name not in tensors and buffer.is_floating_point():
+            tensors[name] = buffer
+    return tensors

@@ -6,14 +6,11 @@ import importlib.util
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from evomerge.errors import EngineError, ModelError
+from evomerge.merging.architecture.empty_model import model_class
 from evomerge.merging.checkpoints.hub_kernels import refuse_hub_kernels
 from evomerge.merging.checkpoints.model_folder import ModelFolder
 from evomerge.merging.vocabulary.tokenizer_files import open_tokenizer
@@ -69,8 +66,10 @@ def load_model(folder: ModelFolder, engine: EngineSection, dtype: torch.dtype) -
         # tensor by tensor: the unquantised model is never held as a whole
         device_map = {"": device}
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        config: Any = AutoConfig.from_pretrained(str(folder.path), trust_remote_code=trusted)
+        model: Any = model_class(config).from_pretrained(
             str(folder.path),
+            config=config,
             dtype=dtype,
             device_map=device_map,
             trust_remote_code=trusted,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from evomerge.merging.architecture.conversion import groups_of
+from evomerge.merging.architecture.conversion import Group, groups_of
 from evomerge.merging.architecture.described import LAST_SLICE
 from evomerge.merging.architecture.empty_model import empty_model
 from evomerge.merging.architecture.roles import Role, is_one_module, text_path
@@ -70,6 +70,15 @@ def architecture_of(config: Mapping[str, Any], names: Collection[str]) -> Archit
     return found or _by_names(config, names, described)
 
 
+def lacking_of(config: Mapping[str, Any], names: Collection[str]) -> tuple[str, ...] | None:
+    """What transformers' model has and a checkpoint lacks; None where it has no such model."""
+    model = empty_model(config)
+    if model is None:
+        return None
+    groups, _ = groups_of(model, names)
+    return _lacking(model, groups)
+
+
 def _class_name(config: Mapping[str, Any]) -> str:
     named = config.get("architectures") or [""]
     return str(named[0])
@@ -125,7 +134,23 @@ def _by_modules(
         roles.update(_first_or_last([head], described))
     else:
         roles[head] = Role.LAST
-    return Architecture(_longest_first(prefixes), roles, embeddings or EMBED, head)
+    lacking = _lacking(model, groups)
+    return Architecture(_longest_first(prefixes), roles, embeddings or EMBED, head, lacking)
+
+
+def _lacking(model: Any, groups: Sequence[Group]) -> tuple[str, ...]:
+    """The model's parameters that no tensor of the checkpoint gives numbers to."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)  # tied ones together
+    made = {target for group in groups for target in group.targets}
+    ignored = [re.compile(text) for text in model._keys_to_ignore_on_load_missing or ()]
+    lacking = []
+    for tied in names.values():
+        unread = any(pattern.search(name) for pattern in ignored for name in tied)
+        if not unread and made.isdisjoint(tied):
+            lacking.append(tied[0])
+    return tuple(lacking)
 
 
 def _before(name: str, layer: int) -> str | None:

@@ -33,6 +33,14 @@ class Group:
         made = converter.convert(self.target, model=model, config=model.config)
         return {name: _only(value) for name, value in made.items()}
 
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The names of the model's tensors that it makes, as far as patterns tell."""
+        if self.converter is None:
+            return (self.target,)
+        first, *others = self.converter.target_patterns
+        return (self.target, *(self.target.replace(first, other) for other in others))
+
 
 def groups_of(model: Any, names: Iterable[str]) -> tuple[list[Group], dict[str, str]]:
     """How a checkpoint with these tensors is loaded into `model`, and what it leaves out.

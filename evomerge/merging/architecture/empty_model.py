@@ -23,7 +23,7 @@ def _empty_model(text: str) -> Any:
     from transformers import CONFIG_MAPPING
     from transformers.utils import logging
 
-    config = json.loads(text)
+    config = json.loads(text, object_hook=_number)
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -37,6 +37,11 @@ def _empty_model(text: str) -> Any:
     finally:
         logging.set_verbosity(level)
     return model
+
+
+def _number(item: dict[str, Any]) -> Any:
+    """transformers writes an infinite number as {"__float__": "Infinity"}."""
+    return float(item["__float__"]) if set(item) == {"__float__"} else item
 
 
 def model_class(config: Any) -> Any:

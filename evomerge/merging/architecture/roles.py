@@ -75,6 +75,14 @@ def text_path(model: Any) -> TextPath | None:
     )
 
 
+def count_layers(model: Any) -> int | None:
+    """How many layers a transformers model has; None where it has no list of them."""
+    path = text_path(model)
+    if path is None:
+        return None
+    return len(model.get_submodule(path.layers.removesuffix(".")))
+
+
 def is_one_module(names: Any) -> bool:
     """Whether mergekit sees one module in the names of a model's tensors.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 # the parts of a configuration that may hold the text decoder's
 PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
-LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "layers")
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

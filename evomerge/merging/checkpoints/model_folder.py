@@ -13,8 +13,9 @@ import torch
 
 from evomerge.errors import UnsupportedRecipe
 from evomerge.merging.architecture.architecture import Architecture, architecture_of
+from evomerge.merging.architecture.empty_model import empty_model
+from evomerge.merging.architecture.roles import count_layers
 from evomerge.merging.architecture.text_config import layers_key, text_config
-from evomerge.merging.checkpoints.config_defaults import config_value
 from evomerge.merging.checkpoints.safetensors_reader import SafetensorsReader
 
 
@@ -126,7 +127,10 @@ def num_layers(config: Mapping[str, Any]) -> int:
     """Layers of the text decoder that a config.json describes. Raises UnsupportedRecipe."""
     text = text_config(config)
     key = layers_key(text)
-    found = text[key] if key is not None else config_value(text, "num_hidden_layers")
+    found = text[key] if key is not None else None
+    if found is None:
+        model = empty_model(config)
+        found = None if model is None else count_layers(model)
     if not isinstance(found, int):
         raise UnsupportedRecipe(
             "the configuration has no `num_hidden_layers`",

@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from evomerge.errors import ModelError
+from evomerge.merging.architecture.empty_model import model_class
+from evomerge.merging.architecture.text_config import text_config
 from evomerge.merging.checkpoints.config_defaults import config_value
 from evomerge.merging.checkpoints.hub_kernels import without_attention
+from evomerge.merging.checkpoints.model_folder import num_layers
 
 
 def count_parameters(config: Mapping[str, Any], where: object = None) -> int:
@@ -16,14 +19,13 @@ def count_parameters(config: Mapping[str, Any], where: object = None) -> int:
     No weights are made. Raises ModelError when transformers does not know the configuration.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    models: Any = AutoModelForCausalLM
     try:
         settings = without_attention(config)  # a kernel of the hub would be loaded
         parsed = AutoConfig.for_model(settings.pop("model_type"), **settings)
         with torch.device("meta"):
-            model = models.from_config(parsed)
+            model = model_class(parsed).from_config(parsed)
     except Exception as error:  # KeyError, ValueError and others, by what is wrong in the file
         raise ModelError(
             f"the model configuration cannot be used: {error}",
@@ -35,8 +37,12 @@ def count_parameters(config: Mapping[str, Any], where: object = None) -> int:
 
 def kv_cache_bytes(config: Mapping[str, Any], tokens: int, bytes_per_number: int = 2) -> int:
     """Bytes of keys and values for `tokens` positions: 2 x layers x KV heads x head size each."""
-    heads = int(config["num_attention_heads"])
-    head_dim = int(config_value(config, "head_dim") or config["hidden_size"] // heads)
-    kv_heads = int(config_value(config, "num_key_value_heads") or heads)
-    numbers = 2 * int(config["num_hidden_layers"]) * kv_heads * head_dim
+    text = text_config(config)
+    heads = int(config_value(text, "num_attention_heads") or 1)
+    width = int(config_value(text, "hidden_size"))
+    head_dim = int(config_value(text, "head_dim") or width // heads)
+    kv_heads = config_value(text, "num_key_value_heads")
+    if not isinstance(kv_heads, int):
+        kv_heads = heads
+    numbers = 2 * num_layers(config) * kv_heads * head_dim
     return numbers * bytes_per_number * tokens

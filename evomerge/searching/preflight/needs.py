@@ -9,6 +9,7 @@ from typing import Any
 
 from evomerge.console import counted, size
 from evomerge.genome.weights import Genome
+from evomerge.merging.architecture.text_config import text_config
 from evomerge.merging.checkpoints.config_defaults import config_value
 from evomerge.searching.preflight.findings import Findings
 from evomerge.study import Study
@@ -68,7 +69,8 @@ def live_bytes(study: Study, config: Mapping[str, Any], parameters: int) -> floa
     whole = BYTES[study.search.dtype]
     if study.engine.quantization is None:
         return parameters * whole
-    rows = int(config["vocab_size"]) * int(config["hidden_size"])
+    text = text_config(config)
+    rows = int(config_value(text, "vocab_size")) * int(config_value(text, "hidden_size"))
     if not config_value(config, "tie_word_embeddings"):
         rows *= 2
     # double: a scale is a byte, and has its own scale
