@@ -143,8 +143,8 @@ def test_what_is_wrong_with_a_file_is_said_in_a_line(family, capsys, case):
     [
         ("raise KeyError('gone')", "f of m.py raises KeyError: 'gone'"),
         ("return base[:1]", "shape and dtype"),
-        ("return base.double()", "shape and dtype (found: torch.float64"),
-        ("return None", "shape and dtype (found: NoneType)"),
+        ("return base.double()", "shape and dtype (found: 'torch.float64"),
+        ("return None", "shape and dtype (found: 'NoneType')"),
         ("return base / 0", "f of m.py gives NaN or infinite numbers"),
     ],
 )
