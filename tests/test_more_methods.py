@@ -265,3 +265,71 @@ def test_a_random_configuration(families, tmp_path, method, seed):
         return
     # where a layer repeats, mergekit's order of draws hangs on the slots of a hash table
     assert not set(differing(load_all(tmp_path / "ours"), theirs)) - drawn_elsewhere(recipe)
+
+
+def models(*names, **parameters):
+    return [{"model": name, "parameters": parameters} for name in names]
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (
+            {"merge_method": "nearswap", "models": models("a", "b"), "base_model": "base"},
+            "two models",
+        ),
+        ({"merge_method": "arcee_fusion", "models": models("a")}, "`base_model` is missing"),
+        ({"merge_method": "model_stock", "models": models("a"), "base_model": "b"}, "three models"),
+        ({"merge_method": "nuslerp", "models": models("a"), "base_model": "b"}, "besides a base"),
+        ({"merge_method": "passthrough", "models": models("a", "b")}, "exactly one model"),
+        (
+            {"merge_method": "karcher", "models": models("a"), "parameters": {"max_iter": 2.5}},
+            "whole",
+        ),
+        (
+            {"merge_method": "karcher", "models": models("a"), "parameters": {"tol": -1}},
+            "at least 0",
+        ),
+        (
+            {"merge_method": "breadcrumbs", "models": models("a", gama=0.1), "base_model": "b"},
+            "Did you mean `gamma`",
+        ),
+        (
+            {"merge_method": "sce", "models": models("a"), "base_model": "b"}
+            | {"parameters": {"select_topk": 1.5}},
+            "at least 0 and at most 1",
+        ),
+        (
+            {"merge_method": "model_stock", "models": models("a", "c"), "base_model": "b"}
+            | {"parameters": {"filter_wise": "maybe"}},
+            "true or false",
+        ),
+    ],
+)
+def test_wrong_recipes_are_refused_in_a_line(data, words):
+    with pytest.raises(RecipeError, match=words) as caught:
+        Recipe.from_dict(data)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_mergekit_reads_over_is_noted():
+    recipe = Recipe.from_dict(
+        {"merge_method": "multislerp", "models": models("a"), "parameters": {"gamma": 0.1}}
+    )
+    assert "`gamma`" in str(recipe.note)
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "words"),
+    [
+        ("nearswap", {}, "`t` is not set"),
+        ("della", {"weight": 1, "density": 0.9, "epsilon": 0.2}, "`epsilon` leaves.*less than 0.1"),
+        ("della", {"density": 0.9}, "`epsilon`|`weight` is not set"),
+    ],
+)
+def test_what_the_models_decide_is_refused_too(families, tmp_path, method, parameters, words):
+    data = {"merge_method": method, "base_model": str(families / "tied/base")}
+    data |= {"models": [{"model": str(families / "tied/one")}], "parameters": parameters}
+    with pytest.raises(RecipeError, match=words):
+        build_model(Recipe.from_dict(data), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -61,7 +61,7 @@ class Recipe:
         Raises RecipeError naming the key, UnsupportedRecipe where only mergekit itself can help.
         """
         unread = UnreadKeys(where)
-        method = check_top_level(data, where, unread, folder or Path())
+        method = check_top_level(data, where, unread, folder)
         merged = listed(data, where, unread)
         base, dtype = read_base(data, merged, method, where), read_dtype(data, "dtype", where)
         values = ParameterChecks(method, dtype, unread)

@@ -50,16 +50,19 @@ class OwnMethod:
 OWN: dict[str, OwnMethod] = {}  # by the name in METHODS
 
 
-def find_method(name: str, folder: Path, where: str) -> str:
+def find_method(name: str, folder: Path | None, where: str) -> str:
     """The name in METHODS of what `merge_method` names, which is read where it is a user's own.
 
-    A file is relative to `folder`, and is read again when it has changed. Raises RecipeError; a
-    name that nothing has is returned as it is.
+    A file is relative to `folder`, and is read again when it has changed; with None, one that has
+    been read is not looked at: a search goes on with the code that it began with. Raises
+    RecipeError; a name that nothing has is returned as it is.
     """
+    if folder is None and name in OWN:
+        return name
     match = IN_FILE.fullmatch(name)
     if match is None:
         return name if name in METHODS else _from_entry_point(name, where)
-    path = (folder / Path(match["file"]).expanduser()).resolve()
+    path = ((folder or Path()) / Path(match["file"]).expanduser()).resolve()
     try:
         source = path.read_bytes()
     except OSError:

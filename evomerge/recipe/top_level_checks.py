@@ -16,7 +16,7 @@ from evomerge.recipe.own_methods import find_method
 from evomerge.recipe.unread_keys import UnreadKeys
 
 
-def check_top_level(data: Any, where: str, unread: UnreadKeys, folder: Path) -> str:
+def check_top_level(data: Any, where: str, unread: UnreadKeys, folder: Path | None) -> str:
     """Check the top level's keys and note those that nothing reads; return the merge method.
 
     The file of a user's own method is relative to `folder`. Raises RecipeError naming the key,
@@ -97,7 +97,7 @@ def read_tokenizer_section(
     return None if section is None else _tokenizer_section(section, where, unread)
 
 
-def _method(data: Mapping[str, Any], where: str, folder: Path) -> str:
+def _method(data: Mapping[str, Any], where: str, folder: Path | None) -> str:
     method = data.get("merge_method")
     if not isinstance(method, str):
         raise RecipeError(

@@ -45,7 +45,7 @@ def _searchable(method: str, info: ValidationInfo) -> str:
 
     A user's own file is relative to the study file.
     """
-    folder = info.context if isinstance(info.context, Path) else Path()
+    folder = info.context if isinstance(info.context, Path) else None
     try:
         method = find_method(method, folder, "")
     except RecipeError as error:
