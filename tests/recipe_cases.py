@@ -3,11 +3,14 @@ mixed.
 """
 
 import random
+from collections import Counter
 from itertools import pairwise
 
 import torch
 from conftest import make_model, save
 from merging_tools import moved
+
+from evomerge.merging.stream import MergePlan, open_recipe
 
 SIBLINGS = ("one", "two", "three")
 LAYERS = {"deep": 12, "tied": 4}  # with 12, sorted names are not in the layers' order
@@ -49,6 +52,25 @@ def make_families(folder):
             ("base", *SIBLINGS), models, BOTH if name == "tied" else BOTH[:1] * 4, strict=True
         ):
             save(model.to(dtype), folder / name / ref)
+
+
+def label(plan, name):
+    """By what mergekit orders its tensors: the last of the names under which they lie in the
+    models.
+    """
+    return max(source for _, source in plan.tensors[name].inputs)
+
+
+def drawn_elsewhere(recipe):
+    """Tensors whose random numbers we may not draw where mergekit does.
+
+    Where several tensors have one label, because a layer repeats, mergekit's order among them hangs
+    on the slots of a hash table.
+    """
+    plan = MergePlan(recipe, open_recipe(recipe))
+    drawn = [name for name in plan.names if plan.tensors[name].draws]
+    times = Counter(label(plan, name) for name in drawn)
+    return {name for name in drawn if times[label(plan, name)] > 1}
 
 
 class Writer:

@@ -6,7 +6,6 @@ EVOMERGE_SEEDS=FIRST:LAST runs other configurations than the 36 that always run.
 
 import json
 import os
-from collections import Counter
 
 import pytest
 import yaml
@@ -14,11 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mergekit_server import MergekitError, mergekit
 from merging_tools import differing, load_all
-from recipe_cases import Writer, make_families
+from recipe_cases import Writer, drawn_elsewhere, make_families
 
 from evomerge.errors import RecipeError
 from evomerge.merging.build import build_model
-from evomerge.merging.stream import MergePlan, open_recipe
 from evomerge.recipe import Recipe, read_recipe
 
 FIRST, LAST = map(int, os.environ.get("EVOMERGE_SEEDS", "0:36").split(":"))
@@ -30,25 +28,6 @@ def families(tmp_path_factory):
     folder = tmp_path_factory.mktemp("families")
     make_families(folder)
     return folder
-
-
-def label(plan, name):
-    """By what mergekit orders its tensors: the last of the names under which they lie in the
-    models.
-    """
-    return max(source for _, source in plan.tensors[name].inputs)
-
-
-def drawn_elsewhere(recipe):
-    """Tensors whose random numbers we may not draw where mergekit does.
-
-    Where several tensors have one label, because a layer repeats, mergekit's order among them hangs
-    on the slots of a hash table.
-    """
-    plan = MergePlan(recipe, open_recipe(recipe))
-    drawn = [name for name in plan.names if plan.tensors[name].draws]
-    times = Counter(label(plan, name) for name in drawn)
-    return {name for name in drawn if times[label(plan, name)] > 1}
 
 
 def merge_both(data, folder, seed):

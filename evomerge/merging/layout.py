@@ -15,7 +15,7 @@ from evomerge.merging.methods.registry import MergeMethod, get_method
 from evomerge.merging.settings import evaluate, names_tensor
 from evomerge.merging.tensor_plan import TensorPlan, kept
 from evomerge.recipe import MethodParameter, Recipe, Slice, Source
-from evomerge.recipe.parameter_checks import check_value
+from evomerge.recipe.parameter_checks import check_value, check_within
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ class Layout:
             if own.per_model:
                 by_sibling[key] = self._each(key, name, sources, own.default)
                 if own.within_density:
-                    _check_within(key, by_sibling[key], densities, name)
+                    check_within(key, by_sibling[key], densities, name)
             else:
                 parameters[key] = self._method_parameter(key, name, own)
         return TensorPlan(
@@ -240,20 +240,6 @@ def _positions(piece: Slice, n_layers: int) -> list[LayerPosition]:
     if count == 1:
         return [LayerPosition(piece, 0, 1.0)]
     return [LayerPosition(piece, layer, layer / (count - 1)) for layer in range(count)]
-
-
-def _check_within(
-    key: str, values: tuple[float, ...], densities: tuple[float, ...], name: str
-) -> None:
-    """Raise RecipeError where density - value to density + value are no chances, as of della."""
-    for value, density in zip(values, densities, strict=True):
-        if density < 1 and not (density - value > 0 and density + value < 1):
-            raise RecipeError(
-                f"`{key}` leaves the range 0 to 1 around the density {density:g}",
-                where=name,
-                found=value,
-                remedy=f"Use less than {min(density, 1 - density):g}.",
-            )
 
 
 def _check_ranges(piece: Slice, n_layers: int, depths: Mapping[str, int], where: str) -> None:

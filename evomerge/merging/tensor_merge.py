@@ -15,6 +15,7 @@ from evomerge.merging.checkpoints.model_folder import ModelFolder
 from evomerge.merging.methods.deltas import differences
 from evomerge.merging.methods.registry import get_method
 from evomerge.merging.tensor_plan import TensorPlan
+from evomerge.recipe import OWN
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ def check_merged(merged: torch.Tensor, plan: TensorPlan) -> None:
     """Raise RecipeError when a method has given NaN or infinite numbers."""
     if not _is_finite(merged):
         raise RecipeError(
-            f"{plan.method} gives NaN or infinite numbers",
+            f"{OWN[plan.method].title if plan.method in OWN else plan.method} gives NaN or "
+            "infinite numbers",
             where=plan.inputs[0][1],
             remedy="Change its parameters, or leave this tensor out by a filter.",
         )

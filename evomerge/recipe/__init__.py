@@ -10,6 +10,7 @@ from evomerge.recipe.method_traits import (
     MethodParameter,
     MethodTraits,
 )
+from evomerge.recipe.own_methods import OWN, find_method
 
 __all__ = [
     "BOOLEANS",
@@ -17,6 +18,7 @@ __all__ = [
     "DRAWING",
     "MERGEKIT",
     "METHODS",
+    "OWN",
     "PARAMETERS",
     "MethodParameter",
     "MethodTraits",
@@ -24,6 +26,7 @@ __all__ = [
     "Slice",
     "Source",
     "TokenizerSection",
+    "find_method",
     "read_recipe",
     "scalar",
     "task_arithmetic_recipe",

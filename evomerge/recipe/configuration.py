@@ -17,6 +17,7 @@ from evomerge.recipe.layers import Slice, TokenizerSection
 from evomerge.recipe.method_traits import BUILT_IN, METHODS, MethodTraits
 from evomerge.recipe.model_references import override_architecture
 from evomerge.recipe.modules import listed, over
+from evomerge.recipe.own_methods import OWN
 from evomerge.recipe.parameter_checks import ParameterChecks
 from evomerge.recipe.rounding import rounded
 from evomerge.recipe.source_checks import SourceChecks
@@ -51,13 +52,16 @@ class Recipe:
     unread: tuple[str, ...] = field(default=(), compare=False)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], where: str = "recipe") -> Recipe:
+    def from_dict(
+        cls, data: Mapping[str, Any], where: str = "recipe", folder: Path | None = None
+    ) -> Recipe:
         """Check a configuration.
 
+        The file of a user's own method is relative to `folder`, or to where the program runs.
         Raises RecipeError naming the key, UnsupportedRecipe where only mergekit itself can help.
         """
         unread = UnreadKeys(where)
-        method = check_top_level(data, where, unread)
+        method = check_top_level(data, where, unread, folder)
         merged = listed(data, where, unread)
         base, dtype = read_base(data, merged, method, where), read_dtype(data, "dtype", where)
         values = ParameterChecks(method, dtype, unread)
@@ -69,7 +73,7 @@ class Recipe:
             slices = (sources.models(merged.items, merged.where),)
         parameters = values.parameters(data.get("parameters"), where)
         return cls(
-            data=copy.deepcopy(dict(data)),
+            data=copy.deepcopy({**data, "merge_method": method}),
             base_model=base,
             merge_method=method,
             dtype=dtype,
@@ -128,6 +132,8 @@ class Recipe:
         elif self.merge_method not in BUILT_IN or not _rounds(METHODS[self.merge_method]):
             dtype = None  # every digit may count
         data = _renamed(self.to_dict(), names or {})
+        if self.merge_method in OWN:  # by what it does, wherever its file is
+            data["merge_method"] = OWN[self.merge_method].digest
         # what nothing reads may hold values that JSON lacks, such as dates
         text = json.dumps(rounded(data, dtype), sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -151,7 +157,7 @@ def _renamed(data: Any, names: Mapping[str, str], key: str = "") -> Any:
 
 def read_recipe(path: str | Path) -> Recipe:
     """Read a mergekit YAML file. Raises RecipeError."""
-    return Recipe.from_dict(read_yaml(Path(path), RecipeError), str(path))
+    return Recipe.from_dict(read_yaml(Path(path), RecipeError), str(path), Path(path).parent)
 
 
 def task_arithmetic_recipe(

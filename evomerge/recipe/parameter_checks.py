@@ -159,6 +159,20 @@ def check_value(key: str, number: float, parameter: MethodParameter, where: str)
     )
 
 
+def check_within(
+    key: str, values: tuple[float, ...], densities: tuple[float, ...], name: str
+) -> None:
+    """Raise RecipeError where density - value to density + value are no chances, as of della."""
+    for value, density in zip(values, densities, strict=True):
+        if density < 1 and not (density - value > 0 and density + value < 1):
+            raise RecipeError(
+                f"`{key}` leaves the range 0 to 1 around the density {density:g}",
+                where=name,
+                found=value,
+                remedy=f"Use less than {min(density, 1 - density):g}.",
+            )
+
+
 def _listed(value: Any) -> list[Any]:
     """The items of a list; an empty list is not a gradient, but a wrong value."""
     return value if isinstance(value, list) and value else [value]

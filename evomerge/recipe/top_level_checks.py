@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from evomerge.errors import RecipeError, UnsupportedRecipe
@@ -11,13 +12,15 @@ from evomerge.recipe.mergekit_keys import CHAT_TEMPLATES, DTYPES, KEYS, MERGEKIT
 from evomerge.recipe.method_traits import METHODS
 from evomerge.recipe.model_references import model_reference, tokenizer_of
 from evomerge.recipe.modules import Listed
+from evomerge.recipe.own_methods import find_method
 from evomerge.recipe.unread_keys import UnreadKeys
 
 
-def check_top_level(data: Any, where: str, unread: UnreadKeys) -> str:
+def check_top_level(data: Any, where: str, unread: UnreadKeys, folder: Path | None) -> str:
     """Check the top level's keys and note those that nothing reads; return the merge method.
 
-    Raises RecipeError naming the key, UnsupportedRecipe where only mergekit itself can help.
+    The file of a user's own method is relative to `folder`. Raises RecipeError naming the key,
+    UnsupportedRecipe where only mergekit itself can help.
     """
     if not isinstance(data, Mapping):
         raise RecipeError(
@@ -27,7 +30,7 @@ def check_top_level(data: Any, where: str, unread: UnreadKeys) -> str:
             remedy="Write a mergekit configuration.",
         )
     unread.check(data, KEYS, where)
-    return _method(data, where)
+    return _method(data, where, folder)
 
 
 def read_base(data: Mapping[str, Any], merged: Listed, method: str, where: str) -> str | None:
@@ -94,7 +97,7 @@ def read_tokenizer_section(
     return None if section is None else _tokenizer_section(section, where, unread)
 
 
-def _method(data: Mapping[str, Any], where: str) -> str:
+def _method(data: Mapping[str, Any], where: str, folder: Path | None) -> str:
     method = data.get("merge_method")
     if not isinstance(method, str):
         raise RecipeError(
@@ -103,12 +106,13 @@ def _method(data: Mapping[str, Any], where: str) -> str:
             found=method,
             remedy=f"Use {', '.join(METHODS)}.",
         )
+    method = find_method(method, folder, where)
     if method not in METHODS:
         raise UnsupportedRecipe(
             "`merge_method` is not supported",
             where=where,
             found=method,
-            remedy=f"Use {', '.join(METHODS)}. {MERGEKIT}",
+            remedy=f"Use {', '.join(METHODS)}, or FILE.py:FUNCTION. {MERGEKIT}",
         )
     return method
 

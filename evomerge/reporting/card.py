@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from evomerge.recipe import METHODS, Recipe
+from evomerge.recipe import BUILT_IN, METHODS, Recipe
 
 CARD = """---
 {front}
@@ -19,7 +19,7 @@ CARD = """---
 {extra}## Merge Details
 ### Merge Method
 
-This model was merged using the {method} merge method{using}.
+This model was merged using the {method} merge method{using}.{alone}
 
 ### Models Merged
 
@@ -38,6 +38,7 @@ HUB_NAME = re.compile(r"\A[\w.-]+/[\w.-]+(?:@[\w.-]+)?", re.ASCII)
 # what Markdown would read as markup; an underscore within a word is none
 MARKUP = re.compile(r"[\\`*\[\]<>|~$&]|(?<!\w)_|_(?!\w)|^[#+=-]")
 
+ALONE = " mergekit does not have it: only evomerge merges the configuration below."
 ABOUT = (
     "This is a merge of pre-trained language models, found with evomerge; its configuration is "
     "[mergekit](https://github.com/arcee-ai/mergekit)'s."
@@ -75,6 +76,7 @@ def model_card(
         extra=f"{extra_markdown.strip()}\n\n" if extra_markdown else "",
         method=method.link,
         using=using,
+        alone="" if recipe.merge_method in BUILT_IN else ALONE,
         models="\n".join(f"* {_link(model)}" for model in recipe.models if model != base),
         configuration=configuration,
         fence="`" * max(3, longest + 1),

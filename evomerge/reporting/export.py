@@ -14,7 +14,7 @@ import yaml
 
 from evomerge.console import plus_minus
 from evomerge.files import replace_file
-from evomerge.recipe import DRAWING
+from evomerge.recipe import BUILT_IN, DRAWING
 from evomerge.reporting.card import ABOUT, markdown_text, model_card
 from evomerge.reporting.report import write_report
 from evomerge.reporting.sentences import conclusion, notes, unbeaten_sentence
@@ -26,6 +26,7 @@ from evomerge.searching.snapshot import StudySnapshot
 
 RESULT_FILES = ("best.yaml", "README.md", "verdict.json", "trials.csv", "report.html")
 SEED_COMMENT = "# The same numbers are dropped with: mergekit-yaml --random-seed {seed}\n"
+OWN_COMMENT = "# Only evomerge merges this: mergekit does not have the method.\n"
 # of a card, where a parent has won
 NO_MERGE = "The configuration below gives {name} itself, which is no merge."
 
@@ -94,6 +95,8 @@ def recipe_text(snapshot: StudySnapshot) -> str:
     text = snapshot.recipe.to_yaml()
     if snapshot.recipe.merge_method in DRAWING:
         text = SEED_COMMENT.format(seed=snapshot.study.search.seed) + text
+    if snapshot.recipe.merge_method not in BUILT_IN:
+        text = OWN_COMMENT + text
     if snapshot.unbeaten is not None and snapshot.picked is None:
         text = f"# {unbeaten_sentence(snapshot.unbeaten)}\n{text}"
     return text

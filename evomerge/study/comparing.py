@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from evomerge.errors import StudyFileError
@@ -115,6 +116,7 @@ def _positions(data: Mapping[str, Any]) -> dict[str, Any]:
         return refs.index(ref) if ref in refs else ref
 
     genome |= {key: number(genome.get(key)) for key in ("base_model", "tokenizer_source")}
+    genome["merge_method"] = Path(str(genome.get("merge_method"))).name  # of a user's own file
     genome["models"] = [number(ref) for ref in genome.get("models", ())]
     sections = dict(data) | {"genome": genome, "task_search_path": None}
     for section, key in (("prompt", "knowledge"), ("judge", "file"), ("search", "recipes")):

@@ -13,6 +13,7 @@ def files_read(study: Study) -> list[str | None]:
         places.append(genome.tokenizer_source)
     for source in study.tasks:
         places += [source.file, source.dataset]
+    places += [genome.merge_method.rpartition(":")[0] or None]  # a user's own
     places += [*study.search.recipes, study.prompt.knowledge, judge.file]
     if judge.kind == "local":
         places.append(judge.model)

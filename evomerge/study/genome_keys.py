@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Annotated, Self
 
 from pydantic import (
@@ -15,7 +16,8 @@ from pydantic import (
     model_validator,
 )
 
-from evomerge.recipe import BUILT_IN, METHODS
+from evomerge.errors import RecipeError
+from evomerge.recipe import BUILT_IN, METHODS, find_method
 from evomerge.recipe.model_references import OLD_PREFIX
 from evomerge.recipe.source_checks import number_of_models
 from evomerge.study.section import (
@@ -29,6 +31,7 @@ from evomerge.study.section import (
     require,
 )
 
+IN_A_FILE = r"\.py:[A-Za-z_]\w*$"  # a method of a user's own
 log = logging.getLogger(__name__)
 
 
@@ -37,8 +40,16 @@ def mixes_models(method: str) -> bool:
     return method == "slerp" or not METHODS[method].sets_base_apart
 
 
-def _searchable(method: str) -> str:
-    """A method of this name exists, and what its recipes must hold are numbers with genes."""
+def _searchable(method: str, info: ValidationInfo) -> str:
+    """A method of this name exists, and what its recipes must hold are numbers with genes.
+
+    A user's own file is relative to the study file.
+    """
+    folder = info.context if isinstance(info.context, Path) else None
+    try:
+        method = find_method(method, folder, "")
+    except RecipeError as error:
+        require(False, "", f"is not a merge method: {error.what}", method, str(error.remedy))
     traits = METHODS.get(method)
     names = f"Use {', '.join(METHODS)}, or one that your program has registered."
     require(traits is not None, "", "is not a merge method", method, names)
@@ -77,8 +88,14 @@ class GenomeSection(Section):
         str,
         AfterValidator(_searchable),
         # without the methods that a program registers
-        WithJsonSchema({"type": "string", "enum": list(BUILT_IN)}),
-    ] = Field(default="task_arithmetic", description="How the models are merged.")
+        WithJsonSchema(
+            {"anyOf": [{"enum": list(BUILT_IN)}, {"type": "string", "pattern": IN_A_FILE}]}
+        ),
+    ] = Field(
+        default="task_arithmetic",
+        description="How the models are merged: a method of docs/METHODS.md, or your own as "
+        "FILE.py:FUNCTION, whose code is run.",
+    )
     layer_granularity: Annotated[int, Remedy("Use 1 or more layers, or -1 for one slice.")] = Field(
         default=-1,
         ge=-1,

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from evomerge.errors import InputError
+from evomerge.errors import InputError, RecipeError
 from evomerge.merging.methods import averaging, consensus, deltas, spherical, towards
 from evomerge.merging.tensor_plan import TensorPlan
-from evomerge.recipe import BUILT_IN, METHODS, MethodTraits
+from evomerge.recipe import BUILT_IN, METHODS, OWN, MethodTraits
+from evomerge.recipe.own_methods import OwnMethod
 
 
 class MergeFunction(Protocol):
@@ -68,7 +70,51 @@ def register_method(name: str, method: MergeMethod, link: str = "") -> None:
 
 def get_method(name: str) -> MergeMethod:
     """The method that a checked recipe names. Raises KeyError for any other name."""
+    if name in OWN:
+        return _own_method(name, OWN[name])
     return _METHODS[name]
+
+
+@cache
+def _own_method(name: str, own: OwnMethod) -> MergeMethod:
+    """A user's own function, with every fault of it as a RecipeError."""
+
+    def merge(
+        base: Tensor | None,
+        others: Iterable[Tensor],
+        plan: TensorPlan,
+        generator: torch.Generator | None,
+        /,
+    ) -> Tensor:
+        inputs, tensor = list(others), plan.inputs[0][1]
+        like = inputs[0] if base is None else base
+        try:
+            merged = own.function(base, inputs, plan, generator, **plan.parameters)
+        except RecipeError:
+            raise
+        except Exception as error:
+            text = (str(error).splitlines() or [""])[0]
+            raise RecipeError(
+                f"{own.title} raises {type(error).__name__}: {text}",
+                where=tensor,
+                remedy="Correct the function.",
+            ) from error
+        if not isinstance(merged, Tensor):
+            raise _another(own, tensor, type(merged).__name__)
+        if merged.shape != like.shape or merged.dtype != like.dtype:
+            raise _another(own, tensor, f"{merged.dtype} {list(merged.shape)}")
+        return merged.to(like.device)
+
+    return with_function(METHODS[name], merge)
+
+
+def _another(own: OwnMethod, tensor: str, found: str) -> RecipeError:
+    return RecipeError(
+        f"{own.title} does not return a tensor of its inputs' shape and dtype",
+        where=tensor,
+        found=found,
+        remedy="Correct the function, for example with .to(others[0].dtype).",
+    )
 
 
 _FUNCTIONS: dict[str, MergeFunction] = {

@@ -32,6 +32,8 @@ def changes(old: StudyFacts, new: StudyFacts) -> list[str]:
         changed.append(_changed_tasks(old, new))
     if old.knowledge != new.knowledge:
         changed.append("the knowledge base")
+    if old.own_method != new.own_method:
+        changed.append("the merge method's file")
     return list(dict.fromkeys(changed))
 
 

@@ -106,6 +106,7 @@ class StudyFacts:
     names: tuple[str, ...] = ()  # of the genome's numbers
     n_layers: int | None = None
     knowledge: str | None = None  # hash of the knowledge base
+    own_method: str | None = None  # hash of the file of a user's own merge method
     judge: str | None = None  # name and version
     prompts: str | None = None  # hash of lm-eval's prompts
     known_candidates: tuple[tuple[float, ...], ...] | None = None  # in the order of their slots

@@ -8,6 +8,7 @@ from typing import Any
 from evomerge.merging.adapters.lora import AdaptedModel
 from evomerge.merging.checkpoints.fingerprint import combined, fingerprint
 from evomerge.merging.checkpoints.model_folder import ModelFolder
+from evomerge.recipe import OWN
 from evomerge.searching.front.objective_values import task_groups
 from evomerge.searching.ledger import Ledger
 from evomerge.searching.prepare import Prepared
@@ -28,6 +29,7 @@ BEGINNING = (
     "n_layers",
     "files",
     "knowledge",
+    "own_method",
     "environment",
     "known_candidates",
     "references_win",
@@ -42,6 +44,7 @@ def facts_of(prepared: Prepared, known: StudyFacts) -> StudyFacts:
     study, split, chooser = prepared.study, prepared.split, prepared.chooser
     models = [prepared.base, *prepared.siblings]
     study_file, files = study.to_dict(), {}
+    method = prepared.genome.method
     for ref, model in zip(model_refs(study_file), models, strict=True):
         files[ref] = _prints(model, known.files.get(ref, {}))
     vectors = prepared.sampler.known_candidates
@@ -59,6 +62,7 @@ def facts_of(prepared: Prepared, known: StudyFacts) -> StudyFacts:
         names=tuple(prepared.genome.names),
         n_layers=prepared.genome.slices[-1][1],
         knowledge=None if chooser is None else chooser.knowledge.digest(),
+        own_method=OWN[method].digest if method in OWN else None,
         known_candidates=tuple(tuple(vector.tolist()) for vector in vectors),
         # a study that has begun ranks and chooses as it did then
         references_win=known.references_win or not known.begun,
