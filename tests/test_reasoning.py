@@ -1,12 +1,15 @@
 """Models that think before they answer: where the answer begins, and who sees the thoughts."""
 
 import json
+import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from conftest import CHARACTERS, make_model
 from hypothesis import given
 from hypothesis import strategies as st
+from runner_tools import PROGRAM
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -16,7 +19,14 @@ from evomerge.answering.chat_template import unread_variables
 from evomerge.answering.engine import Answer, EngineSpec
 from evomerge.answering.hf.engine import TransformersEngine
 from evomerge.answering.prompts import make_prompter
-from evomerge.answering.reasoning import THINK, Marks, Reply, bare_thoughts, find_marks, split_reply
+from evomerge.answering.reasoning import (
+    THINK,
+    Marks,
+    SplitReply,
+    bare_thoughts,
+    find_marks,
+    split_reply,
+)
 from evomerge.answering.reply_reader import ReplyReader
 from evomerge.cli import main
 from evomerge.errors import StudyFileError
@@ -34,6 +44,9 @@ from evomerge.study import (
     read_study,
 )
 from evomerge.study.messages import validated
+
+sys.path.insert(0, str(PROGRAM[1].parent))
+import answer_tools
 
 SWITCH = (
     "{% for m in messages %}{{ m.content }}\n{% endfor %}"
@@ -85,7 +98,7 @@ def thinker(template=SWITCH, more=("<think>", "</think>"), special=()):
     ],
 )
 def test_where_the_answer_begins(text, opened, thoughts, answer, is_open):
-    assert split_reply(text, THINK, opened) == Reply(thoughts, answer, is_open)
+    assert split_reply(text, THINK, opened) == SplitReply(thoughts, answer, is_open)
 
 
 @given(
@@ -372,3 +385,83 @@ def test_variables_that_a_template_does_not_mention_are_named():
 def test_references_follow_thoughts_that_are_closed():
     assert THINK.closed("い\n<think>\n") == "い\n<think>\n\n</think>\n\n"
     assert THINK.closed("い\n") == "い\n"
+
+
+# servers
+
+
+def test_a_server_gets_the_variables_and_its_thoughts_are_kept_apart():
+    pytest.importorskip("openai", reason="the extra `server` is not installed")
+    from chat_server import Server
+
+    from evomerge.answering.servers.engine import ServerEngine
+
+    replies = {
+        "1": {"text": "<think>hm</think>\n42"},
+        "2": {"text": "hm</think>42"},
+        "3": {"text": "Write <think> here."},
+        "4": {"text": "<think>hm", "finish_reason": "length"},
+    }
+    server = Server(plan=lambda number, prompt: replies[prompt[-1]])
+    with server.running() as url:
+        section = GenerationSection()
+        asks = ServerEngine(url, None, section, True, 1, {"enable_thinking": True})
+        prompts = [json.dumps([{"role": "user", "content": name}]) for name in replies]
+        found = asks.answer(prompts)
+    assert [answer.text for answer in found] == ["42", "42", "Write <think> here.", ""]
+    assert [answer.thoughts for answer in found] == [
+        "<think>hm</think>\n",
+        "hm</think>",
+        "",
+        "<think>hm",
+    ]
+    assert found[3].truncated
+    bodies = [body for path, body, _ in server.asked if path == "/v1/chat/completions"]
+    assert all(body["chat_template_kwargs"] == {"enable_thinking": True} for body in bodies)
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+def test_thoughts_that_a_server_sends_apart_are_kept(name):
+    from evomerge.answering.servers.openai_protocol import read_reply, with_thoughts
+
+    message = SimpleNamespace(content="42", **{name: "hm"})
+    usage = SimpleNamespace(
+        completion_tokens=9, completion_tokens_details=SimpleNamespace(reasoning_tokens=6)
+    )
+    reply = SimpleNamespace(
+        choices=[SimpleNamespace(message=message, finish_reason="stop")], usage=usage
+    )
+    found = with_thoughts(read_reply(reply), reply, THINK, "")
+    assert found == Answer("42", False, 9, "hm", 6)
+    assert with_thoughts(read_reply(reply), reply, None, "") == Answer("42", False, 9)
+
+
+# the runner
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt"),
+    [
+        ("<think>い</think>\nえ", "あ\n"),
+        ("い</think>え", "あ\n<think>\n"),
+        ("い</think>え", "あ\n"),
+        ("い", "あ\n<think>\n"),
+        ("い<think>う</think>え", "あ\n"),
+        ("<think>い", "あ\n"),
+        ("い", "あ\n"),
+    ],
+)
+def test_the_runner_reads_replies_as_the_engine_does(text, prompt):
+    tokenizer = thinker()
+    own = read(tokenizer, text, prompt=prompt)
+    marks = answer_tools.find_marks(tokenizer, [["[A]", "[B]"], ["<think>", "</think>"]], True)
+    assert marks == ["<think>", "</think>"]
+    tokens = tokenizer(text + "</s><pad>", add_special_tokens=False)["input_ids"]
+    replied = answer_tools.replied(tokenizer, tokens, marks)
+    assert answer_tools.split(replied, marks, prompt) == (
+        bare_thoughts(own.thoughts, THINK),
+        own.text,
+    )
+    plain = thinker(PLAIN, more=())
+    assert answer_tools.find_marks(plain, [["<think>", "</think>"]], True) is None
+    assert answer_tools.find_marks(plain, [["<think>", "</think>"]], False) is not None

@@ -45,7 +45,7 @@ KNOWN = (
 
 
 @dataclass(frozen=True)
-class Reply:
+class SplitReply:
     """A reply in two parts, which together are its text.
 
     `thoughts` hold their marks and the blanks around them; "" where there are none. `is_open` says
@@ -57,7 +57,7 @@ class Reply:
     is_open: bool = False
 
 
-def split_reply(text: str, marks: Marks, opened: bool = False) -> Reply:
+def split_reply(text: str, marks: Marks, opened: bool = False) -> SplitReply:
     """Where the answer begins in a reply; `opened`: the prompt has begun the thoughts.
 
     Thoughts come first or not at all: a mark within the answer is a part of it. A mark that ends
@@ -69,11 +69,11 @@ def split_reply(text: str, marks: Marks, opened: bool = False) -> Reply:
     if not (begins or opened):
         start = text.find(marks.start)
         if end < 0 or 0 <= start < end:
-            return Reply("", text)
+            return SplitReply("", text)
     if end < 0:
-        return Reply(text, "", is_open=True)
+        return SplitReply(text, "", is_open=True)
     answer = text[end + len(marks.end) :].lstrip()
-    return Reply(text[: len(text) - len(answer)], answer)
+    return SplitReply(text[: len(text) - len(answer)], answer)
 
 
 def bare_thoughts(thoughts: str, marks: Marks | None) -> str:

@@ -155,6 +155,8 @@ def with_thoughts(answer: Answer, reply: Any, marks: Marks | None, prompt: str) 
         if isinstance(thoughts, str) and thoughts:
             return replace(answer, thoughts=whole(thoughts), thought_tokens=count)
     found = split_reply(answer.text, marks, marks.opened_by(prompt))
+    if not found.thoughts:
+        return answer
     cut = answer.truncated
     return Answer(found.answer, cut, answer.tokens, found.thoughts, count)
 
