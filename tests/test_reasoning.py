@@ -30,6 +30,7 @@ from evomerge.answering.reasoning import (
 from evomerge.answering.reply_reader import ReplyReader
 from evomerge.cli import main
 from evomerge.errors import StudyFileError
+from evomerge.genome.weights import make_genome
 from evomerge.inference.part import Part
 from evomerge.inference.selfcheck import faults
 from evomerge.merging.checkpoints.open_model import open_model
@@ -465,3 +466,69 @@ def test_the_runner_reads_replies_as_the_engine_does(text, prompt):
     plain = thinker(PLAIN, more=())
     assert answer_tools.find_marks(plain, [["<think>", "</think>"]], True) is None
     assert answer_tools.find_marks(plain, [["<think>", "</think>"]], False) is not None
+
+
+# searches and commands
+
+
+def test_a_whole_generation_in_one_pass_is_read_alike(folders):
+    models = [open_model(str(folders / name)) for name in ("base", "sibling")]
+    generation = GenerationSection(max_new_tokens=24, reasoning={"start": "<think>", "end": "う"})
+    section = EngineSection(device="cpu")
+    engine = TransformersEngine(EngineSpec(models[0], models[1:], section, generation, "float32"))
+    study = read_study(folders / "study.yaml", ["search.dtype=float32"])
+    genome = make_genome(study, 4)
+    recipes = [genome.decode([weight] * genome.dimensions) for weight in (0.25, 0.75)]
+    prompts = [f"{c}\n<think>\n" for c in CHARACTERS[:6]]
+    together = engine.batched_candidates(recipes, prompts)
+    for recipe, found in zip(recipes, together, strict=True):
+        engine.apply(recipe)
+        assert engine.answer(prompts) == found
+    assert any(answer.text for answers in together for answer in answers)
+
+
+def test_thought_tokens_are_an_objective(folders, tmp_path):
+    study = evomerge.search(
+        folders / "study.yaml",
+        storage=tmp_path / "s.db",
+        results=tmp_path / "results",
+        overrides={"objective.maximize": ["grade"], "objective.minimize": ["thought_tokens"]},
+    )
+    for record in study.records:
+        if record.state == "complete":
+            assert record.parts["thought_tokens"] >= 0
+    assert study.verdict.front.minimize == ("thought_tokens",)
+
+
+def test_thought_tokens_need_a_model_that_thinks(pair, tmp_path):
+    with pytest.raises(StudyFileError, match="a model that thinks"):
+        evomerge.search(
+            pair / "study.yaml",
+            storage=tmp_path / "s.db",
+            results=tmp_path / "results",
+            overrides={"objective": {"maximize": ["grade"], "minimize": ["thought_tokens"]}},
+        )
+
+
+def test_check_names_a_variable_that_the_template_ignores(folders):
+    found = evomerge.check(
+        folders / "study.yaml", overrides={"prompt.chat_template_kwargs": {"enable_thinkin": True}}
+    )
+    (line,) = [f for f in found if f.level == "low" and f.subject == "tokenizer"]
+    assert "`enable_thinkin`" in line.text
+    assert "\n" not in line.text
+    assert [f.text for f in found if f.subject == "reasoning"] == [
+        "thoughts are between <think> and う"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "word"), [("3", "mapping"), ("{tools: []}", "tools"), ("{a: [", "--set")]
+)
+def test_infer_refuses_bad_variables_in_one_line(folders, tmp_path, capsys, value, word):
+    options = ["--tasks", str(folders / "tasks.jsonl"), "--out", str(tmp_path / "a.jsonl")]
+    more = ["--model", str(folders / "base"), "--chat-template-kwargs", value]
+    assert main(["infer", *options, *more]) == 2
+    said = capsys.readouterr().err.strip()
+    assert word in said
+    assert "\n" not in said

@@ -241,7 +241,7 @@ class GenerationSection(Section):
         default="auto",
         repr=False,
         description="The marks of a model's thoughts, which no judge sees and which are kept apart "
-        "from the answer. auto: <think> and </think>, or what else the tokenizer or its chat "
+        "from the answer. auto: `<think>` and `</think>`, or what else the tokenizer or its chat "
         "template has; null: a reply is the answer as a whole.",
     )
 

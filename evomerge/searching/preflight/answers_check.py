@@ -18,6 +18,7 @@ def check_prompts(findings: Findings, study: Study, base: ModelFolder, split: Sp
     from evomerge.answering.encode import Encoder
     from evomerge.answering.hf.loading import load_tokenizer
     from evomerge.answering.prompts import make_prompter
+    from evomerge.answering.reasoning import find_marks
     from evomerge.knowledge.chooser import open_knowledge
 
     tokenizer = load_tokenizer(base, study.engine.trust_remote_code)
@@ -37,6 +38,9 @@ def check_prompts(findings: Findings, study: Study, base: ModelFolder, split: Sp
     for name in unread_variables(tokenizer, study.prompt.chat_template_kwargs):
         text = f"prompt.chat_template_kwargs: the chat template has no `{name}`, and ignores it"
         findings.add("low", "tokenizer", text)
+    marks = find_marks(study.generation.reasoning, tokenizer)
+    if marks is not None:
+        findings.add("ok", "reasoning", f"thoughts are between {marks.start} and {marks.end}")
     context, most = context_of(study, base), study.generation.max_new_tokens
     if split is None:
         return
