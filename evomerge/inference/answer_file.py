@@ -191,7 +191,9 @@ def _said(answer: Answer, run: Run) -> dict[str, str]:
     """The answer, and beside it what the model thought, without its marks."""
     said = {"output": answer.text}
     if answer.thoughts:
-        said["thoughts"] = bare_thoughts(answer.thoughts, run.engine.marks)
+        thoughts = bare_thoughts(answer.thoughts, run.engine.marks)
+        if thoughts:
+            said["thoughts"] = thoughts
     return said
 
 
