@@ -40,7 +40,7 @@ class TaskEngine:
     it counts what it answered.
     """
 
-    batched_candidates = gradient = likelihood = None
+    batched_candidates = gradient = likelihood = marks = None
 
     def __init__(self, noise=0.3, fails=()):
         self.noise, self.fails = noise, fails

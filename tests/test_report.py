@@ -70,6 +70,9 @@ class Trial:
     reason: str | None = None
     grades: dict[str, dict[str, Any]] = field(default_factory=dict)
     parts: dict[str, float] = field(default_factory=dict)
+    tokens: int | None = None
+    thought_tokens: int | None = None
+    mean_thought_tokens: float | None = None
 
     @property
     def place(self) -> tuple[int | None, int | None]:

@@ -10,13 +10,14 @@ import json
 import sqlite3
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import astuple
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from evomerge import sqlite_file
 from evomerge.answering.engine import Answer, PromptSettings
+from evomerge.answering.reasoning import Marks
 from evomerge.errors import OutputError
 from evomerge.recipe import Recipe
 from evomerge.study import Study
@@ -59,7 +60,7 @@ class AnswerCache:
         """SHA-256 of scope, mode, recipe digest, the batch's prompts and their own settings."""
         parts: list[object] = [self.scope, mode, recipe, list(prompts)]
         if settings is not None:
-            parts.append([own.model_dump() for own in settings])
+            parts.append([own.made_from() for own in settings])
         return sha256(json.dumps(parts).encode()).hexdigest()
 
     def get(self, key: str, count: int | None = None) -> list[Answer] | None:
@@ -81,7 +82,7 @@ class AnswerCache:
     def put(self, key: str, answers: Sequence[Answer]) -> None:
         """Keep a batch. Raises OutputError, for example on a full disk."""
         try:
-            text = json.dumps([astuple(answer) for answer in answers])
+            text = json.dumps([_stored(answer) for answer in answers])
             self.db.execute("INSERT OR REPLACE INTO batches VALUES (?, ?)", (key, text))
         except sqlite3.Error as error:
             raise sqlite_file.explained(error, WHAT, self.path, DAMAGED) from error
@@ -89,6 +90,14 @@ class AnswerCache:
     def close(self) -> None:
         """Close the file."""
         self.db.close()
+
+
+def _stored(answer: Answer) -> list[object]:
+    """An answer's fields; those of thoughts only where marks are known, as in older caches."""
+    fields: list[object] = [answer.text, answer.truncated, answer.tokens]
+    if answer.thought_tokens is not None:
+        fields += [answer.thoughts, answer.thought_tokens]
+    return fields
 
 
 def cache_size(path: Path) -> tuple[int, int | None] | None:
@@ -133,17 +142,31 @@ def cache_files(path: Path) -> dict[Path, int]:
 
 
 def cache_scope(
-    study: Study, models: Mapping[str, Any], first_engine: Mapping[str, Any] | None = None
+    study: Study,
+    models: Mapping[str, Any],
+    first_engine: Mapping[str, Any] | None = None,
+    marks: Marks | None = None,
 ) -> str:
     """SHA-256 of what answers depend on besides recipe, mode and prompts.
 
     A batch is identified by its prompts, however it was packed: see UNKEYED. `first_engine` holds
-    the keys of `engine:` that have changed since the study began, as they were.
+    the keys of `engine:` that have changed since the study began, as they were; `marks` are those
+    that the engine takes for thoughts.
     """
     data = study.filled()
     engine = {key: value for key, value in data["engine"].items() if key not in UNKEYED}
     engine |= first_engine or {}
     search = data["search"]
     too_long = data["prompt"]["too_long"]
-    parts = [data["generation"], too_long, engine, search["dtype"], search["seed"], models]
+    parts = [
+        study.generation.made_from(),
+        too_long,
+        engine,
+        search["dtype"],
+        search["seed"],
+        models,
+    ]
+    variables = study.prompt.chat_template_kwargs
+    if marks is not None or variables:  # answers of models without either keep their keys
+        parts.append([None if marks is None else asdict(marks), variables])
     return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from evomerge.errors import ModelError
 
 
-def render_chat(tokenizer: Any, turns: list[dict[str, str]]) -> str:
-    """The text of the turns, up to the beginning of the answer.
+def render_chat(
+    tokenizer: Any, turns: list[dict[str, str]], variables: Mapping[str, Any] | None = None
+) -> str:
+    """The text of the turns, up to the beginning of the answer; `variables` are the template's.
 
     A system text that the template has no turn for is put above the first user turn. Raises
     ModelError, which names the template: a syntax error, an undefined name, turns that it refuses.
     """
     try:
-        return _filled(tokenizer, turns)
+        return _filled(tokenizer, turns, variables)
     except Exception as error:  # raise_exception, and whatever an expression can raise
         system, *others = turns
         if system["role"] != "system" or not others:
@@ -22,13 +26,24 @@ def render_chat(tokenizer: Any, turns: list[dict[str, str]]) -> str:
     text = f"{system['content']}\n\n{others[0]['content']}"
     others[0] = {"role": others[0]["role"], "content": text}
     try:
-        return _filled(tokenizer, others)
+        return _filled(tokenizer, others, variables)
     except Exception as error:
         raise _failed(tokenizer, error) from error
 
 
-def _filled(tokenizer: Any, turns: list[dict[str, str]]) -> str:
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+def unread_variables(tokenizer: Any, names: Iterable[str]) -> list[str]:
+    """Those of the variables that the tokenizer's chat template does not mention."""
+    template = str(tokenizer.chat_template)
+    return [name for name in names if not re.search(rf"\b{re.escape(name)}\b", template)]
+
+
+def _filled(
+    tokenizer: Any, turns: list[dict[str, str]], variables: Mapping[str, Any] | None
+) -> str:
+    more = dict(variables or {})
+    return str(
+        tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **more)
+    )
 
 
 def _failed(tokenizer: Any, error: Exception) -> ModelError:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from evomerge.answering.reasoning import Marks
     from evomerge.genome.weights import Genome
     from evomerge.merging.checkpoints.model_folder import ModelFolder
     from evomerge.recipe import Recipe
@@ -32,12 +33,25 @@ class Answer:
     """What the model said to one prompt.
 
     `truncated` is True when `max_new_tokens` or a deadline ended it, not an end token or a stop
-    string; `tokens` counts new tokens.
+    string; `tokens` counts new tokens, those of thoughts included. `thoughts` are what the model
+    wrote before the answer, with their marks; `thought_tokens` is None where no marks are known.
     """
 
     text: str
     truncated: bool
     tokens: int
+    thoughts: str = ""
+    thought_tokens: int | None = None
+
+    @property
+    def answer_tokens(self) -> int:
+        """The new tokens of the answer alone."""
+        return self.tokens - (self.thought_tokens or 0)
+
+    @property
+    def whole(self) -> str:
+        """The whole reply, as the model wrote it."""
+        return self.thoughts + self.text
 
 
 @dataclass(frozen=True)
@@ -165,12 +179,16 @@ class Engine(Protocol):
     `tokenizer` is the model's, from transformers. `context` is the number of positions it has, None
     if unknown. `limits` holds what memory has forced, such as a smaller `batch_tokens`: a search
     stores it and restores it on resume. `watch`, if set, is called while a batch is answered.
+    `marks` are those of its model's thoughts, None where it has none.
     """
 
     tokenizer: Any
     context: int | None
     limits: dict[str, int]
     watch: Watch | None
+
+    @property
+    def marks(self) -> Marks | None: ...
 
     @property
     def batched_candidates(self) -> BatchedCandidatesCapability | None: ...
@@ -209,6 +227,11 @@ class Engine(Protocol):
 def items_at(items: Sequence[T], indices: Iterable[int]) -> list[T]:
     """The items with these indices, in their order."""
     return [items[i] for i in indices]
+
+
+def without_thoughts(prompt: str, engine: Engine) -> str:
+    """The prompt as a reference follows it: thoughts that the chat template begins are ended."""
+    return prompt if engine.marks is None else engine.marks.closed(prompt)
 
 
 def has_passed(deadline: float | None) -> bool:

@@ -162,7 +162,7 @@ class Prompter:
                 turns.append({"role": "user", "content": question})
                 turns.append({"role": "assistant", "content": answer})
             turns.append({"role": "user", "content": asked})
-            return render_chat(self.tokenizer, turns)
+            return render_chat(self.tokenizer, turns, self.section.chat_template_kwargs)
         template = self.section.template or COMPETITION
         text = f"{system}\n\n" if system else ""
         for question, answer in shots:

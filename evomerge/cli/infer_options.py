@@ -124,6 +124,11 @@ def _generation_options(p: argparse.ArgumentParser) -> None:
         "--format", choices=["chat", "competition"], help="the prompt's format (default: chat)"
     )
     group.add_argument(
+        "--chat-template-kwargs",
+        metavar="YAML",
+        help="variables of the chat template, such as '{enable_thinking: true}'",
+    )
+    group.add_argument(
         "--max-new-tokens",
         type=int,
         metavar="N",
@@ -196,6 +201,8 @@ def overrides_of(args: argparse.Namespace) -> list[str]:
             overrides.append(f"{key}={json.dumps(value, ensure_ascii=False)}")
     if args.format is not None:
         overrides.append("prompt.template=null")
+    if args.chat_template_kwargs is not None:
+        overrides.append(f"prompt.chat_template_kwargs={args.chat_template_kwargs}")
     return [*overrides, *args.set]
 
 

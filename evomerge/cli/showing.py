@@ -23,10 +23,17 @@ HEADINGS = "trial  gen  idx  role       state     score            n   cut"
 
 def print_trials(found: LoadedStudy) -> None:
     """The trials as a table."""
-    put(HEADINGS)
+    thinks = any(record.thought_tokens is not None for record in found.records)
+    put(HEADINGS + (" think" if thinks else ""))
     for record in found.records:
         mark = " <- winner" if record.number == found.winner.number else ""
-        put(trial_line(record) + mark)
+        put(trial_line(record) + (_thinking(record) if thinks else "") + mark)
+
+
+def _thinking(r: TrialRecord) -> str:
+    """A trial's thought tokens per answer, in 6 columns."""
+    mean = r.mean_thought_tokens
+    return f" {'' if mean is None else format(mean, '.0f'):>5}"
 
 
 def trial_line(r: TrialRecord) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from evomerge.answering.engine import Answer, Engine, PromptSettings
 from evomerge.answering.prompts import Prompt, Prompter
+from evomerge.answering.reasoning import bare_thoughts
 from evomerge.errors import EngineError, TaskError
 from evomerge.finished import record_made
 from evomerge.inference.part import CLASSES, Part, replace
@@ -52,7 +53,7 @@ def run_inference(
 ) -> Done:
     """Answer every task and write `out`: JSON lines of `task_id`, `input`, `output`, in order.
 
-    An answer that was cut off has `truncated` as well.
+    An answer that was cut off has `truncated` as well, and one of a model that thinks `thoughts`.
 
     With a knowledge base, `out` with the suffix .classes.jsonl holds `task_id`, `class`,
     `similarity`, `examples` (rows of the sheet). `model` identifies all that the answers depend on
@@ -90,7 +91,7 @@ def run_inference(
                 whole = False
                 told.append(LATE)
         _finish(out, run, chosen, whole, facts)
-    partial = sum(bool(answer.text) for answer in run.cut.values())
+    partial = sum(bool(answer.whole) for answer in run.cut.values())
     return Done(len(chosen), unfinished, partial, tuple(told), len(run.refused))
 
 
@@ -117,7 +118,7 @@ def _header(
     texts, settings = [prompt.text for prompt in prompts], prompter.settings(prompts)
     made_from: list[Any] = texts
     if settings is not None:
-        made_from = [texts, [own.model_dump() for own in settings]]
+        made_from = [texts, [own.made_from() for own in settings]]
     return {
         "tasks": digest([[task.task_id, task.input] for task in tasks]),
         "prompts": digest(made_from),
@@ -174,16 +175,26 @@ def _rows(run: Run, chosen: Mapping[int, Answer], why: str) -> Iterator[dict[str
     for i, task in enumerate(run.tasks):
         row: dict[str, Any] = {"task_id": task.task_id, "input": task.input, "output": ""}
         if i in chosen:
-            row["output"] = chosen[i].text
+            row |= _said(chosen[i], run)
             if chosen[i].truncated:
                 row["truncated"] = True
         elif i in run.refused:
             row["unfinished"] = f"{REFUSED}: {run.refused[i]}"
         else:
             if i in run.cut:
-                row["output"] = run.cut[i].text
+                row |= _said(run.cut[i], run)
             row["unfinished"] = why
         yield row
+
+
+def _said(answer: Answer, run: Run) -> dict[str, str]:
+    """The answer, and beside it what the model thought, without its marks."""
+    said = {"output": answer.text}
+    if answer.thoughts:
+        thoughts = bare_thoughts(answer.thoughts, run.engine.marks)
+        if thoughts:
+            said["thoughts"] = thoughts
+    return said
 
 
 def _class_rows(run: Run) -> Iterator[dict[str, Any]]:

@@ -150,7 +150,9 @@ def open_server_at(
     chat = study.prompt.format == "chat"
 
     def load() -> Engine:
-        return ServerEngine(url, model, study.generation, chat, concurrency or CONCURRENCY)
+        variables = study.prompt.chat_template_kwargs
+        rows = concurrency or CONCURRENCY
+        return ServerEngine(url, model, study.generation, chat, rows, variables)
 
     return Opened(load, study, (server_url(url), model))
 

@@ -94,6 +94,9 @@ class Part:
         cut = [i for i, answer in answers.items() if answer.truncated]
         if cut:
             record["cut"] = cut
+        thoughts = {i: answer.thoughts for i, answer in answers.items() if answer.thoughts}
+        if thoughts:
+            record["thoughts"] = thoughts
         if name:
             record["round"] = name
         self._append(record)
@@ -153,8 +156,9 @@ class Part:
                 self.limits = line["limits"]
                 continue
             kept, cut = self.of(line.get("round", FIRST)), line.get("cut", [])
+            thoughts = line.get("thoughts", {})  # JSON has no numbers as keys
             for i, text in zip(line["batch"], line["outputs"], strict=True):
-                kept[i] = Answer(text, i in cut, 0)
+                kept[i] = Answer(text, i in cut, 0, thoughts.get(str(i), ""))
         self._truncate(len(whole) + 1)
 
     def _begin(self, header: Mapping[str, str]) -> None:

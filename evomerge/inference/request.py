@@ -196,12 +196,20 @@ def answer_tasks(
         tasks,
         out,
         progress,
-        model=opened.identity or str(getattr(opened.engine, "identity", "")),
+        model=_identity(opened),
         deadline=None if request.time_limit is None else began + request.time_limit,
         refine=steps,
         facts=facts,
         overwrite=request.overwrite,
     )
+
+
+def _identity(opened: Opened) -> str:
+    """All that the answers depend on besides the prompts."""
+    if opened.identity is None:
+        return str(getattr(opened.engine, "identity", ""))
+    marks = opened.engine.marks
+    return opened.identity if marks is None else f"{opened.identity} {marks}"
 
 
 def _facts(request: InferenceRequest, opened: Opened, tasks: Sequence[Task]) -> dict[str, str]:
@@ -215,13 +223,24 @@ def _facts(request: InferenceRequest, opened: Opened, tasks: Sequence[Task]) -> 
     found: dict[str, object] = {
         "model": opened.model,
         "tasks": [(task.task_id, task.input) for task in tasks],
-        "prompts": (study.prompt.model_copy(update={"knowledge": None}), request.classify),
+        "prompts": _with(
+            (study.prompt.model_copy(update={"knowledge": None}), request.classify),
+            study.prompt.chat_template_kwargs,
+        ),
         "knowledge base": None if base is None else read_knowledge(base).digest(),
-        "generation settings": (study.generation, request.max_new_tokens, search.seed),
+        "generation settings": _with(
+            (study.generation, request.max_new_tokens, search.seed),
+            [text for text in request.overrides if text.startswith("generation.reasoning")],
+        ),
         "engine": (study.engine, search.dtype),
         "choice among answers": (request.best_of, judge, request.self_check, references),
     }
     return {name: hash_of(value) for name, value in found.items()}
+
+
+def _with(known: tuple[object, ...], more: object) -> tuple[object, ...]:
+    """With what newer versions know, where it is given: else the hashes of older ones hold."""
+    return (*known, more) if more else known
 
 
 def _refining_steps(request: InferenceRequest, tasks: Sequence[Task], say: Say) -> list[Refining]:

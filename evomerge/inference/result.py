@@ -17,7 +17,8 @@ class AnswerRecord:
     """The answer to one task.
 
     `unfinished` says why there is no whole answer (None: there is one); `class_name` is the task's
-    class where a knowledge base gave it one; `truncated`: the longest length has ended the answer.
+    class where a knowledge base gave it one; `truncated`: the longest length has ended the answer;
+    `thoughts`: what the model thought before it, without the marks.
     """
 
     task_id: int | str
@@ -26,6 +27,7 @@ class AnswerRecord:
     unfinished: str | None = None
     class_name: str | None = None
     truncated: bool = False
+    thoughts: str = ""
 
 
 @dataclass(frozen=True)

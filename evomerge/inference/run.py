@@ -77,7 +77,7 @@ class Run:
         places, prompts = list(asked), list(asked.values())
         # answers to other prompts, or with other settings, belong to another round
         if name != FIRST:
-            made_from = [[prompt.text, prompt.settings.model_dump()] for prompt in prompts]
+            made_from = [[prompt.text, prompt.settings.made_from()] for prompt in prompts]
             name = f"{name} {digest(made_from)[:12]}"
         kept = self.part.of(name)
         texts, settings = [prompt.text for prompt in prompts], self.prompter.settings(prompts)

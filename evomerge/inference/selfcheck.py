@@ -62,12 +62,13 @@ _OTHER_LANGUAGE = re.compile(
 def faults(answer: Answer, task: str) -> Faults:
     """Which of "empty", "cut", "repetitive" and "language" the answer has; empty excludes others.
 
-    `task` is the task's text.
+    But thoughts that are cut leave no answer and need more room: "empty" and "cut". `task` is the
+    task's text.
     """
     raw = _MARKS.sub(" ", answer.text[-LONGEST:])
     text = clean(raw)
     if _NOTHING.fullmatch(text):
-        return ("empty",)
+        return ("empty", "cut") if answer.truncated and answer.thoughts else ("empty",)
     found = {
         "cut": answer.truncated,
         "repetitive": _loops(text, task),

@@ -13,6 +13,8 @@ from typing import Any
 import yaml
 
 from evomerge.answering.prompts import COMPETITION
+from evomerge.answering.reasoning import KNOWN as KNOWN_MARKS
+from evomerge.answering.reasoning import Wanted
 from evomerge.errors import KnowledgeError
 from evomerge.knowledge.chooser import QUOTES, SHOTS
 from evomerge.knowledge.classification import linear
@@ -25,7 +27,7 @@ from evomerge.merging.checkpoints.new_folder import check_new, new_folder
 from evomerge.recipe import Recipe
 from evomerge.reporting.export import outcome_markdown, recipe_text
 from evomerge.searching.snapshot import StudySnapshot
-from evomerge.study import GenerationSection, PromptSection, Study
+from evomerge.study import GenerationSection, PromptSection, ReasoningSection, Study
 
 TEMPLATES = Path(__file__).with_name("templates") / "runner"
 PROGRAM = ("answer.py", "answer_tools.py")
@@ -127,6 +129,8 @@ def settings(study: Study, recipe: Recipe, knowledge: Knowledge | None) -> dict[
         "stop": list(study.generation.stop),
         "too_long": study.prompt.too_long,
         "chat_template": chat_template(study.prompt),
+        "chat_template_kwargs": study.prompt.chat_template_kwargs,
+        "reasoning": _marks(study.generation.reasoning),
         "classes": classes,
         "voting": voting,
         "placeholder": PLACEHOLDER.pattern,
@@ -138,6 +142,14 @@ def settings(study: Study, recipe: Recipe, knowledge: Knowledge | None) -> dict[
         ),
         "files": list(FETCHED),
     }
+
+
+def _marks(reasoning: Wanted) -> dict[str, Any]:
+    """The marks of thoughts that the runner looks for, or takes without looking."""
+    if isinstance(reasoning, ReasoningSection):
+        return {"auto": False, "marks": [[reasoning.start, reasoning.end]]}
+    known = [] if reasoning is None else [[marks.start, marks.end] for marks in KNOWN_MARKS]
+    return {"auto": True, "marks": known}
 
 
 def _default_class(prompt: PromptSection, names: list[str]) -> dict[str, Any]:

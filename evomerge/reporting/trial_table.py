@@ -43,10 +43,11 @@ def trial_rows(trials: Sequence[TrialRecord], slices: Sequence[str]) -> list[dic
     """One row per trial: its figures, seconds by phase, reason of failure, weights and parts.
 
     Columns: those of COLUMNS, seconds_merge, seconds_answer, seconds_judge, reason, `weight LABEL`
-    for each of `slices`, and `part NAME` for each part of an objective.
+    for each of `slices`, and `part NAME` for each part of an objective; of a model that thinks also
+    tokens and thought_tokens of all answers.
     """
     parts = _part_names(trials)
-    headings = _headings(slices, parts)
+    headings = _headings(slices, parts, _think(trials))
     rows = []
     for t in trials:
         row: dict[str, Cell] = dict.fromkeys(headings)
@@ -66,13 +67,16 @@ def shown_fields(trial: TrialRecord) -> dict[str, Cell]:
     """The columns of COLUMNS: generation and index from 1."""
     generation, index = trial.place
     row: dict[str, Cell] = {"number": trial.number, "generation": generation, "index": index}
-    return row | {name: getattr(trial, name) for name in FIELDS}
+    row |= {name: getattr(trial, name) for name in FIELDS}
+    if trial.thought_tokens is not None:
+        row |= {"tokens": trial.tokens, "thought_tokens": trial.thought_tokens}
+    return row
 
 
 def write_trials_csv(out: Path, trials: Sequence[TrialRecord], slices: Sequence[str]) -> Path:
     """Write `trial_rows` as CSV."""
     rows = trial_rows(trials, slices)
-    headings = _headings(slices, _part_names(trials))
+    headings = _headings(slices, _part_names(trials), _think(trials))
     with out.open("w", encoding="utf-8", newline="") as file:
         table = csv.DictWriter(file, headings)
         table.writerow({heading: inert(heading) for heading in headings})
@@ -113,14 +117,28 @@ def truncation(trials: Sequence[TrialRecord]) -> Truncation | None:
     return Truncation(mean, worst.truncated, worst.number)
 
 
-def _headings(slices: Sequence[str], parts: Sequence[str]) -> list[str]:
+def _headings(slices: Sequence[str], parts: Sequence[str], thinks: bool) -> list[str]:
     """The columns of the table."""
     headings = list(COLUMNS)
+    if thinks:
+        headings += ["tokens", "thought_tokens"]
     headings += [f"seconds_{phase}" for phase in PHASES]
     headings.append("reason")
     headings += [f"weight {label}" for label in slices]
     headings += [f"part {part}" for part in parts]
     return headings
+
+
+def _think(trials: Sequence[TrialRecord]) -> bool:
+    """Whether the model thinks before it answers."""
+    return any(trial.thought_tokens is not None for trial in trials)
+
+
+def mean_thoughts(trials: Sequence[TrialRecord]) -> float | None:
+    """Thought tokens per answer over the complete trials; None where the model has no thoughts."""
+    means = [t.mean_thought_tokens for t in trials if t.state == "complete"]
+    known = [mean for mean in means if mean is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _part_names(trials: Sequence[TrialRecord]) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Protocol, TypeAlias
 
 from evomerge.answering.answer_all import answer_all
 from evomerge.answering.cache import LIKELIHOOD, MERGED, AnswerCache
-from evomerge.answering.engine import Answer, Engine, LikelihoodCapability
+from evomerge.answering.engine import Answer, Engine, LikelihoodCapability, without_thoughts
 from evomerge.answering.lm_eval.harness import LmEvalRunner
 from evomerge.answering.pace import Pace
 from evomerge.answering.prompts import Prompter
@@ -242,7 +242,7 @@ class LikelihoodPart:
         missing: dict[str, tuple[str, str]] = {}
         keys = []
         for task in tasks:
-            pair = (self.prompter.render(task.input), task.output)
+            pair = (without_thoughts(self.prompter.render(task.input), self.engine), task.output)
             keys.append(self.cache.key(self.cache.digest(recipe), pair, LIKELIHOOD))
             kept = self.cache.get(keys[-1], 1)
             if kept is None:

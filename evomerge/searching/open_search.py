@@ -133,7 +133,7 @@ def resume(prepared: Prepared, ledger: Ledger, url: str, console: Console) -> It
         # answers are kept under the names that the models had when the study began
         first = dict(ledger.facts.models)
         names = dict(zip(study.genome.all_models, first, strict=True))
-        scope = cache_scope(study, first, ledger.facts.first_engine)
+        scope = cache_scope(study, first, ledger.facts.first_engine, engine.marks)
         cache = AnswerCache(cache_path(url, study.study), scope, names)
         if judge is None or prompter is None:
             yield _resume_lm_eval(prepared, ledger, console, engine, cache)

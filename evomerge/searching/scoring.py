@@ -44,11 +44,12 @@ class Scorer:
             known = TaskGrade(
                 grade.correct,
                 answer.truncated,
-                tokens=answer.tokens,
+                tokens=answer.answer_tokens,
+                thought_tokens=answer.thought_tokens,
                 **{evaluation.figure: grade.value},
             )
             if objective or self.objectives:
-                length = answer.tokens / self.longest(task)
+                length = answer.answer_tokens / self.longest(task)
                 likelihood = None if evaluation.likelihoods is None else evaluation.likelihoods[i]
                 known = replace(known, length=length, likelihood=likelihood)
             if objective:
@@ -110,6 +111,7 @@ class Scorer:
             tokens_per_second=evaluation.tokens_per_second,
             parts=self._parts(grades, references, evaluation.chances),
             draw_variance=drawn,
+            thought_tokens=_thought_tokens(evaluation),
         )
 
     def _parts(
@@ -121,6 +123,12 @@ class Scorer:
         if self.objectives:
             return objective_means(grades, references, self.objectives, chances)
         return part_means(grades, self.study)
+
+
+def _thought_tokens(evaluation: Evaluation) -> int | None:
+    """Those of all answers; None where the model has no thoughts."""
+    known = [a.thought_tokens for a in evaluation.answers if a.thought_tokens is not None]
+    return sum(known) if known else None
 
 
 def part_means(grades: Mapping[str, TaskGrade], study: Study) -> dict[str, float]:

@@ -11,7 +11,13 @@ from evomerge.study.genome_keys import GenomeSection, mixes_models
 from evomerge.study.judge_keys import JUDGE_MODEL, JudgeSection
 from evomerge.study.objective_keys import GROUP, SOURCE, ObjectiveSection, source_names
 from evomerge.study.older_defaults import BEFORE
-from evomerge.study.prompt_keys import GenerationSection, PromptSection, SplitSection, TaskSource
+from evomerge.study.prompt_keys import (
+    GenerationSection,
+    PromptSection,
+    ReasoningSection,
+    SplitSection,
+    TaskSource,
+)
 from evomerge.study.reading import overridden, read_judge, read_setting, read_study
 from evomerge.study.schema import study_schema
 from evomerge.study.search_keys import SUBSET, SearchSection
@@ -30,6 +36,7 @@ __all__ = [
     "JudgeSection",
     "ObjectiveSection",
     "PromptSection",
+    "ReasoningSection",
     "SearchSection",
     "SplitSection",
     "Study",

@@ -100,6 +100,8 @@ def _is_free_text(section: type[Section], at: Place) -> bool:
     for part in at:
         if isinstance(part, str):
             sections = [t for t in _inside(annotation) if _is_section(t)]
+            if not sections:  # within a mapping of the user's own
+                return True
             annotation = sections[0].model_fields[part].annotation
     return str in _inside(annotation)
 

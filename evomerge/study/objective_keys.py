@@ -17,7 +17,7 @@ from evomerge.study.search_keys import SearchSection
 from evomerge.study.section import STORED, Section, Text, Weight, as_tuple, require
 
 FEWEST, MOST = 2, 4  # objectives
-PLAIN = ("grade", "correct", "answer_tokens", "length", "likelihood")
+PLAIN = ("grade", "correct", "answer_tokens", "thought_tokens", "length", "likelihood")
 SOURCE, GROUP = "tasks:", "group:"  # begin the name of a group of tasks
 KNOWN = f"{', '.join(PLAIN)}, {SOURCE}FILE or {GROUP}KIND"
 Names = Annotated[tuple[Text, ...], BeforeValidator(as_tuple)]
@@ -32,8 +32,8 @@ class ObjectiveSection(Section):
     grade: Weight = Field(default=1.0, description="Weight of judge.metric.")
     length: Weight = Field(
         default=0.0,
-        description="Weight of the answer's share of max_new_tokens, 0 to 1; below 0: shorter is "
-        "better.",
+        description="Weight of the answer's share of max_new_tokens, 0 to 1, without thoughts; "
+        "below 0: shorter is better.",
     )
     likelihood: Weight = Field(
         default=0.0,

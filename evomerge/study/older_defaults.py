@@ -14,8 +14,10 @@ BEFORE: dict[str, dict[str, Any]] = {
         "start": 1.0,
         "warm_start": None,
     },
+    "generation": {"reasoning": None},
 }
 # Defaults that have changed. Older studies have stored the one that they began with.
 FORMER: dict[str, dict[str, Any]] = {
-    "search": {"sampling": "uniform", "start": 1.0, "warm_start": None}
+    "search": {"sampling": "uniform", "start": 1.0, "warm_start": None},
+    "generation": {"reasoning": None},
 }

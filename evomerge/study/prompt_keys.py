@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+import json
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from evomerge.study.section import (
     PathText,
@@ -16,6 +19,48 @@ from evomerge.study.section import (
     Weight,
     require,
 )
+
+# of transformers' `apply_chat_template`: what the prompts' own turns and settings decide
+RESERVED = (
+    *("messages", "conversation", "tools", "documents", "chat_template", "self"),
+    *("add_generation_prompt", "continue_final_message", "sanitize_control_tokens"),
+    *("tokenize", "tokenizer_kwargs", "padding", "truncation", "max_length"),
+    *("return_tensors", "return_dict", "return_assistant_tokens_mask"),
+)
+
+
+def _template_kwargs(value: object) -> object:
+    """Variables of a chat template: names that are free, and values that JSON can hold."""
+    remedy = "Write, for example, {enable_thinking: true}."
+    require(isinstance(value, Mapping), "", "is not a mapping", value, remedy)
+    assert isinstance(value, Mapping)
+    for name, given in value.items():
+        fine = isinstance(name, str) and re.fullmatch(r"[^\W\d]\w*", name)
+        require(fine, "", "has a name that no variable can have", name, remedy)
+        what = f"cannot set `{name}`, which evomerge sets itself"
+        require(name not in RESERVED, "", what, given, "Remove it.")
+        try:
+            json.dumps(given, allow_nan=False)
+        except (TypeError, ValueError, RecursionError):
+            what = f"has a value of `{name}` that JSON cannot hold"
+            require(False, "", what, given, "Use texts, numbers, true, false, lists or mappings.")
+    return dict(value)
+
+
+def _reasoning(value: object) -> object:
+    """The marks of thoughts as a section; `auto` and null as they are."""
+    if value is None or value == "auto" or isinstance(value, ReasoningSection):
+        return value
+    remedy = "Write auto, null, or {start: <think>, end: </think>}."
+    require(isinstance(value, Mapping), "", "is neither auto nor null nor two marks", value, remedy)
+    assert isinstance(value, Mapping)
+    wrong = [key for key in value if key not in ReasoningSection.model_fields]
+    require(not wrong, "", "has an unknown key", wrong[:1], remedy)
+    texts = [value.get("start"), value.get("end")]
+    fine = all(isinstance(text, str) and text.strip() for text in texts)
+    require(fine, "", "needs a start and an end", dict(value), remedy)
+    require(texts[0] != texts[1], "", "has the same start and end", texts[0], remedy)
+    return ReasoningSection(**value)
 
 
 class TaskSource(Section):
@@ -85,6 +130,13 @@ class PromptSection(Section):
         default=None, description="With format template: a text that contains {input}."
     )
     system: Text | None = Field(default=None, description="With format chat: the system turn.")
+    # not in its repr, by which older versions have named what inferences were made from
+    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_template_kwargs)] = Field(
+        default={},
+        repr=False,
+        description="With format chat: variables of the chat template, such as "
+        "{enable_thinking: true}.",
+    )
     too_long: Literal["refuse", "truncate"] = Field(
         default="refuse",
         description="What happens to a prompt that leaves no room for an answer; truncate: it is "
@@ -125,6 +177,13 @@ class PromptSection(Section):
             "Set that format, or remove the template.",
         )
         require(
+            self.format == "chat" or not self.chat_template_kwargs,
+            "chat_template_kwargs",
+            "applies only to `format: chat`",
+            self.chat_template_kwargs,
+            "Set that format, or remove them.",
+        )
+        require(
             self.template is None or "{input}" in self.template,
             "template",
             "does not contain {input}",
@@ -139,6 +198,13 @@ class PromptSection(Section):
             "Set prompt.knowledge too, or remove it.",
         )
         return self
+
+
+class ReasoningSection(Section):
+    """The marks around what a model thinks before it answers."""
+
+    start: Text = Field(description="What a reply begins with, or the prompt ends with.")
+    end: Text = Field(description="What stands between thoughts and answer.")
 
 
 class GenerationSection(Section):
@@ -164,9 +230,30 @@ class GenerationSection(Section):
         default=(), description="Texts that end an answer; they are not part of it."
     )
     seed: Seed | None = Field(default=None, description="Seed of sampling; null: search.seed.")
+    # not in its repr: see `chat_template_kwargs`
+    reasoning: Annotated[
+        ReasoningSection | Literal["auto"] | None,
+        BeforeValidator(
+            _reasoning,
+            json_schema_input_type=ReasoningSection | Literal["auto"] | None,
+        ),
+    ] = Field(
+        default="auto",
+        repr=False,
+        description="The marks of a model's thoughts, which no judge sees and which are kept apart "
+        "from the answer. auto: `<think>` and `</think>`, or what else the tokenizer or its chat "
+        "template has; null: a reply is the answer as a whole.",
+    )
 
     @model_validator(mode="after")
     def _check_stop(self) -> Self:
         remedy = "Remove it: an empty text would end every answer."
         require(all(self.stop), "stop", "contains an empty text", self.stop, remedy)
         return self
+
+    def made_from(self) -> dict[str, Any]:
+        """What of the settings a reply depends on, as plain values.
+
+        Not `reasoning`, which only decides how the reply is read.
+        """
+        return self.model_dump(exclude={"reasoning"})

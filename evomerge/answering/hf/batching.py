@@ -23,6 +23,7 @@ from evomerge.answering.engine import (
 )
 from evomerge.answering.hf.decode import Hooks, Output
 from evomerge.answering.hf.sampling import SamplingParams
+from evomerge.answering.reply_reader import ReplyReader
 from evomerge.errors import EngineError
 from evomerge.merging.placement import is_out_of_memory
 from evomerge.study import GenerationSection
@@ -127,6 +128,7 @@ class BatchExecutor:
         self.tokenizer = tokenizer
         self.end_tokens = end_tokens
         self.encode = Encoder(tokenizer, context, spec.generation.max_new_tokens, spec.too_long)
+        self.read = ReplyReader(tokenizer, spec.generation.reasoning)
         self.limits: dict[str, int] = {}
         self.watch: Watch | None = None
 
@@ -195,11 +197,8 @@ class BatchExecutor:
         return first_stop(text, stops) is not None
 
     def answer_of(self, output: Output, request: Request) -> Answer:
-        """The text up to a stop string."""
-        text = str(self.tokenizer.decode(output.tokens, skip_special_tokens=True))
-        stop = first_stop(text, request.settings.stop)
-        truncated = not output.ended and stop is None
-        return Answer(text[:stop], truncated, len(output.tokens))
+        """The text up to a stop string, and the thoughts before it."""
+        return self.read(request.prompt, output.tokens, output.ended, request.settings.stop)
 
     def first_batch(self, requests: Sequence[Request], rows: int) -> list[int]:
         """Indices of the first batch, within section and limits."""

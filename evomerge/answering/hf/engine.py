@@ -16,6 +16,7 @@ from evomerge.answering.hf.gradient import TransformersGradient
 from evomerge.answering.hf.likelihood import TransformersLikelihood
 from evomerge.answering.hf.loading import context_of, load_model, load_tokenizer
 from evomerge.answering.hf.population import TransformersPopulation
+from evomerge.answering.reasoning import Marks
 from evomerge.errors import EngineError
 from evomerge.merging.live import LiveModel
 from evomerge.recipe import Recipe
@@ -44,6 +45,11 @@ class TransformersEngine:
         if self.live is not None:
             self.gradient = TransformersGradient(self.model, self.live, self.executor)
             self.batched_candidates = TransformersPopulation(self.model, self.live, self.executor)
+
+    @property
+    def marks(self) -> Marks | None:
+        """See `Engine`."""
+        return self.executor.read.marks
 
     @property
     def watch(self) -> Watch | None:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from evomerge.answering.engine import Answer, OnAnswer, PromptSettings, Watch
+from evomerge.answering.reasoning import THINK, find_marks
 from evomerge.answering.servers.client import (
     OpenAIClient,
     RetryPolicy,
@@ -30,6 +31,7 @@ from evomerge.answering.servers.openai_protocol import (
     request_settings,
     server_url,
     whole,
+    with_thoughts,
 )
 from evomerge.errors import EngineError, EvomergeError, ModelError, PromptRefused
 from evomerge.recipe import Recipe
@@ -64,13 +66,18 @@ class ServerEngine:
         generation: GenerationSection,
         chat: bool,
         concurrency: int = CONCURRENCY,
+        variables: Mapping[str, Any] | None = None,
     ) -> None:
         """With `model` None the only model that the server lists is used.
+
+        `variables` are the chat template's, which vLLM, SGLang and llama.cpp take.
 
         Raises InputError, ModelError; EngineError: the server is down, or openai is not installed.
         """
         self.url = server_url(url)
         self.generation, self.chat, self.concurrency = generation, chat, concurrency
+        self.variables = dict(variables or {})
+        self.marks = find_marks(generation.reasoning, None, unknown=THINK)
         self.tokenizer: Any = TurnsAsJson()
         self.limits: dict[str, int] = {}  # the server's memory is not ours to manage
         self.context: int | None = None  # unknown: the server refuses a prompt that is too long
@@ -87,7 +94,10 @@ class ServerEngine:
     @property
     def identity(self) -> str:
         """What the answers depend on besides the prompts; the key is not part of it."""
-        return repr((self.url, self.model, self.generation, self.chat))
+        known: tuple[object, ...] = (self.url, self.model, self.generation, self.chat)
+        if self.variables or self.generation.reasoning != "auto":
+            known = (*known, self.variables, self.marks)
+        return repr(known)
 
     def apply(self, recipe: Recipe) -> None:
         """Raises EngineError: nothing can be merged on a server."""
@@ -229,7 +239,8 @@ class ServerEngine:
             return not stop.wait(delay if asked is None else asked)
 
         def send(sdk: Any) -> Answer:
-            return read_reply(self._request(sdk, prompt, g))
+            reply = self._request(sdk, prompt, g)
+            return with_thoughts(read_reply(reply), reply, self.marks, prompt)
 
         try:
             return client.request(send, RetryPolicy(RETRIES), pause)
@@ -245,6 +256,9 @@ class ServerEngine:
         """One request. Raises openai.OpenAIError, ValueError."""
         settings = request_settings(self.model, g)
         if self.chat:
+            if self.variables:
+                more = settings.setdefault("extra_body", {})
+                more["chat_template_kwargs"] = self.variables
             return sdk.chat.completions.create(messages=json.loads(prompt), **settings)
         return sdk.completions.create(prompt=prompt, **settings)
 

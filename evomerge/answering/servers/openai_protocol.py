@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import replace
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from evomerge.answering.engine import Answer
+from evomerge.answering.reasoning import Marks, split_reply
 from evomerge.errors import InputError
 from evomerge.study import GenerationSection
 
@@ -48,7 +50,11 @@ class TurnsAsJson:
     chat_template = "the server's"
 
     def apply_chat_template(
-        self, turns: list[dict[str, str]], tokenize: bool, add_generation_prompt: bool
+        self,
+        turns: list[dict[str, str]],
+        tokenize: bool,
+        add_generation_prompt: bool,
+        **variables: object,  # which the request sends apart
     ) -> str:
         return json.dumps(turns, ensure_ascii=False)
 
@@ -131,6 +137,28 @@ def read_reply(reply: Any) -> Answer:
     if not isinstance(tokens, int):
         tokens = 0
     return Answer(whole(text), ended == "length", tokens)
+
+
+def with_thoughts(answer: Answer, reply: Any, marks: Marks | None, prompt: str) -> Answer:
+    """The answer of `read_reply` apart from its thoughts, which some servers send as such.
+
+    Their tokens are counted where the server does.
+    """
+    if marks is None:
+        return answer
+    usage = getattr(getattr(reply, "usage", None), "completion_tokens_details", None)
+    tokens = getattr(usage, "reasoning_tokens", None)
+    count = tokens if isinstance(tokens, int) else 0
+    message = getattr(reply.choices[0], "message", None)
+    for name in ("reasoning_content", "reasoning"):
+        thoughts = getattr(message, name, None)
+        if isinstance(thoughts, str) and thoughts:
+            return replace(answer, thoughts=whole(thoughts), thought_tokens=count)
+    found = split_reply(answer.text, marks, marks.opened_by(prompt))
+    if not found.thoughts:
+        return answer
+    cut = answer.truncated
+    return Answer(found.answer, cut, answer.tokens, found.thoughts, count)
 
 
 def message_of(error: Any) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from evomerge.answering.encode import Encoder, first_stop, prompt_seed
+from evomerge.answering.encode import Encoder, prompt_seed
 from evomerge.answering.engine import (
     Answer,
     EngineSpec,
@@ -25,6 +25,8 @@ from evomerge.answering.engine import (
     has_passed,
 )
 from evomerge.answering.hf.loading import load_tokenizer
+from evomerge.answering.reasoning import Marks
+from evomerge.answering.reply_reader import ReplyReader
 from evomerge.answering.vllm.host_weights import host_weights_of
 from evomerge.answering.vllm.loading import BATCH, end_tokens, first_line, load_llm, refuse_others
 from evomerge.errors import EngineError
@@ -72,8 +74,14 @@ class VllmEngine:
         self.context: int | None = self.llm.llm_engine.model_config.max_model_len
         most = spec.generation.max_new_tokens
         self.encode = Encoder(self.tokenizer, self.context, most, spec.too_long)
+        self.read = ReplyReader(self.tokenizer, spec.generation.reasoning)
         self._applied = ""  # digest of the recipe whose weights vLLM holds
         self._broken: str | None = None  # why it can no longer answer
+
+    @property
+    def marks(self) -> Marks | None:
+        """See `Engine`."""
+        return self.read.marks
 
     def apply(self, recipe: Recipe) -> None:
         """Merge in host memory, then have vLLM take the weights.
@@ -118,7 +126,7 @@ class VllmEngine:
         answers = [Answer("", True, 0)] * len(prompts)
         with closing(self._outputs(rows, params, deadline)) as outputs:
             for index, tokens, ended in outputs:
-                answers[index] = self._finish(tokens, own[index])
+                answers[index] = self._finish(prompts[index], tokens, own[index])
                 if ended and on_answer is not None:
                     on_answer(index, answers[index])
         return answers
@@ -159,15 +167,13 @@ class VllmEngine:
             **drawing,
         )
 
-    def _finish(self, tokens: Sequence[int], g: GenerationSection) -> Answer:
-        """The text up to an end token or a stop string."""
+    def _finish(self, prompt: str, tokens: Sequence[int], g: GenerationSection) -> Answer:
+        """The text up to an end token or a stop string, and the thoughts before it."""
         ended = bool(tokens) and tokens[-1] in self.ends
         kept = list(tokens)
         if ended:
             kept.pop()
-        text = str(self.tokenizer.decode(kept, skip_special_tokens=True))
-        stop = first_stop(text, g.stop)
-        return Answer(text[:stop], truncated=not ended and stop is None, tokens=len(kept))
+        return self.read(prompt, kept, ended, g.stop)
 
     def _check(self) -> None:
         if self._broken is not None:

@@ -13,6 +13,7 @@ from evomerge.study import GROUP, SOURCE, Study, source_names
 from evomerge.tasks import Split, Task
 
 TOKENS = "answer_tokens"
+THOUGHTS = "thought_tokens"
 Baselines: TypeAlias = Mapping[str, Mapping[str, float]]  # objective -> task key -> mean value
 
 
@@ -21,7 +22,8 @@ class FrontObjective:
     """One of a study's objectives: a figure of its tasks' answers, and which way is better."""
 
     name: str
-    figure: str  # grade, correct, score, answer_tokens, length or likelihood
+    # grade, correct, score, answer_tokens, thought_tokens, length or likelihood
+    figure: str
     maximized: bool = True
     tasks: frozenset[str] | None = None  # the keys of a group's tasks; None: every task
 
@@ -51,6 +53,8 @@ class Estimate:
 def _figure(grade: TaskGrade, name: str) -> float | None:
     if name == TOKENS:
         return grade.tokens
+    if name == THOUGHTS:
+        return grade.thought_tokens
     if name in ("length", "likelihood"):
         value: float | None = getattr(grade, name)
         return value
@@ -176,6 +180,7 @@ def objective_means(
             "no search task has a value of this objective",
             where="objective",
             found=missing.name,
-            remedy="Name another one: correct needs closed tasks, likelihood references.",
+            remedy="Name another one: correct needs closed tasks, likelihood references, "
+            "thought_tokens a model that thinks.",
         )
     return {name: value.mean for name, value in found.items()}

@@ -14,9 +14,11 @@ from evomerge.tasks import Split, Task
 
 def check_prompts(findings: Findings, study: Study, base: ModelFolder, split: Split | None) -> None:
     """The tokenizer's chat template, the knowledge base, and whether every prompt has room."""
+    from evomerge.answering.chat_template import unread_variables
     from evomerge.answering.encode import Encoder
     from evomerge.answering.hf.loading import load_tokenizer
     from evomerge.answering.prompts import make_prompter
+    from evomerge.answering.reasoning import find_marks
     from evomerge.knowledge.chooser import open_knowledge
 
     tokenizer = load_tokenizer(base, study.engine.trust_remote_code)
@@ -33,6 +35,12 @@ def check_prompts(findings: Findings, study: Study, base: ModelFolder, split: Sp
             findings.add("ok", "knowledge", text)
     make_prompter(tokenizer, study.prompt, chooser=chooser).try_each_kind()
     findings.add("ok", "tokenizer", f"prompts in format {study.prompt.format}")
+    for name in unread_variables(tokenizer, study.prompt.chat_template_kwargs):
+        text = f"prompt.chat_template_kwargs: the chat template has no `{name}`, and ignores it"
+        findings.add("low", "tokenizer", text)
+    marks = find_marks(study.generation.reasoning, tokenizer)
+    if marks is not None:
+        findings.add("ok", "reasoning", f"thoughts are between {marks.start} and {marks.end}")
     context, most = context_of(study, base), study.generation.max_new_tokens
     if split is None:
         return

@@ -14,7 +14,7 @@ from typing import Any
 INTERRUPTED = "interrupted"  # the reason of a trial whose process ended before the trial did
 REFERENCES = ("parent", "uniform")  # the roles of what a search is compared with
 # fields of a TaskGrade that are stored only where they have a value
-OPTIONAL = ("length", "likelihood", "objective", "tokens")
+OPTIONAL = ("length", "likelihood", "objective", "tokens", "thought_tokens")
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class TaskGrade:
 
     `grade` is a judge's grade, `score` a document's share of lm-eval's score; `length` is the
     answer's share of its longest allowed length and `likelihood` the reference's log-likelihood in
-    nats per token. `objective` is the weighted sum of these parts. `tokens` are the answer's; older
-    studies do not know them.
+    nats per token. `objective` is the weighted sum of these parts. `tokens` are the answer's and
+    `thought_tokens` those before it; older studies and models without thoughts do not know them.
     """
 
     correct: bool | None  # None for an open task
@@ -35,6 +35,7 @@ class TaskGrade:
     likelihood: float | None = None
     objective: float | None = None
     tokens: int | None = None
+    thought_tokens: int | None = None
 
     def value(self, metric: str) -> float | None:
         """The metric's value: grade, correct (1.0 or 0.0), score or objective."""
@@ -77,15 +78,18 @@ class Result:
     truncated: float
     seconds: Mapping[str, float]
     grades: Mapping[str, TaskGrade]  # by the tasks' keys
-    tokens: int = 0  # new tokens of all answers
+    tokens: int = 0  # new tokens of all answers, thoughts included
     tokens_per_second: float | None = None  # of the answers that were not in the cache
     parts: Mapping[str, float] = field(default_factory=dict)  # of the objective, or each objective
     # of the score, from drawing some of the search tasks; None: all were answered
     draw_variance: float | None = None
+    thought_tokens: int | None = None  # of all answers; None: the model has no thoughts
 
     def to_dict(self) -> dict[str, Any]:
         """The stored form."""
         data = dict(vars(self))
+        if self.thought_tokens is None:
+            del data["thought_tokens"]
         data["grades"] = {task: grade.to_dict() for task, grade in self.grades.items()}
         return data
 
@@ -111,6 +115,14 @@ class TrialRecord:
     tokens_per_second: float | None = None
     parts: Mapping[str, float] = field(default_factory=dict)
     draw_variance: float | None = None
+    thought_tokens: int | None = None
+
+    @property
+    def mean_thought_tokens(self) -> float | None:
+        """Thought tokens per answer; None where the model has no thoughts."""
+        if self.thought_tokens is None or not self.grades:
+            return None
+        return self.thought_tokens / len(self.grades)
 
     @property
     def credit(self) -> float:
@@ -165,6 +177,7 @@ def read_trial(
         tokens_per_second=data.get("tokens_per_second"),
         parts=data.get("parts", {}),
         draw_variance=data.get("draw_variance"),
+        thought_tokens=data.get("thought_tokens"),
     )
 
 

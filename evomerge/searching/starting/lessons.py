@@ -63,7 +63,7 @@ class Lessons:
                 continue
             recipe = self.genome.decode(parent.weights)
             answers = self.answers(recipe, self.tasks)  # all of them: as they are kept
-            own = [(self.prompter.render(self.tasks[i].input), answers[i].text) for i in taught]
+            own = [(self.prompter.render(self.tasks[i].input), answers[i].whole) for i in taught]
             pairs.update(zip(taught, own, strict=True))
             teachers.update(zip(taught, gradient.teachers(recipe, own), strict=True))
         count = range(len(self.tasks))

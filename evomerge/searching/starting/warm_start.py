@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evomerge.answering.engine import Engine, LikelihoodGradient, items_at
+from evomerge.answering.engine import Engine, LikelihoodGradient, items_at, without_thoughts
 from evomerge.answering.hf.gradient import check_gradient
 from evomerge.answering.prompts import Prompter
 from evomerge.console import Console, duration
@@ -239,7 +239,11 @@ def warm_start(
     check_warm_start(genome, tasks, engine)
     gradient = engine.gradient
     assert gradient is not None
-    pairs = [(prompter.render(task.input), task.output) for task in tasks if task.output]
+    pairs = []
+    for task in tasks:
+        if task.output:
+            prompt = without_thoughts(prompter.render(task.input), engine)
+            pairs.append((prompt, task.output))
 
     def gradient_at(vector: list[float], chosen: list[int]) -> LikelihoodGradient:
         return gradient(genome, vector, items_at(pairs, chosen))

@@ -178,7 +178,8 @@ def prompt(
     for role, content in turns(kind, text, examples, documents):
         content = re.sub(control, lambda match: f"{match[0][0]} {match[0][1:]}", content)
         chat.append({"role": role, "content": content})
-    whole = tools.filled(tokenizer, SETTINGS["chat_template"], chat)
+    variables = SETTINGS["chat_template_kwargs"]
+    whole = tools.filled(tokenizer, SETTINGS["chat_template"], variables, chat)
     ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
     if len(ids) > room and examples:  # the least similar one is dropped
         return prompt(tokenizer, room, text, kind, examples[1:], documents)
@@ -220,13 +221,15 @@ def answer(model, tokenizer, waiting: list[int], asked: list, own: list[dict]) -
         torch.cuda.empty_cache()
         return {}
     stop = "|".join(map(re.escape, SETTINGS["stop"])) or NEVER
-    texts = tokenizer.batch_decode(new[:, width:], skip_special_tokens=True)
-    answers = {}
-    for i, text, tokens in zip(batch, texts, new[:, width:].tolist(), strict=True):
+    answers, marks = {}, tools.find_marks(tokenizer, **SETTINGS["reasoning"])
+    for i, tokens in zip(batch, new[:, width:].tolist(), strict=True):
+        text = tools.replied(tokenizer, tokens, marks)
         kept = re.split(stop, text)[0]
         ended = set(tokens) & set(ends if isinstance(ends, list) else [ends])
-        cut = {} if ended or kept != text else {"truncated": True}
-        answers[i] = {"output": kept} | cut
+        thoughts, output = tools.split(kept, marks, tokenizer.decode(asked[i][-50:]))
+        whole = ended or (kept != text and (output or not thoughts))
+        found = {"output": output, "thoughts": thoughts, "truncated": not whole}
+        answers[i] = {name: value for name, value in found.items() if value or name == "output"}
     return answers
 
 
@@ -260,7 +263,8 @@ def main() -> None:
     context = getattr(config, "max_position_embeddings", None) or 10**9
     asked, own = prompts(tokenizer, context, [task["input"] for task in tasks.values()])
     each = zip(tasks, own, asked, strict=True)
-    keys = [tools.hash_of((args.model, RECIPE, number, *made_from)) for number, *made_from in each]
+    marks = tools.find_marks(tokenizer, **SETTINGS["reasoning"]) or ()
+    keys = [tools.hash_of((args.model, RECIPE, *made_from, *marks)) for made_from in each]
     facts = {"model": (args.model, RECIPE), "tasks": list(tasks.values()), "prompts": keys}
     facts = {name: tools.hash_of(value) for name, value in facts.items()}
     part = args.out.with_name(args.out.name + ".part")

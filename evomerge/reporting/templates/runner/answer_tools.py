@@ -192,17 +192,48 @@ def find_models(names: list[str], paths: list[str], files: list[str]) -> dict[st
     return places
 
 
-def filled(tokenizer, template: str | None, chat: list[dict]) -> str:
+def filled(tokenizer, template: str | None, variables: dict, chat: list[dict]) -> str:
     """The chat template with its turns; a system text that it has no turn for goes above."""
     try:
         return tokenizer.apply_chat_template(
-            chat, chat_template=template, tokenize=False, add_generation_prompt=True
+            chat, chat_template=template, tokenize=False, add_generation_prompt=True, **variables
         )
     except Exception as error:  # raise_exception, and whatever an expression can raise
         if chat[0]["role"] != "system" or len(chat) < 2:
             fail(f"the chat template of {tokenizer.name_or_path} cannot be filled in: {error}")
     text = f"{chat[0]['content']}\n\n{chat[1]['content']}"
-    return filled(tokenizer, template, [chat[1] | {"content": text}, *chat[2:]])
+    return filled(tokenizer, template, variables, [chat[1] | {"content": text}, *chat[2:]])
+
+
+def find_marks(tokenizer, marks: list[list[str]], auto: bool) -> list[str] | None:
+    """The marks around a model's thoughts; with `auto` the first that the tokenizer has."""
+    ids = [tokenizer.convert_tokens_to_ids(mark) for pair in marks for mark in pair]
+    known = tokenizer.convert_ids_to_tokens([number for number in ids if number is not None])
+    template = str(tokenizer.chat_template or "")
+    for pair in marks:
+        if not auto or all(mark in template or mark in known for mark in pair):
+            return pair
+    return None
+
+
+def replied(tokenizer, tokens: list[int], marks: list[str] | None) -> str:
+    """The text of new tokens, without special ones that no mark is made of."""
+    if marks is None:
+        return tokenizer.decode(tokens, skip_special_tokens=True)
+    special = {i for i in tokenizer.all_special_ids if tokenizer.decode([i]) not in "".join(marks)}
+    return tokenizer.decode([token for token in tokens if token not in special])
+
+
+def split(text: str, marks: list[str] | None, prompt: str) -> tuple[str, str]:
+    """Thoughts without their marks, and the answer, as evomerge reads a reply."""
+    if marks is None:
+        return "", text
+    start, end = marks
+    opened = prompt.rstrip().endswith(start) or text.lstrip().startswith(start)
+    before, found, after = text.partition(end)
+    if not opened and (not found or start in before):
+        return "", text
+    return before.strip().removeprefix(start).strip(), after.lstrip()
 
 
 def write(path: Path, text: str) -> None:

@@ -1,0 +1,75 @@
+"""From new tokens to an answer: the text up to a stop string, and the thoughts before it."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from evomerge.answering.encode import first_stop
+from evomerge.answering.engine import Answer
+from evomerge.answering.reasoning import Marks, Wanted, find_marks, is_token, split_reply
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class ReplyReader:
+    """Reads the replies of one model; `wanted` is `generation.reasoning`."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, wanted: Wanted) -> None:
+        self.tokenizer: Any = tokenizer
+        self.wanted = wanted
+
+    @cached_property
+    def marks(self) -> Marks | None:
+        """The marks of thoughts, looked up late: a recipe may replace the chat template."""
+        return find_marks(self.wanted, self.tokenizer)
+
+    def __call__(
+        self, prompt: str, tokens: Sequence[int], ended: bool, stops: Sequence[str]
+    ) -> Answer:
+        """The answer in the new tokens, without an end token; `ended`: one has followed them.
+
+        Thoughts without an end are no answer: they are cut, unless the model ended there itself.
+        """
+        text = self._text(tokens)
+        stop = first_stop(text, stops)
+        cut, count = not ended and stop is None, len(tokens)
+        if self.marks is None:
+            return Answer(text[:stop], cut, count)
+        reply = split_reply(text[:stop], self.marks, self.marks.opened_by(prompt))
+        if reply.is_open:
+            return Answer("", not ended, count, reply.thoughts, count)
+        thinking = self._thought_tokens(tokens, self.marks) if reply.thoughts else 0
+        return Answer(reply.answer, cut, count, reply.thoughts, thinking)
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        """The tokens' text without special tokens, except those that marks are made of."""
+        special = self._special
+        if not special:
+            return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+        kept = [token for token in tokens if special.get(token, True)]
+        return str(self.tokenizer.decode(kept, skip_special_tokens=False))
+
+    def _thought_tokens(self, tokens: Sequence[int], marks: Marks) -> int:
+        """How many tokens there are up to the end of the thoughts."""
+        if is_token(self.tokenizer, marks.end):
+            number = self.tokenizer.convert_tokens_to_ids(marks.end)
+            if number in tokens:
+                return tokens.index(number) + 1
+        return bisect_left(
+            range(len(tokens)), True, key=lambda n: marks.end in self._text(tokens[:n])
+        )
+
+    @cached_property
+    def _special(self) -> dict[int, bool]:
+        """Special token -> whether it is a part of a mark; {} if none is."""
+        if self.marks is None:
+            return {}
+        both, found = self.marks.start + self.marks.end, {}
+        for number in self.tokenizer.all_special_ids:
+            token = str(self.tokenizer.convert_ids_to_tokens(number))
+            found[int(number)] = token in both
+        return found if any(found.values()) else {}

@@ -1,0 +1,534 @@
+"""Models that think before they answer: where the answer begins, and who sees the thoughts."""
+
+import json
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+from conftest import CHARACTERS, make_model
+from hypothesis import given
+from hypothesis import strategies as st
+from runner_tools import PROGRAM
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import evomerge
+from evomerge.answering.cache import AnswerCache, cache_scope
+from evomerge.answering.chat_template import unread_variables
+from evomerge.answering.engine import Answer, EngineSpec
+from evomerge.answering.hf.engine import TransformersEngine
+from evomerge.answering.prompts import make_prompter
+from evomerge.answering.reasoning import (
+    THINK,
+    Marks,
+    SplitReply,
+    bare_thoughts,
+    find_marks,
+    split_reply,
+)
+from evomerge.answering.reply_reader import ReplyReader
+from evomerge.cli import main
+from evomerge.errors import StudyFileError
+from evomerge.genome.weights import make_genome
+from evomerge.inference.part import Part
+from evomerge.inference.selfcheck import faults
+from evomerge.merging.checkpoints.open_model import open_model
+from evomerge.searching.records.trial_record import TaskGrade
+from evomerge.study import (
+    EngineSection,
+    GenerationSection,
+    PromptSection,
+    Study,
+    as_begun,
+    changed_keys,
+    read_study,
+)
+from evomerge.study.messages import validated
+
+sys.path.insert(0, str(PROGRAM[1].parent))
+import answer_tools
+
+SWITCH = (
+    "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n"
+    "{% endif %}"
+)
+BEGUN = "{% for m in messages %}{{ m.content }}\n{% endfor %}<think>\n"
+PLAIN = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+HARMONY = Marks("<|channel|>analysis<|message|>", "<|channel|>final<|message|>")
+
+
+def thinker(template=SWITCH, more=("<think>", "</think>"), special=()):
+    """The tests' tokenizer with these tokens as well."""
+    tokens = ["<pad>", "<s>", "</s>", "<unk>", *CHARACTERS]
+    backend = Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.add_tokens(list(more))
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("text", "opened", "thoughts", "answer", "is_open"),
+    [
+        ("<think>\nhm\n</think>\n\n42", False, "<think>\nhm\n</think>\n\n", "42", False),
+        ("\n<think>hm</think>42", False, "\n<think>hm</think>", "42", False),
+        ("hm\n</think>\n\n42", True, "hm\n</think>\n\n", "42", False),
+        ("hm</think>42", False, "hm</think>", "42", False),
+        ("<think>hm", False, "<think>hm", "", True),
+        ("hm", True, "hm", "", True),
+        ("", True, "", "", True),
+        ("<think></think>", False, "<think></think>", "", False),
+        ("42", False, "", "42", False),
+        (" 42 ", False, "", " 42 ", False),
+        ("Write <think> here", False, "", "Write <think> here", False),
+        ("Use <think> and </think>.", False, "", "Use <think> and </think>.", False),
+        ("<think>a</think>b</think>", False, "<think>a</think>", "b</think>", False),
+        ("<think>a</think>b <think> c", False, "<think>a</think>", "b <think> c", False),
+    ],
+)
+def test_where_the_answer_begins(text, opened, thoughts, answer, is_open):
+    assert split_reply(text, THINK, opened) == SplitReply(thoughts, answer, is_open)
+
+
+@given(
+    st.lists(st.sampled_from(["<think>", "</think>", "a", " ", "\n", "<", "think>"])).map("".join)
+    | st.text(),
+    st.booleans(),
+)
+def test_thoughts_and_answer_are_the_whole_reply(text, opened):
+    reply = split_reply(text, THINK, opened)
+    assert reply.thoughts + reply.answer == text
+    assert not (reply.is_open and reply.answer)
+    bare_thoughts(reply.thoughts, THINK)
+
+
+def test_a_reply_of_megabytes_is_split_at_once():
+    began = time.perf_counter()
+    for text in ("<think>" * 10**6, "<think" * 10**6, " " * 10**7, "</think" * 10**6):
+        split_reply(text, THINK)
+        split_reply(text, THINK, True)
+    assert time.perf_counter() - began < 5
+
+
+def test_auto_finds_tokens_and_templates_that_have_both_marks():
+    assert find_marks("auto", thinker()) == THINK
+    assert find_marks("auto", thinker(PLAIN)) == THINK
+    assert find_marks("auto", thinker("</think>" + BEGUN, more=())) == THINK
+    assert find_marks("auto", thinker(BEGUN, more=())) is None
+    assert find_marks("auto", thinker(PLAIN, more=())) is None
+    assert find_marks("auto", thinker(HARMONY.start + HARMONY.end, more=())) == HARMONY
+    assert find_marks(None, thinker()) is None
+    section = GenerationSection(reasoning={"start": "[A]", "end": "[B]"}).reasoning
+    assert find_marks(section, thinker(PLAIN, more=())) == Marks("[A]", "[B]")
+
+
+def read(tokenizer, text, ended=True, prompt="あ\n", stops=(), wanted="auto"):
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ReplyReader(tokenizer, wanted)(prompt, tokens, ended, stops)
+
+
+def test_replies_are_read_with_their_tokens():
+    assert read(thinker(), "<think>いう</think>\nえお") == Answer(
+        "えお", False, 7, "<think>いう</think>\n", 4
+    )
+    assert read(thinker(BEGUN), "いう</think>えお", prompt="あ\n<think>\n") == Answer(
+        "えお", False, 5, "いう</think>", 3
+    )
+    assert read(thinker(), "えお") == Answer("えお", False, 2, "", 0)
+    assert read(thinker(), "<think>いう", ended=False) == Answer("", True, 3, "<think>いう", 3)
+    assert read(thinker(), "<think>いう") == Answer("", False, 3, "<think>いう", 3)
+    assert read(thinker(), "<think>い</think>えおか", stops=("お",)).text == "え"
+    assert read(thinker(), "<think>い</think>え", wanted=None).thought_tokens is None
+
+
+def test_marks_that_are_no_tokens_are_counted_too():
+    wanted = GenerationSection(reasoning={"start": "12", "end": "34"}).reasoning
+    found = read(thinker(PLAIN, more=()), "12いう34えお", wanted=wanted)
+    assert found == Answer("えお", False, 8, "12いう34", 6)
+
+
+def test_special_tokens_in_marks_are_kept_and_others_are_not():
+    special = ("<|channel|>", "<|message|>", "<|end|>", "analysis", "final")
+    tokenizer = thinker(HARMONY.start + HARMONY.end, more=(), special=special)
+    text = "<|channel|>analysis<|message|>い<|end|><|channel|>final<|message|>う"
+    assert read(tokenizer, text) == Answer(
+        "う", False, 9, "<|channel|>analysis<|message|>い<|channel|>final<|message|>", 8
+    )
+
+
+def test_a_model_that_does_not_think_is_left_alone():
+    plain = thinker(PLAIN, more=())
+    tokens = plain("あ<s>い う</s>", add_special_tokens=False)["input_ids"]
+    text = plain.decode(tokens, skip_special_tokens=True)
+    assert ReplyReader(plain, "auto")("あ", tokens, True, ()) == Answer(text, False, len(tokens))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """base/ and sibling/ whose tokenizer knows the marks."""
+    folder = tmp_path_factory.mktemp("thinkers")
+    tokenizer = thinker(BEGUN + "{# </think> #}")
+    for seed, name in enumerate(("base", "sibling")):
+        model = make_model(seed, vocab_size=len(tokenizer), initializer_range=0.4)
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    rows = [{"task_id": i, "input": CHARACTERS[i % 10] * 2, "output": "1"} for i in range(12)]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (folder / "tasks.jsonl").write_text(text, encoding="utf-8")
+    (folder / "study.yaml").write_text(
+        "genome: {base_model: ./base, models: [./sibling], merge_method: task_arithmetic, "
+        "layer_granularity: 1}\ntasks: [{file: tasks.jsonl}]\n"
+        "generation: {max_new_tokens: 12, reasoning: {start: <think>, end: う}}\n"
+        "search: {trials: 4, population: 4, uniform: [0.5], warm_start: null}\n",
+        encoding="utf-8",
+    )
+    return folder
+
+
+def test_the_engine_reads_with_the_marks_in_every_path(folders):
+    marks = {"start": "<think>", "end": "う"}  # untrained models write no </think>
+    answers = {}
+    for wanted in (None, marks):
+        engine = TransformersEngine(
+            EngineSpec(
+                open_model(str(folders / "base")),
+                [],
+                EngineSection(device="cpu"),
+                GenerationSection(max_new_tokens=24, reasoning=wanted),
+                "float32",
+            )
+        )
+        prompts = [f"{c}\n<think>\n" for c in CHARACTERS[:10]]
+        answers[wanted is None] = engine.answer(prompts)
+    for raw, found in zip(answers[True], answers[False], strict=True):
+        assert found.whole == raw.text
+        assert found.tokens == raw.tokens
+        assert raw.thought_tokens is None
+        if "う" in raw.text:
+            assert found.text == raw.text.partition("う")[2].lstrip()
+        else:
+            assert (found.text, found.truncated) == ("", raw.truncated)
+
+
+def test_a_search_records_thoughts_apart_and_shows_them(folders, tmp_path, capsys):
+    study = evomerge.search(
+        folders / "study.yaml", storage=tmp_path / "s.db", results=tmp_path / "results"
+    )
+    for record in study.records:
+        assert record.thought_tokens == sum(g.thought_tokens for g in record.grades.values())
+        assert record.tokens == record.thought_tokens + sum(
+            g.tokens for g in record.grades.values()
+        )
+    capsys.readouterr()
+    assert main(["show", "study", "--storage", f"sqlite:///{tmp_path}/s.db"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith(" think")
+    assert max(map(len, lines[:7])) <= 80
+    out = tmp_path / "a.jsonl"
+    found = evomerge.infer(
+        folders / "tasks.jsonl", study="study", storage=tmp_path / "s.db", out=out
+    )
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [row["output"] for row in rows] == [answer.output for answer in found]
+    for row in rows:
+        assert row["thoughts"] if not row["output"] else True
+        assert "う" not in row.get("thoughts", "")
+    again = evomerge.infer(
+        folders / "tasks.jsonl", study="study", storage=tmp_path / "s.db", out=out
+    )
+    assert not again.made
+
+
+def test_thoughts_are_kept_in_caches_and_parts(tmp_path):
+    answers = [Answer("a", False, 5, "<think>b</think>", 4), Answer("c", True, 2)]
+    cache = AnswerCache(tmp_path / "c.sqlite", "scope")
+    cache.put("k", answers)
+    assert cache.get("k") == answers
+    (row,) = cache.db.execute("SELECT answers FROM batches").fetchone()
+    assert json.loads(row)[1] == ["c", True, 2]  # as older versions write it
+    cache.close()
+    header = {"prompts": "p"}
+    with Part(tmp_path / "out", header, 2) as part:
+        part.add(dict(enumerate(answers)))
+    with Part(tmp_path / "out", header, 2) as part:
+        assert [answer.whole for answer in part.answers.values()] == ["<think>b</think>a", "c"]
+
+
+def test_grades_without_thoughts_are_stored_as_before():
+    assert "thought_tokens" not in TaskGrade(True, False, grade=3.0, tokens=4).to_dict()
+    known = TaskGrade(True, False, grade=3.0, tokens=4, thought_tokens=0)
+    assert TaskGrade.from_dict(known.to_dict()) == known
+
+
+def test_cut_thoughts_ask_for_more_room():
+    assert faults(Answer("", True, 9, "<think>x", 9), "1+1は？") == ("empty", "cut")
+    assert faults(Answer("", True, 9), "1+1は？") == ("empty",)
+
+
+# the study file
+
+
+def study(**sections):
+    data = {
+        "study": "s",
+        "genome": {"base_model": "a", "models": ["b"], "merge_method": "task_arithmetic"},
+        "tasks": [{"file": "t"}],
+    }
+    return validated(Study, data | sections, "file")
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"prompt": {"chat_template_kwargs": 3}}, ["chat_template_kwargs`", "mapping", "3"]),
+        ({"prompt": {"chat_template_kwargs": [1]}}, ["mapping"]),
+        ({"prompt": {"chat_template_kwargs": {"messages": []}}}, ["cannot set `messages`"]),
+        ({"prompt": {"chat_template_kwargs": {"tokenize": True}}}, ["cannot set `tokenize`"]),
+        (
+            {"prompt": {"chat_template_kwargs": {"add_generation_prompt": False}}},
+            ["add_generation_prompt"],
+        ),
+        ({"prompt": {"chat_template_kwargs": {"a b": 1}}}, ["no variable", "'a b'"]),
+        ({"prompt": {"chat_template_kwargs": {1: 1}}}, ["no variable"]),
+        ({"prompt": {"chat_template_kwargs": {"a": float("nan")}}}, ["JSON"]),
+        (
+            {"prompt": {"format": "competition", "chat_template_kwargs": {"a": 1}}},
+            ["applies only to `format: chat`"],
+        ),
+        ({"generation": {"reasoning": "yes"}}, ["generation.reasoning`", "'yes'", "auto"]),
+        ({"generation": {"reasoning": {"start": "a"}}}, ["start and an end"]),
+        ({"generation": {"reasoning": {"start": "a", "end": "a"}}}, ["same start and end"]),
+        ({"generation": {"reasoning": {"start": "a", "stop": "b"}}}, ["unknown key", "stop"]),
+        ({"generation": {"reasoning": {"start": " ", "end": "b"}}}, ["start and an end"]),
+        ({"generation": {"reasoning": True}}, ["generation.reasoning`"]),
+    ],
+)
+def test_bad_values_are_one_line(section, words):
+    with pytest.raises(StudyFileError) as error:
+        study(**section)
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_the_keys_are_stored_and_make_another_study():
+    marks = {"start": "<a>", "end": "</a>"}
+    own = study(
+        prompt={"chat_template_kwargs": {"enable_thinking": True, "n": [1, {"x": None}]}},
+        generation={"reasoning": marks},
+    )
+    stored = own.to_dict()
+    assert Study.from_dict(json.loads(json.dumps(stored))) == own
+    assert stored["generation"]["reasoning"] == marks
+    changed = changed_keys(study().to_dict(), stored)
+    assert any(key.startswith("prompt.chat_template_kwargs") for key in changed)
+    assert any(key.startswith("generation.reasoning") for key in changed)
+
+
+def test_a_variable_in_a_kwarg_is_stored_as_it_is_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("DATE", "today")
+    file = tmp_path / "s.yaml"
+    file.write_text(
+        "genome: {base_model: ./a, models: [./b], merge_method: task_arithmetic}\n"
+        "tasks: [{file: t.jsonl}]\nprompt: {chat_template_kwargs: {date: '${DATE}'}}\n"
+    )
+    own = read_study(file)
+    assert own.prompt.chat_template_kwargs == {"date": "today"}
+    assert own.to_dict()["prompt"]["chat_template_kwargs"] == {"date": "${DATE}"}
+
+
+def test_older_studies_go_on_without_looking_for_thoughts():
+    stored = study().to_dict()
+    del stored["generation"]["reasoning"], stored["prompt"]["chat_template_kwargs"]
+    assert Study.from_dict(stored).generation.reasoning is None
+    assert as_begun(study(), stored).generation.reasoning is None
+    assert changed_keys(stored, as_begun(study(), stored).to_dict()) == []
+
+
+def test_only_what_is_given_or_found_changes_keys():
+    plain, off = study(), study(generation={"reasoning": None})
+    scope = cache_scope(plain, {"a": "1"})
+    assert cache_scope(off, {"a": "1"}) == scope
+    assert cache_scope(plain, {"a": "1"}, marks=THINK) != scope
+    told = study(prompt={"chat_template_kwargs": {"enable_thinking": False}})
+    assert cache_scope(told, {"a": "1"}) != scope
+    assert repr(off.generation) == repr(plain.generation)
+    assert "reasoning" not in repr(plain.generation)
+    assert "chat_template_kwargs" not in repr(plain.prompt)
+
+
+# prompts
+
+
+def test_the_template_gets_its_variables():
+    tokenizer = thinker()
+    section = PromptSection(chat_template_kwargs={"enable_thinking": False})
+    assert make_prompter(tokenizer, section).render("い") == "い\n<think>\n\n</think>\n\n"
+    assert make_prompter(tokenizer, PromptSection()).render("い") == "い\n"
+
+
+def test_variables_that_a_template_does_not_mention_are_named():
+    assert unread_variables(thinker(), ["enable_thinking", "thinking"]) == ["thinking"]
+
+
+def test_references_follow_thoughts_that_are_closed():
+    assert THINK.closed("い\n<think>\n") == "い\n<think>\n\n</think>\n\n"
+    assert THINK.closed("い\n") == "い\n"
+
+
+# servers
+
+
+def test_a_server_gets_the_variables_and_its_thoughts_are_kept_apart():
+    pytest.importorskip("openai", reason="the extra `server` is not installed")
+    from chat_server import Server
+
+    from evomerge.answering.servers.engine import ServerEngine
+
+    replies = {
+        "1": {"text": "<think>hm</think>\n42"},
+        "2": {"text": "hm</think>42"},
+        "3": {"text": "Write <think> here."},
+        "4": {"text": "<think>hm", "finish_reason": "length"},
+    }
+    server = Server(plan=lambda number, prompt: replies[prompt[-1]])
+    with server.running() as url:
+        section = GenerationSection()
+        asks = ServerEngine(url, None, section, True, 1, {"enable_thinking": True})
+        prompts = [json.dumps([{"role": "user", "content": name}]) for name in replies]
+        found = asks.answer(prompts)
+    assert [answer.text for answer in found] == ["42", "42", "Write <think> here.", ""]
+    assert [answer.thoughts for answer in found] == [
+        "<think>hm</think>\n",
+        "hm</think>",
+        "",
+        "<think>hm",
+    ]
+    assert found[3].truncated
+    bodies = [body for path, body, _ in server.asked if path == "/v1/chat/completions"]
+    assert all(body["chat_template_kwargs"] == {"enable_thinking": True} for body in bodies)
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+def test_thoughts_that_a_server_sends_apart_are_kept(name):
+    from evomerge.answering.servers.openai_protocol import read_reply, with_thoughts
+
+    message = SimpleNamespace(content="42", **{name: "hm"})
+    usage = SimpleNamespace(
+        completion_tokens=9, completion_tokens_details=SimpleNamespace(reasoning_tokens=6)
+    )
+    reply = SimpleNamespace(
+        choices=[SimpleNamespace(message=message, finish_reason="stop")], usage=usage
+    )
+    found = with_thoughts(read_reply(reply), reply, THINK, "")
+    assert found == Answer("42", False, 9, "hm", 6)
+    assert with_thoughts(read_reply(reply), reply, None, "") == Answer("42", False, 9)
+
+
+# the runner
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt"),
+    [
+        ("<think>い</think>\nえ", "あ\n"),
+        ("い</think>え", "あ\n<think>\n"),
+        ("い</think>え", "あ\n"),
+        ("い", "あ\n<think>\n"),
+        ("い<think>う</think>え", "あ\n"),
+        ("<think>い", "あ\n"),
+        ("い", "あ\n"),
+    ],
+)
+def test_the_runner_reads_replies_as_the_engine_does(text, prompt):
+    tokenizer = thinker()
+    own = read(tokenizer, text, prompt=prompt)
+    marks = answer_tools.find_marks(tokenizer, [["[A]", "[B]"], ["<think>", "</think>"]], True)
+    assert marks == ["<think>", "</think>"]
+    tokens = tokenizer(text + "</s><pad>", add_special_tokens=False)["input_ids"]
+    replied = answer_tools.replied(tokenizer, tokens, marks)
+    assert answer_tools.split(replied, marks, prompt) == (
+        bare_thoughts(own.thoughts, THINK),
+        own.text,
+    )
+    plain = thinker(PLAIN, more=())
+    assert answer_tools.find_marks(plain, [["<think>", "</think>"]], True) is None
+    assert answer_tools.find_marks(plain, [["<think>", "</think>"]], False) is not None
+
+
+# searches and commands
+
+
+def test_a_whole_generation_in_one_pass_is_read_alike(folders):
+    models = [open_model(str(folders / name)) for name in ("base", "sibling")]
+    generation = GenerationSection(max_new_tokens=24, reasoning={"start": "<think>", "end": "う"})
+    section = EngineSection(device="cpu")
+    engine = TransformersEngine(EngineSpec(models[0], models[1:], section, generation, "float32"))
+    study = read_study(folders / "study.yaml", ["search.dtype=float32"])
+    genome = make_genome(study, 4)
+    recipes = [genome.decode([weight] * genome.dimensions) for weight in (0.25, 0.75)]
+    prompts = [f"{c}\n<think>\n" for c in CHARACTERS[:6]]
+    together = engine.batched_candidates(recipes, prompts)
+    for recipe, found in zip(recipes, together, strict=True):
+        engine.apply(recipe)
+        assert engine.answer(prompts) == found
+    assert any(answer.text for answers in together for answer in answers)
+
+
+def test_thought_tokens_are_an_objective(folders, tmp_path):
+    study = evomerge.search(
+        folders / "study.yaml",
+        storage=tmp_path / "s.db",
+        results=tmp_path / "results",
+        overrides={"objective.maximize": ["grade"], "objective.minimize": ["thought_tokens"]},
+    )
+    for record in study.records:
+        if record.state == "complete":
+            assert record.parts["thought_tokens"] >= 0
+    assert study.verdict.front.minimize == ("thought_tokens",)
+
+
+def test_thought_tokens_need_a_model_that_thinks(pair, tmp_path):
+    with pytest.raises(StudyFileError, match="a model that thinks"):
+        evomerge.search(
+            pair / "study.yaml",
+            storage=tmp_path / "s.db",
+            results=tmp_path / "results",
+            overrides={"objective": {"maximize": ["grade"], "minimize": ["thought_tokens"]}},
+        )
+
+
+def test_check_names_a_variable_that_the_template_ignores(folders):
+    found = evomerge.check(
+        folders / "study.yaml", overrides={"prompt.chat_template_kwargs": {"enable_thinkin": True}}
+    )
+    (line,) = [f for f in found if f.level == "low" and f.subject == "tokenizer"]
+    assert "`enable_thinkin`" in line.text
+    assert "\n" not in line.text
+    assert [f.text for f in found if f.subject == "reasoning"] == [
+        "thoughts are between <think> and う"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "word"), [("3", "mapping"), ("{tools: []}", "tools"), ("{a: [", "--set")]
+)
+def test_infer_refuses_bad_variables_in_one_line(folders, tmp_path, capsys, value, word):
+    options = ["--tasks", str(folders / "tasks.jsonl"), "--out", str(tmp_path / "a.jsonl")]
+    more = ["--model", str(folders / "base"), "--chat-template-kwargs", value]
+    assert main(["infer", *options, *more]) == 2
+    said = capsys.readouterr().err.strip()
+    assert word in said
+    assert "\n" not in said
