@@ -67,7 +67,7 @@ def main() -> None:
             _try(row, Path(folder), not args.no_search, args.traceback)
         rows.append(row)
         marks = " ".join(f"{step} {_mark(row.passed.get(step))}" for step in STEPS)
-        print(f"{name:28} {marks if row.made else 'not made'}  {row.reason}"[:160], flush=True)
+        print(f"{name:28} {marks if row.made else 'not made'}  {row.reason}"[:240], flush=True)
     counted = [row for row in rows if row.made]
     figures = {"types": len(counted)}
     for step in STEPS:
@@ -200,15 +200,16 @@ def check_search(folder: Path) -> None:
     tasks = [json.dumps({"input": f"{i} and {i}", "output": str(2 * i)}) for i in range(8)]
     (folder / "tasks.jsonl").write_text("\n".join(tasks) + "\n", encoding="utf-8")
     study = (
-        f"genome: {{base_model: {folder}/base, models: [{folder}/one], slice_size: 2}}\n"
+        f"genome: {{base_model: {folder}/base, models: [{folder}/one], layer_granularity: 2}}\n"
         f"tasks: [{{file: {folder}/tasks.jsonl}}]\n"
         "judge: {kind: rules}\n"
-        "search: {trials: 4, population: 4, warm_start: none, dtype: bfloat16}\n"
+        "search: {trials: 4, population: 4, warm_start_steps: 2, dtype: bfloat16}\n"
         "generation: {max_new_tokens: 4}\n"
         "engine: {device: cpu}\n"
     )
     (folder / "study.yml").write_text(study, encoding="utf-8")
-    status = evomerge(["search", str(folder / "study.yml")])
+    with contextlib.chdir(folder):  # its storage and results
+        status = evomerge(["search", "study.yml"])
     assert status == 0, f"search ended with {status}"
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from evomerge.genome.model_walk import walk
@@ -13,6 +14,32 @@ from evomerge.study import mixes_models
 
 def vector_to_recipe(space: SearchSpace, vector: Sequence[float]) -> Recipe:
     """(d,) numbers -> recipe."""
+    recipe = _decoded(space, vector)
+    return merging_outside(recipe) if space.outside == "first" else recipe
+
+
+def merging_outside(recipe: Recipe) -> Recipe:
+    """The recipe with filters that name everything, as tensors outside the text path ask for."""
+
+    def everywhere(parameters: Mapping[str, Any]) -> dict[str, Any]:
+        named: dict[str, Any] = {}
+        for key, setting in parameters.items():
+            items = setting if isinstance(setting, list) else [setting]
+            if not isinstance(items[0], Mapping):
+                items = [{"filter": "*", "value": setting}]
+            *filtered, rest = items
+            named[key] = [*filtered, {**rest, "filter": ""}]
+        return named
+
+    first, *others = recipe.slices
+    sources = []
+    for source in first.sources:
+        sources.append(replace(source, parameters=everywhere(source.parameters)))
+    first = replace(first, sources=tuple(sources), parameters=everywhere(first.parameters))
+    return replace(recipe, slices=(first, *others))
+
+
+def _decoded(space: SearchSpace, vector: Sequence[float]) -> Recipe:
     x = [float(number) for number in vector]
     assert len(x) == space.dimensions
     if space.is_alone(x):

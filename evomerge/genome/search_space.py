@@ -44,6 +44,7 @@ class SearchSpace:
     start: float = 1.0
     density_bounds: tuple[float, float] = (0.1, 1.0)
     start_density: float = 0.8
+    outside: str = "base"  # what tensors outside the text path are: the base's, or "first"
 
     @property
     def parameters(self) -> tuple[str, ...]:

@@ -164,6 +164,7 @@ def make_genome(study: Study, n_layers: int) -> Genome:
         start=_start(study, len(models), normalize),
         density_bounds=study.density_bounds,
         start_density=study.start_density,
+        outside=section.outside,
     )
 
 

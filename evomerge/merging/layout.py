@@ -12,7 +12,7 @@ from evomerge.merging.architecture.roles import Role
 from evomerge.merging.checkpoints.layers import layers_of
 from evomerge.merging.checkpoints.model_folder import ModelFolder
 from evomerge.merging.methods.registry import MergeMethod, get_method
-from evomerge.merging.settings import evaluate, names_tensor
+from evomerge.merging.settings import evaluate, filters_of
 from evomerge.merging.tensor_plan import TensorPlan, kept
 from evomerge.recipe import MethodParameter, Recipe, Slice, Source
 from evomerge.recipe.parameter_checks import check_value, check_within
@@ -130,9 +130,12 @@ class Layout:
             return False
         levels = [piece.parameters, self.recipe.parameters]
         levels += [source.parameters for source in piece.sources]
-        return not any(
-            names_tensor(setting, name) for level in levels for setting in level.values()
-        )
+        for level in levels:
+            for setting in level.values():
+                for text in filters_of(setting):
+                    if self.architecture.names_outside(text, name):
+                        return False
+        return True
 
     def plan(self, name: str) -> TensorPlan:
         """How a tensor is merged. Raises RecipeError when the method lacks a parameter."""

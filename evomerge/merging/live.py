@@ -106,7 +106,8 @@ class LiveModel:
         self._check_in_place(plan)
         states = {name: self._state(plan, name) for name in self.names}
         stale = [name for name in self.names if self._applied.get(name) != states[name]]
-        streamed, groups = [], {}
+        streamed: list[str] = []
+        groups: dict[str, list[str]] = {}
         for name in stale:
             if self._is_streamed(plan, name):
                 streamed.append(name)

@@ -25,12 +25,12 @@ def evaluate(key: str, setting: Any, name: str, t: float) -> float | bool | None
     return None
 
 
-def names_tensor(setting: Any, name: str) -> bool:
-    """Whether one of a setting's filters matches the tensor `name`; a bare number has none."""
+def filters_of(setting: Any) -> list[str]:
+    """A setting's filters, without those that stand for the rest."""
     items = [setting] if isinstance(setting, Mapping) else setting
     if not isinstance(items, list) or not isinstance(items[0], Mapping):
-        return False
-    return any(item.get("filter") == "*" or (item.get("filter") or "\0") in name for item in items)
+        return []
+    return [item["filter"] for item in items if item.get("filter") not in (None, "*")]
 
 
 def _interpolate(key: str, setting: list[Any], t: float) -> float | bool:

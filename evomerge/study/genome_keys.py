@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -122,6 +122,12 @@ class GenomeSection(Section):
         default=None,
         description="Parts of tensor names. The tensors that match each one get their own weights, "
         "as do those that match none.",
+    )
+
+    outside: Literal["base", "first"] = Field(
+        default="base",
+        description="Tensors outside the text path, such as a vision tower: the base's, or merged "
+        "like the first slice. Filters that name them decide first.",
     )
 
     @property

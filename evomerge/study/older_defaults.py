@@ -15,6 +15,7 @@ BEFORE: dict[str, dict[str, Any]] = {
         "warm_start": None,
     },
     "generation": {"reasoning": None},
+    "genome": {"outside": "base"},
 }
 # Defaults that have changed. Older studies have stored the one that they began with.
 FORMER: dict[str, dict[str, Any]] = {

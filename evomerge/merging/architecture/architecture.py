@@ -32,6 +32,7 @@ class Architecture:
     roles: Mapping[str, Role] = field(repr=False)  # of everything outside the layers
     embeddings: str = EMBED
     head: str = HEAD
+    text: frozenset[str] = field(default=frozenset(), repr=False)  # tensors of the text path
     # what transformers' model has and the files lack; None where only the names speak
     lacking: tuple[str, ...] | None = None
 
@@ -45,6 +46,14 @@ class Architecture:
                 if number.isdigit():
                     return before, int(number), dot + after
         return None
+
+    def names_outside(self, text: str, name: str) -> bool:
+        """Whether a recipe's filter names a tensor outside the text path.
+
+        One that also matches tensors of the text path, such as "mlp", means those. The empty filter
+        means everything.
+        """
+        return text in name and (not text or all(text not in inside for inside in self.text))
 
     def role(self, name: str) -> Role:
         """The role of a tensor outside the layers; an unknown one follows the first slice."""
@@ -109,7 +118,7 @@ def _by_modules(
     for group in groups:
         targets.update(dict.fromkeys(group.sources, group.target))
     one_module = described is not None or is_one_module(model.state_dict())
-    prefixes: set[str] = set()
+    prefixes, inside = set[str](), set[str]()
     roles: dict[str, Role] = {}
     embeddings = head = ""
     for name in names:
@@ -118,6 +127,8 @@ def _by_modules(
         before = None if layer is None else _before(name, layer)
         if before is not None:
             prefixes.add(before)
+            # of one layer and not of each
+            inside.add(name.replace(f"{before}{layer}.", f"{before}0."))
             continue
         if name in left_out:
             roles[name] = Role.OUTSIDE
@@ -135,7 +146,15 @@ def _by_modules(
     else:
         roles[head] = Role.LAST
     lacking = _lacking(model, groups)
-    return Architecture(_longest_first(prefixes), roles, embeddings or EMBED, head, lacking)
+    text = frozenset(name for name, role in roles.items() if role != Role.OUTSIDE)
+    return Architecture(
+        _longest_first(prefixes),
+        roles,
+        embeddings or EMBED,
+        head,
+        text | frozenset(inside),
+        lacking,
+    )
 
 
 def _lacking(model: Any, groups: Sequence[Group]) -> tuple[str, ...]:

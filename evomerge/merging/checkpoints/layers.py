@@ -39,7 +39,7 @@ def check_layers(folder: ModelFolder, by_layer: Mapping[int, set[tuple[str, str]
             where=folder.path,
             remedy="Correct config.json, or copy the model again.",
         )
-    lacking = folder.architecture.lacking
+    lacking: Sequence[str] | None = folder.architecture.lacking
     if lacking is None:
         lacking = _odd_ones(folder, by_layer, count)
     if lacking:

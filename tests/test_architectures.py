@@ -1,0 +1,240 @@
+"""Every architecture: merged on disk and live, with the weight that each tensor's role asks for."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from merging_tools import load_all
+from safetensors.torch import save_file
+
+from evomerge.cli import main
+from evomerge.genome.weights import make_genome
+from evomerge.merging.build import build_model
+from evomerge.merging.checkpoints.open_model import open_model
+from evomerge.recipe import Recipe, task_arithmetic_recipe
+from evomerge.study import Study
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import architectures
+import tiny_models
+
+ALL = os.environ.get("EVOMERGE_MODELS") == "all"
+DOZEN = [
+    *("apertus", "bloom", "deepseek_v3", "gpt2", "gpt_neox", "gpt_oss", "jamba", "lfm2"),
+    *("mixtral", "opt", "qwen3_moe", "qwen3_next"),
+]
+SOME_IMAGES = ["gemma3", "llama4", "mistral3", "qwen3_5", "qwen3_vl"]
+TYPES = [*DOZEN, *SOME_IMAGES]
+if ALL:
+    TYPES = [*architectures.text_types(), *architectures.image_types()]
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_merged_on_disk_by_the_formula_and_live_as_a_fresh_load(tmp_path, name):
+    try:
+        architectures.make(name, tmp_path)
+    except Exception as error:
+        if name in DOZEN:
+            raise
+        pytest.skip(f"transformers makes no tiny {name}: {error}")
+    architectures.check_build(tmp_path)
+    architectures.check_live(tmp_path)
+
+
+@pytest.mark.parametrize("case", ["arch_mixtral", "arch_qwen3_moe", "arch_gpt2", "arch_lfm2"])
+def test_mergekit_s_bits(shared, tmp_path, monkeypatch, case):
+    """mergekit writes some of them with other names than the inputs', so both are loaded."""
+    folder = tmp_path / case
+    shutil.copytree(shared / "golden2" / case, folder)
+    monkeypatch.chdir(folder)
+    assert main(["merge", "config.yml", "out"]) == 0
+    assert load_all(folder / "out").keys() == load_all(folder / "base").keys()
+    ours, theirs = (architectures.load(folder / name).state_dict() for name in ("out", "expected"))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
+
+
+@pytest.fixture(scope="module")
+def with_vision(tmp_path_factory):
+    """A model with a vision tower, base and one."""
+    folder = tmp_path_factory.mktemp("with_vision")
+    config = tiny_models.tiny_config("gemma3")
+    for seed, name in enumerate(("base", "one")):
+        tiny_models.make_tiny(config, folder / name, seed)
+    return folder
+
+
+def test_the_vision_tower_stays_the_base_s_where_slices_are_merged(with_vision, tmp_path):
+    out = load_all(build_model(architectures.recipe_of(with_vision), tmp_path / "out"))
+    base, one = load_all(with_vision / "base"), load_all(with_vision / "one")
+    outside = [name for name in out if "vision" in name or "projector" in name]
+    assert len(outside) > 10
+    for name in outside:
+        assert torch.equal(out[name], base[name]), name
+    layers = [name for name in out if "language_model.layers." in name or "vision" not in name]
+    assert any(not torch.equal(out[name], base[name]) for name in layers)
+    # its own layers have the text decoder's numbers too: the last slice's weight is 1.2
+    for name in out:
+        if "language_model" in name and ".layers.3." in name:
+            delta = (one[name] - base[name]) * torch.tensor(1.2).bfloat16()
+            assert torch.equal(out[name], base[name] + delta), name
+
+
+def test_whole_models_and_filters_merge_the_vision_tower_too(with_vision, tmp_path):
+    base, one = load_all(with_vision / "base"), load_all(with_vision / "one")
+    name = next(name for name in base if "vision" in name and name.endswith("fc1.weight"))
+    wanted = base[name] + (one[name] - base[name]) * torch.tensor(0.5).bfloat16()
+    paths = {model: str(with_vision / model) for model in ("base", "one")}
+    whole = {
+        "merge_method": "task_arithmetic",
+        "base_model": paths["base"],
+        "dtype": "bfloat16",
+        "models": [{"model": paths["one"], "parameters": {"weight": 0.5}}],
+    }
+    merged = load_all(build_model(Recipe.from_dict(whole), tmp_path / "whole"))
+    assert torch.equal(merged[name], wanted)
+    weight = [{"filter": "vision", "value": 0.5}, {"value": 0.9}]
+    sources = [
+        {"model": paths["one"], "layer_range": [0, 4], "parameters": {"weight": weight}},
+        {"model": paths["base"], "layer_range": [0, 4]},
+    ]
+    named = {key: whole[key] for key in ("merge_method", "base_model", "dtype")}
+    named["slices"] = [{"sources": sources}]
+    merged = load_all(build_model(Recipe.from_dict(named), tmp_path / "named"))
+    assert torch.equal(merged[name], wanted)
+
+
+def test_a_head_for_several_tokens_stays_the_base_s(tmp_path):
+    """DeepSeek stores such a head as a further layer, which transformers leaves out."""
+    config = tiny_models.tiny_config("deepseek_v3")
+    for seed, name in enumerate(("base", "one")):
+        tiny_models.make_tiny(config, tmp_path / name, seed)
+        tensors = load_all(tmp_path / name)
+        tensors["model.layers.4.eh_proj.weight"] = torch.full((2, 2), float(seed)).bfloat16()
+        save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+    architectures.check_build(tmp_path)
+    assert not load_all(tmp_path / "out")["model.layers.4.eh_proj.weight"].any()
+    architectures.check_live(tmp_path)
+
+
+def test_whole_numbers_are_copied(tmp_path):
+    architectures.make("gpt2", tmp_path)
+    for number, name in enumerate(("base", "one")):
+        tensors = load_all(tmp_path / name)
+        tensors["transformer.h.0.attn.bias"] = torch.full((1, 1, 4, 4), number, dtype=torch.uint8)
+        tensors["transformer.h.0.counter"] = torch.tensor([3 + number])
+        save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+    architectures.check_build(tmp_path)
+    out = load_all(tmp_path / "out")
+    assert out["transformer.h.0.counter"].tolist() == [3]
+    assert out["transformer.h.0.counter"].dtype == torch.int64
+
+
+def test_a_model_that_transformers_does_not_know(tmp_path, caplog):
+    """Its names have to do: the longest list of layers, everything else by the first slice."""
+    for seed, name in enumerate(("base", "one")):
+        torch.manual_seed(seed)
+        tensors = {f"core.block.{i}.w": torch.randn(4, 4).bfloat16() for i in range(4)}
+        tensors["core.odd"] = torch.randn(4).bfloat16()
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+        config = {"model_type": "somebodys", "num_hidden_layers": 4, "architectures": ["S"]}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    out = load_all(build_model(architectures.recipe_of(tmp_path), tmp_path / "out"))
+    base, one = load_all(tmp_path / "base"), load_all(tmp_path / "one")
+    for name, weight in (("core.odd", 0.7), ("core.block.1.w", 0.7), ("core.block.2.w", 1.2)):
+        delta = (one[name] - base[name]) * torch.tensor(weight).bfloat16()
+        assert torch.equal(out[name], base[name] + delta), name
+    assert "core.odd" in caplog.text
+    assert "first slice" in caplog.text
+
+
+def test_mixtures_that_do_not_fit_are_told_apart(tmp_path, capsys):
+    architectures.make("mixtral", tmp_path)
+    config = json.loads((tmp_path / "one/config.json").read_text())
+    (tmp_path / "one/config.json").write_text(json.dumps(config | {"num_local_experts": 8}))
+    (tmp_path / "r.yml").write_text(architectures.recipe_of(tmp_path).to_yaml())
+    capsys.readouterr()
+    assert main(["merge", str(tmp_path / "r.yml"), str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "`num_local_experts` is 8, the base has 4" in error
+    assert len(error.strip().splitlines()) == 1
+    (tmp_path / "one/config.json").write_text(json.dumps(config))
+    tensors = load_all(tmp_path / "one")
+    router = next(name for name in tensors if name.endswith("gate.weight"))
+    tensors[router] = torch.zeros(3, 32).bfloat16()
+    save_file(tensors, tmp_path / "one/model.safetensors", metadata={"format": "pt"})
+    assert main(["merge", str(tmp_path / "r.yml"), str(tmp_path / "out")]) == 2
+    assert router in capsys.readouterr().err
+
+
+def test_methods_that_look_at_a_whole_tensor_take_each_expert_alone(tmp_path):
+    """slerp's angle is each expert's, on disk and live."""
+    architectures.make("qwen3_moe", tmp_path)
+    models = [str(tmp_path / name) for name in ("base", "one")]
+    recipe = Recipe.from_dict(
+        {
+            "merge_method": "slerp",
+            "base_model": models[0],
+            "dtype": "bfloat16",
+            "slices": [{"sources": [{"model": m, "layer_range": [0, 4]} for m in models]}],
+            "parameters": {"t": 0.3},
+        }
+    )
+    build_model(recipe, tmp_path / "out")
+    model = architectures.load(tmp_path / "base")
+    live = architectures.LiveModel(model, open_model(models[0]), [open_model(models[1])])
+    live.apply(recipe)
+    fresh = architectures.load(tmp_path / "out").state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, fresh[name]), name
+
+
+def test_a_candidate_merges_only_the_layers_that_changed(tmp_path):
+    architectures.make("mixtral", tmp_path)
+    model = architectures.load(tmp_path / "base")
+    base, one = (open_model(str(tmp_path / name)) for name in ("base", "one"))
+    live = architectures.LiveModel(model, base, [one])
+
+    def apply(*weights):
+        slices = [(i, i + 1) for i in range(4)]
+        rows = [[weight] for weight in weights]
+        refs = str(tmp_path / "base"), [str(tmp_path / "one")]
+        live.apply(task_arithmetic_recipe(*refs, slices, rows, dtype="bfloat16"))
+
+    apply(0.5, 0.5, 0.5, 0.5)
+    written = []
+    marking = live._marking
+    live._marking = lambda name, state: (written.append(name), marking(name, state))[1]
+    apply(0.5, 0.5, 0.9, 0.5)
+    assert written
+    assert all(".layers.2." in name for name in written)
+
+
+@pytest.mark.parametrize("extra", [{}, {"filters": ["mlp"]}, {"merge_method": "slerp"}])
+def test_a_genome_says_whether_the_vision_tower_is_merged(with_vision, tmp_path, extra):
+    base, one = load_all(with_vision / "base"), load_all(with_vision / "one")
+    outside = [name for name in base if "vision" in name or "projector" in name]
+    for choice in ("base", "first"):
+        genome = {
+            "base_model": str(with_vision / "base"),
+            "models": [str(with_vision / "one")],
+            "layer_granularity": 2,
+            "outside": choice,
+            **extra,
+        }
+        study = Study.from_dict({"genome": genome, "tasks": [str(tmp_path / "t.jsonl")]})
+        decoded = make_genome(study, 4)
+        recipe = decoded.decode([0.25] * decoded.dimensions)
+        out = load_all(build_model(recipe, tmp_path / f"{choice}"))
+        moved = [name for name in outside if not torch.equal(out[name], base[name])]
+        assert moved == (outside if choice == "first" else [])
+        if choice == "first" and extra != {"merge_method": "slerp"}:
+            for name in outside:
+                delta = (one[name] - base[name]) * torch.tensor(0.25).bfloat16()
+                assert torch.equal(out[name], base[name] + delta), name
