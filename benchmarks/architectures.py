@@ -15,7 +15,6 @@ import contextlib
 import io
 import json
 import os
-import sys
 import tempfile
 import traceback
 import warnings
@@ -258,4 +257,4 @@ def _quiet() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -33,8 +33,8 @@ def render_chat(
 
 def unread_variables(tokenizer: Any, names: Iterable[str]) -> list[str]:
     """Those of the variables that the tokenizer's chat template does not mention."""
-    template = str(tokenizer.chat_template)
-    return [name for name in names if not re.search(rf"\b{re.escape(name)}\b", template)]
+    mentioned = set(re.findall(r"\w+", str(tokenizer.chat_template)))
+    return [name for name in names if name not in mentioned]
 
 
 def _filled(

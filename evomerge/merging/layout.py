@@ -9,8 +9,8 @@ from typing import Any
 from evomerge.errors import ModelError, RecipeError
 from evomerge.merging.architecture.architecture import LIKE_LLAMA, Architecture
 from evomerge.merging.architecture.roles import Role
-from evomerge.merging.checkpoints.layers import layers_of
 from evomerge.merging.checkpoints.model_folder import ModelFolder
+from evomerge.merging.checkpoints.stored_layers import layers_of
 from evomerge.merging.methods.registry import MergeMethod, get_method
 from evomerge.merging.settings import evaluate, filters_of
 from evomerge.merging.tensor_plan import TensorPlan, kept

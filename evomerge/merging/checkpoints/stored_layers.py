@@ -66,4 +66,4 @@ def _odd_ones(
     if not odd:
         return ()
     known = lacking_of(folder.config, folder.keys)
-    return odd if known is None else known
+    return () if known == () else odd
