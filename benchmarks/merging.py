@@ -3,7 +3,8 @@ JSON object.
 
 live_vs_copy: bytes per second of `LiveModel.apply` (reads base and delta, writes live) over those
 of Tensor.copy_ on the same tensors. live_vs_naive: its speed over `live.copy_(base + weight *
-delta)`. Both on the CPU, every weight changed.
+delta)`. moe_live_vs_copy: live_vs_copy for a mixture of experts, whose files have each expert's
+tensors and whose live model has them stacked. All on the CPU, every weight changed.
 build_vs_floor: time of `evomerge merge` after its imports over that of a plain script, `floor`
 below, which checks nothing.
 build_vs_mergekit: time of the whole process of mergekit-yaml over that of `evomerge merge`; null
@@ -33,7 +34,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -71,6 +72,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="evomerge-bench-") as folder:
         recipe = make_pair(Path(folder), LAYERS)
         figures = live_figures(Path(folder)) | build_figures(recipe)
+        figures |= moe_figures(Path(folder) / "moe")
         if args.deep:
             print(
                 f"{3 * LAYERS} layers: "
@@ -120,6 +122,43 @@ def live_figures(folder: Path) -> dict[str, float | None]:
         "live_vs_copy": round((3 / fast) / (2 / plain), 3),
         "live_vs_naive": round(slow / fast, 2),
     }
+
+
+def moe_figures(folder: Path) -> dict[str, float | None]:
+    """moe_live_vs_copy: three layers of Qwen3-MoE's kind, 64 experts each, 464 M parameters."""
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+    make: Any = Qwen3MoeConfig  # typed without some of its fields
+    config = make(
+        hidden_size=1024,
+        moe_intermediate_size=768,
+        intermediate_size=768,
+        num_hidden_layers=3,
+        num_experts=64,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=128,
+        vocab_size=1024,
+    )
+    for name in ("base", "one"):
+        made = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        made.save_pretrained(folder / name)
+    models = [open_model(str(folder / name)) for name in ("base", "one")]
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
+    live = LiveModel(model, models[0], [models[1]], residency="device")
+    kept = dict(live.resident.stream(live.names, deltas=True))
+    weights = itertools.count(1)
+
+    def in_place() -> None:
+        live.apply(recipe_of(folder, next(weights) / 16))
+
+    def copy() -> None:
+        for name in live.names:
+            live.live[name].data.copy_(kept[name].base)
+
+    fast, plain = medians([timed(in_place), timed(copy)])
+    print(f"mixture of experts: in place {fast:.3f} s, copy {plain:.3f} s")
+    return {"moe_live_vs_copy": round((3 / fast) / (2 / plain), 3)}
 
 
 def build_figures(recipe: Path) -> dict[str, float | None]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from evomerge.errors import ModelError, RecipeError
@@ -12,7 +13,7 @@ from evomerge.merging.architecture.roles import Role
 from evomerge.merging.checkpoints.model_folder import ModelFolder
 from evomerge.merging.checkpoints.stored_layers import layers_of
 from evomerge.merging.methods.registry import MergeMethod, get_method
-from evomerge.merging.settings import evaluate, filters_of
+from evomerge.merging.settings import evaluate, filters_of, is_filtered
 from evomerge.merging.tensor_plan import TensorPlan, kept
 from evomerge.recipe import MethodParameter, Recipe, Slice, Source
 from evomerge.recipe.parameter_checks import check_value, check_within
@@ -54,6 +55,22 @@ class Layout:
             if any(_input_layer(source, position) != i for source in position.piece.sources):
                 return True
         return len(self._layers) != n_layers
+
+    @cached_property
+    def filtered(self) -> bool:
+        """Whether some parameter has filters, so that tensors of one layer may differ."""
+        levels = [self.recipe.parameters]
+        for piece in self.recipe.slices:
+            levels += [piece.parameters, *(source.parameters for source in piece.sources)]
+        return any(is_filtered(setting) for level in levels for setting in level.values())
+
+    def one_of_each(self, names: Iterable[str]) -> list[str]:
+        """One tensor of each layer, and all outside the layers."""
+        found: dict[object, str] = {}
+        for name in names:
+            parts = self.architecture.split(name)
+            found.setdefault(name if parts is None else parts[1], name)
+        return list(found.values())
 
     @property
     def n_layers(self) -> int:

@@ -135,9 +135,21 @@ class LiveModel:
             return False
         if group.converter is None:
             return True
-        tensor = plan.tensors[planned].without_names
-        alike = all(plan.tensors[source].without_names == tensor for source in group.sources)
-        return alike and plan.elementwise(planned) and planned not in plan.draws.starts
+        if not plan.elementwise(planned) or planned in plan.draws.starts:
+            return False
+        return not plan.differs_in_a_layer or self._are_alike(plan, group)
+
+    def _are_alike(self, plan: MergePlan, group: Group) -> bool:
+        """Whether the tensors of a group are merged in one way and one dtype."""
+        first, *others = group.sources
+        tensor, dtypes = plan.tensors[first].without_names, self._dtypes(plan, first)
+        for source in others:
+            if plan.tensors[source].without_names != tensor or self._dtypes(plan, source) != dtypes:
+                return False
+        return True
+
+    def _dtypes(self, plan: MergePlan, source: str) -> tuple[torch.dtype, torch.dtype]:
+        return plan.working_dtype(source), plan.dtype(source)
 
     def plan(self, recipe: Recipe, after: MergePlan | None = None) -> MergePlan:
         """How a recipe of the loaded models is merged; `after` as for `MergePlan`.
@@ -249,7 +261,10 @@ class LiveModel:
 
     def _state(self, plan: MergePlan, name: str) -> object:
         """Everything that decides a parameter's bits."""
-        return tuple(self._state_of(plan, source) for source in self.space.group(name).sources)
+        sources = self.space.group(name).sources
+        if not plan.differs_in_a_layer:
+            sources = sources[:1]
+        return tuple(self._state_of(plan, source) for source in sources)
 
     def _state_of(self, plan: MergePlan, source: str) -> object:
         name = plan.holder(source)

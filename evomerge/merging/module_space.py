@@ -114,6 +114,8 @@ def untie(model: Any) -> None:
 def tensors_of(model: Any) -> dict[str, torch.Tensor]:
     """The parameters, and the buffers of floating-point numbers that files can store."""
     tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
+    if not hasattr(model, "base_model_prefix"):
+        return tensors
     stored = model.state_dict().keys()
     for name, buffer in model.named_buffers():
         if name in stored and name not in tensors and buffer.is_floating_point():

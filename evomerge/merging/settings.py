@@ -27,10 +27,16 @@ def evaluate(key: str, setting: Any, name: str, t: float) -> float | bool | None
 
 def filters_of(setting: Any) -> list[str]:
     """A setting's filters, without those that stand for the rest."""
-    items = [setting] if isinstance(setting, Mapping) else setting
-    if not isinstance(items, list) or not isinstance(items[0], Mapping):
+    if not is_filtered(setting):
         return []
+    items = [setting] if isinstance(setting, Mapping) else setting
     return [item["filter"] for item in items if item.get("filter") not in (None, "*")]
+
+
+def is_filtered(setting: Any) -> bool:
+    """Whether a setting is one or several filters, and not a number or a gradient."""
+    items = [setting] if isinstance(setting, Mapping) else setting
+    return isinstance(items, list) and isinstance(items[0], Mapping)
 
 
 def _interpolate(key: str, setting: list[Any], t: float) -> float | bool:

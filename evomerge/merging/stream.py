@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, reduce
 from typing import Any
 
@@ -62,6 +62,30 @@ def make_layout(recipe: Recipe, models: Mapping[str, ModelFolder]) -> Layout:
     return Layout(recipe, num_layers(donor.config), architecture, depths)
 
 
+class PlannedTensors(Mapping[str, TensorPlan]):
+    """The plans of the merged tensors, each made when it is first asked for."""
+
+    def __init__(self, names: Sequence[str], make: Callable[[str], TensorPlan]) -> None:
+        self._names, self._make = dict.fromkeys(names), make
+        self._made: dict[str, TensorPlan] = {}
+
+    def __getitem__(self, name: str) -> TensorPlan:
+        if name not in self._made:
+            if name not in self._names:
+                raise KeyError(name)
+            self._made[name] = self._make(name)
+        return self._made[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 class MergePlan:
     """The plan of a recipe on its models: names, shapes and dtypes of the merged tensors.
 
@@ -82,17 +106,25 @@ class MergePlan:
         self.recipe, self.models = recipe, models
         self.donor = models[recipe.donor]
         self.layout = make_layout(recipe, models)
-        self.names = self.layout.names(models)
-        if (
-            after is not None
-            and after.recipe.tokenizer == recipe.tokenizer
-            and after.models == models
-        ):
+        same_models = after is not None and after.models == models
+        if after is not None and same_models and after.layout.lenders == self.layout.lenders:
+            self.names = after.names
+        else:
+            self.names = self.layout.names(models)
+        if after is not None and same_models and after.recipe.tokenizer == recipe.tokenizer:
             self.vocabulary = after.vocabulary
-        self.tensors = {name: self._tensor(name) for name in self.names}
+        self.tensors = PlannedTensors(self.names, self._tensor)
         self._check_numbers()
         states = None if after is None else after.draws.states
         self.draws: Draws = Draws(random_seed, self._draw_counts(), states)
+
+    @property
+    def differs_in_a_layer(self) -> bool:
+        """Whether tensors of one layer may be merged in different ways or dtypes."""
+        method = self.layout.method
+        return (
+            self.layout.filtered or self.recipe.dtype is None or method.draws or method.samples > 0
+        )
 
     def _tensor(self, name: str) -> TensorPlan:
         """A tensor's plan; one of whole numbers stays what its lender has."""
@@ -124,7 +156,9 @@ class MergePlan:
     def _check_numbers(self) -> None:
         """Raise RecipeError where a weight is infinite in its dtype: the tensors would be NaN."""
         rounds = self.layout.method.rounds_weights
-        for name, plan in self.tensors.items():
+        names = self.names if self.layout.filtered else self.layout.one_of_each(self.names)
+        for name in names:
+            plan = self.tensors[name]
             if plan.is_copy:
                 continue
             dtype = self.working_dtype(name)
@@ -141,7 +175,10 @@ class MergePlan:
     def _draw_counts(self) -> dict[str, int]:
         """How many random numbers each tensor takes, in the order in which mergekit merges."""
         counts = {}
-        for name, plan in self.tensors.items():
+        if not self.layout.method.draws and not self.layout.method.samples:
+            return counts
+        for name in self.names:
+            plan = self.tensors[name]
             if plan.draws or plan.samples:
                 counts[name] = plan.random_numbers(torch.Size(self.shape(name)).numel())
         drawing = [name for name, count in counts.items() if count]

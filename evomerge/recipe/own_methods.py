@@ -24,7 +24,7 @@ from evomerge.recipe.mergekit_keys import BOOLEANS, PARAMETERS
 from evomerge.recipe.method_traits import METHODS, MethodParameter, MethodTraits
 
 GROUP = "evomerge.methods"
-IN_FILE = re.compile(r"(?P<file>.+\.py):(?P<function>[^\W\d]\w*)", re.ASCII)
+IN_FILE = re.compile(r"\A(?P<file>.+\.py):(?P<function>[^\W\d]\w*)", re.ASCII)
 POSITIONAL = ("base", "others", "plan", "generator")
 # what a function's `traits` may say
 TRAITS: Mapping[str, type] = {
