@@ -13,6 +13,7 @@ import torch
 
 from evomerge.errors import ModelError, RecipeError
 from evomerge.merging import quantized
+from evomerge.merging.architecture.conversion import Group
 from evomerge.merging.architecture.roles import Role
 from evomerge.merging.checkpoints.model_folder import ModelFolder, same_model
 from evomerge.merging.methods import fused

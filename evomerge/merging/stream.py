@@ -107,6 +107,7 @@ class MergePlan:
         self.donor = models[recipe.donor]
         self.layout = make_layout(recipe, models)
         same_models = after is not None and after.models == models
+        self.names: Sequence[str]
         if after is not None and same_models and after.layout.lenders == self.layout.lenders:
             self.names = after.names
         else:
@@ -122,9 +123,8 @@ class MergePlan:
     def differs_in_a_layer(self) -> bool:
         """Whether tensors of one layer may be merged in different ways or dtypes."""
         method = self.layout.method
-        return (
-            self.layout.filtered or self.recipe.dtype is None or method.draws or method.samples > 0
-        )
+        draws = method.draws or method.samples > 0
+        return draws or self.layout.filtered or self.recipe.dtype is None
 
     def _tensor(self, name: str) -> TensorPlan:
         """A tensor's plan; one of whole numbers stays what its lender has."""
@@ -174,7 +174,7 @@ class MergePlan:
 
     def _draw_counts(self) -> dict[str, int]:
         """How many random numbers each tensor takes, in the order in which mergekit merges."""
-        counts = {}
+        counts: dict[str, int] = {}
         if not self.layout.method.draws and not self.layout.method.samples:
             return counts
         for name in self.names:
