@@ -31,7 +31,7 @@ TESTS-embeddings = tests/test_retrieval.py
 TESTS-serve      = tests/test_transformers_serve.py tests/test_llm_judge_server.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo search resume test test-fuzz test-kills test-vllm $(EXTRAS:%=test-%) check docs export infer report bench real-pair two-siblings japanese-pair clean
+.PHONY: help setup demo search resume test test-fuzz test-kills test-models test-vllm $(EXTRAS:%=test-%) check docs export infer report bench real-pair two-siblings japanese-pair clean
 
 help:
 	@sed -nE 's/^([a-zA-Z-]+):.*## (.*)/make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -66,6 +66,8 @@ $(EXTRAS:%=test-%): test-%: $(VENV)/.ready-%
 	@$(if $(filter mergekit,$*),EVOMERGE_MERGEKIT_PYTHON=$(CURDIR)/$(BIN)/python) $(PYTEST) $(PARALLEL) -rs $(TESTS-$*)
 test-fuzz: $(READY) ## change every kind of input file in COUNT ways, and pump every pattern: COUNT=2000 SEED=1
 	@EVOMERGE_FUZZ=$(COUNT) $(PYTEST) $(PARALLEL) --hypothesis-seed=$(SEED) tests/test_fuzz.py tests/test_patterns.py
+test-models: $(READY) ## merge a tiny model of every type that transformers can make, on disk and live (five minutes)
+	@EVOMERGE_MODELS=all $(PYTEST) $(PARALLEL) tests/test_architectures.py
 test-kills: $(READY) ## kill a study at each of its first 200 writes (two minutes)
 	@EVOMERGE_KILLS=200 $(PYTEST) $(PARALLEL) tests/test_half_made_studies.py
 docs: $(READY) ## write docs/CLI.md, docs/STUDY_FILE.md and the study file's JSON Schema

@@ -48,7 +48,8 @@ class LiveModel:
     ) -> None:
         """`random_seed` decides what DARE drops. Raises ModelError where model and files differ."""
         self.base, self.siblings, self.random_seed = base, list(siblings), random_seed
-        stored = set(base.keys) - {base.head}
+        stored = {name for name in base.keys if base.dtype(name).is_floating_point}
+        stored -= {base.head}
         if any(folder.head in folder.keys for folder in (base, *siblings)):
             untie(model)
             stored.add(base.head)

@@ -88,7 +88,7 @@ def load_model(folder: ModelFolder, engine: EngineSection, dtype: torch.dtype) -
         ) from error
     except Exception as error:  # as above: many kinds of errors, none of them ours
         raise ModelError(
-            f"transformers cannot load the model: {error}",
+            f"transformers cannot load the model: {' '.join(str(error).split())[:400]}",
             where=folder.path,
             remedy="Check config.json.",
         ) from error

@@ -19,7 +19,6 @@ import torch
 
 from evomerge.errors import EngineError
 from evomerge.merging.adapters.lora import AdaptedModel
-from evomerge.merging.architecture.architecture import HEAD
 from evomerge.merging.checkpoints.config_defaults import config_value
 from evomerge.merging.checkpoints.model_folder import ModelFolder
 from evomerge.merging.placement import free_bytes
@@ -70,14 +69,19 @@ def host_weights_of(model: ModelFolder, dtype: torch.dtype) -> HostWeights:
     Raises EngineError for a head that an adapter unties: vLLM loads the model that it was made for.
     """
     original = model.base if isinstance(model, AdaptedModel) else model
-    if HEAD in model.keys and HEAD not in original.keys:
+    head = model.head
+    if head in model.keys and head not in original.keys:
         raise EngineError(
             "the adapter gives the head weights of its own, and vLLM keeps the base's tied one",
             where=model.ref,
             remedy="Use engine.kind: transformers.",
         )
-    tied = {HEAD} if config_value(model.config, "tie_word_embeddings") else set()
-    return HostWeights({name: model.shape(name) for name in sorted(model.keys - tied)}, dtype)
+    tied = {head} if config_value(model.config, "tie_word_embeddings") else set()
+    shapes = {}
+    for name in sorted(model.keys - tied):
+        if model.dtype(name).is_floating_point:
+            shapes[name] = model.shape(name)
+    return HostWeights(shapes, dtype)
 
 
 def _layout(

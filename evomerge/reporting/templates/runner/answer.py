@@ -14,6 +14,7 @@ import answer_tools as tools
 with tools.one_line_errors():  # these take some seconds
     import numpy as np
     import torch
+    import transformers
     import yaml
     from safetensors import safe_open
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -59,6 +60,8 @@ def layer_of(name: str, architecture: str) -> int:
     if found := re.search(r"\blayers\.(\d+)\.", name):
         return int(found[1])
     last = name.startswith(("model.norm.", "lm_head."))
+    if not last and not name.startswith("model.embed_tokens."):
+        tools.fail(f"only `evomerge merge` can merge {architecture}: name the merged folder", 1)
     return -1 if last and architecture in SETTINGS["norm_and_head_last"] else 0
 
 
@@ -192,9 +195,10 @@ def prompt(
 
 def load(model_folder: str | None, donor: str, folders: dict[str, str]):
     """The merged model, on the GPU where there is one."""
-    model = AutoModelForCausalLM.from_pretrained(
-        folders[donor], dtype=RECIPE["dtype"], use_safetensors=True
-    )
+    auto = AutoModelForCausalLM
+    if type(AutoConfig.from_pretrained(folders[donor])) not in auto._model_mapping:
+        auto = transformers.AutoModelForImageTextToText
+    model = auto.from_pretrained(folders[donor], dtype=RECIPE["dtype"], use_safetensors=True)
     model.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False)
     if not model_folder:
         merge(model, donor, folders)
