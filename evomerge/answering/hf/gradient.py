@@ -201,7 +201,8 @@ class GradientModel:
         parameter.grad = None
         for delta, slope in zip(self._deltas(name), self.slopes[name], strict=True):
             if slope:
-                product = inner(gradient[: len(delta)], delta)
+                rows = gradient if delta.ndim == 0 else gradient[: len(delta)]
+                product = inner(rows, delta)
                 for j, coefficient in slope.items():
                     total[j] += coefficient * product
 
