@@ -11,6 +11,7 @@ transformers itself cannot make, run or load again are not counted; they are nam
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import io
 import json
@@ -45,6 +46,7 @@ class Row:
     images: bool  # it has a vision tower
     made: bool = False
     passed: dict[str, bool] = field(default_factory=dict)
+    class_name: str = ""
     reason: str = ""
 
 
@@ -54,6 +56,11 @@ def main() -> None:
     )
     parser.add_argument("types", nargs="*", help="model types (all that write text)")
     parser.add_argument("--table", type=Path, help="write the table of docs/MODELS.md here")
+    parser.add_argument(
+        "--vllm-registry",
+        type=Path,
+        help="vLLM's model_executor/models/registry.py, for the table's column on vLLM",
+    )
     parser.add_argument("--no-search", action="store_true", help="build and live merge only")
     parser.add_argument("--traceback", action="store_true", help="show where a type failed")
     args = parser.parse_args()
@@ -72,7 +79,8 @@ def main() -> None:
     for step in STEPS:
         figures[step] = sum(row.passed.get(step, False) for row in counted)
     if args.table is not None:
-        args.table.write_text(table(rows), encoding="utf-8")
+        known = vllm_classes(args.vllm_registry)
+        args.table.write_text(table(rows, known), encoding="utf-8")
     print(json.dumps(figures))
 
 
@@ -111,6 +119,8 @@ def _try(row: Row, folder: Path, search: bool, show: bool) -> None:
         steps.append(("search", lambda: check_search(folder)))
     try:
         make(row.name, folder)
+        config = json.loads((folder / "base/config.json").read_text(encoding="utf-8"))
+        row.class_name = config["architectures"][0]
     except Exception as error:
         row.reason = _line(error)
         if show:
@@ -212,16 +222,27 @@ def check_search(folder: Path) -> None:
     assert status == 0, f"search ended with {status}"
 
 
-def table(rows: list[Row]) -> str:
-    """docs/MODELS.md's table."""
-    lines = [
-        "| type | reads images | merged on disk | merged live | searched |",
-        "|---|---|---|---|---|",
-    ]
+def vllm_classes(registry: Path | None) -> set[str]:
+    """The classes that vLLM's registry names."""
+    if registry is None:
+        return set()
+    classes = set()
+    for node in ast.walk(ast.parse(registry.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Dict):
+            keys = [key.value for key in node.keys if isinstance(key, ast.Constant)]
+            classes.update(key for key in keys if isinstance(key, str))
+    return classes
+
+
+def table(rows: list[Row], vllm: set[str]) -> str:
+    """The table of docs/MODELS.md."""
+    lines = ["| type | reads images | merged on disk | merged live | searched | vLLM has it |"]
+    lines.append("|---|---|---|---|---|---|")
     for row in rows:
         if row.made:
             marks = " | ".join(_mark(row.passed.get(step)) for step in STEPS)
-            lines.append(f"| {row.name} | {'yes' if row.images else ''} | {marks} |")
+            images, known = _mark(row.images), _mark(row.class_name in vllm)
+            lines.append(f"| {row.name} | {images} | {marks} | {known} |")
     return "\n".join(lines) + "\n"
 
 
