@@ -226,7 +226,7 @@ def vllm_classes(registry: Path | None) -> set[str]:
     """The classes that vLLM's registry names."""
     if registry is None:
         return set()
-    classes = set()
+    classes: set[str] = set()
     for node in ast.walk(ast.parse(registry.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Dict):
             keys = [key.value for key in node.keys if isinstance(key, ast.Constant)]

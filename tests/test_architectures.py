@@ -11,12 +11,16 @@ import torch
 from merging_tools import load_all
 from safetensors.torch import save_file
 
+from evomerge.answering.chat_template import render_chat
+from evomerge.answering.hf.loading import load_model
 from evomerge.cli import main
+from evomerge.errors import ModelError
 from evomerge.genome.weights import make_genome
 from evomerge.merging.build import build_model
 from evomerge.merging.checkpoints.open_model import open_model
+from evomerge.merging.vocabulary.tokenizer_files import open_tokenizer
 from evomerge.recipe import Recipe, task_arithmetic_recipe
-from evomerge.study import Study
+from evomerge.study import EngineSection, Study
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import architectures
@@ -238,3 +242,35 @@ def test_a_genome_says_whether_the_vision_tower_is_merged(with_vision, tmp_path,
             for name in outside:
                 delta = (one[name] - base[name]) * torch.tensor(0.25).bfloat16()
                 assert torch.equal(out[name], base[name] + delta), name
+
+
+def test_what_prepares_images_is_copied(with_vision, tmp_path):
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        (with_vision / "base" / name).write_text("{}")
+    out = build_model(architectures.recipe_of(with_vision), tmp_path / "out")
+    assert {"preprocessor_config.json", "processor_config.json"} <= {p.name for p in out.iterdir()}
+
+
+def test_templates_that_go_through_parts_get_the_text(tmp_path):
+    """As in many models that read images: a plain string would be left out letter by letter."""
+    tokenizer = tiny_models.tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{% for part in m.content %}"
+        "{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{% endfor %}"
+    )
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    opened = open_tokenizer(str(tmp_path), tmp_path)
+    turns = [{"role": "system", "content": "short"}, {"role": "user", "content": "1 and 2"}]
+    assert render_chat(opened, turns) == "[system]short[user]1 and 2"
+
+
+def test_a_type_that_transformers_does_not_know_cannot_answer(tmp_path):
+    architectures.make("llama", tmp_path)
+    config = json.loads((tmp_path / "base/config.json").read_text())
+    (tmp_path / "base/config.json").write_text(json.dumps(config | {"model_type": "somebodys"}))
+    with pytest.raises(ModelError) as caught:
+        load_model(open_model(str(tmp_path / "base")), EngineSection(device="cpu"), torch.bfloat16)
+    assert "somebodys" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1

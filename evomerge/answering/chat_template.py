@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from evomerge.errors import ModelError
@@ -39,6 +40,22 @@ def unread_variables(tokenizer: Any, names: Iterable[str]) -> list[str]:
 
 def _filled(
     tokenizer: Any, turns: list[dict[str, str]], variables: Mapping[str, Any] | None
+) -> str:
+    text = _rendered(tokenizer, turns, variables)
+    asked = turns[-1]["content"].strip()
+    if asked in text:
+        return text
+    # templates of models that read images go through parts of a turn
+    in_parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+    with suppress(Exception):
+        parted = _rendered(tokenizer, in_parts, variables)
+        if asked in parted:
+            return parted
+    return text
+
+
+def _rendered(
+    tokenizer: Any, turns: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None
 ) -> str:
     more = dict(variables or {})
     return str(

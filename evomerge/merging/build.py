@@ -24,6 +24,12 @@ __all__ = ["build_model", "parse_size"]
 GENERATION = "generation_config.json"
 # copied from the donor, where the tokenizer's owner has none
 CHAT = ("chat_template*", TEMPLATES)
+# how images and sounds are prepared, of models that read them
+PROCESSOR = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
 # copied from the model whose tokenizer the output has: another's would contradict it
 TOKENIZER = (
     "tokenizer*",
@@ -148,7 +154,7 @@ def _write_tokenizer(plan: MergePlan, folder: Path) -> None:
         _move_generation_ids(plan, folder)
     if owner is not None:
         copy_files(owner.path, (*TOKENIZER, *CHAT), folder)
-    copy_files(plan.donor.path, (GENERATION, *CHAT), folder)
+    copy_files(plan.donor.path, (GENERATION, *CHAT, *PROCESSOR), folder)
 
 
 def _move_generation_ids(plan: MergePlan, folder: Path) -> None:

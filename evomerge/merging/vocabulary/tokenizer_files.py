@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,12 @@ def open_tokenizer(
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             name, revision=revision, trust_remote_code=trust_remote_code
         )
+        if tokenizer.chat_template is None:
+            tokenizer.chat_template = _processor_template(Path(name))
+        return tokenizer
     except Exception as error:
         # OSError, ValueError, KeyError and others, by what is wrong in the files
         reason = str(error)
@@ -45,6 +49,16 @@ def open_tokenizer(
         raise ModelError(
             f"the tokenizer cannot be loaded: {reason}", where=where, remedy=remedy
         ) from error
+
+
+def _processor_template(folder: Path) -> str | None:
+    """The chat template of a folder whose processor alone has one, in the file that it once had."""
+    file = folder / "chat_template.json"
+    if not file.is_file():
+        return None
+    content = json.loads(file.read_text(encoding="utf-8"))
+    template = content.get("chat_template") if isinstance(content, dict) else None
+    return template if isinstance(template, str) else None
 
 
 def _missing_packages(folder: Path) -> list[str]:
