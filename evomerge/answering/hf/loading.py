@@ -6,15 +6,39 @@ import importlib.util
 from typing import Any
 
 import torch
-from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from evomerge.errors import EngineError, ModelError
-from evomerge.merging.architecture.empty_model import model_class
+from evomerge.merging.architecture.empty_model import empty_model, model_class
 from evomerge.merging.checkpoints.hub_kernels import refuse_hub_kernels
 from evomerge.merging.checkpoints.model_folder import ModelFolder
+from evomerge.merging.checkpoints.open_model import INDEX, SINGLE
 from evomerge.merging.vocabulary.tokenizer_files import open_tokenizer
 from evomerge.study import EngineSection
+
+
+FILES = (SINGLE, INDEX)  # by which transformers finds weights
+
+
+class LazyTensor:
+    """A tensor of a folder that transformers' loader reads when it comes to it.
+
+    It does as a slice of a safetensors file, which it has in this place otherwise.
+    """
+
+    def __init__(self, folder: ModelFolder, name: str) -> None:
+        self.folder, self.name = folder, name
+
+    def __getitem__(self, which: object) -> torch.Tensor:
+        """The part that is asked for, mostly `...`."""
+        part: torch.Tensor = self.folder.get_tensor(self.name)[which]  # type: ignore[index]
+        return part
 
 
 def context_of(config: Any) -> int | None:
@@ -66,17 +90,7 @@ def load_model(folder: ModelFolder, engine: EngineSection, dtype: torch.dtype) -
         # tensor by tensor: the unquantised model is never held as a whole
         device_map = {"": device}
     try:
-        config: Any = AutoConfig.from_pretrained(str(folder.path), trust_remote_code=trusted)
-        model: Any = model_class(config).from_pretrained(
-            str(folder.path),
-            config=config,
-            dtype=dtype,
-            device_map=device_map,
-            trust_remote_code=trusted,
-            allow_all_kernels=trusted,
-            use_safetensors=True,
-            quantization_config=quantization,
-        )
+        model = _load(folder, trusted, dtype, device_map, quantization)
         if device_map is None:
             model.to(torch.device(device))
     except torch.OutOfMemoryError as error:
@@ -86,6 +100,8 @@ def load_model(folder: ModelFolder, engine: EngineSection, dtype: torch.dtype) -
             found=device,
             remedy="Use engine.device_map: auto.",
         ) from error
+    except ModelError:
+        raise
     except Exception as error:  # as above: many kinds of errors, none of them ours
         raise ModelError(
             f"transformers cannot load the model: {error}",
@@ -93,6 +109,48 @@ def load_model(folder: ModelFolder, engine: EngineSection, dtype: torch.dtype) -
             remedy="Check config.json.",
         ) from error
     model.eval()
+    return model
+
+
+def _load(
+    folder: ModelFolder, trusted: bool, dtype: torch.dtype, device_map: Any, quantization: Any
+) -> Any:
+    config: Any = AutoConfig.from_pretrained(str(folder.path), trust_remote_code=trusted)
+    settings: dict[str, Any] = {
+        "config": config,
+        "dtype": dtype,
+        "device_map": device_map,
+        "allow_all_kernels": trusted,
+        "quantization_config": quantization,
+    }
+    if folder.is_dequantized or not any((folder.path / file).is_file() for file in FILES):
+        return _from_tensors(folder, settings)
+    return model_class(config).from_pretrained(
+        str(folder.path), trust_remote_code=trusted, use_safetensors=True, **settings
+    )
+
+
+def _from_tensors(folder: ModelFolder, settings: dict[str, Any]) -> Any:
+    """The model with the folder's tensors as we read them, one at a time.
+
+    transformers would dequantise too, but not blocks that are cut off at a weight's edge, as
+    DeepSeek-V3 has them. Raises ModelError for a type that transformers does not know.
+    """
+    made = empty_model(folder.config)
+    if made is None:
+        raise ModelError(
+            "transformers has no such model that could be filled with these weights",
+            where=folder.path,
+            found=folder.config.get("model_type"),
+            remedy="Write a plain folder first: `evomerge merge` with this model alone and "
+            "`merge_method: passthrough`.",
+        )
+    if hasattr(settings["config"], "quantization_config"):
+        del settings["config"].quantization_config
+    tensors = {name: LazyTensor(folder, name) for name in folder.keys}
+    model = type(made).from_pretrained(None, state_dict=tensors, **settings)
+    if (folder.path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(folder.path))
     return model
 
 
