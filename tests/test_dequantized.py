@@ -4,7 +4,6 @@ The references are transformers' own dequantised loads, and formulas written out
 """
 
 import json
-import logging
 import shutil
 import sys
 from itertools import pairwise
@@ -17,10 +16,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from evomerge.answering.engine import EngineSpec
 from evomerge.answering.hf.loading import load_model
-from evomerge.answering.vllm.loading import load_llm
+from evomerge.answering.vllm.engine import VllmEngine
 from evomerge.cli import main
 from evomerge.errors import ModelError
+from evomerge.merging.architecture.architecture import EMBED
 from evomerge.merging.build import build_model
 from evomerge.merging.checkpoints import dequantized as dequantized_module
 from evomerge.merging.checkpoints.dequantize import dequantize_fp8, dequantize_mxfp4, fp8_block
@@ -28,7 +29,7 @@ from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.checkpoints.safetensors_reader import SafetensorsReader
 from evomerge.merging.live import LiveModel
 from evomerge.recipe import Recipe
-from evomerge.study import EngineSection
+from evomerge.study import EngineSection, GenerationSection
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import architectures
@@ -44,7 +45,7 @@ SAYS = "weights are dequantised to bfloat16 as they are read"
 
 @pytest.fixture(autouse=True)
 def _told_anew():
-    dequantized_module._say.cache_clear()
+    dequantized_module.told.clear()
 
 
 def edit(folder, change, **config):
@@ -176,7 +177,7 @@ def test_the_numbers_are_those_of_transformers(family, name):
     """Loaded to answer, and as a plain folder that a passthrough of it writes."""
     folder = family(name)
     reference = theirs(folder / "base", name)
-    ours = load_model(open_model(str(folder / "base")), CPU, BF16)
+    ours = load_model(open_model(str(folder / "base")), CPU, BF16, merged=True)
     assert not differing(ours.state_dict(), reference.state_dict())
     assert not hasattr(ours.config, "quantization_config")
     assert ours.generation_config.eos_token_id == 1
@@ -201,7 +202,7 @@ def test_merged_by_the_formula_and_live_as_a_fresh_load(family, name, packed):
     architectures.check_build(folder)
     assert not {"quantization_config"} & json.loads((folder / "out/config.json").read_text()).keys()
     base, one = (open_model(str(folder / model)) for model in ("base", "one"))
-    live = load_model(base, CPU, BF16)
+    live = load_model(base, CPU, BF16, merged=True)
     LiveModel(live, base, [one]).apply(architectures.recipe_of(folder))
     fresh = architectures.load(folder / "out")
     assert not differing(live.state_dict(), fresh.state_dict())
@@ -266,7 +267,9 @@ def test_large_weights_are_dequantised_in_parts():
         scales = torch.rand(grid, generator=generator)
         block = fp8_block(weight.shape, grid, (128, 128))
         across = scales.repeat_interleave(block[0], 1)[:, :2500]
-        assert torch.equal(dequantize_fp8(weight, scales, block), (weight.float() * across).bfloat16())
+        assert torch.equal(
+            dequantize_fp8(weight, scales, block), (weight.float() * across).bfloat16()
+        )
 
 
 def test_every_number_of_mxfp4_is_transformers():
@@ -318,7 +321,7 @@ def test_fp8_of_compressed_tensors(family, strategy):
     wanted = load_all(folder / "plain") | to_compressed(folder / "plain", strategy)
     merged = load_all(build_model(alone(folder, "plain"), folder / "out"))
     assert not differing(merged, wanted)
-    live = load_model(open_model(str(folder / "plain")), CPU, BF16)
+    live = load_model(open_model(str(folder / "plain")), CPU, BF16, merged=True)
     assert not differing(live.state_dict(), architectures.load(folder / "out").state_dict())
 
 
@@ -358,8 +361,12 @@ def with_misfit(end):
     [
         ("qwen3", without("0.mlp.up_proj.weight_scale_inv"), r"the model is quantised \(fp8\)"),
         ("gpt_oss", without("down_proj_scales"), r"the model is quantised \(mxfp4\)"),
-        ("qwen3", with_misfit("k_proj.weight_scale_inv"), "does not fit the weights that it scales"),
-        ("gpt_oss", with_misfit("down_proj_blocks"), "does not fit the weights that it scales"),
+        (
+            "qwen3",
+            with_misfit("k_proj.weight_scale_inv"),
+            "does not fit the weights",
+        ),
+        ("gpt_oss", with_misfit("down_proj_blocks"), "does not fit the weights"),
     ],
 )
 def test_scales_that_lack_or_do_not_fit_are_one_line(family, name, change, words, capsys):
@@ -405,8 +412,10 @@ def test_a_lora_on_it_is_the_lora_on_the_dequantised_model(family):
 
 def test_vllm_is_told_to_take_a_plain_copy(family):
     base = open_model(str(family("qwen3") / "base"))
-    with pytest.raises(ModelError, match=r"vLLM would load it so.*passthrough"):
-        load_llm(base, EngineSection(kind="vllm"), "bfloat16", 0)
+    section = EngineSection(kind="vllm")
+    spec = EngineSpec(base, [base], section, GenerationSection(), "bfloat16")
+    with pytest.raises(ModelError, match=r"vLLM would load the base quantised.*passthrough"):
+        VllmEngine(spec)
 
 
 def test_a_type_that_transformers_does_not_know_is_merged_and_not_loaded(family, caplog):
@@ -414,7 +423,7 @@ def test_a_type_that_transformers_does_not_know_is_merged_and_not_loaded(family,
     edit(folder / "base", lambda tensors: tensors, architectures=None, model_type="ours")
     build_model(alone(folder), folder / "out")
     with pytest.raises(ModelError):
-        load_model(open_model(str(folder / "base")), CPU, BF16)
+        load_model(open_model(str(folder / "base")), CPU, BF16, merged=True)
 
 
 def one_shard(folder, names, index):
@@ -440,7 +449,7 @@ def test_the_only_shard_needs_no_index(family, model, index):
     one_shard(folder / model, ["model-00001-of-00001.safetensors"], index)
     out = build_model(alone(folder, model), folder / "after")
     assert not differing(load_all(out), wanted)
-    live = load_model(open_model(str(folder / model)), CPU, BF16)
+    live = load_model(open_model(str(folder / model)), CPU, BF16, merged=True)
     assert not differing(live.state_dict(), architectures.load(out).state_dict())
 
 
@@ -455,9 +464,28 @@ def test_other_shards_need_one(family):
         open_model(str(folder / "base"))
 
 
-def test_it_is_said_once(family, caplog):
-    folder = family("qwen3")
-    with caplog.at_level(logging.WARNING):
-        for _ in range(3):
-            open_model(str(folder / "base"))
-    assert [record.getMessage() for record in caplog.records] == [f"{folder / 'base'}: fp8 {SAYS}"]
+def test_it_is_said_once_as_the_first_weight_is_read(family, caplog):
+    model = open_model(str(family("qwen3") / "base"))
+    model.get_tensor(EMBED)
+    assert not caplog.records
+    for name in sorted(model.keys):
+        model.get_tensor(name)
+        open_model(model.ref).get_tensor(name)
+    assert [record.getMessage() for record in caplog.records] == [f"{model.ref}: fp8 {SAYS}"]
+
+
+def test_what_is_not_merged_is_loaded_as_transformers_loads_it(family):
+    """With float32 for the product, which is rounded where the model is merged."""
+    base = open_model(str(family("qwen3") / "base"))
+    reference = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
+    assert not differing(load_model(base, CPU, torch.float32).state_dict(), reference.state_dict())
+    merged = load_model(base, CPU, torch.float32, merged=True).state_dict()
+    for name in base.keys:
+        assert same_bits(merged[name], base.get_tensor(name).float()), name
+
+
+def test_the_map_of_devices_counts_here_too(family):
+    base = open_model(str(family("qwen3") / "base"))
+    section = EngineSection(device_map="cpu")
+    ours = load_model(base, section, BF16, merged=True)
+    assert not differing(ours.state_dict(), theirs(base.path, "qwen3").state_dict())

@@ -22,7 +22,6 @@ from evomerge.merging.checkpoints.open_model import INDEX, SINGLE
 from evomerge.merging.vocabulary.tokenizer_files import open_tokenizer
 from evomerge.study import EngineSection
 
-
 FILES = (SINGLE, INDEX)  # by which transformers finds weights
 
 
@@ -70,12 +69,16 @@ def load_tokenizer(folder: ModelFolder, trust_remote_code: bool = False) -> PreT
     return tokenizer
 
 
-def load_model(folder: ModelFolder, engine: EngineSection, dtype: torch.dtype) -> Any:
+def load_model(
+    folder: ModelFolder, engine: EngineSection, dtype: torch.dtype, merged: bool = False
+) -> Any:
     """The folder's model in `dtype`, ready to answer.
 
-    It is on the section's device, spread by its device_map, or in 4 bits. It is a PreTrainedModel,
-    whose own annotations hide `generate`. Raises EngineError: it does not fit the device, or
-    bitsandbytes is missing. ModelError: transformers cannot load it, or would run code of the hub.
+    It is on the section's device, spread by its device_map, or in 4 bits. Files in fp8 or mxfp4 are
+    dequantised where the model will be `merged`; else transformers decides by the device. It is a
+    PreTrainedModel, whose own annotations hide `generate`. Raises EngineError: it does not fit the
+    device, or bitsandbytes is missing. ModelError: transformers cannot load it, or would run code
+    of the hub.
     """
     trusted = engine.trust_remote_code
     if not trusted:
@@ -90,7 +93,13 @@ def load_model(folder: ModelFolder, engine: EngineSection, dtype: torch.dtype) -
         # tensor by tensor: the unquantised model is never held as a whole
         device_map = {"": device}
     try:
-        model = _load(folder, trusted, dtype, device_map, quantization)
+        settings = {
+            "dtype": dtype,
+            "device_map": device_map,
+            "allow_all_kernels": trusted,
+            "quantization_config": quantization,
+        }
+        model = _load(folder, trusted, merged, settings)
         if device_map is None:
             model.to(torch.device(device))
     except torch.OutOfMemoryError as error:
@@ -112,25 +121,22 @@ def load_model(folder: ModelFolder, engine: EngineSection, dtype: torch.dtype) -
     return model
 
 
-def _load(
-    folder: ModelFolder, trusted: bool, dtype: torch.dtype, device_map: Any, quantization: Any
-) -> Any:
+def _load(folder: ModelFolder, trusted: bool, merged: bool, settings: dict[str, Any]) -> Any:
     config: Any = AutoConfig.from_pretrained(str(folder.path), trust_remote_code=trusted)
-    settings: dict[str, Any] = {
-        "config": config,
-        "dtype": dtype,
-        "device_map": device_map,
-        "allow_all_kernels": trusted,
-        "quantization_config": quantization,
-    }
-    if folder.is_dequantized or not any((folder.path / file).is_file() for file in FILES):
-        return _from_tensors(folder, settings)
+    is_found = any((folder.path / file).is_file() for file in FILES)
+    requantized = settings["quantization_config"] is not None
+    if not is_found or (folder.is_dequantized and (merged or requantized)):
+        return _from_tensors(folder, config, settings)
     return model_class(config).from_pretrained(
-        str(folder.path), trust_remote_code=trusted, use_safetensors=True, **settings
+        str(folder.path),
+        config=config,
+        trust_remote_code=trusted,
+        use_safetensors=True,
+        **settings,
     )
 
 
-def _from_tensors(folder: ModelFolder, settings: dict[str, Any]) -> Any:
+def _from_tensors(folder: ModelFolder, config: Any, settings: dict[str, Any]) -> Any:
     """The model with the folder's tensors as we read them, one at a time.
 
     transformers would dequantise too, but not blocks that are cut off at a weight's edge, as
@@ -145,10 +151,10 @@ def _from_tensors(folder: ModelFolder, settings: dict[str, Any]) -> Any:
             remedy="Write a plain folder first: `evomerge merge` with this model alone and "
             "`merge_method: passthrough`.",
         )
-    if hasattr(settings["config"], "quantization_config"):
-        del settings["config"].quantization_config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     tensors = {name: LazyTensor(folder, name) for name in folder.keys}
-    model = type(made).from_pretrained(None, state_dict=tensors, **settings)
+    model = type(made).from_pretrained(None, config=config, state_dict=tensors, **settings)
     if (folder.path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(folder.path))
     return model

@@ -56,21 +56,24 @@ def refuse_others(engine: EngineSection) -> None:
             )
 
 
+def refuse_quantized_base(base: ModelFolder) -> None:
+    """Raise ModelError where vLLM would hold weights in fp8 or mxfp4, which cannot be replaced."""
+    if base.is_dequantized:
+        raise ModelError(
+            "vLLM would load the base quantised, as it is on disk, and takes no merged weights then",
+            where=base.path,
+            remedy="Write a plain folder first: `evomerge merge` with this model alone and "
+            "`merge_method: passthrough`.",
+        )
+
+
 def load_llm(base: ModelFolder, engine: EngineSection, dtype: str, seed: int) -> Any:
     """vLLM's `LLM` on the base.
 
-    Raises EngineError with vLLM's reason, ModelError where code of the hub would be run or the
-    files hold quantised weights.
+    Raises EngineError with vLLM's reason, ModelError where code of the hub would be run.
     """
     if not engine.trust_remote_code:
         refuse_hub_kernels(base.config, base.path)
-    if base.is_dequantized:
-        raise ModelError(
-            "the base is quantised, and vLLM would load it so, in which form it cannot be merged",
-            where=base.path,
-            remedy="Write it in bfloat16 first: `evomerge merge` with it alone and "
-            "`merge_method: passthrough`.",
-        )
     arguments = {key: value for key, value in engine.vllm.model_dump().items() if value is not None}
     with _environment(ENVIRONMENT):
         try:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
@@ -21,13 +21,15 @@ FP8, SCALES = "F8_E4M3", ("F32", "BF16", "F16", "F8_E8M0")  # safetensors' names
 # how fp8 lies in files: what follows a weight's name in its scales', and the ends of the names of
 # tensors for inputs and caches, which a model in bfloat16 has no use for
 ENDS = {
-    "fp8": ("_scale_inv", (".activation_scale", "_activation_scale")),
+    "fp8": ("_scale_inv", ("activation_scale",)),
     "compressed-tensors": (
         "_scale",
         (".input_scale", ".output_scale", ".q_scale", ".k_scale", ".v_scale"),
     ),
 }
 BLOCKS, MX_SCALES = "_blocks", "_scales"  # of mxfp4
+TELLING = threading.Lock()
+told = set[str]()  # references of models of which it was said that they are dequantised
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class DequantizedModel(ModelFolder):
         packed = self._packed.get(self.stored(name))
         if packed is None:
             return super().get_tensor(name)
+        _say(self.ref, "mxfp4" if packed.block is None else "fp8")
         numbers = self.source.get_tensor(packed.numbers)
         scales = self.source.get_tensor(packed.scales)
         if packed.block is None:
@@ -95,16 +98,18 @@ def dequantized(folder: ModelFolder) -> ModelFolder:
     files = {name: file for name, file in folder.files.items() if name not in dropped}
     for name, tensor in packed.items():
         files[name] = folder.files[tensor.numbers]
-    _say(folder.ref, "mxfp4" if method == "mxfp4" else "fp8")
     return DequantizedModel(
         folder.path, _plain(folder.config), files, folder.ref, source=folder, _packed=packed
     )
 
 
-@cache
 def _say(ref: str, kind: str) -> None:
-    """Tell it, once for a model."""
-    log.warning("%s: %s weights are dequantised to bfloat16 as they are read", ref, kind)
+    """Tell it, once for a model, however many threads read it."""
+    with TELLING:
+        if ref in told:
+            return
+        told.add(ref)
+        log.warning("%s: %s weights are dequantised to bfloat16 as they are read", ref, kind)
 
 
 def _in_mxfp4(folder: ModelFolder) -> dict[str, PackedTensor]:
@@ -165,11 +170,12 @@ def _is_fp8_group(group: object) -> bool:
 def _stated_block(stated: Mapping[str, Any]) -> tuple[int, int] | None:
     """The size of blocks that a configuration names, rows first."""
     sizes = [stated.get("weight_block_size")]
-    groups = stated.get("config_groups")
-    for group in (groups.values() if isinstance(groups, Mapping) else ()):
-        sizes.append(group["weights"].get("block_structure"))
+    if stated["quant_method"] == "compressed-tensors":
+        sizes = [
+            group["weights"].get("block_structure") for group in stated["config_groups"].values()
+        ]
     for size in sizes:
-        if isinstance(size, list) and len(size) == 2 and all(type(n) is int for n in size):
+        if isinstance(size, list) and [type(number) for number in size] == [int, int]:
             return (size[0], size[1]) if min(size) > 0 else None
     return None
 

@@ -25,8 +25,9 @@ COPY_MODEL = "Copy or download the model again."
 def open_model(ref: str) -> ModelFolder:
     """A local folder or a hub name, which is downloaded; `MODEL+ADAPTER` merges a LoRA in.
 
-    fp8 and mxfp4 weights are dequantised as they are read. Raises ModelError: no model there, damaged or missing files, pickled weights, files that are no
-    files, an adapter that does not fit.
+    Weights in fp8 and mxfp4 are dequantised as they are read. Raises ModelError: no model there,
+    damaged or missing files, pickled weights, files that are no files, an adapter that does not
+    fit.
     """
     model, plus, adapter = ref.partition("+")
     if plus and not Path(ref).is_dir():
