@@ -60,7 +60,7 @@ def refuse_quantized_base(base: ModelFolder) -> None:
     """Raise ModelError where vLLM would hold weights in fp8 or mxfp4, which cannot be replaced."""
     if base.is_dequantized:
         raise ModelError(
-            "vLLM would load the base quantised, as it is on disk, and takes no merged weights then",
+            "vLLM would load the base quantised, as it is on disk, and takes no merged weights",
             where=base.path,
             remedy="Write a plain folder first: `evomerge merge` with this model alone and "
             "`merge_method: passthrough`.",

@@ -68,9 +68,11 @@ def dequantize_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     experts, rows, groups, size = blocks.shape
     out = torch.empty(experts, groups * size * 2, rows, dtype=torch.bfloat16)
     numbers = torch.tensor([*E2M1, *(-number for number in E2M1)])
+    byte = torch.arange(256)
+    pairs = torch.stack([numbers[byte & 15], numbers[byte >> 4]], dim=1)
     for expert in range(experts):
-        halves = torch.stack([blocks[expert] & 15, blocks[expert] >> 4], dim=-1)
-        values = numbers[halves.int()].reshape(rows, groups, size * 2)
-        exponents = scales[expert].int() - E8M0_BIAS
-        out[expert] = torch.ldexp(values, exponents.unsqueeze(-1)).reshape(rows, -1).T
+        values = pairs.index_select(0, blocks[expert].flatten().int())
+        powers = torch.pow(2.0, scales[expert].float() - E8M0_BIAS)
+        values = values.view(rows, groups, size * 2) * powers.unsqueeze(-1)
+        out[expert] = values.reshape(rows, -1).to(torch.bfloat16).T
     return out
