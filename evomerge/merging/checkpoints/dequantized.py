@@ -154,7 +154,10 @@ def _is_plain_fp8(stated: Mapping[str, Any]) -> bool:
     groups = stated.get("config_groups")
     if stated.get("format") not in ("float-quantized", "naive-quantized") or not groups:
         return False
-    if stated.get("transform_config") or stated.get("sparsity_config"):
+    sparsity = stated.get("sparsity_config") or {"format": "dense"}
+    if stated.get("transform_config") or not isinstance(sparsity, Mapping):
+        return False
+    if sparsity.get("format") != "dense":
         return False
     return isinstance(groups, Mapping) and all(_is_fp8_group(each) for each in groups.values())
 
