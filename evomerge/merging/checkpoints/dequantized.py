@@ -117,7 +117,9 @@ def _in_mxfp4(folder: ModelFolder) -> dict[str, PackedTensor]:
     for blocks in sorted(folder.keys):
         name = blocks.removesuffix(BLOCKS)
         scales = name + MX_SCALES
-        if name == blocks or scales not in folder.keys or folder.stored_dtype(blocks) != "U8":
+        if name == blocks or scales not in folder.keys:
+            continue
+        if (folder.stored_dtype(blocks), folder.stored_dtype(scales)) != ("U8", "U8"):
             continue
         shape, grid = folder.stored_shape(blocks), folder.stored_shape(scales)
         if len(shape) != 4 or shape[:-1] != grid or shape[-1] != 16:
