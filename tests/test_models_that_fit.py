@@ -132,10 +132,15 @@ def packed(tensors, suffixes):
 
 
 QUANTISED = {
-    "fp8": (
-        {".weight": torch.float8_e4m3fn, ".weight_scale_inv": torch.float32},
+    "fp8 without scales": (
+        {".weight": torch.float8_e4m3fn},
         {"quant_method": "fp8"},
         "fp8",
+    ),
+    "fp8 of modelopt": (
+        {".weight": torch.float8_e4m3fn, ".weight_scale": torch.float32},
+        {"quant_method": "modelopt", "quant_algo": "FP8"},
+        "modelopt",
     ),
     "nf4": (
         {".weight": torch.uint8, ".weight.absmax": torch.float32},
@@ -163,8 +168,8 @@ QUANTISED = {
         {"quant_method": "compressed-tensors", "format": "pack-quantized"},
         "compressed-tensors",
     ),
-    "mxfp4": (
-        {"_blocks": torch.uint8, "_scales": torch.uint8},
+    "mxfp4 without scales": (
+        {"_blocks": torch.uint8},
         {"quant_method": "mxfp4"},
         "mxfp4",
     ),

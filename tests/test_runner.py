@@ -7,11 +7,13 @@ import ast
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,11 +30,13 @@ from runner_tools import (
     family,
     finish,
     linear_recipe,
+    loaded,
     merged,
     rows,
     run,
     task_file,
 )
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from evomerge.errors import InputError, KnowledgeError
@@ -116,6 +120,25 @@ def test_the_merge_has_evomerges_bits(family, tmp_path, dtype, normalize, siblin
     )
     assert len(theirs) > 30
     assert [name for name, tensor in theirs.items() if not same_bits(tensor, ours[name])] == []
+
+
+@pytest.mark.parametrize("quantised", ["base", "one"])
+def test_quantised_weights_are_refused_and_not_merged_as_they_are(family, tmp_path, quantised):
+    recipe = random_recipe(family, ("one",), torch.Generator().manual_seed(1), dtype="bfloat16")
+    write_runner(finish(family, recipe, "bfloat16"), tmp_path / "r", None)
+    places = {ref: str(tmp_path / Path(ref).name) for ref in recipe.models}
+    model = AutoModelForCausalLM.from_pretrained(recipe.donor, dtype=torch.bfloat16)
+    model.requires_grad_(False)
+    for ref, place in places.items():
+        shutil.copytree(ref, place)
+    tensors = load_file(tmp_path / quantised / "model.safetensors")
+    for name in [name for name in tensors if "proj" in name]:
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        if quantised == "base":
+            model.get_parameter(name).data = tensors[name]
+    save_file(tensors, tmp_path / quantised / "model.safetensors")
+    with pytest.raises(SystemExit, match=r"is quantised: evomerge export STUDY --model DIR"):
+        loaded(tmp_path / "r").merge(model, recipe.donor, places)
 
 
 @pytest.mark.parametrize("base", ["base", None])

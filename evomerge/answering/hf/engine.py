@@ -33,7 +33,8 @@ class TransformersEngine:
         if spec.engine.threads is not None:
             torch.set_num_threads(spec.engine.threads)
         self.tokenizer = load_tokenizer(spec.base, spec.engine.trust_remote_code)
-        self.model = load_model(spec.base, spec.engine, getattr(torch, spec.dtype))
+        dtype = getattr(torch, spec.dtype)
+        self.model = load_model(spec.base, spec.engine, dtype, merged=bool(spec.siblings))
         self.live = _open_live(self.model, spec) if spec.siblings else None
         self.context = context_of(self.model.config)
         ends = _end_tokens(self.model, self.tokenizer)

@@ -6,15 +6,38 @@ import importlib.util
 from typing import Any
 
 import torch
-from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from evomerge.errors import EngineError, ModelError
-from evomerge.merging.architecture.empty_model import model_class
+from evomerge.merging.architecture.empty_model import empty_model, model_class
 from evomerge.merging.checkpoints.hub_kernels import refuse_hub_kernels
 from evomerge.merging.checkpoints.model_folder import ModelFolder
+from evomerge.merging.checkpoints.open_model import INDEX, SINGLE
 from evomerge.merging.vocabulary.tokenizer_files import open_tokenizer
 from evomerge.study import EngineSection
+
+FILES = (SINGLE, INDEX)  # by which transformers finds weights
+
+
+class LazyTensor:
+    """A tensor of a folder that transformers' loader reads when it comes to it.
+
+    It does as a slice of a safetensors file, which it has in this place otherwise.
+    """
+
+    def __init__(self, folder: ModelFolder, name: str) -> None:
+        self.folder, self.name = folder, name
+
+    def __getitem__(self, which: object) -> torch.Tensor:
+        """The part that is asked for, mostly `...`."""
+        part: torch.Tensor = self.folder.get_tensor(self.name)[which]  # type: ignore[index]
+        return part
 
 
 def context_of(config: Any) -> int | None:
@@ -46,12 +69,16 @@ def load_tokenizer(folder: ModelFolder, trust_remote_code: bool = False) -> PreT
     return tokenizer
 
 
-def load_model(folder: ModelFolder, engine: EngineSection, dtype: torch.dtype) -> Any:
+def load_model(
+    folder: ModelFolder, engine: EngineSection, dtype: torch.dtype, merged: bool = False
+) -> Any:
     """The folder's model in `dtype`, ready to answer.
 
-    It is on the section's device, spread by its device_map, or in 4 bits. It is a PreTrainedModel,
-    whose own annotations hide `generate`. Raises EngineError: it does not fit the device, or
-    bitsandbytes is missing. ModelError: transformers cannot load it, or would run code of the hub.
+    It is on the section's device, spread by its device_map, or in 4 bits. Files in fp8 or mxfp4 are
+    dequantised where the model will be `merged`; else transformers decides by the device. It is a
+    PreTrainedModel, whose own annotations hide `generate`. Raises EngineError: it does not fit the
+    device, or bitsandbytes is missing. ModelError: transformers cannot load it, or would run code
+    of the hub.
     """
     trusted = engine.trust_remote_code
     if not trusted:
@@ -66,17 +93,13 @@ def load_model(folder: ModelFolder, engine: EngineSection, dtype: torch.dtype) -
         # tensor by tensor: the unquantised model is never held as a whole
         device_map = {"": device}
     try:
-        config: Any = AutoConfig.from_pretrained(str(folder.path), trust_remote_code=trusted)
-        model: Any = model_class(config).from_pretrained(
-            str(folder.path),
-            config=config,
-            dtype=dtype,
-            device_map=device_map,
-            trust_remote_code=trusted,
-            allow_all_kernels=trusted,
-            use_safetensors=True,
-            quantization_config=quantization,
-        )
+        settings = {
+            "dtype": dtype,
+            "device_map": device_map,
+            "allow_all_kernels": trusted,
+            "quantization_config": quantization,
+        }
+        model = _load(folder, trusted, merged, settings)
         if device_map is None:
             model.to(torch.device(device))
     except torch.OutOfMemoryError as error:
@@ -86,6 +109,8 @@ def load_model(folder: ModelFolder, engine: EngineSection, dtype: torch.dtype) -
             found=device,
             remedy="Use engine.device_map: auto.",
         ) from error
+    except ModelError:
+        raise
     except Exception as error:  # as above: many kinds of errors, none of them ours
         raise ModelError(
             f"transformers cannot load the model: {' '.join(str(error).split())[:400]}",
@@ -93,6 +118,45 @@ def load_model(folder: ModelFolder, engine: EngineSection, dtype: torch.dtype) -
             remedy="Check config.json.",
         ) from error
     model.eval()
+    return model
+
+
+def _load(folder: ModelFolder, trusted: bool, merged: bool, settings: dict[str, Any]) -> Any:
+    config: Any = AutoConfig.from_pretrained(str(folder.path), trust_remote_code=trusted)
+    is_found = any((folder.path / file).is_file() for file in FILES)
+    requantized = settings["quantization_config"] is not None
+    if not is_found or (folder.is_dequantized and (merged or requantized)):
+        return _from_tensors(folder, config, settings)
+    return model_class(config).from_pretrained(
+        str(folder.path),
+        config=config,
+        trust_remote_code=trusted,
+        use_safetensors=True,
+        **settings,
+    )
+
+
+def _from_tensors(folder: ModelFolder, config: Any, settings: dict[str, Any]) -> Any:
+    """The model with the folder's tensors as we read them, one at a time.
+
+    transformers would dequantise too, but not blocks that are cut off at a weight's edge, as
+    DeepSeek-V3 has them. Raises ModelError for a type that transformers does not know.
+    """
+    made = empty_model(folder.config)
+    if made is None:
+        raise ModelError(
+            "transformers has no such model that could be filled with these weights",
+            where=folder.path,
+            found=folder.config.get("model_type"),
+            remedy="Write a plain folder first: `evomerge merge` with this model alone and "
+            "`merge_method: passthrough`.",
+        )
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    tensors = {name: LazyTensor(folder, name) for name in folder.keys}
+    model = type(made).from_pretrained(None, config=config, state_dict=tensors, **settings)
+    if (folder.path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(folder.path))
     return model
 
 

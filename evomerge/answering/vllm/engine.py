@@ -28,7 +28,14 @@ from evomerge.answering.hf.loading import load_tokenizer
 from evomerge.answering.reasoning import Marks
 from evomerge.answering.reply_reader import ReplyReader
 from evomerge.answering.vllm.host_weights import host_weights_of
-from evomerge.answering.vllm.loading import BATCH, end_tokens, first_line, load_llm, refuse_others
+from evomerge.answering.vllm.loading import (
+    BATCH,
+    end_tokens,
+    first_line,
+    load_llm,
+    refuse_others,
+    refuse_quantized_base,
+)
 from evomerge.errors import EngineError
 from evomerge.merging.live import LiveModel
 from evomerge.recipe import Recipe
@@ -49,6 +56,8 @@ class VllmEngine:
     def __init__(self, spec: EngineSpec) -> None:
         """Raises EngineError: vLLM is absent or refuses its arguments; ModelError: bad files."""
         refuse_others(spec.engine)
+        if spec.siblings:
+            refuse_quantized_base(spec.base)
         if importlib.util.find_spec("vllm") is None:
             raise EngineError(
                 "vLLM is not installed",

@@ -56,6 +56,17 @@ def refuse_others(engine: EngineSection) -> None:
             )
 
 
+def refuse_quantized_base(base: ModelFolder) -> None:
+    """Raise ModelError where vLLM would hold weights in fp8 or mxfp4, which cannot be replaced."""
+    if base.is_dequantized:
+        raise ModelError(
+            "vLLM would load the base quantised, as it is on disk, and takes no merged weights",
+            where=base.path,
+            remedy="Write a plain folder first: `evomerge merge` with this model alone and "
+            "`merge_method: passthrough`.",
+        )
+
+
 def load_llm(base: ModelFolder, engine: EngineSection, dtype: str, seed: int) -> Any:
     """vLLM's `LLM` on the base.
 

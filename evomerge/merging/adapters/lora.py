@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -111,11 +110,13 @@ class AdaptedModel(ModelFolder):
         """The base's folder and the adapter's."""
         return (*self.base.places, self.adapter)
 
-    @cached_property
-    def _headers(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        return {
-            name: (self.base.shape(source(self.base, name)), self.loaded) for name in self.files
-        }
+    @property
+    def is_dequantized(self) -> bool:
+        """See `ModelFolder`."""
+        return self.base.is_dequantized
+
+    def _header(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        return self.base.shape(source(self.base, name)), self.loaded
 
     def get_tensor(self, name: str) -> torch.Tensor:
         """The merged tensor. Raises ModelError when a file is damaged."""

@@ -243,5 +243,7 @@ class _LoraPlan:
 
 def _first_dtype(base: ModelFolder) -> torch.dtype:
     """transformers' choice without a `dtype`: the first tensor's, by name, in the first file."""
+    if base.is_dequantized:
+        return torch.bfloat16
     reader = SafetensorsReader(sorted(set(base.files.values()))[0])
     return reader.dtype_or_none(reader.keys[0]) or torch.float32

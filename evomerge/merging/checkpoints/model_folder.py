@@ -35,6 +35,11 @@ class ModelFolder:
         return (self.path,)
 
     @property
+    def is_dequantized(self) -> bool:
+        """Whether its tensors are other numbers than those in the files."""
+        return False
+
+    @property
     def keys(self) -> frozenset[str]:
         """The tensors' names."""
         return frozenset(self.files)
@@ -62,11 +67,11 @@ class ModelFolder:
     @cached_property
     def _headers(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of every tensor."""
-        headers = {}
-        for name in self.files:
-            reader = self._reader(name)
-            headers[name] = (reader.shape(name), reader.dtype(name))
-        return headers
+        return {name: self._header(name) for name in self.files}
+
+    def _header(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        reader = self._reader(name)
+        return reader.shape(name), reader.dtype(name)
 
     def stored(self, name: str) -> str:
         """The name of a tensor on disk: a tied head is stored as the embeddings."""
@@ -85,6 +90,10 @@ class ModelFolder:
     def stored_dtype(self, name: str) -> str:
         """The dtype on disk by safetensors' name, also one that cannot be merged."""
         return self._reader(name).stored_dtype(name)
+
+    def stored_shape(self, name: str) -> tuple[int, ...]:
+        """The shape on disk, also of a tensor whose dtype cannot be merged."""
+        return self._reader(name).shape(name)
 
     def get_tensor(self, name: str) -> torch.Tensor:
         """The tensor as it is on disk. Raises ModelError when the file is damaged."""

@@ -9,12 +9,14 @@ from typing import Any
 from evomerge.errors import ModelError
 from evomerge.merging.adapters.lora_plan import open_lora
 from evomerge.merging.architecture.architecture import HEAD
+from evomerge.merging.checkpoints.dequantized import dequantized
 from evomerge.merging.checkpoints.folder_files import check_files, read_json
 from evomerge.merging.checkpoints.hub import find_folder, local_path
 from evomerge.merging.checkpoints.model_folder import ModelFolder
 from evomerge.merging.checkpoints.quantized_weights import refuse_quantized
 from evomerge.merging.checkpoints.safetensors_reader import SafetensorsReader
 
+ONLY_SHARD = "model-00001-of-00001.safetensors"  # which needs no index
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 NOT_WEIGHTS = ".rotary_emb.inv_freq"  # a constant that old checkpoints carry
 COPY_MODEL = "Copy or download the model again."
@@ -23,8 +25,9 @@ COPY_MODEL = "Copy or download the model again."
 def open_model(ref: str) -> ModelFolder:
     """A local folder or a hub name, which is downloaded; `MODEL+ADAPTER` merges a LoRA in.
 
-    Raises ModelError: no model there, damaged or missing files, pickled weights, files that are no
-    files, an adapter that does not fit.
+    Weights in fp8 and mxfp4 are dequantised as they are read. Raises ModelError: no model there,
+    damaged or missing files, pickled weights, files that are no files, an adapter that does not
+    fit.
     """
     model, plus, adapter = ref.partition("+")
     if plus and not Path(ref).is_dir():
@@ -42,7 +45,7 @@ def open_model(ref: str) -> ModelFolder:
     for name, file in _weight_files(path, config).items():
         if not name.endswith(NOT_WEIGHTS):
             files[name] = file
-    return ModelFolder(path, config, files, ref)
+    return dequantized(ModelFolder(path, config, files, ref))
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -75,7 +78,10 @@ def _weight_files(path: Path, config: Mapping[str, Any]) -> dict[str, Path]:
         return dict.fromkeys(SafetensorsReader(single).keys, single)
     if index.is_file():
         return _indexed_files(index, config)
-    if any(path.glob("*-of-*.safetensors")):
+    found = sorted(path.glob("*-of-*.safetensors"))
+    if [file.name for file in found] == [ONLY_SHARD]:
+        return dict.fromkeys(SafetensorsReader(found[0]).keys, found[0])
+    if found:
         raise ModelError(
             f"the folder has shards, but no {INDEX}, which lists them",
             where=path,

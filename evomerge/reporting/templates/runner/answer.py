@@ -51,7 +51,10 @@ def merge(model, donor: str, folders: dict[str, str]) -> None:
             sources = [source for source in sources if source["model"] != donor]
         inputs = []
         for ref in [source["model"] for source in sources]:
-            inputs.append(live if ref == donor else stored[ref, name].get_tensor(name).to(live))
+            inputs.append(live if ref == donor else stored[ref, name].get_tensor(name))
+        if any(tensor.element_size() < 2 for tensor in (live, *inputs)):  # fp8 and its like
+            tools.fail(f"{name} is quantised: evomerge export STUDY --model DIR, --model DIR")
+        inputs = [tensor.to(live) for tensor in inputs]
         live.copy_(merged(live, inputs, sources, linear))
 
 
