@@ -44,8 +44,8 @@ def _decoded(space: SearchSpace, vector: Sequence[float]) -> Recipe:
     assert len(x) == space.dimensions
     if space.is_alone(x):
         return _alone(space, int(-x[0]) - 1)
-    if space.method == "slerp":
-        return _slerp(space, x)
+    if METHODS[space.method].walks:
+        return _walk(space, x)
     plain = not space.filters and not space.smooth and space.tokenizer_source is None
     if space.method == "task_arithmetic" and plain:
         return _task_arithmetic(space, x)
@@ -57,15 +57,15 @@ def _alone(space: SearchSpace, model: int) -> Recipe:
     return _recipe(space, models=[{"model": space.all_models[model]}], merge_method="passthrough")
 
 
-def _slerp(space: SearchSpace, x: Sequence[float]) -> Recipe:
+def _walk(space: SearchSpace, x: Sequence[float]) -> Recipe:
     slices = []
     for (start, end), u in zip(space.slices, x, strict=True):
-        slices.append(_slerp_slice(space, start, end, u))
+        slices.append(_walk_slice(space, start, end, u))
     # whose tokenizer: the same for every u
     return _recipe(space, base_model=space.base_model or space.models[0], slices=slices)
 
 
-def _slerp_slice(space: SearchSpace, start: int, end: int, u: float) -> dict[str, Any]:
+def _walk_slice(space: SearchSpace, start: int, end: int, u: float) -> dict[str, Any]:
     """The slice at u; the walk's very end is the last edge's t = 1."""
     edges = walk(len(space.models))
     assert 0 <= u <= len(edges)
