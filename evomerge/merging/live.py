@@ -103,7 +103,7 @@ class LiveModel:
         EngineError when even streaming needs more memory than there is.
         """
         plan = self._plan = self.plan(recipe, after=self._plan)
-        self._check_in_place(plan)
+        self.check_in_place(plan)
         states = {name: self._state(plan, name) for name in self.names}
         stale = [name for name in self.names if self._applied.get(name) != states[name]]
         streamed: list[str] = []
@@ -170,7 +170,7 @@ class LiveModel:
                 self.resident.retreat()
                 names = [name for name in names if self._applied.get(name) != states[name]]
 
-    def _check_in_place(self, plan: MergePlan) -> None:
+    def check_in_place(self, plan: MergePlan) -> None:
         """Raise RecipeError for layers or rows that would leave their place."""
         if plan.layout.restacked:
             raise RecipeError(
