@@ -12,7 +12,7 @@ from merging_tools import load_all
 from safetensors.torch import save_file
 
 from evomerge.cli import main
-from evomerge.genome.weights import make_genome
+from evomerge.genome.genome import make_genome
 from evomerge.merging.build import build_model
 from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.recipe import Recipe, task_arithmetic_recipe

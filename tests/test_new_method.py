@@ -6,7 +6,7 @@ import pytest
 
 from evomerge.cli import main
 from evomerge.errors import RecipeError
-from evomerge.genome.weights import make_genome
+from evomerge.genome.genome import make_genome
 from evomerge.merging.methods import registry
 from evomerge.recipe import METHODS, MethodParameter, MethodTraits, Recipe
 from evomerge.reporting.card import ALONE, model_card

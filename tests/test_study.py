@@ -3,7 +3,7 @@ import re
 import pytest
 
 from evomerge.errors import StudyFileError
-from evomerge.genome.weights import make_genome
+from evomerge.genome.genome import make_genome
 from evomerge.study import Study, changed_keys, read_study
 from evomerge.study.section import Section
 

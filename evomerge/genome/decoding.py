@@ -138,11 +138,11 @@ def _settings(space: SearchSpace, x: Sequence[float], m: int, groups: range) -> 
 
 def _value(space: SearchSpace, x: Sequence[float], key: str, g: int, m: int, f: int) -> float:
     """What a recipe has for a number of a model."""
-    number = x[space.position(g, m, f, space.parameters.index(key))]
+    number = x[space.index_of(g, m, f, space.parameters.index(key))]
     own = METHODS[space.method].searched.get(key)
     if own is None or not own.within_density:
         return number
-    density = x[space.position(g, m, f, space.parameters.index("density"))]
+    density = x[space.index_of(g, m, f, space.parameters.index("density"))]
     return number * min(density, 1 - density)
 
 
@@ -153,7 +153,7 @@ def _shared(space: SearchSpace, x: Sequence[float], groups: range) -> dict[str, 
         settings[key] = _by_filter(
             space,
             [
-                [x[space.shared_position(g, f, q)] for g in groups]
+                [x[space.shared_index_of(g, f, q)] for g in groups]
                 for f in range(len(space.filter_sets))
             ],
         )

@@ -120,15 +120,15 @@ class SearchSpace:
             sets += (self.method, self.shared_parameters)
         return (METHODS[self.method].walks, self.smooth, self.slices, *sets)
 
-    def position(self, group: int, model: int, filter_set: int, parameter: int) -> int:
+    def index_of(self, group: int, model: int, filter_set: int, parameter: int) -> int:
         """The index of x[group, model, filter set, parameter] in the flattened vector."""
         place = group * len(self.models) + model
         place = place * len(self.filter_sets) + filter_set
         return place * len(self.parameters) + parameter
 
-    def shared_position(self, group: int, filter_set: int, parameter: int) -> int:
+    def shared_index_of(self, group: int, filter_set: int, parameter: int) -> int:
         """The index of a number that the models share; they come after all others."""
-        first = self.position(len(self.slices), 0, 0, 0)
+        first = self.index_of(len(self.slices), 0, 0, 0)
         place = group * len(self.filter_sets) + filter_set
         return first + place * len(self.shared_parameters) + parameter
 

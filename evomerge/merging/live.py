@@ -212,7 +212,7 @@ class LiveModel:
                     # rows that no token has are left unchanged
                     parameter[: len(merged)].copy_(merged)
                 else:
-                    quantized.write(parameter, merged)
+                    quantized.copy_or_quantize(parameter, merged)
 
     def _targets(self, source: str) -> list[str]:
         """The parameters that a tensor of the files becomes."""
@@ -223,7 +223,7 @@ class LiveModel:
         planned = self.planned(plan, name)
         out, tensor = self.live[name], plan.tensors[planned]
         if tensor.is_copy:
-            quantized.write(out, self._own(inputs, plan.models[tensor.inputs[0][0]]))
+            quantized.copy_or_quantize(out, self._own(inputs, plan.models[tensor.inputs[0][0]]))
             return
         method = get_method(tensor.method)
         # a sibling that is the base itself has no delta here
@@ -233,8 +233,8 @@ class LiveModel:
                 others[ref] = inputs.others[self.siblings.index(plan.models[ref])]
         if tensor.is_single_delta and not quantized.is_quantized(out):
             delta = others[tensor.siblings[0][0]]
-            kernel = fused.kernel(out.device, out.dtype, self._parameters)
-            kernel(out, inputs.base_no_neg_zero, delta, tensor.weights[0])
+            merge_into = fused.kernel(out.device, out.dtype, self._parameters)
+            merge_into(out, inputs.base_no_neg_zero, delta, tensor.weights[0])
             return
         generator = plan.generator(planned)
         if method.takes_deltas:
@@ -245,7 +245,7 @@ class LiveModel:
         else:
             tensors = {ref: others.get(ref, inputs.base) for ref, _ in tensor.inputs}
             merged = merge_tensors(tensor, tensors, generator)
-        quantized.write(out, merged)
+        quantized.copy_or_quantize(out, merged)
 
     def _state(self, plan: MergePlan, name: str) -> object:
         """Everything that decides a parameter's bits."""

@@ -182,8 +182,8 @@ def reference_labels(snapshot: StudySnapshot) -> dict[int, str]:
     names = reference_names(snapshot.genome, snapshot.study.search.uniform)
     labels = {}
     for record in snapshot.records:
-        if record.role in REFERENCES and record.weights in names:
-            labels[record.number] = names[record.weights]
+        if record.role in REFERENCES and record.vector in names:
+            labels[record.number] = names[record.vector]
     return labels
 
 
@@ -195,7 +195,7 @@ def as_json(snapshot: StudySnapshot, pareto: bool = False) -> dict[str, Any]:
         "winner": snapshot.winner.number,
         "best": snapshot.winner.number,  # its name in version 0.1
         "unbeaten": snapshot.unbeaten,
-        "trials": [shown_fields(r) | {"weights": r.weights} for r in snapshot.records],
+        "trials": [shown_fields(r) | {"weights": r.vector} for r in snapshot.records],
         "verdict": None if snapshot.verdict is None else snapshot.verdict.to_dict(),
     }
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evomerge.errors import StudyFileError
-from evomerge.genome.weights import Genome
+from evomerge.genome.genome import Genome
 from evomerge.merging.layout import Layout
 from evomerge.recipe import METHODS, Recipe, read_recipe
 from evomerge.study import Study

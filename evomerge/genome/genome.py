@@ -97,7 +97,7 @@ class Genome(SearchSpace):
             weights = set()
             for g in range(len(self.slices)):
                 for f in range(len(self.filter_sets)):
-                    weights.add(vector[self.position(g, m, f, 0)])
+                    weights.add(vector[self.index_of(g, m, f, 0)])
             if len(weights) > 1:
                 return False
             if ref in self.siblings:
