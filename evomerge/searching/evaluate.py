@@ -21,7 +21,7 @@ from evomerge.answering.prompts import Prompter
 from evomerge.console import Console
 from evomerge.judging.grade import Grade, Judge
 from evomerge.recipe import Recipe
-from evomerge.searching.grading import PendingEvaluation
+from evomerge.searching.judge_answers import PendingEvaluation
 from evomerge.searching.prefetch import Item, Prefetcher
 from evomerge.tasks import Task
 

@@ -14,7 +14,7 @@ from typing import Protocol, TypeAlias
 from evomerge.answering.cache import MERGED
 from evomerge.errors import EngineError
 from evomerge.recipe import Recipe
-from evomerge.searching.grading import PendingEvaluation
+from evomerge.searching.judge_answers import PendingEvaluation
 from evomerge.searching.ledger import Ledger
 from evomerge.searching.prepare import Problem
 from evomerge.searching.samplers.cma import Slot

@@ -1,4 +1,4 @@
-"""Grading: here every answer of a study goes to its judge, batch by batch, and comes back graded.
+"""Here every answer of a study goes to its judge, batch by batch, and comes back graded.
 
 A judge that waits for a server grades one batch while the next one is answered.
 """
