@@ -9,8 +9,8 @@ vectors give two different recipes.
 Parameters that the models share, such as nearswap's t, come after all others, as x[group, filter
 set, parameter]. A parent that no merge of the method gives has a vector outside all ranges.
 
-From here to a tensor: `search_space.py` (the order of the numbers), `decoding.py` (vector to recipe),
-`merging/layout.py` (`Layout.position` and `plan`: from a tensor to its slice and sources),
+From here to a tensor: `search_space.py` (the order of the numbers), `decoding.py` (vector to
+recipe), `merging/layout.py` (`Layout.position` and `plan`: from a tensor to its slice and sources),
 `merging/settings.py` (`evaluate`: filters and gradients).
 
 della's epsilon is a share of what the density leaves it, so that every vector has a recipe; with
