@@ -96,7 +96,7 @@ def record(number, grades, **more):
         "index": None,
         "role": "parent",
         "state": "complete",
-        "weights": (float(number),),
+        "vector": (float(number),),
         "score": 1.0,
         "stderr": None,
         "n": len(grades),
