@@ -56,7 +56,7 @@ SAMPLES = [
 class Trial:
     number: int
     role: str
-    weights: tuple[float, ...]
+    vector: tuple[float, ...]
     score: float | None = None
     stderr: float | None = None
     state: str = "complete"
