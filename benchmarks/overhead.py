@@ -27,7 +27,7 @@ from evomerge.answering.cache import AnswerCache
 from evomerge.answering.engine import Answer
 from evomerge.answering.prompts import Prompter
 from evomerge.console import Console
-from evomerge.genome.weights import Genome, make_genome
+from evomerge.genome.genome import Genome, make_genome
 from evomerge.judging.grade import Grade
 from evomerge.recipe import Recipe
 from evomerge.searching.assemble import judged_search

@@ -28,7 +28,7 @@ from evomerge.answering.cache import AnswerCache
 from evomerge.answering.engine import Answer
 from evomerge.answering.prompts import Prompter
 from evomerge.console import Console
-from evomerge.genome.weights import make_genome
+from evomerge.genome.genome import make_genome
 from evomerge.judging.llm.judge import LlmJudge
 from evomerge.recipe import Recipe
 from evomerge.searching.assemble import judged_search

@@ -156,7 +156,7 @@ def trial(number: int, generation: int, w: Array, value: Array) -> TrialRecord:
         index=number - generation * make_sampler(0).population,
         role="candidate",
         state="complete",
-        weights=tuple(w.tolist()),
+        vector=tuple(w.tolist()),
         score=float(value[0]),
         stderr=None,
         n=TASKS,

@@ -22,7 +22,7 @@ def winner(search: Search) -> tuple[float, ...]:
     """The vector that the verdict was about."""
     found = search.ledger.history().trial(search.ledger.facts.compared["winner"])
     assert found is not None
-    return found.weights
+    return found.vector
 
 
 def unseen(search: Search, vector: Sequence[float]) -> dict[str, float]:

@@ -184,8 +184,8 @@ def finish(family, recipe=None, dtype="float32", prompt=None, verdict=VERDICT, *
     recipe = recipe or random_recipe(
         family, ("one", "two"), torch.Generator().manual_seed(3), dtype=dtype
     )
-    genome = SimpleNamespace(decode=lambda weights: recipe)
-    winner = SimpleNamespace(number=7, role="candidate", weights=())
+    genome = SimpleNamespace(decode=lambda vector: recipe)
+    winner = SimpleNamespace(number=7, role="candidate", vector=())
     return StudySnapshot(
         SimpleNamespace(name="demo", facts=StudyFacts()), study, genome, [], winner, verdict
     )

@@ -13,7 +13,7 @@ from evomerge.answering.engine import Answer
 from evomerge.answering.prompts import Prompter
 from evomerge.console import Console
 from evomerge.errors import EngineError
-from evomerge.genome.weights import make_genome
+from evomerge.genome.genome import make_genome
 from evomerge.judging.grade import Grade
 from evomerge.searching.assemble import judged_search
 from evomerge.searching.ledger import open_ledger
@@ -155,5 +155,5 @@ def trials(search):
     """What must be equal between a run that was cut and one that was not."""
     done = [r for r in search.ledger.records() if r.state == "complete"]
     return [
-        (r.role, r.generation, r.index, r.weights, r.score, r.stderr, r.n, r.grades) for r in done
+        (r.role, r.generation, r.index, r.vector, r.score, r.stderr, r.n, r.grades) for r in done
     ]

@@ -68,7 +68,7 @@ def test_a_ledger_reads_what_it_wrote(url):
     ledger.start("mean", NUMBERS.values(), 2)
     assert ledger.mark_interrupted() == 1
     done, stale = ledger.records()
-    assert (done.weights, done.score, done.stderr) == (tuple(NUMBERS.values()), 4.25, None)
+    assert (done.vector, done.score, done.stderr) == (tuple(NUMBERS.values()), 4.25, None)
     assert (done.grades, done.parts, done.tokens) == (grades, {"grade": 4}, 12)
     assert (stale.state, stale.reason, stale.slot) == ("failed", INTERRUPTED, (2, None))
     assert ledger.history().candidates == (done,)

@@ -97,7 +97,7 @@ def test_trials_are_the_table_of_trials(searched):
     assert found.best.score == candidates.score.max()
     assert found.winner.number in frame.number.tolist()
     assert [tuple(row) for row in frame.filter(like="weight ").to_numpy()] == [
-        r.weights for r in found.records
+        r.vector for r in found.records
     ]
 
 

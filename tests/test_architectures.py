@@ -15,7 +15,7 @@ from evomerge.answering.chat_template import render_chat
 from evomerge.answering.hf.loading import load_model
 from evomerge.cli import main
 from evomerge.errors import ModelError
-from evomerge.genome.weights import make_genome
+from evomerge.genome.genome import make_genome
 from evomerge.merging.build import build_model
 from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.vocabulary.tokenizer_files import open_tokenizer

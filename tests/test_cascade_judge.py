@@ -21,7 +21,7 @@ from test_llm_judge_study import Steady
 
 from evomerge.cli import main
 from evomerge.errors import JudgePaused
-from evomerge.genome.weights import make_genome
+from evomerge.genome.genome import make_genome
 from evomerge.judging.cascade import (
     FEWEST,
     CascadeJudge,
@@ -303,7 +303,7 @@ def halves(search, judge):
         rows = sorted((r for r in done if r.generation == g), key=lambda r: r.index)
         whole = []
         for r in rows:
-            search.evaluator.engine.apply(search.genome.decode(r.weights))
+            search.evaluator.engine.apply(search.genome.decode(r.vector))
             tasks = [every[t] for t in r.grades]
             whole.append(
                 np.mean(
@@ -353,7 +353,7 @@ def test_scores_stand_on_the_expensive_judge_s_level(tmp_path):
     search.run()
     every, gaps = {str(task.task_id): task for task in search.split.search}, []
     for r in [r for r in search.ledger.records() if r.role == "candidate"]:
-        engine.apply(search.genome.decode(r.weights))
+        engine.apply(search.genome.decode(r.vector))
         answers = engine.answer([every[t].input for t in r.grades])
         gaps.append(
             r.score

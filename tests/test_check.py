@@ -8,6 +8,7 @@ import socket
 import pytest
 import yaml
 from chat_server import Server, status
+from safetensors.torch import load_file, save_file
 
 import evomerge
 from evomerge.cli import main
@@ -82,6 +83,67 @@ def test_what_search_refuses_check_finds(place, settings):
         assert texts
     arguments = [part for setting in settings for part in ("--set", setting)]
     assert main(["check", str(place / "study.yaml"), *arguments]) == 2
+
+
+def set_in_configs(**keys):
+    """A change of both models' config.json."""
+
+    def change(place):
+        for name in ("base", "instruct"):
+            path = place / name / "config.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+
+    return change
+
+
+def change_tensors(change, *names):
+    """A change of the tensors that some of the models have."""
+
+    def rewritten(place):
+        for name in names:
+            path = place / name / "model.safetensors"
+            tensors = load_file(path)
+            change(tensors)
+            save_file(tensors, path, metadata={"format": "pt"})
+
+    return rewritten
+
+
+def without_one(tensors):
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+
+
+def with_one_more(tensors):
+    tensors["model.layers.1.mlp.more.weight"] = tensors["model.layers.1.mlp.up_proj.weight"] + 1
+
+
+def with_another_shape(tensors):
+    tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.norm.weight"].clone()
+
+
+UNFIT = {
+    "a sibling that lacks a tensor": change_tensors(without_one, "instruct"),
+    "models that lack a tensor": change_tensors(without_one, "base", "instruct"),
+    "models with a tensor too many": change_tensors(with_one_more, "base", "instruct"),
+    "models with a tensor of another shape": change_tensors(with_another_shape, "base", "instruct"),
+    "a type that transformers does not know": set_in_configs(model_type="unheard"),
+    "more layers than there are": set_in_configs(num_hidden_layers=6),
+    "fewer layers than there are": set_in_configs(num_hidden_layers=2),
+    "another width": set_in_configs(hidden_size=48),
+    "another vocabulary": set_in_configs(vocab_size=999),
+}
+
+
+@pytest.mark.parametrize("change", UNFIT.values(), ids=UNFIT)
+def test_models_that_cannot_be_merged_are_found(place, change):
+    assert not wrong(place)
+    change(place)
+    (found,) = wrong(place)
+    assert found.subject in ("fit", "slices", "search")
+    with pytest.raises(EvomergeError):
+        evomerge.search(
+            place / "study.yaml", storage=place / "s.db", results=place / "r", console=quiet()
+        )
 
 
 def test_check_writes_nothing(place):

@@ -1,5 +1,6 @@
 """The documentation says what the program says."""
 
+import ast
 import importlib.util
 import re
 import sys
@@ -47,6 +48,23 @@ def test_every_path_in_the_architecture_page_exists():
     named = re.findall(r"`((?:[a-z_]+/)*[a-z_]+(?:/|\.py))`", text)
     places = [ROOT, ROOT / "evomerge", *(ROOT / "evomerge").glob("*/")]
     assert not [name for name in named if not any((place / name).exists() for place in places)]
+
+
+def test_every_function_in_the_life_of_a_candidate_exists():
+    members, functions = set(), set()
+    for path in (ROOT / "evomerge").rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            functions.add(getattr(node, "name", None))
+            for member in node.body if isinstance(node, ast.ClassDef) else ():
+                if isinstance(member, ast.FunctionDef):
+                    members.add(f"{node.name}.{member.name}")
+    text = (DOCS / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    life = text.split("## The life of a candidate")[1].split("## The packages")[0]
+    named = re.findall(r"`([A-Z][A-Za-z]+)\.(\w+)`((?:, `\w+`)*)", life)
+    assert len(named) > 15
+    for name, member, others in named:
+        for each in (member, *re.findall(r"\w+", others)):
+            assert f"{name}.{each}" in members or each in functions, f"{name}.{each}"
 
 
 def test_the_version_is_the_changelog_s_newest():

@@ -86,7 +86,7 @@ def test_a_reference_that_nothing_beats_wins(tmp_path, best, name, validation):
     verdict = search.run()
     history, facts = search.ledger.history(), search.ledger.facts
     winner = history.trial(facts.compared["winner"])
-    assert (winner.role in ("parent", "uniform"), winner.weights) == (True, (best,) * 4)
+    assert (winner.role in ("parent", "uniform"), winner.vector) == (True, (best,) * 4)
     assert verdict.unbeaten == name
     assert verdict.leads["found"].low > 0, "the search's own merge is compared too"
     assert facts.compared["found"] == history.mean.number

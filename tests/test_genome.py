@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from merging_tools import load_all, make_family
 
 from evomerge.cli import main
+from evomerge.genome.genome import make_genome, walk
 from evomerge.genome.search_space import model_names
-from evomerge.genome.weights import make_genome, walk
 from evomerge.merging.stream import MergePlan, open_recipe
 from evomerge.recipe import METHODS, Recipe, task_arithmetic_recipe
 from evomerge.study import GenomeSection, SearchSection, Study, TaskSource

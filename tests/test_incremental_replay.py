@@ -83,12 +83,12 @@ def step(own, ledger, other, rng):
     kind = rng.random()
     if kind < 0.1:
         trial = writer.start("uniform", [rng.random()] * D)
-        writer.finish(trial, outcome(trial.weights, rng))
+        writer.finish(trial, outcome(trial.vector, rng))
         return
     if kind < 0.15:
         complete, (mean,) = own.means(history)
         trial = writer.start("mean", mean.tolist(), complete)
-        writer.finish(trial, outcome(trial.weights, rng))
+        writer.finish(trial, outcome(trial.vector, rng))
         return
     trial = writer.start("candidate", own.draw(history, slot).tolist(), slot.generation, slot.index)
     if kind < 0.25:
@@ -98,11 +98,11 @@ def step(own, ledger, other, rng):
     elif kind < 0.4:  # two at once: the later one ends first
         after = writer.start("uniform", [rng.random()] * D)
         ledger.history()
-        writer.finish(after, outcome(after.weights, rng))
+        writer.finish(after, outcome(after.vector, rng))
         ledger.history()
-        writer.finish(trial, outcome(trial.weights, rng))
+        writer.finish(trial, outcome(trial.vector, rng))
     else:
-        writer.finish(trial, outcome(trial.weights, rng))
+        writer.finish(trial, outcome(trial.vector, rng))
 
 
 SETTINGS = {
@@ -166,7 +166,7 @@ def test_an_earlier_history_is_still_what_it_was(tmp_path):
         slot = own.next_slot(history)
         kept.append((history, history.trials, slot, own.draw(history, slot).tolist()))
         trial = ledger.start("candidate", kept[-1][3], slot.generation, slot.index)
-        ledger.finish(trial, outcome(trial.weights, None))
+        ledger.finish(trial, outcome(trial.vector, None))
     for history, records, slot, drawn in kept:
         same_history(history, records)
         assert own.draw(history, slot).tolist() == drawn

@@ -23,7 +23,7 @@ from evomerge.answering.hf.gradient import GradientModel
 from evomerge.answering.hf.teaching import divergences, next_tokens
 from evomerge.console import Console
 from evomerge.errors import StudyFileError
-from evomerge.genome.weights import Genome
+from evomerge.genome.genome import Genome
 from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.live import LiveModel
 from evomerge.searching.ledger import Ledger
@@ -176,7 +176,7 @@ def test_a_search_without_references_begins_where_the_parents_lead(untold, monke
     found, facts, said = searched(untold, "straight")
     assert "4 gradient steps on the divergence from each task's better parent" in said
     first = next(r for r in found.records if r.role == "candidate")
-    assert first.weights == facts.start.mean
+    assert first.vector == facts.start.mean
     remember = Ledger.remember
 
     def killed(self, key, value):

@@ -21,7 +21,7 @@ from evomerge.merging.live import LiveModel
 from evomerge.merging.methods import fused
 from evomerge.merging.methods.deltas import add_weighted_into
 from evomerge.merging.stream import merged_tensors, open_recipe
-from evomerge.recipe import BUILT_IN, METHODS, Recipe, task_arithmetic_recipe
+from evomerge.recipe import METHODS, Recipe, task_arithmetic_recipe
 
 RESIDENCIES = ("device", "host", "disk")
 
@@ -124,7 +124,7 @@ def method_recipe(family, method, **top):
     return Recipe.from_dict(data | {"parameters": parameters} | top)
 
 
-@pytest.mark.parametrize("method", BUILT_IN)
+@pytest.mark.parametrize("method", [*METHODS])
 @pytest.mark.parametrize("residency", RESIDENCIES)
 def test_every_method_from_everywhere(tmp_path, method, residency):
     """In between stands another method, which keeps weights where this one keeps deltas, or the

@@ -66,7 +66,7 @@ def outcome(folder):
     finished = load_snapshot(f"sqlite:///{folder}/s.db", "tiny")
     done = [r for r in finished.records if r.state == "complete"]
     return [
-        (r.role, r.generation, r.index, r.weights, r.score, r.grades) for r in done
+        (r.role, r.generation, r.index, r.vector, r.score, r.grades) for r in done
     ], finished.verdict
 
 

@@ -16,7 +16,7 @@ from evomerge.answering.lm_eval.harness import LmEvalRunner
 from evomerge.cli import main
 from evomerge.console import Console
 from evomerge.errors import InputError, StudyError, StudyFileError, TaskError
-from evomerge.genome.weights import make_genome
+from evomerge.genome.genome import make_genome
 from evomerge.merging.build import build_model
 from evomerge.searching.open_search import open_search
 from evomerge.searching.samplers.make_sampler import make_sampler

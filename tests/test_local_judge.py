@@ -314,7 +314,7 @@ def test_two_runs_of_a_study_that_it_judges_are_equal(pair, judge_folder, tmp_pa
         finished = load_snapshot(url, "tiny")
         assert finished.ledger.facts.judge == f"local:judge {judge.version}"
         outcomes.append(
-            ([(r.role, r.weights, r.grades) for r in finished.records], finished.verdict)
+            ([(r.role, r.vector, r.grades) for r in finished.records], finished.verdict)
         )
     assert outcomes[0] == outcomes[1]
     grades = [g.grade for _, _, found in outcomes[0][0] for g in found.values()]

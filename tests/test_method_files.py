@@ -210,7 +210,7 @@ def test_a_study_searches_its_numbers_and_notices_a_change(pair, tmp_path):
     found = search(pair, tmp_path, trials=4)
     names = found.study.genome.merge_method
     assert names == f"{tmp_path.resolve()}/clipped.py:clipped"
-    drawn = [record.weights for record in found.records if record.role == "candidate"]
+    drawn = [record.vector for record in found.records if record.role == "candidate"]
     slices = len(drawn[0]) // 2
     assert all(0 <= number <= 1 for row in drawn for number in row[slices:])
     assert (tmp_path / "results").rglob("best.yaml")

@@ -41,22 +41,8 @@ VALUES = {
     "r": SMALL_OR_LARGE,
     "alpha": SMALL_OR_LARGE,
 }
-ADDED = [
-    "passthrough",
-    "nuslerp",
-    "multislerp",
-    "karcher",
-    "della",
-    "della_linear",
-    "breadcrumbs",
-    "breadcrumbs_ties",
-    "model_stock",
-    "sce",
-    "nearswap",
-    "arcee_fusion",
-    "ram",
-    "ramplus_tl",
-]
+ELSEWHERE = {"task_arithmetic", "ties", "dare_ties", "dare_linear", "linear", "slerp"}  # tested
+ADDED = [name for name, traits in METHODS.items() if traits.built_in and name not in ELSEWHERE]
 
 
 @dataclass(frozen=True)

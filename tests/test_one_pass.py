@@ -37,7 +37,7 @@ def search(pair, tmp_path, name, *settings):
 
 
 def outcomes(finished):
-    return [(r.role, r.generation, r.index, r.weights, r.score, r.grades) for r in finished.records]
+    return [(r.role, r.generation, r.index, r.vector, r.score, r.grades) for r in finished.records]
 
 
 @pytest.fixture

@@ -166,17 +166,17 @@ def test_a_study_searches_it(pair, tmp_path):
     found = search(pair, tmp_path / "own", "halved")
     plain = search(pair, tmp_path / "plain", "task_arithmetic")
     assert found.recipe.merge_method == "halved"
-    drawn = [[r.weights for r in s.records if r.role == "candidate"] for s in (found, plain)]
+    drawn = [[r.vector for r in s.records if r.role == "candidate"] for s in (found, plain)]
     assert len(drawn[0]) == 4
     assert drawn[0] == drawn[1]
-    (base_record,) = (r for r in found.records if not any(r.weights))
-    assert base_record.score == next(r.score for r in plain.records if not any(r.weights))
+    (base_record,) = (r for r in found.records if not any(r.vector))
+    assert base_record.score == next(r.score for r in plain.records if not any(r.vector))
     again = evomerge.load_study("tiny", storage=tmp_path / "own" / "studies.db")
     assert again.study.genome.merge_method == "halved"
     assert again.to_json() == found.to_json()
     built = load_all(found.build_model(tmp_path / "model", console=Console(io.StringIO())))
     base, other = load_all(pair / "base"), load_all(pair / "instruct")
-    weight = found.winner.weights[0]
+    weight = found.winner.vector[0]
     name = "model.layers.0.mlp.up_proj.weight"
     delta = (other[name].float() - base[name].float()).double()
     wanted = (base[name].double() + 0.5 * weight * delta).float()

@@ -96,7 +96,7 @@ def record(number, grades, **more):
         "index": None,
         "role": "parent",
         "state": "complete",
-        "weights": (float(number),),
+        "vector": (float(number),),
         "score": 1.0,
         "stderr": None,
         "n": len(grades),
@@ -185,7 +185,7 @@ def test_every_trial_records_each_objective(tmp_path):
         assert set(t.parts) == {"grade", "answer_tokens"}
         assert t.parts["grade"] == pytest.approx(t.score)
         assert {grade.tokens for grade in t.grades.values()} == {
-            round(20 + 40 * float(np.mean(t.weights)))
+            round(20 + 40 * float(np.mean(t.vector)))
         }
 
 
@@ -225,7 +225,7 @@ def test_a_replay_is_the_sampler_that_went_on(tmp_path):
     assert [m.tolist() for m in ours[1]] == [m.tolist() for m in theirs[1]]
     for t in history.candidates:
         slot = fresh.sampler.slot(history, *t.slot)
-        assert tuple(fresh.sampler.draw(history, slot).tolist()) == t.weights
+        assert tuple(fresh.sampler.draw(history, slot).tolist()) == t.vector
 
 
 def test_a_study_with_one_objective_has_a_front_from_what_it_recorded(tmp_path):

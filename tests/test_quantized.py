@@ -67,7 +67,7 @@ def write_all(model, folder):
     """Every weight of a folder into the live model."""
     weights = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
     for name, parameter in model.named_parameters():
-        quantized.write(parameter, weights[name].detach().to(parameter.device))
+        quantized.copy_or_quantize(parameter, weights[name].detach().to(parameter.device))
 
 
 def held(state, prefix=""):
@@ -119,7 +119,7 @@ def test_without_bitsandbytes_nothing_is_quantised_and_nothing_imports_it(monkey
     parameter = torch.nn.Parameter(torch.zeros(2, 3, dtype=torch.bfloat16))
     assert not quantized.is_quantized(parameter)
     assert (quantized.shape(parameter), quantized.dtype(parameter)) == ((2, 3), torch.bfloat16)
-    quantized.write(parameter, torch.ones(2, 3, dtype=torch.bfloat16))
+    quantized.copy_or_quantize(parameter, torch.ones(2, 3, dtype=torch.bfloat16))
     assert parameter.eq(1).all()
 
 
@@ -262,7 +262,7 @@ def test_the_packed_numbers_are_nf4():
         .to("cpu")
     )
     weight = torch.randn(32, 128, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    quantized.write(linear.weight, weight)
+    quantized.copy_or_quantize(linear.weight, weight)
     state = linear.weight.quant_state
     blocks = weight.double().reshape(-1, 64)
     assert torch.equal(state.absmax.double(), blocks.abs().amax(dim=1))

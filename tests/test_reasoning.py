@@ -30,7 +30,7 @@ from evomerge.answering.reasoning import (
 from evomerge.answering.reply_reader import ReplyReader
 from evomerge.cli import main
 from evomerge.errors import StudyFileError
-from evomerge.genome.weights import make_genome
+from evomerge.genome.genome import make_genome
 from evomerge.inference.part import Part
 from evomerge.inference.selfcheck import faults
 from evomerge.merging.checkpoints.open_model import open_model

@@ -56,7 +56,7 @@ SAMPLES = [
 class Trial:
     number: int
     role: str
-    weights: tuple[float, ...]
+    vector: tuple[float, ...]
     score: float | None = None
     stderr: float | None = None
     state: str = "complete"
@@ -297,7 +297,7 @@ def test_the_table_holds_every_trial(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert [int(r["number"]) for r in rows] == [t.number for t in given]
     assert [tuple(float(r[f"weight {label}"]) for label in SLICES) for r in rows] == [
-        t.weights for t in given
+        t.vector for t in given
     ]
     assert [float(r["score"]) for r in rows if r["score"]] == [
         t.score for t in given if t.score is not None

@@ -59,7 +59,7 @@ def new_ledger(own, url=None):
 def step(own, ledger, outcome=result):
     """One candidate, drawn and finished."""
     trial = begin(own, ledger)
-    ledger.finish(trial, outcome(trial.weights))
+    ledger.finish(trial, outcome(trial.vector))
 
 
 def begin(own, ledger):
@@ -78,10 +78,10 @@ def run(own, ledger, trials, interrupt=()):
         if trial.number in interrupt:
             ledger.mark_interrupted()
             continue
-        ledger.finish(trial, result(trial.weights))
+        ledger.finish(trial, result(trial.vector))
         done += 1
     return [
-        (t.generation, t.index, t.weights, t.score)
+        (t.generation, t.index, t.vector, t.score)
         for t in ledger.records()
         if t.state == "complete"
     ]
@@ -159,10 +159,10 @@ def test_a_failed_place_is_drawn_anew_and_an_interrupted_one_as_it_was():
     first = begin(own, ledger)
     ledger.fail(first, INTERRUPTED)
     second = begin(own, ledger)
-    assert second.weights == first.weights
+    assert second.vector == first.vector
     ledger.fail(second, "out of memory")
     assert own.next_slot(ledger.history()) == Slot(0, 0, 1)
-    assert begin(own, ledger).weights != first.weights
+    assert begin(own, ledger).vector != first.vector
 
 
 @pytest.mark.parametrize("role", ["parent", "uniform", "mean"])
@@ -170,7 +170,7 @@ def test_other_roles_do_not_reach_the_optimizer(role):
     own = sampler()
     ledger = new_ledger(own)
     ledger.finish(ledger.start(role, [0.0] * 3), result([0, 0, 0]))
-    assert ledger.records()[0].weights == (0.0,) * 3
+    assert ledger.records()[0].vector == (0.0,) * 3
     assert own.next_slot(ledger.history()) == Slot(0, 0)
     assert ledger.history().complete_generations(own.population) == 0
 
@@ -204,7 +204,7 @@ def test_partial_credit_orders_equal_scores(breaks_ties):
         assert len({t.score for t in told}) < 6, "scores are tied"
         small = 1e-6 if breaks_ties else 0.0
         optimizer.tell(
-            [(np.array(t.weights), -t.score - small * 1.5 * t.grades["0"].grade) for t in told]
+            [(np.array(t.vector), -t.score - small * 1.5 * t.grades["0"].grade) for t in told]
         )
     assert mean_of(own, history)[1].tolist() == optimizer.mean.tolist()
     assert own.distribution(history).cov.tolist() == state(optimizer).cov.tolist()
@@ -222,7 +222,7 @@ def test_learning_rates_adapt_as_in_plain_cmaes_and_the_mean_stays_within_bounds
     )
     for generation in range(5):
         told = trials.generation(generation)
-        optimizer.tell([(np.array(t.weights), -t.score) for t in told])
+        optimizer.tell([(np.array(t.vector), -t.score) for t in told])
     assert mean_of(own, trials)[1].tolist() == optimizer.mean.tolist()
     assert mean_of(own, trials)[1].tolist() != mean_of(make(), complete(make(), 30))[1].tolist()
     edge = [(0.0, 0.2)] * 3
@@ -246,9 +246,9 @@ def test_known_vectors_are_the_first_candidates():
     known = [[0.5, 0.5, 0.5], [0.4, 1.3, 0.8]]
     own = make(known_candidates=known)
     trials = complete(own, 12).trials
-    assert [list(t.weights) for t in trials[:2]] == known
+    assert [list(t.vector) for t in trials[:2]] == known
     plain = complete(make(), 6).trials
-    assert [t.weights for t in trials[2:6]] == [t.weights for t in plain[2:6]]
+    assert [t.vector for t in trials[2:6]] == [t.vector for t in plain[2:6]]
     assert (
         own.draw(History(), Slot(0, 0, 1)).tolist()
         == make().draw(History(), Slot(0, 0, 1)).tolist()
@@ -258,7 +258,7 @@ def test_known_vectors_are_the_first_candidates():
 def test_more_known_vectors_than_a_generation_holds_go_on_in_the_next():
     known = [[0.1 * i, 1.0, 1.0] for i in range(8)]
     trials = complete(make(known_candidates=known), 12).trials
-    assert [list(t.weights) for t in trials[:8]] == known
+    assert [list(t.vector) for t in trials[:8]] == known
     assert trials[7].generation == 1
 
 

@@ -14,7 +14,7 @@ from search_tools import LAYERS, Cut, QualityJudge, TaskEngine, make_search, mak
 
 from evomerge.console import Console
 from evomerge.errors import EngineError, EvomergeError, InputError, StudyError, StudyFileError
-from evomerge.genome.weights import make_genome
+from evomerge.genome.genome import make_genome
 from evomerge.judging.grade import Grade
 from evomerge.recipe import Recipe
 from evomerge.reporting.sentences import notes

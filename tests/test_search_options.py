@@ -23,7 +23,7 @@ from search_tools import (
 
 from evomerge.console import Console
 from evomerge.errors import StudyFileError
-from evomerge.genome.weights import make_genome
+from evomerge.genome.genome import make_genome
 from evomerge.recipe import Recipe
 from evomerge.searching.generation.stopping import Spending, why_limited
 from evomerge.searching.history import History
@@ -224,7 +224,7 @@ def test_known_vectors_and_recipes_are_the_first_candidates(tmp_path):
     study = make_study(trials=8, recipes=(str(path),), vectors=((0.1, 0.2, 0.3, 0.4),))
     search, _, _ = make_search(tmp_path, study)
     search.run()
-    first = [r.weights for r in candidates(search)[:2]]
+    first = [r.vector for r in candidates(search)[:2]]
     assert first == [(0.5, 1.25, 0.75, 1.0), (0.1, 0.2, 0.3, 0.4)]
 
 

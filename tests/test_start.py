@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from evomerge.genome.weights import make_genome
+from evomerge.genome.genome import make_genome
 from evomerge.searching.history import History
 from evomerge.searching.samplers.make_sampler import make_sampler
 from evomerge.study import GenomeSection, SearchSection, Study, TaskSource, as_begun, changed_keys

@@ -249,7 +249,7 @@ def test_any_finished_trial_is_exported_and_called_what_it_is(place, run):
         weights = [
             piece["sources"][0]["parameters"]["weight"] for piece in yaml.safe_load(out)["slices"]
         ]
-        assert weights == pytest.approx(record.weights)
+        assert weights == pytest.approx(record.vector)
         assert err.startswith(f"This is trial {record.number} (")
         assert ("is the winner" in err) == (record.number == found.winner.number)
         if record.role == "candidate":

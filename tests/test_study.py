@@ -3,7 +3,7 @@ import re
 import pytest
 
 from evomerge.errors import StudyFileError
-from evomerge.genome.weights import make_genome
+from evomerge.genome.genome import make_genome
 from evomerge.study import Study, changed_keys, read_study
 from evomerge.study.section import Section
 
@@ -90,6 +90,7 @@ def test_several_objectives_are_named_and_stored(tmp_path):
         ),
         (genome(merge_method="linear", models="[{model: {paht: x}}, b]"), ["genome.models[0]"]),
         (genome(merge_method="linear", models="[./a]"), ["two models"]),
+        (genome(merge_method="slerp", models="[./a]"), ["two models"]),
         (genome(merge_method="slerp", smooth="true"), ["smooth"]),
         (genome(merge_method="slerp", filters="[mlp]"), ["filters"]),
         (genome(merge_method="slerp") + "search: {bounds: [0, 1]}\n", ["search.bounds"]),

@@ -110,7 +110,7 @@ def test_a_study_goes_on_in_another_folder_with_the_answers_it_has(
         assert main(command(moved, *FAST)) == 0, capsys.readouterr().err
         ledger = open_ledger(f"sqlite:///{moved}/storage/tiny.db", "tiny")
         again = [r for r in ledger.records() if r.state == "complete"]
-        assert [(r.weights, r.score) for r in again] == [(r.weights, r.score) for r in before]
+        assert [(r.vector, r.score) for r in again] == [(r.vector, r.score) for r in before]
         assert str(moved / "sibling") in ledger.facts.study.genome.models, number
     monkeypatch.undo()
     assert main(["export", "tiny", "--storage", str(moved / "storage/tiny.db")]) == 0

@@ -28,7 +28,7 @@ from evomerge.answering.hf.references import batches, likelihoods, make_pair
 from evomerge.answering.prompts import Prompter
 from evomerge.console import Console
 from evomerge.errors import EngineError, StudyFileError
-from evomerge.genome.weights import Genome
+from evomerge.genome.genome import Genome
 from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.live import LiveModel
 from evomerge.searching.records.study_facts import GradientStep
@@ -462,7 +462,7 @@ def test_a_search_begins_where_the_steps_lead(pair, tmp_path):
     assert "3 gradient steps on the references' likelihood" in said
     assert [step.number for step in facts.warm_start] == [0, 1, 2]
     first = next(r for r in found.records if r.role == "candidate")
-    assert first.weights == facts.start.mean
+    assert first.vector == facts.start.mean
 
 
 def test_check_says_what_a_study_that_has_begun_does(pair, tmp_path):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from evomerge.answering.reasoning import Marks
-    from evomerge.genome.weights import Genome
+    from evomerge.genome.genome import Genome
     from evomerge.merging.checkpoints.model_folder import ModelFolder
     from evomerge.recipe import Recipe
     from evomerge.study import EngineSection, GenerationSection, Study

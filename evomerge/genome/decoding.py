@@ -44,8 +44,8 @@ def _decoded(space: SearchSpace, vector: Sequence[float]) -> Recipe:
     assert len(x) == space.dimensions
     if space.is_alone(x):
         return _alone(space, int(-x[0]) - 1)
-    if space.method == "slerp":
-        return _slerp(space, x)
+    if METHODS[space.method].walks:
+        return _walk(space, x)
     plain = not space.filters and not space.smooth and space.tokenizer_source is None
     if space.method == "task_arithmetic" and plain:
         return _task_arithmetic(space, x)
@@ -57,15 +57,15 @@ def _alone(space: SearchSpace, model: int) -> Recipe:
     return _recipe(space, models=[{"model": space.all_models[model]}], merge_method="passthrough")
 
 
-def _slerp(space: SearchSpace, x: Sequence[float]) -> Recipe:
+def _walk(space: SearchSpace, x: Sequence[float]) -> Recipe:
     slices = []
     for (start, end), u in zip(space.slices, x, strict=True):
-        slices.append(_slerp_slice(space, start, end, u))
+        slices.append(_walk_slice(space, start, end, u))
     # whose tokenizer: the same for every u
     return _recipe(space, base_model=space.base_model or space.models[0], slices=slices)
 
 
-def _slerp_slice(space: SearchSpace, start: int, end: int, u: float) -> dict[str, Any]:
+def _walk_slice(space: SearchSpace, start: int, end: int, u: float) -> dict[str, Any]:
     """The slice at u; the walk's very end is the last edge's t = 1."""
     edges = walk(len(space.models))
     assert 0 <= u <= len(edges)
@@ -138,11 +138,11 @@ def _settings(space: SearchSpace, x: Sequence[float], m: int, groups: range) -> 
 
 def _value(space: SearchSpace, x: Sequence[float], key: str, g: int, m: int, f: int) -> float:
     """What a recipe has for a number of a model."""
-    number = x[space.position(g, m, f, space.parameters.index(key))]
+    number = x[space.index_of(g, m, f, space.parameters.index(key))]
     own = METHODS[space.method].searched.get(key)
     if own is None or not own.within_density:
         return number
-    density = x[space.position(g, m, f, space.parameters.index("density"))]
+    density = x[space.index_of(g, m, f, space.parameters.index("density"))]
     return number * min(density, 1 - density)
 
 
@@ -153,7 +153,7 @@ def _shared(space: SearchSpace, x: Sequence[float], groups: range) -> dict[str, 
         settings[key] = _by_filter(
             space,
             [
-                [x[space.shared_position(g, f, q)] for g in groups]
+                [x[space.shared_index_of(g, f, q)] for g in groups]
                 for f in range(len(space.filter_sets))
             ],
         )

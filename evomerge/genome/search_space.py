@@ -50,7 +50,7 @@ class SearchSpace:
     def parameters(self) -> tuple[str, ...]:
         """What each model has in each group and filter set."""
         traits, keys = METHODS[self.method], []
-        if traits.weighted or self.method == "slerp":
+        if traits.weighted or traits.walks:
             keys.append("weight")
         if traits.has_densities:
             keys.append("density")
@@ -86,7 +86,7 @@ class SearchSpace:
     def is_alone(self, vector: Sequence[float]) -> bool:
         """Whether it is a vector of `alone`."""
         traits = METHODS[self.method]
-        if traits.weighs_parents or self.method == "slerp":
+        if traits.weighs_parents or traits.walks:
             return False
         return tuple(vector) in [self.alone(model) for model in range(len(self.all_models))]
 
@@ -98,8 +98,8 @@ class SearchSpace:
     @property
     def genes(self) -> tuple[Gene, ...]:
         """Every number's name and range, in the vector's order."""
-        if self.method == "slerp":
-            return tuple(_slerp_genes(self))
+        if METHODS[self.method].walks:
+            return tuple(_walk_genes(self))
         return (*_model_genes(self), *_shared_genes(self))
 
     @property
@@ -118,22 +118,22 @@ class SearchSpace:
         sets: tuple[object, ...] = (len(self.models), self.filter_sets, self.parameters)
         if self.shared_parameters:
             sets += (self.method, self.shared_parameters)
-        return (self.method == "slerp", self.smooth, self.slices, *sets)
+        return (METHODS[self.method].walks, self.smooth, self.slices, *sets)
 
-    def position(self, group: int, model: int, filter_set: int, parameter: int) -> int:
+    def index_of(self, group: int, model: int, filter_set: int, parameter: int) -> int:
         """The index of x[group, model, filter set, parameter] in the flattened vector."""
         place = group * len(self.models) + model
         place = place * len(self.filter_sets) + filter_set
         return place * len(self.parameters) + parameter
 
-    def shared_position(self, group: int, filter_set: int, parameter: int) -> int:
+    def shared_index_of(self, group: int, filter_set: int, parameter: int) -> int:
         """The index of a number that the models share; they come after all others."""
-        first = self.position(len(self.slices), 0, 0, 0)
+        first = self.index_of(len(self.slices), 0, 0, 0)
         place = group * len(self.filter_sets) + filter_set
         return first + place * len(self.shared_parameters) + parameter
 
 
-def _slerp_genes(space: SearchSpace) -> Iterator[Gene]:
+def _walk_genes(space: SearchSpace) -> Iterator[Gene]:
     """One number per slice, from 0 to the walk's number of edges.
 
     Start and scale take the share of it that they are of the weight's range.

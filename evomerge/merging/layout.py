@@ -1,4 +1,8 @@
-"""The assignment of a recipe's parameters and tensors to merged tensors, by mergekit's rules."""
+"""The assignment of a recipe's parameters and tensors to merged tensors, by mergekit's rules.
+
+`genome/search_space.py` and `genome/decoding.py` make the recipe from a vector; `settings.py` has
+the filters and gradients.
+"""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ class LiveModel:
         EngineError when even streaming needs more memory than there is.
         """
         plan = self._plan = self.plan(recipe, after=self._plan)
-        self._check_in_place(plan)
+        self.check_in_place(plan)
         states = {name: self._state(plan, name) for name in self.names}
         stale = [name for name in self.names if self._applied.get(name) != states[name]]
         streamed: list[str] = []
@@ -184,7 +184,7 @@ class LiveModel:
                 self.resident.retreat()
                 names = [name for name in names if self._applied.get(name) != states[name]]
 
-    def _check_in_place(self, plan: MergePlan) -> None:
+    def check_in_place(self, plan: MergePlan) -> None:
         """Raise RecipeError for layers or rows that would leave their place."""
         if plan.layout.restacked:
             raise RecipeError(
@@ -226,7 +226,7 @@ class LiveModel:
                     # rows that no token has are left unchanged
                     parameter[: len(merged)].copy_(merged)
                 else:
-                    quantized.write(parameter, merged)
+                    quantized.copy_or_quantize(parameter, merged)
 
     def _targets(self, source: str) -> list[str]:
         """The parameters that a tensor of the files becomes."""
@@ -237,7 +237,7 @@ class LiveModel:
         planned = self.planned(plan, name)
         out, tensor = self.live[name], plan.tensors[planned]
         if tensor.is_copy:
-            quantized.write(out, self._own(inputs, plan.models[tensor.inputs[0][0]]))
+            quantized.copy_or_quantize(out, self._own(inputs, plan.models[tensor.inputs[0][0]]))
             return
         method = get_method(tensor.method)
         # a sibling that is the base itself has no delta here
@@ -247,8 +247,8 @@ class LiveModel:
                 others[ref] = inputs.others[self.siblings.index(plan.models[ref])]
         if tensor.is_single_delta and not quantized.is_quantized(out):
             delta = others[tensor.siblings[0][0]]
-            kernel = fused.kernel(out.device, out.dtype, self._parameters)
-            kernel(out, inputs.base_no_neg_zero, delta, tensor.weights[0])
+            merge_into = fused.kernel(out.device, out.dtype, self._parameters)
+            merge_into(out, inputs.base_no_neg_zero, delta, tensor.weights[0])
             return
         generator = plan.generator(planned)
         if method.takes_deltas:
@@ -259,7 +259,7 @@ class LiveModel:
         else:
             tensors = {ref: others.get(ref, inputs.base) for ref, _ in tensor.inputs}
             merged = merge_tensors(tensor, tensors, generator)
-        quantized.write(out, merged)
+        quantized.copy_or_quantize(out, merged)
 
     def _state(self, plan: MergePlan, name: str) -> object:
         """Everything that decides a parameter's bits."""

@@ -1,4 +1,4 @@
-"""Writing a merged weight into a live 4-bit one, with the bits that a fresh load would give it.
+"""Writing a merged weight into a live one: a copy, or for a 4-bit one what a fresh load would give.
 
 bitsandbytes cuts a weight into blocks (64 numbers), keeps each block's largest magnitude (absmax)
 and a 4-bit index into the table of NF4 (QLoRA, arXiv:2305.14314, section 3); with double
@@ -39,13 +39,14 @@ def dtype(parameter: torch.Tensor) -> torch.dtype:
     if not is_quantized(parameter):
         return parameter.dtype
     state = _state(parameter)
-    # A forward pass on the CPU may have set `dtype` to what its kernel computes in; see `write`.
+    # A forward pass on the CPU may have set `dtype` to what its kernel computes in; see
+    # `copy_or_quantize`.
     kept: torch.dtype = getattr(state, "original_dtype", None) or state.dtype
     return kept
 
 
 @torch.no_grad()
-def write(parameter: torch.Tensor, merged: torch.Tensor) -> None:
+def copy_or_quantize(parameter: torch.Tensor, merged: torch.Tensor) -> None:
     """Quantise `merged` into `parameter`, or copy it where the parameter is an ordinary one.
 
     merged: `shape(parameter)`, on the parameter's device.

@@ -2,24 +2,15 @@
 
 from evomerge.recipe.configuration import Recipe, read_recipe, task_arithmetic_recipe
 from evomerge.recipe.layers import Slice, Source, TokenizerSection
-from evomerge.recipe.mergekit_keys import BOOLEANS, MERGEKIT, PARAMETERS, scalar
-from evomerge.recipe.method_traits import (
-    BUILT_IN,
-    DRAWING,
-    METHODS,
-    MethodParameter,
-    MethodTraits,
-)
+from evomerge.recipe.mergekit_keys import BOOLEANS, MERGEKIT, scalar
+from evomerge.recipe.method_traits import METHODS, MethodParameter, MethodTraits
 from evomerge.recipe.own_methods import OWN, find_method
 
 __all__ = [
     "BOOLEANS",
-    "BUILT_IN",
-    "DRAWING",
     "MERGEKIT",
     "METHODS",
     "OWN",
-    "PARAMETERS",
     "MethodParameter",
     "MethodTraits",
     "Recipe",

@@ -14,7 +14,7 @@ import yaml
 
 from evomerge.errors import RecipeError
 from evomerge.recipe.layers import Slice, TokenizerSection
-from evomerge.recipe.method_traits import BUILT_IN, METHODS, MethodTraits
+from evomerge.recipe.method_traits import METHODS
 from evomerge.recipe.model_references import override_architecture
 from evomerge.recipe.modules import listed, over
 from evomerge.recipe.own_methods import OWN
@@ -126,22 +126,15 @@ class Recipe:
 
         `names` are other names for its models.
         """
-        dtype = self.dtype
-        if self.merge_method in ("linear", "slerp"):
-            dtype = "float32"
-        elif self.merge_method not in BUILT_IN or not _rounds(METHODS[self.merge_method]):
-            dtype = None  # every digit may count
+        dtype: str | None = METHODS[self.merge_method].same_when_rounded_to
+        if dtype == "dtype":
+            dtype = self.dtype
         data = _renamed(self.to_dict(), names or {})
         if self.merge_method in OWN:  # by what it does, wherever its file is
             data["merge_method"] = OWN[self.merge_method].digest
         # what nothing reads may hold values that JSON lacks, such as dates
         text = json.dumps(rounded(data, dtype), sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _rounds(traits: MethodTraits) -> bool:
-    """Whether a weight counts as the dtype rounds it, and there is no other number of that kind."""
-    return traits.takes_deltas and traits.weighted
 
 
 def _renamed(data: Any, names: Mapping[str, str], key: str = "") -> Any:

@@ -25,8 +25,8 @@ KEYS = (
 )
 # built-in values of `chat_template`; `evomerge.merging.vocabulary` has the templates
 CHAT_TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")
-# a method ignores those that it does not need
-PARAMETERS = ("weight", "density", "t", "normalize", "rescale", "lambda", "int8_mask")
+# those that no method has for itself; a method ignores those that it does not need
+COMMON_PARAMETERS = ("weight", "density", "normalize", "rescale", "lambda", "int8_mask")
 SWITCHES = [
     name for traits in METHODS.values() for name, own in traits.own.items() if own.kind == "switch"
 ]

@@ -49,10 +49,16 @@ class MethodTraits:
     draws: bool = False  # thins deltas out at random where the density is below 1
     samples: int = 0  # draws so many numbers for a tensor of more elements
     rounds_weights: bool = True  # to the dtype of the tensors; else they keep more digits
+    # what a recipe's weights and t may be rounded to without changing a bit of the merge, so that
+    # recipes that merge alike share their answers; None: every digit may count
+    same_when_rounded_to: Literal["dtype", "float32"] | None = None
     finite: bool = False  # finite tensors give finite ones, so that the result is not looked at
     widens: bool = False  # gives float32 whatever it gets
     normalize: bool = False  # the parameter's default
+    search_normalizes: bool = False  # a search does, as mergekit-evolve's, whatever the default
     rescale: bool = False  # the parameter's default
+    walks: bool = False  # a search walks from model to model by `t`, and has no weights
+    built_in: bool = True  # False: a user's own; set where it is registered
     # further parameters; a plain number is its default, and None means that the recipe must give it
     parameters: Mapping[str, MethodParameter | float | None] = field(default_factory=dict)
 
@@ -72,9 +78,24 @@ class MethodTraits:
         return self.needs_base or self.optional_base
 
     @property
+    def is_random(self) -> bool:
+        """Whether a seed decides the merged bits."""
+        return self.draws or self.samples > 0
+
+    @property
     def searched(self) -> Mapping[str, MethodParameter]:
         """The further parameters that have genes."""
         return {name: own for name, own in self.own.items() if own.search is not None}
+
+    @property
+    def normalizes_in_search(self) -> bool:
+        """Whether a search divides by the sum of the weights, unless told otherwise."""
+        return self.normalize or self.search_normalizes
+
+    @property
+    def searchable(self) -> bool:
+        """Whether its recipes have numbers that a search can set."""
+        return self.weighted or self.walks or len(self.searched) > 0
 
     @property
     def weighs_parents(self) -> bool:
@@ -102,7 +123,7 @@ class MethodTraits:
         return frozenset(names)
 
 
-WEIGHTED_DELTAS = MethodTraits(takes_deltas=True, finite=True)
+WEIGHTED_DELTAS = MethodTraits(takes_deltas=True, finite=True, same_when_rounded_to="dtype")
 DARE_TRAITS = replace(WEIGHTED_DELTAS, has_densities=True, draws=True, rescale=True)
 DELLA_TRAITS = replace(
     DARE_TRAITS,
@@ -136,13 +157,18 @@ METHODS: dict[str, MethodTraits] = {
         has_densities=True,
         normalize=True,
     ),
-    "dare_ties": replace(DARE_TRAITS, link="[DARE TIES](https://arxiv.org/abs/2311.03099)"),
+    "dare_ties": replace(
+        DARE_TRAITS,
+        link="[DARE TIES](https://arxiv.org/abs/2311.03099)",
+        search_normalizes=True,
+    ),
     "dare_linear": replace(DARE_TRAITS, link="[Linear DARE](https://arxiv.org/abs/2311.03099)"),
     "linear": MethodTraits(
         link="[Linear](https://arxiv.org/abs/2203.05482)",
         needs_base=False,
         elementwise=True,
         rounds_weights=False,
+        same_when_rounded_to="float32",
         finite=True,
         normalize=True,
     ),
@@ -150,7 +176,9 @@ METHODS: dict[str, MethodTraits] = {
         link="[SLERP](https://en.wikipedia.org/wiki/Slerp)",
         siblings=(1, 1),
         weighted=False,
+        same_when_rounded_to="float32",
         finite=True,
+        walks=True,
         parameters={"t": None},
     ),
     "passthrough": MethodTraits(
@@ -249,5 +277,3 @@ METHODS: dict[str, MethodTraits] = {
         },
     ),
 }
-BUILT_IN = tuple(METHODS)  # without the methods that users add
-DRAWING = tuple(name for name, traits in METHODS.items() if traits.draws or traits.samples)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import RecipeError
-from evomerge.recipe.mergekit_keys import BOOLEANS, PARAMETERS
+from evomerge.recipe.mergekit_keys import BOOLEANS, COMMON_PARAMETERS
 from evomerge.recipe.method_traits import METHODS, MethodParameter, MethodTraits
 
 GROUP = "evomerge.methods"
@@ -161,7 +161,8 @@ def _traits(own: OwnMethod, where: str) -> MethodTraits:
                 remedy=f"Use true or false for {', '.join(TRAITS)}; link is text.",
             )
     defaults = {"link": own.title, "takes_deltas": given.get("needs_base", True)}
-    return MethodTraits(**{**defaults, **given, "scales": False, "parameters": parameters})
+    fixed = {"scales": False, "parameters": parameters, "built_in": False}
+    return MethodTraits(**{**defaults, **given, **fixed})
 
 
 def _parameter(argument: inspect.Parameter, hint: Any, where: str) -> MethodParameter:
@@ -170,7 +171,7 @@ def _parameter(argument: inspect.Parameter, hint: Any, where: str) -> MethodPara
     if typing.get_origin(hint) is typing.Annotated:
         hint, *notes = typing.get_args(hint)
         span = next((note for note in notes if isinstance(note, tuple)), None)
-    if hint is not float or (name in (*PARAMETERS, *BOOLEANS) and name != "t"):
+    if hint is not float or name in (*COMMON_PARAMETERS, *BOOLEANS):
         raise RecipeError(
             f"its argument `{name}` is no parameter",
             where=where,

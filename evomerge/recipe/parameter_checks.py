@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from evomerge.errors import RecipeError
-from evomerge.recipe.mergekit_keys import BOOLEANS, LARGEST, PARAMETERS, scalar
-from evomerge.recipe.method_traits import BUILT_IN, METHODS, MethodParameter
+from evomerge.recipe.mergekit_keys import BOOLEANS, COMMON_PARAMETERS, LARGEST, scalar
+from evomerge.recipe.method_traits import METHODS, MethodParameter
 from evomerge.recipe.unread_keys import UnreadKeys
 
 
@@ -32,7 +32,7 @@ class ParameterChecks:
                 found=value,
                 remedy="Write parameters: {weight: 1.0}.",
             )
-        known = tuple(dict.fromkeys((*PARAMETERS, *METHODS[self.method].parameters)))
+        known = (*COMMON_PARAMETERS, *METHODS[self.method].parameters)
         self._check_names(value, known, where)
         for key, setting in value.items():
             if key in known:
@@ -49,8 +49,8 @@ class ParameterChecks:
     def _check_names(self, value: Mapping[Any, Any], known: tuple[str, ...], where: str) -> None:
         """Note the parameters that the method does not read; refuse those of an own method."""
         own: set[str] = set()
-        for name, traits in METHODS.items():
-            if name not in BUILT_IN:
+        for traits in METHODS.values():
+            if not traits.built_in:
                 own |= traits.parameters.keys()
         for key in value:
             if key in own.difference(known):

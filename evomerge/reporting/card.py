@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from evomerge.recipe import BUILT_IN, METHODS, Recipe
+from evomerge.recipe import METHODS, Recipe
 
 CARD = """---
 {front}
@@ -66,8 +66,8 @@ def model_card(
     configuration = (recipe_text or recipe.to_yaml()).rstrip("\n")
     longest = max(map(len, re.findall("`+", configuration)), default=0)
     base, using = None, ""
-    # slerp has no direction: its base model is a source like the other
-    if method.sets_base_apart and recipe.merge_method != "slerp" and recipe.base_model is not None:
+    # a walk has no direction: slerp's base model is a source like the other
+    if method.sets_base_apart and not method.walks and recipe.base_model is not None:
         base, using = recipe.base_model, f" using {_link(recipe.base_model)} as a base"
     return CARD.format(
         front=yaml.safe_dump(front, sort_keys=True),
@@ -76,7 +76,7 @@ def model_card(
         extra=f"{extra_markdown.strip()}\n\n" if extra_markdown else "",
         method=method.link,
         using=using,
-        alone="" if recipe.merge_method in BUILT_IN else ALONE,
+        alone="" if method.built_in else ALONE,
         models="\n".join(f"* {_link(model)}" for model in recipe.models if model != base),
         configuration=configuration,
         fence="`" * max(3, longest + 1),

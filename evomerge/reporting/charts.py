@@ -238,7 +238,7 @@ def weight_chart(winner: TrialRecord | None, slices: Sequence[str]) -> WeightCha
     """Horizontal bars, one row per slice from the first layers to the last; lines at 0 and 1."""
     if winner is None:
         return None
-    weights = winner.weights
+    weights = winner.vector
     labels = [*slices, *map(str, range(len(slices), len(weights)))]
     left = 54 + 7.0 * max(map(len, labels[: len(weights)]), default=0)
     x = scale([0.0, 1.0, *weights], left, 560, pad=0.02)

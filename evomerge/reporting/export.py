@@ -14,7 +14,7 @@ import yaml
 
 from evomerge.console import plus_minus
 from evomerge.files import replace_file
-from evomerge.recipe import BUILT_IN, DRAWING
+from evomerge.recipe import METHODS
 from evomerge.reporting.card import ABOUT, markdown_text, model_card
 from evomerge.reporting.report import write_report
 from evomerge.reporting.sentences import conclusion, notes, unbeaten_sentence
@@ -93,9 +93,10 @@ def recipe_text(snapshot: StudySnapshot) -> str:
     random.
     """
     text = snapshot.recipe.to_yaml()
-    if snapshot.recipe.merge_method in DRAWING:
+    method = METHODS[snapshot.recipe.merge_method]
+    if method.is_random:
         text = SEED_COMMENT.format(seed=snapshot.study.search.seed) + text
-    if snapshot.recipe.merge_method not in BUILT_IN:
+    if not method.built_in:
         text = OWN_COMMENT + text
     if snapshot.unbeaten is not None and snapshot.picked is None:
         text = f"# {unbeaten_sentence(snapshot.unbeaten)}\n{text}"
@@ -181,8 +182,8 @@ def reference_labels(snapshot: StudySnapshot) -> dict[int, str]:
     names = reference_names(snapshot.genome, snapshot.study.search.uniform)
     labels = {}
     for record in snapshot.records:
-        if record.role in REFERENCES and record.weights in names:
-            labels[record.number] = names[record.weights]
+        if record.role in REFERENCES and record.vector in names:
+            labels[record.number] = names[record.vector]
     return labels
 
 
@@ -194,7 +195,7 @@ def as_json(snapshot: StudySnapshot, pareto: bool = False) -> dict[str, Any]:
         "winner": snapshot.winner.number,
         "best": snapshot.winner.number,  # its name in version 0.1
         "unbeaten": snapshot.unbeaten,
-        "trials": [shown_fields(r) | {"weights": r.weights} for r in snapshot.records],
+        "trials": [shown_fields(r) | {"weights": r.vector} for r in snapshot.records],
         "verdict": None if snapshot.verdict is None else snapshot.verdict.to_dict(),
     }
 

@@ -55,7 +55,7 @@ def trial_rows(trials: Sequence[TrialRecord], slices: Sequence[str]) -> list[dic
         for phase in PHASES:
             row[f"seconds_{phase}"] = t.seconds.get(phase)
         row["reason"] = t.reason
-        for label, weight in zip(slices, t.weights, strict=False):
+        for label, weight in zip(slices, t.vector, strict=False):
             row[f"weight {label}"] = weight
         for part in parts:
             row[f"part {part}"] = t.parts.get(part)

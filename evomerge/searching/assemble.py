@@ -98,7 +98,7 @@ def _search(
 ) -> Search:
     def compared() -> list[tuple[float, ...]]:
         trials = compared_with(ledger.history(), problem.genome)
-        return [trial.weights for trial in trials.values()]
+        return [trial.vector for trial in trials.values()]
 
     return Search(
         problem=problem,

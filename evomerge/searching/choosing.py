@@ -11,8 +11,8 @@ from typing import TypeAlias
 
 import numpy as np
 
+from evomerge.genome.genome import Genome, Vector
 from evomerge.genome.search_space import model_names
-from evomerge.genome.weights import Genome, Vector
 from evomerge.searching.estimates import t_quantile
 from evomerge.searching.history import History, best_first
 from evomerge.searching.records.trial_record import REFERENCES, TrialRecord, metric_values
@@ -180,4 +180,4 @@ def unbeaten_name(winner: TrialRecord, genome: Genome, weights: Sequence[float])
     """What the winner is called if it is a reference, so that no merge was found to beat it."""
     if winner.role not in REFERENCES:
         return None
-    return reference_names(genome, weights).get(winner.weights, winner.role)
+    return reference_names(genome, weights).get(winner.vector, winner.role)

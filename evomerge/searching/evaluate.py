@@ -21,7 +21,8 @@ from evomerge.answering.prompts import Prompter
 from evomerge.console import Console
 from evomerge.judging.grade import Grade, Judge
 from evomerge.recipe import Recipe
-from evomerge.searching.prefetch import Item, PendingEvaluation, Prefetcher
+from evomerge.searching.judge_answers import PendingEvaluation
+from evomerge.searching.prefetch import Item, Prefetcher
 from evomerge.tasks import Task
 
 Blocks: TypeAlias = Sequence[Sequence[Task]]  # each is answered in batches of its own
@@ -67,13 +68,14 @@ class Evaluator(Protocol):
 
 @dataclass
 class TimedMerge:
-    """Merges a recipe into the live model when it is called, and keeps the seconds."""
+    """Merges a recipe into the live model if `run` is called, and keeps the seconds."""
 
     engine: Engine
     recipe: Recipe
     seconds: float = 0.0
 
-    def __call__(self) -> None:
+    def run(self) -> None:
+        """Have the engine apply the recipe. Raises EngineError."""
         began = time.perf_counter()
         self.engine.apply(self.recipe)
         self.seconds = time.perf_counter() - began
@@ -169,7 +171,7 @@ class JudgedEvaluator:
             prompts=[prompt.text for prompt in prompts],
             settings=self.prompter.settings(prompts),
             mode=mode,
-            apply=merge,
+            apply=merge.run,
             pace=pace,
             remember=self.remember_limits,
             on_batch=pending.batch_answered,
@@ -212,7 +214,7 @@ class LmEvalEvaluator:
 
         began = time.perf_counter()
         outcomes = self.runner.evaluate(
-            self.cache.digest(recipe), tasks, self.cache, merge, progress
+            self.cache.digest(recipe), tasks, self.cache, merge.run, progress
         )
         answering = time.perf_counter() - began - merge.seconds
         grades = []

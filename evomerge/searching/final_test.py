@@ -212,7 +212,7 @@ class FinalTest:
         for trial in (*points, *compared.values()):
             label = trial.role
             if label in REFERENCES:
-                label = names.get(trial.weights, label)
+                label = names.get(trial.vector, label)
             own = by_number[trial.number]
             made[trial.number] = held_out_point(trial, label, own, objectives)
         shown = compared_with(self.ledger.history(), self.problem.genome).values()
@@ -228,7 +228,7 @@ class FinalTest:
         self, compared: Mapping[str, TrialRecord], tasks: Sequence[Task], label: str
     ) -> dict[str, Evaluation]:
         """Evaluate trials on the same tasks; while the judge works, the next ones answer."""
-        recipes = [self.problem.genome.decode(trial.weights) for trial in compared.values()]
+        recipes = [self.problem.genome.decode(trial.vector) for trial in compared.values()]
         evaluations = {}
         for i, (name, trial) in enumerate(compared.items()):
             upcoming = [(recipe, tasks, MERGED) for recipe in recipes[i + 1 :]]

@@ -105,8 +105,8 @@ class History:
 
     @cached_property
     def parents(self) -> dict[tuple[float, ...], TrialRecord]:
-        """The complete parents by their weights."""
-        return {t.weights: t for t in self._complete("parent")}
+        """The complete parents by their vectors."""
+        return {t.vector: t for t in self._complete("parent")}
 
     @cached_property
     def mean(self) -> TrialRecord | None:
@@ -119,9 +119,9 @@ class History:
         means = self._complete("mean")
         return tuple(t for t in means if t.generation == means[-1].generation)
 
-    def has(self, role: str, weights: Sequence[float]) -> bool:
-        """Whether a complete trial has this role and these weights."""
-        return tuple(weights) in [t.weights for t in self.complete if t.role == role]
+    def has(self, role: str, vector: Sequence[float]) -> bool:
+        """Whether a complete trial has this role and this vector."""
+        return tuple(vector) in [t.vector for t in self.complete if t.role == role]
 
     def trial(self, number: int) -> TrialRecord | None:
         """A trial by its number."""
@@ -169,7 +169,7 @@ class History:
 
         The base and a sibling alone count as the weights 0 and 1: `is_uniform` finds them.
         """
-        uniform = [t for t in self.references if t.role == "uniform" or is_uniform(t.weights)]
+        uniform = [t for t in self.references if t.role == "uniform" or is_uniform(t.vector)]
         return best_first(uniform)[0]
 
     def task_baselines(self, metric: str) -> dict[str, float]:

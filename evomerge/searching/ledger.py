@@ -105,13 +105,13 @@ class Ledger:
     def start(
         self,
         role: str,
-        weights: Sequence[float],
+        vector: Sequence[float],
         generation: int | None = None,
         index: int | None = None,
     ) -> TrialRecord:
-        """Start a trial with these weights, stored whole or not at all."""
+        """Start a trial of this vector, stored whole or not at all."""
         self._history = None
-        params = dict(zip(self.space, map(float, weights), strict=True))
+        params = dict(zip(self.space, map(float, vector), strict=True))
         slot = {"generation": generation, "index": index, "role": role}
         return _record(self.storage.start_trial(params, self.space, slot), tuple(self.space))
 

@@ -27,6 +27,7 @@ from evomerge.searching.records.verdict_record import Verdict
 from evomerge.searching.scoring import Scorer
 from evomerge.searching.starting.warm_start import GradientStart
 
+Evaluate = Callable[[Recipe], Evaluation]
 LUCK = "no generation of {} is complete: the best trial wins, which is mostly luck"
 
 
@@ -72,14 +73,14 @@ class Search:
     def _evaluate_references(self) -> None:
         """Evaluate the parents and the uniform weights, each once."""
         wanted = self.genome.references(self.study.search.uniform)
-        for i, (role, weights) in enumerate(wanted):
+        for i, (role, vector) in enumerate(wanted):
             history = self.ledger.history()
-            if history.has(role, weights):
+            if history.has(role, vector):
                 continue
             after: list[Reference] = [r for r in wanted[i + 1 :] if not history.has(*r)]
             upcoming = self.upcoming.after_reference(after)
             label = f"{role} {i + 1}/{len(wanted)}"
-            self._evaluate_whole(self.ledger.start(role, weights), label, upcoming)
+            self._evaluate_whole(self.ledger.start(role, vector), label, upcoming)
         self.warnings.about_references(self.ledger.history().references)
 
     def _run_generations(self) -> str:
@@ -104,8 +105,9 @@ class Search:
         vector = self.sampler.draw(history, slot)
         trial = self.ledger.start("candidate", vector.tolist(), slot.generation, slot.index)
         upcoming = self.upcoming.after_candidate(slot)
-        evaluate = self.generation_plan.evaluate
-        self._evaluate_and_record(trial, label, lambda r: evaluate(slot, r, label, upcoming))
+        self._evaluate_and_record(
+            trial, label, lambda r: self.generation_plan.evaluate(slot, r, label, upcoming)
+        )
         if slot.index == self.sampler.population - 1:
             drawn = self.ledger.history().generation(slot.generation)
             self.warnings.about(drawn, f"the candidates of generation {slot.generation + 1}")
@@ -125,15 +127,15 @@ class Search:
 
     def _evaluate_whole(self, trial: TrialRecord, label: str, ahead: Iterable[Item]) -> None:
         """Run a trial that answers every search task."""
-        evaluate, tasks = self.evaluator.evaluate, [self.split.search]
-        self._evaluate_and_record(trial, label, lambda r: evaluate(r, tasks, label, upcoming=ahead))
+        tasks = [self.split.search]
+        self._evaluate_and_record(
+            trial, label, lambda r: self.evaluator.evaluate(r, tasks, label, upcoming=ahead)
+        )
 
-    def _evaluate_and_record(
-        self, trial: TrialRecord, label: str, evaluate: Callable[[Recipe], Evaluation]
-    ) -> None:
+    def _evaluate_and_record(self, trial: TrialRecord, label: str, evaluate: Evaluate) -> None:
         """Evaluate, score, record. A candidate may fail; anything else stops the run."""
         try:
-            evaluation = evaluate(self.genome.decode(trial.weights))
+            evaluation = evaluate(self.genome.decode(trial.vector))
         except EngineError as error:
             self.ledger.fail(trial, str(error))
             if trial.role != "candidate":
@@ -143,7 +145,6 @@ class Search:
             return
         history = self.ledger.history()
         baselines = history.task_baselines(self.study.metric) if trial.role == "candidate" else {}
-        result = self.scorer.result(evaluation, baselines, history.references)
-        self.ledger.finish(trial, result)
+        self.ledger.finish(trial, self.scorer.result(evaluation, baselines, history.references))
         self.clock.remember()
         self.console.status(stopping.progress_line(self.study, self.ledger.history(), label))

@@ -1,22 +1,20 @@
 """Prefetching: while the judge works, the next recipes are merged and answer their tasks.
 
-Answers go to the judge batch by batch. Trials are still started and recorded one after another:
+Trials are still started and recorded one after another:
 what is done ahead is in the caches of answers and grades, where each candidate finds it in its own
 turn.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
 from evomerge.answering.cache import MERGED
-from evomerge.answering.engine import Answer
 from evomerge.errors import EngineError
-from evomerge.judging.grade import BatchJudge, Grade, Judge, PendingGrades, WaitingJudge
 from evomerge.recipe import Recipe
+from evomerge.searching.judge_answers import PendingEvaluation
 from evomerge.searching.ledger import Ledger
 from evomerge.searching.prepare import Problem
 from evomerge.searching.samplers.cma import Slot
@@ -25,50 +23,7 @@ from evomerge.tasks import Task
 Key: TypeAlias = tuple[str, str, tuple[str, ...]]  # recipe, mode, tasks
 # an evaluation: a recipe on some tasks, answered in a mode
 Item: TypeAlias = tuple[Recipe, Sequence[Task], str]
-Reference: TypeAlias = tuple[str, tuple[float, ...]]  # role and weights
-
-
-@dataclass
-class PendingEvaluation:
-    """A recipe's answers to some tasks, and their grades, known or pending, by index."""
-
-    judge: Judge | None  # None: only the answers are wanted
-    tasks: Sequence[Task]
-    answers: list[Answer] = field(default_factory=list)
-    seconds: dict[str, float] = field(
-        default_factory=lambda: {"merge": 0.0, "answer": 0.0, "judge": 0.0}
-    )
-    tokens_per_second: float | None = None
-    grades: dict[int, Grade] = field(default_factory=dict)
-    pending: list[tuple[list[int], PendingGrades]] = field(default_factory=list)
-
-    def batch_answered(self, indices: Sequence[int], answers: Sequence[Answer]) -> None:
-        """Request the grades of a batch of answers, or grade it immediately."""
-        began = time.perf_counter()
-        tasks = [self.tasks[i] for i in indices]
-        if isinstance(self.judge, WaitingJudge):
-            self.pending.append((list(indices), self.judge.submit(tasks, answers)))
-        elif isinstance(self.judge, BatchJudge):
-            self.grades.update(zip(indices, self.judge.grade_all(tasks, answers), strict=True))
-        elif self.judge is not None:
-            for i, task, answer in zip(indices, tasks, answers, strict=True):
-                self.grades[i] = self.judge.grade(task, answer)
-        self.seconds["judge"] += time.perf_counter() - began
-
-    def done(self) -> bool:
-        """Whether every grade has arrived, or never will."""
-        return all(pending.done() for _, pending in self.pending)
-
-    def wait(self) -> list[Grade]:
-        """The grades in the tasks' order. Raises JudgeError, JudgePaused.
-
-        `seconds["judge"]` grows by the time spent waiting here.
-        """
-        began = time.perf_counter()
-        for indices, pending in self.pending:
-            self.grades.update(zip(indices, pending.result(), strict=True))
-        self.seconds["judge"] += time.perf_counter() - began
-        return [self.grades[i] for i in range(len(self.tasks))]
+Reference: TypeAlias = tuple[str, tuple[float, ...]]  # role and vector
 
 
 @dataclass
@@ -137,8 +92,8 @@ class Upcoming:
     def after_reference(self, following: Sequence[Reference]) -> Iterator[Item]:
         """The references that are left, and then the first generation where its draws are known."""
         genome, tasks = self.problem.genome, self.problem.split.search
-        for _, weights in following:
-            yield genome.decode(weights), tasks, MERGED
+        for _, vector in following:
+            yield genome.decode(vector), tasks, MERGED
         plan = self.generation_plan
         fixed = not self.warm_start and not plan.compares_candidates_first
         fixed = fixed and not plan.tasks_follow_grades
@@ -154,8 +109,8 @@ class Upcoming:
     def after_mean(self) -> Iterator[Item]:
         """The references that the verdict compares the winner with, on the held-out tasks."""
         genome, tasks = self.problem.genome, self.problem.split.held_out
-        for weights in self.compared():
-            yield genome.decode(weights), tasks, MERGED
+        for vector in self.compared():
+            yield genome.decode(vector), tasks, MERGED
 
     def _draws(self, generation: int, first: int) -> Iterator[Item]:
         """The generation's unfinished candidates from an index on, up to the last trial."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from evomerge.answering.lm_eval.documents import LmEvalTasks
 from evomerge.errors import StudyFileError
-from evomerge.genome.weights import Genome, make_genome
+from evomerge.genome.genome import Genome, make_genome
 from evomerge.knowledge.chooser import Chooser, open_knowledge
 from evomerge.knowledge.records import Knowledge
 from evomerge.knowledge.retrieval.interface import comparison_key

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from evomerge.errors import StudyError
-from evomerge.genome.weights import Genome, make_genome
+from evomerge.genome.genome import Genome, make_genome
 from evomerge.recipe import Recipe
 from evomerge.searching.choosing import (
     choose_winner,
@@ -44,7 +44,7 @@ class StudySnapshot:
     @property
     def recipe(self) -> Recipe:
         """The recipe of the trial that was picked, else the winner's."""
-        return self.genome.decode((self.picked or self.winner).weights)
+        return self.genome.decode((self.picked or self.winner).vector)
 
     def with_trial(self, number: int) -> StudySnapshot:
         """The same study with another trial picked for export.
@@ -132,7 +132,7 @@ def front_so_far(facts: StudyFacts, history: History, study: Study, genome: Geno
         study_objectives(study, facts.task_groups),
         several=bool(study.objective.several),
         metric=study.metric,
-        labels={t.number: names.get(t.weights, t.role) for t in history.references},
+        labels={t.number: names.get(t.vector, t.role) for t in history.references},
     )
 
 

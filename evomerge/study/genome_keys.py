@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from evomerge.errors import RecipeError
-from evomerge.recipe import BUILT_IN, METHODS, find_method
+from evomerge.recipe import METHODS, find_method
 from evomerge.recipe.model_references import OLD_PREFIX
 from evomerge.recipe.source_checks import number_of_models
 from evomerge.study.section import (
@@ -32,12 +32,17 @@ from evomerge.study.section import (
 )
 
 IN_A_FILE = r"\.py:[A-Za-z_]\w*$"  # a method of a user's own
+# without the methods that a program registers
+BUILT_IN = [name for name, traits in METHODS.items() if traits.built_in]
+NORMALIZED = [
+    name for name in BUILT_IN if METHODS[name].normalize or METHODS[name].search_normalizes
+]
 log = logging.getLogger(__name__)
 
 
 def mixes_models(method: str) -> bool:
     """Whether models are mixed as they are: the base, if there is one, is one more of them."""
-    return method == "slerp" or not METHODS[method].sets_base_apart
+    return METHODS[method].walks or not METHODS[method].sets_base_apart
 
 
 def _searchable(method: str, info: ValidationInfo) -> str:
@@ -54,11 +59,11 @@ def _searchable(method: str, info: ValidationInfo) -> str:
     names = f"Use {', '.join(METHODS)}, or one that your program has registered."
     require(traits is not None, "", "is not a merge method", method, names)
     assert traits is not None
-    if method == "slerp":
+    if traits.walks:
         return method
-    numbers = traits.weighted or traits.searched
+    numbers = traits.searchable
     merged = "Merge it with `evomerge merge`."
-    if method in BUILT_IN:
+    if traits.built_in:
         require(numbers, "", "has no numbers that could be searched", method, merged)
     needed = [own for own in traits.own.values() if own.default is None and own.search is None]
     what = "cannot be searched: its recipes need more than weights and densities"
@@ -81,16 +86,13 @@ class GenomeSection(Section):
     )
     base_model: ModelRef | None = Field(
         default=None,
-        description="The model that the siblings come from. linear and slerp work without one; for "
-        "them it is one more model to mix.",
+        description="The model that the siblings come from. Some methods need none "
+        "(docs/METHODS.md): linear, for one, takes it as one more model to mix.",
     )
     merge_method: Annotated[
         str,
         AfterValidator(_searchable),
-        # without the methods that a program registers
-        WithJsonSchema(
-            {"anyOf": [{"enum": list(BUILT_IN)}, {"type": "string", "pattern": IN_A_FILE}]}
-        ),
+        WithJsonSchema({"anyOf": [{"enum": BUILT_IN}, {"type": "string", "pattern": IN_A_FILE}]}),
     ] = Field(
         default="task_arithmetic",
         description="How the models are merged: a method of docs/METHODS.md, or your own as "
@@ -104,7 +106,7 @@ class GenomeSection(Section):
     )
     normalize: bool | None = Field(
         default=None,
-        description="Divide by the sum of the weights; null: true for ties, dare_ties and linear.",
+        description=f"Divide by the sum of the weights; null: true for {', '.join(NORMALIZED)}.",
     )
     allow_negative_weights: bool = Field(
         default=False, description="Changes the default of search.bounds to -2 to 2."
@@ -159,14 +161,14 @@ class GenomeSection(Section):
             log.warning("genome.models: the base is left out, whose weight has no effect: %s", base)
             siblings = tuple(model for model in self.models if model != base)
             object.__setattr__(self, "models", siblings)  # it is frozen from here on
-        if method != "slerp":
+        if not traits.walks:
             merged = self.all_models if mixed else self.models
             least, most = traits.siblings
             holds = least <= len(merged) and (most is None or len(merged) <= most)
             number = f"are not those of {method}, which merges {number_of_models(traits)}"
             require(holds, "models", number, merged, "Add or remove some.")
         require(
-            len(self.all_models) >= 2 or traits.siblings[1] == 1,
+            len(self.all_models) >= 2 or (traits.siblings[1] == 1 and not traits.walks),
             "models",
             f"has too few: {method} needs at least two models",
             self.models,
@@ -175,20 +177,23 @@ class GenomeSection(Section):
         return self
 
     @model_validator(mode="after")
-    def _check_slerp(self) -> Self:
-        if self.merge_method == "slerp":
-            require(not self.smooth, "smooth", "cannot be combined with slerp", True, "Remove it.")
+    def _check_walk(self) -> Self:
+        method = self.merge_method
+        if METHODS[method].walks:
+            require(
+                not self.smooth, "smooth", f"cannot be combined with {method}", True, "Remove it."
+            )
             require(
                 not self.filters,
                 "filters",
-                "cannot be combined with slerp",
+                f"cannot be combined with {method}",
                 self.filters,
                 "Remove it.",
             )
             require(
                 self.tokenizer_source != "union" or len(self.all_models) <= 2,
                 "tokenizer_source",
-                "cannot be union here: slerp mixes other models in each candidate, and their "
+                f"cannot be union here: {method} mixes other models in each candidate, and their "
                 "union of tokens would change with them",
                 self.tokenizer_source,
                 "Set it to base, or name one model.",

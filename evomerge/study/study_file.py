@@ -120,7 +120,8 @@ class Study(AsWritten):
     @property
     def bounds(self) -> tuple[float, float]:
         """Lowest and highest weight; for slerp, what `start` and `sigma` are shares of."""
-        negative = self.genome.allow_negative_weights and self.genome.merge_method != "slerp"
+        walks = METHODS[self.genome.merge_method].walks
+        negative = self.genome.allow_negative_weights and not walks
         return self.search.bounds or ((-2.0, 2.0) if negative else (0.0, 2.0))
 
     @property

@@ -27,7 +27,7 @@ from evomerge.answering.hf.batching import BatchExecutor, shrink_to_fit
 from evomerge.answering.hf.references import TokenPair, batches, likelihoods, make_pair
 from evomerge.answering.hf.teaching import divergences, next_tokens
 from evomerge.errors import EngineError, StudyFileError
-from evomerge.genome.weights import Genome
+from evomerge.genome.genome import Genome
 from evomerge.merging import quantized
 from evomerge.merging.live import LiveModel
 from evomerge.merging.stream import MergePlan

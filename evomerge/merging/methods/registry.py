@@ -16,7 +16,7 @@ from torch import Tensor
 from evomerge.errors import InputError, RecipeError
 from evomerge.merging.methods import averaging, consensus, deltas, spherical, towards
 from evomerge.merging.tensor_plan import TensorPlan
-from evomerge.recipe import BUILT_IN, METHODS, OWN, MethodTraits
+from evomerge.recipe import METHODS, OWN, MethodTraits
 from evomerge.recipe.own_methods import OwnMethod
 
 
@@ -65,7 +65,9 @@ def register_method(name: str, method: MergeMethod, link: str = "") -> None:
             where=name,
             remedy="Choose another name.",
         )
-    METHODS[name] = _METHODS[name] = replace(method, link=link or method.link or name)
+    METHODS[name] = _METHODS[name] = replace(
+        method, link=link or method.link or name, built_in=False
+    )
 
 
 def get_method(name: str) -> MergeMethod:
@@ -149,4 +151,4 @@ def with_function(traits: MethodTraits, merge: MergeFunction) -> MergeMethod:
 _METHODS: dict[str, MergeMethod] = {
     name: with_function(METHODS[name], merge) for name, merge in _FUNCTIONS.items()
 }
-assert _METHODS.keys() == set(BUILT_IN), "every method has traits and a function"
+assert _METHODS.keys() == METHODS.keys(), "every method has traits and a function"

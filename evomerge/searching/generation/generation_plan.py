@@ -23,8 +23,9 @@ from evomerge.searching.generation.cascade_round import CascadeRound
 from evomerge.searching.generation.one_pass import OnePass
 from evomerge.searching.generation.racing import blocks, hopeless
 from evomerge.searching.generation.task_draw import TaskDraw
+from evomerge.searching.judge_answers import PendingEvaluation
 from evomerge.searching.ledger import Ledger
-from evomerge.searching.prefetch import Item, PendingEvaluation
+from evomerge.searching.prefetch import Item
 from evomerge.searching.prepare import Problem
 from evomerge.searching.records.study_facts import CascadeSavings
 from evomerge.searching.samplers.cma import Slot

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.console import counted, size
-from evomerge.genome.weights import Genome
+from evomerge.genome.genome import Genome
 from evomerge.merging.architecture.text_config import text_config
 from evomerge.merging.checkpoints.config_defaults import config_value
 from evomerge.searching.preflight.findings import Findings

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import EvomergeError, InputError, ModelError, StudyError
-from evomerge.genome.weights import Genome, make_genome
+from evomerge.genome.genome import Genome, make_genome
 from evomerge.merging.checkpoints.compatibility import check_fit
 from evomerge.merging.checkpoints.model_folder import ModelFolder, num_layers
 from evomerge.merging.checkpoints.open_model import open_model
@@ -18,6 +18,7 @@ from evomerge.searching.generation.learning import telling_tasks
 from evomerge.searching.ledger import Ledger, open_ledger
 from evomerge.searching.preflight.answers_check import check_engine, check_judge, check_prompts
 from evomerge.searching.preflight.findings import Findings, PreflightFinding
+from evomerge.searching.preflight.merge_check import check_first_merge
 from evomerge.searching.preflight.needs import check_memory_and_disk, check_slices, cost
 from evomerge.searching.preflight.verdict_power import advice, grade_scale, verdict_power
 from evomerge.searching.prepare import prepare, study_tasks
@@ -217,6 +218,8 @@ def _search_itself(findings: Findings, study: Study, url: str | None) -> None:
         facts = StudyFacts() if stored is None else stored.facts
         prepared = prepare(as_begun(study, facts.study_file), lambda note: None)
         check_demanded_start(study, prepared.genome, prepared.split.search)
+        if check_first_merge(prepared):
+            findings.add("ok", "merge", "every tensor has its place in the live model")
         if stored is None or not facts.begun:
             return
         changed = changes(facts, facts_of(prepared, facts))

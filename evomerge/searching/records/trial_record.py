@@ -103,7 +103,7 @@ class TrialRecord:
     index: int | None
     role: str  # candidate, parent, mean or uniform
     state: str  # complete, failed or running
-    weights: tuple[float, ...]
+    vector: tuple[float, ...]  # of the genome: weights, densities and other numbers
     score: float | None
     stderr: float | None
     n: int
@@ -116,6 +116,11 @@ class TrialRecord:
     parts: Mapping[str, float] = field(default_factory=dict)
     draw_variance: float | None = None
     thought_tokens: int | None = None
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The vector, by the name that it had up to version 0.2."""
+        return self.vector
 
     @property
     def mean_thought_tokens(self) -> float | None:
@@ -157,7 +162,7 @@ def read_trial(
 ) -> TrialRecord:
     """A trial from its attributes, in format 0 or 1. `names` order the parameters."""
     data = {**attributes, **attributes.get("result", {})}
-    weights = tuple(params[name] for name in names if name in params)
+    vector = tuple(params[name] for name in names if name in params)
     n = data.get("n", 0)
     return TrialRecord(
         number=number,
@@ -165,7 +170,7 @@ def read_trial(
         index=data.get("index"),
         role=data["role"],
         state=state,
-        weights=weights,
+        vector=vector,
         score=score,
         stderr=known_error(data.get("stderr"), n),
         n=n,

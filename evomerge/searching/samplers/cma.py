@@ -145,7 +145,7 @@ class CmaSampler:
             if trial is None:
                 yield tuple(self.draw(history, self.slot(history, generation, index)).tolist())
             elif finished:
-                yield trial.weights
+                yield trial.vector
 
     def means(self, history: History) -> tuple[int, list[np.ndarray]]:
         """How many generations are complete, and each mean after them, (d,), within the bounds."""
@@ -227,7 +227,7 @@ class CmaSampler:
 
         A known vector, which the optimizer did not draw, may have to be shortened.
         """
-        x = np.array(trial.weights)
+        x = np.array(trial.vector)
         assert trial.generation is not None
         assert trial.index is not None
         position = trial.generation * self.population + trial.index

@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from evomerge.genome.weights import Genome
+from evomerge.genome.genome import Genome
 from evomerge.searching.samplers.cma import CmaSampler
 from evomerge.searching.samplers.pareto import ParetoSampler
 from evomerge.searching.starting.known_candidates import first_vectors

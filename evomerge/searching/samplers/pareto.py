@@ -50,7 +50,7 @@ class ParetoSampler(CmaSampler):
                     if self.turn(generation, trial.index) == turn:
                         x = self._told(optimizer, known, trial)
                     else:
-                        x = within_reach(np.array(trial.weights), reach, self.bounds)
+                        x = within_reach(np.array(trial.vector), reach, self.bounds)
                     told.append((x, -float(value)))
                 optimizer.tell(told)
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evomerge.errors import StudyFileError
-from evomerge.genome.weights import Genome
+from evomerge.genome.genome import Genome
 from evomerge.merging.layout import Layout
-from evomerge.recipe import Recipe, read_recipe
+from evomerge.recipe import METHODS, Recipe, read_recipe
 from evomerge.study import Study
 
 OUTSIDE = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
@@ -73,7 +73,8 @@ def encode(genome: Genome, recipe: Recipe, where: str) -> tuple[float, ...]:
 
 def _check_form(genome: Genome, recipe: Recipe, where: str) -> None:
     """Raise StudyFileError for a recipe of another kind than the genome's."""
-    plain = genome.method != "slerp" and set(genome.parameters) <= {"weight", "density"}
+    walks = METHODS[genome.method].walks
+    plain = not walks and set(genome.parameters) <= {"weight", "density"}
     if genome.smooth or genome.shared_parameters or not plain:
         raise StudyFileError(
             f"a smooth genome, or one of {genome.method}'s own numbers, takes vectors",

@@ -17,7 +17,7 @@ from functools import cached_property
 
 from evomerge.answering.engine import Answer, Engine, LikelihoodGradient, NextTokens, items_at
 from evomerge.answering.prompts import Prompter
-from evomerge.genome.weights import Genome
+from evomerge.genome.genome import Genome
 from evomerge.recipe import Recipe
 from evomerge.searching.records.trial_record import TaskGrade, TrialRecord
 from evomerge.tasks import Task

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from evomerge.errors import StudyError
-from evomerge.genome.weights import Genome, make_genome
+from evomerge.genome.genome import Genome, make_genome
 from evomerge.searching.ledger import Ledger, open_ledger
 from evomerge.searching.records.storage_place import file_url, storage_place
 from evomerge.searching.records.study_facts import Start

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from evomerge.genome.weights import Genome
+from evomerge.genome.genome import Genome
 
 # a number's first step, in units of the weight: 16 steps can cross the whole range
 RATE = 0.25

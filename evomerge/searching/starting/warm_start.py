@@ -22,7 +22,7 @@ from evomerge.answering.hf.gradient import check_gradient
 from evomerge.answering.prompts import Prompter
 from evomerge.console import Console, duration
 from evomerge.errors import EngineError, StudyFileError
-from evomerge.genome.weights import Genome
+from evomerge.genome.genome import Genome
 from evomerge.searching.generation.stopping import StudyClock
 from evomerge.searching.ledger import Ledger
 from evomerge.searching.prepare import Problem

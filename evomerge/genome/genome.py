@@ -9,6 +9,10 @@ vectors give two different recipes.
 Parameters that the models share, such as nearswap's t, come after all others, as x[group, filter
 set, parameter]. A parent that no merge of the method gives has a vector outside all ranges.
 
+From here to a tensor: `search_space.py` (the order of the numbers), `decoding.py` (vector to
+recipe), `merging/layout.py` (`Layout.position` and `plan`: from a tensor to its slice and sources),
+`merging/settings.py` (`evaluate`: filters and gradients).
+
 della's epsilon is a share of what the density leaves it, so that every vector has a recipe; with
 density 1 it leaves nothing, and its last bits may be rounded away.
 
@@ -35,9 +39,6 @@ from evomerge.study import Study, mixes_models
 Vector = tuple[float, ...]
 __all__ = ["Gene", "Genome", "make_genome", "walk"]
 
-# methods that mergekit-evolve normalises unless told otherwise
-NORMALIZED = ("ties", "dare_ties", "linear")
-
 
 class Genome(SearchSpace):
     """A search space with its recipes, and the vectors that a search is compared with."""
@@ -51,9 +52,10 @@ class Genome(SearchSpace):
         ref = self.base_model
         if sibling is not None:
             ref = self.siblings[sibling]
-        if METHODS[self.method].weighs_parents:
+        traits = METHODS[self.method]
+        if traits.weighs_parents:
             return self._fill(lambda model: float(model == ref), density=1.0)
-        if self.method != "slerp":
+        if not traits.walks:
             return self.alone(self.all_models.index(str(ref)))
         for edge, (first, _) in enumerate(walk(len(self.models))):
             if self.models[first] == ref:
@@ -68,12 +70,12 @@ class Genome(SearchSpace):
         linear it is what the siblings share, and the base has the rest. Without a base the
         siblings' mean is all there is. Weights that the method does not reach are left out.
         """
-        if self.method == "slerp":
+        traits = METHODS[self.method]
+        if traits.walks:
             if not 0 < weight < 1:  # at the ends are the parents
                 return ()
             edges = range(len(walk(len(self.models))))
             return tuple((edge + weight,) * self.dimensions for edge in edges)
-        traits = METHODS[self.method]
         if not traits.weighted:  # the one merge of the parameters' starts
             return (self._fill(lambda _: 0.0),)
         if traits.sets_base_apart and not traits.optional_base:
@@ -88,7 +90,7 @@ class Genome(SearchSpace):
 
     def is_uniform(self, vector: Sequence[float]) -> bool:
         """Whether all slices and siblings have one weight, whatever the densities: a parent can."""
-        if self.method == "slerp":
+        if METHODS[self.method].walks:
             return len(set(vector)) == 1
         if self.is_alone(vector):
             return False
@@ -99,7 +101,7 @@ class Genome(SearchSpace):
             weights = set()
             for g in range(len(self.slices)):
                 for f in range(len(self.filter_sets)):
-                    weights.add(vector[self.position(g, m, f, 0)])
+                    weights.add(vector[self.index_of(g, m, f, 0)])
             if len(weights) > 1:
                 return False
             if ref in self.siblings:
@@ -149,7 +151,7 @@ def make_genome(study: Study, n_layers: int) -> Genome:
     if mixes_models(method) and section.base_model not in models:
         models = section.all_models
     if normalize is None:
-        normalize = METHODS[method].normalize or method in NORMALIZED
+        normalize = METHODS[method].normalizes_in_search
     return Genome(
         method=method,
         base_model=section.base_model,
@@ -177,7 +179,7 @@ def _start(study: Study, models: int, normalize: bool) -> float:
     """
     if study.search.start is not None:
         return study.search.start
-    shared = not normalize and study.genome.merge_method != "slerp"
+    shared = not normalize and not METHODS[study.genome.merge_method].walks
     start = 1 / models if shared else 1.0
     low, high = study.bounds
     return start if low <= start <= high else (low + high) / 2

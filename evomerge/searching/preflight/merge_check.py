@@ -1,0 +1,47 @@
+"""Whether the study's models can be merged in a live model, tried on one without weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from evomerge.errors import ModelError
+from evomerge.merging.architecture.conversion import shapes_after
+from evomerge.merging.architecture.empty_model import empty_model
+from evomerge.merging.live import LiveModel
+from evomerge.searching.prepare import Prepared
+
+
+def check_first_merge(prepared: Prepared) -> bool:
+    """Raise ModelError or RecipeError as the search would before its first trial.
+
+    It plans the first reference on transformers' own model of the configuration, with the live
+    model's checks and no numbers. False where that model is not known, or another engine loads it.
+    """
+    study, base = prepared.study, prepared.base
+    model = empty_model(base.config)
+    if model is None or study.engine.kind != "transformers":
+        return False
+    # a live model may untie its head, and the empty one is kept
+    live = LiveModel(
+        copy.deepcopy(model), base, prepared.siblings or [base], study.search.seed, "disk"
+    )
+    _check_shapes(live)
+    _, vector = prepared.genome.references(study.search.uniform)[0]
+    live.check_in_place(live.plan(prepared.genome.decode(vector)))
+    return True
+
+
+def _check_shapes(live: LiveModel) -> None:
+    """Raise ModelError where config.json asks for tensors of another shape than the files have."""
+    space: Any = live.space
+    for group in space.groups:
+        stored = {name: live.base.shape(name) for name in group.sources}
+        for name, shape in shapes_after(space.model, group, stored).items():
+            wanted = tuple(live.live[name].shape) if name in live.live else shape
+            if shape != wanted:
+                raise ModelError(
+                    f"{name} has the shape {shape}, where config.json asks for {wanted}",
+                    where=live.base.path,
+                    remedy="Correct config.json, or copy the model again.",
+                )
