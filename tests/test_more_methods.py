@@ -42,7 +42,7 @@ VALUES = {
     "alpha": SMALL_OR_LARGE,
 }
 ELSEWHERE = {"task_arithmetic", "ties", "dare_ties", "dare_linear", "linear", "slerp"}  # tested
-ADDED = [name for name, traits in METHODS.items() if traits.built_in and name not in ELSEWHERE]
+ADDED = [name for name, traits in METHODS.items() if name not in ELSEWHERE and not traits.only_here]
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def calls(draw, name):
         each["weight"] = draw(st.lists(WEIGHTS, min_size=count, max_size=count))
     if traits.has_densities:
         each["density"] = draw(st.lists(DENSITIES, min_size=count, max_size=count))
-    if traits.draws:  # where the density leaves no room, mergekit refuses
+    if "epsilon" in each:  # where the density leaves no room, mergekit refuses
         pairs = zip(each["density"], each["epsilon"], strict=True)
         each["epsilon"] = [min(e, 0.99 * min(d, 1 - d)) if d < 1 else e for d, e in pairs]
     if traits.takes_deltas and traits.scales:

@@ -59,6 +59,7 @@ class MethodTraits:
     rescale: bool = False  # the parameter's default
     walks: bool = False  # a search walks from model to model by `t`, and has no weights
     built_in: bool = True  # False: a user's own; set where it is registered
+    in_mergekit: bool = True  # False for one of the package that mergekit lacks
     # further parameters; a plain number is its default, and None means that the recipe must give it
     parameters: Mapping[str, MethodParameter | float | None] = field(default_factory=dict)
 
@@ -76,6 +77,11 @@ class MethodTraits:
     def sets_base_apart(self) -> bool:
         """Whether a base among the sources has another part than the siblings."""
         return self.needs_base or self.optional_base
+
+    @property
+    def only_here(self) -> bool:
+        """Whether mergekit cannot merge what a recipe with this method says."""
+        return not (self.built_in and self.in_mergekit)
 
     @property
     def is_random(self) -> bool:

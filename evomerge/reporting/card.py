@@ -76,7 +76,7 @@ def model_card(
         extra=f"{extra_markdown.strip()}\n\n" if extra_markdown else "",
         method=method.link,
         using=using,
-        alone="" if method.built_in else ALONE,
+        alone=ALONE if method.only_here else "",
         models="\n".join(f"* {_link(model)}" for model in recipe.models if model != base),
         configuration=configuration,
         fence="`" * max(3, longest + 1),

@@ -96,7 +96,7 @@ def recipe_text(snapshot: StudySnapshot) -> str:
     method = METHODS[snapshot.recipe.merge_method]
     if method.is_random:
         text = SEED_COMMENT.format(seed=snapshot.study.search.seed) + text
-    if not method.built_in:
+    if method.only_here:
         text = OWN_COMMENT + text
     if snapshot.unbeaten is not None and snapshot.picked is None:
         text = f"# {unbeaten_sentence(snapshot.unbeaten)}\n{text}"

@@ -11,7 +11,8 @@ from evomerge.merging.layout import Layout
 from evomerge.recipe import METHODS, Recipe, read_recipe
 from evomerge.study import Study
 
-OUTSIDE = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
+# names like Llama's stand for those of any model: both recipes are laid over the same ones
+NOT_IN_LAYERS = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
 
 
 def first_vectors(study: Study, genome: Genome) -> list[tuple[float, ...]]:
@@ -60,7 +61,7 @@ def encode(genome: Genome, recipe: Recipe, where: str) -> tuple[float, ...]:
             for by_model in found:
                 vector += by_model[m][: len(genome.parameters)]
     ours = Layout(genome.decode(vector), n_layers)
-    names = list(OUTSIDE)
+    names = list(NOT_IN_LAYERS)
     for layer in range(n_layers):
         names += [_tensor(layer, text) for text in kinds]
     for name in names:

@@ -14,13 +14,12 @@ import answer_tools as tools
 with tools.one_line_errors():  # these take some seconds
     import numpy as np
     import torch
-    import transformers
     import yaml
     from safetensors import safe_open
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import Ridge
     from sklearn.pipeline import make_union
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 NEVER = "(?!)"  # a pattern that matches nothing
 
@@ -198,10 +197,9 @@ def prompt(
 
 def load(model_folder: str | None, donor: str, folders: dict[str, str]):
     """The merged model, on the GPU where there is one."""
-    auto = AutoModelForCausalLM
-    if type(AutoConfig.from_pretrained(folders[donor])) not in auto._model_mapping:
-        auto = transformers.AutoModelForImageTextToText
-    model = auto.from_pretrained(folders[donor], dtype=RECIPE["dtype"], use_safetensors=True)
+    model = tools.model_class(folders[donor]).from_pretrained(
+        folders[donor], dtype=RECIPE["dtype"], use_safetensors=True
+    )
     model.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False)
     if not model_folder:
         merge(model, donor, folders)

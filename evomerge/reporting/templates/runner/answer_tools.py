@@ -19,6 +19,15 @@ LONGEST = 3650 * 86400.0
 CHOICE = "name another --out, or add --overwrite"
 
 
+def model_class(folder: str):
+    """transformers' class for text alone; where the model has none, that for images and text."""
+    import transformers
+
+    text = transformers.AutoModelForCausalLM
+    known = type(transformers.AutoConfig.from_pretrained(folder)) in text._model_mapping
+    return text if known else transformers.AutoModelForImageTextToText
+
+
 def fail(why: str, code: int = 2):
     """End with one line."""
     line = "answer.py: " + " ".join(why.split())[:1000]
