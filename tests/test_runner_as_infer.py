@@ -187,7 +187,7 @@ def test_memory_that_runs_out_halves_the_batch(family, tmp_path, monkeypatch):
     write_runner(finish(family), tmp_path / "r", None)
     tasks, out = task_file(tmp_path, 12), tmp_path / "o.jsonl"
     answer = loaded(tmp_path / "r")
-    model = answer.AutoModelForCausalLM.from_pretrained(family / "base")
+    model = answer.tools.load(family / "base")
     generate, sizes = type(model).generate, []
 
     def short(self, ids, **options):

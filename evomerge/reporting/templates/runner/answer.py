@@ -197,9 +197,7 @@ def prompt(
 
 def load(model_folder: str | None, donor: str, folders: dict[str, str]):
     """The merged model, on the GPU where there is one."""
-    model = tools.model_class(folders[donor]).from_pretrained(
-        folders[donor], dtype=RECIPE["dtype"], use_safetensors=True
-    )
+    model = tools.load(folders[donor], dtype=RECIPE["dtype"], use_safetensors=True)
     model.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False)
     if not model_folder:
         merge(model, donor, folders)

@@ -19,13 +19,14 @@ LONGEST = 3650 * 86400.0
 CHOICE = "name another --out, or add --overwrite"
 
 
-def model_class(folder: str):
-    """transformers' class for text alone; where the model has none, that for images and text."""
+def load(folder: str, **how):
+    """The model in transformers' class for text; where it has none, in that for images and text."""
     import transformers
 
-    text = transformers.AutoModelForCausalLM
-    known = type(transformers.AutoConfig.from_pretrained(folder)) in text._model_mapping
-    return text if known else transformers.AutoModelForImageTextToText
+    auto = transformers.AutoModelForCausalLM
+    if type(transformers.AutoConfig.from_pretrained(folder)) not in auto._model_mapping:
+        auto = transformers.AutoModelForImageTextToText
+    return auto.from_pretrained(folder, **how)
 
 
 def fail(why: str, code: int = 2):
