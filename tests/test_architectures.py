@@ -274,3 +274,82 @@ def test_a_type_that_transformers_does_not_know_cannot_answer(tmp_path):
         load_model(open_model(str(tmp_path / "base")), EngineSection(device="cpu"), torch.bfloat16)
     assert "somebodys" in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_the_yaml_of_a_genome_that_merges_everything_says_so(with_vision, tmp_path):
+    base = load_all(with_vision / "base")
+    outside = [name for name in base if "vision" in name or "projector" in name]
+    genome = {
+        "base_model": str(with_vision / "base"),
+        "models": [str(with_vision / "one")],
+        "outside": "first",
+    }
+    for more in ({}, {"filters": ["mlp"]}, {"smooth": True}):
+        whole = {**genome, **more, "layer_granularity": 2}
+        study = Study.from_dict({"genome": whole, "tasks": [str(tmp_path / "t.jsonl")]})
+        decoded = make_genome(study, 4)
+        recipe = decoded.decode([0.25 + 0.01 * i for i in range(decoded.dimensions)])
+        (tmp_path / "r.yml").write_text(recipe.to_yaml())
+        out = tmp_path / f"out{len(more)}{'smooth' in more}"
+        assert main(["merge", str(tmp_path / "r.yml"), str(out)]) == 0
+        merged = load_all(out)
+        assert all(not torch.equal(merged[name], base[name]) for name in outside)
+        assert Recipe.from_dict(recipe.to_dict()).digest() == recipe.digest()
+
+
+def test_lines_along_the_layers_leave_the_vision_tower_alone(with_vision, tmp_path):
+    base = load_all(with_vision / "base")
+    genome = {
+        "base_model": str(with_vision / "base"),
+        "models": [str(with_vision / "one")],
+        "layer_granularity": 2,
+        "smooth": True,
+    }
+    study = Study.from_dict({"genome": genome, "tasks": [str(tmp_path / "t.jsonl")]})
+    decoded = make_genome(study, 4)
+    merged = load_all(build_model(decoded.decode([0.25, 0.5]), tmp_path / "out"))
+    changed = [name for name in merged if not torch.equal(merged[name], base[name])]
+    assert changed
+    assert not [name for name in changed if "vision" in name or "projector" in name]
+
+
+@pytest.mark.parametrize("name", ["llama4_text", "deepseek_v3", "bamba", "lfm2_moe"])
+def test_an_order_of_layers_that_config_json_cannot_express_is_refused(tmp_path, capsys, name):
+    architectures.make(name, tmp_path)
+    pieces = [[0, 2], [1, 4]] if name != "deepseek_v3" else [[2, 4], [0, 2]]
+    slices = []
+    for piece in pieces:
+        slices.append({"sources": [{"model": str(tmp_path / "base"), "layer_range": piece}]})
+    recipe = Recipe.from_dict({"merge_method": "passthrough", "slices": slices})
+    (tmp_path / "r.yml").write_text(recipe.to_yaml())
+    assert main(["merge", str(tmp_path / "r.yml"), str(tmp_path / "out")]) == 2
+    assert "layers in another order" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_next", "mixtral", "gpt2"])
+def test_layers_in_another_order(tmp_path, name):
+    architectures.make(name, tmp_path)
+    slices = []
+    for piece in ([0, 4], [0, 4]):
+        slices.append({"sources": [{"model": str(tmp_path / "base"), "layer_range": piece}]})
+    recipe = Recipe.from_dict({"merge_method": "passthrough", "slices": slices})
+    out, base = build_model(recipe, tmp_path / "out"), load_all(tmp_path / "base")
+    for stored, tensor in load_all(out).items():
+        parts = open_model(str(tmp_path / "base")).architecture.split(stored)
+        if parts is not None:
+            stored = f"{parts[0]}{parts[1] % 4}{parts[2]}"
+        assert torch.equal(tensor, base[stored])
+    model = architectures.load(out)
+    assert torch.isfinite(model(input_ids=torch.tensor([[5, 6, 7]])).logits).all()
+
+
+@pytest.mark.parametrize("layers", ["4", 4.0, [4]])
+def test_a_number_of_layers_that_is_none(tmp_path, capsys, layers):
+    architectures.make("llama", tmp_path)
+    config = json.loads((tmp_path / "base/config.json").read_text())
+    (tmp_path / "base/config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
+    (tmp_path / "r.yml").write_text(architectures.recipe_of(tmp_path).to_yaml())
+    capsys.readouterr()
+    assert main(["merge", str(tmp_path / "r.yml"), str(tmp_path / "out")]) == 2
+    assert "`num_hidden_layers` in config.json is not a whole number" in capsys.readouterr().err

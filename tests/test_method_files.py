@@ -3,6 +3,8 @@
 import importlib
 import io
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -230,3 +232,22 @@ def test_a_study_s_fault_is_said_in_a_line(pair, tmp_path):
 
 def test_a_built_in_name_stays_built_in():
     assert registry.get_method("ties").merge.__module__ == "evomerge.merging.methods.deltas"
+
+
+def test_a_method_file_works_in_a_process_that_has_merged_nothing_yet(tmp_path):
+    """Recipes are read before the registry of functions is imported."""
+    family = make_family(tmp_path)
+    (tmp_path / "half.py").write_text(
+        "def half(base, others, plan, generator):\n    return base + sum(others) / 2\n"
+    )
+    recipe = {
+        "merge_method": f"{tmp_path}/half.py:half",
+        "base_model": str(family / "base"),
+        "models": [{"model": str(family / "one")}],
+        "dtype": "bfloat16",
+    }
+    (tmp_path / "r.yml").write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, "-m", "evomerge", "merge", "r.yml", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out/model.safetensors").is_file()

@@ -532,3 +532,11 @@ def test_infer_refuses_bad_variables_in_one_line(folders, tmp_path, capsys, valu
     said = capsys.readouterr().err.strip()
     assert word in said
     assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"), [("<t>abc t>ans", "ans"), ("<t>abc", ""), ("  <t>a t> b", "b")]
+)
+def test_an_end_mark_that_is_a_part_of_the_start_mark(text, answer):
+    reply = split_reply(text, Marks("<t>", "t>"))
+    assert (reply.answer, reply.thoughts + reply.answer) == (answer, text)

@@ -64,8 +64,10 @@ def split_reply(text: str, marks: Marks, opened: bool = False) -> SplitReply:
     thoughts which nothing has begun ends them too: the prompt of a model behind a server is
     unknown, and a merge may drop the first mark.
     """
-    begins = text.lstrip().startswith(marks.start)
-    end = text.find(marks.end)
+    at = len(text) - len(text.lstrip())
+    begins = text.startswith(marks.start.lstrip(), at)
+    # an end mark that is a part of the start mark is none
+    end = text.find(marks.end, at + len(marks.start.lstrip()) if begins else 0)
     if not (begins or opened):
         start = text.find(marks.start)
         if end < 0 or 0 <= start < end:

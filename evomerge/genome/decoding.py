@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from evomerge.genome.model_walk import walk
 from evomerge.genome.search_space import SearchSpace
 from evomerge.recipe import METHODS, Recipe, task_arithmetic_recipe
 from evomerge.study import mixes_models
+
+COMMON = ("normalize", "int8_mask")  # of a whole recipe
 
 
 def vector_to_recipe(space: SearchSpace, vector: Sequence[float]) -> Recipe:
@@ -20,23 +21,29 @@ def vector_to_recipe(space: SearchSpace, vector: Sequence[float]) -> Recipe:
 
 def merging_outside(recipe: Recipe) -> Recipe:
     """The recipe with filters that name everything, as tensors outside the text path ask for."""
+    data = recipe.to_dict()
+    holders = [data, *data.get("models", [])]
+    if "slices" in data:
+        first = data["slices"][0]
+        holders = [first, *first["sources"]]
+    for holder in holders:
+        if holder.get("parameters"):
+            holder["parameters"] = _everywhere(holder["parameters"])
+    return Recipe.from_dict(data)
 
-    def everywhere(parameters: Mapping[str, Any]) -> dict[str, Any]:
-        named: dict[str, Any] = {}
-        for key, setting in parameters.items():
-            items = setting if isinstance(setting, list) else [setting]
-            if not isinstance(items[0], Mapping):
-                items = [{"filter": "*", "value": setting}]
-            *filtered, rest = items
-            named[key] = [*filtered, {**rest, "filter": ""}]
-        return named
 
-    first, *others = recipe.slices
-    sources = []
-    for source in first.sources:
-        sources.append(replace(source, parameters=everywhere(source.parameters)))
-    first = replace(first, sources=tuple(sources), parameters=everywhere(first.parameters))
-    return replace(recipe, slices=(first, *others))
+def _everywhere(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    named: dict[str, Any] = {}
+    for key, setting in parameters.items():
+        items = setting if isinstance(setting, list) else [setting]
+        if key in COMMON:
+            named[key] = setting
+            continue
+        if not isinstance(items[0], Mapping):
+            items = [{"filter": "*", "value": setting}]
+        *filtered, rest = items
+        named[key] = [*filtered, {**rest, "filter": ""}]
+    return named
 
 
 def _decoded(space: SearchSpace, vector: Sequence[float]) -> Recipe:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from evomerge.console import parse_size, size
 from evomerge.errors import ModelError, OutputError
-from evomerge.merging.architecture.text_config import layers_key, text_config, with_text
 from evomerge.merging.checkpoints.folder_files import TEMPLATES, copy_files, read_json
-from evomerge.merging.checkpoints.model_folder import ModelFolder, num_layers
+from evomerge.merging.checkpoints.model_folder import ModelFolder
 from evomerge.merging.checkpoints.new_folder import check_new, new_folder
 from evomerge.merging.checkpoints.shards import Progress, plan_shards, total_size, write_shards
+from evomerge.merging.merged_config import check_restacked, merged_config
 from evomerge.merging.stream import MergePlan, open_recipe
 from evomerge.merging.vocabulary.chat_templates import chat_template_of, write_chat_template
 from evomerge.recipe import Recipe
@@ -39,8 +38,6 @@ TOKENIZER = (
     "merges.txt",
     "spiece.model",
 )
-# lists in config.json with an item for each layer
-BY_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
 SPARE = 20_000_000  # bytes for configuration and tokenizer
 
 
@@ -70,13 +67,18 @@ def build_model(
     limit = parse_size(shard_size)
     check_new(out)
     plan = MergePlan(recipe, open_recipe(recipe), random_seed)
+    config = merged_config(plan)
+    if plan.layout.restacked:
+        check_restacked(plan, config)
     shards = plan_shards(plan, limit)
     text = recipe.to_yaml() if recipe_text is None else recipe_text
     with new_folder(out) as unfinished:
         folder = unfinished.path
         check_space(out.parent, total_size(shards) + SPARE)
         write_shards(folder, plan, shards, progress)
-        _write_config(plan, folder)
+        (folder / "config.json").write_text(
+            json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+        )
         _write_tokenizer(plan, folder)
         template = chat_template_of(recipe, plan.models)
         if template is not None:
@@ -97,52 +99,6 @@ def check_space(folder: Path, needed: int) -> None:
             where=folder,
             remedy="Free some space.",
         )
-
-
-def _write_config(plan: MergePlan, folder: Path) -> None:
-    """The donor's configuration; only dtype, layers, vocabulary and class may change."""
-    config = dict(plan.donor.config)
-    # of a model whose tensors are plain numbers all the same; so are the merged ones
-    config.pop("quantization_config", None)
-    if plan.recipe.architecture is not None:
-        config["architectures"] = [plan.recipe.architecture]
-    dtype = plan.recipe.out_dtype or plan.recipe.dtype
-    if dtype is not None:
-        if "torch_dtype" in config:
-            config["torch_dtype"] = dtype
-        if "dtype" in config or "torch_dtype" not in config:
-            config["dtype"] = dtype
-    if plan.layout.restacked:
-        config = with_text(config, _restacked(plan, text_config(config)))
-    if plan.unties:
-        config["tie_word_embeddings"] = False
-    if plan.vocabulary is not None:
-        config = plan.vocabulary.move_ids(config, plan.recipe.donor)
-        config["vocab_size"] = plan.vocabulary.size
-    (folder / "config.json").write_text(
-        json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-    )
-
-
-def _restacked(plan: MergePlan, text: Mapping[str, Any]) -> dict[str, Any]:
-    """The text decoder's configuration with the merged model's layers."""
-    changed = dict(text)
-    for setting in BY_LAYER:
-        values = text.get(setting)
-        if isinstance(values, list) and len(values) == num_layers(plan.donor.config):
-            changed[setting] = _by_layer(plan, setting, values)
-    changed[layers_key(text) or "num_hidden_layers"] = plan.layout.n_layers
-    return changed
-
-
-def _by_layer(plan: MergePlan, setting: str, values: list[Any]) -> list[Any]:
-    """A list with an item for each layer, of the layers that the merged model has."""
-    merged = []
-    for ref, layer in plan.layout.lenders:
-        own = text_config(plan.models[ref].config).get(setting)
-        lent = own if isinstance(own, list) and layer < len(own) else values
-        merged.append(lent[min(layer, len(lent) - 1)])
-    return merged
 
 
 def _write_tokenizer(plan: MergePlan, folder: Path) -> None:

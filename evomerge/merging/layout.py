@@ -6,7 +6,7 @@ the filters and gradients.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,7 +17,7 @@ from evomerge.merging.architecture.roles import Role
 from evomerge.merging.checkpoints.model_folder import ModelFolder
 from evomerge.merging.checkpoints.stored_layers import layers_of
 from evomerge.merging.methods.registry import MergeMethod, get_method
-from evomerge.merging.settings import evaluate, filters_of, is_filtered
+from evomerge.merging.settings import evaluate, filters_of, is_filtered, is_gradient
 from evomerge.merging.tensor_plan import TensorPlan, kept
 from evomerge.recipe import MethodParameter, Recipe, Slice, Source
 from evomerge.recipe.parameter_checks import check_value, check_within
@@ -63,10 +63,19 @@ class Layout:
     @cached_property
     def filtered(self) -> bool:
         """Whether some parameter has filters, so that tensors of one layer may differ."""
-        levels = [self.recipe.parameters]
+        return any(is_filtered(setting) for setting in self._settings())
+
+    @cached_property
+    def _has_gradients(self) -> bool:
+        return any(is_gradient(setting) for setting in self._settings())
+
+    def _settings(self) -> Iterator[Any]:
+        """Every parameter's setting."""
+        yield from self.recipe.parameters.values()
         for piece in self.recipe.slices:
-            levels += [piece.parameters, *(source.parameters for source in piece.sources)]
-        return any(is_filtered(setting) for level in levels for setting in level.values())
+            yield from piece.parameters.values()
+            for source in piece.sources:
+                yield from source.parameters.values()
 
     def one_of_each(self, names: Iterable[str]) -> list[str]:
         """One tensor of each layer, and all outside the layers."""
@@ -142,12 +151,14 @@ class Layout:
     def stays(self, name: str) -> bool:
         """Whether the tensor is the donor's own: outside the text path, in a recipe of slices.
 
-        A recipe of whole models, or a filter that names the tensor, merges it like the first slice.
+        So are gradients along the layers. A recipe of whole models with single numbers, or a filter
+        that names the tensor, merges it like the first slice.
         """
         if self.architecture.role(name) != Role.OUTSIDE or self.architecture.split(name):
             return False
         piece = self.recipe.slices[0]
-        if all(source.layers is None for source in piece.sources):
+        whole = all(source.layers is None for source in piece.sources)
+        if whole and not self._has_gradients:
             return False
         levels = [piece.parameters, self.recipe.parameters]
         levels += [source.parameters for source in piece.sources]

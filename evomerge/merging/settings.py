@@ -39,6 +39,14 @@ def is_filtered(setting: Any) -> bool:
     return isinstance(items, list) and isinstance(items[0], Mapping)
 
 
+def is_gradient(setting: Any) -> bool:
+    """Whether a setting, or one of its filters, has several numbers along the layers."""
+    if is_filtered(setting):
+        items = [setting] if isinstance(setting, Mapping) else setting
+        return any(is_gradient(item["value"]) for item in items)
+    return isinstance(setting, list) and len(setting) > 1
+
+
 def _interpolate(key: str, setting: list[Any], t: float) -> float | bool:
     """Linear between the two nearest values; booleans take the one before t."""
     values = [scalar(key, item) for item in setting]

@@ -88,6 +88,12 @@ def lacking_of(config: Mapping[str, Any], names: Collection[str]) -> tuple[str, 
     return _lacking(model, groups)
 
 
+def left_out_of(config: Mapping[str, Any], names: Collection[str]) -> list[str]:
+    """The tensors that transformers' model of the configuration has no place for."""
+    model = empty_model(config)
+    return [] if model is None else sorted(groups_of(model, names)[1])
+
+
 def _class_name(config: Mapping[str, Any]) -> str:
     named = config.get("architectures") or [""]
     return str(named[0])

@@ -105,7 +105,10 @@ def _check_names(base: ModelFolder, sibling: ModelFolder) -> None:
     for name in sorted((base.keys ^ sibling.keys) - {base.head, sibling.head}):
         lacking = "the sibling lacks" if name in base.keys else "the base lacks"
         raise ModelError(
-            f"does not fit the base: {lacking} {name}", where=sibling.path, remedy=ONLY_SIBLINGS
+            f"does not fit the base: {lacking} {name}",
+            where=sibling.path,
+            remedy=f"{ONLY_SIBLINGS} One that another version of transformers saved under other "
+            "names has to be saved again.",
         )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from evomerge.errors import UnsupportedRecipe
+from evomerge.errors import ModelError, UnsupportedRecipe
 from evomerge.merging.architecture.architecture import Architecture, architecture_of
 from evomerge.merging.architecture.empty_model import empty_model
 from evomerge.merging.architecture.roles import count_layers
@@ -137,6 +137,13 @@ def num_layers(config: Mapping[str, Any]) -> int:
     text = text_config(config)
     key = layers_key(text)
     found = text[key] if key is not None else None
+    stated = text.get("num_hidden_layers")
+    if found is None and stated is not None:
+        raise ModelError(
+            "`num_hidden_layers` in config.json is not a whole number",
+            found=stated,
+            remedy="Correct it.",
+        )
     if found is None:
         model = empty_model(config)
         found = None if model is None else count_layers(model)

@@ -39,7 +39,13 @@ def kv_cache_bytes(config: Mapping[str, Any], tokens: int, bytes_per_number: int
     """Bytes of keys and values for `tokens` positions: 2 x layers x KV heads x head size each."""
     text = text_config(config)
     heads = int(config_value(text, "num_attention_heads") or 1)
-    width = int(config_value(text, "hidden_size"))
+    width = config_value(text, "hidden_size")
+    if not isinstance(width, int):
+        raise ModelError(
+            "config.json does not say how wide the model is",
+            found=width,
+            remedy="Correct `hidden_size`.",
+        )
     head_dim = int(config_value(text, "head_dim") or width // heads)
     kv_heads = config_value(text, "num_key_value_heads")
     if not isinstance(kv_heads, int):

@@ -54,7 +54,10 @@ def _odd_ones(
     folder: ModelFolder, by_layer: Mapping[int, set[tuple[str, str]]], count: int
 ) -> Sequence[str]:
     """The tensors that a layer lacks and others of its type have, unless the model has them not."""
-    types = folder.config.get("layer_types") or [""] * count
+    types = [""] * count
+    stated = folder.config.get("layer_types")
+    if isinstance(stated, list) and len(stated) >= count:
+        types = [str(kind) for kind in stated]
     complete: dict[str, set[tuple[str, str]]] = {}
     for layer, tensors in by_layer.items():
         complete.setdefault(types[layer], set()).update(tensors)

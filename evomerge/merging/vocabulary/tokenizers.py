@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import ModelError, RecipeError
+from evomerge.merging.architecture.text_config import text_config
 from evomerge.merging.checkpoints.config_defaults import config_value
 from evomerge.merging.checkpoints.folder_files import check_links
 from evomerge.merging.checkpoints.model_folder import ModelFolder
@@ -66,7 +67,7 @@ def read_tokenizer(path: str | Path, ref: str) -> Any:
 
 def vocab_size(model: ModelFolder) -> int:
     """Rows of the embeddings by config.json. Raises ModelError."""
-    size = config_value(model.config, "vocab_size")
+    size = config_value(text_config(model.config), "vocab_size")
     if not isinstance(size, int):
         raise ModelError(
             "config.json has no `vocab_size`",

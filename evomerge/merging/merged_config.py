@@ -1,0 +1,87 @@
+"""The config.json of a merged model: the donor's, with what the merge changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from evomerge.errors import RecipeError
+from evomerge.merging.architecture.architecture import lacking_of, left_out_of
+from evomerge.merging.architecture.described import LAST_SLICE
+from evomerge.merging.architecture.roles import Role
+from evomerge.merging.architecture.text_config import layers_key, text_config, with_text
+from evomerge.merging.checkpoints.model_folder import num_layers
+from evomerge.merging.stream import MergePlan
+
+# lists in config.json with an item for each layer
+BY_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
+
+
+def merged_config(plan: MergePlan) -> dict[str, Any]:
+    """The donor's configuration; only dtype, layers, vocabulary and class may change."""
+    config = dict(plan.donor.config)
+    # of a model whose tensors are plain numbers all the same; so are the merged ones
+    config.pop("quantization_config", None)
+    if plan.recipe.architecture is not None:
+        config["architectures"] = [plan.recipe.architecture]
+    dtype = plan.recipe.out_dtype or plan.recipe.dtype
+    if dtype is not None:
+        if "torch_dtype" in config:
+            config["torch_dtype"] = dtype
+        if "dtype" in config or "torch_dtype" not in config:
+            config["dtype"] = dtype
+    if plan.layout.restacked:
+        config = with_text(config, _restacked(plan, text_config(config)))
+    if plan.unties:
+        config["tie_word_embeddings"] = False
+    if plan.vocabulary is not None:
+        config = plan.vocabulary.move_ids(config, plan.recipe.donor)
+        text = {**text_config(config), "vocab_size": plan.vocabulary.size}
+        config = with_text(config, text)
+    return config
+
+
+def _restacked(plan: MergePlan, text: Mapping[str, Any]) -> dict[str, Any]:
+    """The text decoder's configuration with the merged model's layers."""
+    changed = dict(text)
+    for setting in BY_LAYER:
+        values = text.get(setting)
+        if isinstance(values, list) and len(values) == num_layers(plan.donor.config):
+            changed[setting] = _by_layer(plan, setting, values)
+    changed[layers_key(text) or "num_hidden_layers"] = plan.layout.n_layers
+    return changed
+
+
+def _by_layer(plan: MergePlan, setting: str, values: list[Any]) -> list[Any]:
+    """A list with an item for each layer, of the layers that the merged model has."""
+    merged = []
+    for ref, layer in plan.layout.lenders:
+        own = text_config(plan.models[ref].config).get(setting)
+        lent = own if isinstance(own, list) and layer < len(own) else values
+        merged.append(lent[min(layer, len(lent) - 1)])
+    return merged
+
+
+def check_restacked(plan: MergePlan, config: Mapping[str, Any]) -> None:
+    """Raise RecipeError where config.json cannot express the new order of layers.
+
+    transformers' model of the new configuration must have the tensors that are written. Nothing is
+    checked where all layers are alike, as in the architectures that mergekit describes.
+    """
+    described = (plan.donor.config.get("architectures") or [""])[0] in LAST_SLICE
+    if described and plan.donor.architecture.lacking is None:
+        return
+    if lacking_of(plan.donor.config, plan.donor.keys) is None:
+        return  # transformers has no model of the donor
+    lacking = lacking_of(config, plan.names)
+    odd = [] if lacking is None else [*lacking]
+    for name in left_out_of(config, plan.names):
+        if plan.donor.architecture.role(name) != Role.OUTSIDE:
+            odd.append(name)
+    if lacking is None or odd:
+        raise RecipeError(
+            "config.json cannot describe this model with its layers in another order",
+            where=plan.donor.path,
+            found=next(iter(odd), None),
+            remedy="Keep the order of the layers.",
+        )
