@@ -134,5 +134,7 @@ def cache_line(path: Path) -> str:
     if found is None:
         return "answer cache: none"
     n_bytes, batches = found
-    content = "damaged" if batches is None else f"{batches} batches"
+    content = "damaged"
+    if batches is not None:
+        content = f"{batches} batches"
     return f"answer cache: {size(n_bytes)}, {content}, in {path}"

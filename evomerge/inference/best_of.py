@@ -116,6 +116,8 @@ class BestOf:
             best = best_answer(run.tasks[i], answers, self.judge)
             changed += best > 0
             chosen[i] = answers[best]
-        by = "agreement" if self.judge is None else self.judge.name
+        by = "agreement"
+        if self.judge is not None:
+            by = self.judge.name
         count = f"{changed} of {len(chosen)} tasks"
         return f"best of {self.n} by {by}: replaced the first answer to {count}"

@@ -209,7 +209,9 @@ def _identity(opened: Opened) -> str:
     if opened.identity is None:
         return str(getattr(opened.engine, "identity", ""))
     marks = opened.engine.marks
-    return opened.identity if marks is None else f"{opened.identity} {marks}"
+    if marks is None:
+        return opened.identity
+    return f"{opened.identity} {marks}"
 
 
 def _facts(request: InferenceRequest, opened: Opened, tasks: Sequence[Task]) -> dict[str, str]:
@@ -219,7 +221,9 @@ def _facts(request: InferenceRequest, opened: Opened, tasks: Sequence[Task]) -> 
     study, search = opened.study, opened.study.search
     base = study.prompt.knowledge
     judge = getattr(request.judge, "name", request.judge)
-    references = [task.output for task in tasks] if request.best_of else []
+    references = []
+    if request.best_of:
+        references = [task.output for task in tasks]
     found: dict[str, object] = {
         "model": opened.model,
         "tasks": [(task.task_id, task.input) for task in tasks],

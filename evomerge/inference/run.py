@@ -94,7 +94,11 @@ class Run:
                 if self.over:
                     break
                 self._ask_batch(batch, places, texts, settings, name)
-        return {place: kept[place] for place in places if place in kept}
+        found = {}
+        for place in places:
+            if place in kept:
+                found[place] = kept[place]
+        return found
 
     def _ask_batch(
         self,

@@ -49,7 +49,10 @@ def draft(
         own, search = study
         seen = {comparison_key(task.input) for task in own if task.stored_id in search}
         unseen = {comparison_key(task.input) for task in own if task.stored_id not in search}
-        left = [task for task in tasks if comparison_key(task.input) in seen - unseen]
+        left = []
+        for task in tasks:
+            if comparison_key(task.input) in seen - unseen:
+                left.append(task)
     useful = [task for task in left if task.output.strip()]
     if not useful:
         raise KnowledgeError(

@@ -97,7 +97,9 @@ def as_begun(study: Study, stored: Mapping[str, Any] | None) -> Study:
 def model_refs(data: Mapping[str, Any]) -> list[str]:
     """The models of a study's `to_dict`, the base first."""
     genome = data.get("genome", {})
-    first = [genome["base_model"]] if genome.get("base_model") else []
+    first = []
+    if genome.get("base_model"):
+        first = [genome["base_model"]]
     return list(dict.fromkeys([*first, *genome.get("models", ())]))
 
 
@@ -113,7 +115,9 @@ def _positions(data: Mapping[str, Any]) -> dict[str, Any]:
     genome, refs = dict(data.get("genome", {})), model_refs(data)
 
     def number(ref: str | None) -> object:
-        return refs.index(ref) if ref in refs else ref
+        if ref in refs:
+            return refs.index(ref)
+        return ref
 
     genome |= {key: number(genome.get(key)) for key in ("base_model", "tokenizer_source")}
     genome["merge_method"] = Path(str(genome.get("merge_method"))).name  # of a user's own file
@@ -134,7 +138,11 @@ def _weights(source: Any) -> Any:
     """A task source without its place: what its tasks count, and which of lm-eval's it names."""
     if not isinstance(source, Mapping):
         return source
-    return {key: value for key, value in source.items() if key not in ("file", "dataset", "split")}
+    rest = {}
+    for key, value in source.items():
+        if key not in ("file", "dataset", "split"):
+            rest[key] = value
+    return rest
 
 
 def _flat(data: Mapping[str, Any], at: str = "") -> dict[str, Any]:

@@ -34,7 +34,9 @@ def filled_in(data: Any, fill: Callable[[Place, str], str], at: Place = ()) -> A
         return {key: filled_in(value, fill, (*at, str(key))) for key, value in data.items()}
     if isinstance(data, list | tuple):
         return [filled_in(value, fill, (*at, i)) for i, value in enumerate(data)]
-    return fill(at, data) if isinstance(data, str) else data
+    if isinstance(data, str):
+        return fill(at, data)
+    return data
 
 
 def expanded(data: Any, environ: Mapping[str, str] | None = None, where: str | None = None) -> Any:

@@ -48,7 +48,9 @@ class Joined:
             parts.append(f"{self.answers_alone} answers without a grade")
         if self.grades_alone:
             parts.append(f"{self.grades_alone} grades without an answer")
-        return f"left out: {' and '.join(parts)}" if parts else ""
+        if parts:
+            return f"left out: {' and '.join(parts)}"
+        return ""
 
 
 def read_grades(path: str | Path, tasks: Sequence[Task]) -> list[GradeLine]:

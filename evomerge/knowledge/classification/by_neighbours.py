@@ -107,7 +107,9 @@ class Classifier:
         """Classify with neighbours already found, at least `voters` for each text."""
         if not texts:
             return []
-        learned = None if self.linear is None else self.linear.shares(texts)
+        learned = None
+        if self.linear is not None:
+            learned = self.linear.shares(texts)
         found = []
         for i, text in enumerate(texts):
             indices = near.indices[i, : self.voters]

@@ -77,13 +77,17 @@ def _chosen_letter(said: str, letters: set[str]) -> str:
         return after.group(1)
     if lead:
         return lead.group(1).upper()
-    return "".join(letters) if len(letters) == 1 else ""
+    if len(letters) == 1:
+        return "".join(letters)
+    return ""
 
 
 def _after_mark(pattern: re.Pattern[str], said: str) -> re.Match[str] | None:
     """The first match after the last marked answer, if any is marked."""
     marks = list(MARKER.finditer(said))
-    return pattern.search(said, marks[-1].end()) if marks else None
+    if marks:
+        return pattern.search(said, marks[-1].end())
+    return None
 
 
 def split_items(text: str) -> list[str]:
@@ -113,7 +117,9 @@ def judge_items(question: str, expected: list[str], said: str) -> Finding:
         near = _nearness(tuple(names[:50]), tuple(expected)) * (0.8 if extra else 0.95)
         if near > best:
             best = near
-            others = " and others" if extra else ""
+            others = ""
+            if extra:
+                others = " and others"
             why = f"gives {abbreviated(', '.join(names))}{others}, not {', '.join(expected)}"
     if letters:  # "garden: g, button: b": the single letters, in order
         alone = re.findall(r"(?<![\w'])\w(?![\w'])", text)
@@ -132,10 +138,13 @@ def _item_runs(text: str, expected: list[str]) -> list[list[Span]]:
     """The expected items in a text, as runs with nothing but separators in between."""
     spans = []
     for item in set(expected):
-        spans += [(m.start(), m.end(), item) for m in whole_word(item).finditer(text)]
+        for m in whole_word(item).finditer(text):
+            spans.append((m.start(), m.end(), item))
     runs: list[list[Span]] = []
     for span in sorted(spans):
-        gap = text[runs[-1][-1][1] : span[0]] if runs else ""
+        gap = ""
+        if runs:
+            gap = text[runs[-1][-1][1] : span[0]]
         if gap and _SEPARATOR.fullmatch(gap):
             runs[-1].append(span)
         else:
