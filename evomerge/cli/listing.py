@@ -65,7 +65,7 @@ def list_studies(args: argparse.Namespace) -> None:
 
 
 def _entry_line(entry: StudyEntry) -> str:
-    planned = "?"
+    planned: int | str = "?"
     if entry.planned is not None:
         planned = entry.planned
     best, last = "-", "-"

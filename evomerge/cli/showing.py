@@ -33,7 +33,9 @@ def print_trials(found: LoadedStudy) -> None:
 def _thinking(r: TrialRecord) -> str:
     """A trial's thought tokens per answer, in 6 columns."""
     mean = r.mean_thought_tokens
-    return f" {'' if mean is None else format(mean, '.0f'):>5}"
+    if mean is None:
+        return " " * 6
+    return f" {mean:>5.0f}"
 
 
 def trial_line(r: TrialRecord) -> str:

@@ -83,7 +83,9 @@ def check_request(request: InferenceRequest, called: Callable[[str], str] = para
         ("best_of", request.best_of, 2, 10_000),
     ):
         if value is not None and not least <= value <= most:
-            what = f"must be {least} or more" if value < least else f"must be at most {most}"
+            what = f"must be at most {most}"
+            if value < least:
+                what = f"must be {least} or more"
             raise InputError(what, where=called(name), found=value)
     limit = request.time_limit
     if limit is not None and not 0 < limit <= LONGEST:

@@ -185,8 +185,11 @@ class Chooser:
         examples = self.knowledge.examples
         ranked = []
         for indices, scores in zip(near.indices, near.scores, strict=True):
-            pairs = zip(indices, scores, strict=True)
-            ranked.append([(examples[i], float(s)) for i, s in pairs if 0 <= i < len(examples)])
+            pairs = []
+            for i, score in zip(indices, scores, strict=True):
+                if 0 <= i < len(examples):
+                    pairs.append((examples[i], float(score)))
+            ranked.append(pairs)
         return ranked
 
     def _complete(

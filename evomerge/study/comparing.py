@@ -64,15 +64,20 @@ def changed_keys(
     prints of the environment's variables, as of `value_prints`.
     """
     values = new_values or {}
-    other = {name for name, value in (old_values or {}).items() if values.get(name, value) != value}
+    other = set()
+    for name, value in (old_values or {}).items():
+        if values.get(name, value) != value:
+            other.add(name)
     affected = set()
     for at, text in texts_with_variables(old):
         if other & set(VARIABLE.findall(text)):
             affected.add(dotted(at))
     before, after = _flat(_positions(_filled(old))), _flat(_positions(_filled(new)))
-    differing = {key for key in before | after if before.get(key) != after.get(key)}
-    differing |= {key for key in affected if not key.startswith(CONTENT_KEYS)}
-    return sorted(key for key in differing if key not in STOPPING_KEYS)
+    differing = {key for key in affected if not key.startswith(CONTENT_KEYS)}
+    for key in before | after:
+        if before.get(key) != after.get(key):
+            differing.add(key)
+    return sorted(differing - set(STOPPING_KEYS))
 
 
 def as_begun(study: Study, stored: Mapping[str, Any] | None) -> Study:

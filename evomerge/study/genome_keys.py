@@ -140,7 +140,7 @@ class GenomeSection(Section):
     @property
     def all_models(self) -> tuple[str, ...]:
         """Every model to load; the first lends configuration and tokenizer."""
-        first = ()
+        first: tuple[str, ...] = ()
         if self.base_model is not None:
             first = (self.base_model,)
         return tuple(dict.fromkeys(first + self.models))

@@ -266,12 +266,11 @@ class JudgeClient:
         return JudgeError(what, where=self.url, remedy=GOES_ON)
 
     def _unknown(self, said: str, listed: Sequence[str]) -> ModelError:
-        return ModelError(
-            f"the judge's server refuses this model: {said}",
-            where=self.url,
-            found=self.model,
-            remedy=f"It lists: {names(listed)}." if listed else "Check judge.model.",
-        )
+        remedy = "Check judge.model."
+        if listed:
+            remedy = f"It lists: {names(listed)}."
+        what = f"the judge's server refuses this model: {said}"
+        return ModelError(what, where=self.url, found=self.model, remedy=remedy)
 
 
 def _usage(reply: Any, messages: Sequence[dict[str, str]], text: str) -> Usage:

@@ -205,7 +205,9 @@ def _without_thoughts(text: str) -> str:
 def one_line(text: str, limit: int = 500) -> str:
     """The text on one line, cut to `limit` characters."""
     text = " ".join(whole(text).split())
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    if len(text) <= limit:
+        return text
+    return text[: limit - 1] + "…"
 
 
 def _grade(value: Any) -> int | None:

@@ -200,11 +200,14 @@ def _repeatability(first: Sequence[float], second: Sequence[float]) -> Repeatabi
     a = np.array(first, float)
     b = np.array(second, float)
     rank = spearman(a, b)
+    defined = None
+    if not np.isnan(rank):
+        defined = rank
     return Repeatability(
         len(a),
         float(np.mean(np.abs(a - b) < 1e-9)),
         float(np.mean(np.abs(a - b))),
-        None if np.isnan(rank) else rank,
+        defined,
     )
 
 

@@ -89,4 +89,6 @@ def after_correction(text: str) -> str:
 
 def abbreviated(text: str) -> str:
     """The text, cut to 60 characters."""
-    return text if len(text) <= 60 else text[:59] + "…"
+    if len(text) <= 60:
+        return text
+    return text[:59] + "…"

@@ -110,11 +110,16 @@ def judge_items(question: str, expected: list[str], said: str) -> Finding:
     why = "names none of the expected items"
     for run in reversed(runs):
         names = [name for _, _, name in run]
-        same = names == expected if ordered else sorted(names) == sorted(expected)
+        same = names == expected
+        if not ordered:
+            same = sorted(names) == sorted(expected)
         extra = _extra(text, run[0][0], run[-1][1], letters=letters)
         if same and not extra:
             return Finding(True, 1.0, "gives the expected items")
-        near = _nearness(tuple(names[:50]), tuple(expected)) * (0.8 if extra else 0.95)
+        most = 0.95
+        if extra:
+            most = 0.8
+        near = _nearness(tuple(names[:50]), tuple(expected)) * most
         if near > best:
             best = near
             others = ""

@@ -87,7 +87,10 @@ def judge_label(question: str, expected: str, said: str, *, capital: bool) -> Fi
         if lines:
             claim = bare(lines[0])[:80]
         near = SequenceMatcher(None, claim, expected, autojunk=False).ratio()
-        return Finding(False, 0.8 * near if near >= 0.5 else 0.0, f"does not say {expected}")
+        value = 0.0
+        if near >= 0.5:
+            value = 0.8 * near
+        return Finding(False, value, f"does not say {expected}")
     if len(lines) > 1:
         items = [bare(without_list_marks(line)) for line in lines]
         if items[0] == expected:
@@ -190,7 +193,9 @@ def _is_listed(question: str, part: str, match: re.Match[str]) -> bool:
         if expected in item:
             at = i
             break
-    near = items[1:3] if at == 0 else [items[at - 1], *items[at + 1 : at + 2]]
+    near = items[1:3]
+    if at > 0:
+        near = [items[at - 1], *items[at + 1 : at + 2]]
     known = question.lower()
     others = []
     for item in near:

@@ -29,8 +29,12 @@ def choice_check(question: str, reference: ParsedText) -> Check | None:
     if not right or not wrong:
         return None
     preferred = preference(right + wrong)
-    right_labels = {label for label, name in options if name.strip() in right}
-    wrong_labels = {label for label, name in options if name.strip() in wrong}
+    right_labels, wrong_labels = set(), set()
+    for label, name in options:
+        if name.strip() in right:
+            right_labels.add(label)
+        if name.strip() in wrong:
+            wrong_labels.add(label)
 
     def look(answer: ParsedText) -> CheckResult:
         chosen = preferred.search(answer.text)
@@ -120,4 +124,6 @@ def _side(text: str, right: list[str], wrong: list[str]) -> float:
 def listed(words: Sequence[str]) -> str:
     """The words with commas between them, cut to 40 characters."""
     text = ", ".join(words)
-    return text if len(text) <= 40 else text[:39] + "…"
+    if len(text) <= 40:
+        return text
+    return text[:39] + "…"
