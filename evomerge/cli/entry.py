@@ -74,7 +74,9 @@ def _run(argv: Sequence[str] | None) -> int:
     except OSError as error:
         where = error.filename or "stdout"
         Console().say(f"evomerge: {where}: {error.strerror or error}. Check the name and the disk.")
-        return 2 if error.errno in NAMES_NOTHING else 1
+        if error.errno in NAMES_NOTHING:
+            return 2
+        return 1
     except UnicodeEncodeError:
         Console().say("evomerge: a name is not valid text. Rename the file.")
         return 2

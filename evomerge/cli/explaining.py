@@ -122,7 +122,9 @@ def _columns(character: str) -> int:
     """Columns of a terminal: East Asian wide characters take two, combining ones none."""
     if unicodedata.combining(character):
         return 0
-    return 2 if unicodedata.east_asian_width(character) in "WFA" else 1
+    if unicodedata.east_asian_width(character) in "WFA":
+        return 2
+    return 1
 
 
 def _printable(text: str) -> str:

@@ -67,7 +67,9 @@ def _report(console: Console, args: argparse.Namespace, result: InferenceResult)
     for line in result.notes:
         console.say(line)
     if result.unfinished:
-        begun = f", {result.partial} of them with partial answers" if result.partial else ""
+        begun = ""
+        if result.partial:
+            begun = f", {result.partial} of them with partial answers"
         console.say(
             f"the time limit of {args.time_limit} left {result.unfinished} of {len(result)} tasks "
             f"unfinished{begun}: they are marked in the file; "

@@ -203,7 +203,11 @@ def judge_fit(args: argparse.Namespace) -> None:
     from evomerge.judging.validation.families import wanted_models
 
     check_outputs(files=[args.out], inputs=[args.tasks, args.answers, args.grades])
-    judges = [name for names in args.reference for name in names.split(",") if name]
+    judges = []
+    for names in args.reference:
+        for name in names.split(","):
+            if name:
+                judges.append(name)
     models = wanted_models(args.models)
     facts = _facts(args, ("tasks", "answers", "grades"))
     facts["judges or models"] = hash_of((judges, args.models))
@@ -221,7 +225,11 @@ def judge_fit(args: argparse.Namespace) -> None:
 def _facts(args: argparse.Namespace, names: Sequence[str]) -> dict[str, str]:
     """Hashes of the files that are named; one that is missing gets its error from its reader."""
     files = {name: Path(getattr(args, name)) for name in names}
-    return {name: hash_of_file(path) for name, path in files.items() if path.is_file()}
+    hashes = {}
+    for name, path in files.items():
+        if path.is_file():
+            hashes[name] = hash_of_file(path)
+    return hashes
 
 
 def _is_made(args: argparse.Namespace, facts: Mapping[str, str], what: str) -> bool:

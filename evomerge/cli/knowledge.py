@@ -151,8 +151,16 @@ def _study_tasks(
 
 
 def _counts(found: Knowledge) -> str:
-    parts = [("class", found.classes), ("example", found.examples), ("document", found.documents)]
-    return ", ".join(_count(len(rows), name) for name, rows in parts if rows)
+    numbers = {
+        "class": len(found.classes),
+        "example": len(found.examples),
+        "document": len(found.documents),
+    }
+    counts = []
+    for name, number in numbers.items():
+        if number:
+            counts.append(_count(number, name))
+    return ", ".join(counts)
 
 
 def _count(number: int, name: str) -> str:

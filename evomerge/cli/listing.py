@@ -65,7 +65,9 @@ def list_studies(args: argparse.Namespace) -> None:
 
 
 def _entry_line(entry: StudyEntry) -> str:
-    planned = "?" if entry.planned is None else entry.planned
+    planned: int | str = "?"
+    if entry.planned is not None:
+        planned = entry.planned
     best, last = "-", "-"
     if entry.best is not None:
         best = f"{entry.best:.3f}"

@@ -48,7 +48,9 @@ def sentence(does: str) -> str:
 def examples(lines: str) -> str:
     """The end of a help text."""
     head, *rest = lines.splitlines()
-    title = "examples:" if rest else "example:"
+    title = "example:"
+    if rest:
+        title = "examples:"
     return "\n  ".join([title, head.strip(), *map(str.strip, rest)])
 
 
@@ -99,7 +101,9 @@ def shard_option(p: argparse.ArgumentParser) -> None:
 
 def seed(text: str) -> int:
     """A seed as numpy and mergekit accept it."""
-    number = int(text) if text.isascii() and text.isdigit() else -1
+    number = -1
+    if text.isascii() and text.isdigit():
+        number = int(text)
     if not 0 <= number < 2**32:
         raise argparse.ArgumentTypeError(
             f"not a seed: {text!r}; write a whole number from 0 to {2**32 - 1}"

@@ -33,7 +33,9 @@ def print_trials(found: LoadedStudy) -> None:
 def _thinking(r: TrialRecord) -> str:
     """A trial's thought tokens per answer, in 6 columns."""
     mean = r.mean_thought_tokens
-    return f" {'' if mean is None else format(mean, '.0f'):>5}"
+    if mean is None:
+        return " " * 6
+    return f" {mean:>5.0f}"
 
 
 def trial_line(r: TrialRecord) -> str:
@@ -134,5 +136,7 @@ def cache_line(path: Path) -> str:
     if found is None:
         return "answer cache: none"
     n_bytes, batches = found
-    content = "damaged" if batches is None else f"{batches} batches"
+    content = "damaged"
+    if batches is not None:
+        content = f"{batches} batches"
     return f"answer cache: {size(n_bytes)}, {content}, in {path}"

@@ -82,9 +82,14 @@ def mutual_grades(task: Task, answers: Sequence[Answer]) -> list[float]:
             references[i] = replace(task, output=answer.text, eval_aspect="")
     values = []
     for i, answer in enumerate(answers):
-        others = [reference for j, reference in references.items() if j != i]
-        grades = [rules.grade(other, answer).value for other in others]
-        values.append(fmean(grades) if grades else NO_REFERENCE)
+        grades = []
+        for j, reference in references.items():
+            if j != i:
+                grades.append(rules.grade(reference, answer).value)
+        if grades:
+            values.append(fmean(grades))
+        else:
+            values.append(NO_REFERENCE)
     return values
 
 
@@ -116,6 +121,8 @@ class BestOf:
             best = best_answer(run.tasks[i], answers, self.judge)
             changed += best > 0
             chosen[i] = answers[best]
-        by = "agreement" if self.judge is None else self.judge.name
+        by = "agreement"
+        if self.judge is not None:
+            by = self.judge.name
         count = f"{changed} of {len(chosen)} tasks"
         return f"best of {self.n} by {by}: replaced the first answer to {count}"

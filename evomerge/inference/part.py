@@ -91,10 +91,16 @@ class Part:
             "batch": list(answers),
             "outputs": [answer.text for answer in answers.values()],
         }
-        cut = [i for i, answer in answers.items() if answer.truncated]
+        cut = []
+        for i, answer in answers.items():
+            if answer.truncated:
+                cut.append(i)
         if cut:
             record["cut"] = cut
-        thoughts = {i: answer.thoughts for i, answer in answers.items() if answer.thoughts}
+        thoughts = {}
+        for i, answer in answers.items():
+            if answer.thoughts:
+                thoughts[i] = answer.thoughts
         if thoughts:
             record["thoughts"] = thoughts
         if name:
@@ -140,7 +146,10 @@ class Part:
             return
         numbered = enumerate(whole.split(b"\n"), start=1)
         lines = [_parse(line, self.path, number) for number, line in numbered]
-        changed = [key for key, value in header.items() if lines[0].get(key) != value]
+        changed = []
+        for key, value in header.items():
+            if lines[0].get(key) != value:
+                changed.append(key)
         if changed and overwrite:
             self._begin(header)
             return

@@ -83,7 +83,9 @@ def check_request(request: InferenceRequest, called: Callable[[str], str] = para
         ("best_of", request.best_of, 2, 10_000),
     ):
         if value is not None and not least <= value <= most:
-            what = f"must be {least} or more" if value < least else f"must be at most {most}"
+            what = f"must be at most {most}"
+            if value < least:
+                what = f"must be {least} or more"
             raise InputError(what, where=called(name), found=value)
     limit = request.time_limit
     if limit is not None and not 0 < limit <= LONGEST:
@@ -209,7 +211,9 @@ def _identity(opened: Opened) -> str:
     if opened.identity is None:
         return str(getattr(opened.engine, "identity", ""))
     marks = opened.engine.marks
-    return opened.identity if marks is None else f"{opened.identity} {marks}"
+    if marks is None:
+        return opened.identity
+    return f"{opened.identity} {marks}"
 
 
 def _facts(request: InferenceRequest, opened: Opened, tasks: Sequence[Task]) -> dict[str, str]:
@@ -219,7 +223,9 @@ def _facts(request: InferenceRequest, opened: Opened, tasks: Sequence[Task]) -> 
     study, search = opened.study, opened.study.search
     base = study.prompt.knowledge
     judge = getattr(request.judge, "name", request.judge)
-    references = [task.output for task in tasks] if request.best_of else []
+    references = []
+    if request.best_of:
+        references = [task.output for task in tasks]
     found: dict[str, object] = {
         "model": opened.model,
         "tasks": [(task.task_id, task.input) for task in tasks],

@@ -85,16 +85,24 @@ class Run:
         # the cheapest first, so that most answers exist when the time is up
         if self.deadline is not None:
             batches.sort(key=lambda batch: sum(cost(prompts[i]) for i in batch) / len(batch))
-        missing = [[i for i in batch if places[i] not in kept] for batch in batches]
+        missing = []
+        for batch in batches:
+            missing.append([i for i in batch if places[i] not in kept])
         if isinstance(self.engine, AnswersEach):
-            order = [i for batch in missing for i in batch]
+            order = []
+            for batch in missing:
+                order.extend(batch)
             self._ask_each(order, places, prompts, name)
         else:
             for batch in filter(None, missing):
                 if self.over:
                     break
                 self._ask_batch(batch, places, texts, settings, name)
-        return {place: kept[place] for place in places if place in kept}
+        found = {}
+        for place in places:
+            if place in kept:
+                found[place] = kept[place]
+        return found
 
     def _ask_batch(
         self,

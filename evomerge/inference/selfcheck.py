@@ -68,7 +68,9 @@ def faults(answer: Answer, task: str) -> Faults:
     raw = _MARKS.sub(" ", answer.text[-LONGEST:])
     text = clean(raw)
     if _NOTHING.fullmatch(text):
-        return ("empty", "cut") if answer.truncated and answer.thoughts else ("empty",)
+        if answer.truncated and answer.thoughts:
+            return ("empty", "cut")
+        return ("empty",)
     found = {
         "cut": answer.truncated,
         "repetitive": _loops(text, task),
@@ -102,7 +104,9 @@ def retry_system(fault: Faults, task: str) -> str | None:
     """A request for the task's language, for the system text, if the answer is not in it."""
     if "language" not in fault:
         return None
-    return "必ず日本語で回答してください。" if _KANA.search(task) else "Answer in English."
+    if _KANA.search(task):
+        return "必ず日本語で回答してください。"
+    return "Answer in English."
 
 
 def seriousness(fault: Faults) -> int:
@@ -113,7 +117,9 @@ def seriousness(fault: Faults) -> int:
 def asked_for(fault: Faults, kinds: frozenset[str]) -> Faults:
     """The faults for which a task is asked again. A loop that is cut needs no more room."""
     wanted = tuple(name for name in fault if name in kinds)
-    return () if wanted == ("cut",) and "repetitive" in fault else wanted
+    if wanted == ("cut",) and "repetitive" in fault:
+        return ()
+    return wanted
 
 
 def better(first: Answer, second: Answer, task: str) -> Answer:
@@ -168,7 +174,9 @@ def _again(run: Run, prompt: Prompt, fault: Faults, attempt: int) -> Prompt | No
     """
     settings = retry_settings(fault, prompt.settings, attempt)
     note = retry_system(fault, prompt.task)
-    noted = run.prompter.noted(prompt, note) if note else prompt
+    noted = prompt
+    if note:
+        noted = run.prompter.noted(prompt, note)
     new = replace(noted, settings=settings)
     if run.engine.context is None:
         return new

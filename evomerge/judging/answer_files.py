@@ -98,7 +98,9 @@ def read_answers(path: str | Path, tasks: Sequence[Task]) -> list[AnswerLine]:
         line = _answer_line(record, by_id, where=f"{path}, {place}")
         key = (str(line.task.task_id), line.model)
         if key in seen:
-            whose = "" if line.model is None else f" by model {line.model}"
+            whose = ""
+            if line.model is not None:
+                whose = f" by model {line.model}"
             raise InputError(
                 f"a second answer{whose} to this task; the first is in {seen[key]}",
                 where=f"{path}, {place}",
@@ -179,5 +181,7 @@ def _record(line: AnswerLine, grade: Grade, judge: Judge) -> dict[str, Any]:
 
 def _summary(grades: Sequence[float]) -> GradeSummary:
     n = len(grades)
-    stderr = stdev(grades) / math.sqrt(n) if n > 1 else None
+    stderr = None
+    if n > 1:
+        stderr = stdev(grades) / math.sqrt(n)
     return GradeSummary(n, fmean(grades), stderr)

@@ -120,7 +120,9 @@ def effects(residual: Floats) -> tuple[Floats, Floats]:
     shift = np.linalg.lstsq(matrix, sums, rcond=1e-9)[0]
     left = (r - there * shift[:, None]).sum(axis=0) / np.maximum(by_task, 1)
     task = np.where(by_task > 0, left, 0.0)
-    level = float(task[by_task > 0].mean()) if known.any() else 0.0
+    level = 0.0
+    if known.any():
+        level = float(task[by_task > 0].mean())
     return np.where(by_candidate > 0, shift, 0.0) + level, np.where(by_task > 0, task - level, 0.0)
 
 
@@ -176,8 +178,13 @@ def composed(
     """
     pairs = list(zip(proxy, expensive, strict=True))
     if values is None:
-        differences = [known.value - own.value for own, known in pairs if known is not None]
-        shift = float(np.mean(differences)) if differences else 0.0
+        differences = []
+        for own, known in pairs:
+            if known is not None:
+                differences.append(known.value - own.value)
+        shift = 0.0
+        if differences:
+            shift = float(np.mean(differences))
         moved = [own.value + shift for own in proxy]
     else:
         moved = [round(float(value), 6) for value in values]

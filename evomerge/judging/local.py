@@ -233,4 +233,6 @@ def as_prompt(tokenizer: Any, messages: Sequence[dict[str, str]], where: str) ->
 def _first_token(tokenizer: Any) -> str:
     """The token, as text, that the tokenizer puts at the start of every text, if any."""
     first = tokenizer("")["input_ids"][:1]
-    return str(tokenizer.bos_token) if first and first[0] == tokenizer.bos_token_id else ""
+    if first and first[0] == tokenizer.bos_token_id:
+        return str(tokenizer.bos_token)
+    return ""

@@ -161,9 +161,10 @@ class Chooser:
         """What some task of each class would get."""
         found = []
         for kind in self.knowledge.classes:
-            own = [
-                example for example in self.knowledge.examples if example.class_name == kind.name
-            ]
+            own = []
+            for example in self.knowledge.examples:
+                if example.class_name == kind.name:
+                    own.append(example)
             shown = tuple(own[: _shots(kind)])
             quoted = self.knowledge.documents[: _quotes(kind)]
             found.append(TaskKnowledge(kind, 0.0, shown, quoted))
@@ -184,8 +185,11 @@ class Chooser:
         examples = self.knowledge.examples
         ranked = []
         for indices, scores in zip(near.indices, near.scores, strict=True):
-            pairs = zip(indices, scores, strict=True)
-            ranked.append([(examples[i], float(s)) for i, s in pairs if 0 <= i < len(examples)])
+            pairs = []
+            for i, score in zip(indices, scores, strict=True):
+                if 0 <= i < len(examples):
+                    pairs.append((examples[i], float(score)))
+            ranked.append(pairs)
         return ranked
 
     def _complete(
@@ -228,18 +232,26 @@ class Chooser:
 
 def _shots(kind: KnowledgeClass) -> int:
     """How many examples a class's prompt shows."""
-    return SHOTS if kind.shots is None else kind.shots
+    if kind.shots is None:
+        return SHOTS
+    return kind.shots
 
 
 def _quotes(kind: KnowledgeClass) -> int:
     """How many documents a class's template quotes."""
     if "{documents}" not in kind.template:
         return 0
-    return QUOTES if kind.quotes is None else kind.quotes
+    if kind.quotes is None:
+        return QUOTES
+    return kind.quotes
 
 
 def _of_class(kind: KnowledgeClass, ranked: Ranked) -> Ranked:
-    return [pair for pair in ranked if pair[0].class_name == kind.name]
+    own = []
+    for pair in ranked:
+        if pair[0].class_name == kind.name:
+            own.append(pair)
+    return own
 
 
 def open_knowledge(

@@ -47,9 +47,17 @@ def draft(
     left = list(tasks)
     if study is not None:
         own, search = study
-        seen = {comparison_key(task.input) for task in own if task.stored_id in search}
-        unseen = {comparison_key(task.input) for task in own if task.stored_id not in search}
-        left = [task for task in tasks if comparison_key(task.input) in seen - unseen]
+        seen, unseen = set(), set()
+        for task in own:
+            if task.stored_id in search:
+                seen.add(comparison_key(task.input))
+            else:
+                unseen.add(comparison_key(task.input))
+        only_seen = seen - unseen
+        left = []
+        for task in tasks:
+            if comparison_key(task.input) in only_seen:
+                left.append(task)
     useful = [task for task in left if task.output.strip()]
     if not useful:
         raise KnowledgeError(

@@ -192,7 +192,9 @@ def _number(row: Row, column: str, tables: Tables) -> float | None:
 
 def _whole_number(row: Row, column: str, tables: Tables) -> int | None:
     value = _number(row, column, tables)
-    return None if value is None else int(value)
+    if value is None:
+        return None
+    return int(value)
 
 
 def _check_all_have_examples(tables: Tables, classes: Classes) -> None:

@@ -38,6 +38,8 @@ def write_knowledge(
 def _comments(readme: Sequence[tuple[str, str]]) -> str:
     lines = []
     for title, text in readme:
-        paragraph = f"{title}: {text}" if title else text
+        paragraph = text
+        if title:
+            paragraph = f"{title}: {text}"
         lines += [f"# {line}\n" for line in paragraph.split("\n")]
     return "".join(lines)

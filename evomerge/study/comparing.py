@@ -64,15 +64,20 @@ def changed_keys(
     prints of the environment's variables, as of `value_prints`.
     """
     values = new_values or {}
-    other = {name for name, value in (old_values or {}).items() if values.get(name, value) != value}
+    other = set()
+    for name, value in (old_values or {}).items():
+        if values.get(name, value) != value:
+            other.add(name)
     affected = set()
     for at, text in texts_with_variables(old):
         if other & set(VARIABLE.findall(text)):
             affected.add(dotted(at))
     before, after = _flat(_positions(_filled(old))), _flat(_positions(_filled(new)))
-    differing = {key for key in before | after if before.get(key) != after.get(key)}
-    differing |= {key for key in affected if not key.startswith(CONTENT_KEYS)}
-    return sorted(key for key in differing if key not in STOPPING_KEYS)
+    differing = {key for key in affected if not key.startswith(CONTENT_KEYS)}
+    for key in before | after:
+        if before.get(key) != after.get(key):
+            differing.add(key)
+    return sorted(differing - set(STOPPING_KEYS))
 
 
 def as_begun(study: Study, stored: Mapping[str, Any] | None) -> Study:
@@ -97,7 +102,9 @@ def as_begun(study: Study, stored: Mapping[str, Any] | None) -> Study:
 def model_refs(data: Mapping[str, Any]) -> list[str]:
     """The models of a study's `to_dict`, the base first."""
     genome = data.get("genome", {})
-    first = [genome["base_model"]] if genome.get("base_model") else []
+    first = []
+    if genome.get("base_model"):
+        first = [genome["base_model"]]
     return list(dict.fromkeys([*first, *genome.get("models", ())]))
 
 
@@ -113,7 +120,9 @@ def _positions(data: Mapping[str, Any]) -> dict[str, Any]:
     genome, refs = dict(data.get("genome", {})), model_refs(data)
 
     def number(ref: str | None) -> object:
-        return refs.index(ref) if ref in refs else ref
+        if ref in refs:
+            return refs.index(ref)
+        return ref
 
     genome |= {key: number(genome.get(key)) for key in ("base_model", "tokenizer_source")}
     genome["merge_method"] = Path(str(genome.get("merge_method"))).name  # of a user's own file
@@ -134,7 +143,11 @@ def _weights(source: Any) -> Any:
     """A task source without its place: what its tasks count, and which of lm-eval's it names."""
     if not isinstance(source, Mapping):
         return source
-    return {key: value for key, value in source.items() if key not in ("file", "dataset", "split")}
+    rest = {}
+    for key, value in source.items():
+        if key not in ("file", "dataset", "split"):
+            rest[key] = value
+    return rest
 
 
 def _flat(data: Mapping[str, Any], at: str = "") -> dict[str, Any]:

@@ -34,7 +34,9 @@ def filled_in(data: Any, fill: Callable[[Place, str], str], at: Place = ()) -> A
         return {key: filled_in(value, fill, (*at, str(key))) for key, value in data.items()}
     if isinstance(data, list | tuple):
         return [filled_in(value, fill, (*at, i)) for i, value in enumerate(data)]
-    return fill(at, data) if isinstance(data, str) else data
+    if isinstance(data, str):
+        return fill(at, data)
+    return data
 
 
 def expanded(data: Any, environ: Mapping[str, str] | None = None, where: str | None = None) -> Any:
@@ -66,7 +68,9 @@ def expanded(data: Any, environ: Mapping[str, str] | None = None, where: str | N
 def value_prints(data: Any, environ: Mapping[str, str] | None = None) -> dict[str, str]:
     """NAME -> a few digits of a hash of its value, for every variable in the texts of `data`."""
     variables = os.environ if environ is None else environ
-    names = {name for _, text in texts_with_variables(data) for name in VARIABLE.findall(text)}
+    names = set()
+    for _, text in texts_with_variables(data):
+        names.update(VARIABLE.findall(text))
     prints = {}
     for name in sorted(names & variables.keys()):
         value = f"{name}={variables[name]}".encode(errors="surrogatepass")

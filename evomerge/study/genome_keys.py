@@ -50,7 +50,9 @@ def _searchable(method: str, info: ValidationInfo) -> str:
 
     A user's own file is relative to the study file.
     """
-    folder = info.context if isinstance(info.context, Path) else None
+    folder = None
+    if isinstance(info.context, Path):
+        folder = info.context
     try:
         method = find_method(method, folder, "")
     except RecipeError as error:
@@ -65,7 +67,10 @@ def _searchable(method: str, info: ValidationInfo) -> str:
     merged = "Merge it with `evomerge merge`."
     if traits.built_in:
         require(numbers, "", "has no numbers that could be searched", method, merged)
-    needed = [own for own in traits.own.values() if own.default is None and own.search is None]
+    needed = []
+    for own in traits.own.values():
+        if own.default is None and own.search is None:
+            needed.append(own)
     what = "cannot be searched: its recipes need more than weights and densities"
     remedy = "Register it with `weighted`, and with a default for each of its parameters."
     require(numbers and not needed, "", what, method, remedy)
@@ -135,7 +140,9 @@ class GenomeSection(Section):
     @property
     def all_models(self) -> tuple[str, ...]:
         """Every model to load; the first lends configuration and tokenizer."""
-        first = () if self.base_model is None else (self.base_model,)
+        first: tuple[str, ...] = ()
+        if self.base_model is not None:
+            first = (self.base_model,)
         return tuple(dict.fromkeys(first + self.models))
 
     @field_validator("tokenizer_source")

@@ -28,13 +28,17 @@ def read_mergekit_evolve(data: dict[str, Any], where: str) -> None:
         _fill_in(data, where)
         return
     wrong = [key for key in LM_EVAL_KEYS if key in data]
-    wrong += [f"tasks[{i}].metric" for i, source in enumerate(sources) if "metric" in source]
+    for i, source in enumerate(sources):
+        if "metric" in source:
+            wrong.append(f"tasks[{i}].metric")
     # with several, it is the weight of each
     if len(sources) == 1 and "weight" in sources[0]:
         wrong.append("tasks[0].weight")
     judge = data.get("judge")
     if isinstance(judge, dict):
-        wrong += [f"judge.{key}" for key, value in judge.items() if value in ("lm-eval", "score")]
+        for key, value in judge.items():
+            if value in ("lm-eval", "score"):
+                wrong.append(f"judge.{key}")
     if wrong:
         raise StudyFileError(
             f"`{wrong[0]}` applies only to lm-eval tasks, and there are none",

@@ -83,7 +83,9 @@ def _explained(
         wanted = " or ".join(_choices(field.annotation))
     if kind == "missing":  # a list that is too short is reported at the item that it lacks
         key = _dotted(at, loc[:-1])
-    remedy = "Change it." if field.is_required() else "Change it, or leave it out for the default."
+    remedy = "Change it, or leave it out for the default."
+    if field.is_required():
+        remedy = "Change it."
     return _error(f"`{key}` must be {wanted}", where, found, remedy)
 
 
@@ -150,9 +152,9 @@ def _limits(field: FieldInfo) -> str:
     """Its limits in words: "Use more than 0 and less than 1, such as 0.05"."""
     limits = []
     for name, words in LIMITS.items():
-        limits += [
-            f"{words} {getattr(entry, name)}" for entry in field.metadata if hasattr(entry, name)
-        ]
+        for entry in field.metadata:
+            if hasattr(entry, name):
+                limits.append(f"{words} {getattr(entry, name)}")
     text = f"Use {' and '.join(limits)}"
     if field.examples:
         text += f", such as {field.examples[0]}"

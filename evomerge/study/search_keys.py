@@ -164,11 +164,15 @@ class SearchSection(Section):
     @property
     def demanded_start(self) -> str | None:
         """The warm start that must be possible; None where there is none, or only if it can be."""
-        return None if self.warm_start == "auto" else self.warm_start
+        if self.warm_start == "auto":
+            return None
+        return self.warm_start
 
     def first_tasks(self, searched: int) -> int:
         """How many of the search tasks rank a first generation."""
-        return searched if self.ranking == "all" else min(searched, self.subset or SUBSET)
+        if self.ranking == "all":
+            return searched
+        return min(searched, self.subset or SUBSET)
 
     @field_validator("time_limit")
     @classmethod

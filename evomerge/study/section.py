@@ -86,16 +86,22 @@ def _is_moderate(number: float) -> bool:
 
 def join(at: str, key: str) -> str:
     """The dotted path of `key` below `at`."""
-    return f"{at}.{key}" if at else key
+    if at:
+        return f"{at}.{key}"
+    return key
 
 
 def as_tuple(value: object) -> object:
     """A YAML list as the tuple that a frozen section holds; anything else is left for the type."""
-    return tuple(value) if isinstance(value, list) else value
+    if isinstance(value, list):
+        return tuple(value)
+    return value
 
 
 def _as_text(value: object) -> object:
-    return str(value) if isinstance(value, int) else value
+    if isinstance(value, int):
+        return str(value)
+    return value
 
 
 def _reference(value: object) -> object:
@@ -165,7 +171,10 @@ def folder_or_name(ref: str, info: ValidationInfo) -> str:
     if not isinstance(folder, Path):
         return ref
     # a revision changes nothing about a folder
-    named = [name for name in (ref, ref.rpartition("@")[0]) if name and is_there(folder / name)]
+    named = []
+    for name in (ref, ref.rpartition("@")[0]):
+        if name and is_there(folder / name):
+            named.append(name)
     if ref.startswith((".", "/", "~")) or named:
         return _absolute(named[0] if named else ref, info)
     return ref

@@ -29,7 +29,9 @@ def _named_tasks(tasks: object) -> object:
 
 
 def _one_or_several(paths: object) -> object:
-    return (paths,) if isinstance(paths, str) else as_tuple(paths)
+    if isinstance(paths, str):
+        return (paths,)
+    return as_tuple(paths)
 
 
 class Study(AsWritten):
@@ -141,7 +143,9 @@ class Study(AsWritten):
         if self.search.start_density is not None:
             return self.search.start_density
         low, high = self.density_bounds
-        return 0.8 if low < 0.8 < high else (low + high) / 2
+        if low < 0.8 < high:
+            return 0.8
+        return (low + high) / 2
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Study:

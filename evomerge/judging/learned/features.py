@@ -115,7 +115,9 @@ def measures(text: str, reference: str, rules: float = 3.0) -> Float32s:
     codes = _codes(text)
     n = max(1, len(text))
     size = len(_reference(reference)[0])
-    ratio = math.log((len(text) + 5) / (size + 5)) if size else 0.0
+    ratio = 0.0
+    if size:
+        ratio = math.log((len(text) + 5) / (size + 5))
     precision, recall = _overlap(codes, reference)
     ten = _hashes(codes, 10)
 

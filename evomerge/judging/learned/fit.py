@@ -78,7 +78,9 @@ class Fitted:
         for name, a in figures.items():
             if a.value is not None and a.low is not None and a.high is not None:
                 told.append(f"{name} {a.value:.3f} [{a.low:.3f}, {a.high:.3f}]")
-        judges = "judges" if len(self.judges) > 1 else "judge"
+        judges = "judge"
+        if len(self.judges) > 1:
+            judges = "judges"
         return (
             f"on {kind} held out, {FOLDS} folds, against the same {judges}: "
             f"{', '.join(told) or 'not enough data'}"

@@ -193,11 +193,15 @@ def _check_version(about: dict[str, Any], path: Path) -> None:
 
 
 def _facts(about: dict[str, Any]) -> Facts:
-    tasks = about["tasks"]
+    keys, ids, answers = [], [], []
+    for task in about["tasks"]:
+        keys.append(str(task["key"]))
+        ids.append(str(task["task_id"]))
+        answers.append(int(task["answers"]))
     return Facts(
-        tuple(str(task["key"]) for task in tasks),
-        tuple(str(task["task_id"]) for task in tasks),
-        tuple(int(task["answers"]) for task in tasks),
+        tuple(keys),
+        tuple(ids),
+        tuple(answers),
         tuple(about["judges"]),
         tuple(about["models"]),
         about["held_out"],

@@ -41,7 +41,9 @@ class Budget:
     def take(self) -> None:
         """Count a request before it is sent. Raises JudgePaused: a limit is reached."""
         with self.lock:
-            share = self.running / self.replies if self.replies else 0.0
+            share = 0.0
+            if self.replies:
+                share = self.running / self.replies
             requests = self.spent.requests + self.running
             tokens = _tokens(self.spent) + share * _tokens(self.replied)
             money = self.cost(self.spent) + share * self.cost(self.replied)
@@ -71,7 +73,9 @@ class RateLimit:
     """At most `per_minute` requests, and none while the server asks us to wait."""
 
     def __init__(self, per_minute: float | None) -> None:
-        self.gap = 60.0 / per_minute if per_minute else 0.0
+        self.gap = 0.0
+        if per_minute:
+            self.gap = 60.0 / per_minute
         self.next = 0.0
         self.lock = threading.Lock()
 

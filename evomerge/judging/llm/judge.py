@@ -63,7 +63,12 @@ class PendingVotes:
 
     @property
     def _futures(self) -> list[Future[Vote]]:
-        return [vote for votes in self.votes for vote in votes.values() if isinstance(vote, Future)]
+        found = []
+        for votes in self.votes:
+            for vote in votes.values():
+                if isinstance(vote, Future):
+                    found.append(vote)
+        return found
 
     def done(self) -> bool:
         """Whether every vote has arrived, or never will."""
@@ -100,7 +105,9 @@ class LlmJudge:
         self.rubric = Rubric(section.template or RUBRIC)
         self.cache = GradesCache(cache)
         s = section
-        before = self.cache.spent if total else Usage()
+        before = Usage()
+        if total:
+            before = self.cache.spent
         self.budget = Budget(
             s.max_requests, s.max_tokens, s.max_cost, s.input_price, s.output_price, before
         )

@@ -163,7 +163,9 @@ class JudgeClient:
 
     def _settings(self, seed: int | None) -> dict[str, Any]:
         """The fields of a request besides its messages."""
-        length = "max_completion_tokens" if "max_tokens" in self.unsupported else "max_tokens"
+        length = "max_tokens"
+        if "max_tokens" in self.unsupported:
+            length = "max_completion_tokens"
         settings: dict[str, Any] = {
             "model": self.model,
             "temperature": self.section.temperature,
@@ -235,18 +237,24 @@ class JudgeClient:
     def _error(self, failure: ServerFailure) -> EvomergeError:
         """A failed request as an error for the user; its retries are over."""
         status = failure.status
-        said = failure.said if status is None else f"status {status}: {failure.said}"
+        said = failure.said
+        if status is not None:
+            said = f"status {status}: {failure.said}"
         if failure.kind == "unreadable":
             said = f"a reply that cannot be read: {failure.said}"
         if failure.retry_after is not None and failure.retry_after > LONGEST_WAIT:
             what = f"paused: the server asks us to wait {failure.retry_after:.0f} s: {said}"
             return JudgePaused(what, where=self.url, remedy=GOES_ON)
         if failure.passes:
-            times = "once" if failure.attempts == 1 else f"{failure.attempts} times in a row"
+            times = f"{failure.attempts} times in a row"
+            if failure.attempts == 1:
+                times = "once"
             what = f"paused: the judge failed {times}: {said}"
             return JudgePaused(what, where=self.url, remedy=GOES_ON)
         if failure.refused:
-            remedy = f"Check the key in {KEY}." if self.client.key else f"Set {KEY}."
+            remedy = f"Set {KEY}."
+            if self.client.key:
+                remedy = f"Check the key in {KEY}."
             what = f"the judge's server refused access with {said}"
             return InputError(what, where=self.url, remedy=remedy)
         about_model = "model" in said.lower() or self.model in said
@@ -258,12 +266,11 @@ class JudgeClient:
         return JudgeError(what, where=self.url, remedy=GOES_ON)
 
     def _unknown(self, said: str, listed: Sequence[str]) -> ModelError:
-        return ModelError(
-            f"the judge's server refuses this model: {said}",
-            where=self.url,
-            found=self.model,
-            remedy=f"It lists: {names(listed)}." if listed else "Check judge.model.",
-        )
+        remedy = "Check judge.model."
+        if listed:
+            remedy = f"It lists: {names(listed)}."
+        what = f"the judge's server refuses this model: {said}"
+        return ModelError(what, where=self.url, found=self.model, remedy=remedy)
 
 
 def _usage(reply: Any, messages: Sequence[dict[str, str]], text: str) -> Usage:

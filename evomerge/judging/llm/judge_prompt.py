@@ -151,7 +151,9 @@ def fenced(answer: str, truncated: bool = False) -> str:
     while number in text:  # an author could have computed such a text
         tries += 1
         number = sha256(f"{tries}/{text}".encode()).hexdigest()[:16]
-    note = "\n（回答は長さの上限で途中で切れています。）" if truncated or cut else ""
+    note = ""
+    if truncated or cut:
+        note = "\n（回答は長さの上限で途中で切れています。）"
     return f"<<<回答 {number}>>>\n{text}\n<<<回答終わり {number}>>>{note}"
 
 
@@ -179,7 +181,9 @@ def read_vote(text: str) -> Vote | None:
     if len(grades) != 1:
         return None
     grade = grades.pop()
-    return None if grade is None else Vote(grade, one_line(text))
+    if grade is None:
+        return None
+    return Vote(grade, one_line(text))
 
 
 def _without_thoughts(text: str) -> str:
@@ -201,14 +205,18 @@ def _without_thoughts(text: str) -> str:
 def one_line(text: str, limit: int = 500) -> str:
     """The text on one line, cut to `limit` characters."""
     text = " ".join(whole(text).split())
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    if len(text) <= limit:
+        return text
+    return text[: limit - 1] + "…"
 
 
 def _grade(value: Any) -> int | None:
     """4, 4.0, "4" and "4." are 4; anything but a whole number from 1 to 5 is None."""
     if isinstance(value, str):
         match = re.fullmatch(r"([1-5])(?:\.0*)?", value.strip())
-        return int(match[1]) if match else None
+        if match:
+            return int(match[1])
+        return None
     if isinstance(value, bool) or not isinstance(value, int | float) or value not in GRADES:
         return None
     return int(value)

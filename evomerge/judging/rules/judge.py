@@ -113,7 +113,9 @@ def _weighted_sum(weights: dict[str, float], found: Measured) -> float:
 
 
 def _empty_reason(text: str) -> str:
-    return "answer without a word" if text.strip() else "empty answer"
+    if text.strip():
+        return "answer without a word"
+    return "empty answer"
 
 
 def _merits(expected: Expected, found: Measured) -> list[str]:
@@ -146,4 +148,8 @@ def _faults(expected: Expected, found: Measured) -> list[str]:
         "short": "far shorter than the reference",
         "cut off": "cut off",
     }
-    return [why for name, why in told.items() if FAULTS[name] * values[name] >= 0.04]
+    reasons = []
+    for name, why in told.items():
+        if FAULTS[name] * values[name] >= 0.04:
+            reasons.append(why)
+    return reasons

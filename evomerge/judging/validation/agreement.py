@@ -174,7 +174,9 @@ def _agreement(figures: Table, n: int) -> Agreement:
     drawn = figures[1:][~np.isnan(figures[1:])]
 
     def percentile(q: float) -> float | None:
-        return round(float(np.percentile(drawn, q)), 4) if len(drawn) else None
+        if len(drawn):
+            return round(float(np.percentile(drawn, q)), 4)
+        return None
 
     if np.isnan(figures[0]):
         return Agreement(None, None, None, n)

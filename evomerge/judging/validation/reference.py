@@ -48,7 +48,9 @@ class Joined:
             parts.append(f"{self.answers_alone} answers without a grade")
         if self.grades_alone:
             parts.append(f"{self.grades_alone} grades without an answer")
-        return f"left out: {' and '.join(parts)}" if parts else ""
+        if parts:
+            return f"left out: {' and '.join(parts)}"
+        return ""
 
 
 def read_grades(path: str | Path, tasks: Sequence[Task]) -> list[GradeLine]:
@@ -115,7 +117,12 @@ def pick(
 def join_grades(answers: Iterable[AnswerLine], grades: Mapping[Key, float]) -> Joined:
     """The answers that have a grade, in their order. Raises InputError where there is none."""
     answers = list(answers)
-    lines = [line for line in answers if answer_key(line) in grades]
+    lines, given = [], []
+    for line in answers:
+        key = answer_key(line)
+        if key in grades:
+            lines.append(line)
+            given.append(grades[key])
     if not lines:
         answer = answers[0]
         grade = next(iter(grades), None)
@@ -126,12 +133,7 @@ def join_grades(answers: Iterable[AnswerLine], grades: Mapping[Key, float]) -> J
             f"a grade of {grade}",
             remedy="Use the same `model` and `task_id` in both files.",
         )
-    return Joined(
-        tuple(lines),
-        tuple(grades[answer_key(line)] for line in lines),
-        len(answers) - len(lines),
-        len(grades) - len(lines),
-    )
+    return Joined(tuple(lines), tuple(given), len(answers) - len(lines), len(grades) - len(lines))
 
 
 def answer_key(line: AnswerLine) -> Key:

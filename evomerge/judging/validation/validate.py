@@ -96,7 +96,9 @@ class Validation:
         ]
         if self.reference_again:
             lines.append(f"a second take of {self.reference}: {_rerun_text(self.reference_again)}")
-        cost = f"cost {self.cost_per_100:.4g}" if self.cost_per_100 else "no cost"
+        cost = "no cost"
+        if self.cost_per_100:
+            cost = f"cost {self.cost_per_100:.4g}"
         lines.append(f"{self.seconds_per_100:.3g} s per 100 answers, {cost}")
         lines.append(f"Intervals: the models resampled with replacement, {RESAMPLES:,} times.")
         if self.unmatched:
@@ -124,8 +126,14 @@ def validate_files(
     wanted = wanted_models(models)
     graded = read_grades(grades_path, tasks)
     first = pick(graded, [reference], grades_path)
-    grades = {key: grade for key, grade in first.items() if wanted(key[0])}
-    answers = [line for line in read_answers(answers_path, tasks) if wanted(line.model)]
+    grades = {}
+    for key, grade in first.items():
+        if wanted(key[0]):
+            grades[key] = grade
+    answers = []
+    for line in read_answers(answers_path, tasks):
+        if wanted(line.model):
+            answers.append(line)
     joined = join_grades(answers, grades)
     chosen = judge_from_options(judge, settings)
     check_tasks(chosen, (line.task for line in joined.lines))
@@ -136,8 +144,13 @@ def validate_files(
     cost = _cost(chosen) - cost_before
     _close(chosen)
     second = pick(graded, [reference], grades_path, take=2)
-    takes = [(grades[key], grade) for key, grade in second.items() if key in grades]
-    reference_again = _repeatability(*zip(*takes, strict=True)) if takes else None
+    takes = []
+    for key, grade in second.items():
+        if key in grades:
+            takes.append((grades[key], grade))
+    reference_again = None
+    if takes:
+        reference_again = _repeatability(*zip(*takes, strict=True))
     n = len(given)
     return Validation(
         judge=chosen.name,
@@ -187,11 +200,14 @@ def _repeatability(first: Sequence[float], second: Sequence[float]) -> Repeatabi
     a = np.array(first, float)
     b = np.array(second, float)
     rank = spearman(a, b)
+    defined = None
+    if not np.isnan(rank):
+        defined = rank
     return Repeatability(
         len(a),
         float(np.mean(np.abs(a - b) < 1e-9)),
         float(np.mean(np.abs(a - b))),
-        None if np.isnan(rank) else rank,
+        defined,
     )
 
 
@@ -211,7 +227,9 @@ def _row(name: str, a: Agreement, of: str) -> str:
 
 
 def _figure(value: float | None) -> str:
-    return "  –  " if value is None else f"{value:.3f}"
+    if value is None:
+        return "  –  "
+    return f"{value:.3f}"
 
 
 def _rerun_text(again: Repeatability | None) -> str:

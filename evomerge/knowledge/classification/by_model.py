@@ -51,7 +51,10 @@ class ModelClassifier:
         lines = []
         for c in knowledge.classes:
             description = c.description.strip()
-            lines.append(f"- {c.name}: {description}" if description else f"- {c.name}")
+            if description:
+                lines.append(f"- {c.name}: {description}")
+            else:
+                lines.append(f"- {c.name}")
         self.classes = "\n".join(lines)
         self.asked = ASKED_JA if JAPANESE.search(self.classes) else ASKED
         self.loglikelihood = loglikelihood
@@ -69,8 +72,10 @@ class ModelClassifier:
 
     def question(self, text: str) -> str:
         """What the model is asked about one task, before it is rendered."""
-        half = LONGEST // 2
-        shown = text if len(text) <= LONGEST else f"{text[:half]}…{text[-half:]}"
+        shown = text
+        if len(text) > LONGEST:
+            half = LONGEST // 2
+            shown = f"{text[:half]}…{text[-half:]}"
         parts = {"{classes}": self.classes, "{task}": shown}
         return re.sub(r"\{classes\}|\{task\}", lambda match: parts[match[0]], self.asked)
 

@@ -82,8 +82,9 @@ class Classifier:
             )
         self.retriever = retriever
         self.voters = voters
-        self.threshold = 0.0 if default is None else threshold
-        self.default = self.names[0] if default is None else default
+        self.threshold, self.default = 0.0, self.names[0]
+        if default is not None:
+            self.threshold, self.default = threshold, default
         owners = [example.class_name for example in knowledge.examples]
         weights = [example.weight for example in knowledge.examples]
         if descriptions:
@@ -107,7 +108,9 @@ class Classifier:
         """Classify with neighbours already found, at least `voters` for each text."""
         if not texts:
             return []
-        learned = None if self.linear is None else self.linear.shares(texts)
+        learned = None
+        if self.linear is not None:
+            learned = self.linear.shares(texts)
         found = []
         for i, text in enumerate(texts):
             indices = near.indices[i, : self.voters]

@@ -84,10 +84,11 @@ def _classes_of_examples(tables: Tables) -> None:
         name = row.cells.get("class", "").strip()
         if name:
             first.setdefault(name, row)
-    tables.rows["classes"] = [
-        Row(row.number, {"class": name, "system": "", "template": TEMPLATE}, row.place)
-        for name, row in first.items()
-    ]
+    classes = []
+    for name, row in first.items():
+        cells = {"class": name, "system": "", "template": TEMPLATE}
+        classes.append(Row(row.number, cells, row.place))
+    tables.rows["classes"] = classes
     if "examples" in tables.missing or not first:
         tables.missing.add("classes")
     else:

@@ -198,7 +198,9 @@ def _fill(sheet: Any, columns: dict[str, Column], rows: Iterable[Values], path: 
                 formula1=least,
                 error=f"{column} is {wanted}, or empty.",
             )
-    sheet.freeze_panes = "B2" if "class" in columns else "A2"
+    sheet.freeze_panes = "A2"
+    if "class" in columns:
+        sheet.freeze_panes = "B2"
     _set_page(sheet)
     sheet.print_title_rows = "1:1"
 

@@ -113,7 +113,11 @@ def find_columns(sheet: str, header: Sequence[str], where: str, tables: Tables) 
             )
         else:
             tables.notes.append(f"{where}: the column {name} is not read")
-    return {column: names.index(column) for column in known if column in names}
+    found = {}
+    for column in known:
+        if column in names:
+            found[column] = names.index(column)
+    return found
 
 
 def fill(tables: Tables, name: str, sheet: Sheet) -> None:
@@ -146,7 +150,10 @@ def _merged(sheet: Sheet, at: Mapping[str, int], tables: Tables) -> dict[int, se
     numbers = list(sheet.rows)
     covered: dict[int, set[str]] = {}
     for area in sheet.merged_at(list(at.values())):
-        touched = [c for c, i in at.items() if area.first_column <= i <= area.last_column]
+        touched = []
+        for c, i in at.items():
+            if area.first_column <= i <= area.last_column:
+                touched.append(c)
         tables.wrong(
             "cells are merged",
             CellPlace(sheet.where, area.first_row)(touched[0]),
@@ -160,10 +167,16 @@ def _merged(sheet: Sheet, at: Mapping[str, int], tables: Tables) -> dict[int, se
 
 
 def _note_hidden(sheet: Sheet, at: Mapping[str, int], read: Sequence[Row], tables: Tables) -> None:
-    columns = [column for column, i in at.items() if sheet.is_hidden(i)]
+    columns = []
+    for column, i in at.items():
+        if sheet.is_hidden(i):
+            columns.append(column)
     if columns:
         tables.notes.append(f"{sheet.where}: hidden columns are read too: {', '.join(columns)}")
-    rows = [str(row.number) for row in read if row.number in sheet.hidden_rows]
+    rows = []
+    for row in read:
+        if row.number in sheet.hidden_rows:
+            rows.append(str(row.number))
     if rows:
         tables.notes.append(f"{sheet.where}: hidden rows are read too: {', '.join(rows)}")
 

@@ -104,10 +104,11 @@ class EntryPlace:
 
 def to_yaml(knowledge: Knowledge) -> str:
     """The base as YAML, texts of several lines as blocks; settings that are None are left out."""
-    examples = [
-        {"class": e.class_name, "input": e.input, "output": e.output, "weight": e.weight}
-        for e in knowledge.examples
-    ]
+    examples = []
+    for e in knowledge.examples:
+        examples.append(
+            {"class": e.class_name, "input": e.input, "output": e.output, "weight": e.weight}
+        )
     data: dict[str, Any] = {"classes": list(map(_entry, knowledge.classes)), "examples": examples}
     if knowledge.documents:
         data["documents"] = [{"title": d.title, "text": d.text} for d in knowledge.documents]
@@ -126,7 +127,11 @@ def _entry(c: KnowledgeClass) -> dict[str, str | float]:
         "examples": c.shots,
         "documents": c.quotes,
     }
-    return {key: value for key, value in entry.items() if value is not None}
+    given = {}
+    for key, value in entry.items():
+        if value is not None:
+            given[key] = value
+    return given
 
 
 class KnowledgeDumper(yaml.SafeDumper):

@@ -68,7 +68,9 @@ class Bm25Retriever(VectorRetriever):
 
     def _idf_of(self, word: str) -> float:
         place = self.vocabulary.get(word)
-        return self.unknown if place is None else float(self.idf[place])
+        if place is None:
+            return self.unknown
+        return float(self.idf[place])
 
     def _counts(self, texts: Sequence[list[str]]) -> Any:
         """How often each known word is in each text, sparse (texts, words)."""
@@ -77,7 +79,10 @@ class Bm25Retriever(VectorRetriever):
         rows: list[int] = []
         columns: list[int] = []
         for i, text in enumerate(texts):
-            known = [self.vocabulary[word] for word in text if word in self.vocabulary]
+            known = []
+            for word in text:
+                if word in self.vocabulary:
+                    known.append(self.vocabulary[word])
             rows += [i] * len(known)
             columns += known
         at = (np.array(rows, np.int64), np.array(columns, np.int64))

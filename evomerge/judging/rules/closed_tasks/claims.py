@@ -55,7 +55,9 @@ def whole_word(word: str) -> re.Pattern[str]:
         before = rf"(?:(?<![\w])|(?<=[^\W{_HIRAGANA}]は)|(?<=こたえは))"
         after = r"(?=$|\W|です|でした|になります|となります|である)"
         return re.compile(before + core + after)
-    head = _KATAKANA if re.match(f"[{_KATAKANA}]", word) else _KANJI
+    head = _KANJI
+    if re.match(f"[{_KATAKANA}]", word):
+        head = _KATAKANA
     if re.search(f"[{_KATAKANA}]$", word):
         tail = _KATAKANA
     elif re.search(f"[{_HIRAGANA}]$", word):
@@ -80,9 +82,13 @@ def denied(text: str, start: int, end: int) -> bool:
 def after_correction(text: str) -> str:
     """The part after "wait", "actually" or 訂正, if any words follow there."""
     last = max((m.end() for m in _CORRECTION.finditer(text)), default=0)
-    return text[last:] if re.search(r"\w{2}", text[last:]) else text
+    if re.search(r"\w{2}", text[last:]):
+        return text[last:]
+    return text
 
 
 def abbreviated(text: str) -> str:
     """The text, cut to 60 characters."""
-    return text if len(text) <= 60 else text[:59] + "…"
+    if len(text) <= 60:
+        return text
+    return text[:59] + "…"

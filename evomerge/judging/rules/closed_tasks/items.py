@@ -77,13 +77,17 @@ def _chosen_letter(said: str, letters: set[str]) -> str:
         return after.group(1)
     if lead:
         return lead.group(1).upper()
-    return "".join(letters) if len(letters) == 1 else ""
+    if len(letters) == 1:
+        return "".join(letters)
+    return ""
 
 
 def _after_mark(pattern: re.Pattern[str], said: str) -> re.Match[str] | None:
     """The first match after the last marked answer, if any is marked."""
     marks = list(MARKER.finditer(said))
-    return pattern.search(said, marks[-1].end()) if marks else None
+    if marks:
+        return pattern.search(said, marks[-1].end())
+    return None
 
 
 def split_items(text: str) -> list[str]:
@@ -106,14 +110,21 @@ def judge_items(question: str, expected: list[str], said: str) -> Finding:
     why = "names none of the expected items"
     for run in reversed(runs):
         names = [name for _, _, name in run]
-        same = names == expected if ordered else sorted(names) == sorted(expected)
+        same = names == expected
+        if not ordered:
+            same = sorted(names) == sorted(expected)
         extra = _extra(text, run[0][0], run[-1][1], letters=letters)
         if same and not extra:
             return Finding(True, 1.0, "gives the expected items")
-        near = _nearness(tuple(names[:50]), tuple(expected)) * (0.8 if extra else 0.95)
+        most = 0.95
+        if extra:
+            most = 0.8
+        near = _nearness(tuple(names[:50]), tuple(expected)) * most
         if near > best:
             best = near
-            others = " and others" if extra else ""
+            others = ""
+            if extra:
+                others = " and others"
             why = f"gives {abbreviated(', '.join(names))}{others}, not {', '.join(expected)}"
     if letters:  # "garden: g, button: b": the single letters, in order
         alone = re.findall(r"(?<![\w'])\w(?![\w'])", text)
@@ -132,10 +143,13 @@ def _item_runs(text: str, expected: list[str]) -> list[list[Span]]:
     """The expected items in a text, as runs with nothing but separators in between."""
     spans = []
     for item in set(expected):
-        spans += [(m.start(), m.end(), item) for m in whole_word(item).finditer(text)]
+        for m in whole_word(item).finditer(text):
+            spans.append((m.start(), m.end(), item))
     runs: list[list[Span]] = []
     for span in sorted(spans):
-        gap = text[runs[-1][-1][1] : span[0]] if runs else ""
+        gap = ""
+        if runs:
+            gap = text[runs[-1][-1][1] : span[0]]
         if gap and _SEPARATOR.fullmatch(gap):
             runs[-1].append(span)
         else:

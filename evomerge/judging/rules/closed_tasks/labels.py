@@ -77,12 +77,20 @@ class _Label:
 def judge_label(question: str, expected: str, said: str, *, capital: bool) -> Finding:
     """Judge a word or name as the answer's conclusion."""
     pattern = whole_word(expected)
-    lines = [line for line in without_region(said, pattern).split("\n") if line.strip()]
+    lines = []
+    for line in without_region(said, pattern).split("\n"):
+        if line.strip():
+            lines.append(line)
     text = without_region(_ASIDE.sub("", after_correction(said)), pattern)
     if not pattern.search(text):
-        claim = bare(lines[0])[:80] if lines else ""
+        claim = ""
+        if lines:
+            claim = bare(lines[0])[:80]
         near = SequenceMatcher(None, claim, expected, autojunk=False).ratio()
-        return Finding(False, 0.8 * near if near >= 0.5 else 0.0, f"does not say {expected}")
+        value = 0.0
+        if near >= 0.5:
+            value = 0.8 * near
+        return Finding(False, value, f"does not say {expected}")
     if len(lines) > 1:
         items = [bare(without_list_marks(line)) for line in lines]
         if items[0] == expected:
@@ -185,9 +193,14 @@ def _is_listed(question: str, part: str, match: re.Match[str]) -> bool:
         if expected in item:
             at = i
             break
-    near = items[1:3] if at == 0 else [items[at - 1], *items[at + 1 : at + 2]]
+    near = items[1:3]
+    if at > 0:
+        near = [items[at - 1], *items[at + 1 : at + 2]]
     known = question.lower()
-    others = [item for item in near if _is_short(item) and item not in known]
+    others = []
+    for item in near:
+        if _is_short(item) and item not in known:
+            others.append(item)
     return len(others) > 1 or (bool(others) and items[at] == expected)
 
 
@@ -197,7 +210,11 @@ def _rivals(label: _Label, claim: str) -> list[str]:
         return []
     known = (label.question + " " + label.word).lower()
     names = re.findall(r"\b[A-Z][a-zà-ÿ]{2,}\b", claim)
-    return [name for name in names if name.lower() not in known and name.lower() not in _COMMON]
+    rivals = []
+    for name in names:
+        if name.lower() not in known and name.lower() not in _COMMON:
+            rivals.append(name)
+    return rivals
 
 
 def _terms(question: str) -> list[str]:
@@ -206,4 +223,8 @@ def _terms(question: str) -> list[str]:
     They are those of its first sentence, without question words.
     """
     first = re.split(r"[?。\n]", question.strip(), maxsplit=1)[0].lower()
-    return [word for word in dict.fromkeys(_TERM.findall(first)) if word not in _STOP]
+    terms = []
+    for word in dict.fromkeys(_TERM.findall(first)):
+        if word not in _STOP:
+            terms.append(word)
+    return terms

@@ -115,7 +115,10 @@ def judge_number(question: str, expected: str, said: str, unit: str) -> Finding:
     if not BARE_NUMBER.match(text):
         text = after_correction(_REASON.sub("", said))
     asked = {n.value for n in find_numbers(question, words=False)} - {expected}
-    numbers = [n for n in find_numbers(text) if not denied(text, n.start, n.end)]
+    numbers = []
+    for n in find_numbers(text):
+        if not denied(text, n.start, n.end):
+            numbers.append(n)
     numbers = [n for n in numbers if n.value not in asked] or numbers
     if not numbers:
         return Finding(False, 0.0, "states no number")
@@ -143,7 +146,10 @@ def _is_option(text: str, numbers: Sequence[Number], i: int) -> bool:
 def _stated(question: str, text: str, numbers: Sequence[Number]) -> int:
     """Which number is the answer: a marked one, the last with the noun asked for, or the last."""
     noun = _asked_noun(question)
-    named = [i for i, n in enumerate(numbers) if noun and _unit(text, n).startswith(noun)]
+    named = []
+    for i, n in enumerate(numbers):
+        if noun and _unit(text, n).startswith(noun):
+            named.append(i)
     for match in reversed(list(MARKER.finditer(text))):
         mark = match.end()
         after = []
@@ -154,22 +160,30 @@ def _stated(question: str, text: str, numbers: Sequence[Number]) -> int:
                 break
             after.append(i)
         if after:
-            at = after[0] if text[mark - 1] == "=" else after[-1]
+            at = after[-1]
+            if text[mark - 1] == "=":
+                at = after[0]
             if named and at not in named and _unit(text, numbers[at]) in _UNIT_NAMES:
                 return named[-1]
             return at
-    return named[-1] if named else len(numbers) - 1
+    if named:
+        return named[-1]
+    return len(numbers) - 1
 
 
 def _asked_noun(question: str) -> str:
     noun = _HOW_MANY.search(question)
-    return (noun.group(1) or noun.group(2)).lower() if noun else ""
+    if noun:
+        return (noun.group(1) or noun.group(2)).lower()
+    return ""
 
 
 def _unit(text: str, number: Number) -> str:
     """The word right after a number."""
     word = _UNIT_WORD.match(text[number.end : number.end + 24])
-    return word.group(1).lower() if word else ""
+    if word:
+        return word.group(1).lower()
+    return ""
 
 
 def _other_unit(wanted: str, given: str) -> bool:

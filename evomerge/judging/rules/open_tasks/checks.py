@@ -75,7 +75,9 @@ def _unit(question: str, reference: ParsedText) -> Check | None:
         return None
     unit = asked.group(1)
     pattern = value_with(unit)
-    source = reference.conclusion if unit in reference.conclusion else reference.text
+    source = reference.text
+    if unit in reference.conclusion:
+        source = reference.conclusion
     values = pattern.findall(source)
     if not values:
         return None
@@ -84,7 +86,10 @@ def _unit(question: str, reference: ParsedText) -> Check | None:
     def look(answer: ParsedText) -> CheckResult:
         """The last value counts most; those of the question are not the answer's."""
         found = pattern.findall(answer.ends) or pattern.findall(answer.text)
-        said = [value for value in found if value + unit not in question]
+        said = []
+        for value in found:
+            if value + unit not in question:
+                said.append(value)
         if not said:
             return -1.0, f"does not say {expected}{unit}"
         if said[-1].endswith(expected):
@@ -104,7 +109,9 @@ def value_with(unit: str) -> re.Pattern[str]:
 def _polarity(question: str, reference: ParsedText) -> Check | None:
     """A question of yes or no is answered as the reference answers it."""
     verbs = _VERB.findall(question)
-    verb = verbs[0] if verbs else ""
+    verb = ""
+    if verbs:
+        verb = verbs[0]
     both = _yes_and_no(reference.text)
     if len(both) > 1:
         return _several_polarities(both)
@@ -136,7 +143,11 @@ def _several_polarities(both: list[str]) -> Check:
 def _yes_and_no(text: str) -> list[str]:
     """はい and いいえ in their order, repetitions left out; two questions have two."""
     words = _YES_OR_NO.findall(text)
-    return [word for i, word in enumerate(words) if not i or word != words[i - 1]]
+    kept = []
+    for i, word in enumerate(words):
+        if not i or word != words[i - 1]:
+            kept.append(word)
+    return kept
 
 
 def _symbols(question: str, reference: ParsedText) -> Check | None:

@@ -127,8 +127,12 @@ def measure(task: Expected, raw: str, text: str, *, truncated: bool) -> Measured
     parsed = ParsedText(text)
     overlap = f1(said, task.trigrams)
     results = [check(parsed) for check in task.checks]
-    listed = count_items(text) if task.items is not None else 0
-    spoken = language(text) if overlap < _FAR_FROM_REFERENCE else ""
+    listed = 0
+    if task.items is not None:
+        listed = count_items(text)
+    spoken = ""
+    if overlap < _FAR_FROM_REFERENCE:
+        spoken = language(text)
     values = {
         "overlap": overlap,
         "overlap, unchecked": overlap,

@@ -29,13 +29,19 @@ def choice_check(question: str, reference: ParsedText) -> Check | None:
     if not right or not wrong:
         return None
     preferred = preference(right + wrong)
-    right_labels = {label for label, name in options if name.strip() in right}
-    wrong_labels = {label for label, name in options if name.strip() in wrong}
+    right_labels, wrong_labels = set(), set()
+    for label, name in options:
+        if name.strip() in right:
+            right_labels.add(label)
+        if name.strip() in wrong:
+            wrong_labels.add(label)
 
     def look(answer: ParsedText) -> CheckResult:
         chosen = preferred.search(answer.text)
         if chosen:
-            value = 1.0 if chosen.group(1) in right else -1.0
+            value = -1.0
+            if chosen.group(1) in right:
+                value = 1.0
         else:
             value = (_side(answer.head[:150], right, wrong) + _side(answer.ends, right, wrong)) / 2
         if not value and (right_labels or wrong_labels):
@@ -59,7 +65,11 @@ def preference(names: Sequence[str]) -> re.Pattern[str]:
 
 def option_lines(question: str) -> list[tuple[str, str]]:
     """(label, name) of the options that have a line of their own: "A. Cairo"."""
-    return [(label, name) for label, name in _OPTION_LINE.findall(question) if label]
+    found = []
+    for label, name in _OPTION_LINE.findall(question):
+        if label:
+            found.append((label, name))
+    return found
 
 
 def _names(question: str, options: Sequence[tuple[str, str]]) -> list[str]:
@@ -67,7 +77,11 @@ def _names(question: str, options: Sequence[tuple[str, str]]) -> list[str]:
     names = [name.strip() for _, name in options] + _BULLET.findall(question)
     if not names and "どちら" in question:
         names = QUOTED.findall(question)
-    return [name for name in dict.fromkeys(names) if name and name not in ("はい", "いいえ")]
+    different = []
+    for name in dict.fromkeys(names):
+        if name and name not in ("はい", "いいえ"):
+            different.append(name)
+    return different
 
 
 def _right_and_wrong(names: list[str], reference: ParsedText) -> tuple[list[str], list[str]]:
@@ -78,7 +92,10 @@ def _right_and_wrong(names: list[str], reference: ParsedText) -> tuple[list[str]
     if not right:
         right = [name for name in names if name in reference.text]
     right = [name for name in right if not _is_part(name, right)]
-    wrong = [name for name in names if name not in right and not _is_part(name, right)]
+    wrong = []
+    for name in names:
+        if name not in right and not _is_part(name, right):
+            wrong.append(name)
     return right, wrong
 
 
@@ -96,11 +113,17 @@ def _side(text: str, right: list[str], wrong: list[str]) -> float:
     first_wrong = min((text.find(name) for name in wrong if name in text), default=_FAR)
     if first_right == first_wrong:
         return 0.0
-    weight = 1.0 if max(first_right, first_wrong) == _FAR else 0.3
-    return weight if first_right < first_wrong else -weight
+    weight = 0.3
+    if max(first_right, first_wrong) == _FAR:
+        weight = 1.0
+    if first_right < first_wrong:
+        return weight
+    return -weight
 
 
 def listed(words: Sequence[str]) -> str:
     """The words with commas between them, cut to 40 characters."""
     text = ", ".join(words)
-    return text if len(text) <= 40 else text[:39] + "…"
+    if len(text) <= 40:
+        return text
+    return text[:39] + "…"

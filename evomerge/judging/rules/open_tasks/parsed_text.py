@@ -86,11 +86,15 @@ class ParsedText:
         for sentence in opening:
             word = YES_OR_NO.search(sentence)
             if word:
-                return -1 if word.group().lower() in _NO_WORDS else 1
+                if word.group().lower() in _NO_WORDS:
+                    return -1
+                return 1
         claim = self._claim_about(verb, [s for s in opening if len(s) >= 4])
         if claim is None:
             return 0
-        return -1 if _DENIES.search(claim) else 1
+        if _DENIES.search(claim):
+            return -1
+        return 1
 
     def _claim_about(self, verb: str, opening: list[str]) -> str | None:
         """The last conclusion about a verb, or else the opening sentence about it, or any."""
@@ -101,13 +105,17 @@ class ParsedText:
         for sentence in opening:
             if verb in sentence:
                 return sentence
-        return opening[0] if opening else None
+        if opening:
+            return opening[0]
+        return None
 
     @property
     def conclusion(self) -> str:
         """The last conclusion, or else the first sentence that says something, or any first."""
         found = self.conclusions[-1:] or self.body[:1] or self.sentences[:1]
-        return found[0] if found else ""
+        if found:
+            return found[0]
+        return ""
 
 
 # (-1 to 1, why): made by a check, which is made once for a task and looks at each answer
