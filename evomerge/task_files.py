@@ -44,7 +44,9 @@ def read_json_records(path: Path) -> list[Record]:
     text = decode_text(
         path, ("utf-8-sig",), TaskError, "Save it as UTF-8 (in Excel: CSV UTF-8, named .csv)."
     )
-    between = " \t\r\n,[]" if path.suffix.casefold() == ".json" else " \t\r\n"
+    between = " \t\r\n"
+    if path.suffix.casefold() == ".json":
+        between = " \t\r\n,[]"
     records: list[Record] = []
     at, counted, line = 0, 0, 1
     while True:

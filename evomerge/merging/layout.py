@@ -66,7 +66,7 @@ class Layout:
         levels = [self.recipe.parameters]
         for piece in self.recipe.slices:
             levels += [piece.parameters, *(source.parameters for source in piece.sources)]
-        return any(is_filtered(setting) for level in levels for setting in level.values())
+        return any(any(map(is_filtered, level.values())) for level in levels)
 
     def one_of_each(self, names: Iterable[str]) -> list[str]:
         """One tensor of each layer, and all outside the layers."""
@@ -190,6 +190,9 @@ class Layout:
                     check_within(key, by_sibling[key], densities, name)
             else:
                 parameters[key] = self._method_parameter(key, name, own)
+        drawing = 0
+        if method.draws:
+            drawing = sum(density < 1 for density in densities)
         return TensorPlan(
             self.recipe.merge_method,
             base,
@@ -199,7 +202,7 @@ class Layout:
             normalize,
             scale,
             rescale,
-            sum(density < 1 for density in densities) if method.draws else 0,
+            drawing,
             parameters,
             by_sibling,
             method.samples,

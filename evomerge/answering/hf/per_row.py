@@ -92,7 +92,10 @@ class PerRow:
         weights = weights.view(*weights.shape, *[1] * (dims - 1))  # (siblings, rows, 1…)
         parts = [take(delta) * weight for delta, weight in zip(self.deltas, weights, strict=True)]
         # as add_weighted rounds
-        total = parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)
+        if len(parts) == 1:
+            total = parts[0]
+        else:
+            total = torch.stack(parts).sum(dim=0)
         return total.add_(take(self.base))
 
     def of_candidates(self) -> Iterator[tuple[Tensor, Tensor]]:

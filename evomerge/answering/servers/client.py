@@ -74,7 +74,9 @@ class ServerFailure(Exception):
     @property
     def in_words(self) -> str:
         """The status, if there is one, and what the server said."""
-        return self.said if self.status is None else f"status {self.status}: {self.said}"
+        if self.status is None:
+            return self.said
+        return f"status {self.status}: {self.said}"
 
     @property
     def refused(self) -> bool:

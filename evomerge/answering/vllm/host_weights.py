@@ -76,7 +76,10 @@ def host_weights_of(model: ModelFolder, dtype: torch.dtype) -> HostWeights:
             where=model.ref,
             remedy="Use engine.kind: transformers.",
         )
-    tied = {head} if config_value(model.config, "tie_word_embeddings") else set()
+    if config_value(model.config, "tie_word_embeddings"):
+        tied = {head}
+    else:
+        tied = set()
     shapes = {}
     for name in sorted(model.keys - tied):
         if model.dtype(name).is_floating_point:

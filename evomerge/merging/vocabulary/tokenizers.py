@@ -192,7 +192,10 @@ def _cut(tokenizer: Any, size: int, ref: str) -> Any:
     unused = {token for token, number in tokenizer.get_vocab().items() if number >= size}
     if not unused:
         return tokenizer
-    state = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
+    if tokenizer.is_fast:
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+    else:
+        state = {}
     kind = state.get("model", {}).get("type", "no fast tokenizer")
     if kind != "BPE":
         raise RecipeError(
