@@ -136,7 +136,10 @@ def _table_records(sheet: Sheet, task_id: Callable[[Cell], int | str]) -> list[R
                 found=[name for name in header if name],
                 remedy=f"Name the columns in the first row: {', '.join(COLUMNS)}.",
             )
-    at = {column: header.index(column) for column in COLUMNS if column in header}
+    at = {}
+    for column in COLUMNS:
+        if column in header:
+            at[column] = header.index(column)
     for area in sheet.merged_at(list(at.values())):
         raise TaskError(
             "cells are merged",

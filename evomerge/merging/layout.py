@@ -101,7 +101,10 @@ class Layout:
         """
         donor_ref, head = self.recipe.donor, self.architecture.head
         donor = models[donor_ref]
-        plain = {name for name in donor.keys if name != head and not self.architecture.split(name)}
+        plain = set()
+        for name in donor.keys:
+            if name != head and self.architecture.split(name) is None:
+                plain.add(name)
         if any(models[ref].head in models[ref].keys for ref in (donor_ref, *self.head_givers)):
             plain.add(head)
         lent = {donor_ref: layers_of(donor)}

@@ -156,10 +156,9 @@ class MergePlan:
     def _check_numbers(self) -> None:
         """Raise RecipeError where a weight is infinite in its dtype: the tensors would be NaN."""
         rounds = self.layout.method.rounds_weights
-        if self.layout.filtered:
-            names = self.names
-        else:
-            names = self.layout.one_of_each(self.names)
+        names = self.names
+        if not self.layout.filtered:
+            names = self.layout.one_of_each(names)
         for name in names:
             plan = self.tensors[name]
             if plan.is_copy:

@@ -91,10 +91,9 @@ class SourceChecks:
     def _layers(self, item: Any, where: str) -> tuple[int, int]:
         _model(item, where)
         given = item.get("layer_range")
+        pair: list[int | None] = []
         if isinstance(given, list | tuple):
-            pair = [_whole(n) for n in given]
-        else:
-            pair = []
+            pair = list(map(_whole, given))
         if len(pair) != 2 or pair[0] is None or pair[1] is None or not 0 <= pair[0] < pair[1]:
             raise RecipeError(
                 "`layer_range` is not a pair of layers",
@@ -138,10 +137,9 @@ def number_of_models(traits: MethodTraits) -> str:
     """How many sources a method takes, in words."""
     least, most = traits.siblings
     number = ("one model", "two models", "three models")[least + traits.needs_base - 1]
+    text = f"at least {number}"
     if most == least:
         text = f"exactly {number}"
-    else:
-        text = f"at least {number}"
     if traits.needs_base:
         text += ", the base among them"
     return text + (" besides a base" if traits.optional_base else "")

@@ -56,8 +56,12 @@ def front_charts(front: Front | None) -> list[FrontChart]:
 def _chart(front: Front, x_name: str, y_name: str) -> FrontChart:
     on_front = {point.trial for point in front.points}
     beside = [point for point in front.compared if point.trial not in on_front]
-    shown = [p for p in (*front.points, *beside) if x_name in p.values and y_name in p.values]
-    x_ends, y_ends = [], []
+    shown = []
+    for point in (*front.points, *beside):
+        if x_name in point.values and y_name in point.values:
+            shown.append(point)
+    x_ends: list[float] = []
+    y_ends: list[float] = []
     for point in shown:
         x_ends += _ends(point.values[x_name])
         y_ends += _ends(point.values[y_name])

@@ -214,9 +214,8 @@ def _numbers_of(kind: KnowledgeClass, run: GenerationSection) -> dict[str, Any]:
 
     Where the class sets its own length, half of a small context is kept for the prompt.
     """
-    if kind.temperature is None:
-        sampled = run.do_sample
-    else:
+    sampled = run.do_sample
+    if kind.temperature is not None:
         sampled = kind.temperature > 0
     generation: dict[str, Any] = {
         "max_new_tokens": kind.max_new_tokens or run.max_new_tokens,

@@ -129,7 +129,10 @@ class Scorer:
 
 def _thought_tokens(evaluation: Evaluation) -> int | None:
     """Those of all answers; None where the model has no thoughts."""
-    known = [a.thought_tokens for a in evaluation.answers if a.thought_tokens is not None]
+    known = []
+    for answer in evaluation.answers:
+        if answer.thought_tokens is not None:
+            known.append(answer.thought_tokens)
     return sum(known) if known else None
 
 

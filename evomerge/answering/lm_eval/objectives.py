@@ -52,10 +52,9 @@ def load_objectives(study: Study) -> tuple[dict[str, Any], tuple[Objective, ...]
         loaded = _load(names, list(study.task_search_path))
         for source in study.tasks:
             found = loaded[str(source.name)]
+            single = [found]
             if hasattr(found, "get_all_tasks"):
                 single = found.get_all_tasks()
-            else:
-                single = [found]
             own = {leaf.task_name: leaf for leaf in single}
             for name, leaf in own.items():
                 if name not in leaves:
@@ -74,10 +73,8 @@ def load_objectives(study: Study) -> tuple[dict[str, Any], tuple[Objective, ...]
 
 def _is_better_low(objective: Objective, leaves: Mapping[str, Any]) -> bool:
     title = objective.metric.partition(",")[0]
-    for name in objective.leaves:
-        if not leaves[name].higher_is_better().get(title, True):
-            return True
-    return False
+    directions = [leaves[name].higher_is_better() for name in objective.leaves]
+    return not all(higher.get(title, True) for higher in directions)
 
 
 def _load(names: Sequence[str], folders: list[str]) -> dict[str, Any]:

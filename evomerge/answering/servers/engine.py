@@ -20,6 +20,7 @@ from evomerge.answering.servers.client import (
     OpenAIClient,
     RetryPolicy,
     ServerFailure,
+    connect,
     only_model,
 )
 from evomerge.answering.servers.concurrency import ConcurrentRequests
@@ -84,7 +85,7 @@ class ServerEngine:
         self.takes_prompts = False  # known once it has answered one
         self._trying = threading.Lock()
         self.model: str | None = None
-        self.client = _connect(self.url)
+        self.client = connect(self.url, READ)
         listed = self._list(needed=model is None)
         self.model = model
         if model is None:
@@ -175,7 +176,7 @@ class ServerEngine:
             stop.set()
             if requests.leave():  # its threads end when their connections do
                 client.close()
-                self.client = _connect(self.url)
+                self.client = connect(self.url, READ)
         if failures:
             raise failures[0]
 
@@ -286,15 +287,3 @@ class ServerEngine:
             if unknown is not None:
                 return unknown
         return lasting_error(failure, self.client, self.chat)
-
-
-def _connect(url: str) -> OpenAIClient:
-    """A client of the server. Raises EngineError without the package openai, InputError."""
-    try:
-        return OpenAIClient(url, READ)
-    except ImportError as error:
-        raise EngineError(
-            "using a server requires the package openai",
-            where="--server",
-            remedy="Run pip install 'evomerge[server]'.",
-        ) from error

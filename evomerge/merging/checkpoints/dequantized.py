@@ -189,9 +189,12 @@ def _stated_block(stated: Mapping[str, Any]) -> tuple[int, int] | None:
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration of the same model without its quantisation."""
-    text = {key: value for key, value in text_config(config).items() if key not in STATED}
-    whole = with_text(config, text)
-    return {key: value for key, value in whole.items() if key not in STATED}
+    whole = with_text(config, _unquantized(text_config(config)))
+    return _unquantized(whole)
+
+
+def _unquantized(section: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in section.items() if key not in STATED}
 
 
 def _misfit(

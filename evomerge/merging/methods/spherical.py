@@ -34,9 +34,8 @@ def nuslerp(
     """
     first, second = models
     total = sum(plan.weights)
-    if abs(total) < SMALLEST_TOTAL:
-        t = 0.5
-    else:
+    t = 0.5
+    if abs(total) >= SMALLEST_TOTAL:
         t = plan.weights[1] / total
     if base is not None:
         first, second = first - base, second - base

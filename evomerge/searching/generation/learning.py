@@ -22,9 +22,11 @@ class LearningWarnings:
     def about(self, trials: Sequence[TrialRecord], who: str) -> dict[str, str]:
         """Say, and return, what is new about these complete trials."""
         found = nothing_to_learn(trials, self.metric, who)
-        new = {sign: sentence for sign, sentence in found.items() if sign not in self.said}
-        for sentence in new.values():
-            self.console.say(f"warning: {sentence}")
+        new = {}
+        for sign, sentence in found.items():
+            if sign not in self.said:
+                self.console.say(f"warning: {sentence}")
+                new[sign] = sentence
         self.said |= new.keys()
         return new
 

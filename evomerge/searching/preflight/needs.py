@@ -73,10 +73,8 @@ def live_bytes(study: Study, config: Mapping[str, Any], parameters: int) -> floa
     rows = int(config_value(text, "vocab_size")) * int(config_value(text, "hidden_size"))
     if not config_value(config, "tie_word_embeddings"):
         rows *= 2
-    # double: a scale is a byte, and has its own scale
-    if study.engine.quantization == "4bit":
-        scales = 4 / 64
-    else:
+    scales = 4 / 64
+    if study.engine.quantization != "4bit":  # double: a scale is a byte, and has its own scale
         scales = 1 / 64 + 4 / (64 * 256)
     return rows * whole + (parameters - rows) * (0.5 + scales)
 
@@ -102,9 +100,8 @@ def cost(study: Study, genome: Genome, split: Split | None) -> str:
     searched, kept, held_out = map(len, (split.search, split.validation, split.held_out))
     ranked = s.first_tasks(searched)
     answers = s.trials * ranked + fixed * searched
-    if several:
-        finalists = fixed
-    else:
+    finalists = fixed
+    if not several:
         finalists = s.finalists + 1 + min(s.finalists, references)
     answers += finalists * kept
     compared = (MOST if several else 1) + 1 + len(study.genome.all_models)

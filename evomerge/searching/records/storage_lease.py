@@ -108,10 +108,9 @@ class StorageLease:
                 continue
             token, text, beats = found
             holder = Holder(**json.loads(text))
+            alive = seen not in (None, (token, beats))
             if holder.is_here:
                 alive = holder.lives
-            else:
-                alive = seen not in (None, (token, beats))
             if alive:
                 raise LockHeld(f"pid {holder.pid} on {holder.host}")
             seen = (token, beats)

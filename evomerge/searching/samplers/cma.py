@@ -84,13 +84,11 @@ class CmaSampler:
         self.names, self.seed, self.lr_adapt = tuple(names), seed, lr_adapt
         self.bounds = np.array(bounds, dtype=float)
         self.space = dict(zip(self.names, declared, strict=True))
-        if scales is None:
-            units = np.ones(len(names))
-        else:
+        units = np.ones(len(names))
+        if scales is not None:
             units = np.array(scales, dtype=float)
-        if cov is None:
-            shape = np.diag(units**2)
-        else:
+        shape = np.diag(units**2)
+        if cov is not None:
             shape = np.array(cov, dtype=float)
         mean = np.clip(np.array(starts, dtype=float), *self.bounds.T)
         self.default = Distribution(mean, sigma, shape)
