@@ -1,4 +1,4 @@
-"""Imports run one way and in no circle, names are unique, and what must stay light stays light."""
+"""Imports run one way, names are unique, files stay short, and what must stay light stays light."""
 
 import ast
 import subprocess
