@@ -181,9 +181,10 @@ def seconds(text: str) -> float | None:
     match = _DURATION.fullmatch(text.strip())
     if match is None:
         return None
-    total = sum(
-        float(number or 0) * unit for number, unit in zip(match.groups(), UNITS, strict=True)
-    )
+    parts = []
+    for number, unit in zip(match.groups(), UNITS, strict=True):
+        parts.append(float(number or 0) * unit)
+    total = sum(parts)
     return total if 0 < total <= LONGEST else None
 
 
@@ -194,4 +195,6 @@ def counted(n: int, noun: str) -> str:
 
 def plus_minus(value: float, error: float | None) -> str:
     """A figure with its standard error; a single value has none."""
-    return f"{value:.3f} (n = 1)" if error is None else f"{value:.3f} ± {error:.3f}"
+    if error is None:
+        return f"{value:.3f} (n = 1)"
+    return f"{value:.3f} ± {error:.3f}"

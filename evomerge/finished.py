@@ -42,7 +42,10 @@ def is_finished(out: Path, facts: Mapping[str, str], what: str, going_on: bool =
         raise InputError(
             "exists already, and what it was made from is not known", where=out, remedy=CHOICE
         )
-    changed = [name for name, value in facts.items() if made.facts.get(name) != value]
+    changed = []
+    for name, value in facts.items():
+        if made.facts.get(name) != value:
+            changed.append(name)
     if changed:
         listed = ", ".join(changed)
         raise InputError(

@@ -32,8 +32,10 @@ def masked(text: str) -> str:
         text = text.replace(value, shown)
     if "://" not in text:
         return text
-    words = re.split(r"(\s+)", text)
-    return "".join(masked_url(word) if "://" in word else word for word in words)
+    words = []
+    for word in re.split(r"(\s+)", text):
+        words.append(masked_url(word) if "://" in word else word)
+    return "".join(words)
 
 
 def masked_url(url: str) -> str:
@@ -62,7 +64,7 @@ def secrets_of(url: str) -> list[str]:
     for match in _PARAMETER.finditer(rest):
         if _is_secret(match[2]):
             found.append(match[3])
-    found += [decode(text) for text in found for decode in (unquote, unquote_plus)]
+    found += [*map(unquote, found), *map(unquote_plus, found)]
     return sorted({text for text in found if len(text) > 2}, key=len, reverse=True)
 
 

@@ -80,8 +80,8 @@ def _belongs_to(file: str, folder: str) -> bool:
 
 def _above(path: str) -> list[str]:
     """The folders that hold a path, by its name and by what it links to."""
-    places = (Path(os.path.abspath(path)), Path(os.path.realpath(path)))
-    return [str(folder) for place in places for folder in place.parents]
+    named, linked = Path(os.path.abspath(path)), Path(os.path.realpath(path))
+    return list(map(str, (*named.parents, *linked.parents)))
 
 
 def _paths(places: Places) -> list[str]:

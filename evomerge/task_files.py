@@ -44,7 +44,9 @@ def read_json_records(path: Path) -> list[Record]:
     text = decode_text(
         path, ("utf-8-sig",), TaskError, "Save it as UTF-8 (in Excel: CSV UTF-8, named .csv)."
     )
-    between = " \t\r\n,[]" if path.suffix.casefold() == ".json" else " \t\r\n"
+    between = " \t\r\n"
+    if path.suffix.casefold() == ".json":
+        between = " \t\r\n,[]"
     records: list[Record] = []
     at, counted, line = 0, 0, 1
     while True:
@@ -134,7 +136,10 @@ def _table_records(sheet: Sheet, task_id: Callable[[Cell], int | str]) -> list[R
                 found=[name for name in header if name],
                 remedy=f"Name the columns in the first row: {', '.join(COLUMNS)}.",
             )
-    at = {column: header.index(column) for column in COLUMNS if column in header}
+    at = {}
+    for column in COLUMNS:
+        if column in header:
+            at[column] = header.index(column)
     for area in sheet.merged_at(list(at.values())):
         raise TaskError(
             "cells are merged",

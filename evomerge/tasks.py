@@ -33,7 +33,9 @@ class Task:
     @property
     def stored_id(self) -> int | str:
         """The task's name in a study's storage, unique over all of the study's sources."""
-        return self.task_id if self.source is None else f"{self.source}-{self.task_id}"
+        if self.source is None:
+            return self.task_id
+        return f"{self.source}-{self.task_id}"
 
     @property
     def key(self) -> str:
@@ -113,8 +115,11 @@ def _task(row: Mapping[str, Any], number: int, at: str) -> Task:
             remedy="Add a field `input` to each task.",
         )
     if not isinstance(text, str) or not text.strip():
+        fault = "`input` is not text"
+        if isinstance(text, str):
+            fault = "`input` is empty"
         raise TaskError(
-            "`input` is empty" if isinstance(text, str) else "`input` is not text",
+            fault,
             where=at,
             found=text,
             remedy="Write the instruction as a non-empty string.",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import stat
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -150,14 +151,16 @@ def _nodes(root: yaml.Node) -> list[yaml.Node]:
 
 def _children(node: yaml.Node) -> list[yaml.Node]:
     if isinstance(node, yaml.MappingNode):
-        return [part for pair in node.value for part in pair]
+        return list(chain.from_iterable(node.value))
     if isinstance(node, yaml.SequenceNode):
         return list(node.value)
     return []
 
 
 def _weight(node: yaml.Node) -> float:
-    return 1 + (len(node.value) / 80 if isinstance(node, yaml.ScalarNode) else 0)
+    if isinstance(node, yaml.ScalarNode):
+        return 1 + len(node.value) / 80
+    return 1
 
 
 def _check_node(node: yaml.Node) -> None:

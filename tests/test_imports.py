@@ -1,4 +1,4 @@
-"""Imports run one way and in no circle, names are unique, and what must stay light stays light."""
+"""Imports run one way, names are unique, files stay short, and what must stay light stays light."""
 
 import ast
 import subprocess
@@ -122,6 +122,26 @@ def test_no_class_name_stands_for_two_things():
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 places[node.name].append(name)
     assert not {name: found for name, found in places.items() if len(found) > 1}
+
+
+def test_no_file_is_longer_than_300_lines():
+    long = {}
+    for path in sorted(ROOT.rglob("*.py")):  # what exports write as well
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        if lines > 300:
+            long[str(path.relative_to(ROOT))] = lines
+    assert not long
+
+
+def test_no_function_is_longer_than_60_lines():
+    long = {}
+    for name, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = node.end_lineno - node.lineno + 1
+                if lines > 60:
+                    long[f"{name}.{node.name}"] = lines
+    assert not long
 
 
 def test_light_modules_import_no_torch():

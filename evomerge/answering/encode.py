@@ -55,10 +55,10 @@ class Encoder:
                 self._known[prompt] = list(row) or [first_token(self.tokenizer)]
         if new_tokens is None:
             new_tokens = [self.max_new_tokens] * len(prompts)
-        return [
-            self._fitted(self._known[prompt], prompt, most)
-            for prompt, most in zip(prompts, new_tokens, strict=True)
-        ]
+        fitted = []
+        for prompt, most in zip(prompts, new_tokens, strict=True):
+            fitted.append(self._fitted(self._known[prompt], prompt, most))
+        return fitted
 
     def _fitted(self, row: list[int], prompt: str, new_tokens: int) -> list[int]:
         if self.context is None or len(row) + new_tokens <= self.context:

@@ -229,9 +229,20 @@ def items_at(items: Sequence[T], indices: Iterable[int]) -> list[T]:
     return [items[i] for i in indices]
 
 
+def settings_of_each(
+    prompts: Sequence[str], settings: PromptSettings, default: GenerationSection
+) -> Sequence[GenerationSection]:
+    """One per prompt: `settings` where they are given, else the engine's defaults."""
+    if settings is None:
+        return [default] * len(prompts)
+    return settings
+
+
 def without_thoughts(prompt: str, engine: Engine) -> str:
     """The prompt as a reference follows it: thoughts that the chat template begins are ended."""
-    return prompt if engine.marks is None else engine.marks.closed(prompt)
+    if engine.marks is None:
+        return prompt
+    return engine.marks.closed(prompt)
 
 
 def has_passed(deadline: float | None) -> bool:

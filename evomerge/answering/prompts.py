@@ -100,7 +100,9 @@ class Prompter:
     def settings(self, prompts: Sequence[Prompt]) -> list[GenerationSection] | None:
         """Each prompt's own settings; None if all are the run's, so that the engine's apply."""
         settings = [prompt.settings for prompt in prompts]
-        return None if all(own == self.generation for own in settings) else settings
+        if all(own == self.generation for own in settings):
+            return None
+        return settings
 
     def shorter(self, prompt: Prompt) -> Prompt | None:
         """The prompt without its least similar example, or else its least similar document.

@@ -42,7 +42,9 @@ class ReplyReader:
         reply = split_reply(text[:stop], self.marks, self.marks.opened_by(prompt))
         if reply.is_open:
             return Answer("", not ended, count, reply.thoughts, count)
-        thinking = self._thought_tokens(tokens, self.marks) if reply.thoughts else 0
+        thinking = 0
+        if reply.thoughts:
+            thinking = self._thought_tokens(tokens, self.marks)
         return Answer(reply.answer, cut, count, reply.thoughts, thinking)
 
     def _text(self, tokens: Sequence[int]) -> str:

@@ -16,7 +16,9 @@ COMMON = ("normalize", "int8_mask")  # of a whole recipe
 def vector_to_recipe(space: SearchSpace, vector: Sequence[float]) -> Recipe:
     """(d,) numbers -> recipe."""
     recipe = _decoded(space, vector)
-    return merging_outside(recipe) if space.outside == "first" else recipe
+    if space.outside == "first":
+        return merging_outside(recipe)
+    return recipe
 
 
 def merging_outside(recipe: Recipe) -> Recipe:
@@ -133,13 +135,10 @@ def _settings(space: SearchSpace, x: Sequence[float], m: int, groups: range) -> 
     """Model m's parameters in one group, or in several as lines through their points."""
     settings: dict[str, Any] = {}
     for key in space.parameters:
-        settings[key] = _by_filter(
-            space,
-            [
-                [_value(space, x, key, g, m, f) for g in groups]
-                for f in range(len(space.filter_sets))
-            ],
-        )
+        points = []
+        for f in range(len(space.filter_sets)):
+            points.append([_value(space, x, key, g, m, f) for g in groups])
+        settings[key] = _by_filter(space, points)
     return settings
 
 
@@ -157,13 +156,10 @@ def _shared(space: SearchSpace, x: Sequence[float], groups: range) -> dict[str, 
     """The parameters that the models share, in one group or several."""
     settings: dict[str, Any] = {}
     for q, key in enumerate(space.shared_parameters):
-        settings[key] = _by_filter(
-            space,
-            [
-                [x[space.shared_index_of(g, f, q)] for g in groups]
-                for f in range(len(space.filter_sets))
-            ],
-        )
+        points = []
+        for f in range(len(space.filter_sets)):
+            points.append([x[space.shared_index_of(g, f, q)] for g in groups])
+        settings[key] = _by_filter(space, points)
     return settings
 
 

@@ -127,7 +127,9 @@ class Genome(SearchSpace):
         searched, numbers = METHODS[self.method].searched, []
         for ref in self.models:
             values = {"weight": weight(ref), "density": density}
-            entry = [values[k] if k in values else searched[k].start for k in self.parameters]
+            entry = []
+            for key in self.parameters:
+                entry.append(values[key] if key in values else searched[key].start)
             numbers += entry * len(self.filter_sets)
         shared = [searched[key].start for key in self.shared_parameters] * len(self.filter_sets)
         return (*numbers * len(self.slices), *shared * len(self.slices))
@@ -139,7 +141,9 @@ def make_genome(study: Study, n_layers: int) -> Genome:
     Raises StudyFileError when the slices do not divide the layers.
     """
     section = study.genome
-    size = section.layer_granularity if section.layer_granularity > 0 else n_layers
+    size = n_layers
+    if section.layer_granularity > 0:
+        size = section.layer_granularity
     if n_layers % size:
         fits = [str(k) for k in range(1, n_layers + 1) if n_layers % k == 0]
         raise StudyFileError(

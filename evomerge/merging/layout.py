@@ -110,7 +110,10 @@ class Layout:
         """
         donor_ref, head = self.recipe.donor, self.architecture.head
         donor = models[donor_ref]
-        plain = {name for name in donor.keys if name != head and not self.architecture.split(name)}
+        plain = set()
+        for name in donor.keys:
+            if name != head and self.architecture.split(name) is None:
+                plain.add(name)
         if any(models[ref].head in models[ref].keys for ref in (donor_ref, *self.head_givers)):
             plain.add(head)
         lent = {donor_ref: layers_of(donor)}
@@ -201,6 +204,9 @@ class Layout:
                     check_within(key, by_sibling[key], densities, name)
             else:
                 parameters[key] = self._method_parameter(key, name, own)
+        drawing = 0
+        if method.draws:
+            drawing = sum(density < 1 for density in densities)
         return TensorPlan(
             self.recipe.merge_method,
             base,
@@ -210,7 +216,7 @@ class Layout:
             normalize,
             scale,
             rescale,
-            sum(density < 1 for density in densities) if method.draws else 0,
+            drawing,
             parameters,
             by_sibling,
             method.samples,

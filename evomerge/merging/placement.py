@@ -77,9 +77,11 @@ class Resident:
         sizes = Counter[str]()
         for name, place in self.places.items():
             sizes[place] += self._size(name)
-        return ", ".join(
-            f"{place} {sizes[place] / 1e9:.2f} GB" for place in ORDER if place in sizes
-        )
+        said = []
+        for place in ORDER:
+            if place in sizes:
+                said.append(f"{place} {sizes[place] / 1e9:.2f} GB")
+        return ", ".join(said)
 
     def stream(self, names: Sequence[str], deltas: bool) -> Iterator[tuple[str, Inputs]]:
         """(name, inputs) for each name.

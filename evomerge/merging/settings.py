@@ -30,7 +30,11 @@ def filters_of(setting: Any) -> list[str]:
     if not is_filtered(setting):
         return []
     items = [setting] if isinstance(setting, Mapping) else setting
-    return [item["filter"] for item in items if item.get("filter") not in (None, "*")]
+    filters = []
+    for item in items:
+        if item.get("filter") not in (None, "*"):
+            filters.append(item["filter"])
+    return filters
 
 
 def is_filtered(setting: Any) -> bool:

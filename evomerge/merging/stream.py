@@ -156,7 +156,9 @@ class MergePlan:
     def _check_numbers(self) -> None:
         """Raise RecipeError where a weight is infinite in its dtype: the tensors would be NaN."""
         rounds = self.layout.method.rounds_weights
-        names = self.names if self.layout.filtered else self.layout.one_of_each(self.names)
+        names = self.names
+        if not self.layout.filtered:
+            names = self.layout.one_of_each(names)
         for name in names:
             plan = self.tensors[name]
             if plan.is_copy:
@@ -187,7 +189,9 @@ class MergePlan:
 
     def generator(self, name: str) -> torch.Generator | None:
         """The stream of random numbers where the tensor's begin; None where it takes none."""
-        return self.draws.generator(name) if name in self.draws.starts else None
+        if name in self.draws.starts:
+            return self.draws.generator(name)
+        return None
 
     def holder(self, name: str) -> str:
         """The merged tensor that a parameter holds: the embeddings, for a head that stays tied."""

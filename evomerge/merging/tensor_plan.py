@@ -52,7 +52,9 @@ class TensorPlan:
     @property
     def inputs(self) -> tuple[tuple[str, str], ...]:
         """(model, tensor name) of everything that is read, the base first."""
-        return self.siblings if self.base is None else (self.base, *self.siblings)
+        if self.base is None:
+            return self.siblings
+        return (self.base, *self.siblings)
 
     @property
     def is_single_delta(self) -> bool:

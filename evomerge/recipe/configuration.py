@@ -89,9 +89,11 @@ class Recipe:
     @property
     def models(self) -> tuple[str, ...]:
         """Every model, the base first, then in the order of first use."""
-        used = [source.model for piece in self.slices for source in piece.sources]
+        used = []
         if self.base_model is not None:
-            used.insert(0, self.base_model)
+            used.append(self.base_model)
+        for piece in self.slices:
+            used += [source.model for source in piece.sources]
         return tuple(dict.fromkeys(used))
 
     @property

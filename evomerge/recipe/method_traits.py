@@ -68,9 +68,10 @@ class MethodTraits:
         """The further parameters, each in full."""
         full = {}
         for name, given in self.parameters.items():
-            full[name] = (
-                given if isinstance(given, MethodParameter) else MethodParameter(default=given)
-            )
+            if isinstance(given, MethodParameter):
+                full[name] = given
+            else:
+                full[name] = MethodParameter(default=given)
         return full
 
     @property

@@ -33,7 +33,9 @@ def model_reference(value: Any, what: str, where: str) -> str:
 
 def override_architecture(value: Any) -> str | None:
     """The class that a mapping gives its model in place of the one in config.json."""
-    found = value.get("override_architecture") if isinstance(value, Mapping) else None
+    found = None
+    if isinstance(value, Mapping):
+        found = value.get("override_architecture")
     return found if isinstance(found, str) else None
 
 

@@ -47,7 +47,9 @@ def listed(data: Mapping[str, Any], where: str, unread: UnreadKeys) -> Listed:
             remedy=MERGEKIT,
         )
     module, where = modules[ONLY_MODULE], f"{where}, modules.{ONLY_MODULE}"
-    kinds = [key for key in ("slices", "models") if isinstance(module, Mapping) and module.get(key)]
+    kinds = []
+    if isinstance(module, Mapping):
+        kinds = [key for key in ("slices", "models") if module.get(key)]
     if len(kinds) != 1:
         raise RecipeError(
             "needs exactly one of `slices` and `models`",

@@ -178,7 +178,9 @@ def _parameter(argument: inspect.Parameter, hint: Any, where: str) -> MethodPara
             remedy="Annotate it with float or Annotated[float, (low, high)], and give it a name "
             "that mergekit's parameters do not have.",
         )
-    default = None if argument.default is argument.empty else argument.default
+    default = None
+    if argument.default is not argument.empty:
+        default = argument.default
     numbers = [default] if default is not None else []
     if span is not None:
         numbers += [*span]

@@ -76,9 +76,9 @@ class SourceChecks:
     ) -> Source:
         """One model with its parameters; the layers are those of a slice."""
         model = _model(item, where)
-        known = (
-            ("model", "parameters") if layers is None else ("model", "parameters", "layer_range")
-        )
+        known = ["model", "parameters"]
+        if layers is not None:
+            known.append("layer_range")
         self.values.unread.check(item, known, where)
         parameters = self.values.parameters(item.get("parameters"), where)
         traits = METHODS[self.method]
@@ -91,7 +91,9 @@ class SourceChecks:
     def _layers(self, item: Any, where: str) -> tuple[int, int]:
         _model(item, where)
         given = item.get("layer_range")
-        pair = [_whole(n) for n in given] if isinstance(given, list | tuple) else []
+        pair: list[int | None] = []
+        if isinstance(given, list | tuple):
+            pair = list(map(_whole, given))
         if len(pair) != 2 or pair[0] is None or pair[1] is None or not 0 <= pair[0] < pair[1]:
             raise RecipeError(
                 "`layer_range` is not a pair of layers",
@@ -135,7 +137,9 @@ def number_of_models(traits: MethodTraits) -> str:
     """How many sources a method takes, in words."""
     least, most = traits.siblings
     number = ("one model", "two models", "three models")[least + traits.needs_base - 1]
-    text = f"exactly {number}" if most == least else f"at least {number}"
+    text = f"at least {number}"
+    if most == least:
+        text = f"exactly {number}"
     if traits.needs_base:
         text += ", the base among them"
     return text + (" besides a base" if traits.optional_base else "")

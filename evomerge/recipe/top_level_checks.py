@@ -54,7 +54,9 @@ def read_dtype(data: Mapping[str, Any], key: str, where: str) -> str | None:
     given = data.get(key)
     if given is None:
         return None
-    name = given.removeprefix("torch.") if isinstance(given, str) else given
+    name = given
+    if isinstance(given, str):
+        name = given.removeprefix("torch.")
     if name not in DTYPES:
         raise UnsupportedRecipe(
             f"`{key}` is not supported",
@@ -94,7 +96,9 @@ def read_tokenizer_section(
         )
     if source is not None:
         return TokenizerSection(tokenizer_of(source, "`tokenizer_source`", where), {}, None)
-    return None if section is None else _tokenizer_section(section, where, unread)
+    if section is None:
+        return None
+    return _tokenizer_section(section, where, unread)
 
 
 def _method(data: Mapping[str, Any], where: str, folder: Path | None) -> str:
@@ -163,7 +167,9 @@ def _rule(item: Any, where: str, unread: UnreadKeys) -> Any:
     if "kind" not in source:
         rule["source"] = model_reference(source, "`source`", where)
         return rule
-    keys = ("kind", "model", "token", "token_id") if source["kind"] == "model_token" else ("kind",)
+    keys = ["kind"]
+    if source["kind"] == "model_token":
+        keys += ["model", "token", "token_id"]
     unread.check(source, keys, where)
     rule["source"] = {key: source[key] for key in keys if source.get(key) is not None}
     if isinstance(source.get("model"), Mapping) and source["kind"] == "model_token":

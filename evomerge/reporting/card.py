@@ -100,5 +100,7 @@ def _link(model: str) -> str:
     for part in model.split("+"):
         name = part.partition("@")[0]
         shown = markdown_text(name)
-        links.append(f"[{shown}](https://huggingface.co/{name})" if is_hub_name(name) else shown)
+        if is_hub_name(name):
+            shown = f"[{shown}](https://huggingface.co/{name})"
+        links.append(shown)
     return " + ".join(links)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from evomerge.reporting.sentences import number
@@ -140,6 +141,9 @@ def verdict_rows(verdict: Verdict | None) -> list[VerdictRow]:
     x_pair = scale([0.0, *flattened(pairs.values())], 6, CELL_WIDTH - 6)
     rows = []
     for name, c in candidates.items():
+        pair_bar = None
+        if name in pairs:
+            pair_bar = [x_pair(value) for value in pairs[name]]
         row = VerdictRow(
             name=name,
             mean=c.mean,
@@ -147,7 +151,7 @@ def verdict_rows(verdict: Verdict | None) -> list[VerdictRow]:
             truncated=c.truncated,
             bar=[x_mean(value) for value in means[name]],
             pair=leads.get(name),
-            pair_bar=[x_pair(value) for value in pairs[name]] if name in pairs else None,
+            pair_bar=pair_bar,
             zero=x_pair(0.0),
         )
         rows.append(row)
@@ -281,4 +285,4 @@ def y_axis(values: Sequence[float]) -> tuple[Axis, list[float]]:
 
 def flattened(triples: Iterable[tuple[float, float, float]]) -> list[float]:
     """All numbers of the triples."""
-    return [value for triple in triples for value in triple]
+    return list(chain.from_iterable(triples))

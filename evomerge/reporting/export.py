@@ -136,7 +136,9 @@ def picked_sentence(snapshot: StudySnapshot) -> str:
     text = f"This is trial {trial.number} ({kind}); its score on {trial.n} search tasks is {score}."
     if trial.number == winner.number:
         return f"{text} It is the winner."
-    best = "the best so far" if snapshot.verdict is None else "the winner"
+    best = "the winner"
+    if snapshot.verdict is None:
+        best = "the best so far"
     text += f" It is not {best}, which is trial {winner.number}."
     if trial.number not in snapshot.ledger.facts.compared.values():
         text += " It has not been compared on held-out tasks."

@@ -56,9 +56,15 @@ def front_charts(front: Front | None) -> list[FrontChart]:
 def _chart(front: Front, x_name: str, y_name: str) -> FrontChart:
     on_front = {point.trial for point in front.points}
     beside = [point for point in front.compared if point.trial not in on_front]
-    shown = [p for p in (*front.points, *beside) if x_name in p.values and y_name in p.values]
-    x_ends = [end for point in shown for end in _ends(point.values[x_name])]
-    y_ends = [end for point in shown for end in _ends(point.values[y_name])]
+    shown = []
+    for point in (*front.points, *beside):
+        if x_name in point.values and y_name in point.values:
+            shown.append(point)
+    x_ends: list[float] = []
+    y_ends: list[float] = []
+    for point in shown:
+        x_ends += _ends(point.values[x_name])
+        y_ends += _ends(point.values[y_name])
     x, xticks = _axis(x_ends, PLOT.left, PLOT.right)
     y, yticks = _axis(y_ends, PLOT.bottom, PLOT.top)
     marks: list[FrontMark] = []

@@ -116,11 +116,11 @@ def judge_section(
     if rules:
         by_rules = {name: mean_figure(rules[name]) for name in grades}
         agreement = compare_judges(grades, rules)
-    rows = []
+    rows, highest = [], 0.0
     for name, values in grades.items():
         own, bars = mean_figure(values), grade_bars(values)
+        highest = max(highest, *(bar.share for bar in bars))
         rows.append(CandidateRow(name, own.mean, own.stderr, own.n, bars, by_rules.get(name)))
-    highest = max((bar.share for row in rows for bar in row.bars), default=0.0)
     return JudgeView(
         name=report.name,
         version=report.version,

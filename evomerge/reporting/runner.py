@@ -148,8 +148,9 @@ def _marks(reasoning: Wanted) -> dict[str, Any]:
     """The marks of thoughts that the runner looks for, or takes without looking."""
     if isinstance(reasoning, ReasoningSection):
         return {"auto": False, "marks": [[reasoning.start, reasoning.end]]}
-    known = [] if reasoning is None else [[marks.start, marks.end] for marks in KNOWN_MARKS]
-    return {"auto": True, "marks": known}
+    if reasoning is None:
+        return {"auto": True, "marks": []}
+    return {"auto": True, "marks": [[marks.start, marks.end] for marks in KNOWN_MARKS]}
 
 
 def _default_class(prompt: PromptSection, names: list[str]) -> dict[str, Any]:
@@ -213,7 +214,9 @@ def _numbers_of(kind: KnowledgeClass, run: GenerationSection) -> dict[str, Any]:
 
     Where the class sets its own length, half of a small context is kept for the prompt.
     """
-    sampled = run.do_sample if kind.temperature is None else kind.temperature > 0
+    sampled = run.do_sample
+    if kind.temperature is not None:
+        sampled = kind.temperature > 0
     generation: dict[str, Any] = {
         "max_new_tokens": kind.max_new_tokens or run.max_new_tokens,
         "repetition_penalty": kind.repetition_penalty or run.repetition_penalty,

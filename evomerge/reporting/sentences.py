@@ -71,7 +71,9 @@ def model_title(name: str) -> str:
 
 def short_title(name: str) -> str:
     """The same for a column of a terminal: "uniform", "own merge"."""
-    return "own merge" if name == FOUND else name.removeprefix("sibling:")
+    if name == FOUND:
+        return "own merge"
+    return name.removeprefix("sibling:")
 
 
 def with_article(name: str) -> str:
@@ -134,7 +136,9 @@ def headline(
         figure = with_error(mean.mean, mean.stderr).replace(" ", "\u00a0")
         sentence = HEADLINES.get(verdict.metric, HEADLINES["grade"])
         said = sentence.format(figure=figure, n=verdict.n)
-        return said if verdict.unbeaten is None else f"{conclusion(verdict)} {said}"
+        if verdict.unbeaten is None:
+            return said
+        return f"{conclusion(verdict)} {said}"
     done = sum(t.state == "complete" for t in trials)
     text = f"The search is not finished: {done} trials are complete, and there is no verdict yet."
     if winner is not None and winner.score is not None:
@@ -204,4 +208,6 @@ def notes(facts: StudyFacts) -> list[str]:
 
 
 def _formatted(value: float | None, spec: str) -> str:
-    return NONE if value is None else format(value, spec).replace("-", MINUS)
+    if value is None:
+        return NONE
+    return format(value, spec).replace("-", MINUS)

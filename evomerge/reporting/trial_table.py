@@ -136,11 +136,16 @@ def _think(trials: Sequence[TrialRecord]) -> bool:
 
 def mean_thoughts(trials: Sequence[TrialRecord]) -> float | None:
     """Thought tokens per answer over the complete trials; None where the model has no thoughts."""
-    means = [t.mean_thought_tokens for t in trials if t.state == "complete"]
-    known = [mean for mean in means if mean is not None]
+    known = []
+    for trial in trials:
+        if trial.state == "complete" and trial.mean_thought_tokens is not None:
+            known.append(trial.mean_thought_tokens)
     return sum(known) / len(known) if known else None
 
 
 def _part_names(trials: Sequence[TrialRecord]) -> list[str]:
     """The objective's parts, in the order of their first appearance."""
-    return list(dict.fromkeys(part for t in trials for part in t.parts))
+    names: dict[str, None] = {}
+    for trial in trials:
+        names |= dict.fromkeys(trial.parts)
+    return list(names)

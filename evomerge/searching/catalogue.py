@@ -38,7 +38,9 @@ class StudyEntry:
 
     def to_json(self) -> dict[str, Any]:
         """The stable form of `evomerge list --json`."""
-        last = None if self.last_activity is None else self.last_activity.isoformat()
+        last = None
+        if self.last_activity is not None:
+            last = self.last_activity.isoformat()
         return {**vars(self), "last_activity": last}
 
 

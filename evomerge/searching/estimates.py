@@ -88,7 +88,10 @@ def estimate(
         return *mean_and_error(list(grades.values())), None
     if chances is None:
         return two_phase_mean(grades, task_baselines)
-    drawn = {task: chance for task, chance in chances.items() if task in task_baselines}
+    drawn = {}
+    for task, chance in chances.items():
+        if task in task_baselines:
+            drawn[task] = chance
     return difference_estimate(grades, task_baselines, drawn)
 
 

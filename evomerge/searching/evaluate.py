@@ -143,7 +143,9 @@ class JudgedEvaluator:
 
     def likelihoods(self, recipe: Recipe, tasks: Sequence[Task]) -> list[float | None] | None:
         """The references' likelihoods where the objective needs them. Raises EngineError."""
-        return None if self.likelihood is None else self.likelihood.of(recipe, tasks)
+        if self.likelihood is None:
+            return None
+        return self.likelihood.of(recipe, tasks)
 
     def answers(self, recipe: Recipe, tasks: Sequence[Task]) -> list[Answer]:
         """The answers alone, from the cache where these tasks were answered. Raises EngineError."""
@@ -258,4 +260,7 @@ class LikelihoodPart:
             for key, total, count in zip(missing, sums, counts, strict=True):
                 values[key] = total / max(1, count)
                 self.cache.put(key, [Answer(repr(values[key]), False, 0)])
-        return [values[key] if task.output else None for key, task in zip(keys, tasks, strict=True)]
+        found = []
+        for key, task in zip(keys, tasks, strict=True):
+            found.append(values[key] if task.output else None)
+        return found

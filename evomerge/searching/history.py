@@ -169,7 +169,10 @@ class History:
 
         The base and a sibling alone count as the weights 0 and 1: `is_uniform` finds them.
         """
-        uniform = [t for t in self.references if t.role == "uniform" or is_uniform(t.vector)]
+        uniform = []
+        for trial in self.references:
+            if trial.role == "uniform" or is_uniform(trial.vector):
+                uniform.append(trial)
         return best_first(uniform)[0]
 
     def task_baselines(self, metric: str) -> dict[str, float]:

@@ -66,8 +66,12 @@ def known_agreement(judge: Judge) -> Mapping[str, Any] | None:
     """How far a learned judge, alone or in a cascade, agreed with references when it was fitted."""
     from evomerge.judging.learned.judge import LearnedJudge
 
-    learned = judge.proxy if isinstance(judge, CascadeJudge) else judge
-    return (learned.facts.held_out or None) if isinstance(learned, LearnedJudge) else None
+    learned = judge
+    if isinstance(judge, CascadeJudge):
+        learned = judge.proxy
+    if not isinstance(learned, LearnedJudge):
+        return None
+    return learned.facts.held_out or None
 
 
 def _two_judges(

@@ -50,7 +50,9 @@ class Scorer:
             )
             if objective or self.objectives:
                 length = answer.answer_tokens / self.longest(task)
-                likelihood = None if evaluation.likelihoods is None else evaluation.likelihoods[i]
+                likelihood = None
+                if evaluation.likelihoods is not None:
+                    likelihood = evaluation.likelihoods[i]
                 known = replace(known, length=length, likelihood=likelihood)
             if objective:
                 known = replace(known, objective=self._objective(task.key, known))
@@ -127,7 +129,10 @@ class Scorer:
 
 def _thought_tokens(evaluation: Evaluation) -> int | None:
     """Those of all answers; None where the model has no thoughts."""
-    known = [a.thought_tokens for a in evaluation.answers if a.thought_tokens is not None]
+    known = []
+    for answer in evaluation.answers:
+        if answer.thought_tokens is not None:
+            known.append(answer.thought_tokens)
     return sum(known) if known else None
 
 
@@ -141,7 +146,11 @@ def part_means(grades: Mapping[str, TaskGrade], study: Study) -> dict[str, float
         for values, part in zip(by_part.values(), parts, strict=True):
             if part is not None:
                 values.append(part)
-    return {part: float(np.mean(values)) for part, values in by_part.items() if values}
+    means = {}
+    for name, values in by_part.items():
+        if values:
+            means[name] = float(np.mean(values))
+    return means
 
 
 def make_scorer(problem: Problem, longest: Callable[[Task], int]) -> Scorer:

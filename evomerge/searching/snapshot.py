@@ -62,7 +62,9 @@ class StudySnapshot:
                 f"{name}` lists them.",
             )
         if trial.state != "complete":
-            ended = "has failed" if trial.state == "failed" else "is not finished"
+            ended = "is not finished"
+            if trial.state == "failed":
+                ended = "has failed"
             reason = f": {trial.reason}" if trial.reason else ""
             raise StudyError(
                 f"the trial {ended}{reason}",

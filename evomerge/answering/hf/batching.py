@@ -20,6 +20,7 @@ from evomerge.answering.engine import (
     Watch,
     has_passed,
     items_at,
+    settings_of_each,
 )
 from evomerge.answering.hf.decode import Hooks, Output
 from evomerge.answering.hf.sampling import SamplingParams
@@ -134,7 +135,7 @@ class BatchExecutor:
 
     def requests(self, prompts: Sequence[str], settings: PromptSettings = None) -> list[Request]:
         """The prompts with their tokens and settings. Raises EngineError for one too long."""
-        own = [self.generation] * len(prompts) if settings is None else settings
+        own = settings_of_each(prompts, settings, self.generation)
         rows = self.encode(prompts, [g.max_new_tokens for g in own])
         return [Request(*parts) for parts in zip(prompts, rows, own, strict=True)]
 

@@ -216,10 +216,10 @@ class GradientModel:
             ((_, inputs),) = self.live.resident.stream([name], deltas=True)
             return inputs.others
         parameter, how = self.live.resident.parameters[name], plan.tensors[planned]
-        tensors = {
-            ref: load_finite(plan.models[ref], source, parameter.dtype, parameter.device)
-            for ref, source in how.inputs
-        }
+        tensors = {}
+        for ref, source in how.inputs:
+            model = plan.models[ref]
+            tensors[ref] = load_finite(model, source, parameter.dtype, parameter.device)
         aligned = plan.vocabulary.align(tensors, plan.layout.position(planned).piece.base_model)
         found = {id(plan.models[ref]): aligned[ref] for ref, _ in how.siblings}
         assert how.base is not None

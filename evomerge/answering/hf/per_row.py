@@ -91,8 +91,9 @@ class PerRow:
         weights = self.weights.of(self.name)
         weights = weights.view(*weights.shape, *[1] * (dims - 1))  # (siblings, rows, 1…)
         parts = [take(delta) * weight for delta, weight in zip(self.deltas, weights, strict=True)]
-        # as add_weighted rounds
-        total = parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)
+        total: Tensor = parts[0]
+        if len(parts) > 1:
+            total = torch.stack(parts).sum(dim=0)  # as add_weighted rounds
         return total.add_(take(self.base))
 
     def of_candidates(self) -> Iterator[tuple[Tensor, Tensor]]:

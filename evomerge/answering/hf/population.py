@@ -108,7 +108,9 @@ class TransformersPopulation:
         count = len(recipes)
         requests = self.executor.requests(prompts, settings)
         # all candidates of the first prompt, then of the second
-        rows = [request for request in requests for _ in recipes]
+        rows = []
+        for request in requests:
+            rows += [request] * len(recipes)
         with PopulationModel(self.model, self.live).of(recipes) as answer_rows:
 
             def run_batch(batch: Sequence[int], hooks: Hooks) -> list[Output]:

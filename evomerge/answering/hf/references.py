@@ -67,7 +67,9 @@ def answer_logits(model: Any, pairs: Sequence[TokenPair]) -> tuple[Tensor, Tenso
         prefix = min(first, shared_prefix(rows))
     if prefix < SHARED:
         prefix = 0
-    cache = _prefix_cache(model, ids[:1, :prefix], len(rows)) if prefix else None
+    cache = None
+    if prefix:
+        cache = _prefix_cache(model, ids[:1, :prefix], len(rows))
     out = model(
         input_ids=ids[:, prefix:],
         attention_mask=mask,

@@ -9,6 +9,7 @@ import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import InputError, TaskError
@@ -51,7 +52,9 @@ def load_objectives(study: Study) -> tuple[dict[str, Any], tuple[Objective, ...]
         loaded = _load(names, list(study.task_search_path))
         for source in study.tasks:
             found = loaded[str(source.name)]
-            single = found.get_all_tasks() if hasattr(found, "get_all_tasks") else [found]
+            single = [found]
+            if hasattr(found, "get_all_tasks"):
+                single = found.get_all_tasks()
             own = {leaf.task_name: leaf for leaf in single}
             for name, leaf in own.items():
                 if name not in leaves:
@@ -60,15 +63,18 @@ def load_objectives(study: Study) -> tuple[dict[str, Any], tuple[Objective, ...]
                     leaves[name] = leaf
             objective = _objective(source, found, own)
             objectives.append(objective)
-            title = objective.metric.partition(",")[0]
-            if objective.weight > 0 and not all(
-                leaves[name].higher_is_better().get(title, True) for name in objective.leaves
-            ):
+            if objective.weight > 0 and _is_better_low(objective, leaves):
                 warnings.append(
                     f"task {source.name}: lower {source.metric} is better, but a weight above 0 "
                     "rewards higher values"
                 )
     return leaves, tuple(objectives), warnings
+
+
+def _is_better_low(objective: Objective, leaves: Mapping[str, Any]) -> bool:
+    title = objective.metric.partition(",")[0]
+    directions = [leaves[name].higher_is_better() for name in objective.leaves]
+    return not all(higher.get(title, True) for higher in directions)
 
 
 def _load(names: Sequence[str], folders: list[str]) -> dict[str, Any]:
@@ -107,7 +113,7 @@ def _objective(source: TaskSource, found: Any, leaves: Mapping[str, Any]) -> Obj
         else:
             pooled = rule.weight_by_size
     if not having:
-        names = dict.fromkeys(m for metrics in known.values() for m in metrics)
+        names = dict.fromkeys(chain.from_iterable(known.values()))
         raise TaskError(
             "the task has no such metric",
             where=f"task {name}",
@@ -127,7 +133,10 @@ def _objective(source: TaskSource, found: Any, leaves: Mapping[str, Any]) -> Obj
 
 def _metrics(leaf: Any) -> list[str]:
     """Every "metric,filter" of a leaf."""
-    return [f"{metric},{f.name}" for metric in leaf.aggregation() for f in leaf._filters]
+    found = []
+    for metric in leaf.aggregation():
+        found += [f"{metric},{f.name}" for f in leaf._filters]
+    return found
 
 
 def _aggregation(group: Any, metric: str, filter_name: str) -> Any:
@@ -157,11 +166,9 @@ def _load_one(manager: Any, name: str) -> Any:
         )
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3)
-        remedy = (
-            f"Did you mean {' or '.join(near)}?"
-            if near
-            else "A task of your own needs `task_search_path`."
-        )
+        remedy = "A task of your own needs `task_search_path`."
+        if near:
+            remedy = f"Did you mean {' or '.join(near)}?"
         raise TaskError("lm-eval has no such task", where="tasks", found=name, remedy=remedy)
     try:
         loaded = manager.load([name])
@@ -204,4 +211,6 @@ def quiet() -> Iterator[None]:
 def line(error: Exception) -> str:
     """An error as one line: its kind and the first line of its text."""
     text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+    if text:
+        return f"{type(error).__name__}: {text.splitlines()[0]}"
+    return type(error).__name__

@@ -23,7 +23,7 @@ from evomerge.answering.servers.openai_protocol import (
     is_too_long,
     message_of,
 )
-from evomerge.errors import ModelError
+from evomerge.errors import EngineError, ModelError
 
 T = TypeVar("T")
 # Waits before the next attempt, given the server's Retry-After and our own delay, both in
@@ -74,7 +74,9 @@ class ServerFailure(Exception):
     @property
     def in_words(self) -> str:
         """The status, if there is one, and what the server said."""
-        return self.said if self.status is None else f"status {self.status}: {self.said}"
+        if self.status is None:
+            return self.said
+        return f"status {self.status}: {self.said}"
 
     @property
     def refused(self) -> bool:
@@ -255,3 +257,15 @@ def _never_connected(error: Any) -> bool:
     """Whether no server listens there, rather than a connection that broke."""
     cause = type(error.__cause__).__name__
     return cause in ("ConnectError", "UnsupportedProtocol", "ConnectTimeout")
+
+
+def connect(url: str, timeout: float) -> OpenAIClient:
+    """A client for answers. Raises EngineError without the package openai, InputError."""
+    try:
+        return OpenAIClient(url, timeout)
+    except ImportError as error:
+        raise EngineError(
+            "using a server requires the package openai",
+            where="--server",
+            remedy="Run pip install 'evomerge[server]'.",
+        ) from error

@@ -32,7 +32,9 @@ class ConcurrentRequests:
     ) -> Iterator[tuple[int, Answer | EvomergeError]]:
         """(index, result) as they arrive; none after `deadline`, a time.monotonic()."""
         while self.running:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            left = None
+            if deadline is not None:
+                left = max(0.0, deadline - time.monotonic())
             if left == 0.0:
                 self.waiting.clear()
             try:

@@ -14,17 +14,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from evomerge.answering.engine import Answer, OnAnswer, PromptSettings, Watch
+from evomerge.answering.engine import Answer, OnAnswer, PromptSettings, Watch, settings_of_each
 from evomerge.answering.reasoning import THINK, find_marks
 from evomerge.answering.servers.client import (
     OpenAIClient,
     RetryPolicy,
     ServerFailure,
-    names,
+    connect,
     only_model,
 )
 from evomerge.answering.servers.concurrency import ConcurrentRequests
-from evomerge.answering.servers.failures import GOES_ON, PENALTY, lasting_error
+from evomerge.answering.servers.failures import GOES_ON, PENALTY, lasting_error, unknown_model
 from evomerge.answering.servers.openai_protocol import (
     TurnsAsJson,
     read_reply,
@@ -85,11 +85,11 @@ class ServerEngine:
         self.takes_prompts = False  # known once it has answered one
         self._trying = threading.Lock()
         self.model: str | None = None
-        self.client = _connect(self.url)
+        self.client = connect(self.url, READ)
         listed = self._list(needed=model is None)
-        self.model = (
-            only_model(listed, self.url, "Name one with --model.") if model is None else model
-        )
+        self.model = model
+        if model is None:
+            self.model = only_model(listed, self.url, "Name one with --model.")
 
     @property
     def identity(self) -> str:
@@ -148,12 +148,14 @@ class ServerEngine:
         are abandoned. `shorter`, never called twice at the same time, gives another prompt where
         the server says that one is too long, as often as it says so.
         """
-        own = [self.generation] * len(prompts) if settings is None else settings
+        own = settings_of_each(prompts, settings, self.generation)
         client, stop, one = self.client, threading.Event(), threading.Lock()
 
         def less(index: int) -> str | None:
+            if shorter is None:
+                return None
             with one:
-                return None if shorter is None else shorter(index)
+                return shorter(index)
 
         def ask(index: int) -> Answer:
             prompt = whole(prompts[index])
@@ -174,7 +176,7 @@ class ServerEngine:
             stop.set()
             if requests.leave():  # its threads end when their connections do
                 client.close()
-                self.client = _connect(self.url)
+                self.client = connect(self.url, READ)
         if failures:
             raise failures[0]
 
@@ -197,7 +199,9 @@ class ServerEngine:
             try:
                 answer = self._reply(client, prompt, g, stop)
             except ServerFailure as failure:
-                less = shorter() if failure.too_long else None
+                less = None
+                if failure.too_long:
+                    less = shorter()
                 if less is None:
                     shortest = partial(self._reply, client, SHORTEST[self.chat], g, stop)
                     raise self._lasting(failure, shortest) from failure
@@ -236,7 +240,9 @@ class ServerEngine:
         """The server's reply to one prompt. Raises ServerFailure, EngineError."""
 
         def pause(asked: float | None, delay: float) -> bool:
-            return not stop.wait(delay if asked is None else asked)
+            if asked is not None:
+                delay = asked
+            return not stop.wait(delay)
 
         def send(sdk: Any) -> Answer:
             reply = self._request(sdk, prompt, g)
@@ -277,36 +283,7 @@ class ServerEngine:
     def _error(self, failure: ServerFailure) -> EvomergeError:
         """A failed request as an error for the user; its retries are over."""
         if failure.status in (400, 404, 422):
-            unknown = self._unknown_model(failure.status, failure.said)
+            unknown = unknown_model(failure, self.model, self.url, self._list)
             if unknown is not None:
                 return unknown
         return lasting_error(failure, self.client, self.chat)
-
-    def _unknown_model(self, status: int, said: str) -> ModelError | None:
-        """An error that names the server's models, where it does not list the requested one."""
-        if self.model is None or (status != 404 and self.model not in said):
-            return None
-        try:
-            listed = self._list()
-        except EvomergeError:
-            return None
-        if not listed or self.model in listed:
-            return None
-        return ModelError(
-            f"the server does not know this model: {said}",
-            where=self.url,
-            found=self.model,
-            remedy=f"It lists: {names(listed)}.",
-        )
-
-
-def _connect(url: str) -> OpenAIClient:
-    """A client of the server. Raises EngineError without the package openai, InputError."""
-    try:
-        return OpenAIClient(url, READ)
-    except ImportError as error:
-        raise EngineError(
-            "using a server requires the package openai",
-            where="--server",
-            remedy="Run pip install 'evomerge[server]'.",
-        ) from error

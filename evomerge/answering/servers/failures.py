@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from evomerge.answering.servers.client import OpenAIClient, ServerFailure
+from collections.abc import Callable
+
+from evomerge.answering.servers.client import OpenAIClient, ServerFailure, names
 from evomerge.answering.servers.openai_protocol import KEY
-from evomerge.errors import EngineError
+from evomerge.errors import EngineError, EvomergeError, ModelError
 
 PENALTY = "repetition_penalty"
 SHORTEN = "Shorten the task, or lower generation.max_new_tokens. Finished answers are kept."
@@ -28,8 +30,30 @@ def lasting_error(failure: ServerFailure, client: OpenAIClient, chat: bool) -> E
     else:
         what = f"the server answered with {failure.in_words}"
         remedy = _remedy(failure, chat)
-    path = ("/chat" if chat else "") + "/completions" if status == 404 else ""
-    return EngineError(what, where=client.url + path, remedy=remedy)
+    where = client.url
+    if status == 404:
+        where += "/chat/completions" if chat else "/completions"
+    return EngineError(what, where=where, remedy=remedy)
+
+
+def unknown_model(
+    failure: ServerFailure, model: str | None, url: str, list_models: Callable[[], list[str]]
+) -> ModelError | None:
+    """An error that names the server's models, where it does not list the requested one."""
+    if model is None or (failure.status != 404 and model not in failure.said):
+        return None
+    try:
+        listed = list_models()
+    except EvomergeError:
+        return None
+    if not listed or model in listed:
+        return None
+    return ModelError(
+        f"the server does not know this model: {failure.said}",
+        where=url,
+        found=model,
+        remedy=f"It lists: {names(listed)}.",
+    )
 
 
 def _remedy(failure: ServerFailure, chat: bool) -> str:

@@ -23,6 +23,7 @@ from evomerge.answering.engine import (
     PromptSettings,
     Watch,
     has_passed,
+    settings_of_each,
 )
 from evomerge.answering.hf.loading import load_tokenizer
 from evomerge.answering.reasoning import Marks
@@ -128,7 +129,7 @@ class VllmEngine:
         room in the context.
         """
         self._check()
-        own = [self.generation] * len(prompts) if settings is None else settings
+        own = settings_of_each(prompts, settings, self.generation)
         # all are checked before vLLM gets any
         rows = self.encode(prompts, [g.max_new_tokens for g in own])
         params = [self._sampling(prompt, g) for prompt, g in zip(prompts, own, strict=True)]

@@ -76,7 +76,9 @@ def host_weights_of(model: ModelFolder, dtype: torch.dtype) -> HostWeights:
             where=model.ref,
             remedy="Use engine.kind: transformers.",
         )
-    tied = {head} if config_value(model.config, "tie_word_embeddings") else set()
+    tied: set[str] = set()
+    if config_value(model.config, "tie_word_embeddings"):
+        tied.add(head)
     shapes = {}
     for name in sorted(model.keys - tied):
         if model.dtype(name).is_floating_point:

@@ -74,7 +74,10 @@ def load_llm(base: ModelFolder, engine: EngineSection, dtype: str, seed: int) ->
     """
     if not engine.trust_remote_code:
         refuse_hub_kernels(base.config, base.path)
-    arguments = {key: value for key, value in engine.vllm.model_dump().items() if value is not None}
+    arguments = {}
+    for key, value in engine.vllm.model_dump().items():
+        if value is not None:
+            arguments[key] = value
     with _environment(ENVIRONMENT):
         try:
             from vllm import LLM, SamplingParams

@@ -187,7 +187,9 @@ def _check_present(path: Path) -> None:
 def _read_config(file: Path) -> dict[str, Any]:
     """adapter_config.json. Raises ModelError for another kind than LoRA or an unknown setting."""
     config = read_json(file, COPY_ADAPTER)
-    kind = config.get("peft_type") if isinstance(config, dict) else config
+    kind = config
+    if isinstance(config, dict):
+        kind = config.get("peft_type")
     if not isinstance(config, dict) or kind != "LORA":
         raise ModelError(
             "the adapter is not a LoRA", where=file, found=kind, remedy=MERGED_ELSEWHERE

@@ -72,11 +72,20 @@ def architecture_of(config: Mapping[str, Any], names: Collection[str]) -> Archit
     configuration says where each tensor goes; where it has none, the names have to do.
     """
     described = LAST_SLICE.get(_class_name(config))
-    if all(_PLAIN.match(name) and not any(part in name for part in _NOT_PLAIN) for name in names):
+    if all(map(_is_plain, names)):
         return _plain(names, described)
     model = empty_model(config)
-    found = None if model is None else _by_modules(model, names, described)
-    return found or _by_names(config, names, described)
+    if model is not None:
+        found = _by_modules(model, names, described)
+        if found is not None:
+            return found
+    return _by_names(config, names, described)
+
+
+def _is_plain(name: str) -> bool:
+    if not _PLAIN.match(name):
+        return False
+    return not any(part in name for part in _NOT_PLAIN)
 
 
 def lacking_of(config: Mapping[str, Any], names: Collection[str]) -> tuple[str, ...] | None:
@@ -168,8 +177,10 @@ def _lacking(model: Any, groups: Sequence[Group]) -> tuple[str, ...]:
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)  # tied ones together
-    made = {target for group in groups for target in group.targets}
-    ignored = [re.compile(text) for text in model._keys_to_ignore_on_load_missing or ()]
+    made: set[str] = set()
+    for group in groups:
+        made.update(group.targets)
+    ignored = list(map(re.compile, model._keys_to_ignore_on_load_missing or ()))
     lacking = []
     for tied in names.values():
         unread = any(pattern.search(name) for pattern in ignored for name in tied)
@@ -195,11 +206,10 @@ def _by_names(
         match = _NUMBERED.search(name)
         if match:
             numbers.setdefault(name[: match.start(1)], []).append(int(match[1]))
-    whole = {
-        before: found
-        for before, found in numbers.items()
-        if set(found) == set(range(max(found) + 1))
-    }
+    whole: dict[str, list[int]] = {}
+    for before, found in numbers.items():
+        if set(found) == set(range(max(found) + 1)):
+            whole[before] = found
     layers = max(whole, key=lambda before: len(whole[before]), default=PLAIN_LAYERS)
     outside = [name for name in names if not name.startswith(layers)]
     unknown = [name for name in outside if not _PLAIN.match(name)]

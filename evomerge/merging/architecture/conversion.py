@@ -57,7 +57,9 @@ def groups_of(model: Any, names: Iterable[str]) -> tuple[list[Group], dict[str, 
     mapping = _conversions(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    by_pattern = {}
+    for entry in converters:
+        by_pattern.update(dict.fromkeys(entry.source_patterns, entry))
     wanted, prefix = model.state_dict(), model.base_model_prefix
     collected: dict[str, list[tuple[str, str | None]]] = {}
     left_out = {}

@@ -41,7 +41,9 @@ def _empty_model(text: str) -> Any:
 
 def _number(item: dict[str, Any]) -> Any:
     """transformers writes an infinite number as {"__float__": "Infinity"}."""
-    return float(item["__float__"]) if set(item) == {"__float__"} else item
+    if set(item) == {"__float__"}:
+        return float(item["__float__"])
+    return item
 
 
 def model_class(config: Any) -> Any:

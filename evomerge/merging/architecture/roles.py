@@ -65,7 +65,8 @@ def text_path(model: Any) -> TextPath | None:
     after = children[children.index(inner) + 1 :]
     embeddings = _weight(model.get_input_embeddings(), names)
     if embeddings.startswith(prefix):
-        after = [name for name in after if name != embeddings[len(prefix) :].partition(".")[0]]
+        table = embeddings.removeprefix(prefix).partition(".")[0]
+        after = [name for name in after if name != table]
     return TextPath(
         decoder=prefix,
         layers=f"{prefix}{layers}.",
@@ -88,7 +89,11 @@ def is_one_module(names: Any) -> bool:
 
     It counts what stands before the first number of any of them.
     """
-    found = {name[: match.start()] for name in names if (match := NUMBER.search(name))}
+    found = set()
+    for name in names:
+        match = NUMBER.search(name)
+        if match:
+            found.add(name[: match.start()])
     return len(found) < 2
 
 

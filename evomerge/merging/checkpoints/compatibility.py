@@ -120,7 +120,9 @@ def _check_shapes(
     ours, theirs = base.shape(wanted), sibling.shape(name)
     if ours[axis:] != theirs[axis:]:
         # a key says it better than a tensor's shape
-        other = "vocab_size" if name in base.vocabulary else "intermediate_size"
+        other = "intermediate_size"
+        if name in base.vocabulary:
+            other = "vocab_size"
         _check_config(base, sibling, ["hidden_size", other])
         rows_only = name in base.vocabulary and ours[1:] == theirs[1:]
         raise ModelError(

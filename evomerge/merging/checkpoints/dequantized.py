@@ -62,7 +62,9 @@ class DequantizedModel(ModelFolder):
 
     def stored_dtype(self, name: str) -> str:
         """The dtype on disk by safetensors' name; BF16 for what is dequantised."""
-        return "BF16" if name in self._packed else super().stored_dtype(name)
+        if name in self._packed:
+            return "BF16"
+        return super().stored_dtype(name)
 
     def get_tensor(self, name: str) -> torch.Tensor:
         """The tensor, dequantised now. Raises ModelError when a file is damaged."""
@@ -176,9 +178,9 @@ def _stated_block(stated: Mapping[str, Any]) -> tuple[int, int] | None:
     """The size of blocks that a configuration names, rows first."""
     sizes = [stated.get("weight_block_size")]
     if stated["quant_method"] == "compressed-tensors":
-        sizes = [
-            group["weights"].get("block_structure") for group in stated["config_groups"].values()
-        ]
+        sizes = []
+        for group in stated["config_groups"].values():
+            sizes.append(group["weights"].get("block_structure"))
     for size in sizes:
         if isinstance(size, list) and [type(number) for number in size] == [int, int]:
             return (size[0], size[1]) if min(size) > 0 else None
@@ -187,9 +189,12 @@ def _stated_block(stated: Mapping[str, Any]) -> tuple[int, int] | None:
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration of the same model without its quantisation."""
-    text = {key: value for key, value in text_config(config).items() if key not in STATED}
-    whole = with_text(config, text)
-    return {key: value for key, value in whole.items() if key not in STATED}
+    whole = with_text(config, _unquantized(text_config(config)))
+    return _unquantized(whole)
+
+
+def _unquantized(section: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in section.items() if key not in STATED}
 
 
 def _misfit(

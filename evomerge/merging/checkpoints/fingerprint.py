@@ -17,7 +17,10 @@ def fingerprint(folder: Path, known: Mapping[str, Any] | None = None) -> dict[st
     """
     known = known or {}
     prints: dict[str, dict[str, Any]] = {}
-    for path in sorted({p for pattern in PATTERNS for p in folder.glob(pattern)}):
+    paths: set[Path] = set()
+    for pattern in PATTERNS:
+        paths.update(folder.glob(pattern))
+    for path in sorted(paths):
         if not path.is_file():  # a link that leads nowhere, or a folder
             continue
         stat = path.stat()

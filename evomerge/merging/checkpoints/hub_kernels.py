@@ -30,8 +30,11 @@ def without_attention(config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration with the default attention, in its parts as well."""
     plain: dict[str, Any] = {}
     for key, value in config.items():
-        if key not in KEYS:
-            plain[key] = without_attention(value) if isinstance(value, dict) else value
+        if key in KEYS:
+            continue
+        if isinstance(value, dict):
+            value = without_attention(value)
+        plain[key] = value
     return plain
 
 

@@ -67,7 +67,9 @@ def new_folder(out: Path) -> Iterator[Unfinished]:
             sync_folder(folder.parent)
         made = []
     except OSError as error:
-        room = "Free some space" if error.errno in FULL else "Name another folder"
+        room = "Name another folder"
+        if error.errno in FULL:
+            room = "Free some space"
         raise OutputError(
             f"the model cannot be written: {error.strerror or error}",
             where=out,

@@ -113,7 +113,9 @@ def _refuse_gguf(files: Iterable[Path]) -> None:
 def _indexed_files(index: Path, config: Mapping[str, Any]) -> dict[str, Path]:
     """What the shards hold that the index names; as in transformers, they decide what is where."""
     content = read_json(index, "Save the model again.")
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    weight_map = None
+    if isinstance(content, dict):
+        weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(file, str) for file in weight_map.values()
     ):

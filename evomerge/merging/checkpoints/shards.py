@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -61,7 +62,7 @@ def plan_shards(plan: MergePlan, limit: int) -> list[list[PlannedTensor]]:
 
 def total_size(shards: Shards) -> int:
     """Bytes of all tensors."""
-    return sum(item.size for shard in shards for item in shard)
+    return sum(item.size for item in chain.from_iterable(shards))
 
 
 def write_shards(

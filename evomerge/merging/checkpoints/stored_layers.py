@@ -63,9 +63,8 @@ def _odd_ones(
         complete.setdefault(types[layer], set()).update(tensors)
     odd = []
     for layer, tensors in by_layer.items():
-        odd += [
-            f"layer {layer}'s {after[1:]}" for _, after in sorted(complete[types[layer]] - tensors)
-        ]
+        for _, after in sorted(complete[types[layer]] - tensors):
+            odd.append(f"layer {layer}'s {after[1:]}")
     if not odd:
         return ()
     known = lacking_of(folder.config, folder.keys)

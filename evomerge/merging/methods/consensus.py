@@ -53,7 +53,9 @@ def _mean_squares(stacked: Tensor) -> Tensor:
     """Each delta's mean square over their sum, (deltas,); equal shares where all but nothing is."""
     squares = stacked.square().reshape(len(stacked), -1).mean(dim=1)
     total = squares.sum().item()
-    return torch.ones_like(squares) / len(squares) if abs(total) < SMALLEST else squares / total
+    if abs(total) < SMALLEST:
+        return torch.ones_like(squares) / len(squares)
+    return squares / total
 
 
 def ram(

@@ -24,7 +24,9 @@ Kernel = Callable[[Tensor, Tensor, Tensor, float], None]
 
 def kernel(device: torch.device, dtype: torch.dtype, parameters: int) -> Kernel:
     """`add_weighted_into`, or its compiled form for a large model: the same bits."""
-    compiled = _compiled(device.type, dtype) if parameters >= WORTH_IT else None
+    compiled = None
+    if parameters >= WORTH_IT:
+        compiled = _compiled(device.type, dtype)
     return compiled or add_weighted_into
 
 

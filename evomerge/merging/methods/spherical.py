@@ -34,7 +34,9 @@ def nuslerp(
     """
     first, second = models
     total = sum(plan.weights)
-    t = 0.5 if abs(total) < SMALLEST_TOTAL else plan.weights[1] / total
+    t = 0.5
+    if abs(total) >= SMALLEST_TOTAL:
+        t = plan.weights[1] / total
     if base is not None:
         first, second = first - base, second - base
     if plan.parameters["nuslerp_flatten"]:
@@ -175,7 +177,9 @@ def _start(directions: Sequence[Tensor], part: float, tol: float) -> Tensor:
     for direction in directions:
         mean += part * direction
     length = _length(mean)
-    return directions[0].clone() if length.item() < tol else (mean / length).to(mean.dtype)
+    if length.item() < tol:
+        return directions[0].clone()
+    return (mean / length).to(mean.dtype)
 
 
 def _mean_logarithm(mean: Tensor, directions: Sequence[Tensor], part: float, tol: float) -> Tensor:

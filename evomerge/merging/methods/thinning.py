@@ -34,6 +34,13 @@ def trim(delta: Tensor, density: float, rescale: bool = False) -> Tensor:
     return _rescaled(delta, mask.reshape(delta.shape).mul_(delta), rescale)
 
 
+def _drawing_dtype(delta: Tensor) -> torch.dtype:
+    """bf16 draws in bf16, other dtypes in fp32: a density is rounded to the dtype that draws."""
+    if delta.dtype == torch.bfloat16:
+        return torch.bfloat16
+    return torch.float32
+
+
 def drop(
     delta: Tensor, density: float, generator: torch.Generator | None, rescale: bool = True
 ) -> Tensor:
@@ -44,8 +51,7 @@ def drop(
     if density >= 1:
         return delta
     assert generator is not None
-    # bf16 draws in bf16, other dtypes in fp32: a density is rounded to the dtype that draws.
-    dtype = delta.dtype if delta.dtype == torch.bfloat16 else torch.float32
+    dtype = _drawing_dtype(delta)
     delta_ = delta.to(dtype)
     flat = torch.empty(delta.numel(), dtype=dtype, device=delta.device)
     for piece in pieces(delta.numel()):
@@ -100,7 +106,7 @@ def drop_by_rank(
             found=list(delta.shape),
             remedy="Set density: 1 for this tensor, by a filter.",
         )
-    dtype = delta.dtype if delta.dtype == torch.bfloat16 else torch.float32
+    dtype = _drawing_dtype(delta)
     kept = torch.empty(rows.shape, dtype=dtype, device=delta.device)
     step = max(1, PIECE // max(1, rows[:1].numel()))
     for start in range(0, len(rows), step):

@@ -57,7 +57,9 @@ def _processor_template(folder: Path) -> str | None:
     if not file.is_file():
         return None
     content = json.loads(file.read_text(encoding="utf-8"))
-    template = content.get("chat_template") if isinstance(content, dict) else None
+    template = None
+    if isinstance(content, dict):
+        template = content.get("chat_template")
     return template if isinstance(template, str) else None
 
 

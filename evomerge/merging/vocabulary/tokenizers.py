@@ -129,8 +129,12 @@ def unite(tokenizers: Mapping[str, Any], sizes: Mapping[str, int]) -> Any:
         # were cut off.
         first.save_pretrained(folder)
         united = read_tokenizer(folder, "the union's tokenizer")
+    missing = []
+    for token in plain:
+        if token not in added and token not in present:
+            missing.append(token)
     # In one call: token by token, each call would rebuild the matcher of the added ones.
-    united.add_tokens([token for token in plain if token not in added and token not in present])
+    united.add_tokens(missing)
     united.add_tokens(list(added.values()))
     return united
 
@@ -193,7 +197,9 @@ def _cut(tokenizer: Any, size: int, ref: str) -> Any:
     unused = {token for token, number in tokenizer.get_vocab().items() if number >= size}
     if not unused:
         return tokenizer
-    state = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
+    state = {}
+    if tokenizer.is_fast:
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
     kind = state.get("model", {}).get("type", "no fast tokenizer")
     if kind != "BPE":
         raise RecipeError(
@@ -206,7 +212,8 @@ def _cut(tokenizer: Any, size: int, ref: str) -> Any:
     from tokenizers import Tokenizer
 
     bpe = state["model"]
-    bpe["vocab"] = {token: number for token, number in bpe["vocab"].items() if token not in unused}
+    for token in unused:
+        bpe["vocab"].pop(token, None)
     prefix = bpe.get("continuing_subword_prefix") or ""
     kept = []
     for merge in bpe["merges"]:

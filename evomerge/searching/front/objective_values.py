@@ -118,10 +118,11 @@ def objective_baselines(
     references: Sequence[TrialRecord], objectives: Sequence[FrontObjective]
 ) -> dict[str, dict[str, float]]:
     """Objective -> task key -> its mean value by the references, which answer every task."""
-    return {
-        objective.name: task_means(objective.values(reference.grades) for reference in references)
-        for objective in objectives
-    }
+    baselines = {}
+    for objective in objectives:
+        values = [objective.values(reference.grades) for reference in references]
+        baselines[objective.name] = task_means(values)
+    return baselines
 
 
 def estimates(

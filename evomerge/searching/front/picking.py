@@ -60,10 +60,12 @@ def _constrained(front: Front, name: str, sign: str, limit: float) -> FrontPoint
             remedy=f"Use {' or '.join(front.objectives)}.",
         )
     other = next(objective for objective in front.objectives if objective != name)
-    known = [point for point in front.points if {name, other} <= point.values.keys()]
     below = sign == "<="
-    fitting = []
-    for point in known:
+    known, fitting = [], []
+    for point in front.points:
+        if not {name, other} <= point.values.keys():
+            continue
+        known.append(point)
         mean = point.values[name].mean
         if mean <= limit if below else mean >= limit:
             fitting.append(point)

@@ -22,9 +22,11 @@ class LearningWarnings:
     def about(self, trials: Sequence[TrialRecord], who: str) -> dict[str, str]:
         """Say, and return, what is new about these complete trials."""
         found = nothing_to_learn(trials, self.metric, who)
-        new = {sign: sentence for sign, sentence in found.items() if sign not in self.said}
-        for sentence in new.values():
-            self.console.say(f"warning: {sentence}")
+        new = {}
+        for sign, sentence in found.items():
+            if sign not in self.said:
+                self.console.say(f"warning: {sentence}")
+                new[sign] = sentence
         self.said |= new.keys()
         return new
 
@@ -40,7 +42,10 @@ class LearningWarnings:
 def telling_tasks(trials: Sequence[TrialRecord], metric: str) -> tuple[int, int]:
     """How many tasks tell the trials apart, and how many they all answered."""
     values = shared_values(trials, metric)
-    return len([row for row in values.values() if len(set(row)) > 1]), len(values)
+    telling = 0
+    for row in values.values():
+        telling += len(set(row)) > 1
+    return telling, len(values)
 
 
 def shared_values(trials: Sequence[TrialRecord], metric: str) -> Mapping[str, list[float]]:
@@ -49,7 +54,11 @@ def shared_values(trials: Sequence[TrialRecord], metric: str) -> Mapping[str, li
     if not graded:
         return {}
     shared = set(graded[0]).intersection(*graded[1:])
-    return {task: [grades[task] for grades in graded] for task in graded[0] if task in shared}
+    values = {}
+    for task in graded[0]:
+        if task in shared:
+            values[task] = [grades[task] for grades in graded]
+    return values
 
 
 def nothing_to_learn(trials: Sequence[TrialRecord], metric: str, who: str) -> dict[str, str]:
@@ -65,7 +74,9 @@ def nothing_to_learn(trials: Sequence[TrialRecord], metric: str, who: str) -> di
             "model's end token."
         )
     by_task = [metric_values(trial.grades, metric) for trial in trials]
-    values = {value for grades in by_task for value in grades.values()}
+    values: set[float] = set()
+    for grades in by_task:
+        values.update(grades.values())
     if len(values) == 1 and any(len(grades) > 1 for grades in by_task):
         found["constant"] = (
             f"every answer of {who} has the same grade, {values.pop():g}: nothing can be learned "

@@ -77,11 +77,12 @@ class OnePass:
         pace = Pace(len(recipes) * len(prompts), report)
         for batch in engine.batches(prompts, settings):
             texts = [prompts[i] for i in batch]
-            own = None if settings is None else [settings[i] for i in batch]
-            keys = [
-                self.cache.key(self.cache.digest(recipe), texts, ONE_PASS, own)
-                for recipe in recipes
-            ]
+            own = None
+            if settings is not None:
+                own = [settings[i] for i in batch]
+            keys = []
+            for recipe in recipes:
+                keys.append(self.cache.key(self.cache.digest(recipe), texts, ONE_PASS, own))
             if None not in [self.cache.get(key, len(batch)) for key in keys]:
                 pace.found(len(recipes) * len(batch))
                 continue

@@ -115,7 +115,9 @@ def _gained(
     answered n of the N tasks that of the tasks it happened to get, s_d² (1/n - 1/N), s_d² the
     variance of grade - baseline: tasks that all candidates answer add no noise.
     """
-    means = [float(np.mean([r.score for r in generation])) for generation in generations]
+    means = []
+    for generation in generations:
+        means.append(float(np.mean([r.score for r in generation])))
     before = int(np.argmax(means[:-patience]))
     best = _error(generations[before], task_baselines, metric)
     for mean, generation in zip(means[-patience:], generations[-patience:], strict=True):
@@ -129,7 +131,9 @@ def _error(
     generation: Sequence[TrialRecord], task_baselines: Mapping[str, float], metric: str
 ) -> float:
     scores = np.array([r.score for r in generation], dtype=float)
-    scatter = float(scores.var(ddof=1)) / len(scores) if len(scores) > 1 else 0.0
+    scatter = 0.0
+    if len(scores) > 1:
+        scatter = float(scores.var(ddof=1)) / len(scores)
     drawn = []
     for r in generation:
         if r.draw_variance is not None:

@@ -78,7 +78,9 @@ class TaskDraw:
             groups = [history.references]
             for start in range(0, len(told), self.sampler.population):
                 groups.append(tuple(told[start : start + self.sampler.population]))
-            graded = [[metric_values(trial.grades, metric) for trial in group] for group in groups]
+            graded = []
+            for group in groups:
+                graded.append([metric_values(trial.grades, metric) for trial in group])
             spread = spreads(graded, [task.key for task in eligible])
             if spread.any():
                 chances = inclusion_chances(spread, size)

@@ -53,7 +53,9 @@ def check_prompts(findings: Findings, study: Study, base: ModelFolder, split: Sp
             new = [prompt.settings.max_new_tokens for prompt in prompts]
             rows = encode([prompt.text for prompt in prompts], new)
             longest = max(longest, *map(len, rows), 0)
-        room = "of unknown length" if context is None else f"of {context:,} tokens"
+        room = "of unknown length"
+        if context is not None:
+            room = f"of {context:,} tokens"
         text = f"the longest prompt has {longest:,} tokens, an answer at most {most:,}"
         findings.add("ok", "context", f"{text}, in a context {room}")
 

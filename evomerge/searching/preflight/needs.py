@@ -73,8 +73,9 @@ def live_bytes(study: Study, config: Mapping[str, Any], parameters: int) -> floa
     rows = int(config_value(text, "vocab_size")) * int(config_value(text, "hidden_size"))
     if not config_value(config, "tie_word_embeddings"):
         rows *= 2
-    # double: a scale is a byte, and has its own scale
-    scales = 4 / 64 if study.engine.quantization == "4bit" else 1 / 64 + 4 / (64 * 256)
+    scales = 4 / 64
+    if study.engine.quantization != "4bit":  # double: a scale is a byte, and has its own scale
+        scales = 1 / 64 + 4 / (64 * 256)
     return rows * whole + (parameters - rows) * (0.5 + scales)
 
 
@@ -99,7 +100,9 @@ def cost(study: Study, genome: Genome, split: Split | None) -> str:
     searched, kept, held_out = map(len, (split.search, split.validation, split.held_out))
     ranked = s.first_tasks(searched)
     answers = s.trials * ranked + fixed * searched
-    finalists = fixed if several else s.finalists + 1 + min(s.finalists, references)
+    finalists = fixed
+    if not several:
+        finalists = s.finalists + 1 + min(s.finalists, references)
     answers += finalists * kept
     compared = (MOST if several else 1) + 1 + len(study.genome.all_models)
     answers += compared * held_out
@@ -124,4 +127,6 @@ def judging_cost(study: Study, answers: int) -> str:
 
 
 def _millions(count: int) -> str:
-    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+    if count >= 1e9:
+        return f"{count / 1e9:.2f} B"
+    return f"{count / 1e6:.1f} M"

@@ -56,7 +56,9 @@ def check_study(
     begun, references = _begun(url, study.study), tuple[TrialRecord, ...]()
     if begun is not None:
         study, references = as_begun(study, begun.facts.study_file), begun.history().references
-    config = None if base_config is None else _config_file(findings, base_config)
+    config = None
+    if base_config is not None:
+        config = _config_file(findings, base_config)
     opened = _models(findings, study)
     if opened:
         note = partial(findings.add, "ok", "generation")

@@ -43,7 +43,9 @@ class VerdictPower:
 
     def sentence(self) -> str:
         """Both, in words."""
-        known = "as the parents and uniform weights differ" if self.measured else "as models do"
+        known = "as models do"
+        if self.measured:
+            known = "as the parents and uniform weights differ"
         return (
             f"on {self.tasks} held-out tasks a difference has a standard error of about "
             f"{self.error:.2g}, {known}: below {self.smallest:.2g} it will not show"
@@ -72,7 +74,9 @@ def verdict_power(
 
 def grade_scale(study: Study) -> float:
     """What an objective multiplies a grade by."""
-    return abs(study.objective.grade) if study.metric == "objective" else 1.0
+    if study.metric == "objective":
+        return abs(study.objective.grade)
+    return 1.0
 
 
 def advice(telling: int, answered: int, subset: int, population: int, trials: int) -> list[str]:

@@ -131,8 +131,9 @@ def _options(place: StoragePlace, connect: Connect | None = None) -> dict[str, A
     if connect is not None:
         return {"creator": connect}
     if place.file is not None:
-        wait = {} if "timeout" in place.parsed.query else {"timeout": sqlite_file.WAIT}
-        return {"connect_args": wait}
+        if "timeout" in place.parsed.query:
+            return {"connect_args": {}}
+        return {"connect_args": {"timeout": sqlite_file.WAIT}}
     # a server drops connections that wait for hours while a candidate answers
     options: dict[str, Any] = {"pool_pre_ping": True}
     patient = place.parsed.get_driver_name() in PATIENT

@@ -61,8 +61,7 @@ class Front:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Front:
         """The inverse of `asdict`."""
-        points, compared = (
-            tuple(map(FrontPoint.from_dict, data[key])) for key in ("points", "compared")
-        )
+        points = tuple(map(FrontPoint.from_dict, data["points"]))
+        compared = tuple(map(FrontPoint.from_dict, data["compared"]))
         lists = tuple(data["maximize"]), tuple(data["minimize"])
         return cls(*lists, points, compared, data["knee"], data["held_out"])

@@ -66,7 +66,10 @@ def _changed_files(old: StudyFacts, new: StudyFacts, place: int) -> str:
     before, now = _prints(old, place), _prints(new, place)
     if not before:
         return ""
-    differing = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
+    differing = []
+    for name in sorted(before | now):
+        if before.get(name) != now.get(name):
+            differing.append(name)
     return f" ({_some(differing)})" if differing else ""
 
 

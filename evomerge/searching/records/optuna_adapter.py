@@ -183,6 +183,8 @@ def open_stored(url: str, name: str, create: bool = False) -> StoredStudy:
             study = optuna.load_study(storage=storage, study_name=name)
             return StoredStudy(place, name, storage, study)
     if not create:
-        others = f"There are: {', '.join(known)}." if known else "The storage is empty."
+        others = "The storage is empty."
+        if known:
+            others = f"There are: {', '.join(known)}."
         raise StudyError(f"there is no study {name!r}", where=place.shown, remedy=others)
     return StoredStudy(place, name, storage)

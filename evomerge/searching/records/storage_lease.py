@@ -108,7 +108,9 @@ class StorageLease:
                 continue
             token, text, beats = found
             holder = Holder(**json.loads(text))
-            alive = holder.lives if holder.is_here else seen not in (None, (token, beats))
+            alive = seen not in (None, (token, beats))
+            if holder.is_here:
+                alive = holder.lives
             if alive:
                 raise LockHeld(f"pid {holder.pid} on {holder.host}")
             seen = (token, beats)

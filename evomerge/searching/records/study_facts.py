@@ -163,7 +163,10 @@ def read_facts(attributes: Mapping[str, Any], name: str = "study") -> StudyFacts
             a[key] = read(a[key])
     for name, key in STORED_KEYS.items():
         a[name] = a.pop(key, None)
-    known = {key: value for key, value in a.items() if key in FIELDS and value is not None}
+    known = {}
+    for key, value in a.items():
+        if key in FIELDS and value is not None:
+            known[key] = value
     return StudyFacts(**known)
 
 

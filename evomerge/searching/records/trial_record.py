@@ -132,7 +132,10 @@ class TrialRecord:
     @property
     def credit(self) -> float:
         """The mean of the judge's grades, which know partial credit; 0 where there are none."""
-        grades = [known.grade for known in self.grades.values() if known.grade is not None]
+        grades = []
+        for known in self.grades.values():
+            if known.grade is not None:
+                grades.append(known.grade)
         return sum(grades) / len(grades) if grades else 0.0
 
     @property

@@ -84,8 +84,12 @@ class CmaSampler:
         self.names, self.seed, self.lr_adapt = tuple(names), seed, lr_adapt
         self.bounds = np.array(bounds, dtype=float)
         self.space = dict(zip(self.names, declared, strict=True))
-        units = np.ones(len(names)) if scales is None else np.array(scales, dtype=float)
-        shape = np.diag(units**2) if cov is None else np.array(cov, dtype=float)
+        units = np.ones(len(names))
+        if scales is not None:
+            units = np.array(scales, dtype=float)
+        shape = np.diag(units**2)
+        if cov is not None:
+            shape = np.array(cov, dtype=float)
         mean = np.clip(np.array(starts, dtype=float), *self.bounds.T)
         self.default = Distribution(mean, sigma, shape)
         self.known_candidates = [np.array(x, dtype=float) for x in known_candidates]
