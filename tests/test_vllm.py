@@ -346,7 +346,7 @@ def test_a_prompt_beyond_the_context_is_refused_or_cut_from_the_left(family, eng
     for each in (engine, cutting):
         each.apply(recipe)
     assert cutting.answer([long]) == engine.answer([long[-500:]])
-    assert "cut from the left" in caplog.text
+    assert "cut on the left" in caplog.text
 
 
 @needs_vllm
@@ -455,9 +455,9 @@ DEMO = """
 import sys
 from pathlib import Path
 from transformers import LlamaForCausalLM
-from evomerge import demo
+from evomerge.demo import pair
 
-narrow = demo.new_model
+narrow = pair.make_model
 
 def wide(seed):
     config = narrow(seed).config
@@ -465,8 +465,8 @@ def wide(seed):
     config.head_dim = 32
     return LlamaForCausalLM(config)
 
-demo.new_model = wide
-demo.build_demo(Path(sys.argv[1]))
+pair.make_model = wide
+pair.build_demo(Path(sys.argv[1]))
 """
 
 
