@@ -380,8 +380,8 @@ def test_what_changed_under_a_study_is_refused(folder, tmp_path):
     own = tmp_path / "own"
     shutil.copytree(folder / "tasks", own)
     path = f"task_search_path={own}"
-    with opened(folder, tmp_path, path):
-        pass
+    with opened(folder, tmp_path, path) as search:
+        search.run()  # before a trial is done, a study would begin again
     shots = folder / "shots.jsonl"
     kept = shots.read_text(encoding="utf-8")
     try:

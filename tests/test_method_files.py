@@ -243,7 +243,7 @@ def test_a_method_file_works_in_a_process_that_has_merged_nothing_yet(tmp_path):
     recipe = {
         "merge_method": f"{tmp_path}/half.py:half",
         "base_model": str(family / "base"),
-        "models": [{"model": str(family / "one")}],
+        "models": [{"model": str(family / "one"), "parameters": {"weight": 1.0}}],
         "dtype": "bfloat16",
     }
     (tmp_path / "r.yml").write_text(yaml.safe_dump(recipe))

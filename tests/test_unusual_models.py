@@ -198,7 +198,7 @@ def test_what_only_mergekit_can_merge_is_handed_over_though_it_is_found_late(
 ):
     family = make_family(tmp_path)
     for model in ("base", "one"):
-        edit_config(family / model, model_type="somebodys", num_hidden_layers="four")
+        edit_config(family / model, model_type="somebodys", num_hidden_layers=None)
     with pytest.raises(UnsupportedRecipe):
         build_model(plain(family), tmp_path / "out")
     (tmp_path / "r.yml").write_text(plain(family).to_yaml())

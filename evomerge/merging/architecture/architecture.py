@@ -125,6 +125,11 @@ def _first_or_last(names: Collection[str], described: tuple[str, ...] | None) ->
 def _by_modules(
     model: Any, names: Collection[str], described: tuple[str, ...] | None
 ) -> Architecture | None:
+    """By transformers' model; None where it has no list of layers.
+
+    What it has no place for is outside. Of a model of one module, mergekit's rule says the rest; of
+    one with several, such as a vision tower, the text path does.
+    """
     path = text_path(model)
     if path is None:
         return None
