@@ -11,16 +11,14 @@ import torch
 from merging_tools import load_all
 from safetensors.torch import save_file
 
-from evomerge.answering.chat_template import render_chat
 from evomerge.answering.hf.loading import load_model
 from evomerge.cli import main
-from evomerge.errors import ModelError
-from evomerge.genome.genome import make_genome
+from evomerge.errors import ModelError, RecipeError
 from evomerge.merging.build import build_model
 from evomerge.merging.checkpoints.open_model import open_model
-from evomerge.merging.vocabulary.tokenizer_files import open_tokenizer
+from evomerge.merging.stream import MergePlan, open_recipe
 from evomerge.recipe import Recipe, task_arithmetic_recipe
-from evomerge.study import EngineSection, Study
+from evomerge.study import EngineSection
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import architectures
@@ -61,56 +59,6 @@ def test_mergekit_s_bits(shared, tmp_path, monkeypatch, case):
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert torch.equal(ours[name], tensor), name
-
-
-@pytest.fixture(scope="module")
-def with_vision(tmp_path_factory):
-    """A model with a vision tower, base and one."""
-    folder = tmp_path_factory.mktemp("with_vision")
-    config = tiny_models.tiny_config("gemma3")
-    for seed, name in enumerate(("base", "one")):
-        tiny_models.make_tiny(config, folder / name, seed)
-    return folder
-
-
-def test_the_vision_tower_stays_the_base_s_where_slices_are_merged(with_vision, tmp_path):
-    out = load_all(build_model(architectures.recipe_of(with_vision), tmp_path / "out"))
-    base, one = load_all(with_vision / "base"), load_all(with_vision / "one")
-    outside = [name for name in out if "vision" in name or "projector" in name]
-    assert len(outside) > 10
-    for name in outside:
-        assert torch.equal(out[name], base[name]), name
-    layers = [name for name in out if "language_model.layers." in name or "vision" not in name]
-    assert any(not torch.equal(out[name], base[name]) for name in layers)
-    # its own layers have the text decoder's numbers too: the last slice's weight is 1.2
-    for name in out:
-        if "language_model" in name and ".layers.3." in name:
-            delta = (one[name] - base[name]) * torch.tensor(1.2).bfloat16()
-            assert torch.equal(out[name], base[name] + delta), name
-
-
-def test_whole_models_and_filters_merge_the_vision_tower_too(with_vision, tmp_path):
-    base, one = load_all(with_vision / "base"), load_all(with_vision / "one")
-    name = next(name for name in base if "vision" in name and name.endswith("fc1.weight"))
-    wanted = base[name] + (one[name] - base[name]) * torch.tensor(0.5).bfloat16()
-    paths = {model: str(with_vision / model) for model in ("base", "one")}
-    whole = {
-        "merge_method": "task_arithmetic",
-        "base_model": paths["base"],
-        "dtype": "bfloat16",
-        "models": [{"model": paths["one"], "parameters": {"weight": 0.5}}],
-    }
-    merged = load_all(build_model(Recipe.from_dict(whole), tmp_path / "whole"))
-    assert torch.equal(merged[name], wanted)
-    weight = [{"filter": "vision", "value": 0.5}, {"value": 0.9}]
-    sources = [
-        {"model": paths["one"], "layer_range": [0, 4], "parameters": {"weight": weight}},
-        {"model": paths["base"], "layer_range": [0, 4]},
-    ]
-    named = {key: whole[key] for key in ("merge_method", "base_model", "dtype")}
-    named["slices"] = [{"sources": sources}]
-    merged = load_all(build_model(Recipe.from_dict(named), tmp_path / "named"))
-    assert torch.equal(merged[name], wanted)
 
 
 def test_a_head_for_several_tokens_stays_the_base_s(tmp_path):
@@ -220,52 +168,6 @@ def test_a_candidate_merges_only_the_layers_that_changed(tmp_path):
     assert all(".layers.2." in name for name in written)
 
 
-@pytest.mark.parametrize("extra", [{}, {"filters": ["mlp"]}, {"merge_method": "slerp"}])
-def test_a_genome_says_whether_the_vision_tower_is_merged(with_vision, tmp_path, extra):
-    base, one = load_all(with_vision / "base"), load_all(with_vision / "one")
-    outside = [name for name in base if "vision" in name or "projector" in name]
-    for choice in ("base", "first"):
-        genome = {
-            "base_model": str(with_vision / "base"),
-            "models": [str(with_vision / "one")],
-            "layer_granularity": 2,
-            "outside": choice,
-            **extra,
-        }
-        study = Study.from_dict({"genome": genome, "tasks": [str(tmp_path / "t.jsonl")]})
-        decoded = make_genome(study, 4)
-        recipe = decoded.decode([0.25] * decoded.dimensions)
-        out = load_all(build_model(recipe, tmp_path / f"{choice}"))
-        moved = [name for name in outside if not torch.equal(out[name], base[name])]
-        assert moved == (outside if choice == "first" else [])
-        if choice == "first" and extra != {"merge_method": "slerp"}:
-            for name in outside:
-                delta = (one[name] - base[name]) * torch.tensor(0.25).bfloat16()
-                assert torch.equal(out[name], base[name] + delta), name
-
-
-def test_what_prepares_images_is_copied(with_vision, tmp_path):
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        (with_vision / "base" / name).write_text("{}")
-    out = build_model(architectures.recipe_of(with_vision), tmp_path / "out")
-    assert {"preprocessor_config.json", "processor_config.json"} <= {p.name for p in out.iterdir()}
-
-
-def test_templates_that_go_through_parts_get_the_text(tmp_path):
-    """As in many models that read images: a plain string would be left out letter by letter."""
-    tokenizer = tiny_models.tokenizer()
-    tokenizer.chat_template = None
-    tokenizer.save_pretrained(tmp_path)
-    template = (
-        "{% for m in messages %}[{{ m.role }}]{% for part in m.content %}"
-        "{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{% endfor %}"
-    )
-    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template}))
-    opened = open_tokenizer(str(tmp_path), tmp_path)
-    turns = [{"role": "system", "content": "short"}, {"role": "user", "content": "1 and 2"}]
-    assert render_chat(opened, turns) == "[system]short[user]1 and 2"
-
-
 def test_a_type_that_transformers_does_not_know_cannot_answer(tmp_path):
     architectures.make("llama", tmp_path)
     config = json.loads((tmp_path / "base/config.json").read_text())
@@ -274,43 +176,6 @@ def test_a_type_that_transformers_does_not_know_cannot_answer(tmp_path):
         load_model(open_model(str(tmp_path / "base")), EngineSection(device="cpu"), torch.bfloat16)
     assert "somebodys" in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
-
-
-def test_the_yaml_of_a_genome_that_merges_everything_says_so(with_vision, tmp_path):
-    base = load_all(with_vision / "base")
-    outside = [name for name in base if "vision" in name or "projector" in name]
-    genome = {
-        "base_model": str(with_vision / "base"),
-        "models": [str(with_vision / "one")],
-        "outside": "first",
-    }
-    for more in ({}, {"filters": ["mlp"]}, {"smooth": True}):
-        whole = {**genome, **more, "layer_granularity": 2}
-        study = Study.from_dict({"genome": whole, "tasks": [str(tmp_path / "t.jsonl")]})
-        decoded = make_genome(study, 4)
-        recipe = decoded.decode([0.25 + 0.01 * i for i in range(decoded.dimensions)])
-        (tmp_path / "r.yml").write_text(recipe.to_yaml())
-        out = tmp_path / f"out{len(more)}{'smooth' in more}"
-        assert main(["merge", str(tmp_path / "r.yml"), str(out)]) == 0
-        merged = load_all(out)
-        assert all(not torch.equal(merged[name], base[name]) for name in outside)
-        assert Recipe.from_dict(recipe.to_dict()).digest() == recipe.digest()
-
-
-def test_lines_along_the_layers_leave_the_vision_tower_alone(with_vision, tmp_path):
-    base = load_all(with_vision / "base")
-    genome = {
-        "base_model": str(with_vision / "base"),
-        "models": [str(with_vision / "one")],
-        "layer_granularity": 2,
-        "smooth": True,
-    }
-    study = Study.from_dict({"genome": genome, "tasks": [str(tmp_path / "t.jsonl")]})
-    decoded = make_genome(study, 4)
-    merged = load_all(build_model(decoded.decode([0.25, 0.5]), tmp_path / "out"))
-    changed = [name for name in merged if not torch.equal(merged[name], base[name])]
-    assert changed
-    assert not [name for name in changed if "vision" in name or "projector" in name]
 
 
 @pytest.mark.parametrize("name", ["llama4_text", "deepseek_v3", "bamba", "lfm2_moe"])
@@ -353,3 +218,16 @@ def test_a_number_of_layers_that_is_none(tmp_path, capsys, layers):
     capsys.readouterr()
     assert main(["merge", str(tmp_path / "r.yml"), str(tmp_path / "out")]) == 2
     assert "`num_hidden_layers` in config.json is not a whole number" in capsys.readouterr().err
+
+
+def test_a_mask_that_comes_first_in_its_layer_does_not_hide_a_missing_weight(tmp_path):
+    architectures.make("gpt2", tmp_path)
+    for name in ("base", "one"):
+        tensors = load_all(tmp_path / name)
+        tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 4, 4, dtype=torch.uint8)
+        save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+    data = architectures.recipe_of(tmp_path).to_dict()
+    del data["slices"][0]["sources"][0]["parameters"]["weight"]
+    recipe = Recipe.from_dict(data)
+    with pytest.raises(RecipeError, match="`weight` is not set for"):
+        MergePlan(recipe, open_recipe(recipe))

@@ -6,7 +6,7 @@ the filters and gradients.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -76,14 +76,6 @@ class Layout:
             yield from piece.parameters.values()
             for source in piece.sources:
                 yield from source.parameters.values()
-
-    def one_of_each(self, names: Iterable[str]) -> list[str]:
-        """One tensor of each layer, and all outside the layers."""
-        found: dict[object, str] = {}
-        for name in names:
-            parts = self.architecture.split(name)
-            found.setdefault(name if parts is None else parts[1], name)
-        return list(found.values())
 
     @property
     def n_layers(self) -> int:

@@ -18,7 +18,7 @@ from evomerge.merging.architecture.roles import Role
 from evomerge.merging.checkpoints.model_folder import ModelFolder, same_model
 from evomerge.merging.methods import fused
 from evomerge.merging.methods.registry import get_method
-from evomerge.merging.module_space import ModuleSpace, tensors_of, untie, views_of
+from evomerge.merging.module_space import ModuleSpace, ModuleView, tensors_of, untie
 from evomerge.merging.placement import (
     Inputs,
     LiveParameter,
@@ -62,8 +62,8 @@ class LiveModel:
             parameter = self.live[name]
             elements = torch.Size(quantized.shape(parameter)).numel()
             parameters[name] = LiveParameter(parameter.device, quantized.dtype(parameter), elements)
-        views = views_of([base, *siblings], self.space)
-        self.resident = Resident(views[0], views[1:], parameters, residency)
+        views = [ModuleView(folder, self.space) for folder in siblings]
+        self.resident = Resident(ModuleView(base, self.space), views, parameters, residency)
         self._parameters = sum(parameter.elements for parameter in parameters.values())
         self._plan: MergePlan | None = None  # the last one
         self._applied: dict[str, object] = {}  # what each parameter holds now
@@ -134,6 +134,9 @@ class LiveModel:
         if not plan.needs_no_cast_or_realignment(planned, dtype):
             return False
         if not self._has_base(plan, planned):
+            return False
+        tensor = plan.tensors[planned]
+        if tensor.is_copy and plan.models[tensor.inputs[0][0]] is not self.base:
             return False
         if group.converter is None:
             return True
@@ -237,7 +240,7 @@ class LiveModel:
         planned = self.planned(plan, name)
         out, tensor = self.live[name], plan.tensors[planned]
         if tensor.is_copy:
-            quantized.copy_or_quantize(out, self._own(inputs, plan.models[tensor.inputs[0][0]]))
+            quantized.copy_or_quantize(out, inputs.base)
             return
         method = get_method(tensor.method)
         # a sibling that is the base itself has no delta here
@@ -274,13 +277,6 @@ class LiveModel:
         places = tuple(plan.models[ref].places for ref, _ in tensor.inputs)
         drawn = plan.draws.starts.get(name)
         return tensor, places, plan.working_dtype(name), plan.dtype(name), drawn
-
-    def _own(self, inputs: Inputs, model: ModelFolder) -> torch.Tensor:
-        """One model's own tensor among the inputs."""
-        if model is self.base:
-            return inputs.base
-        own = inputs.others[self.siblings.index(model)]
-        return inputs.base + own if self.resident.deltas else own
 
     def _find(self, ref: str) -> ModelFolder:
         """The folder that a recipe's reference means. Raises ModelError."""

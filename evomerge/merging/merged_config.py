@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from evomerge.errors import RecipeError
-from evomerge.merging.architecture.architecture import lacking_of, left_out_of
+from evomerge.merging.architecture.architecture import class_name, misfits_of
 from evomerge.merging.architecture.described import LAST_SLICE
+from evomerge.merging.architecture.empty_model import empty_model
 from evomerge.merging.architecture.roles import Role
 from evomerge.merging.architecture.text_config import layers_key, text_config, with_text
 from evomerge.merging.checkpoints.model_folder import num_layers
@@ -68,20 +69,22 @@ def check_restacked(plan: MergePlan, config: Mapping[str, Any]) -> None:
     transformers' model of the new configuration must have the tensors that are written. Nothing is
     checked where all layers are alike, as in the architectures that mergekit describes.
     """
-    described = (plan.donor.config.get("architectures") or [""])[0] in LAST_SLICE
-    if described and plan.donor.architecture.lacking is None:
+    donor = plan.donor
+    if class_name(donor.config) in LAST_SLICE and donor.architecture.lacking is None:
         return
-    if lacking_of(plan.donor.config, plan.donor.keys) is None:
-        return  # transformers has no model of the donor
-    lacking = lacking_of(config, plan.names)
-    odd = [] if lacking is None else [*lacking]
-    for name in left_out_of(config, plan.names):
-        if plan.donor.architecture.role(name) != Role.OUTSIDE:
-            odd.append(name)
-    if lacking is None or odd:
+    if empty_model(donor.config) is None:
+        return  # nothing is known of its layers
+    odd: list[str] = []
+    misfits = misfits_of(config, plan.names)
+    if misfits is not None:
+        odd += misfits.lacking
+        for name in misfits.left_out:
+            if donor.architecture.role(name) != Role.OUTSIDE:
+                odd.append(name)
+    if misfits is None or odd:
         raise RecipeError(
             "config.json cannot describe this model with its layers in another order",
-            where=plan.donor.path,
+            where=donor.path,
             found=next(iter(odd), None),
             remedy="Keep the order of the layers.",
         )

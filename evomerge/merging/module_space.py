@@ -7,7 +7,7 @@ everything else is merged as the checkpoint's tensors and then converted like th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -88,11 +88,6 @@ class ModuleView:
             # others of the group are asked for next
             self._last = last if len(last[1]) > 1 else None
         return last[1][name]
-
-
-def views_of(folders: Sequence[ModelFolder], space: ModuleSpace) -> list[ModuleView]:
-    """A view of each folder."""
-    return [ModuleView(folder, space) for folder in folders]
 
 
 def untie(model: Any) -> None:

@@ -128,10 +128,23 @@ class MergePlan:
 
     def _tensor(self, name: str) -> TensorPlan:
         """A tensor's plan; one of whole numbers stays what its lender has."""
-        ref, source = self.layout.inputs(name)[0]
-        if self.models[ref].dtype(source).is_floating_point:
+        if self._is_float(name):
             return self.layout.plan(name)
-        return kept(ref, source)
+        return kept(*self.layout.inputs(name)[0])
+
+    def _is_float(self, name: str) -> bool:
+        ref, source = self.layout.inputs(name)[0]
+        return self.models[ref].dtype(source).is_floating_point
+
+    def _one_of_each(self) -> list[str]:
+        """One merged tensor of each layer, and all outside the layers."""
+        found: dict[object, str] = {}
+        for name in self.names:
+            parts = self.layout.architecture.split(name)
+            place = name if parts is None else parts[1]
+            if place not in found and self._is_float(name):
+                found[place] = name
+        return list(found.values())
 
     @cached_property
     def vocabulary(self) -> Any:
@@ -158,7 +171,7 @@ class MergePlan:
         rounds = self.layout.method.rounds_weights
         names = self.names
         if not self.layout.filtered:
-            names = self.layout.one_of_each(names)
+            names = self._one_of_each()
         for name in names:
             plan = self.tensors[name]
             if plan.is_copy:

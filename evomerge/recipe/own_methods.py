@@ -91,7 +91,7 @@ def _from_entry_point(name: str, where: str) -> str:
         try:
             function = point.load()
             source = Path(inspect.getsourcefile(function) or "").read_bytes()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise _raised(f"the entry point {point.value}", error, where) from error
         _register(name, OwnMethod(function, name, hashlib.sha256(source).hexdigest()), where)
     return name

@@ -48,6 +48,8 @@ def expanded(data: Any, environ: Mapping[str, str] | None = None, where: str | N
     variables = os.environ if environ is None else environ
 
     def fill(at: Place, text: str) -> str:
+        """One text of the study, at its place, with its variables."""
+
         def lookup(match: re.Match[str]) -> str:
             if match[1] in variables:
                 hide(match[1], variables[match[1]])

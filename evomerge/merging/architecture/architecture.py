@@ -71,7 +71,7 @@ def architecture_of(config: Mapping[str, Any], names: Collection[str]) -> Archit
     Names like Llama's speak for themselves. For all others, transformers' own model of the
     configuration says where each tensor goes; where it has none, the names have to do.
     """
-    described = LAST_SLICE.get(_class_name(config))
+    described = LAST_SLICE.get(class_name(config))
     if all(map(_is_plain, names)):
         return _plain(names, described)
     model = empty_model(config)
@@ -88,22 +88,25 @@ def _is_plain(name: str) -> bool:
     return not any(part in name for part in _NOT_PLAIN)
 
 
-def lacking_of(config: Mapping[str, Any], names: Collection[str]) -> tuple[str, ...] | None:
-    """What transformers' model has and a checkpoint lacks; None where it has no such model."""
+@dataclass(frozen=True)
+class Misfits:
+    """In what a checkpoint and transformers' model of a configuration differ."""
+
+    lacking: tuple[str, ...]  # what the model has and the checkpoint lacks
+    left_out: tuple[str, ...]  # what the model has no place for
+
+
+def misfits_of(config: Mapping[str, Any], names: Collection[str]) -> Misfits | None:
+    """The differences; None where transformers has no model of the configuration."""
     model = empty_model(config)
     if model is None:
         return None
-    groups, _ = groups_of(model, names)
-    return _lacking(model, groups)
+    groups, left_out = groups_of(model, names)
+    return Misfits(_lacking(model, groups), tuple(left_out))
 
 
-def left_out_of(config: Mapping[str, Any], names: Collection[str]) -> list[str]:
-    """The tensors that transformers' model of the configuration has no place for."""
-    model = empty_model(config)
-    return [] if model is None else sorted(groups_of(model, names)[1])
-
-
-def _class_name(config: Mapping[str, Any]) -> str:
+def class_name(config: Mapping[str, Any]) -> str:
+    """The class that config.json names first; "" where it names none."""
     named = config.get("architectures") or [""]
     return str(named[0])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from evomerge.errors import ModelError
-from evomerge.merging.architecture.architecture import lacking_of
+from evomerge.merging.architecture.architecture import misfits_of
 from evomerge.merging.checkpoints.model_folder import ModelFolder, num_layers
 
 
@@ -67,5 +67,7 @@ def _odd_ones(
             odd.append(f"layer {layer}'s {after[1:]}")
     if not odd:
         return ()
-    known = lacking_of(folder.config, folder.keys)
-    return () if known == () else odd
+    known = misfits_of(folder.config, folder.keys)
+    if known is not None and not known.lacking:
+        return ()
+    return odd

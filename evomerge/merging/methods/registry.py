@@ -88,13 +88,14 @@ def _own_method(name: str, own: OwnMethod) -> MergeMethod:
         generator: torch.Generator | None,
         /,
     ) -> Tensor:
+        """What the user's function returns. Raises RecipeError."""
         inputs, tensor = list(others), plan.inputs[0][1]
         like = inputs[0] if base is None else base
         try:
             merged = own.function(base, inputs, plan, generator, **plan.parameters)
         except RecipeError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             text = (str(error).splitlines() or [""])[0]
             raise RecipeError(
                 f"{own.title} raises {type(error).__name__}: {text}",
@@ -103,6 +104,8 @@ def _own_method(name: str, own: OwnMethod) -> MergeMethod:
             ) from error
         if not isinstance(merged, Tensor):
             raise _another(own, tensor, type(merged).__name__)
+        if merged.is_meta:  # it has no numbers
+            raise _another(own, tensor, "a tensor on the meta device")
         if merged.shape != like.shape or merged.dtype != like.dtype:
             raise _another(own, tensor, f"{merged.dtype} {list(merged.shape)}")
         return merged.to(like.device)

@@ -37,6 +37,7 @@ def choice_check(question: str, reference: ParsedText) -> Check | None:
             wrong_labels.add(label)
 
     def look(answer: ParsedText) -> CheckResult:
+        """From -1 to 1: how clearly the answer chooses a right option, and why."""
         chosen = preferred.search(answer.text)
         if chosen:
             value = -1.0
