@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, reduce
 from typing import Any
 
@@ -22,7 +22,7 @@ from evomerge.merging.tensor_merge import (
     load_finite,
     merge_tensors,
 )
-from evomerge.merging.tensor_plan import TensorPlan, kept
+from evomerge.merging.tensor_plan import PlannedTensors, TensorPlan, kept
 from evomerge.recipe import Recipe
 
 # elements that go through an element-wise method at once: 1 MB in bf16 stays in a core's cache
@@ -60,30 +60,6 @@ def make_layout(recipe: Recipe, models: Mapping[str, ModelFolder]) -> Layout:
         architecture = architecture_of(config, donor.keys)
     depths = {ref: num_layers(model.config) for ref, model in models.items()}
     return Layout(recipe, num_layers(donor.config), architecture, depths)
-
-
-class PlannedTensors(Mapping[str, TensorPlan]):
-    """The plans of the merged tensors, each made when it is first asked for."""
-
-    def __init__(self, names: Sequence[str], make: Callable[[str], TensorPlan]) -> None:
-        self._names, self._make = dict.fromkeys(names), make
-        self._made: dict[str, TensorPlan] = {}
-
-    def __getitem__(self, name: str) -> TensorPlan:
-        if name not in self._made:
-            if name not in self._names:
-                raise KeyError(name)
-            self._made[name] = self._make(name)
-        return self._made[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 class MergePlan:

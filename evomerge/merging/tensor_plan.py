@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 COPY = "copy"  # instead of a method: the tensor is one model's own
@@ -69,3 +69,27 @@ class TensorPlan:
 def kept(model: str, name: str) -> TensorPlan:
     """The plan of a tensor that stays a model's own."""
     return TensorPlan(COPY, None, ((model, name),))
+
+
+class PlannedTensors(Mapping[str, TensorPlan]):
+    """The plans of the merged tensors, each made when it is first asked for."""
+
+    def __init__(self, names: Sequence[str], make: Callable[[str], TensorPlan]) -> None:
+        self._names, self._make = dict.fromkeys(names), make
+        self._made: dict[str, TensorPlan] = {}
+
+    def __getitem__(self, name: str) -> TensorPlan:
+        if name not in self._made:
+            if name not in self._names:
+                raise KeyError(name)
+            self._made[name] = self._make(name)
+        return self._made[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
