@@ -224,10 +224,13 @@ def test_a_mask_that_comes_first_in_its_layer_does_not_hide_a_missing_weight(tmp
     architectures.make("gpt2", tmp_path)
     for name in ("base", "one"):
         tensors = load_all(tmp_path / name)
-        tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 4, 4, dtype=torch.uint8)
+        tensors["transformer.h.1.attn.bias"] = torch.ones(1, 1, 4, 4, dtype=torch.uint8)
         save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
-    data = architectures.recipe_of(tmp_path).to_dict()
-    del data["slices"][0]["sources"][0]["parameters"]["weight"]
+    base, one = (str(tmp_path / name) for name in ("base", "one"))
+    slices = [(0, 1), (1, 2), (2, 4)]
+    data = task_arithmetic_recipe(base, [one], slices, [[0.5]] * 3, dtype="bfloat16").to_dict()
+    for source in data["slices"][1]["sources"]:
+        source.pop("parameters", None)
     recipe = Recipe.from_dict(data)
-    with pytest.raises(RecipeError, match="`weight` is not set for"):
+    with pytest.raises(RecipeError, match=r"`weight` is not set for transformer\.h\.1\."):
         MergePlan(recipe, open_recipe(recipe))
