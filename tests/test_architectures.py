@@ -221,10 +221,10 @@ def test_a_number_of_layers_that_is_none(tmp_path, capsys, layers):
 
 
 def test_a_mask_that_comes_first_in_its_layer_does_not_hide_a_missing_weight(tmp_path):
-    architectures.make("gpt2", tmp_path)
+    architectures.make("llama", tmp_path)
     for name in ("base", "one"):
         tensors = load_all(tmp_path / name)
-        tensors["transformer.h.1.attn.bias"] = torch.ones(1, 1, 4, 4, dtype=torch.uint8)
+        tensors["model.layers.1.a_mask"] = torch.ones(1, 1, 4, 4, dtype=torch.uint8)
         save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
     base, one = (str(tmp_path / name) for name in ("base", "one"))
     slices = [(0, 1), (1, 2), (2, 4)]
@@ -232,5 +232,5 @@ def test_a_mask_that_comes_first_in_its_layer_does_not_hide_a_missing_weight(tmp
     for source in data["slices"][1]["sources"]:
         source.pop("parameters", None)
     recipe = Recipe.from_dict(data)
-    with pytest.raises(RecipeError, match=r"`weight` is not set for transformer\.h\.1\."):
+    with pytest.raises(RecipeError, match=r"`weight` is not set for model\.layers\.1\."):
         MergePlan(recipe, open_recipe(recipe))
