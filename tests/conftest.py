@@ -32,6 +32,12 @@ def pytest_collection_finish():
     gc.enable()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish():
+    """The collections that pytest makes at the end would go through everything five times."""
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def migrations_are_read_once():
     """Each new storage reads Optuna's migrations twice, which takes longer than a tiny study."""
@@ -122,7 +128,7 @@ def pair(tmp_path_factory):
         "generation: {max_new_tokens: 12}\n"
         "judge: {metric: grade}\n"
         "search: {trials: 12, population: 4, uniform: [0.5], warm_start: null}\n"
-        "engine: {batch_size: 16}\n",
+        "engine: {batch_size: 32}\n",
         encoding="utf-8",
     )
     return folder

@@ -39,7 +39,6 @@ class Ledger:
         self._settled = History()  # of the first trials, all of which have ended
         self._read = 0  # how many stored trials `_settled` covers
         self._known: StudyFacts | None = None  # until a fact changes
-        self.only_writer = False  # whether no other process writes: then nothing is read twice
         self._history: History | None = None  # until a fact or a trial changes
 
     @property
@@ -63,7 +62,7 @@ class Ledger:
 
     def history(self) -> History:
         """The history of the records."""
-        if self._history is None or not self.only_writer:
+        if self._history is None or not self.storage.only_writer:
             self._history = self._read_history()
         return self._history
 

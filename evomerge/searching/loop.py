@@ -49,7 +49,7 @@ class Search:
         problem = self.problem
         self.study, self.genome, self.split = problem.study, problem.genome, problem.split
         self.sampler, self.clock = problem.sampler, stopping.StudyClock(self.ledger)
-        self.ledger.only_writer = True
+        self.ledger.storage.claim()
         # by slot, in this run only, so that a study resumes once the cause is fixed
         self.failures: Counter[tuple[int | None, int | None]] = Counter()
         self.warnings = LearningWarnings(self.study.metric, self.console)

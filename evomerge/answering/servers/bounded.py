@@ -92,18 +92,24 @@ class BoundedBackend:
         self._backend.sleep(seconds)
 
 
+_contexts: dict[Any, Any] = {}  # TLS contexts by the kind of client that made them
+
+
 def bounded_http(make_client: Any) -> Any:
     """An HTTP client as openai makes it, with bounds; `make_client` is DefaultHttpxClient.
 
     httpx takes no network backend, so its pools are given one; test_server_bounds.py notices if
     they are no longer where they were.
     """
-    client = make_client(event_hooks={"request": [_begin], "response": [_check_encoding]})
+    hooks = {"request": [_begin], "response": [_check_encoding]}
+    # `True`: a client reads the certificates, which takes longer than its requests
+    client = make_client(event_hooks=hooks, verify=_contexts.get(make_client, True))
     transports: Iterable[Any] = [client._transport, *client._mounts.values()]
     for transport in transports:
         if transport is not None:  # a host that no proxy is used for
             pool = transport._pool
             pool._network_backend = BoundedBackend(pool._network_backend)
+            _contexts[make_client] = pool._ssl_context
     return client
 
 

@@ -1,18 +1,19 @@
 """Optuna as a plain store of trials and attributes.
 
-Its private names are used here and in database.py alone; tests/test_adapters.py is the contract
-that a version of Optuna must keep.
+Its private names are used here, in database.py and in trial_rows.py alone; tests/test_adapters.py
+is the contract that a version of Optuna must keep.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.distributions import FloatDistribution
 from optuna.storages import RDBStorage, _CachedStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
@@ -25,6 +26,7 @@ from evomerge.searching.records.database import (
 )
 from evomerge.searching.records.storage_errors import storage_errors
 from evomerge.searching.records.storage_place import StoragePlace, storage_place
+from evomerge.searching.records.trial_rows import end_trial, insert_trial
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -49,6 +51,8 @@ class StoredStudy:
         self.place, self.name = place, name
         self._storage, self._study = storage, study
         self._drafted: dict[str, Any] = {}  # attributes of a study that is not stored yet
+        self.only_writer = False
+        self._kept: list[FrozenTrial] | None = None  # the trials as they were read and written
         # called before each write: raises where another process has taken the study over
         self.guard: Callable[[], None] = lambda: None
 
@@ -64,9 +68,13 @@ class StoredStudy:
         """Whether nothing of it is stored yet."""
         return self._study is None
 
+    def claim(self) -> None:
+        """From now on no other process writes, so that no trial is read twice."""
+        self.only_writer, self._kept = True, None
+
     def begin_again(self) -> None:
         """Make it a new study, which takes the place of the stored one with its first trial."""
-        self._study, self._drafted = None, {}
+        self._study, self._drafted, self._kept = None, {}, None
 
     def attributes(self) -> dict[str, Any]:
         """The study's own attributes."""
@@ -85,19 +93,15 @@ class StoredStudy:
             self._study.set_user_attr(key, value)
 
     def trials(self, first: int = 0) -> list[FrozenTrial]:
-        """The trials from number `first` on; they must not be changed.
-
-        Optuna keeps what it has read, but sorts all of it each time that it is asked.
-        """
+        """The trials from number `first` on; they must not be changed."""
         if self._study is None:
             return []
+        if self._kept is not None and self.only_writer:
+            return self._kept[first:]
         with storage_errors(self.place, self.name):
-            storage, study_id = self._study._storage, self._study._study_id
-            if not first or not isinstance(storage, _CachedStorage):
-                return self._study.get_trials(deepcopy=False)[first:]
-            storage._read_trials_from_remote_storage(study_id)
-            known = storage._studies[study_id].trials
-            return [known[number] for number in range(first, len(known))]
+            found = self._study.get_trials(deepcopy=False)
+        self._kept = list(found)
+        return found[first:]
 
     def running(self) -> list[int]:
         """The numbers of the trials that have begun and not ended."""
@@ -110,37 +114,45 @@ class StoredStudy:
         attributes: Mapping[str, Any],
     ) -> FrozenTrial:
         """A running trial with its numbers and attributes, stored whole or not at all."""
-        distributions: dict[str, BaseDistribution] = {}
-        for name, (low, high) in space.items():
-            distributions[name] = FloatDistribution(low, high)
+        with storage_errors(self.place, self.name):
+            self.guard()
+            study, storage = self.study, self._rows()
+            number = insert_trial(storage, study._study_id, params, space, attributes)
         running = create_trial(
             state=TrialState.RUNNING,
             params=dict(params),
-            distributions=distributions,
-            user_attrs=dict(attributes),
+            distributions={name: FloatDistribution(*space[name]) for name in params},
+            user_attrs=json.loads(json.dumps(dict(attributes))),
         )
-        with storage_errors(self.place, self.name):
-            self.guard()
-            storage = self.study._storage
-            trial_id = storage.create_new_trial(self.study._study_id, running)
-            if isinstance(storage, _CachedStorage):  # it knows the number; any other reads it
-                _, running.number = storage._trial_id_to_study_id_and_number[trial_id]
-            else:
-                running.number = storage.get_trial_number_from_id(trial_id)
+        running.number = number
+        if self._kept is not None and len(self._kept) == number:
+            self._kept.append(running)
+        else:
+            self._kept = None  # somebody else has added a trial
         return running
 
     def end_trial(self, number: int, key: str, value: Any, score: float | None = None) -> None:
-        """Write an attribute, then the trial's end: without a score it has failed."""
+        """Write an attribute and the trial's end in one: without a score it has failed."""
+        if score is not None and math.isnan(score):
+            score = None
         with storage_errors(self.place, self.name):
             self.guard()
-            storage, study_id = self.study._storage, self.study._study_id
-            trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, number)
-            storage.set_trial_user_attr(trial_id, key, value)
-            # Study.tell would read the trial three times
-            if score is None or math.isnan(score):
-                storage.set_trial_state_values(trial_id, TrialState.FAIL)
-            else:
-                storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [score])
+            end_trial(self._rows(), self.study._study_id, number, key, value, score)
+        if self._kept is not None and number < len(self._kept):
+            ended = copy.copy(self._kept[number])
+            ended.user_attrs = {**ended.user_attrs, key: json.loads(json.dumps(value))}
+            ended.state = TrialState.FAIL
+            if score is not None:
+                ended.state, ended.values = TrialState.COMPLETE, [score]
+            self._kept[number] = ended
+
+    def _rows(self) -> RDBStorage:
+        """What writes to the tables."""
+        storage = self.study._storage
+        if isinstance(storage, _CachedStorage):
+            storage = storage._backend
+        assert isinstance(storage, RDBStorage)
+        return storage
 
     def _store(self) -> optuna.Study:
         """The study with its attributes in one transaction, in a new file where there is none."""
