@@ -148,11 +148,11 @@ def test_the_only_writer_knows_what_is_stored(tmp_path):
     own, rng = make(), random.Random(5)
     url = f"sqlite:///{tmp_path}/s.db"
     ledger = open_ledger(url, "s", own.space, create=True)
-    ledger.only_writer = True
+    ledger.storage.claim()
     for _ in range(30):
         step(own, ledger, ledger, rng)
         assert ledger.history() is ledger.history()
-        same_history(ledger.history(), Ledger(ledger.storage, own.space).history().trials)
+        same_history(ledger.history(), open_ledger(url, "s", own.space).history().trials)
         ledger.remember("start", Start((rng.random(), 0.5, 1.5), 0.2, tuple(map(tuple, np.eye(3)))))
         assert ledger.history().start == open_ledger(url, "s", own.space).facts.start
 

@@ -118,7 +118,7 @@ def test_kills_change_nothing(pair, whole, tmp_path):
         for _ in range(2):
             before = sum(server.given.values())
             process = begin(command, tmp_path / "log")
-            wanted = before + rng.randint(10, 120)
+            wanted = before + rng.randint(10, 60)
             while sum(server.given.values()) < wanted and running(process):
                 time.sleep(0.01)
             os.kill(process, signal.SIGKILL)
