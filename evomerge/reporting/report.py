@@ -8,6 +8,7 @@ coordinates in sentences.py, charts.py and judge_section.py; the markup is in te
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,6 +93,7 @@ def write_report(
     return out
 
 
+@cache
 def _environment() -> jinja2.Environment:
     import jinja2
 
