@@ -23,6 +23,7 @@ from evomerge.merging.tensor_merge import (
     merge_tensors,
 )
 from evomerge.merging.tensor_plan import PlannedTensors, TensorPlan, kept
+from evomerge.merging.unknown_tensors import tell_what_is_unknown
 from evomerge.recipe import Recipe
 
 # elements that go through an element-wise method at once: 1 MB in bf16 stays in a core's cache
@@ -91,6 +92,8 @@ class MergePlan:
         if after is not None and same_models and after.recipe.tokenizer == recipe.tokenizer:
             self.vocabulary = after.vocabulary
         self.tensors = PlannedTensors(self.names, self._tensor)
+        if after is None:
+            self._tell_what_is_unknown()
         self._check_numbers()
         states = None if after is None else after.draws.states
         self.draws: Draws = Draws(random_seed, self._draw_counts(), states)
@@ -111,6 +114,14 @@ class MergePlan:
     def _is_float(self, name: str) -> bool:
         ref, source = self.layout.inputs(name)[0]
         return self.models[ref].dtype(source).is_floating_point
+
+    def _tell_what_is_unknown(self) -> None:
+        architecture = self.layout.architecture
+        stays = {}
+        for name in architecture.unplaced:
+            if name in self.tensors and self._is_float(name):
+                stays[name] = self.tensors[name].is_copy
+        tell_what_is_unknown(self.donor.ref, architecture.rule, stays)
 
     def _one_of_each(self) -> list[str]:
         """One merged tensor of each layer, and all outside the layers."""

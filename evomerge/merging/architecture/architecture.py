@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,10 +9,9 @@ from typing import Any
 
 from evomerge.merging.architecture.conversion import Group, groups_of
 from evomerge.merging.architecture.described import LAST_SLICE
-from evomerge.merging.architecture.empty_model import empty_model
+from evomerge.merging.architecture.empty_model import empty_model, knows_type
 from evomerge.merging.architecture.roles import Role, is_one_module, text_path
 
-log = logging.getLogger(__name__)
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PLAIN_LAYERS = "model.layers."
 # what models like Llama have, whose names say what they are
@@ -35,6 +33,10 @@ class Architecture:
     text: frozenset[str] = field(default=frozenset(), repr=False)  # tensors of the text path
     # what transformers' model has and the files lack; None where only the names speak
     lacking: tuple[str, ...] | None = None
+    # what becomes tensors of transformers' model together, such as a layer's experts
+    converted: tuple[Group, ...] = field(default=(), repr=False)
+    unplaced: tuple[str, ...] = field(default=(), repr=False)  # tensors that nothing says a role of
+    rule: str = ""  # a sentence: which one decides, where transformers has no such model
 
     def split(self, name: str) -> tuple[str, int, str] | None:
         """A layer's tensor as (before, number, after); None for one outside the layers."""
@@ -73,7 +75,7 @@ def architecture_of(config: Mapping[str, Any], names: Collection[str]) -> Archit
     """
     described = LAST_SLICE.get(class_name(config))
     if all(map(_is_plain, names)):
-        return _plain(names, described)
+        return _plain(config, names, described)
     model = empty_model(config)
     if model is not None:
         found = _by_modules(model, names, described)
@@ -111,9 +113,18 @@ def class_name(config: Mapping[str, Any]) -> str:
     return str(named[0])
 
 
-def _plain(names: Collection[str], described: tuple[str, ...] | None) -> Architecture:
+def _plain(
+    config: Mapping[str, Any], names: Collection[str], described: tuple[str, ...] | None
+) -> Architecture:
     outside = [name for name in (*names, HEAD) if not name.startswith(PLAIN_LAYERS)]
-    return Architecture((PLAIN_LAYERS,), _first_or_last(outside, described))
+    rule = ""
+    if not knows_type(config):
+        end = "first" if described is None else "last"
+        rule = (
+            f"{_no_model(config)}, so it is merged by its tensors' names, which are like Llama's: "
+            f"norm and head take the {end} slice's weight"
+        )
+    return Architecture((PLAIN_LAYERS,), _first_or_last(outside, described), rule=rule)
 
 
 def _first_or_last(names: Collection[str], described: tuple[str, ...] | None) -> dict[str, Role]:
@@ -170,6 +181,10 @@ def _by_modules(
         roles[head] = Role.LAST
     lacking = _lacking(model, groups)
     text = frozenset(name for name, role in roles.items() if role != Role.OUTSIDE)
+    expected = model._keys_to_ignore_on_load_unexpected or ()
+    unplaced = [
+        name for name in left_out if not any(re.search(known, name) for known in expected)
+    ]
     return Architecture(
         _longest_first(prefixes),
         roles,
@@ -177,6 +192,8 @@ def _by_modules(
         head,
         text | frozenset(inside),
         lacking,
+        tuple(group for group in groups if group.converter is not None),
+        tuple(unplaced),
     )
 
 
@@ -220,17 +237,19 @@ def _by_names(
             whole[before] = found
     layers = max(whole, key=lambda before: len(whole[before]), default=PLAIN_LAYERS)
     outside = [name for name in names if not name.startswith(layers)]
-    unknown = [name for name in outside if not _PLAIN.match(name)]
-    if unknown:
-        log.warning(
-            "transformers has no model for %s: %d tensors outside of %s take the first slice's "
-            "weight, such as %s",
-            config.get("model_type"),
-            len(unknown),
-            layers,
-            unknown[0],
-        )
-    return Architecture((layers,), _first_or_last([*outside, HEAD], described))
+    roles = _first_or_last([*outside, HEAD], described)
+    return Architecture(
+        (layers,),
+        roles,
+        unplaced=tuple(name for name in outside if not _PLAIN.match(name)),
+        rule=f"{_no_model(config)}, so it is merged by its tensors' names: the layers are {layers}N",
+    )
+
+
+def _no_model(config: Mapping[str, Any]) -> str:
+    if config.get("model_type") is None:
+        return "config.json names no model_type"
+    return f"transformers has no model of type {config['model_type']}"
 
 
 def _longest_first(prefixes: set[str]) -> tuple[str, ...]:
