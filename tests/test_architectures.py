@@ -114,7 +114,7 @@ def test_a_model_that_transformers_does_not_know(tmp_path, caplog):
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("count", [1, 2])
 def test_tensors_that_transformers_has_no_place_for_are_named(tmp_path, caplog, count, whole):
-    """They stay the base's, unless whole models are merged; masks, which are counted, are not told."""
+    """They stay the base's, unless whole models are merged. Whole numbers are copied untold."""
     architectures.make("llama", tmp_path)
     odd = [f"value_head.{i}.weight" for i in range(count)]
     for number, name in enumerate(("base", "one")):

@@ -21,8 +21,9 @@ def knows_type(config: Mapping[str, Any]) -> bool:
     if not isinstance(named, str):
         return False
     package = importlib.util.find_spec("transformers")
-    if package is not None and package.origin is not None and named.isidentifier():
-        if (Path(package.origin).parent / "models" / named).is_dir():
+    if package is not None and package.origin is not None:
+        folder = Path(package.origin).parent / "models" / named
+        if named.isidentifier() and folder.is_dir():
             return True
     from transformers import CONFIG_MAPPING
 

@@ -1,4 +1,4 @@
-"""The forms in which files store what transformers loads as one tensor, such as a layer's experts."""
+"""How files store what transformers loads as one tensor, such as a layer's experts."""
 
 from __future__ import annotations
 
@@ -37,9 +37,7 @@ def check_converted(folder: ModelFolder) -> None:
                 raise _misfit(folder, group, name, wanted[name])
 
 
-def _misfit(
-    folder: ModelFolder, group: Group, target: str, wanted: tuple[int, ...]
-) -> ModelError:
+def _misfit(folder: ModelFolder, group: Group, target: str, wanted: tuple[int, ...]) -> ModelError:
     lacking = _lacking(group, wanted)
     if lacking is not None:
         return ModelError(
