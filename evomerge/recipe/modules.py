@@ -34,7 +34,7 @@ class Listed:
 def listed(data: Mapping[str, Any], where: str, unread: UnreadKeys) -> Listed:
     """The one list of a configuration.
 
-    Raises RecipeError, UnsupportedRecipe for several modules, which only mergekit itself merges.
+    Raises RecipeError, UnsupportedRecipe for modules that only mergekit itself merges.
     """
     given = [key for key in ("slices", "models", "modules") if data.get(key)]
     if len(given) != 1:
