@@ -97,13 +97,85 @@ def test_a_model_that_transformers_does_not_know(tmp_path, caplog):
         save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
         config = {"model_type": "somebodys", "num_hidden_layers": 4, "architectures": ["S"]}
         (tmp_path / name / "config.json").write_text(json.dumps(config))
+    caplog.clear()
     out = load_all(build_model(architectures.recipe_of(tmp_path), tmp_path / "out"))
     base, one = load_all(tmp_path / "base"), load_all(tmp_path / "one")
     for name, weight in (("core.odd", 0.7), ("core.block.1.w", 0.7), ("core.block.2.w", 1.2)):
         delta = (one[name] - base[name]) * torch.tensor(weight).bfloat16()
         assert torch.equal(out[name], base[name] + delta), name
-    assert "core.odd" in caplog.text
-    assert "first slice" in caplog.text
+    base = tmp_path / "base"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{base}: transformers has no model of type somebodys, so it is merged by its tensors' "
+        "names: the layers are core.block.N",
+        f"{base}: the role of core.odd is unknown, and it is merged with the first slice's weight",
+    ]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("count", [1, 2])
+def test_tensors_that_transformers_has_no_place_for_are_named(tmp_path, caplog, count, whole):
+    """They stay the base's, unless whole models are merged. Whole numbers are copied untold."""
+    architectures.make("llama", tmp_path)
+    odd = [f"value_head.{i}.weight" for i in range(count)]
+    for number, name in enumerate(("base", "one")):
+        tensors = load_all(tmp_path / name)
+        tensors |= {each: torch.full((2, 2), number + 1.0).bfloat16() for each in odd}
+        tensors["counter"] = torch.tensor([3])
+        save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+    recipe, wanted, outcome = architectures.recipe_of(tmp_path), 1.0, "not merged: the output has"
+    if whole:
+        models = [{"model": str(tmp_path / "one"), "parameters": {"weight": 0.5}}]
+        data = {"merge_method": "task_arithmetic", "base_model": str(tmp_path / "base")}
+        recipe = Recipe.from_dict({**data, "models": models, "dtype": "bfloat16"})
+        wanted, outcome = 1.5, "merged with the first slice's weight"
+    caplog.clear()
+    plan = MergePlan(recipe, open_recipe(recipe))
+    assert all((plan.merge(name) == wanted).all() for name in odd)
+    which = f"{odd[0]} is unknown, and it is"
+    if count > 1:
+        which = f"{count} tensors is unknown, such as {odd[0]}, and they are"
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert f"{tmp_path}/base: the role of {which} {outcome}" in line
+    MergePlan(recipe, open_recipe(recipe))
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("described", [False, True])
+@pytest.mark.parametrize("named", [None, "somebodys", 5])
+def test_an_unknown_type_with_llama_s_names_is_merged_by_them_and_it_is_said(
+    tmp_path, caplog, named, described
+):
+    architectures.make("llama", tmp_path)
+    for name in ("base", "one"):
+        path = tmp_path / name / "config.json"
+        config = json.loads(path.read_text()) | {"model_type": named}
+        if not described:
+            config["architectures"] = ["SomebodysForCausalLM"]
+        path.write_text(json.dumps(config))
+    caplog.clear()
+    build_model(architectures.recipe_of(tmp_path), tmp_path / "out")
+    what = "config.json names no model_type"
+    if named is not None:
+        what = f"transformers has no model of type {named}"
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith(f"{tmp_path}/base: {what}, so it is merged by its tensors' names, which")
+    weight = architectures.WEIGHTS[1 if described else 0]
+    assert f"take the {'last' if described else 'first'} slice's weight" in line
+    out, base, one = (load_all(tmp_path / name) for name in ("out", "base", "one"))
+    norm = "model.norm.weight"
+    delta = (one[norm] - base[norm]) * torch.tensor(weight).bfloat16()
+    assert torch.equal(out[norm], base[norm] + delta)
+
+
+def test_what_transformers_knows_and_does_not_load_is_not_told(tmp_path, caplog):
+    """A head for several tokens that the type's class names as such."""
+    architectures.make("qwen3_next", tmp_path)
+    for name in ("base", "one"):
+        tensors = load_all(tmp_path / name) | {"mtp.fc.weight": torch.ones(2, 2).bfloat16()}
+        save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+    caplog.clear()
+    architectures.check_build(tmp_path)
+    assert not caplog.records
 
 
 def test_mixtures_that_do_not_fit_are_told_apart(tmp_path, capsys):

@@ -365,8 +365,18 @@ def with_misfit(end):
 @pytest.mark.parametrize(
     ("name", "change", "words"),
     [
-        ("qwen3", without("0.mlp.up_proj.weight_scale_inv"), r"the model is quantised \(fp8\)"),
-        ("gpt_oss", without("down_proj_scales"), r"the model is quantised \(mxfp4\)"),
+        (
+            "qwen3",
+            without("0.mlp.up_proj.weight_scale_inv"),
+            r"one/model.safetensors: model.layers.0.mlp.up_proj.weight is quantised, and the "
+            "tensor of its scales, model.layers.0.mlp.up_proj.weight_scale_inv, is missing",
+        ),
+        (
+            "gpt_oss",
+            without("down_proj_scales"),
+            r"one/model.safetensors: \S+down_proj_blocks is quantised, and the tensor of its "
+            r"scales, \S+down_proj_scales, is missing",
+        ),
         (
             "qwen3",
             with_misfit("k_proj.weight_scale_inv"),

@@ -6,9 +6,12 @@ Python, else `mergekit-yaml` is looked for on the PATH.
 
 import contextlib
 import itertools
+import json
 import os
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,13 +19,18 @@ import yaml
 from conftest import make_model, save
 from jinja2.exceptions import TemplateError
 from merging_tools import SLICES, differing, load_all, make_family
+from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from evomerge.cli import main
 from evomerge.merging.build import build_model
+from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.recipe import Recipe, read_recipe, task_arithmetic_recipe
 from evomerge.recipe.mergekit_keys import CHAT_TEMPLATES
 from evomerge.reporting.card import model_card
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import architectures
 
 PYTHON, SCRIPT = os.environ.get("EVOMERGE_MERGEKIT_PYTHON"), shutil.which("mergekit-yaml")
 COMMAND = [PYTHON, "-m", "mergekit.scripts.run_yaml"] if PYTHON else [SCRIPT]
@@ -34,12 +42,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def both(recipe, folder):
+def both(recipe, folder, *options):
     """Our tensors and mergekit's."""
     (folder / "recipe.yml").write_text(recipe.to_yaml())
-    done = subprocess.run(
-        [*COMMAND, "recipe.yml", "theirs"], cwd=folder, capture_output=True, text=True, check=False
-    )
+    command = [*COMMAND, "recipe.yml", "theirs", *options]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     build_model(recipe, folder / "ours", write_card=model_card)
     return load_all(folder / "ours"), load_all(folder / "theirs")
@@ -177,3 +184,33 @@ def test_built_in_chat_templates(tmp_path, name):
                 )
         assert len(prompts) != 1
         assert len(set(prompts)) <= 1
+
+
+def name_as_on_the_hub(folder):
+    """Gemma 3's vision tower; transformers 5 saves it without a part of its names."""
+    tensors = {}
+    for name, tensor in load_all(folder).items():
+        if "vision_tower.head" not in name:
+            tensors[name.replace("vision_tower.", "vision_tower.vision_model.")] = tensor
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["vision_use_head"] = False
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "dare_ties"])
+@pytest.mark.parametrize("name", ["gemma3", "mistral3", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
+def test_a_text_decoder_in_slices_beside_modules_that_are_the_base_s(tmp_path, name, method):
+    """The form in which models of several modules are exported."""
+    architectures.make(name, tmp_path)
+    if name == "gemma3":
+        for model in ("base", "one"):
+            name_as_on_the_hub(tmp_path / model)
+    modules = open_model(str(tmp_path / "base")).architecture.modules
+    data = architectures.recipe_of(tmp_path).to_dict() | {"merge_method": method}
+    if method == "dare_ties":
+        for piece in data["slices"]:
+            piece["sources"][-1].setdefault("parameters", {})["density"] = 0.6
+    recipe = Recipe.from_dict(data).in_modules(modules)
+    ours, theirs = both(recipe, tmp_path, "--random-seed", "0")
+    assert not differing(ours, theirs)

@@ -21,7 +21,7 @@ from evomerge.merging.build import build_model
 from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.live import LiveModel
 from evomerge.merging.methods import registry
-from evomerge.recipe import METHODS, OWN, Recipe, read_recipe
+from evomerge.recipe import METHODS, OWN, Recipe, own_methods, read_recipe
 from evomerge.reporting.card import model_card
 
 DOCS = Path(__file__).parents[1] / "docs/METHODS.md"
@@ -168,15 +168,34 @@ def test_a_missing_file_and_wrong_parameters(family):
         Recipe.from_dict(configuration(family, limit=3.0), folder=family)
 
 
-def test_an_entry_point(family, tmp_path, monkeypatch):
-    package = tmp_path / "site"
+def install(folder, name, monkeypatch):
+    """A package with the documented method as an entry point of this name."""
+    package = folder / "site"
     info = package / "mine-1.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1\n")
-    (info / "entry_points.txt").write_text("[evomerge.methods]\nmy_clip = my_clipping:clipped\n")
+    (info / "entry_points.txt").write_text(f"[evomerge.methods]\n{name} = my_clipping:clipped\n")
     (package / "my_clipping.py").write_text(documented())
     monkeypatch.syspath_prepend(str(package))
     importlib.invalidate_caches()
+
+
+def test_an_entry_point_with_a_built_in_name_is_not_used_and_it_is_said_once(
+    family, tmp_path, monkeypatch, caplog
+):
+    own_methods._tell_of_namesakes.cache_clear()
+    install(tmp_path, "linear", monkeypatch)
+    models = [{"model": str(family / "base"), "parameters": {"weight": 1.0}}]
+    for _ in range(2):
+        Recipe.from_dict({"merge_method": "linear", "models": models, "dtype": "bfloat16"})
+    (record,) = caplog.records
+    assert "`merge_method: linear` is the built-in method" in record.getMessage()
+    assert "linear = my_clipping:clipped of the package mine" in record.getMessage()
+    own_methods._tell_of_namesakes.cache_clear()
+
+
+def test_an_entry_point(family, tmp_path, monkeypatch):
+    install(tmp_path, "my_clip", monkeypatch)
     recipe = Recipe.from_dict(configuration(family, "my_clip", limit=0.05))
     assert recipe.merge_method == "my_clip"
     assert not differing(

@@ -4,6 +4,7 @@ copied that is not the model's.
 
 import json
 import os
+import re
 import shutil
 import socket
 
@@ -17,6 +18,7 @@ from evomerge.cli import main
 from evomerge.errors import ModelError
 from evomerge.merging.build import build_model
 from evomerge.merging.checkpoints.fingerprint import fingerprint
+from evomerge.merging.checkpoints.model_folder import num_layers
 from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.stream import merged_tensors, open_recipe
 from evomerge.recipe import Recipe
@@ -303,3 +305,69 @@ def test_a_link_that_leads_nowhere_is_no_file(family):
     assert "old.json" not in fingerprint(family / "one")
     wanted = dict(merged_tensors(recipe(family), open_recipe(recipe(family))))
     assert not differing(load_all(build_model(recipe(family), family / "out")), wanted)
+
+
+def in_pickle(folder):
+    """The weights as older versions of transformers saved them."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / "pytorch_model.bin")
+
+
+def in_shards_of_pickle(folder):
+    in_pickle(folder)
+    name = "pytorch_model-00001-of-00001.bin"
+    (folder / "pytorch_model.bin").rename(folder / name)
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": name}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("make", [in_pickle, in_shards_of_pickle])
+def test_a_folder_with_pickled_weights_alone_is_refused_in_a_line(family, capsys, make):
+    make(family / "one")
+    (family / "r.yml").write_text(recipe(family).to_yaml())
+    assert main(["merge", str(family / "r.yml"), str(family / "out")]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert re.search(r"one/pytorch_model\S*\.bin: the weights are pickled, .*save_pretrained", line)
+    assert not (family / "out").exists()
+
+
+def test_the_remedy_for_pickled_weights_works(family):
+    wanted = load_all(build_model(recipe(family), family / "wanted"))
+    in_pickle(family / "one")
+    AutoModelForCausalLM.from_pretrained(family / "one", dtype="auto").save_pretrained(
+        family / "one"
+    )
+    assert not differing(load_all(build_model(recipe(family), family / "out")), wanted)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.bin", "MODEL.GGUF"])
+def test_a_file_in_the_place_of_a_folder(family, name):
+    (family / name).write_bytes(b"GGUF")
+    words = "GGUF files are not read" if name == "MODEL.GGUF" else "is not a model folder"
+    with pytest.raises(ModelError, match=rf"{name}: {words}"):
+        open_model(str(family / name))
+
+
+@pytest.mark.parametrize("key", ["n_layer", "n_layers", "num_layers", "decoder_layers"])
+@pytest.mark.parametrize("within", [None, "text_config"])
+def test_layers_are_counted_by_other_names_too(family, key, within):
+    """And the configuration of another order of layers has the new number under that name."""
+
+    for name in ("base", "one"):
+        path = family / name / "config.json"
+        config = json.loads(path.read_text())
+
+        config[key] = config.pop("num_hidden_layers")
+        if within is not None:
+            config = {within: config, "architectures": config.pop("architectures")}
+        path.write_text(json.dumps(config))
+    pieces = [{"sources": [{"model": f"{family}/one", "layer_range": [0, 4]}]}] * 2
+    stacked = Recipe.from_dict({"merge_method": "passthrough", "slices": pieces})
+    assert num_layers(open_model(f"{family}/base").config) == 4
+    out = build_model(recipe(family), family / "merged")
+    assert load_all(out).keys() == load_all(family / "base").keys()
+    out = build_model(stacked, family / "stacked")
+    written = json.loads((out / "config.json").read_text())
+    assert (written if within is None else written[within])[key] == 8
+    assert num_layers(written) == 8

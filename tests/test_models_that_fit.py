@@ -132,11 +132,6 @@ def packed(tensors, suffixes):
 
 
 QUANTISED = {
-    "fp8 without scales": (
-        {".weight": torch.float8_e4m3fn},
-        {"quant_method": "fp8"},
-        "fp8",
-    ),
     "fp8 of modelopt": (
         {".weight": torch.float8_e4m3fn, ".weight_scale": torch.float32},
         {"quant_method": "modelopt", "quant_algo": "FP8"},
@@ -168,11 +163,6 @@ QUANTISED = {
         {"quant_method": "compressed-tensors", "format": "pack-quantized"},
         "compressed-tensors",
     ),
-    "mxfp4 without scales": (
-        {"_blocks": torch.uint8},
-        {"quant_method": "mxfp4"},
-        "mxfp4",
-    ),
     "fp8 alone": ({".weight": torch.float8_e5m2}, None, "weight is F8_E5M2"),
 }
 
@@ -201,6 +191,41 @@ def test_quantised_models_are_named_with_a_remedy(tmp_path, capsys, kind):
     captured = capsys.readouterr()
     (line,) = [x for x in (captured.out + captured.err).splitlines() if "model is quantised" in x]
     assert words in line
+
+
+WITHOUT_SCALES = {
+    "fp8": (".weight", torch.float8_e4m3fn, ".weight_scale_inv"),
+    "mxfp4": ("_blocks", torch.uint8, "_scales"),
+}
+
+
+@pytest.mark.parametrize("kind", WITHOUT_SCALES)
+def test_scales_that_are_missing_are_named_with_file_and_remedy(tmp_path, capsys, kind):
+    """As a sibling, as the base, and below an adapter; merging and before a search."""
+    family = make_family(tmp_path)
+    suffix, dtype, scales = WITHOUT_SCALES[kind]
+    edit_tensors(family / "one", lambda tensors: packed(tensors, {suffix: dtype}))
+    edit_config(family / "one", quantization_config={"quant_method": kind})
+    base, one = str(family / "base"), str(family / "one")
+    first = "model.layers.0.mlp.down_proj"
+    told = (
+        f"{one}/model.safetensors: {first}{suffix} is quantised, and the tensor of its scales, "
+        f"{first}{scales}, is missing. Copy or download the model again, or name the one that it "
+        "was quantised from."
+    )
+    for models in ((base, one), (one, base), (base, f"{one}+{base}")):
+        recipe = task_arithmetic_recipe(models[0], [models[1]], [(0, 4)], [[0.5]])
+        with pytest.raises(ModelError) as caught:
+            build_model(recipe, tmp_path / "out")
+        assert str(caught.value) == told
+    (tmp_path / "t.jsonl").write_text('{"input": "a", "output": "b"}\n' * 4)
+    (tmp_path / "s.yml").write_text(
+        f"genome: {{base_model: {base}, models: [{one}]}}\ntasks: [{{file: t.jsonl}}]\n"
+    )
+    assert main(["check", str(tmp_path / "s.yml")]) != 0
+    captured = capsys.readouterr()
+    (line,) = [x for x in (captured.out + captured.err).splitlines() if "is quantised" in x]
+    assert told in line
 
 
 def test_masks_of_old_models_are_copied(tmp_path):

@@ -6,15 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from merging_tools import load_all
+from merging_tools import differing, load_all
 
+import evomerge
 from evomerge.answering.chat_template import render_chat
 from evomerge.cli import main
+from evomerge.errors import RecipeError
 from evomerge.genome.genome import make_genome
+from evomerge.merging.architecture.architecture import architecture_of
 from evomerge.merging.build import build_model
 from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.vocabulary.tokenizer_files import open_tokenizer
-from evomerge.recipe import Recipe, task_arithmetic_recipe
+from evomerge.recipe import Recipe, read_recipe, task_arithmetic_recipe
+from evomerge.reporting.export import card
 from evomerge.study import Study
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -149,3 +153,115 @@ def test_a_tower_that_stays_is_its_model_s_own_bit_for_bit_live(with_vision, tmp
     architectures.LiveModel(model, open_model(base), [open_model(one)]).apply(recipe)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, fresh[name]), name
+
+
+@pytest.fixture(scope="module")
+def mistral(tmp_path_factory):
+    """A model of several modules that mergekit describes by the names that transformers writes."""
+    folder = tmp_path_factory.mktemp("mistral")
+    architectures.make("mistral3", folder)
+    return folder
+
+
+MODULES = ("text_decoder", "multi_modal_projector", "vision_tower")
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dare_ties"])
+def test_slices_of_the_text_decoder_beside_modules_that_are_the_base_s(mistral, tmp_path, method):
+    """mergekit's form of the same merge; `tests/test_mergekit.py` merges it with mergekit."""
+    data = architectures.recipe_of(mistral).to_dict() | {"merge_method": method}
+    for piece in data["slices"]:
+        for source in piece["sources"]:
+            if source["model"] != data["base_model"]:
+                source["parameters"] |= {"density": 0.6} if method != "task_arithmetic" else {}
+    slices = Recipe.from_dict(data)
+    modules = slices.in_modules(MODULES)
+    assert "slices" not in modules.to_dict()
+    (tmp_path / "r.yml").write_text(modules.to_yaml())
+    assert main(["merge", str(tmp_path / "r.yml"), str(tmp_path / "out")]) == 0
+    wanted = load_all(build_model(slices, tmp_path / "wanted"))
+    assert not differing(load_all(tmp_path / "out"), wanted)
+
+
+def test_a_whole_text_decoder_beside_modules_that_are_the_base_s(mistral, tmp_path):
+    data = {"merge_method": "task_arithmetic", "base_model": f"{mistral}/base", "dtype": "bfloat16"}
+    models = [{"model": f"{mistral}/one", "parameters": {"weight": 0.5}}]
+    recipe = Recipe.from_dict({**data, "models": models})
+    out = load_all(build_model(recipe.in_modules(MODULES), tmp_path / "out"))
+    whole = load_all(build_model(recipe, tmp_path / "whole"))
+    base = load_all(mistral / "base")
+    for name, tensor in out.items():
+        source = whole if name.startswith("language_model.") else base
+        assert torch.equal(tensor, source[name]), name
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m: m | {"vision_tower": {"models": [{"model": "another"}]}}, "are the base's"),
+        (lambda m: {"tower": m["vision_tower"], **m}, "not those of Mistral3"),
+        (lambda m: {"text_decoder": m["text_decoder"]}, "not those of Mistral3"),
+        (lambda m: m | {"text_decoder": {}}, "needs exactly one of `slices` and `models`"),
+    ],
+)
+def test_modules_of_another_kind_are_left_to_mergekit(mistral, change, words):
+    data = architectures.recipe_of(mistral).in_modules(MODULES).to_dict()
+    data["modules"] = change(data["modules"])
+    with pytest.raises(RecipeError, match=words):
+        build_model(Recipe.from_dict(data), mistral / "out")
+
+
+def search(folder, tmp_path, genome):
+    """A study's recipe and card."""
+    (tmp_path / "tasks.jsonl").write_text(
+        "".join(json.dumps({"input": f"{i}", "output": f"{2 * i}"}) + "\n" for i in range(8))
+    )
+    study = {
+        "genome": {"base_model": f"{folder}/base", "models": [f"{folder}/one"], **genome},
+        "tasks": [{"file": "tasks.jsonl"}],
+        "judge": {"kind": "rules"},
+        "search": {"trials": 4, "population": 4, "warm_start_steps": 1, "dtype": "bfloat16"},
+        "generation": {"max_new_tokens": 2},
+        "engine": {"device": "cpu"},
+    }
+    (tmp_path / "study.yaml").write_text(json.dumps(study))
+    url = f"sqlite:///{tmp_path}/s.db"
+    assert main(["search", str(tmp_path / "study.yaml"), "--storage", url]) == 0
+    study = evomerge.load_study("study", storage=url)
+    number = next(r.number for r in study.records if r.role == "candidate")
+    chosen = study.with_trial(number)
+    return chosen, card(chosen.snapshot)
+
+
+@pytest.mark.parametrize(
+    ("genome", "exported"),
+    [
+        ({"layer_granularity": 2}, "modules"),
+        ({"layer_granularity": 2, "filters": ["mlp"]}, "modules"),
+        ({"layer_granularity": 2, "filters": ["vision"]}, "comment"),
+        ({"layer_granularity": 2, "outside": "first"}, "comment"),
+        ({"layer_granularity": 2, "merge_method": "linear"}, "comment"),
+    ],
+)
+def test_a_study_exports_what_mergekit_can_merge_or_says_that_it_cannot(
+    mistral, tmp_path, monkeypatch, genome, exported
+):
+    monkeypatch.chdir(tmp_path)
+    chosen, text = search(mistral, tmp_path, genome)
+    written = chosen.recipe_yaml
+    assert ("modules:" in written) == (exported == "modules")
+    assert written.startswith("# Only evomerge merges this") == (exported == "comment")
+    assert ("only evomerge merges the configuration" in text) == (exported == "comment")
+    assert written.rstrip() in text
+    (tmp_path / "r.yml").write_text(written)
+    out = load_all(build_model(read_recipe(tmp_path / "r.yml"), tmp_path / "out"))
+    assert not differing(out, load_all(build_model(chosen.recipe, tmp_path / "wanted")))
+
+
+def test_names_that_mergekit_s_description_does_not_have_are_not_exported_for_it(with_vision):
+    """Gemma 3's vision tower, which the hub's files name otherwise than transformers 5."""
+    names = open_model(f"{with_vision}/base").keys
+    assert open_model(f"{with_vision}/base").architecture.modules == ()
+    config = json.loads((with_vision / "base/config.json").read_text())
+    as_on_hub = [n.replace("vision_tower.", "vision_tower.vision_model.") for n in names]
+    assert architecture_of(config, as_on_hub).modules == MODULES

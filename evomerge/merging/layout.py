@@ -151,6 +151,8 @@ class Layout:
         """
         if self.architecture.role(name) != Role.OUTSIDE or self.architecture.split(name):
             return False
+        if self.recipe.modules:
+            return True
         piece = self.recipe.slices[0]
         whole = all(source.layers is None for source in piece.sources)
         if whole and not self._has_gradients:

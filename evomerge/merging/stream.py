@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from evomerge.errors import RecipeError
-from evomerge.merging.architecture.architecture import architecture_of
+from evomerge.merging.architecture.architecture import architecture_of, check_modules
 from evomerge.merging.checkpoints.compatibility import check_fit, check_meaning, check_tensors
 from evomerge.merging.checkpoints.config_defaults import config_value
 from evomerge.merging.checkpoints.model_folder import ModelFolder, num_layers
@@ -23,6 +23,7 @@ from evomerge.merging.tensor_merge import (
     merge_tensors,
 )
 from evomerge.merging.tensor_plan import PlannedTensors, TensorPlan, kept
+from evomerge.merging.unknown_tensors import tell_what_is_unknown
 from evomerge.recipe import Recipe
 
 # elements that go through an element-wise method at once: 1 MB in bf16 stays in a core's cache
@@ -54,6 +55,7 @@ def open_recipe(recipe: Recipe) -> dict[str, ModelFolder]:
 def make_layout(recipe: Recipe, models: Mapping[str, ModelFolder]) -> Layout:
     """The recipe laid over these models. Raises RecipeError, UnsupportedRecipe."""
     donor = models[recipe.donor]
+    check_modules(recipe.modules, donor.config)
     architecture = donor.architecture
     if recipe.architecture is not None:
         config = {**donor.config, "architectures": [recipe.architecture]}
@@ -91,6 +93,8 @@ class MergePlan:
         if after is not None and same_models and after.recipe.tokenizer == recipe.tokenizer:
             self.vocabulary = after.vocabulary
         self.tensors = PlannedTensors(self.names, self._tensor)
+        if after is None:
+            tell_what_is_unknown(self.donor.ref, self.layout.architecture.rule, self._stays())
         self._check_numbers()
         states = None if after is None else after.draws.states
         self.draws: Draws = Draws(random_seed, self._draw_counts(), states)
@@ -111,6 +115,12 @@ class MergePlan:
     def _is_float(self, name: str) -> bool:
         ref, source = self.layout.inputs(name)[0]
         return self.models[ref].dtype(source).is_floating_point
+
+    def _stays(self) -> dict[str, bool]:
+        """The tensors of an unknown role, and whether they are kept."""
+        unplaced = self.layout.architecture.unplaced
+        names = [name for name in unplaced if name in self.tensors and self._is_float(name)]
+        return {name: self.tensors[name].is_copy for name in names}
 
     def _one_of_each(self) -> list[str]:
         """One merged tensor of each layer, and all outside the layers."""

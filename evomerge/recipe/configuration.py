@@ -16,7 +16,7 @@ from evomerge.errors import RecipeError
 from evomerge.recipe.layers import Slice, TokenizerSection
 from evomerge.recipe.method_traits import METHODS
 from evomerge.recipe.model_references import override_architecture
-from evomerge.recipe.modules import listed, over
+from evomerge.recipe.modules import in_modules, listed, over
 from evomerge.recipe.own_methods import OWN
 from evomerge.recipe.parameter_checks import ParameterChecks
 from evomerge.recipe.rounding import rounded
@@ -48,6 +48,8 @@ class Recipe:
     tokenizer: TokenizerSection | None
     chat_template: str | None = None  # auto, a built-in name, or Jinja
     architecture: str | None = None  # in place of the class in the donor's config.json
+    # as mergekit names them, where only the text decoder is merged and the others are the base's
+    modules: tuple[str, ...] = ()
     # keys that nothing reads, as in mergekit, each with its place
     unread: tuple[str, ...] = field(default=(), compare=False)
 
@@ -83,6 +85,7 @@ class Recipe:
             tokenizer=read_tokenizer_section(data, where, unread),
             chat_template=read_chat_template(data, where),
             architecture=override_architecture(data.get("base_model")),
+            modules=merged.modules,
             unread=tuple(unread.found),
         )
 
@@ -116,6 +119,10 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """The configuration as it was read."""
         return copy.deepcopy(dict(self.data))
+
+    def in_modules(self, names: tuple[str, ...]) -> Recipe:
+        """The same merge, written for a model with these modules."""
+        return Recipe.from_dict(in_modules(self.to_dict(), names))
 
     def to_yaml(self) -> str:
         """Sorted keys and block style, as the original seed has them; floats keep every digit."""

@@ -85,6 +85,12 @@ class MethodTraits:
         return not (self.built_in and self.in_mergekit)
 
     @property
+    def keeps_a_lone_base(self) -> bool:
+        """Whether a base without siblings is merged to itself, as in mergekit."""
+        by_deltas = self.needs_base and self.takes_deltas and self.weighted
+        return by_deltas and self.siblings[0] == 0 and not self.only_here
+
+    @property
     def is_random(self) -> bool:
         """Whether a seed decides the merged bits."""
         return self.draws or self.samples > 0

@@ -1,4 +1,9 @@
-"""`slices:`, `models:`, or either of them under `modules: {default: …}`, which means the same."""
+"""`slices:`, `models:`, or either of them under `modules: {default: …}`, which means the same.
+
+Of a model with several modules, such as a vision tower, the text decoder may be merged in slices
+and the other modules be the base's: modules: {text_decoder: {slices: […]}, vision_tower: {models:
+[{model: BASE}]}}.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +13,11 @@ from typing import Any
 
 from evomerge.errors import RecipeError, UnsupportedRecipe
 from evomerge.recipe.mergekit_keys import MERGEKIT
+from evomerge.recipe.method_traits import METHODS
 from evomerge.recipe.unread_keys import UnreadKeys
 
 ONLY_MODULE = "default"  # of a model that is not made of several
+TEXT_MODULE = "text_decoder"  # of one that is
 
 
 @dataclass(frozen=True)
@@ -21,12 +28,13 @@ class Listed:
     items: list[Any]
     parameters: Any
     where: str
+    modules: tuple[str, ...] = ()  # of a model with several
 
 
 def listed(data: Mapping[str, Any], where: str, unread: UnreadKeys) -> Listed:
     """The one list of a configuration.
 
-    Raises RecipeError, UnsupportedRecipe for several modules, which only mergekit itself merges.
+    Raises RecipeError, UnsupportedRecipe for modules that only mergekit itself merges.
     """
     given = [key for key in ("slices", "models", "modules") if data.get(key)]
     if len(given) != 1:
@@ -38,15 +46,18 @@ def listed(data: Mapping[str, Any], where: str, unread: UnreadKeys) -> Listed:
         )
     if given != ["modules"]:
         return Listed(given[0], _items(data, given[0], where), None, where)
-    modules = data["modules"]
-    if not isinstance(modules, Mapping) or set(modules) != {ONLY_MODULE}:
+    modules, named = data["modules"], ONLY_MODULE
+    if _keeps_other_modules(data):
+        named = TEXT_MODULE
+    elif not isinstance(modules, Mapping) or set(modules) != {ONLY_MODULE}:
         raise UnsupportedRecipe(
-            f"`modules` other than `{ONLY_MODULE}` are not supported",
+            f"`modules` other than `{ONLY_MODULE}` are supported only where all but "
+            f"`{TEXT_MODULE}` are the base's",
             where=where,
             found=list(modules) if isinstance(modules, Mapping) else modules,
             remedy=MERGEKIT,
         )
-    module, where = modules[ONLY_MODULE], f"{where}, modules.{ONLY_MODULE}"
+    module, where = modules[named], f"{where}, modules.{named}"
     kinds = []
     if isinstance(module, Mapping):
         kinds = [key for key in ("slices", "models") if module.get(key)]
@@ -55,10 +66,30 @@ def listed(data: Mapping[str, Any], where: str, unread: UnreadKeys) -> Listed:
             "needs exactly one of `slices` and `models`",
             where=where,
             found=module,
-            remedy="Write modules: {default: {slices: […]}}.",
+            remedy=f"Write modules: {{{named}: {{slices: […]}}}}.",
         )
     unread.check(module, ("slices", "models", "parameters"), where)
-    return Listed(kinds[0], _items(module, kinds[0], where), module.get("parameters"), where)
+    items, parameters = _items(module, kinds[0], where), module.get("parameters")
+    several = tuple(modules) if named == TEXT_MODULE else ()
+    return Listed(kinds[0], items, parameters, where, several)
+
+
+def _keeps_other_modules(data: Mapping[str, Any]) -> bool:
+    """Whether every module but the text decoder is the base's."""
+    modules, method = data["modules"], METHODS.get(str(data.get("merge_method")))
+    if not isinstance(modules, Mapping) or TEXT_MODULE not in modules:
+        return False
+    others = [module for name, module in modules.items() if name != TEXT_MODULE]
+    base = {"models": [{"model": data.get("base_model")}]}
+    return method is not None and method.keeps_a_lone_base and all(one == base for one in others)
+
+
+def in_modules(data: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """A configuration of slices or models as that of the text decoder, other modules being kept."""
+    kind = "slices" if "slices" in data else "models"
+    modules = {name: {"models": [{"model": data["base_model"]}]} for name in names}
+    modules[TEXT_MODULE] = {kind: data[kind]}
+    return {**{key: value for key, value in data.items() if key != kind}, "modules": modules}
 
 
 def _items(data: Mapping[str, Any], kind: str, where: str) -> list[Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import logging
 import math
 import re
 import sys
@@ -15,6 +16,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from evomerge.errors import RecipeError
 from evomerge.recipe.mergekit_keys import BOOLEANS, COMMON_PARAMETERS
 from evomerge.recipe.method_traits import METHODS, MethodParameter, MethodTraits
 
+log = logging.getLogger(__name__)
 GROUP = "evomerge.methods"
 IN_FILE = re.compile(r"\A(?P<file>.+\.py):(?P<function>[^\W\d]\w*)", re.ASCII)
 POSITIONAL = ("base", "others", "plan", "generator")
@@ -61,7 +64,11 @@ def find_method(name: str, folder: Path | None, where: str) -> str:
         return name
     match = IN_FILE.fullmatch(name)
     if match is None:
-        return name if name in METHODS else _from_entry_point(name, where)
+        if name not in METHODS:
+            return _from_entry_point(name, where)
+        if METHODS[name].built_in:
+            _tell_of_namesakes(name)
+        return name
     path = ((folder or Path()) / Path(match["file"]).expanduser()).resolve()
     try:
         source = path.read_bytes()
@@ -84,6 +91,23 @@ def find_method(name: str, folder: Path | None, where: str) -> str:
             )
         _register(full, OwnMethod(function, f"{match['function']} of {path.name}", digest), where)
     return full
+
+
+@cache
+def _tell_of_namesakes(name: str) -> None:
+    """Log a line where an installed package gives its method the name of a built-in one."""
+    for point in entry_points(group=GROUP, name=name):
+        package = "an installed package"
+        if point.dist is not None:
+            package = f"the package {point.dist.name}"
+        log.warning(
+            "`merge_method: %s` is the built-in method: the entry point %s = %s of %s has its name "
+            "and is not used. Give it another name.",
+            name,
+            name,
+            point.value,
+            package,
+        )
 
 
 def _from_entry_point(name: str, where: str) -> str:

@@ -38,6 +38,10 @@ HUB_NAME = re.compile(r"\A[\w.-]+/[\w.-]+(?:@[\w.-]+)?", re.ASCII)
 # what Markdown would read as markup; an underscore within a word is none
 MARKUP = re.compile(r"[\\`*\[\]<>|~$&]|(?<!\w)_|_(?!\w)|^[#+=-]")
 
+MODULES = (
+    " mergekit takes no such slices of a model with several modules: only evomerge merges the "
+    "configuration below."
+)
 ALONE = " mergekit does not have it: only evomerge merges the configuration below."
 ABOUT = (
     "This is a merge of pre-trained language models, found with evomerge; its configuration is "
@@ -51,11 +55,13 @@ def model_card(
     extra_markdown: str = "",
     recipe_text: str | None = None,
     about: str = ABOUT,
+    only_here: bool = False,
 ) -> str:
     """A model card with the front matter and sections of mergekit's cards.
 
     `extra_markdown` goes before the configuration; `recipe_text` is the configuration as written,
-    where that is not `recipe.to_yaml()`; `about` is its first paragraph.
+    where that is not `recipe.to_yaml()`; `about` is its first paragraph; with `only_here` mergekit
+    cannot merge the model's modules as the recipe says.
     """
     method = METHODS[recipe.merge_method]
     front = {
@@ -69,6 +75,7 @@ def model_card(
     # a walk has no direction: slerp's base model is a source like the other
     if method.sets_base_apart and not method.walks and recipe.base_model is not None:
         base, using = recipe.base_model, f" using {_link(recipe.base_model)} as a base"
+    alone = MODULES if only_here else ""
     return CARD.format(
         front=yaml.safe_dump(front, sort_keys=True),
         name=markdown_text(name),
@@ -76,7 +83,7 @@ def model_card(
         extra=f"{extra_markdown.strip()}\n\n" if extra_markdown else "",
         method=method.link,
         using=using,
-        alone=ALONE if method.only_here else "",
+        alone=ALONE if method.only_here else alone,
         models="\n".join(f"* {_link(model)}" for model in recipe.models if model != base),
         configuration=configuration,
         fence="`" * max(3, longest + 1),

@@ -27,6 +27,9 @@ from evomerge.searching.snapshot import StudySnapshot
 RESULT_FILES = ("best.yaml", "README.md", "verdict.json", "trials.csv", "report.html")
 SEED_COMMENT = "# The same numbers are dropped with: mergekit-yaml --random-seed {seed}\n"
 OWN_COMMENT = "# Only evomerge merges this: mergekit does not have the method.\n"
+MODULES_COMMENT = (
+    "# Only evomerge merges this: mergekit takes no such slices of a model with several modules.\n"
+)
 # of a card, where a parent has won
 NO_MERGE = "The configuration below gives {name} itself, which is no merge."
 
@@ -86,21 +89,41 @@ def use_threads(snapshot: StudySnapshot) -> None:
         torch.set_num_threads(threads)
 
 
-def recipe_text(snapshot: StudySnapshot) -> str:
-    """The winner's YAML.
+def recipe_text(snapshot: StudySnapshot, in_modules: bool = True) -> str:
+    """The winner's YAML, as mergekit takes it; without `in_modules` always in the genome's form.
 
-    Comments say that it is no merge of the search, and name the seed where numbers are dropped at
-    random.
+    Comments say that it is no merge of the search, or that mergekit cannot merge it, and name the
+    seed where numbers are dropped at random.
     """
+    modules = _modules(snapshot)
     text = snapshot.recipe.to_yaml()
+    if modules and in_modules:
+        text = snapshot.recipe.in_modules(modules).to_yaml()
     method = METHODS[snapshot.recipe.merge_method]
     if method.is_random:
         text = SEED_COMMENT.format(seed=snapshot.study.search.seed) + text
     if method.only_here:
         text = OWN_COMMENT + text
+    elif modules == ():
+        text = MODULES_COMMENT + text
     if snapshot.unbeaten is not None and snapshot.picked is None:
         text = f"# {unbeaten_sentence(snapshot.unbeaten)}\n{text}"
     return text
+
+
+def _modules(snapshot: StudySnapshot) -> tuple[str, ...] | None:
+    """The modules in which mergekit merges the recipe.
+
+    None where they need no mention, as in recipes of whole models without gradients; none where
+    mergekit cannot merge it.
+    """
+    modules, recipe = snapshot.ledger.facts.modules, snapshot.recipe
+    whole = "models" in recipe.to_dict()
+    if whole and (not snapshot.study.genome.smooth or recipe.merge_method == "passthrough"):
+        return None
+    if modules and not METHODS[recipe.merge_method].keeps_a_lone_base:
+        return ()
+    return modules
 
 
 def card(snapshot: StudySnapshot) -> str:
@@ -112,7 +135,8 @@ def card(snapshot: StudySnapshot) -> str:
     if exported.role == "parent":
         about = NO_MERGE.format(name=reference_labels(snapshot).get(exported.number, "a parent"))
     outcome, text = outcome_markdown(snapshot), recipe_text(snapshot)
-    return model_card(snapshot.recipe, name, outcome, text, about)
+    only_here = _modules(snapshot) == ()
+    return model_card(snapshot.recipe, name, outcome, text, about, only_here)
 
 
 def outcome_markdown(snapshot: StudySnapshot) -> str:

@@ -49,7 +49,7 @@ def write_runner(snapshot: StudySnapshot, folder: Path, knowledge: Knowledge | N
     texts = {
         **{name: (TEMPLATES / name).read_text(encoding="utf-8") for name in PROGRAM},
         "requirements.txt": _rendered("requirements.txt"),
-        "recipe.yaml": recipe_text(snapshot),
+        "recipe.yaml": recipe_text(snapshot, in_modules=False),
         "settings.yaml": _rendered(
             "settings.yaml", study=name, settings=settings(study, recipe, knowledge)
         ),

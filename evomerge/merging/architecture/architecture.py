@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from evomerge.errors import UnsupportedRecipe
 from evomerge.merging.architecture.conversion import Group, groups_of
-from evomerge.merging.architecture.described import LAST_SLICE
-from evomerge.merging.architecture.empty_model import empty_model
+from evomerge.merging.architecture.described import LAST_SLICE, MODULES, modules_of
+from evomerge.merging.architecture.empty_model import empty_model, knows_type
 from evomerge.merging.architecture.roles import Role, is_one_module, text_path
 
-log = logging.getLogger(__name__)
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PLAIN_LAYERS = "model.layers."
 # what models like Llama have, whose names say what they are
@@ -35,6 +34,12 @@ class Architecture:
     text: frozenset[str] = field(default=frozenset(), repr=False)  # tensors of the text path
     # what transformers' model has and the files lack; None where only the names speak
     lacking: tuple[str, ...] | None = None
+    # what becomes tensors of transformers' model together, such as a layer's experts
+    converted: tuple[Group, ...] = field(default=(), repr=False)
+    unplaced: tuple[str, ...] = field(default=(), repr=False)  # tensors that nothing says a role of
+    # as mergekit names them, none where it cannot merge them; None for a model of one module
+    modules: tuple[str, ...] | None = None
+    rule: str = ""  # a sentence: which one decides, where transformers has no such model
 
     def split(self, name: str) -> tuple[str, int, str] | None:
         """A layer's tensor as (before, number, after); None for one outside the layers."""
@@ -71,15 +76,14 @@ def architecture_of(config: Mapping[str, Any], names: Collection[str]) -> Archit
     Names like Llama's speak for themselves. For all others, transformers' own model of the
     configuration says where each tensor goes; where it has none, the names have to do.
     """
-    described = LAST_SLICE.get(class_name(config))
     if all(map(_is_plain, names)):
-        return _plain(names, described)
+        return _plain(config, names)
     model = empty_model(config)
     if model is not None:
-        found = _by_modules(model, names, described)
+        found = _by_modules(model, config, names)
         if found is not None:
             return found
-    return _by_names(config, names, described)
+    return _by_names(config, names)
 
 
 def _is_plain(name: str) -> bool:
@@ -111,9 +115,28 @@ def class_name(config: Mapping[str, Any]) -> str:
     return str(named[0])
 
 
-def _plain(names: Collection[str], described: tuple[str, ...] | None) -> Architecture:
+def check_modules(named: tuple[str, ...], config: Mapping[str, Any]) -> None:
+    """Raise UnsupportedRecipe where a recipe names modules that are not those of the model."""
+    known, _ = MODULES.get(class_name(config), ((), ()))
+    if named and set(named) != set(known):
+        raise UnsupportedRecipe(
+            f"`modules` are not those of {class_name(config) or 'the model'}",
+            found=list(named),
+            remedy=f"Name {', '.join(known)}." if known else "Write `slices` without `modules`.",
+        )
+
+
+def _plain(config: Mapping[str, Any], names: Collection[str]) -> Architecture:
+    described = LAST_SLICE.get(class_name(config))
     outside = [name for name in (*names, HEAD) if not name.startswith(PLAIN_LAYERS)]
-    return Architecture((PLAIN_LAYERS,), _first_or_last(outside, described))
+    rule = ""
+    if not knows_type(config):
+        end = "first" if described is None else "last"
+        rule = (
+            f"{_no_model(config)}, so it is merged by its tensors' names, which are like Llama's: "
+            f"norm and head take the {end} slice's weight"
+        )
+    return Architecture((PLAIN_LAYERS,), _first_or_last(outside, described), rule=rule)
 
 
 def _first_or_last(names: Collection[str], described: tuple[str, ...] | None) -> dict[str, Role]:
@@ -126,7 +149,7 @@ def _first_or_last(names: Collection[str], described: tuple[str, ...] | None) ->
 
 
 def _by_modules(
-    model: Any, names: Collection[str], described: tuple[str, ...] | None
+    model: Any, config: Mapping[str, Any], names: Collection[str]
 ) -> Architecture | None:
     """By transformers' model; None where it has no list of layers.
 
@@ -136,6 +159,7 @@ def _by_modules(
     path = text_path(model)
     if path is None:
         return None
+    described = LAST_SLICE.get(class_name(config))
     groups, left_out = groups_of(model, names)
     targets = dict(left_out)
     for group in groups:
@@ -170,6 +194,8 @@ def _by_modules(
         roles[head] = Role.LAST
     lacking = _lacking(model, groups)
     text = frozenset(name for name, role in roles.items() if role != Role.OUTSIDE)
+    expected = model._keys_to_ignore_on_load_unexpected or ()
+    unplaced = [name for name in left_out if not any(re.search(known, name) for known in expected)]
     return Architecture(
         _longest_first(prefixes),
         roles,
@@ -177,6 +203,9 @@ def _by_modules(
         head,
         text | frozenset(inside),
         lacking,
+        tuple(group for group in groups if group.converter is not None),
+        tuple(unplaced),
+        None if one_module else modules_of(class_name(config), names),
     )
 
 
@@ -205,9 +234,7 @@ def _before(name: str, layer: int) -> str | None:
     return None
 
 
-def _by_names(
-    config: Mapping[str, Any], names: Collection[str], described: tuple[str, ...] | None
-) -> Architecture:
+def _by_names(config: Mapping[str, Any], names: Collection[str]) -> Architecture:
     """The largest list of tensors whose numbers run from 0 without a gap."""
     numbers: dict[str, list[int]] = {}
     for name in names:
@@ -220,17 +247,20 @@ def _by_names(
             whole[before] = found
     layers = max(whole, key=lambda before: len(whole[before]), default=PLAIN_LAYERS)
     outside = [name for name in names if not name.startswith(layers)]
-    unknown = [name for name in outside if not _PLAIN.match(name)]
-    if unknown:
-        log.warning(
-            "transformers has no model for %s: %d tensors outside of %s take the first slice's "
-            "weight, such as %s",
-            config.get("model_type"),
-            len(unknown),
-            layers,
-            unknown[0],
-        )
-    return Architecture((layers,), _first_or_last([*outside, HEAD], described))
+    roles = _first_or_last([*outside, HEAD], LAST_SLICE.get(class_name(config)))
+    rule = f"{_no_model(config)}, so it is merged by its tensors' names: the layers are {layers}N"
+    return Architecture(
+        (layers,),
+        roles,
+        unplaced=tuple(name for name in outside if not _PLAIN.match(name)),
+        rule=rule,
+    )
+
+
+def _no_model(config: Mapping[str, Any]) -> str:
+    if config.get("model_type") is None:
+        return "config.json names no model_type"
+    return f"transformers has no model of type {config['model_type']}"
 
 
 def _longest_first(prefixes: set[str]) -> tuple[str, ...]:

@@ -6,6 +6,8 @@ outside the layers from the first slice.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 NORM_AND_HEAD = ("model.norm.", "lm_head.")
 _LIKE_LLAMA = (
     "Apertus",
@@ -51,3 +53,31 @@ LAST_SLICE: dict[str, tuple[str, ...]] = {
     "PhiForCausalLM": ("model.final_layernorm.", "lm_head."),
     "QWenLMHeadModel": ("transformer.ln_f.", "lm_head."),
 }
+
+
+# class -> the modules that mergekit sees in it, the text decoder first, and the beginnings of the
+# names of all their tensors
+_TEXT, _PROJECTOR, _VISION = "text_decoder", "multi_modal_projector", "vision_tower"
+_THREE = (_TEXT, _PROJECTOR, _VISION)
+_LLAVA = ("language_model.", "multi_modal_projector.")
+_QWEN3_VL = ("model.language_model.", "lm_head.", "model.visual.")
+MODULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "Gemma3ForConditionalGeneration": (_THREE, (*_LLAVA, "vision_tower.vision_model.")),
+    "Mistral3ForConditionalGeneration": (_THREE, (*_LLAVA, "vision_tower.")),
+    "Qwen2_5_VLForConditionalGeneration": (
+        _THREE,
+        ("model.embed_tokens.", "model.layers.", "model.norm.", "lm_head.", "visual."),
+    ),
+    "Qwen3VLForConditionalGeneration": (_THREE, _QWEN3_VL),
+    "Qwen3VLMoeForConditionalGeneration": (_THREE, _QWEN3_VL),
+}
+
+
+def modules_of(class_name: str, names: Iterable[str]) -> tuple[str, ...]:
+    """The modules that mergekit merges in a model of several; none where it cannot.
+
+    It looks for the names that its description has, which another version of transformers may have
+    written otherwise.
+    """
+    modules, known = MODULES.get(class_name, ((), ()))
+    return modules if all(name.startswith(known) for name in names) else ()

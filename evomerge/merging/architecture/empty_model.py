@@ -3,10 +3,31 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 from collections.abc import Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
+
+
+def knows_type(config: Mapping[str, Any]) -> bool:
+    """Whether transformers has the `model_type` that config.json names.
+
+    Most types are a folder of its package. Its import takes a second, and waits for those that are
+    none.
+    """
+    named = config.get("model_type")
+    if not isinstance(named, str):
+        return False
+    package = importlib.util.find_spec("transformers")
+    if package is not None and package.origin is not None:
+        folder = Path(package.origin).parent / "models" / named
+        if named.isidentifier() and folder.is_dir():
+            return True
+    from transformers import CONFIG_MAPPING
+
+    return named in CONFIG_MAPPING
 
 
 def empty_model(config: Mapping[str, Any]) -> Any:

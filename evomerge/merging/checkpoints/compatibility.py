@@ -9,6 +9,7 @@ from evomerge.merging.architecture.text_config import text_config
 from evomerge.merging.checkpoints.config_defaults import config_value
 from evomerge.merging.checkpoints.model_folder import ModelFolder, tied_by_config
 from evomerge.merging.checkpoints.quantized_weights import refuse_quantized
+from evomerge.merging.checkpoints.stored_forms import SAVE_ALIKE, other_form
 
 # Keys of config.json that must be equal for tensors of one name to have one meaning, which their
 # shapes alone do not show.
@@ -61,6 +62,7 @@ def check_tensors(
         if name == model.head:
             _check_head(model)
         if model.stored(name) not in model.keys:
+            _check_form(model, name)
             raise ModelError(
                 f"does not fit the base: it lacks {name}", where=model.path, remedy=ONLY_SIBLINGS
             )
@@ -103,13 +105,33 @@ def _check_head(model: ModelFolder) -> None:
 
 def _check_names(base: ModelFolder, sibling: ModelFolder) -> None:
     for name in sorted((base.keys ^ sibling.keys) - {base.head, sibling.head}):
-        lacking = "the sibling lacks" if name in base.keys else "the base lacks"
+        lacking = "the base lacks"
+        if name in base.keys:
+            lacking = "the sibling lacks"
+            _check_form(sibling, name)
+        else:
+            _check_form(base, name, sibling)
         raise ModelError(
-            f"does not fit the base: {lacking} {name}",
-            where=sibling.path,
-            remedy=f"{ONLY_SIBLINGS} One that another version of transformers saved under other "
-            "names has to be saved again.",
+            f"does not fit the base: {lacking} {name}", where=sibling.path, remedy=ONLY_SIBLINGS
         )
+
+
+def _check_form(model: ModelFolder, lacked: str, sibling: ModelFolder | None = None) -> None:
+    """Raise ModelError where a model has the numbers of a tensor that it lacks in another form.
+
+    `sibling` has the tensor, and `model` is the base; without it, it is the other way round.
+    """
+    forms = other_form(model, lacked)
+    if forms is None:
+        return
+    ours, theirs = forms
+    if sibling is not None:
+        theirs, ours = forms
+    raise ModelError(
+        f"does not fit the base: it stores as {ours} what the base stores as {theirs}",
+        where=(sibling or model).path,
+        remedy=SAVE_ALIKE,
+    )
 
 
 def _check_shapes(

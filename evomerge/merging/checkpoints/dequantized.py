@@ -27,6 +27,7 @@ ENDS = {
         (".input_scale", ".output_scale", ".q_scale", ".k_scale", ".v_scale"),
     ),
 }
+OTHER_SCALES = ("_scale", "_scale_inv")  # which one quantiser or another writes
 BLOCKS, MX_SCALES = "_blocks", "_scales"  # of mxfp4
 TELLING = threading.Lock()
 told = set[str]()  # references of models of which it was said that they are dequantised
@@ -119,9 +120,11 @@ def _in_mxfp4(folder: ModelFolder) -> dict[str, PackedTensor]:
     for blocks in sorted(folder.keys):
         name = blocks.removesuffix(BLOCKS)
         scales = name + MX_SCALES
-        if name == blocks or scales not in folder.keys:
+        if name == blocks or folder.stored_dtype(blocks) != "U8":
             continue
-        if (folder.stored_dtype(blocks), folder.stored_dtype(scales)) != ("U8", "U8"):
+        if scales not in folder.keys:
+            raise _without_scales(folder, blocks, scales)
+        if folder.stored_dtype(scales) != "U8":
             continue
         shape, grid = folder.stored_shape(blocks), folder.stored_shape(scales)
         if len(shape) != 4 or shape[:-1] != grid or shape[-1] != 16:
@@ -138,7 +141,11 @@ def _in_fp8(
     packed = {}
     for name in sorted(folder.keys):
         scales = name + end
-        if folder.stored_dtype(name) != FP8 or scales not in folder.keys:
+        if folder.stored_dtype(name) != FP8:
+            continue
+        if scales not in folder.keys:
+            if folder.keys.isdisjoint(name + other for other in OTHER_SCALES):
+                raise _without_scales(folder, name, scales)
             continue
         if folder.stored_dtype(scales) not in SCALES:
             continue
@@ -204,4 +211,12 @@ def _misfit(
         f"{scales} does not fit the weights that it scales: it is {grid}, they are {shape}",
         where=folder.path,
         remedy="Copy or download the model again.",
+    )
+
+
+def _without_scales(folder: ModelFolder, numbers: str, scales: str) -> ModelError:
+    return ModelError(
+        f"{numbers} is quantised, and the tensor of its scales, {scales}, is missing",
+        where=folder.files[numbers],
+        remedy="Copy or download the model again, or name the one that it was quantised from.",
     )

@@ -27,7 +27,9 @@ def find_folder(ref: str, kind: str, remedy: str) -> Path:
         log.warning("%s: a folder has no revisions, so @%s changes nothing", folder, revision)
         return local_path(folder)
     is_name = ref.partition("@")[0].count("/") == 1 and not ref.startswith((".", "/", "~"))
-    if is_there(path) or not is_name:
+    if is_there(path):
+        raise ModelError(f"is not a {kind} folder", where=ref, remedy=remedy)
+    if not is_name:
         raise ModelError(f"there is no such {kind} folder", where=ref, remedy=remedy)
     return download(ref)
 

@@ -34,7 +34,7 @@ def open_model(ref: str) -> ModelFolder:
         base = open_model(model)
         refuse_quantized(base)
         return open_lora(base, adapter, ref)
-    if ref.endswith(".gguf") and local_path(ref).is_file():
+    if ref.lower().endswith(".gguf") and local_path(ref).is_file():
         _refuse_gguf([local_path(ref)])
     path = find_folder(
         ref, "model", "Name a folder with config.json and safetensors, or a hub name."

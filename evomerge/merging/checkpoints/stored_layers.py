@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from evomerge.errors import ModelError
 from evomerge.merging.architecture.architecture import misfits_of
 from evomerge.merging.checkpoints.model_folder import ModelFolder, num_layers
+from evomerge.merging.checkpoints.stored_forms import check_converted
 
 
 def layers_of(folder: ModelFolder) -> dict[int, set[tuple[str, str]]]:
@@ -48,6 +49,7 @@ def check_layers(folder: ModelFolder, by_layer: Mapping[int, set[tuple[str, str]
             where=folder.path,
             remedy="Copy or download the model again.",
         )
+    check_converted(folder)
 
 
 def _odd_ones(

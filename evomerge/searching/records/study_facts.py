@@ -105,6 +105,8 @@ class StudyFacts:
     task_groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     names: tuple[str, ...] = ()  # of the genome's numbers
     n_layers: int | None = None
+    # of the base, as in `Architecture`: where the recipes keep what is outside the text path
+    modules: tuple[str, ...] | None = None
     knowledge: str | None = None  # hash of the knowledge base
     own_method: str | None = None  # hash of the file of a user's own merge method
     judge: str | None = None  # name and version
@@ -203,6 +205,7 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "study_file": _without_secrets,
     "split": SplitKeys.from_dict,
     "names": tuple,
+    "modules": tuple,
     "first": _each(tuple),
     "start": Start.from_dict,
     "warm_start": _each(GradientStep.from_dict),

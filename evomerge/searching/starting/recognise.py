@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from evomerge.merging.adapters.lora import AdaptedModel
+from evomerge.merging.architecture.roles import Role
 from evomerge.merging.checkpoints.fingerprint import combined, fingerprint
 from evomerge.merging.checkpoints.model_folder import ModelFolder
 from evomerge.recipe import OWN
@@ -27,6 +28,7 @@ BEGINNING = (
     "task_groups",
     "names",
     "n_layers",
+    "modules",
     "files",
     "knowledge",
     "own_method",
@@ -61,6 +63,7 @@ def facts_of(prepared: Prepared, known: StudyFacts) -> StudyFacts:
         task_groups=task_groups(study, split),
         names=tuple(prepared.genome.names),
         n_layers=prepared.genome.slices[-1][1],
+        modules=_modules(prepared),
         knowledge=None if chooser is None else chooser.knowledge.digest(),
         own_method=OWN[method].digest if method in OWN else None,
         known_candidates=tuple(tuple(vector.tolist()) for vector in vectors),
@@ -68,6 +71,19 @@ def facts_of(prepared: Prepared, known: StudyFacts) -> StudyFacts:
         references_win=known.references_win or not known.begun,
         credit_breaks_ties=known.credit_breaks_ties or not known.begun,
     )
+
+
+def _modules(prepared: Prepared) -> tuple[str, ...] | None:
+    """The base's modules for mergekit; none where a gene reaches out of the text path."""
+    architecture, genome = prepared.base.architecture, prepared.study.genome
+    if architecture.modules is None:
+        return None
+    reaches_out = genome.outside == "first"
+    for text in genome.filters or ():
+        for name, role in architecture.roles.items():
+            if role == Role.OUTSIDE and architecture.names_outside(text, name):
+                reaches_out = True
+    return () if reaches_out else architecture.modules
 
 
 def _prints(model: ModelFolder, known: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
