@@ -60,9 +60,12 @@ class ModelFolder:
         return self.architecture.embeddings
 
     @property
-    def vocabulary(self) -> tuple[str, str]:
-        """The tensors with a row for each token."""
-        return self.embeddings, self.head
+    def vocabulary(self) -> tuple[str, ...]:
+        """The tensors with a row for each token: embeddings, head, and the head's bias if any."""
+        layer = self.head.removesuffix(".weight")
+        # BERT's kin keep the bias above the head
+        biases = {f"{layer}.bias", f"{layer.removesuffix('.decoder')}.bias"}
+        return self.embeddings, self.head, *sorted(biases & self.keys)
 
     @cached_property
     def _headers(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -102,7 +105,7 @@ class ModelFolder:
 
     def is_untied(self) -> bool:
         """Whether the head has weights of its own: one that equals the embeddings may be tied."""
-        embeddings, head = self.vocabulary
+        embeddings, head = self.embeddings, self.head
         if head not in self.files or embeddings not in self.files:
             return head in self.files
         if tied_by_config(self.config) is False:
