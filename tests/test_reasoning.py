@@ -15,15 +15,9 @@ import evomerge
 from evomerge.answering.cache import AnswerCache
 from evomerge.answering.engine import Answer, EngineSpec
 from evomerge.answering.hf.engine import TransformersEngine
-from evomerge.answering.reasoning import (
-    THINK,
-    Marks,
-    SplitReply,
-    bare_thoughts,
-    find_marks,
-    split_reply,
-)
+from evomerge.answering.reasoning import THINK, find_marks
 from evomerge.answering.reply_reader import ReplyReader
+from evomerge.answering.thoughts import Marks, SplitReply, bare_thoughts, split_reply
 from evomerge.cli import main
 from evomerge.genome.genome import make_genome
 from evomerge.inference.part import Part
@@ -63,6 +57,43 @@ def test_where_the_answer_begins(text, opened, thoughts, answer, is_open):
     assert split_reply(text, THINK, opened) == SplitReply(thoughts, answer, is_open)
 
 
+@pytest.mark.parametrize(
+    ("text", "opened", "thoughts", "answer", "later"),
+    [
+        # blocks in a row, also after one that the prompt has begun
+        ("<think>a</think>\n<think>b</think>answer", False, "a\n\nb", "answer", ""),
+        ("<think>a</think><think>b</think>\n\nanswer", False, "a\n\nb", "answer", ""),
+        ("a</think>\n<think>b</think>answer", True, "a\n\nb", "answer", ""),
+        ("a</think>\n<think>b</think>answer", False, "a\n\nb", "answer", ""),
+        # within the answer
+        ("x\n<think>a</think>\ny", False, "", "x\ny", "a"),
+        ("<think>a</think>x\n<think>\nb\n</think>\n\ny", False, "a", "x\ny", "b"),
+        ("x\n<think>a</think> <think>b</think>", False, "", "x\n", "a\n\nb"),
+        ("<think>a</think>x\n <think>cut off", False, "a", "x\n ", "cut off"),
+        # nested
+        ("<think>a<think>b</think>c</think>x", False, "a<think>b</think>c", "x", ""),
+        ("a<think>b</think>c</think>x", True, "a<think>b</think>c", "x", ""),
+        ("<think>a<think>b</think>x", False, "a<think>b", "x", ""),
+        ("<think>a<think>b</think>x", True, "a<think>b", "x", ""),
+        ("<think>a <think>?</think>x\n<think>b</think>y", False, "a <think>?", "x\ny", "b"),
+        # named in the answer
+        ("<think>a</think>Use <think> and </think>.", False, "a", "Use <think> and </think>.", ""),
+    ],
+)
+def test_blocks_of_thoughts(text, opened, thoughts, answer, later):
+    reply = split_reply(text, THINK, opened)
+    assert not reply.is_open
+    assert bare_thoughts(reply.thoughts, THINK) == thoughts
+    assert reply.answer == answer
+    assert bare_thoughts(reply.later, THINK) == later
+    assert sorted(reply.thoughts + reply.answer + reply.later) == sorted(text)
+
+
+@pytest.mark.parametrize("text", ["<think>a</think>\n<think>b", "<think>a<think>b", "<think>\n"])
+def test_blocks_that_do_not_end_leave_no_answer(text):
+    assert split_reply(text, THINK) == SplitReply(text, "", is_open=True)
+
+
 @given(
     st.lists(st.sampled_from(["<think>", "</think>", "a", " ", "\n", "<", "think>"])).map("".join)
     | st.text(),
@@ -70,14 +101,17 @@ def test_where_the_answer_begins(text, opened, thoughts, answer, is_open):
 )
 def test_thoughts_and_answer_are_the_whole_reply(text, opened):
     reply = split_reply(text, THINK, opened)
-    assert reply.thoughts + reply.answer == text
-    assert not (reply.is_open and reply.answer)
-    bare_thoughts(reply.thoughts, THINK)
+    if not reply.later:
+        assert reply.thoughts + reply.answer == text
+    assert sorted(reply.thoughts + reply.answer + reply.later) == sorted(text)
+    assert not (reply.is_open and (reply.answer or reply.later))
+    bare_thoughts(reply.thoughts + reply.later, THINK)
 
 
 def test_a_reply_of_megabytes_is_split_at_once():
     began = time.perf_counter()
-    for text in ("<think>" * 10**6, "<think" * 10**6, " " * 10**7, "</think" * 10**6):
+    blocks = "<think></think>\n" * 10**5
+    for text in ("<think>" * 10**6, "<think" * 10**6, " " * 10**7, "</think" * 10**6, blocks):
         split_reply(text, THINK)
         split_reply(text, THINK, True)
     assert time.perf_counter() - began < 5
@@ -112,6 +146,15 @@ def test_replies_are_read_with_their_tokens():
     assert read(thinker(), "<think>いう") == Answer("", False, 3, "<think>いう", 3)
     assert read(thinker(), "<think>い</think>えおか", stops=("お",)).text == "え"
     assert read(thinker(), "<think>い</think>え", wanted=None).thought_tokens is None
+
+
+def test_tokens_of_all_blocks_are_counted():
+    assert read(thinker(), "<think>い</think>\n<think>う</think>えお") == Answer(
+        "えお", False, 9, "<think>い</think>\n<think>う</think>", 7
+    )
+    found = read(thinker(), "<think>い</think>え\n<think>うう</think>お")
+    assert found == Answer("え\nお", False, 10, "<think>い</think><think>うう</think>", 7)
+    assert faults(found, "1+1は？") == ()
 
 
 def test_marks_that_are_no_tokens_are_counted_too():
@@ -258,6 +301,9 @@ def test_cut_thoughts_ask_for_more_room():
         ("い</think>え", "あ\n"),
         ("い", "あ\n<think>\n"),
         ("い<think>う</think>え", "あ\n"),
+        ("<think>い</think>\n<think>う</think>え", "あ\n"),
+        ("<think>い</think>え\n<think>う</think>お", "あ\n"),
+        ("<think>い<think>う</think>え</think>お", "あ\n"),
         ("<think>い", "あ\n"),
         ("い", "あ\n"),
     ],

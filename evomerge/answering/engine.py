@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from evomerge.answering.reasoning import Marks
+    from evomerge.answering.thoughts import Marks
     from evomerge.genome.genome import Genome
     from evomerge.merging.checkpoints.model_folder import ModelFolder
     from evomerge.recipe import Recipe

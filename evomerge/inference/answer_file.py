@@ -9,7 +9,7 @@ from typing import Any
 
 from evomerge.answering.engine import Answer, Engine, PromptSettings
 from evomerge.answering.prompts import Prompt, Prompter
-from evomerge.answering.reasoning import bare_thoughts
+from evomerge.answering.thoughts import bare_thoughts
 from evomerge.errors import EngineError, TaskError
 from evomerge.finished import record_made
 from evomerge.inference.part import CLASSES, Part, replace
