@@ -35,7 +35,7 @@ class ReplyReader:
 
         Thoughts without an end are no answer: they are cut, unless the model ended there itself.
         """
-        text = self._text(tokens)
+        text = self.text(tokens)
         stop = first_stop(text, stops)
         cut, count = not ended and stop is None, len(tokens)
         if self.marks is None:
@@ -46,7 +46,7 @@ class ReplyReader:
         thinking = min(count, self._thought_tokens(tokens, reply, self.marks))
         return Answer(reply.answer, cut, count, reply.thoughts + reply.later, thinking)
 
-    def _text(self, tokens: Sequence[int]) -> str:
+    def text(self, tokens: Sequence[int]) -> str:
         """The tokens' text without special tokens, except those that marks are made of."""
         special = self._special
         if not special:
@@ -68,7 +68,7 @@ class ReplyReader:
             if len(places) >= ends:
                 return places[ends - 1] + 1 + later
         before = bisect_left(
-            range(len(tokens)), ends, key=lambda n: self._text(tokens[:n]).count(marks.end)
+            range(len(tokens)), ends, key=lambda n: self.text(tokens[:n]).count(marks.end)
         )
         return before + later
 
