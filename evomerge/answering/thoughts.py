@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -77,60 +76,58 @@ def bare_thoughts(thoughts: str, marks: Marks | None) -> str:
     return text.strip()
 
 
-class _Mark(NamedTuple):
-    begin: int
-    after: int
-    is_end: bool
-
-
 def _blocks(text: str, marks: Marks, opened: bool) -> Iterator[tuple[int, int, bool]]:
     """(begin, after, closed) of each block of thoughts: its place, with the blanks after it."""
-    found = _find(text, marks)
-    if opened or (found and found[0].is_end):
-        found.insert(0, _Mark(0, 0, False))
-    closing, at, i = _closing(found), 0, 0
-    while i < len(found):
-        if found[i].is_end or not _may_begin(text, found[i].begin, at):
+    places, ends = _find(text, marks)
+    if opened or (ends and ends[0]):
+        places.insert(0, 0)
+        ends.insert(0, False)
+    closing, at, i = _closing(ends), 0, 0
+    while i < len(places):
+        if ends[i] or not _may_begin(text, places[i], at):
             i += 1
             continue
-        end = closing.get(i) or _first_end(found, i)
-        if end is None:
-            yield found[i].begin, len(text), False
+        begin = places[i]
+        i = closing.get(i) or _first_end(ends, i)
+        if i == len(places):
+            yield begin, len(text), False
             return
-        at = found[end].after
+        at = places[i] + len(marks.end)
         while at < len(text) and text[at].isspace():
             at += 1
-        yield found[i].begin, at, True
-        i = end + 1
+        yield begin, at, True
+        i += 1
 
 
-def _find(text: str, marks: Marks) -> list[_Mark]:
-    """The marks in a text, in their order."""
+def _find(text: str, marks: Marks) -> tuple[list[int], list[bool]]:
+    """Where the marks in a text are, and which of them are ends."""
     start = marks.start.lstrip()
     # the longer one first: an end mark that is a part of the start mark is none
     either = sorted((start, marks.end), key=len, reverse=True)
-    found = []
+    places, ends = [], []
     for match in re.finditer("|".join(map(re.escape, either)), text):
-        found.append(_Mark(match.start(), match.end(), match[0] == marks.end))
-    return found
+        places.append(match.start())
+        ends.append(match[0] == marks.end)
+    return places, ends
 
 
-def _closing(found: list[_Mark]) -> dict[int, int]:
+def _closing(ends: list[bool]) -> dict[int, int]:
     """The number of the mark that closes each start, of those that are closed."""
     closing, begun = {}, []
-    for i, mark in enumerate(found):
-        if not mark.is_end:
+    for i, is_end in enumerate(ends):
+        if not is_end:
             begun.append(i)
         elif begun:
             closing[begun.pop()] = i
     return closing
 
 
-def _first_end(found: list[_Mark], begin: int) -> int | None:
-    for i in range(begin + 1, len(found)):
-        if found[i].is_end:
-            return i
-    return None
+def _first_end(ends: list[bool], begin: int) -> int:
+    """The number of the first end after a start; where there is none, that of the marks."""
+    try:
+        return ends.index(True, begin)
+    except ValueError:
+        return len(ends)
 
 
 def _may_begin(text: str, place: int, at: int) -> bool:
