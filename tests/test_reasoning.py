@@ -23,7 +23,10 @@ from evomerge.genome.genome import make_genome
 from evomerge.inference.part import Part
 from evomerge.inference.selfcheck import faults
 from evomerge.merging.checkpoints.open_model import open_model
+from evomerge.reporting.export import verdict_markdown
+from evomerge.searching.final_test import make_verdict
 from evomerge.searching.records.trial_record import TaskGrade
+from evomerge.searching.records.verdict_record import Verdict
 from evomerge.study import (
     EngineSection,
     GenerationSection,
@@ -240,19 +243,80 @@ def test_a_search_records_thoughts_apart_and_shows_them(folders, tmp_path, capsy
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith(" think")
     assert max(map(len, lines[:7])) <= 80
+    done = [record for record in study.records if record.state == "complete"]
+    mean = sum(r.thought_tokens / r.n for r in done) / len(done)
+    (line,) = [text for text in lines if text.startswith("tokens per answer")]
+    assert f" {mean:,.0f} of thoughts" in line
+    check_verdict_tokens(study, tmp_path / "results" / "study", " ".join(lines))
     out = tmp_path / "a.jsonl"
     found = evomerge.infer(
         folders / "tasks.jsonl", study="study", storage=tmp_path / "s.db", out=out
     )
     rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert [row["output"] for row in rows] == [answer.output for answer in found]
-    for row in rows:
+    for row, answer in zip(rows, found, strict=True):
         assert row["thoughts"] if not row["output"] else True
         assert "う" not in row.get("thoughts", "")
+        assert row["thought_tokens"] + row["answer_tokens"] <= 12
+        assert (answer.thought_tokens, answer.answer_tokens) == (
+            row["thought_tokens"],
+            row["answer_tokens"],
+        )
+    grade = ["judge", "grade", "--tasks", str(folders / "tasks.jsonl"), "--answers", str(out)]
+    capsys.readouterr()
+    assert main([*grade, "--judge", "rules"]) == 0
+    said = capsys.readouterr()
+    graded = [json.loads(line) for line in said.out.splitlines()]
+    assert [line["thought_tokens"] for line in graded] == [row["thought_tokens"] for row in rows]
+    assert [line["answer_tokens"] for line in graded] == [row["answer_tokens"] for row in rows]
+    mean = sum(row["thought_tokens"] for row in rows) / len(rows)
+    assert f"tokens per answer: {mean:,.0f} of thoughts" in said.err
     again = evomerge.infer(
         folders / "tasks.jsonl", study="study", storage=tmp_path / "s.db", out=out
     )
     assert not again.made
+
+
+def check_verdict_tokens(study, results, shown):
+    """The verdict's tokens per answer: in what it stores, on the page, in the card, in `show`."""
+    verdict = json.loads((results / "verdict.json").read_text(encoding="utf-8"))
+    said = []
+    for name, c in study.verdict.candidates.items():
+        assert 0 < c.thought_tokens <= 12 - c.answer_tokens
+        assert verdict["candidates"][name]["thought_tokens"] == c.thought_tokens
+        said.append(f"{c.thought_tokens:,.0f} and {c.answer_tokens:,.0f}")
+    assert f"winner {said[0]}" in shown
+    page = (results / "report.html").read_text(encoding="utf-8")
+    card = verdict_markdown(study.verdict, study.winner, study.notes)
+    for text in said:
+        assert text in page
+        assert text in card
+
+
+def test_a_candidate_s_tokens_are_means_over_the_held_out_tasks():
+    grades = {"a": (4, 6), "b": (1, 0), "c": (0, 12)}
+    known = {
+        key: TaskGrade(True, False, grade=3.0, tokens=answer, thought_tokens=thought)
+        for key, (answer, thought) in grades.items()
+    }
+    plain = {key: TaskGrade(True, False, grade=3.0, tokens=4) for key in grades}
+    verdict = make_verdict({"winner": known, "base": plain}, "grade")
+    winner = verdict.candidates["winner"]
+    assert (winner.thought_tokens, winner.answer_tokens) == (18 / 3, 5 / 3)
+    assert verdict.candidates["base"].thought_tokens is None
+    data = verdict.to_dict()
+    assert data["candidates"]["base"].keys() == {"mean", "stderr", "truncated"}
+    assert Verdict.from_dict(data) == verdict
+
+
+@pytest.mark.parametrize("value", ["-1", "1.5", "true", '"9"'])
+def test_bad_numbers_of_tokens_are_refused_in_a_line(folders, tmp_path, capsys, value):
+    (tmp_path / "a.jsonl").write_text(f'{{"task_id": 0, "output": "1", "thought_tokens": {value}}}')
+    options = ["--tasks", str(folders / "tasks.jsonl"), "--answers", str(tmp_path / "a.jsonl")]
+    assert main(["judge", "grade", *options, "--judge", "rules"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert "`thought_tokens`" in said
+    assert "\n" not in said
 
 
 def test_thoughts_are_kept_in_caches_and_parts(tmp_path):
@@ -267,7 +331,9 @@ def test_thoughts_are_kept_in_caches_and_parts(tmp_path):
     with Part(tmp_path / "out", header, 2) as part:
         part.add(dict(enumerate(answers)))
     with Part(tmp_path / "out", header, 2) as part:
-        assert [answer.whole for answer in part.answers.values()] == ["<think>b</think>a", "c"]
+        kept = list(part.answers.values())
+    assert [answer.whole for answer in kept] == ["<think>b</think>a", "c"]
+    assert [(a.answer_tokens, a.thought_tokens) for a in kept] == [(1, 4), (0, None)]
 
 
 def test_grades_without_thoughts_are_stored_as_before():

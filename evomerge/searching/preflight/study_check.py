@@ -18,7 +18,7 @@ from evomerge.searching.generation.learning import telling_tasks
 from evomerge.searching.ledger import Ledger, open_ledger
 from evomerge.searching.preflight.answers_check import check_engine, check_judge, check_prompts
 from evomerge.searching.preflight.findings import Findings, PreflightFinding
-from evomerge.searching.preflight.merge_check import check_first_merge
+from evomerge.searching.preflight.merge_check import check_first_merge, try_own_method
 from evomerge.searching.preflight.needs import check_memory_and_disk, check_slices, cost
 from evomerge.searching.preflight.verdict_power import advice, grade_scale, verdict_power
 from evomerge.searching.prepare import prepare, study_tasks
@@ -220,6 +220,9 @@ def _search_itself(findings: Findings, study: Study, url: str | None) -> None:
         facts = StudyFacts() if stored is None else stored.facts
         prepared = prepare(as_begun(study, facts.study_file), lambda note: None)
         check_demanded_start(study, prepared.genome, prepared.split.search)
+        tried = try_own_method(prepared)
+        if tried is not None:
+            findings.add("ok", "method", f"{study.genome.merge_method} merges {tried}")
         if check_first_merge(prepared):
             findings.add("ok", "merge", "every tensor has its place in the live model")
         if stored is None or not facts.begun:
