@@ -135,8 +135,11 @@ def tied_by_config(config: Mapping[str, Any]) -> bool | None:
     return None
 
 
-def num_layers(config: Mapping[str, Any]) -> int:
-    """Layers of the text decoder that a config.json describes. Raises UnsupportedRecipe."""
+def num_layers(config: Mapping[str, Any], where: object = None) -> int:
+    """Layers of the text decoder that a config.json describes.
+
+    Raises UnsupportedRecipe where it names none, ModelError where it cannot be their number.
+    """
     text = text_config(config)
     key = layers_key(text)
     found = text[key] if key is not None else None
@@ -144,8 +147,13 @@ def num_layers(config: Mapping[str, Any]) -> int:
     if found is None and stated is not None:
         raise ModelError(
             "`num_hidden_layers` in config.json is not a whole number",
+            where=where,
             found=stated,
             remedy="Correct it.",
+        )
+    if found is not None and found < 1:
+        raise ModelError(
+            f"`{key}` in config.json is below 1", where=where, found=found, remedy="Correct it."
         )
     if found is None:
         model = empty_model(config)
