@@ -259,6 +259,18 @@ def test_a_study_searches_its_numbers_and_notices_a_change(pair, tmp_path):
         search(pair, tmp_path, trials=8)
 
 
+def test_a_study_bounds_the_numbers_of_an_own_method(pair, tmp_path):
+    (tmp_path / "clipped.py").write_text(documented())
+    bounds = {"search.parameter_bounds": {"limit": [0.2, 0.3]}}
+    found = search(pair, tmp_path, trials=4, overrides=bounds)
+    drawn = [record.vector for record in found.records if record.role == "candidate"]
+    slices = len(drawn[0]) // 2
+    assert all(0.2 <= number <= 0.3 for row in drawn for number in row[slices:])
+    bounds = {"search.parameter_bounds": {"limit": [0, 2]}}
+    with pytest.raises(InputError, match=r"`search.parameter_bounds.limit`.*from 0 to 1"):
+        search(pair, tmp_path, trials=4, overrides=bounds)
+
+
 def test_a_study_s_fault_is_said_in_a_line(pair, tmp_path):
     (tmp_path / "clipped.py").write_text("1 / 0")
     with pytest.raises(InputError, match=r"`genome.merge_method` is not a merge method.*ZeroDiv"):
