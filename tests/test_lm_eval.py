@@ -11,6 +11,7 @@ import subprocess
 import pytest
 import yaml
 
+import evomerge
 from evomerge.answering.lm_eval.documents import LmEvalTasks
 from evomerge.answering.lm_eval.harness import LmEvalRunner
 from evomerge.cli import main
@@ -24,7 +25,6 @@ from evomerge.study import read_study
 
 lm_eval = pytest.importorskip("lm_eval")
 KANA = "あいうえおかきくけこ"
-THOUGHTS_END, STOP = "9", "7"
 
 
 @pytest.fixture(scope="module")
@@ -187,10 +187,10 @@ def test_in_place_values_are_those_of_a_merged_folder(folder, tmp_path, chat):
     assert score == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("opened_by_prompt", [False, True])
-def test_metrics_see_the_answers_of_a_model_that_thinks(pair, folder, tmp_path, opened_by_prompt):
-    """The end mark and the stop string are what untrained models write."""
-    end, stop = THOUGHTS_END, STOP
+@pytest.mark.parametrize("start", ["か", "<think>"])
+def test_metrics_see_the_answers_of_a_model_that_thinks(pair, folder, tmp_path, start):
+    """The marks and the stop string are what untrained models write; <think> ends the prompt."""
+    end, stop, opened_by_prompt = "9", "7", start == "<think>"
     data = yaml.safe_load((folder / "tasks/tiny_generate.yaml").read_text(encoding="utf-8"))
     for name, until in (("thinking", [stop]), ("raw", ["never"])):
         asked = {"until": until, "max_gen_toks": 24, "do_sample": False}
@@ -209,8 +209,12 @@ def test_metrics_see_the_answers_of_a_model_that_thinks(pair, folder, tmp_path, 
         f"genome.models=[{tmp_path}/instruct]",
         f"task_search_path={tmp_path}",
         "tasks=[{name: thinking, metric: 'exact_match,none'}]",
-        f"generation.reasoning={{start: <think>, end: '{end}'}}",
+        f"generation.reasoning={{start: {start}, end: '{end}'}}",
         "num_fewshot=0",
+    ]
+    found = evomerge.check(folder / "study.yaml", overrides=[*SMALL, *settings])
+    assert [f.text for f in found if f.subject == "reasoning"] == [
+        f"thoughts are between {start} and {end}"
     ]
     with opened(folder, tmp_path, *settings) as search:
         recipe = search.genome.decode([0.7, 1.2])
@@ -220,12 +224,16 @@ def test_metrics_see_the_answers_of_a_model_that_thinks(pair, folder, tmp_path, 
     build_model(recipe, tmp_path / "merged")
     raw = replies(tmp_path, tmp_path / "merged", "raw")
     wanted = []
-    for text in raw:
-        answer = text.partition(end)[2].lstrip() if end in text or opened_by_prompt else text
+    thinking = [opened_by_prompt or text.startswith(start) for text in raw]
+    for text, thinks in zip(raw, thinking, strict=True):
+        if not thinks:  # an end that nothing has begun ends thoughts, unless the reply ends before
+            text = text.split(stop)[0]
+        answer = text.partition(end)[2].lstrip() if thinks or end in text else text
         wanted.append(answer.split(stop)[0])
     assert [outcome.answer.text for outcome in outcomes] == wanted
     # a stop string within thoughts, and thoughts without an end
-    assert any(stop in text.partition(end)[0] for text in raw if end in text)
+    began = [text for text, thinks in zip(raw, thinking, strict=True) if thinks]
+    assert any(stop in text.partition(end)[0] for text in began if end in text)
     assert any(end not in text for text in raw)
     theirs = replies(tmp_path, tmp_path / "merged", "thinking", think_end_token=end)
     assert any(a != b for a, b in zip(theirs, wanted, strict=True))

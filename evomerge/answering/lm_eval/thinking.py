@@ -76,7 +76,7 @@ class ThinkingHFLM(HFLM):  # type: ignore[misc]
 
 
 class _StopInAnswer(StoppingCriteria):
-    """Every reply of the batch has a stop string in its answer."""
+    """Ends each reply that has a stop string in its answer."""
 
     def __init__(self, lm: ThinkingHFLM, stops: Sequence[str], start: int) -> None:
         self.lm, self.start = lm, start
@@ -95,4 +95,5 @@ class _StopInAnswer(StoppingCriteria):
                 continue
             if first_stop(self.lm._answer(tokens), self.stops) is not None:
                 self.done.add(row)
-        return len(self.done) == len(input_ids)
+        rows = range(len(input_ids))
+        return torch.tensor([row in self.done for row in rows], device=input_ids.device)
