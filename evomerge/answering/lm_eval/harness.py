@@ -82,11 +82,11 @@ class LmEvalRunner:
         }
         if engine.marks is None:
             return HFLM(**settings)
-        from evomerge.answering.lm_eval.thinking import ThinkingHFLM
+        from evomerge.answering.lm_eval.thinking import thinking_lm
 
         self.marks = [engine.marks.start, engine.marks.end]
         read = ReplyReader(engine.tokenizer, self.study.generation.reasoning)
-        return ThinkingHFLM(read, engine.marks, **settings)
+        return thinking_lm(read, engine.marks, **settings)
 
     def _built(self, name: str, leaf: Any) -> dict[int, list[Any]]:
         """A leaf's instances by document. Raises TaskError."""

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lm_eval.models.huggingface import HFLM
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from evomerge.answering.encode import first_stop
@@ -14,17 +13,30 @@ from evomerge.answering.reply_reader import ReplyReader
 from evomerge.answering.thoughts import Marks, split_reply
 
 
-class ThinkingHFLM(HFLM):  # type: ignore[misc]
-    """HFLM whose replies are read as elsewhere in evomerge.
+def thinking_lm(read: ReplyReader, marks: Marks, **settings: Any) -> Any:
+    """lm-eval's HFLM with these settings, whose replies are read as elsewhere in evomerge."""
+    from lm_eval.models.huggingface import HFLM
+
+    class ThinkingHFLM(_Thinking, HFLM):  # type: ignore[misc]
+        """HFLM for a model that thinks."""
+
+    lm = ThinkingHFLM(**settings)
+    lm.read, lm.marks = read, marks
+    return lm
+
+
+class _Thinking:
+    """What differs from HFLM.
 
     lm-eval's own `think_end_token` takes thoughts that do not end for an answer, and stop strings
     end replies within thoughts.
     """
 
-    def __init__(self, read: ReplyReader, marks: Marks, **settings: Any) -> None:
-        self.read, self.marks = read, marks
-        self._opened: bool | None = None  # whether the prompts begin the thoughts; None: not asked
-        super().__init__(**settings)
+    read: ReplyReader
+    marks: Marks
+    tokenizer: Any
+    model: Any
+    _opened: bool | None = None  # whether the prompts begin the thoughts; None: nothing is asked
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """The answer to each request; those whose prompts begin the thoughts go apart."""
@@ -38,7 +50,8 @@ class ThinkingHFLM(HFLM):  # type: ignore[misc]
                 continue
             self._opened = opened
             try:
-                found = super().generate_until([requests[i] for i in own], disable_tqdm)
+                hflm: Any = super()
+                found = hflm.generate_until([requests[i] for i in own], disable_tqdm)
             finally:
                 self._opened = None
             for i, answer in zip(own, found, strict=True):
@@ -48,7 +61,8 @@ class ThinkingHFLM(HFLM):  # type: ignore[misc]
     def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:
         """The answer in a reply's tokens; other tokens as they are."""
         if self._opened is None or not skip_special_tokens:
-            return str(super().tok_decode(tokens, skip_special_tokens))
+            hflm: Any = super()
+            return str(hflm.tok_decode(tokens, skip_special_tokens))
         return self._answer(tokens)
 
     def _answer(self, tokens: Sequence[int]) -> str:
@@ -78,7 +92,7 @@ class ThinkingHFLM(HFLM):  # type: ignore[misc]
 class _StopInAnswer(StoppingCriteria):
     """Ends each reply that has a stop string in its answer."""
 
-    def __init__(self, lm: ThinkingHFLM, stops: Sequence[str], start: int) -> None:
+    def __init__(self, lm: _Thinking, stops: Sequence[str], start: int) -> None:
         self.lm, self.start = lm, start
         self.stops = [stop for stop in stops if stop]
         # a token has at least one byte
