@@ -3,7 +3,7 @@
 from conftest import make_tokenizer
 from tokenizers import decoders
 
-from evomerge.answering.reasoning import Marks
+from evomerge.answering.thoughts import Marks
 
 SWITCH = (
     "{% for m in messages %}{{ m.content }}\n{% endfor %}"

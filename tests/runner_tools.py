@@ -15,6 +15,7 @@ from merging_tools import SLICES, make_family, random_recipe
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from evomerge.answering import thoughts
 from evomerge.answering.engine import EngineSpec
 from evomerge.answering.hf.engine import TransformersEngine
 from evomerge.answering.prompts import make_prompter
@@ -42,6 +43,8 @@ PROGRAM = [
     ROOT / "evomerge" / "reporting" / "templates" / "runner" / name
     for name in ("answer.py", "answer_tools.py")
 ]
+PROGRAM.append(Path(thoughts.__file__))
+sys.modules["thoughts"] = thoughts  # beside answer_tools.py in a runner's folder
 ALLOWED = {
     "torch",
     "transformers",
@@ -52,6 +55,7 @@ ALLOWED = {
     "huggingface_hub",
     "openpyxl",  # where tasks are an Excel file; without it, a line says so
     "answer_tools",
+    "thoughts",
     *sys.stdlib_module_names,
 }
 TEXT = (

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 import evomerge
 from evomerge.cli import main
 from evomerge.console import Console
-from evomerge.errors import EvomergeError
+from evomerge.errors import EvomergeError, ModelError
+from evomerge.merging.checkpoints.config_fault import check_config
 from evomerge.study import read_study
 
 
@@ -243,3 +244,52 @@ def test_a_length_that_no_file_names_leaves_room_for_prompts(place):
     assert found.study.generation.max_new_tokens == half
     # a length that is named stays, and is refused
     assert wrong(place, "generation.max_new_tokens=256")
+
+
+BAD_VALUES = {
+    "no heads": ("num_attention_heads", 0),
+    "a text as a number": ("num_attention_heads", "four"),
+    "heads that do not divide": ("num_attention_heads", 3),
+    "no heads of keys": ("num_key_value_heads", 0),
+    "a rope setting of the wrong type": ("rope_parameters", 3),
+    "an older rope setting of the wrong type": ("rope_scaling", "x"),
+    "an unknown kind of rope": ("rope_scaling", {"type": "nothing"}),
+    "a rope setting without its factor": ("rope_parameters", {"rope_type": "linear"}),
+    "an unknown activation": ("hidden_act", "nothing"),
+    "an unknown dtype": ("dtype", "nothing"),
+    "a pad token that is none": ("pad_token_id", 99999),
+    "no layers": ("num_hidden_layers", -1),
+}
+
+
+@pytest.mark.parametrize("command", ["check", "infer"])
+@pytest.mark.parametrize(("key", "value"), BAD_VALUES.values(), ids=BAD_VALUES)
+def test_a_bad_value_in_config_json_is_named_there(place, capsys, key, value, command):
+    for name in ("base", "instruct"):
+        path = place / name / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps(config | {key: value}), encoding="utf-8")
+    if command == "infer":
+        if key == "num_hidden_layers":
+            pytest.skip("said otherwise")
+        options = ["--tasks", "tasks.jsonl", "--out", "answers.jsonl"]
+        assert main(["infer", "--model", "base", *options]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+    else:
+        (found,) = wrong(place)
+        assert found.subject == "config.json"
+        line = found.text
+    assert f"`{key}` in config.json" in line
+    assert str(place / "base") in line or "base" in line
+    assert f"(found: {value!r})" in line
+    assert "tokenizer" not in line
+    assert "\n" not in line
+    assert len(line) < 600
+
+
+def test_a_bad_value_in_a_part_of_config_json():
+    config = {"model_type": "gemma3", "text_config": {"hidden_activation": "nothing"}}
+    with pytest.raises(ModelError, match=r"`text_config.hidden_activation` in config.json") as at:
+        check_config(config, "folder")
+    assert at.value.where == "folder"
+    check_config({"model_type": "gemma3", "text_config": {"num_hidden_layers": 1}})

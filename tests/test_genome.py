@@ -203,6 +203,33 @@ def test_densities_have_bounds_start_and_step_of_their_own():
     assert genome(base_model="base", models=("a",), merge_method="ties").genes[1].start == 0.8
 
 
+def test_the_study_bounds_a_method_s_own_numbers():
+    section = {"base_model": "base", "models": ("a", "b"), "layer_granularity": 3}
+    g = genome(
+        {"parameter_bounds": {"gamma": (0.0, 0.1)}, "bounds": (0.0, 4.0)},
+        merge_method="breadcrumbs",
+        **section,
+    )
+    found = [gene for gene in g.genes if gene.name.endswith("gamma")]
+    assert len(found) == 4
+    assert {(gene.low, gene.high, gene.start) for gene in found} == {(0.0, 0.1, 0.01)}
+    assert found[0].scale == pytest.approx(0.1 / 4)
+    plain = genome({"bounds": (0.0, 4.0)}, merge_method="breadcrumbs", **section)
+    assert {(n.low, n.high) for n in plain.genes if n.name.endswith("gamma")} == {(0.0, 0.2)}
+    assert plain.names == g.names
+    assert plain.shape == g.shape
+    bounds = {"r": (0.5, 1.0), "epsilon": (0.0, 1e-4)}
+    shared = genome({"parameter_bounds": bounds}, merge_method="ramplus_tl", **section)
+    assert [(n.low, n.high, n.start) for n in shared.genes[:3]] == [
+        (0.5, 1.0, 0.75),  # the middle: the default, 0.1, lies outside
+        (0.0, 1.0, 0.2),
+        (0.0, 1e-4, 1e-5),
+    ]
+    # the references start there too
+    (_, merge), *_ = [item for item in shared.references([0.5]) if item[0] == "uniform"]
+    assert merge == (0.75, 0.2, 1e-5) * 2
+
+
 @pytest.mark.parametrize("n", range(2, 10))
 def test_the_walk_takes_every_pair_once_with_the_fewest_jumps(n):
     edges = walk(n)

@@ -11,6 +11,7 @@ import subprocess
 import pytest
 import yaml
 
+import evomerge
 from evomerge.answering.lm_eval.documents import LmEvalTasks
 from evomerge.answering.lm_eval.harness import LmEvalRunner
 from evomerge.cli import main
@@ -184,6 +185,77 @@ def test_in_place_values_are_those_of_a_merged_folder(folder, tmp_path, chat):
         + 3 * results["tiny_generate"]["exact_match,strict-match"]
     ) / 4
     assert score == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("start", ["か", "<think>"])
+def test_metrics_see_the_answers_of_a_model_that_thinks(pair, folder, tmp_path, start):
+    """The marks and the stop string are what untrained models write; <think> ends the prompt."""
+    end, stop, opened_by_prompt = "9", "7", start == "<think>"
+    data = yaml.safe_load((folder / "tasks/tiny_generate.yaml").read_text(encoding="utf-8"))
+    for name, until in (("thinking", [stop]), ("raw", ["never"])):
+        asked = {"until": until, "max_gen_toks": 24, "do_sample": False}
+        own = data | {"task": name, "generation_kwargs": asked, "filter_list": None}
+        del own["filter_list"]
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(own), encoding="utf-8")
+    for name in ("base", "instruct"):
+        shutil.copytree(pair / name, tmp_path / name)
+        if opened_by_prompt:
+            template = tmp_path / name / "chat_template.jinja"
+            template.write_text(
+                template.read_text(encoding="utf-8") + "<think>\n", encoding="utf-8"
+            )
+    settings = [
+        f"genome.base_model={tmp_path}/base",
+        f"genome.models=[{tmp_path}/instruct]",
+        f"task_search_path={tmp_path}",
+        "tasks=[{name: thinking, metric: 'exact_match,none'}]",
+        f"generation.reasoning={{start: {start}, end: '{end}'}}",
+        "num_fewshot=0",
+    ]
+    found = evomerge.check(folder / "study.yaml", overrides=[*SMALL, *settings])
+    assert [f.text for f in found if f.subject == "reasoning"] == [
+        f"thoughts are between {start} and {end}"
+    ]
+    with opened(folder, tmp_path, *settings) as search:
+        recipe = search.genome.decode([0.7, 1.2])
+        runner = search.evaluator.runner
+        search.evaluator.engine.apply(recipe)
+        outcomes = runner.run("thinking", list(range(23)))
+    build_model(recipe, tmp_path / "merged")
+    raw = replies(tmp_path, tmp_path / "merged", "raw")
+    wanted = []
+    thinking = [opened_by_prompt or text.startswith(start) for text in raw]
+    for text, thinks in zip(raw, thinking, strict=True):
+        if not thinks:  # an end that nothing has begun ends thoughts, unless the reply ends before
+            text = text.split(stop)[0]
+        answer = text.partition(end)[2].lstrip() if thinks or end in text else text
+        wanted.append(answer.split(stop)[0])
+    assert [outcome.answer.text for outcome in outcomes] == wanted
+    # a stop string within thoughts, and thoughts without an end
+    began = [text for text, thinks in zip(raw, thinking, strict=True) if thinks]
+    assert any(stop in text.partition(end)[0] for text in began if end in text)
+    assert any(end not in text for text in raw)
+    theirs = replies(tmp_path, tmp_path / "merged", "thinking", think_end_token=end)
+    assert any(a != b for a, b in zip(theirs, wanted, strict=True))
+
+
+def replies(folder, merged, name, **settings):
+    """lm-eval's own responses by document."""
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    model = HFLM(pretrained=str(merged), dtype="float32", batch_size=8, device="cpu", **settings)
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    out = lm_eval.simple_evaluate(
+        model,
+        tasks=[name],
+        num_fewshot=0,
+        task_manager=manager,
+        bootstrap_iters=0,
+        apply_chat_template=True,
+    )
+    samples = sorted(out["samples"][name], key=lambda sample: sample["doc_id"])
+    return [sample["resps"][0][0] for sample in samples]
 
 
 def test_a_group_s_metric_and_the_same_task_twice(folder, tmp_path):
@@ -477,6 +549,7 @@ def test_mergekit_evolve_reads_its_files_the_same_way(tmp_path):
     [
         ("judge: {metric: grade}", ["`judge`", "bring their own"]),
         ("generation: {max_new_tokens: 5}", ["`generation`"]),
+        ("generation: {max_new_tokens: 5, reasoning: null}", ["max_new_tokens", "reasoning"]),
         ("engine: {kind: vllm}", ["transformers"]),
         ("task_search_path: nowhere", ["nowhere", "task_search_path"]),
         ("limit: 1", ["`limit`"]),

@@ -208,14 +208,37 @@ def test_an_entry_point(family, tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("raise KeyError('gone')", "f of m.py raises KeyError: 'gone'"),
+        ("return base.double()", "shape and dtype (found: 'torch.float64"),
+        ("return base * float('nan')", "f of m.py gives NaN or infinite numbers"),
+        ("return base @ base.T if base.ndim > 1 else base", "shape and dtype"),
+        ("return base.new_zeros(base.shape[0], base.shape[1])", "f of m.py raises IndexError"),
+        ("return base + sum(others) / len(others)", None),
+    ],
+)
+def test_check_tries_its_code(pair, tmp_path, body, words):
+    (tmp_path / "m.py").write_text(f"def f(base, others, plan, generator):\n    {body}\n")
+    data = study_of(pair, "m.py:f")
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
+    found = evomerge.check(tmp_path / "study.yaml")
+    wrong = [f.text for f in found if f.level == "wrong"]
+    if words is None:
+        assert not wrong
+        (tried,) = [f.text for f in found if f.subject == "method"]
+        assert "norm" in tried  # the smallest of one axis, and of two
+        assert "proj" in tried
+        return
+    (line,) = wrong
+    assert words in line
+    assert "\n" not in line
+    assert re.match(r"(model|lm_head)\.", line)  # where
+
+
 def search(pair, folder, **options):
-    data = yaml.safe_load((pair / "study.yaml").read_text(encoding="utf-8"))
-    data["genome"]["merge_method"] = "clipped.py:clipped"
-    for key in ("base_model", "models"):
-        given = data["genome"][key]
-        paths = [str((pair / ref).resolve()) for ref in ([given] if key == "base_model" else given)]
-        data["genome"][key] = paths[0] if key == "base_model" else paths
-    data["tasks"] = [{"file": str(pair / "tasks.jsonl")}]
+    data = study_of(pair, "clipped.py:clipped")
     (folder / "study.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
     return evomerge.search(
         folder / "study.yaml",
@@ -224,6 +247,18 @@ def search(pair, folder, **options):
         console=Console(io.StringIO()),
         **options,
     )
+
+
+def study_of(pair, method):
+    """The pair's study with another method, from any folder."""
+    data = yaml.safe_load((pair / "study.yaml").read_text(encoding="utf-8"))
+    data["genome"]["merge_method"] = method
+    for key in ("base_model", "models"):
+        given = data["genome"][key]
+        paths = [str((pair / ref).resolve()) for ref in ([given] if key == "base_model" else given)]
+        data["genome"][key] = paths[0] if key == "base_model" else paths
+    data["tasks"] = [{"file": str(pair / "tasks.jsonl")}]
+    return data
 
 
 def test_a_study_searches_its_numbers_and_notices_a_change(pair, tmp_path):
@@ -241,6 +276,18 @@ def test_a_study_searches_its_numbers_and_notices_a_change(pair, tmp_path):
     (tmp_path / "clipped.py").write_text(documented() + "\n# changed\n")
     with pytest.raises(StudyError, match="the merge method's file"):
         search(pair, tmp_path, trials=8)
+
+
+def test_a_study_bounds_the_numbers_of_an_own_method(pair, tmp_path):
+    (tmp_path / "clipped.py").write_text(documented())
+    bounds = {"search.parameter_bounds": {"limit": [0.2, 0.3]}}
+    found = search(pair, tmp_path, trials=4, overrides=bounds)
+    drawn = [record.vector for record in found.records if record.role == "candidate"]
+    slices = len(drawn[0]) // 2
+    assert all(0.2 <= number <= 0.3 for row in drawn for number in row[slices:])
+    bounds = {"search.parameter_bounds": {"limit": [0, 2]}}
+    with pytest.raises(InputError, match=r"`search.parameter_bounds.limit`.*from 0 to 1"):
+        search(pair, tmp_path, trials=4, overrides=bounds)
 
 
 def test_a_study_s_fault_is_said_in_a_line(pair, tmp_path):

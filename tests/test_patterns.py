@@ -29,6 +29,8 @@ MADE = {
     "evomerge.judging.rules.open_tasks.option_checks:preference": [preference(["円", "円柱"])],
     "evomerge.judging.rules.open_tasks.kinds:": [pattern for _, pattern in _KINDS],
     "evomerge.answering.prompts:control_tokens": [COMMON],
+    "evomerge.answering.thoughts:_find": [re.compile("</think>|<think>")],
+    "evomerge.answering.thoughts:bare_thoughts": [re.compile(r"</think>\s*<think>")],
     # of transformers' classes, for names of tensors
     "evomerge.merging.architecture.architecture:_lacking": [re.compile(r"lm_head\.weight")],
 }

@@ -15,21 +15,18 @@ import evomerge
 from evomerge.answering.cache import AnswerCache
 from evomerge.answering.engine import Answer, EngineSpec
 from evomerge.answering.hf.engine import TransformersEngine
-from evomerge.answering.reasoning import (
-    THINK,
-    Marks,
-    SplitReply,
-    bare_thoughts,
-    find_marks,
-    split_reply,
-)
+from evomerge.answering.reasoning import THINK, find_marks
 from evomerge.answering.reply_reader import ReplyReader
+from evomerge.answering.thoughts import Marks, SplitReply, bare_thoughts, split_reply
 from evomerge.cli import main
 from evomerge.genome.genome import make_genome
 from evomerge.inference.part import Part
 from evomerge.inference.selfcheck import faults
 from evomerge.merging.checkpoints.open_model import open_model
+from evomerge.reporting.export import verdict_markdown
+from evomerge.searching.final_test import make_verdict
 from evomerge.searching.records.trial_record import TaskGrade
+from evomerge.searching.records.verdict_record import Verdict
 from evomerge.study import (
     EngineSection,
     GenerationSection,
@@ -63,6 +60,43 @@ def test_where_the_answer_begins(text, opened, thoughts, answer, is_open):
     assert split_reply(text, THINK, opened) == SplitReply(thoughts, answer, is_open)
 
 
+@pytest.mark.parametrize(
+    ("text", "opened", "thoughts", "answer", "later"),
+    [
+        # blocks in a row, also after one that the prompt has begun
+        ("<think>a</think>\n<think>b</think>answer", False, "a\n\nb", "answer", ""),
+        ("<think>a</think><think>b</think>\n\nanswer", False, "a\n\nb", "answer", ""),
+        ("a</think>\n<think>b</think>answer", True, "a\n\nb", "answer", ""),
+        ("a</think>\n<think>b</think>answer", False, "a\n\nb", "answer", ""),
+        # within the answer
+        ("x\n<think>a</think>\ny", False, "", "x\ny", "a"),
+        ("<think>a</think>x\n<think>\nb\n</think>\n\ny", False, "a", "x\ny", "b"),
+        ("x\n<think>a</think> <think>b</think>", False, "", "x\n", "a\n\nb"),
+        ("<think>a</think>x\n <think>cut off", False, "a", "x\n ", "cut off"),
+        # nested
+        ("<think>a<think>b</think>c</think>x", False, "a<think>b</think>c", "x", ""),
+        ("a<think>b</think>c</think>x", True, "a<think>b</think>c", "x", ""),
+        ("<think>a<think>b</think>x", False, "a<think>b", "x", ""),
+        ("<think>a<think>b</think>x", True, "a<think>b", "x", ""),
+        ("<think>a <think>?</think>x\n<think>b</think>y", False, "a <think>?", "x\ny", "b"),
+        # named in the answer
+        ("<think>a</think>Use <think> and </think>.", False, "a", "Use <think> and </think>.", ""),
+    ],
+)
+def test_blocks_of_thoughts(text, opened, thoughts, answer, later):
+    reply = split_reply(text, THINK, opened)
+    assert not reply.is_open
+    assert bare_thoughts(reply.thoughts, THINK) == thoughts
+    assert reply.answer == answer
+    assert bare_thoughts(reply.later, THINK) == later
+    assert sorted(reply.thoughts + reply.answer + reply.later) == sorted(text)
+
+
+@pytest.mark.parametrize("text", ["<think>a</think>\n<think>b", "<think>a<think>b", "<think>\n"])
+def test_blocks_that_do_not_end_leave_no_answer(text):
+    assert split_reply(text, THINK) == SplitReply(text, "", is_open=True)
+
+
 @given(
     st.lists(st.sampled_from(["<think>", "</think>", "a", " ", "\n", "<", "think>"])).map("".join)
     | st.text(),
@@ -70,14 +104,17 @@ def test_where_the_answer_begins(text, opened, thoughts, answer, is_open):
 )
 def test_thoughts_and_answer_are_the_whole_reply(text, opened):
     reply = split_reply(text, THINK, opened)
-    assert reply.thoughts + reply.answer == text
-    assert not (reply.is_open and reply.answer)
-    bare_thoughts(reply.thoughts, THINK)
+    if not reply.later:
+        assert reply.thoughts + reply.answer == text
+    assert sorted(reply.thoughts + reply.answer + reply.later) == sorted(text)
+    assert not (reply.is_open and (reply.answer or reply.later))
+    bare_thoughts(reply.thoughts + reply.later, THINK)
 
 
 def test_a_reply_of_megabytes_is_split_at_once():
     began = time.perf_counter()
-    for text in ("<think>" * 10**6, "<think" * 10**6, " " * 10**7, "</think" * 10**6):
+    blocks = "<think></think>\n" * 10**5
+    for text in ("<think>" * 10**6, "<think" * 10**6, " " * 10**7, "</think" * 10**6, blocks):
         split_reply(text, THINK)
         split_reply(text, THINK, True)
     assert time.perf_counter() - began < 5
@@ -112,6 +149,15 @@ def test_replies_are_read_with_their_tokens():
     assert read(thinker(), "<think>いう") == Answer("", False, 3, "<think>いう", 3)
     assert read(thinker(), "<think>い</think>えおか", stops=("お",)).text == "え"
     assert read(thinker(), "<think>い</think>え", wanted=None).thought_tokens is None
+
+
+def test_tokens_of_all_blocks_are_counted():
+    assert read(thinker(), "<think>い</think>\n<think>う</think>えお") == Answer(
+        "えお", False, 9, "<think>い</think>\n<think>う</think>", 7
+    )
+    found = read(thinker(), "<think>い</think>え\n<think>うう</think>お")
+    assert found == Answer("え\nお", False, 10, "<think>い</think><think>うう</think>", 7)
+    assert faults(found, "1+1は？") == ()
 
 
 def test_marks_that_are_no_tokens_are_counted_too():
@@ -197,19 +243,80 @@ def test_a_search_records_thoughts_apart_and_shows_them(folders, tmp_path, capsy
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith(" think")
     assert max(map(len, lines[:7])) <= 80
+    done = [record for record in study.records if record.state == "complete"]
+    mean = sum(r.thought_tokens / r.n for r in done) / len(done)
+    (line,) = [text for text in lines if text.startswith("tokens per answer")]
+    assert f" {mean:,.0f} of thoughts" in line
+    check_verdict_tokens(study, tmp_path / "results" / "study", " ".join(lines))
     out = tmp_path / "a.jsonl"
     found = evomerge.infer(
         folders / "tasks.jsonl", study="study", storage=tmp_path / "s.db", out=out
     )
     rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert [row["output"] for row in rows] == [answer.output for answer in found]
-    for row in rows:
+    for row, answer in zip(rows, found, strict=True):
         assert row["thoughts"] if not row["output"] else True
         assert "う" not in row.get("thoughts", "")
+        assert row["thought_tokens"] + row["answer_tokens"] <= 12
+        assert (answer.thought_tokens, answer.answer_tokens) == (
+            row["thought_tokens"],
+            row["answer_tokens"],
+        )
+    grade = ["judge", "grade", "--tasks", str(folders / "tasks.jsonl"), "--answers", str(out)]
+    capsys.readouterr()
+    assert main([*grade, "--judge", "rules"]) == 0
+    said = capsys.readouterr()
+    graded = [json.loads(line) for line in said.out.splitlines()]
+    assert [line["thought_tokens"] for line in graded] == [row["thought_tokens"] for row in rows]
+    assert [line["answer_tokens"] for line in graded] == [row["answer_tokens"] for row in rows]
+    mean = sum(row["thought_tokens"] for row in rows) / len(rows)
+    assert f"tokens per answer: {mean:,.0f} of thoughts" in said.err
     again = evomerge.infer(
         folders / "tasks.jsonl", study="study", storage=tmp_path / "s.db", out=out
     )
     assert not again.made
+
+
+def check_verdict_tokens(study, results, shown):
+    """The verdict's tokens per answer: in what it stores, on the page, in the card, in `show`."""
+    verdict = json.loads((results / "verdict.json").read_text(encoding="utf-8"))
+    said = []
+    for name, c in study.verdict.candidates.items():
+        assert 0 < c.thought_tokens <= 12 - c.answer_tokens
+        assert verdict["candidates"][name]["thought_tokens"] == c.thought_tokens
+        said.append(f"{c.thought_tokens:,.0f} and {c.answer_tokens:,.0f}")
+    assert f"winner {said[0]}" in shown
+    page = (results / "report.html").read_text(encoding="utf-8")
+    card = verdict_markdown(study.verdict, study.winner, study.notes)
+    for text in said:
+        assert text in page
+        assert text in card
+
+
+def test_a_candidate_s_tokens_are_means_over_the_held_out_tasks():
+    grades = {"a": (4, 6), "b": (1, 0), "c": (0, 12)}
+    known = {
+        key: TaskGrade(True, False, grade=3.0, tokens=answer, thought_tokens=thought)
+        for key, (answer, thought) in grades.items()
+    }
+    plain = {key: TaskGrade(True, False, grade=3.0, tokens=4) for key in grades}
+    verdict = make_verdict({"winner": known, "base": plain}, "grade")
+    winner = verdict.candidates["winner"]
+    assert (winner.thought_tokens, winner.answer_tokens) == (18 / 3, 5 / 3)
+    assert verdict.candidates["base"].thought_tokens is None
+    data = verdict.to_dict()
+    assert data["candidates"]["base"].keys() == {"mean", "stderr", "truncated"}
+    assert Verdict.from_dict(data) == verdict
+
+
+@pytest.mark.parametrize("value", ["-1", "1.5", "true", '"9"'])
+def test_bad_numbers_of_tokens_are_refused_in_a_line(folders, tmp_path, capsys, value):
+    (tmp_path / "a.jsonl").write_text(f'{{"task_id": 0, "output": "1", "thought_tokens": {value}}}')
+    options = ["--tasks", str(folders / "tasks.jsonl"), "--answers", str(tmp_path / "a.jsonl")]
+    assert main(["judge", "grade", *options, "--judge", "rules"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert "`thought_tokens`" in said
+    assert "\n" not in said
 
 
 def test_thoughts_are_kept_in_caches_and_parts(tmp_path):
@@ -224,7 +331,9 @@ def test_thoughts_are_kept_in_caches_and_parts(tmp_path):
     with Part(tmp_path / "out", header, 2) as part:
         part.add(dict(enumerate(answers)))
     with Part(tmp_path / "out", header, 2) as part:
-        assert [answer.whole for answer in part.answers.values()] == ["<think>b</think>a", "c"]
+        kept = list(part.answers.values())
+    assert [answer.whole for answer in kept] == ["<think>b</think>a", "c"]
+    assert [(a.answer_tokens, a.thought_tokens) for a in kept] == [(1, 4), (0, None)]
 
 
 def test_grades_without_thoughts_are_stored_as_before():
@@ -258,6 +367,9 @@ def test_cut_thoughts_ask_for_more_room():
         ("い</think>え", "あ\n"),
         ("い", "あ\n<think>\n"),
         ("い<think>う</think>え", "あ\n"),
+        ("<think>い</think>\n<think>う</think>え", "あ\n"),
+        ("<think>い</think>え\n<think>う</think>お", "あ\n"),
+        ("<think>い<think>う</think>え</think>お", "あ\n"),
         ("<think>い", "あ\n"),
         ("い", "あ\n"),
     ],

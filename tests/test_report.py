@@ -73,6 +73,7 @@ class Trial:
     tokens: int | None = None
     thought_tokens: int | None = None
     mean_thought_tokens: float | None = None
+    mean_answer_tokens: float | None = None
 
     @property
     def place(self) -> tuple[int | None, int | None]:

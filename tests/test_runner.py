@@ -46,7 +46,7 @@ from evomerge.study import PromptSection
 
 
 @pytest.mark.parametrize("path", PROGRAM, ids=lambda path: path.name)
-def test_two_readable_files_of_few_packages(path):
+def test_readable_files_of_few_packages(path):
     text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 300
     assert max(map(len, text.splitlines())) <= 100
@@ -82,6 +82,7 @@ def test_the_folder(family, tmp_path):
     assert {path.name for path in written} == {
         "answer.py",
         "answer_tools.py",
+        "thoughts.py",
         "recipe.yaml",
         "settings.yaml",
         "knowledge.yaml",

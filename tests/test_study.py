@@ -116,6 +116,30 @@ def test_several_objectives_are_named_and_stored(tmp_path):
             genome(merge_method="ties", base_model="./base") + "search: {start_density: 0.05}\n",
             ["`search.start_density`", "0.1 to 1.0"],
         ),
+        *(
+            (
+                genome(merge_method=method, base_model="./base")
+                + f"search: {{parameter_bounds: {given}}}\n",
+                [f"`search.parameter_bounds{key}`", *words],
+            )
+            for method, given, key, *words in (
+                ("breadcrumbs", "{gamma: [0, 1.5]}", ".gamma", "from 0 to 1"),
+                ("breadcrumbs", "{gamma: [-0.1, 0.1]}", ".gamma", "from 0 to 1"),
+                ("breadcrumbs", "{gamma: [0.1, 0.1]}", ".gamma", "[0.1, 0.1]"),
+                ("breadcrumbs", "{gamma: [0.2, 0.1]}", ".gamma", "[0.2, 0.1]"),
+                ("breadcrumbs", "{epsilon: [0, 1]}", ".epsilon", "sets gamma"),
+                ("della", "{epsilon: [0, 1]}", ".epsilon", "from 0 to 0.95"),
+                ("ramplus_tl", "{r: [0, 1000000]}", ".r", "from 0 to 1000"),
+                ("ties", "{gamma: [0, 1]}", ".gamma", "has no effect", "none"),
+                ("breadcrumbs", "{gamma: 0.1}", "", "gamma", "0.1"),
+                ("breadcrumbs", "{gamma: [0]}", "", "gamma"),
+                ("breadcrumbs", "{gamma: [0, true]}", "", "gamma"),
+                ("breadcrumbs", "{gamma: [0, .nan]}", "", "gamma"),
+                ("breadcrumbs", "{gamma: [0, x]}", "", "gamma"),
+                ("breadcrumbs", "{3: [0, 1]}", "", "`3`"),
+                ("breadcrumbs", "[0, 0.1]", "", "not a mapping"),
+            )
+        ),
         (MINIMAL.replace("granularity: 2", "granularity: -2"), ["layer_granularity"]),
         (
             MINIMAL.replace("./base", "${NO_SUCH_VARIABLE}/base"),
@@ -274,9 +298,18 @@ def test_a_study_from_before_the_newer_keys_goes_on(tmp_path):
     old = {
         section: dict(keys) if isinstance(keys, dict) else keys for section, keys in study.items()
     }
-    for key in ("start_density", "density_bounds"):
+    for key in ("start_density", "density_bounds", "parameter_bounds"):
         del old["search"][key]
     assert changed_keys(old, study) == []
+
+
+def test_bounds_of_a_method_s_own_numbers_are_part_of_a_study(tmp_path):
+    text = MINIMAL.replace("task_arithmetic", "breadcrumbs")
+    study = read_study(write(tmp_path, text))
+    assert study.search.parameter_bounds == {}
+    bounded = read_study(write(tmp_path, text), ["search.parameter_bounds={gamma: [0, 0.1]}"])
+    assert changed_keys(study.to_dict(), bounded.to_dict()) == ["search.parameter_bounds.gamma"]
+    assert Study.from_dict(bounded.to_dict()) == bounded
 
 
 def test_slices_must_divide_the_layers(tmp_path):

@@ -10,18 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from merging_tools import load_all, same_bits
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from vocabulary_tools import (
     EMBEDDINGS,
     adding,
     aligned_by_loop,
     byte_pairs,
+    save_biased,
     save_with,
     section,
     task_arithmetic,
     word_level,
 )
 
+from evomerge.cli import main
 from evomerge.errors import InputError, ModelError, RecipeError
 from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.vocabulary.alignment import Vocabulary, make_vocabulary
@@ -117,6 +119,45 @@ def test_mergekit_s_stored_output(shared, tmp_path):
     assert (tmp_path / "chat_template.jinja").read_bytes() == (
         case / "expected/chat_template.jinja"
     ).read_bytes()
+
+
+@pytest.mark.parametrize("model_type", ["phi", "gptj", "codegen"])
+def test_the_bias_of_a_head_is_extended_like_its_rows(tmp_path, model_type):
+    words = {"base": "pq", "one": "qrst", "two": "tq"}
+    for seed, (name, letters) in enumerate(words.items()):
+        save_biased(word_level(letters), tmp_path / name, seed, model_type)
+    parents = {name: load_all(tmp_path / name)["lm_head.bias"] for name in words}
+    recipe = {
+        "merge_method": "task_arithmetic",
+        "dtype": "bfloat16",
+        "base_model": str(tmp_path / "base"),
+        "tokenizer": {"source": "union", "pad_to_multiple_of": 4},
+        "models": [
+            {"model": str(tmp_path / name), "parameters": {"weight": weight}}
+            for name, weight in (("one", 0.5), ("two", 0.25))
+        ],
+    }
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    assert main(["merge", str(tmp_path / "recipe.yml"), str(tmp_path / "out")]) == 0
+    vocab = AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["mismatched_keys"]
+    # each parent's entry, the base's where a parent lacks the token, else the mean of those that
+    # have it; the padding is the mean of all
+    size = len(vocab)
+    assert size == 6
+    rows = {name: torch.zeros(8, dtype=torch.bfloat16) for name in words}
+    own = {name: ["<unk>", *letters] for name, letters in words.items()}
+    for token, number in vocab.items():
+        having = {n: parents[n][own[n].index(token)] for n in words if token in own[n]}
+        mean = (sum(having.values()) / len(having)).to(torch.bfloat16)
+        for name in words:
+            rows[name][number] = having.get(name, having.get("base", mean))
+    for row in rows.values():
+        row[size:] = row[:size].mean()
+    wanted = task_arithmetic(rows["base"], [rows["one"], rows["two"]], [0.5, 0.25])
+    assert same_bits(model.lm_head.bias.data.to(torch.bfloat16), wanted)
 
 
 def test_a_union_numbers_plain_tokens_first_then_added_ones(tmp_path):

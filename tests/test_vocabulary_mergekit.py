@@ -17,10 +17,11 @@ import yaml
 from merging_tools import load_all, same_bits
 from transformers import AutoTokenizer
 from vocabulary_tools import (
-    EMBEDDINGS,
+    ROWS,
     adding,
     byte_pairs,
     linear,
+    save_biased,
     save_with,
     section,
     task_arithmetic,
@@ -89,6 +90,8 @@ CASES = {
     "tokens": (["one", "base", "two"], section(tokens=SETTINGS), "bfloat16"),
     "tokens_padded": (["one", "two", "base"], section("./two", SETTINGS, 8), "float32"),
     "no_tokenizer": (["base", "bare"], section(), "bfloat16"),
+    "union_biased": (["phi", "phi_one", "phi_two"], section(), "bfloat16"),
+    "biased_padded": (["phi", "phi_one"], section("./phi_one", pad=8), "float32"),
     "no_base": (["one", "two"], section(), "bfloat16"),
     "slice_base": (["two", "base", "one"], section(), "bfloat16"),
 }
@@ -179,6 +182,8 @@ def folder(tmp_path_factory):
     save_with(base, folder / "cut", 6, rows=len(base) - 1)
     save_with(two, folder / "short", 7, rows=len(two) - 2)
     save_with(None, folder / "bare", 8, rows=len(base))
+    for seed, (name, tokenizer) in enumerate({"phi": base, "phi_one": one, "phi_two": two}.items()):
+        save_biased(tokenizer, folder / name, seed)
     recipes = {f"out/{name}": recipe(name, *case) for name, case in (CASES | FAILING).items()}
     (folder / "out").mkdir()
     (folder / "recipes.json").write_text(json.dumps(recipes))
@@ -194,7 +199,7 @@ def aligned(name, models, asked, dtype, opened):
     vocabulary = make_vocabulary(
         asked, None if name == "no_base" else f"./{base_of(name, models)}", opened
     )
-    names = [n for n in EMBEDDINGS if n in opened[f"./{models[0]}"].keys]
+    names = [n for n in ROWS if n in opened[f"./{models[0]}"].keys]
     base = slice_base_of(name, models)
     inputs = {
         n: {
@@ -246,7 +251,7 @@ def test_every_token_s_row(folder, monkeypatch, name):
         vocabulary.size
         == json.loads((folder / "out" / name / "config.json").read_text())["vocab_size"]
     )
-    assert tensors.keys() == {n for n in EMBEDDINGS if n in their_tensors}
+    assert tensors.keys() == {n for n in ROWS if n in their_tensors}
     for tensor, rows in tensors.items():
         ours, wanted = merge(name, models, rows), their_tensors[tensor]
         assert len(ours) == len(wanted) == vocabulary.size
@@ -307,9 +312,7 @@ def test_the_whole_merge(folder, monkeypatch, tmp_path, name):
     assert ours.keys() == theirs.keys()
     for tensor in ours:
         orders = [
-            torch.tensor([vocab[token] for token in vocabs[0]])
-            if tensor in EMBEDDINGS
-            else slice(None)
+            torch.tensor([vocab[token] for token in vocabs[0]]) if tensor in ROWS else slice(None)
             for vocab in vocabs
         ]
         assert same_bits(ours[tensor][orders[0]], theirs[tensor][orders[1]]), tensor

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import torch
 from conftest import make_model
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
+ROWS = (*EMBEDDINGS, "lm_head.bias")  # the tensors with a row for each token
 LETTERS = "abcdefgh"
 
 
@@ -54,6 +55,21 @@ def save_with(tokenizer, folder, seed, rows=None, dtype=torch.bfloat16, tied=Fal
     model.to(dtype).save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def save_biased(tokenizer, folder, seed, model_type="phi"):
+    """A model whose head has a bias, one row per token: Phi, GPT-J or CodeGen."""
+    sizes = dict.fromkeys(("hidden_size", "n_embd"), 32) | {"rotary_dim": 8, "n_head": 4}
+    sizes |= dict.fromkeys(("num_hidden_layers", "n_layer"), 1) | {"num_attention_heads": 4}
+    config = CONFIG_MAPPING[model_type](
+        vocab_size=len(tokenizer), intermediate_size=64, n_positions=64, **sizes
+    )
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    for p in model.parameters():
+        p.data.normal_(0, 0.5)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def task_arithmetic(base, siblings, weights):

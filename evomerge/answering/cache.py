@@ -17,7 +17,7 @@ from typing import Any
 
 from evomerge import sqlite_file
 from evomerge.answering.engine import Answer, PromptSettings
-from evomerge.answering.reasoning import Marks
+from evomerge.answering.thoughts import Marks
 from evomerge.errors import OutputError
 from evomerge.recipe import Recipe
 from evomerge.study import Study

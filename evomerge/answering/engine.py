@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from evomerge.answering.reasoning import Marks
+    from evomerge.answering.thoughts import Marks
     from evomerge.genome.genome import Genome
     from evomerge.merging.checkpoints.model_folder import ModelFolder
     from evomerge.recipe import Recipe
@@ -34,7 +34,8 @@ class Answer:
 
     `truncated` is True when `max_new_tokens` or a deadline ended it, not an end token or a stop
     string; `tokens` counts new tokens, those of thoughts included. `thoughts` are what the model
-    wrote before the answer, with their marks; `thought_tokens` is None where no marks are known.
+    wrote before the answer, and amid it, with their marks; `thought_tokens` is None where no marks
+    are known.
     """
 
     text: str
@@ -50,7 +51,7 @@ class Answer:
 
     @property
     def whole(self) -> str:
-        """The whole reply, as the model wrote it."""
+        """The whole reply as the model wrote it, but with thoughts amid the answer before it."""
         return self.thoughts + self.text
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from evomerge.answering.encode import first_stop
 from evomerge.answering.engine import Answer
-from evomerge.answering.reasoning import Marks, Wanted, find_marks, is_token, split_reply
+from evomerge.answering.reasoning import Wanted, find_marks, is_token
+from evomerge.answering.thoughts import Marks, SplitReply, split_reply
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,7 +35,7 @@ class ReplyReader:
 
         Thoughts without an end are no answer: they are cut, unless the model ended there itself.
         """
-        text = self._text(tokens)
+        text = self.text(tokens)
         stop = first_stop(text, stops)
         cut, count = not ended and stop is None, len(tokens)
         if self.marks is None:
@@ -42,12 +43,10 @@ class ReplyReader:
         reply = split_reply(text[:stop], self.marks, self.marks.opened_by(prompt))
         if reply.is_open:
             return Answer("", not ended, count, reply.thoughts, count)
-        thinking = 0
-        if reply.thoughts:
-            thinking = self._thought_tokens(tokens, self.marks)
-        return Answer(reply.answer, cut, count, reply.thoughts, thinking)
+        thinking = min(count, self._thought_tokens(tokens, reply, self.marks))
+        return Answer(reply.answer, cut, count, reply.thoughts + reply.later, thinking)
 
-    def _text(self, tokens: Sequence[int]) -> str:
+    def text(self, tokens: Sequence[int]) -> str:
         """The tokens' text without special tokens, except those that marks are made of."""
         special = self._special
         if not special:
@@ -55,15 +54,23 @@ class ReplyReader:
         kept = [token for token in tokens if special.get(token, True)]
         return str(self.tokenizer.decode(kept, skip_special_tokens=False))
 
-    def _thought_tokens(self, tokens: Sequence[int], marks: Marks) -> int:
-        """How many tokens there are up to the end of the thoughts."""
+    def _thought_tokens(self, tokens: Sequence[int], reply: SplitReply, marks: Marks) -> int:
+        """How many tokens there are up to the end of the thoughts, and in later ones."""
+        later = 0
+        if reply.later:
+            later = len(self.tokenizer(reply.later, add_special_tokens=False)["input_ids"])
+        ends = reply.thoughts.count(marks.end)
+        if not ends:
+            return later
         if is_token(self.tokenizer, marks.end):
             number = self.tokenizer.convert_tokens_to_ids(marks.end)
-            if number in tokens:
-                return tokens.index(number) + 1
-        return bisect_left(
-            range(len(tokens)), True, key=lambda n: marks.end in self._text(tokens[:n])
+            places = [i for i, token in enumerate(tokens) if token == number]
+            if len(places) >= ends:
+                return places[ends - 1] + 1 + later
+        before = bisect_left(
+            range(len(tokens)), ends, key=lambda n: self.text(tokens[:n]).count(marks.end)
         )
+        return before + later
 
     @cached_property
     def _special(self) -> dict[int, bool]:

@@ -166,6 +166,9 @@ def judge_grade(args: argparse.Namespace) -> None:
     if args.out is not None:
         record_made(args.out, facts)
     line = f"{summary.n} answers, mean grade {plus_minus(summary.mean, summary.stderr)}"
+    if summary.tokens is not None:
+        thoughts, answer = summary.tokens
+        line += f"; tokens per answer: {thoughts:,.0f} of thoughts, {answer:,.0f} of the answer"
     refused = getattr(judge, "refused", 0)
     if refused:
         line += f"; the judge's server refused {refused}, which count as the lowest grade"

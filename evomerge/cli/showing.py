@@ -23,11 +23,16 @@ HEADINGS = "trial  gen  idx  role       state     score            n   cut"
 
 def print_trials(found: LoadedStudy) -> None:
     """The trials as a table."""
+    from evomerge.reporting.trial_table import mean_tokens
+
     thinks = any(record.thought_tokens is not None for record in found.records)
     put(HEADINGS + (" think" if thinks else ""))
     for record in found.records:
         mark = " <- winner" if record.number == found.winner.number else ""
         put(trial_line(record) + (_thinking(record) if thinks else "") + mark)
+    tokens = mean_tokens(found.records)
+    if tokens is not None:
+        put(f"tokens per answer: {tokens[0]:,.0f} of thoughts, {tokens[1]:,.0f} of the answer")
 
 
 def _thinking(r: TrialRecord) -> str:

@@ -124,7 +124,7 @@ class Genome(SearchSpace):
         """One weight per model in every slice and filter set, one density for all."""
         if density is None:
             density = self.start_density
-        searched, numbers = METHODS[self.method].searched, []
+        searched, numbers = self.searched, []
         for ref in self.models:
             values = {"weight": weight(ref), "density": density}
             entry = []
@@ -170,6 +170,7 @@ def make_genome(study: Study, n_layers: int) -> Genome:
         start=_start(study, len(models), normalize),
         density_bounds=study.density_bounds,
         start_density=study.start_density,
+        parameter_bounds=tuple(study.search.parameter_bounds.items()),
         outside=section.outside,
     )
 

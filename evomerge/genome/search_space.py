@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from evomerge.genome.model_walk import walk
-from evomerge.recipe import METHODS
+from evomerge.recipe import METHODS, MethodParameter
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class SearchSpace:
     start: float = 1.0
     density_bounds: tuple[float, float] = (0.1, 1.0)
     start_density: float = 0.8
+    parameter_bounds: tuple[tuple[str, tuple[float, float]], ...] = ()  # of the method's own
     outside: str = "base"  # what tensors outside the text path are: the base's, or "first"
 
     @property
@@ -56,6 +57,14 @@ class SearchSpace:
             keys.append("density")
         keys += [key for key, own in traits.searched.items() if own.per_model]
         return tuple(keys)
+
+    @property
+    def searched(self) -> Mapping[str, MethodParameter]:
+        """The method's own parameters that have genes, with the ranges of this search."""
+        own = dict(METHODS[self.method].searched)
+        for key, bounds in self.parameter_bounds:
+            own[key] = replace(own[key], search=bounds)
+        return own
 
     @property
     def shared_parameters(self) -> tuple[str, ...]:
@@ -192,7 +201,7 @@ def _gene(space: SearchSpace, key: str, name: str, label: str) -> Gene:
     if key == "density":
         bounds, start = space.density_bounds, space.start_density
     else:
-        own = METHODS[space.method].searched[key]
+        own = space.searched[key]
         assert own.search is not None
         bounds, start = own.search, own.start
     return Gene(name, label, *bounds, start, (bounds[1] - bounds[0]) / (high - low))

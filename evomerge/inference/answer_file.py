@@ -9,7 +9,7 @@ from typing import Any
 
 from evomerge.answering.engine import Answer, Engine, PromptSettings
 from evomerge.answering.prompts import Prompt, Prompter
-from evomerge.answering.reasoning import bare_thoughts
+from evomerge.answering.thoughts import bare_thoughts
 from evomerge.errors import EngineError, TaskError
 from evomerge.finished import record_made
 from evomerge.inference.part import CLASSES, Part, replace
@@ -53,7 +53,8 @@ def run_inference(
 ) -> Done:
     """Answer every task and write `out`: JSON lines of `task_id`, `input`, `output`, in order.
 
-    An answer that was cut off has `truncated` as well, and one of a model that thinks `thoughts`.
+    An answer that was cut off has `truncated` as well; one of a model that thinks has `thoughts`,
+    `answer_tokens` and `thought_tokens`.
 
     With a knowledge base, `out` with the suffix .classes.jsonl holds `task_id`, `class`,
     `similarity`, `examples` (rows of the sheet). `model` identifies all that the answers depend on
@@ -187,13 +188,16 @@ def _rows(run: Run, chosen: Mapping[int, Answer], why: str) -> Iterator[dict[str
         yield row
 
 
-def _said(answer: Answer, run: Run) -> dict[str, str]:
-    """The answer, and beside it what the model thought, without its marks."""
-    said = {"output": answer.text}
+def _said(answer: Answer, run: Run) -> dict[str, Any]:
+    """The answer, and beside it what the model thought, without its marks, and their tokens."""
+    said: dict[str, Any] = {"output": answer.text}
     if answer.thoughts:
         thoughts = bare_thoughts(answer.thoughts, run.engine.marks)
         if thoughts:
             said["thoughts"] = thoughts
+    if answer.thought_tokens is not None:
+        said["answer_tokens"] = answer.answer_tokens
+        said["thought_tokens"] = answer.thought_tokens
     return said
 
 

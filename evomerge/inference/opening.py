@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evomerge.errors import InputError, StudyError
+from evomerge.errors import InputError, ModelError, StudyError
 from evomerge.knowledge.chooser import open_knowledge
 from evomerge.knowledge.classification.by_model import ModelClassifier
 from evomerge.knowledge.read_base import read_knowledge
@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # answers of a server need no torch
     from evomerge.merging.checkpoints.model_folder import ModelFolder
     from evomerge.recipe import Recipe
 
+PRECISIONS = ("bfloat16", "float16", "float32")  # of search.dtype
 BATCH_SIZE = 64  # prompts per batch, without a study; halved when memory runs out
 # the keys of a study file that inference uses
 USED = ("prompt", "generation", "engine", "search.dtype", "search.seed")
@@ -97,7 +98,15 @@ def open_folder(ref: str, overrides: Sequence[str]) -> Opened:
     from evomerge.merging.checkpoints.open_model import open_model
 
     folder = open_model(ref)
-    dtype = str(folder.config.get("dtype") or folder.config.get("torch_dtype") or "bfloat16")
+    key = "dtype" if folder.config.get("dtype") else "torch_dtype"
+    dtype = str(folder.config.get(key) or PRECISIONS[0])
+    if dtype not in PRECISIONS and not any(o.startswith("search.dtype") for o in overrides):
+        raise ModelError(
+            f"`{key}` in config.json cannot be used",
+            where=folder.path,
+            found=dtype,
+            remedy=f"Set it to {', '.join(PRECISIONS)}, or add --set search.dtype={PRECISIONS[0]}.",
+        )
     study = _seeded(overridden(_study(dtype, folder.config), overrides, USED))
     prints = combined(fingerprint(folder.path))
     return _opened(lambda: _engine(folder, [], study), study, "", prints)

@@ -97,12 +97,16 @@ class Part:
                 cut.append(i)
         if cut:
             record["cut"] = cut
-        thoughts = {}
+        thoughts, tokens = {}, {}
         for i, answer in answers.items():
             if answer.thoughts:
                 thoughts[i] = answer.thoughts
+            if answer.thought_tokens is not None:
+                tokens[i] = [answer.tokens, answer.thought_tokens]
         if thoughts:
             record["thoughts"] = thoughts
+        if tokens:
+            record["tokens"] = tokens
         if name:
             record["round"] = name
         self._append(record)
@@ -165,9 +169,10 @@ class Part:
                 self.limits = line["limits"]
                 continue
             kept, cut = self.of(line.get("round", FIRST)), line.get("cut", [])
-            thoughts = line.get("thoughts", {})  # JSON has no numbers as keys
+            thoughts, tokens = line.get("thoughts", {}), line.get("tokens", {})
             for i, text in zip(line["batch"], line["outputs"], strict=True):
-                kept[i] = Answer(text, i in cut, 0, thoughts.get(str(i), ""))
+                n, thinking = tokens.get(str(i), (0, None))  # JSON has no numbers as keys
+                kept[i] = Answer(text, i in cut, n, thoughts.get(str(i), ""), thinking)
         self._truncate(len(whole) + 1)
 
     def _begin(self, header: Mapping[str, str]) -> None:

@@ -18,7 +18,8 @@ class AnswerRecord:
 
     `unfinished` says why there is no whole answer (None: there is one); `class_name` is the task's
     class where a knowledge base gave it one; `truncated`: the longest length has ended the answer;
-    `thoughts`: what the model thought before it, without the marks.
+    `thoughts`: what the model thought before it, without the marks. The numbers of tokens are None
+    of a model that has no thoughts.
     """
 
     task_id: int | str
@@ -28,6 +29,8 @@ class AnswerRecord:
     class_name: str | None = None
     truncated: bool = False
     thoughts: str = ""
+    answer_tokens: int | None = None
+    thought_tokens: int | None = None
 
 
 @dataclass(frozen=True)

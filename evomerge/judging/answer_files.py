@@ -25,11 +25,15 @@ _SURROGATES = dict.fromkeys(range(55296, 57344), "�")
 
 @dataclass(frozen=True)
 class GradeSummary:
-    """`n` grades, their mean (1 to 5) and its standard error (None for a single grade)."""
+    """`n` grades, their mean (1 to 5) and its standard error (None for a single grade).
+
+    `tokens` are those of thoughts and of the answer, per answer that tells them (None: none does).
+    """
 
     n: int
     mean: float
     stderr: float | None
+    tokens: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,9 @@ def grade_file(
 ) -> GradeSummary:
     """Grade a JSON-lines file of answers and write one JSON line each to `out` (None: stdout).
 
-    An answer holds `task_id` and `output`, and may hold `model` and `truncated`; a grade holds
-    `task_id`, `grade`, `reason`, `judge`, `model`, `correct`. The order stays. `out` is written
+    An answer holds `task_id` and `output`, and may hold `model`, `truncated`, `answer_tokens` and
+    `thought_tokens`; a grade holds `task_id`, `grade`, `reason`, `judge`, `model`, `correct`, and
+    the numbers of tokens where the answer does. The order stays. `out` is written
     completely or not at all. Raises TaskError for a bad task file or an unknown task id, InputError
     for lines that are not answers or come twice and where `out` is one of the files read,
     JudgeError, OutputError.
@@ -69,7 +74,7 @@ def grade_file(
             lambda path: path.write_text(text, encoding="utf-8", newline="\n"),
             make_folder=False,
         )
-    return _summary([grade.value for grade in grades])
+    return _summary([grade.value for grade in grades], [line.answer for line in lines])
 
 
 def grade_lines(judge: Judge, lines: Sequence[AnswerLine]) -> list[Grade]:
@@ -152,7 +157,28 @@ def _answer_line(record: Mapping[str, object], by_id: dict[str, Task], where: st
             found=truncated,
             remedy="Write true or false, or leave it out.",
         )
-    return AnswerLine(by_id[str(task_id)], model, Answer(text, bool(truncated), tokens=0))
+    answered, thought = _tokens(record, where)
+    answer = Answer(text, bool(truncated), answered + (thought or 0), thought_tokens=thought)
+    return AnswerLine(by_id[str(task_id)], model, answer)
+
+
+def _tokens(record: Mapping[str, object], where: str) -> tuple[int, int | None]:
+    """The tokens of an answer, and of its thoughts where both are known. Raises InputError."""
+    found = []
+    for key in ("answer_tokens", "thought_tokens"):
+        value = record.get(key)
+        if value is not None and (type(value) is not int or value < 0):
+            raise InputError(
+                f"`{key}` is not a number of tokens",
+                where=where,
+                found=value,
+                remedy="Write a whole number, or leave it out.",
+            )
+        found.append(value)
+    answered, thought = found
+    if not isinstance(answered, int) or not isinstance(thought, int):
+        return 0, None
+    return answered, thought
 
 
 def model_of(record: Mapping[str, Any], where: str) -> str | None:
@@ -169,7 +195,7 @@ def model_of(record: Mapping[str, Any], where: str) -> str | None:
 
 
 def _record(line: AnswerLine, grade: Grade, judge: Judge) -> dict[str, Any]:
-    return {
+    record: dict[str, Any] = {
         "task_id": line.task.task_id,
         "grade": grade.value,
         "reason": grade.reason,
@@ -177,11 +203,19 @@ def _record(line: AnswerLine, grade: Grade, judge: Judge) -> dict[str, Any]:
         "model": line.model,
         "correct": grade.correct,
     }
+    if line.answer.thought_tokens is not None:
+        record["answer_tokens"] = line.answer.answer_tokens
+        record["thought_tokens"] = line.answer.thought_tokens
+    return record
 
 
-def _summary(grades: Sequence[float]) -> GradeSummary:
+def _summary(grades: Sequence[float], answers: Sequence[Answer]) -> GradeSummary:
     n = len(grades)
     stderr = None
     if n > 1:
         stderr = stdev(grades) / math.sqrt(n)
-    return GradeSummary(n, fmean(grades), stderr)
+    tokens, thinking = None, [a for a in answers if a.thought_tokens is not None]
+    if thinking:
+        thoughts = fmean(answer.thought_tokens or 0 for answer in thinking)
+        tokens = (thoughts, fmean(answer.answer_tokens for answer in thinking))
+    return GradeSummary(n, fmean(grades), stderr, tokens)

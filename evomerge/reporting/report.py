@@ -25,7 +25,7 @@ from evomerge.reporting.sentences import (
     signed,
     with_error,
 )
-from evomerge.reporting.trial_table import mean_thoughts, seconds_by_phase, truncation
+from evomerge.reporting.trial_table import mean_tokens, seconds_by_phase, truncation
 
 if TYPE_CHECKING:
     import jinja2
@@ -80,7 +80,7 @@ def write_report(
             weights=weight_chart(winner, slices),
             phases=seconds_by_phase(trials),
             truncated=truncation(trials),
-            thoughts=mean_thoughts(trials),
+            tokens=mean_tokens(trials),
             slices=slices,
             samples=samples,
             study_file=study_file,

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from evomerge.answering import thoughts
 from evomerge.answering.prompts import COMPETITION
 from evomerge.answering.reasoning import KNOWN as KNOWN_MARKS
 from evomerge.answering.reasoning import Wanted
@@ -30,7 +31,8 @@ from evomerge.searching.snapshot import StudySnapshot
 from evomerge.study import GenerationSection, PromptSection, ReasoningSection, Study
 
 TEMPLATES = Path(__file__).with_name("templates") / "runner"
-PROGRAM = ("answer.py", "answer_tools.py")
+# the last one is evomerge's own, which needs nothing else
+PROGRAM = (TEMPLATES / "answer.py", TEMPLATES / "answer_tools.py", Path(thoughts.__file__))
 FETCHED = ("model*.safetensors", "*.json", "*.jinja", "*.model")  # of a model on the hub
 # the class of all tasks where there is no knowledge base
 PLAIN = KnowledgeClass("plain", "", "{input}")
@@ -47,7 +49,7 @@ def write_runner(snapshot: StudySnapshot, folder: Path, knowledge: Knowledge | N
     study, recipe = snapshot.study, snapshot.recipe
     name = snapshot.ledger.name
     texts = {
-        **{name: (TEMPLATES / name).read_text(encoding="utf-8") for name in PROGRAM},
+        **{path.name: path.read_text(encoding="utf-8") for path in PROGRAM},
         "requirements.txt": _rendered("requirements.txt"),
         "recipe.yaml": recipe_text(snapshot, in_modules=False),
         "settings.yaml": _rendered(

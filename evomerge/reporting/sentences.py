@@ -198,6 +198,8 @@ def notes(facts: StudyFacts) -> list[str]:
             f"The held-out tasks have now been used {look} times: the search was resumed after a "
             "verdict, so the intervals are too narrow."
         )
+    if facts.verdict is not None:
+        lines += token_notes(facts.verdict)
     saved = facts.cascade
     if saved is not None and saved.graded:
         lines.append(
@@ -205,6 +207,18 @@ def notes(facts: StudyFacts) -> list[str]:
             f"{saved.graded:,} candidate answers ({saved.asked / saved.graded:.0%})."
         )
     return lines
+
+
+def token_notes(verdict: Verdict) -> list[str]:
+    """How many tokens the models think and answer with; nothing where they do not think."""
+    figures = []
+    for name, c in verdict.candidates.items():
+        if c.thought_tokens is not None and c.answer_tokens is not None:
+            counts = f"{c.thought_tokens:,.0f} and {c.answer_tokens:,.0f}"
+            figures.append(f"{model_title(name)} {counts}")
+    if not figures:
+        return []
+    return [f"Tokens of thoughts and of the answer, per held-out task: {', '.join(figures)}."]
 
 
 def _formatted(value: float | None, spec: str) -> str:

@@ -6,6 +6,7 @@ import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from evomerge.sheets.delimited import inert
@@ -134,13 +135,18 @@ def _think(trials: Sequence[TrialRecord]) -> bool:
     return any(trial.thought_tokens is not None for trial in trials)
 
 
-def mean_thoughts(trials: Sequence[TrialRecord]) -> float | None:
-    """Thought tokens per answer over the complete trials; None where the model has no thoughts."""
-    known = []
+def mean_tokens(trials: Sequence[TrialRecord]) -> tuple[float, float] | None:
+    """Tokens per answer over the complete trials, of thoughts and of the answer itself.
+
+    None where the model has no thoughts.
+    """
+    thoughts, answers = [], []
     for trial in trials:
-        if trial.state == "complete" and trial.mean_thought_tokens is not None:
-            known.append(trial.mean_thought_tokens)
-    return sum(known) / len(known) if known else None
+        thought, answer = trial.mean_thought_tokens, trial.mean_answer_tokens
+        if trial.state == "complete" and thought is not None and answer is not None:
+            thoughts.append(thought)
+            answers.append(answer)
+    return (fmean(thoughts), fmean(answers)) if thoughts else None
 
 
 def _part_names(trials: Sequence[TrialRecord]) -> list[str]:

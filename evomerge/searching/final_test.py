@@ -77,10 +77,22 @@ def make_verdict(
         if sources:
             error = stratified_error(values, sources)
         truncated = float(np.mean([grade.truncated for grade in grades.values()]))
-        candidates[name] = HeldOutScore(mean, error, truncated)
+        candidates[name] = HeldOutScore(mean, error, truncated, *_mean_tokens(grades.values()))
         if name != "winner" and name not in same:
             paired[f"{LEAD}{name}"] = _paired_difference(winner, values, sources)
     return Verdict(metric, len(winner), candidates, paired, unbeaten)
+
+
+def _mean_tokens(grades: Collection[TaskGrade]) -> tuple[float | None, float | None]:
+    """Tokens per answer, of thoughts and of the answer; None where the model has no thoughts."""
+    thoughts, answers = [], []
+    for grade in grades:
+        if grade.thought_tokens is not None and grade.tokens is not None:
+            thoughts.append(grade.thought_tokens)
+            answers.append(grade.tokens)
+    if not thoughts:
+        return None, None
+    return float(np.mean(thoughts)), float(np.mean(answers))
 
 
 def _paired_difference(

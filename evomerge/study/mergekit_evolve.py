@@ -14,7 +14,13 @@ LM_EVAL_KEYS = (
     "fewshot_as_multiturn",
     "task_search_path",
 )
-BROUGHT = ("judge", "prompt", "generation", "objective")  # sections that lm-eval tasks decide
+# sections that lm-eval tasks decide, and the keys of them that they leave to the study
+BROUGHT: dict[str, tuple[str, ...]] = {
+    "judge": (),
+    "prompt": ("chat_template_kwargs",),
+    "generation": ("reasoning",),
+    "objective": (),
+}
 
 
 def read_mergekit_evolve(data: dict[str, Any], where: str) -> None:
@@ -48,12 +54,16 @@ def read_mergekit_evolve(data: dict[str, Any], where: str) -> None:
 
 
 def _fill_in(data: dict[str, Any], where: str) -> None:
-    for key in BROUGHT:
-        if key in data:
+    for section, kept in BROUGHT.items():
+        found = data.get(section)
+        if isinstance(found, dict) and kept and set(found) <= set(kept):
+            continue
+        if section in data:
             raise StudyFileError(
-                f"`{key}` has no effect: lm-eval tasks bring their own",
+                f"`{section}` has no effect: lm-eval tasks bring their own",
                 where=where,
-                remedy="Remove it.",
+                found=next((key for key in found or () if key not in kept), None),
+                remedy=f"Remove it, except {', '.join(kept)}." if kept else "Remove it.",
             )
     data["judge"] = {"kind": "lm-eval", "metric": "score"}
     # metrics are over all documents

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from evomerge.console import seconds
+from evomerge.recipe import METHODS
 from evomerge.study.section import (
     Numbers,
     Pair,
@@ -19,10 +21,27 @@ from evomerge.study.section import (
     require,
 )
 
-LARGEST_WEIGHT = 1000
+LARGEST_WEIGHT = 1000  # also of a method's own numbers
 SMALLEST_RANGE = 1e-6
+SMALLEST_OWN_RANGE = 1e-9  # thresholds are as small as 1e-6
 SMALLEST_DENSITY = 0.001  # what is kept is multiplied by its inverse
 SUBSET = 16  # tasks of a first generation where `search.subset` says nothing
+
+
+def _ranges(value: object) -> object:
+    """Two moderate numbers for each name, as a tuple."""
+    remedy = "Write the lowest and the highest value of each, such as {gamma: [0, 0.1]}."
+    require(isinstance(value, Mapping), "", "is not a mapping", value, remedy)
+    assert isinstance(value, Mapping)
+    ranges = {}
+    for name, pair in value.items():
+        fine = isinstance(name, str) and isinstance(pair, list | tuple) and len(pair) == 2
+        for number in pair if fine else ():
+            fine = fine and type(number) in (int, float)
+            fine = fine and (number == 0 or 1e-9 <= abs(number) <= 1e15)
+        require(fine, "", f"has no range for `{name}`", pair, remedy)
+        ranges[name] = tuple(pair)
+    return ranges
 
 
 class SearchSection(Section):
@@ -152,6 +171,12 @@ class SearchSection(Section):
         default=None,
         description="Lowest and highest density, from 0.001 to 1; null: 0.1 to 1.",
     )
+    parameter_bounds: Annotated[dict[str, Pair], BeforeValidator(_ranges)] = Field(
+        default={},
+        description="Lowest and highest value of the method's own numbers, such as {gamma: [0, "
+        "0.1]}, in place of those of docs/METHODS.md. Of della's epsilon: as shares of the most "
+        "that the density leaves.",
+    )
     uniform: Numbers = Field(
         default=(0.25, 0.5, 0.75, 1.25),
         description="Weights used for all slices alike, as references that a search must beat.",
@@ -229,3 +254,31 @@ class SearchSection(Section):
             "Remove one of them.",
         )
         return self
+
+
+def check_parameter_bounds(given: Mapping[str, tuple[float, float]], method: str) -> None:
+    """State the rules on `search.parameter_bounds`, which depend on the method."""
+    searched = METHODS[method].searched
+    for name, (low, high) in given.items():
+        key = f"search.parameter_bounds.{name}"
+        own = searched.get(name)
+        if own is None:
+            genes = ", ".join(searched) or "none"
+            what = f"has no effect: of {method}'s own numbers a search sets {genes}"
+            require(False, key, what, [low, high], "Name one of these, or remove it.")
+            continue
+        least, most = float(-LARGEST_WEIGHT), float(LARGEST_WEIGHT)
+        if own.low is not None:
+            least = max(least, own.low)
+        if own.high is not None:
+            most = min(most, own.high)
+        if own.within_density:
+            assert own.search is not None
+            most = own.search[1]
+        require(
+            least <= low <= high - SMALLEST_OWN_RANGE and high <= most,
+            key,
+            "is not a range of this parameter",
+            [low, high],
+            f"Write [lowest, highest], from {least:g} to {most:g}.",
+        )

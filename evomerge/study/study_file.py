@@ -17,7 +17,7 @@ from evomerge.study.messages import validated
 from evomerge.study.objective_keys import ObjectiveSection, check_objective
 from evomerge.study.older_defaults import BEFORE
 from evomerge.study.prompt_keys import GenerationSection, PromptSection, SplitSection, TaskSource
-from evomerge.study.search_keys import SearchSection
+from evomerge.study.search_keys import SearchSection, check_parameter_bounds
 from evomerge.study.section import STORED, PathText, Remedy, StudyName, as_tuple, require
 
 
@@ -183,6 +183,7 @@ class Study(AsWritten):
             search.bounds,
             "Remove it.",
         )
+        check_parameter_bounds(search.parameter_bounds, method)
         for key in ("density_bounds", "start_density"):
             value = getattr(search, key)
             require(

@@ -16,7 +16,7 @@ from evomerge.answering.hf.gradient import TransformersGradient
 from evomerge.answering.hf.likelihood import TransformersLikelihood
 from evomerge.answering.hf.loading import context_of, load_model, load_tokenizer
 from evomerge.answering.hf.population import TransformersPopulation
-from evomerge.answering.reasoning import Marks
+from evomerge.answering.thoughts import Marks
 from evomerge.errors import EngineError
 from evomerge.merging.live import LiveModel
 from evomerge.recipe import Recipe

@@ -20,6 +20,7 @@ import torch
 from evomerge.answering.engine import Answer
 from evomerge.answering.lm_eval.documents import LmEvalTasks, Outcome, digest, version
 from evomerge.answering.lm_eval.objectives import line, quiet
+from evomerge.answering.reply_reader import ReplyReader
 from evomerge.errors import EngineError, TaskError
 from evomerge.tasks import Task
 
@@ -38,11 +39,10 @@ class LmEvalRunner:
 
         Raises TaskError.
         """
-        from lm_eval.models.huggingface import HFLM
-
         assert engine.likelihood is not None
         self.lm_eval, self.study = lm_eval, lm_eval.study
         self.warnings = list(lm_eval.warnings)
+        self.marks: list[str] = []  # of thoughts
         chat = self.study.apply_chat_template
         if chat and not engine.tokenizer.chat_template:
             raise TaskError(
@@ -54,11 +54,7 @@ class LmEvalRunner:
         # leaf -> document -> lm-eval's instances, without responses
         self._requests: dict[str, dict[int, list[Any]]] = {}
         with quiet():
-            self.lm = HFLM(
-                pretrained=engine.likelihood.model,
-                tokenizer=engine.tokenizer,
-                batch_size=self.study.engine.batch_size,
-            )
+            self.lm = self._wrapped(engine)
             for name, leaf in lm_eval.leaves.items():
                 self._requests[name] = self._built(name, leaf)
         too_long = 0
@@ -72,6 +68,25 @@ class LmEvalRunner:
             )
         prints = [self._prints(name, ids) for name, ids in lm_eval.documents.items()]
         self.prompts = digest(prints)
+
+    def _wrapped(self, engine: Engine) -> Any:
+        """The engine's model as lm-eval's; one that thinks shows lm-eval its answers alone."""
+        from lm_eval.models.huggingface import HFLM
+
+        assert engine.likelihood is not None
+        settings: dict[str, Any] = {
+            "pretrained": engine.likelihood.model,
+            "tokenizer": engine.tokenizer,
+            "batch_size": self.study.engine.batch_size,
+            "chat_template_args": dict(self.study.prompt.chat_template_kwargs),
+        }
+        if engine.marks is None:
+            return HFLM(**settings)
+        from evomerge.answering.lm_eval.thinking import thinking_lm
+
+        self.marks = [engine.marks.start, engine.marks.end]
+        read = ReplyReader(engine.tokenizer, self.study.generation.reasoning)
+        return thinking_lm(read, engine.marks, **settings)
 
     def _built(self, name: str, leaf: Any) -> dict[int, list[Any]]:
         """A leaf's instances by document. Raises TaskError."""
@@ -118,7 +133,7 @@ class LmEvalRunner:
             if not numbers:
                 continue
             batches = f"batches of {self.study.engine.batch_size}"
-            key = cache.key(recipe, [batches, *self._prints(name, numbers)])
+            key = cache.key(recipe, [batches, *self.marks, *self._prints(name, numbers)])
             kept = cache.get(key)
             if kept is not None:
                 outcomes = [_read(answer) for answer in kept]

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from evomerge.answering.engine import Answer
-from evomerge.answering.reasoning import Marks, split_reply
+from evomerge.answering.thoughts import Marks, split_reply
 from evomerge.errors import InputError
 from evomerge.study import GenerationSection
 
@@ -153,12 +153,15 @@ def with_thoughts(answer: Answer, reply: Any, marks: Marks | None, prompt: str) 
     for name in ("reasoning_content", "reasoning"):
         thoughts = getattr(message, name, None)
         if isinstance(thoughts, str) and thoughts:
-            return replace(answer, thoughts=whole(thoughts), thought_tokens=count)
+            # a server may take the first block only
+            found = split_reply(answer.text, marks)
+            text = "".join((whole(thoughts), found.thoughts, found.later))
+            return replace(answer, text=found.answer, thoughts=text, thought_tokens=count)
     found = split_reply(answer.text, marks, marks.opened_by(prompt))
-    if not found.thoughts:
+    text = found.thoughts + found.later
+    if not text:
         return answer
-    cut = answer.truncated
-    return Answer(found.answer, cut, answer.tokens, found.thoughts, count)
+    return replace(answer, text=found.answer, thoughts=text, thought_tokens=count)
 
 
 def message_of(error: Any) -> str:

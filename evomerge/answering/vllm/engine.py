@@ -26,8 +26,8 @@ from evomerge.answering.engine import (
     settings_of_each,
 )
 from evomerge.answering.hf.loading import load_tokenizer
-from evomerge.answering.reasoning import Marks
 from evomerge.answering.reply_reader import ReplyReader
+from evomerge.answering.thoughts import Marks
 from evomerge.answering.vllm.host_weights import host_weights_of
 from evomerge.answering.vllm.loading import (
     BATCH,

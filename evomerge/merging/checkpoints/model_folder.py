@@ -60,9 +60,12 @@ class ModelFolder:
         return self.architecture.embeddings
 
     @property
-    def vocabulary(self) -> tuple[str, str]:
-        """The tensors with a row for each token."""
-        return self.embeddings, self.head
+    def vocabulary(self) -> tuple[str, ...]:
+        """The tensors with a row for each token: embeddings, head, and the head's bias if any."""
+        layer = self.head.removesuffix(".weight")
+        # BERT's kin keep the bias above the head
+        biases = {f"{layer}.bias", f"{layer.removesuffix('.decoder')}.bias"}
+        return self.embeddings, self.head, *sorted(biases & self.keys)
 
     @cached_property
     def _headers(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -102,7 +105,7 @@ class ModelFolder:
 
     def is_untied(self) -> bool:
         """Whether the head has weights of its own: one that equals the embeddings may be tied."""
-        embeddings, head = self.vocabulary
+        embeddings, head = self.embeddings, self.head
         if head not in self.files or embeddings not in self.files:
             return head in self.files
         if tied_by_config(self.config) is False:
@@ -132,8 +135,11 @@ def tied_by_config(config: Mapping[str, Any]) -> bool | None:
     return None
 
 
-def num_layers(config: Mapping[str, Any]) -> int:
-    """Layers of the text decoder that a config.json describes. Raises UnsupportedRecipe."""
+def num_layers(config: Mapping[str, Any], where: object = None) -> int:
+    """Layers of the text decoder that a config.json describes.
+
+    Raises UnsupportedRecipe where it names none, ModelError where it cannot be their number.
+    """
     text = text_config(config)
     key = layers_key(text)
     found = text[key] if key is not None else None
@@ -141,8 +147,13 @@ def num_layers(config: Mapping[str, Any]) -> int:
     if found is None and stated is not None:
         raise ModelError(
             "`num_hidden_layers` in config.json is not a whole number",
+            where=where,
             found=stated,
             remedy="Correct it.",
+        )
+    if found is not None and found < 1:
+        raise ModelError(
+            f"`{key}` in config.json is below 1", where=where, found=found, remedy="Correct it."
         )
     if found is None:
         model = empty_model(config)

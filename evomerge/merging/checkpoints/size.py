@@ -6,32 +6,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from evomerge.errors import ModelError
-from evomerge.merging.architecture.empty_model import model_class
 from evomerge.merging.architecture.text_config import text_config
 from evomerge.merging.checkpoints.config_defaults import config_value
-from evomerge.merging.checkpoints.hub_kernels import without_attention
+from evomerge.merging.checkpoints.config_fault import config_error, made_without_weights
 from evomerge.merging.checkpoints.model_folder import num_layers
 
 
 def count_parameters(config: Mapping[str, Any], where: object = None) -> int:
     """Parameters of the model that a config.json describes, tied ones counted once.
 
-    No weights are made. Raises ModelError when transformers does not know the configuration.
+    No weights are made. Raises ModelError when transformers cannot make the model.
     """
-    import torch
-    from transformers import AutoConfig
-
     try:
-        settings = without_attention(config)  # a kernel of the hub would be loaded
-        parsed = AutoConfig.for_model(settings.pop("model_type"), **settings)
-        with torch.device("meta"):
-            model = model_class(parsed).from_config(parsed)
+        model = made_without_weights(config)
     except Exception as error:  # KeyError, ValueError and others, by what is wrong in the file
-        raise ModelError(
-            f"the model configuration cannot be used: {error}",
-            where=where,
-            remedy="Give the config.json of a causal LM.",
-        ) from error
+        raise config_error(config, error, where) from error
     return sum(int(parameter.numel()) for parameter in model.parameters())
 
 

@@ -3,8 +3,9 @@
 The rules are those of mergekit 0.1.5 (`tokenizer_source`, `tokenizer`). Row i of an output tensor
 is a model's own row for token i where the model has that token. Where it does not, and for tokens
 that `tokens:` forces, it is the default row: what `tokens:` says; else the row of the only model
-that has the token, the base's row, the mean of the models that have it, or zeros. mergekit numbers
-the tokens that a union adds in an order that changes from run to run; here it is each model's own.
+that has the token, the base's row, the mean of the models that have it, or zeros. A head's bias
+has an entry for each row and follows the same rules. mergekit numbers the tokens that a union adds
+in an order that changes from run to run; here it is each model's own.
 """
 
 from __future__ import annotations

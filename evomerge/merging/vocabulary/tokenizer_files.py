@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import ModelError
+from evomerge.merging.checkpoints.config_fault import blame_config
 
 FILES = (
     "tokenizer.json",
@@ -41,6 +42,7 @@ def open_tokenizer(
         return tokenizer
     except Exception as error:
         # OSError, ValueError, KeyError and others, by what is wrong in the files
+        _check_config(Path(name))
         reason = str(error)
         missing = _missing_packages(Path(name))
         if missing:
@@ -49,6 +51,16 @@ def open_tokenizer(
         raise ModelError(
             f"the tokenizer cannot be loaded: {reason}", where=where, remedy=remedy
         ) from error
+
+
+def _check_config(folder: Path) -> None:
+    """Raise ModelError where the fault is in config.json, which transformers reads first."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if isinstance(config, dict):
+        blame_config(config, folder)
 
 
 def _processor_template(folder: Path) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from typing import Any
 
 from evomerge.merging.checkpoints.model_folder import ModelFolder
 from evomerge.searching.answer_room import context_of
@@ -14,16 +15,15 @@ from evomerge.tasks import Split, Task
 
 def check_prompts(findings: Findings, study: Study, base: ModelFolder, split: Split | None) -> None:
     """The tokenizer's chat template, the knowledge base, and whether every prompt has room."""
-    from evomerge.answering.chat_template import unread_variables
     from evomerge.answering.encode import Encoder
     from evomerge.answering.hf.loading import load_tokenizer
     from evomerge.answering.prompts import make_prompter
-    from evomerge.answering.reasoning import find_marks
     from evomerge.knowledge.chooser import open_knowledge
 
     tokenizer = load_tokenizer(base, study.engine.trust_remote_code)
     if study.lm_eval:
         _check_lm_eval_template(findings, study, tokenizer.chat_template)
+        _check_thoughts(findings, study, tokenizer)
         return
     make_prompter(tokenizer, study.prompt)
     chooser = None
@@ -35,12 +35,7 @@ def check_prompts(findings: Findings, study: Study, base: ModelFolder, split: Sp
             findings.add("ok", "knowledge", text)
     make_prompter(tokenizer, study.prompt, chooser=chooser).try_each_kind()
     findings.add("ok", "tokenizer", f"prompts in format {study.prompt.format}")
-    for name in unread_variables(tokenizer, study.prompt.chat_template_kwargs):
-        text = f"prompt.chat_template_kwargs: the chat template has no `{name}`, and ignores it"
-        findings.add("low", "tokenizer", text)
-    marks = find_marks(study.generation.reasoning, tokenizer)
-    if marks is not None:
-        findings.add("ok", "reasoning", f"thoughts are between {marks.start} and {marks.end}")
+    _check_thoughts(findings, study, tokenizer)
     context, most = context_of(study, base), study.generation.max_new_tokens
     if split is None:
         return
@@ -58,6 +53,19 @@ def check_prompts(findings: Findings, study: Study, base: ModelFolder, split: Sp
             room = f"of {context:,} tokens"
         text = f"the longest prompt has {longest:,} tokens, an answer at most {most:,}"
         findings.add("ok", "context", f"{text}, in a context {room}")
+
+
+def _check_thoughts(findings: Findings, study: Study, tokenizer: Any) -> None:
+    """Which variables the chat template does not read, and which marks thoughts have."""
+    from evomerge.answering.chat_template import unread_variables
+    from evomerge.answering.reasoning import find_marks
+
+    for name in unread_variables(tokenizer, study.prompt.chat_template_kwargs):
+        text = f"prompt.chat_template_kwargs: the chat template has no `{name}`, and ignores it"
+        findings.add("low", "tokenizer", text)
+    marks = find_marks(study.generation.reasoning, tokenizer)
+    if marks is not None:
+        findings.add("ok", "reasoning", f"thoughts are between {marks.start} and {marks.end}")
 
 
 def _check_lm_eval_template(findings: Findings, study: Study, template: object) -> None:

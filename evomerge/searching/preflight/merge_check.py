@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 from evomerge.errors import ModelError
 from evomerge.merging.architecture.conversion import shapes_after
 from evomerge.merging.architecture.empty_model import empty_model
 from evomerge.merging.live import LiveModel
+from evomerge.merging.stream import MergePlan, open_recipe
+from evomerge.recipe import METHODS
 from evomerge.searching.prepare import Prepared
 
 
@@ -30,6 +33,26 @@ def check_first_merge(prepared: Prepared) -> bool:
     _, vector = prepared.genome.references(study.search.uniform)[0]
     live.check_in_place(live.plan(prepared.genome.decode(vector)))
     return True
+
+
+def try_own_method(prepared: Prepared) -> str | None:
+    """Run a merge method of the user's own on the smallest tensor of each number of axes.
+
+    None where the method is the package's, else what was merged. Raises RecipeError and ModelError
+    as the merge would.
+    """
+    _, vector = prepared.genome.references(prepared.study.search.uniform)[-1]
+    recipe = prepared.genome.decode(vector)
+    if METHODS[recipe.merge_method].built_in:
+        return None
+    plan = MergePlan(recipe, open_recipe(recipe))
+    smallest: dict[int, str] = {}  # number of axes -> name
+    for name in sorted(plan.names, key=lambda name: math.prod(plan.shape(name))):
+        if not plan.tensors[name].is_copy:
+            smallest.setdefault(len(plan.shape(name)), name)
+    for name in smallest.values():
+        plan.merge(name)
+    return ", ".join(smallest.values())
 
 
 def _check_shapes(live: LiveModel) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from evomerge.errors import EvomergeError, InputError, ModelError, StudyError
 from evomerge.genome.genome import Genome, make_genome
 from evomerge.merging.checkpoints.compatibility import check_fit
+from evomerge.merging.checkpoints.config_fault import blame_config
 from evomerge.merging.checkpoints.model_folder import ModelFolder, num_layers
 from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.searching.answer_room import with_room_for_prompts
@@ -18,7 +19,7 @@ from evomerge.searching.generation.learning import telling_tasks
 from evomerge.searching.ledger import Ledger, open_ledger
 from evomerge.searching.preflight.answers_check import check_engine, check_judge, check_prompts
 from evomerge.searching.preflight.findings import Findings, PreflightFinding
-from evomerge.searching.preflight.merge_check import check_first_merge
+from evomerge.searching.preflight.merge_check import check_first_merge, try_own_method
 from evomerge.searching.preflight.needs import check_memory_and_disk, check_slices, cost
 from evomerge.searching.preflight.verdict_power import advice, grade_scale, verdict_power
 from evomerge.searching.prepare import prepare, study_tasks
@@ -60,6 +61,9 @@ def check_study(
     if base_config is not None:
         config = _config_file(findings, base_config)
     opened = _models(findings, study)
+    sound = _configs_are_sound(findings, opened)
+    if not sound:
+        opened = []
     if opened:
         note = partial(findings.add, "ok", "generation")
         study = with_room_for_prompts(study, opened[0], note)
@@ -74,7 +78,8 @@ def check_study(
         with findings.refusals("tokenizer"):
             check_prompts(findings, study, opened[0], split)
         config = dict(opened[0].config)
-    _slices_and_sizes(findings, study, config, split, references)
+    if sound:
+        _slices_and_sizes(findings, study, config, split, references)
     _places(findings, url, results)
     if opened and findings.all_well:
         _search_itself(findings, study, url)
@@ -102,6 +107,18 @@ def _models(findings: Findings, study: Study) -> list[ModelFolder]:
         except ModelError as error:
             findings.add("wrong" if _is_here(ref) else "unknown", role, str(error))
     return opened if len(opened) == len(refs) else []
+
+
+def _configs_are_sound(findings: Findings, models: Sequence[ModelFolder]) -> bool:
+    """Whether transformers can make a model of every config.json, of the types it knows."""
+    for model in models:
+        before = len(findings.lines)
+        with findings.refusals("config.json"):
+            num_layers(model.config, model.path)
+            blame_config(model.config, model.path)
+        if len(findings.lines) > before:
+            return False
+    return True
 
 
 def _is_here(ref: str) -> bool:
@@ -220,6 +237,9 @@ def _search_itself(findings: Findings, study: Study, url: str | None) -> None:
         facts = StudyFacts() if stored is None else stored.facts
         prepared = prepare(as_begun(study, facts.study_file), lambda note: None)
         check_demanded_start(study, prepared.genome, prepared.split.search)
+        tried = try_own_method(prepared)
+        if tried is not None:
+            findings.add("ok", "method", f"{study.genome.merge_method} merges {tried}")
         if check_first_merge(prepared):
             findings.add("ok", "merge", "every tensor has its place in the live model")
         if stored is None or not facts.begun:

@@ -130,6 +130,13 @@ class TrialRecord:
         return self.thought_tokens / len(self.grades)
 
     @property
+    def mean_answer_tokens(self) -> float | None:
+        """The tokens that follow the thoughts, per answer; None where the model has no thoughts."""
+        if self.thought_tokens is None or self.tokens is None or not self.grades:
+            return None
+        return (self.tokens - self.thought_tokens) / len(self.grades)
+
+    @property
     def credit(self) -> float:
         """The mean of the judge's grades, which know partial credit; 0 where there are none."""
         grades = []

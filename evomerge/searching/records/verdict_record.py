@@ -15,11 +15,16 @@ FOUND = "found"  # names the search's own merge where a reference has won
 
 @dataclass(frozen=True)
 class HeldOutScore:
-    """One candidate on the held-out tasks; `truncated` is a share of its answers."""
+    """One candidate on the held-out tasks; `truncated` is a share of its answers.
+
+    Of a model that thinks, an answer has `thought_tokens` and then `answer_tokens` on average.
+    """
 
     mean: float
     stderr: float | None  # None: there is a single value
     truncated: float
+    thought_tokens: float | None = None
+    answer_tokens: float | None = None
 
 
 @dataclass(frozen=True)
@@ -59,15 +64,18 @@ class Verdict:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts: the stored form, and what verdict.json holds."""
-        return asdict(self)
+        data = asdict(self)
+        for candidate in data["candidates"].values():
+            if candidate["thought_tokens"] is None:  # as older versions write it
+                del candidate["thought_tokens"], candidate["answer_tokens"]
+        return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Verdict:
         """The inverse of `to_dict`."""
         candidates = {}
         for name, c in data["candidates"].items():
-            error = known_error(c["stderr"], data["n"])
-            candidates[name] = HeldOutScore(c["mean"], error, c["truncated"])
+            candidates[name] = HeldOutScore(**c | {"stderr": known_error(c["stderr"], data["n"])})
         paired = {name: PairedDifference(**p) for name, p in data["paired"].items()}
         if data["n"] == 1:  # older studies stored one of no width
             paired = {name: PairedDifference(p.diff, None, None) for name, p in paired.items()}

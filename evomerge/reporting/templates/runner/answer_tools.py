@@ -236,14 +236,13 @@ def replied(tokenizer, tokens: list[int], marks: list[str] | None) -> str:
 
 def split(text: str, marks: list[str] | None, prompt: str) -> tuple[str, str]:
     """Thoughts without their marks, and the answer, as evomerge reads a reply."""
+    from thoughts import Marks, bare_thoughts, split_reply
+
     if marks is None:
         return "", text
-    start, end = marks
-    opened = prompt.rstrip().endswith(start) or text.lstrip().startswith(start)
-    before, found, after = text.partition(end)
-    if not opened and (not found or start in before):
-        return "", text
-    return before.strip().removeprefix(start).strip(), after.lstrip()
+    known = Marks(*marks)
+    reply = split_reply(text, known, known.opened_by(prompt))
+    return bare_thoughts(reply.thoughts + reply.later, known), reply.answer
 
 
 def write(path: Path, text: str) -> None:
