@@ -30,8 +30,8 @@ class AdapterTensors:
     rows: dict[str, str] = field(default_factory=dict)  # by module: of single tokens
 
 
-def sort_tensors(adapter: Adapter, base: Collection[str]) -> AdapterTensors:
-    """What the file holds for a base with tensors of these names.
+def sort_tensors(adapter: Adapter, base: Collection[str], embeddings: str) -> AdapterTensors:
+    """What the file holds for a base with tensors of these names and that module of embeddings.
 
     Raises ModelError for a tensor of another kind.
     """
@@ -49,7 +49,7 @@ def sort_tensors(adapter: Adapter, base: Collection[str]) -> AdapterTensors:
             found.loras.setdefault(part[1], {})[part[2]] = key
         elif tokens:
             found.rows[tokens[1]] = key
-        elif TOKEN_LAYER in name and not adapter.token_ids(plain.rpartition(".")[0]):
+        elif TOKEN_LAYER in name and not adapter.token_ids(plain.rpartition(".")[0], embeddings):
             # where peft's own merge fails: a saved head that shares the embeddings' rows
             raise _error(adapter, f"`modules_to_save` and `trainable_token_indices` share {plain}")
         elif not any(mark in name and adapter.config.get(k) for k, mark in TRAINING.items()):

@@ -3,8 +3,8 @@
 The numbers are those of peft 0.21's `merge_and_unload()` on the CPU, bit for bit, after mergekit's
 way of loading the model (AutoModelForCausalLM with `torch_dtype=None`, transformers 5): every
 tensor takes the dtype of the first one on disk, whatever config.json says. The adapter's numbers
-are float32, whatever they are on disk. `fan_in_fan_out` changes nothing, as in peft: linear layers
-and embeddings ignore it.
+are float32, whatever they are on disk. `fan_in_fan_out` changes nothing, as in peft, which goes by
+the module's type. Whole numbers stay as they are.
 """
 
 from __future__ import annotations
@@ -12,12 +12,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from evomerge.merging.adapters.adapter import Adapter
-from evomerge.merging.architecture.architecture import EMBED, HEAD
+from evomerge.merging.architecture.conversion import Group
 from evomerge.merging.checkpoints.model_folder import ModelFolder
+
+# experts are asked for one by one, each with tensors of two groups
+GROUPS_KEPT = 2
 
 
 def add_to_linear(
@@ -47,6 +51,35 @@ def add_rounded(
     So peft adds a LoRA on a parameter, and a block-diagonal one.
     """
     return weight + ((b.float() @ a.float()) * scaling).to(weight.dtype)
+
+
+def add_transposed(
+    weight: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scaling: float,
+    magnitude: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """r(W + s (BA)^T): as `add_to_linear` for a weight (in, out), that of transformers' Conv1D."""
+    if magnitude is not None:
+        return add_to_embedding(weight, a, b, scaling, magnitude)
+    merged: torch.Tensor = (b.float() @ a.float()).T * scaling + weight
+    return merged.to(weight.dtype)
+
+
+def add_to_experts(
+    weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float, is_in_out: bool
+) -> torch.Tensor:
+    """W_e + r(s B_e A_e) for every expert e: weight (experts, out, in), or (experts, in, out).
+
+    a (experts * r, in) has an expert's rows together, b (out, r * experts) a rank's columns.
+    """
+    experts = len(weight)
+    stacked_a = a.float().reshape(experts, -1, a.shape[-1])  # (experts, r, in)
+    stacked_b = b.float().reshape(len(b), -1, experts)  # (out, r, experts)
+    to = "e i o" if is_in_out else "e o i"
+    delta = torch.einsum(f"o r e, e r i -> {to}", stacked_b, stacked_a) * scaling
+    return weight + delta.to(weight.dtype)
 
 
 def add_to_embedding(
@@ -80,6 +113,7 @@ class ModuleLora:
     scaling: float
     rounded: bool = False  # as in `add_rounded`
     blocks: Mapping[str, int] = field(default_factory=dict)  # part -> blocks on its diagonal
+    is_in_out: bool = False  # the weight is (in, out), or (experts, in, out)
 
 
 @dataclass(frozen=True)
@@ -92,7 +126,11 @@ class TokenRows:
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptedModel(ModelFolder):
-    """A base and an adapter, seen as the model that merging one into the other would give."""
+    """A base and an adapter, seen as the model that merging one into the other would give.
+
+    What transformers stacks or fuses as it loads has its LoRA on the loaded model's tensor: a
+    tensor of the file is then a part of the merged whole.
+    """
 
     base: ModelFolder
     adapter: Path  # the adapter's folder: `path` is the base's, and a fingerprint needs both
@@ -104,6 +142,14 @@ class AdaptedModel(ModelFolder):
     _loras: Mapping[str, list[ModuleLora]] = field(repr=False)
     # tensor -> rows that are replaced after that
     _rows: Mapping[str, list[TokenRows]] = field(repr=False)
+    # the file's tensor -> what it becomes with others, where that has a LoRA; names above are then
+    # the loaded model's
+    _groups: Mapping[str, Group] = field(default_factory=dict, repr=False)
+    _model: Any = field(default=None, repr=False, compare=False)
+    # the groups that were merged last, tensors by name
+    _merged: dict[str, dict[str, torch.Tensor]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     @property
     def places(self) -> tuple[Path, ...]:
@@ -116,16 +162,37 @@ class AdaptedModel(ModelFolder):
         return self.base.is_dequantized
 
     def _header(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        return self.base.shape(source(self.base, name)), self.loaded
+        dtype = self.base.dtype(name)
+        return self.base.shape(name), self.loaded if dtype.is_floating_point else dtype
 
     def get_tensor(self, name: str) -> torch.Tensor:
         """The merged tensor. Raises ModelError when a file is damaged."""
         name = self.stored(name)
+        group = self._groups.get(name)
+        if group is None:
+            return self._changed(name, None)
+        merged = self._merged.get(group.target)
+        if merged is None:
+            sources = [self._base_tensor(source) for source in group.sources]
+            made = group.convert(self._model, sources)
+            changed = {live: self._changed(live, tensor) for live, tensor in made.items()}
+            merged = group.revert(self._model, changed)
+            while len(self._merged) >= GROUPS_KEPT:
+                self._merged.pop(next(iter(self._merged)), None)
+            self._merged[group.target] = merged
+        return merged[name].contiguous()
+
+    def _base_tensor(self, name: str) -> torch.Tensor:
+        tensor = self.base.get_tensor(name)
+        return tensor.to(self.loaded) if tensor.is_floating_point() else tensor
+
+    def _changed(self, name: str, tensor: torch.Tensor | None) -> torch.Tensor:
+        """A tensor with all that the adapter changes in it; None: the base's of that name."""
         replaced = self._replaced.get(name)
-        if replaced is None:
-            tensor = self.base.get_tensor(source(self.base, name)).to(self.loaded)
-        else:
+        if replaced is not None:
             tensor = self._weights.read(replaced).to(self.loaded)
+        elif tensor is None:
+            tensor = self._base_tensor(name)
         for lora in self._loras.get(name, ()):
             tensor = _add(tensor, lora, self._read_parts(lora))
         for rows in self._rows.get(name, ()):
@@ -143,11 +210,6 @@ class AdaptedModel(ModelFolder):
         return parts
 
 
-def source(base: ModelFolder, name: str) -> str:
-    """The base's tensor that a merged one starts from: the embeddings for a tied base's head."""
-    return EMBED if name == HEAD and HEAD not in base.keys else name
-
-
 def _add(tensor: torch.Tensor, lora: ModuleLora, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
     if not parts:
         return tensor + 0.0
@@ -158,6 +220,10 @@ def _add(tensor: torch.Tensor, lora: ModuleLora, parts: Mapping[str, torch.Tenso
         a, b = parts["lora_embedding_A"], parts["lora_embedding_B"]
         return add_to_embedding(tensor, a, b, lora.scaling, magnitude)
     a, b = parts["lora_A.weight"], parts["lora_B.weight"]
+    if tensor.ndim == 3:
+        return add_to_experts(tensor, a, b, lora.scaling, lora.is_in_out)
     if lora.rounded:
         return add_rounded(tensor, a, b, lora.scaling)
+    if lora.is_in_out:
+        return add_transposed(tensor, a, b, lora.scaling, magnitude)
     return add_to_linear(tensor, a, b, lora.scaling, magnitude)

@@ -1,0 +1,166 @@
+"""The base's modules and tensors by the names that peft knows: those of the loaded model.
+
+transformers renames, stacks and fuses a checkpoint's tensors as it loads them, and some modules
+have their weight transposed. Its own model of the configuration says which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from enum import StrEnum
+from functools import cached_property
+from typing import Any
+
+from evomerge.merging.adapters.adapter import OUTSIDE, Adapter
+from evomerge.merging.architecture.architecture import EMBED, HEAD, is_plain
+from evomerge.merging.architecture.conversion import Group, groups_of, renamed, shapes_after
+from evomerge.merging.architecture.empty_model import empty_model
+from evomerge.merging.architecture.text_config import text_config
+from evomerge.merging.checkpoints.model_folder import ModelFolder
+
+
+class Kind(StrEnum):
+    """How peft merges a LoRA into a module."""
+
+    PLAIN = "plain"  # weight (out, in), or an embedding; also where nothing but names is known
+    TRANSPOSED = "transposed"  # weight (in, out): transformers' Conv1D
+    PARAMETERS = "parameters"  # no layer of torch: each of its tensors is targeted by name
+    CONVOLUTION = "convolution"
+    UNMERGEABLE = "unmergeable"  # in groups, which peft itself cannot merge
+    UNKNOWN = "unknown"
+
+
+class LiveModules:
+    """The base as peft sees it. In models with names like Llama's, files have the same names."""
+
+    def __init__(self, base: ModelFolder) -> None:
+        self.base = base
+        self.embeddings, self.head = EMBED, HEAD
+        self.model: Any = None
+        self._groups: dict[str, Group] = {}
+        self._tied: dict[str, str] = {}
+        nested = text_config(base.config) is not base.config
+        if nested or not all(map(is_plain, base.keys)):
+            self.model = empty_model(base.config)
+        if self.model is not None:
+            self._read_model()
+
+    def _read_model(self) -> None:
+        groups, _ = groups_of(self.model, self.base.keys)
+        for group in groups:
+            self._groups.update(dict.fromkeys(group.targets, group))
+        first: dict[int, str] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if name in self._groups:
+                first.setdefault(id(parameter), name)
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if name not in self._groups and id(parameter) in first:
+                self._tied[name] = first[id(parameter)]
+        names = {id(module): name for name, module in self.model.named_modules()}
+        for attribute, get in (
+            ("embeddings", self.model.get_input_embeddings),
+            ("head", self.model.get_output_embeddings),
+        ):
+            module = names.get(id(get()))
+            if module is not None:
+                setattr(self, attribute, f"{module}.weight")
+
+    def file_name(self, name: str) -> str | None:
+        """The file's tensor behind one of the live model; None where it is made of others.
+
+        A head that is the embeddings has the name that it would have in the file.
+        """
+        if self.model is None:
+            return name
+        if name == self.head and name not in self._groups:
+            return self.base.head
+        group = self._groups.get(self._tied.get(name, name))
+        if group is None or group.converter is not None:
+            return None
+        return group.sources[0]
+
+    def group(self, name: str) -> Group | None:
+        """What a tensor of the live model is made of, where that is more than one renamed."""
+        group = self._groups.get(self._tied.get(name, name))
+        return None if group is None or group.converter is None else group
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape of a tensor of the live model; None where the base lacks it."""
+        group = self.group(name)
+        if group is not None:
+            shapes = {source: self.base.shape(source) for source in group.sources}
+            return shapes_after(self.model, group, shapes).get(self._tied.get(name, name))
+        stored = self.file_name(name)
+        if stored is None or self.base.stored(stored) not in self.base.keys:
+            return None
+        return self.base.shape(stored)
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """The live model's tensors that the base has."""
+        return self.base.keys if self.model is None else frozenset(self._groups)
+
+    @cached_property
+    def _modules(self) -> Mapping[str, Any]:
+        return {} if self.model is None else dict(self.model.named_modules())
+
+    def module(self, name: str) -> str:
+        """The live name of a module that an adapter of transformers 4 may name otherwise."""
+        if self.model is None or name in self._modules:
+            return name
+        (weight,) = renamed(self.model, [f"{name}.weight"]).values()
+        live = weight.removesuffix(".weight")
+        return live if live in self._modules else name
+
+    def kind(self, module: str) -> Kind:
+        """How peft merges a LoRA into the module."""
+        import torch
+        from transformers.pytorch_utils import Conv1D
+
+        if self.model is None:
+            return Kind.PLAIN
+        found = self._modules.get(module)
+        if isinstance(found, torch.nn.Linear | torch.nn.Embedding):
+            return Kind.PLAIN
+        if isinstance(found, Conv1D):
+            return Kind.TRANSPOSED
+        if isinstance(found, torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d):
+            return Kind.CONVOLUTION if found.groups == 1 else Kind.UNMERGEABLE
+        if found is None or isinstance(found, torch.nn.MultiheadAttention):
+            return Kind.UNKNOWN
+        return Kind.PARAMETERS
+
+    def parameters(self, module: str) -> list[str]:
+        """The names of a module's own tensors, in the order in which peft wraps them."""
+        if self.model is None:
+            return ["weight"]
+        found = self._modules[module]
+        return [name for name, _ in found.named_parameters(recurse=False)]
+
+    def is_in_out(self, module: str) -> bool:
+        """Whether a module's stacked experts are (experts, in, out) and not (experts, out, in)."""
+        return bool(getattr(self._modules.get(module), "is_transposed", False))
+
+    def is_linear(self, module: str) -> bool:
+        """Whether peft's "all-linear" means the module."""
+        import torch
+
+        if self.model is None:
+            return module not in OUTSIDE
+        if f"{module}.weight" == self.head:
+            return False
+        is_layer = isinstance(self._modules.get(module), torch.nn.Linear)
+        return is_layer or self.kind(module) == Kind.TRANSPOSED
+
+    def targeted(self, adapter: Adapter) -> Iterator[str]:
+        """The modules on which peft would put a LoRA that it merges."""
+        if self.model is None:
+            for name in self.base.keys:
+                module = name.removesuffix(".weight")
+                if len(self.base.shape(name)) == 2 and adapter.targets(module):
+                    yield module
+            return
+        for module in self._modules:
+            mergeable = self.kind(module) in (Kind.PLAIN, Kind.TRANSPOSED)
+            if mergeable and adapter.targets(module, linear=self.is_linear(module)):
+                yield module
