@@ -121,6 +121,14 @@ class Adapter:
         """Whether the adapter contains the whole module, or one that it is a part of."""
         return any(is_within(module, name) for name in self.config.get("modules_to_save") or [])
 
+    @property
+    def ties_saved(self) -> bool:
+        """Whether embeddings or head in `modules_to_save` stay tied; peft knows two names."""
+        saved = self.config.get("modules_to_save") or []
+        known = {name.rpartition(".")[-1] for name in OUTSIDE}
+        is_known = any(name.rpartition(".")[-1] in known for name in saved)
+        return is_known and bool(self.config.get("ensure_weight_tying"))
+
     def targets_parameter(self, name: str) -> bool:
         """Whether the tensor itself has a LoRA, rather than its module."""
         wanted = self.config.get("target_parameters") or []

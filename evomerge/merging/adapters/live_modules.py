@@ -6,17 +6,24 @@ have their weight transposed. Its own model of the configuration says which.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from functools import cached_property
 from typing import Any
 
 from evomerge.merging.adapters.adapter import OUTSIDE, Adapter
-from evomerge.merging.architecture.architecture import EMBED, HEAD, is_plain
+from evomerge.merging.architecture.architecture import EMBED, HEAD
 from evomerge.merging.architecture.conversion import Group, groups_of, renamed, shapes_after
 from evomerge.merging.architecture.empty_model import empty_model
 from evomerge.merging.architecture.text_config import text_config
 from evomerge.merging.checkpoints.model_folder import ModelFolder
+
+# tensors of models whose files have the loaded model's names, all of them linear layers and norms
+_LIKE_LLAMA = re.compile(
+    r"(model\.layers\.\d+\.(self_attn\.|mlp\.)?\w+\.(weight|bias)"
+    r"|model\.(embed_tokens|norm)\.\w+|lm_head\.\w+)\Z"
+)
 
 
 class Kind(StrEnum):
@@ -33,15 +40,16 @@ class Kind(StrEnum):
 class LiveModules:
     """The base as peft sees it. In models with names like Llama's, files have the same names."""
 
-    def __init__(self, base: ModelFolder) -> None:
-        self.base = base
+    def __init__(self, base: ModelFolder, loaded: Any) -> None:
+        """`loaded`: the dtype in which the base is loaded."""
+        self.base, self.loaded = base, loaded
         self.embeddings, self.head = EMBED, HEAD
         self.model: Any = None
         self._groups: dict[str, Group] = {}
         self._tied: dict[str, str] = {}
         nested = text_config(base.config) is not base.config
-        if nested or not all(map(is_plain, base.keys)):
-            self.model = empty_model(base.config)
+        if nested or not all(map(_LIKE_LLAMA.match, base.keys)):
+            self.model = empty_model(_loaded_in(base.config, loaded))
         if self.model is not None:
             self._read_model()
 
@@ -94,6 +102,24 @@ class LiveModules:
         if stored is None or self.base.stored(stored) not in self.base.keys:
             return None
         return self.base.shape(stored)
+
+    @cached_property
+    def dtypes(self) -> dict[str, Any]:
+        """The dtype of the file's tensors that are loaded in another one, as transformers does."""
+        if self.model is None:
+            return {}
+        from transformers.core_model_loading import build_glob_alternation
+
+        kept = self.model._get_dtype_plan(self.loaded)
+        anywhere, patterns, _ = build_glob_alternation(list(kept))
+        own = self.model.state_dict()
+        found = {}
+        for target, group in self._groups.items():
+            match = anywhere.search(target) if kept else None
+            dtype = kept[patterns[match.lastgroup]] if match else own[target].dtype
+            if dtype != self.loaded and dtype.is_floating_point:
+                found.update(dict.fromkeys(group.sources, dtype))
+        return found
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -164,3 +190,12 @@ class LiveModules:
             mergeable = self.kind(module) in (Kind.PLAIN, Kind.TRANSPOSED)
             if mergeable and adapter.targets(module, linear=self.is_linear(module)):
                 yield module
+
+
+def _loaded_in(config: Mapping[str, Any], loaded: Any) -> Mapping[str, Any]:
+    """The configuration with a dtype; itself where it has that one, whose model may be at hand."""
+    dtype = str(loaded).removeprefix("torch.")
+    if config.get("dtype", config.get("torch_dtype")) == dtype:
+        return config
+    rest = {key: value for key, value in config.items() if key != "torch_dtype"}
+    return {**rest, "dtype": dtype}

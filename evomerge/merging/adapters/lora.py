@@ -134,7 +134,7 @@ class AdaptedModel(ModelFolder):
 
     base: ModelFolder
     adapter: Path  # the adapter's folder: `path` is the base's, and a fingerprint needs both
-    loaded: torch.dtype  # of every tensor
+    loaded: torch.dtype  # of every tensor, unless `_dtypes` says otherwise
     _weights: Adapter = field(repr=False)
     # tensor -> the adapter's tensor that takes its place
     _replaced: Mapping[str, str] = field(repr=False)
@@ -144,6 +144,7 @@ class AdaptedModel(ModelFolder):
     _rows: Mapping[str, list[TokenRows]] = field(repr=False)
     # the file's tensor -> what it becomes with others, where that has a LoRA; names above are then
     # the loaded model's
+    _dtypes: Mapping[str, torch.dtype] = field(default_factory=dict, repr=False)
     _groups: Mapping[str, Group] = field(default_factory=dict, repr=False)
     _model: Any = field(default=None, repr=False, compare=False)
     # the groups that were merged last, tensors by name
@@ -162,20 +163,26 @@ class AdaptedModel(ModelFolder):
         return self.base.is_dequantized
 
     def _header(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        dtype = self.base.dtype(name)
-        return self.base.shape(name), self.loaded if dtype.is_floating_point else dtype
+        return self.base.shape(name), self._dtype(name)
+
+    def _dtype(self, name: str) -> torch.dtype:
+        stored = self.base.dtype(name)
+        if not stored.is_floating_point:
+            return stored
+        return self._dtypes.get(self.base.stored(name), self.loaded)
 
     def get_tensor(self, name: str) -> torch.Tensor:
         """The merged tensor. Raises ModelError when a file is damaged."""
         name = self.stored(name)
         group = self._groups.get(name)
         if group is None:
-            return self._changed(name, None)
+            return self._changed(name, self._dtype(name))
         merged = self._merged.get(group.target)
         if merged is None:
             sources = [self._base_tensor(source) for source in group.sources]
-            made = group.convert(self._model, sources)
-            changed = {live: self._changed(live, tensor) for live, tensor in made.items()}
+            changed = {}
+            for live, tensor in group.convert(self._model, sources).items():
+                changed[live] = self._changed(live, tensor.dtype, tensor)
             merged = group.revert(self._model, changed)
             while len(self._merged) >= GROUPS_KEPT:
                 self._merged.pop(next(iter(self._merged)), None)
@@ -183,14 +190,15 @@ class AdaptedModel(ModelFolder):
         return merged[name].contiguous()
 
     def _base_tensor(self, name: str) -> torch.Tensor:
-        tensor = self.base.get_tensor(name)
-        return tensor.to(self.loaded) if tensor.is_floating_point() else tensor
+        return self.base.get_tensor(name).to(self._dtype(name))
 
-    def _changed(self, name: str, tensor: torch.Tensor | None) -> torch.Tensor:
-        """A tensor with all that the adapter changes in it; None: the base's of that name."""
+    def _changed(
+        self, name: str, dtype: torch.dtype, tensor: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """A tensor with all that the adapter changes in it; by default the base's of that name."""
         replaced = self._replaced.get(name)
         if replaced is not None:
-            tensor = self._weights.read(replaced).to(self.loaded)
+            tensor = self._weights.read(replaced).to(dtype)
         elif tensor is None:
             tensor = self._base_tensor(name)
         for lora in self._loras.get(name, ()):

@@ -41,8 +41,8 @@ class _LoraPlan:
 
     def __init__(self, base: ModelFolder, adapter: Adapter) -> None:
         self.base, self.adapter, self.config = base, adapter, adapter.config
-        self.live = LiveModules(base)
         self.loaded = _first_dtype(base)
+        self.live = LiveModules(base, self.loaded)
         self.tied = self._is_tied()
         # by the file's names; by the loaded model's where `groups` says what the tensor is made of
         self.replaced: dict[str, str] = {}
@@ -85,6 +85,7 @@ class _LoraPlan:
             base=self.base,
             adapter=self.adapter.path,
             loaded=self.loaded,
+            _dtypes=self.live.dtypes,
             _weights=self.adapter,
             _replaced=self.replaced,
             _loras=self.loras,
@@ -146,7 +147,9 @@ class _LoraPlan:
         on_parameter = not is_layer or self.adapter.targets_parameter(name)
         weight = self.live.shape(name)
         if weight is None:
-            raise self._error(f"it targets {module}, which the base lacks", OWN_BASE)
+            known = self.live.kind(module) != Kind.PLAIN or self.live.model is not None
+            remedy = MERGED_ELSEWHERE if known else OWN_BASE
+            raise self._error(f"it targets {module}, which the base lacks", remedy)
         if not self.adapter.targets_parameter(name) and not self._targets(module):
             raise self._error(
                 f"it contains a LoRA for {module}, which its `target_modules` leave out",
@@ -305,7 +308,7 @@ class _LoraPlan:
         """
         names = (self.live.embeddings, self.live.head)
         saved = any(self.adapter.saves(name.removesuffix(".weight")) for name in names)
-        if saved and not self.config.get("ensure_weight_tying"):
+        if saved and not self.adapter.ties_saved:
             return False
         embeddings, head = self.base.vocabulary
         if head not in self.base.keys:

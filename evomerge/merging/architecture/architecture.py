@@ -72,7 +72,7 @@ def architecture_of(config: Mapping[str, Any], names: Collection[str]) -> Archit
     configuration says where each tensor goes; where it has none, the names have to do.
     """
     described = LAST_SLICE.get(class_name(config))
-    if all(map(is_plain, names)):
+    if all(map(_is_plain, names)):
         return _plain(names, described)
     model = empty_model(config)
     if model is not None:
@@ -82,8 +82,7 @@ def architecture_of(config: Mapping[str, Any], names: Collection[str]) -> Archit
     return _by_names(config, names, described)
 
 
-def is_plain(name: str) -> bool:
-    """Whether a name is like Llama's, which says what it is."""
+def _is_plain(name: str) -> bool:
     if not _PLAIN.match(name):
         return False
     return not any(part in name for part in _NOT_PLAIN)
