@@ -155,6 +155,10 @@ class Adapter:
                 return tuple(ids)
         return ()
 
+    def error(self, what: str, remedy: str = MERGED_ELSEWHERE) -> ModelError:
+        """What is wrong with the adapter, and what helps."""
+        return ModelError(what, where=self.path, remedy=remedy)
+
 
 def is_within(module: str, name: str) -> bool:
     """Whether peft finds the module, or one that it is a part of, by the end of its name."""

@@ -7,8 +7,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from evomerge.errors import ModelError
-from evomerge.merging.adapters.adapter import MERGED_ELSEWHERE, Adapter
+from evomerge.merging.adapters.adapter import Adapter
 
 log = logging.getLogger(__name__)
 PREFIX = "base_model.model."
@@ -39,7 +38,7 @@ def sort_tensors(adapter: Adapter, base: Collection[str], embeddings: str) -> Ad
     unused = []
     for key in adapter.shapes:
         if not key.startswith(PREFIX):
-            raise _error(adapter, f"tensor {key} is of a kind that is not supported")
+            raise adapter.error(f"tensor {key} is of a kind that is not supported")
         name = key.removeprefix(PREFIX)
         part, tokens = PART.match(name), TOKENS.match(name)
         plain = name.replace(TOKEN_LAYER, ".").replace(".base_layer.", ".")
@@ -51,7 +50,7 @@ def sort_tensors(adapter: Adapter, base: Collection[str], embeddings: str) -> Ad
             found.rows[tokens[1]] = key
         elif TOKEN_LAYER in name and not adapter.token_ids(plain.rpartition(".")[0], embeddings):
             # where peft's own merge fails: a saved head that shares the embeddings' rows
-            raise _error(adapter, f"`modules_to_save` and `trainable_token_indices` share {plain}")
+            raise adapter.error(f"`modules_to_save` and `trainable_token_indices` share {plain}")
         elif not any(mark in name and adapter.config.get(k) for k, mark in TRAINING.items()):
             found.whole[plain] = key
     if unused:
@@ -71,7 +70,3 @@ def _is_unused(adapter: Adapter, name: str, stored: bool) -> bool:
     if name.endswith((".lora_A.bias", ".lora_B.bias")):
         return name.endswith("A.bias") or not adapter.config.get("lora_bias")
     return not stored and adapter.config.get("bias", "none") == "none"
-
-
-def _error(adapter: Adapter, what: str) -> ModelError:
-    return ModelError(what, where=adapter.path, remedy=MERGED_ELSEWHERE)

@@ -83,9 +83,7 @@ class LiveModules:
         if name == self.head and name not in self._groups:
             return self.base.head
         group = self._groups.get(self._tied.get(name, name))
-        if group is None or group.converter is not None:
-            return None
-        return group.sources[0]
+        return group.sources[0] if group is not None and group.converter is None else None
 
     def group(self, name: str) -> Group | None:
         """What a tensor of the live model is made of, where that is more than one renamed."""
@@ -116,7 +114,9 @@ class LiveModules:
         found = {}
         for target, group in self._groups.items():
             match = anywhere.search(target) if kept else None
-            dtype = kept[patterns[match.lastgroup]] if match else own[target].dtype
+            dtype = own[target].dtype
+            if match is not None:
+                dtype = kept[patterns[str(match.lastgroup)]]
             if dtype != self.loaded and dtype.is_floating_point:
                 found.update(dict.fromkeys(group.sources, dtype))
         return found
@@ -157,13 +157,11 @@ class LiveModules:
         return Kind.PARAMETERS
 
     def parameters(self, module: str) -> list[str]:
-        """The names of a module's own tensors, in the order in which peft wraps them."""
-        if self.model is None:
-            return ["weight"]
+        """A module's own tensors, in the order in which peft wraps them."""
         found = self._modules[module]
-        return [name for name, _ in found.named_parameters(recurse=False)]
+        return [f"{module}.{name}" for name, _ in found.named_parameters(recurse=False)]
 
-    def is_in_out(self, module: str) -> bool:
+    def has_experts_in_out(self, module: str) -> bool:
         """Whether a module's stacked experts are (experts, in, out) and not (experts, out, in)."""
         return bool(getattr(self._modules.get(module), "is_transposed", False))
 

@@ -16,14 +16,13 @@ from evomerge.merging.adapters.adapter import (
     open_adapter,
 )
 from evomerge.merging.adapters.adapter_tensors import AdapterTensors, sort_tensors
-from evomerge.merging.adapters.live_modules import Kind, LiveModules
+from evomerge.merging.adapters.live_modules import LiveModules
 from evomerge.merging.adapters.lora import AdaptedModel, ModuleLora, TokenRows
+from evomerge.merging.adapters.lora_places import OWN_BASE, LoraPlace, find_place
 from evomerge.merging.architecture.conversion import Group
 from evomerge.merging.checkpoints.config_defaults import config_value
 from evomerge.merging.checkpoints.model_folder import ModelFolder
 from evomerge.merging.checkpoints.safetensors_reader import SafetensorsReader
-
-OWN_BASE = "Use it with the model that it was trained on."
 
 
 def open_lora(base: ModelFolder, adapter: str, ref: str = "") -> AdaptedModel:
@@ -62,7 +61,7 @@ class _LoraPlan:
             given.add(self._add_lora(wrapped, found.loras[wrapped]))
         self._add_missing(given)
         for name in self.rows.keys() & self.loras.keys():
-            raise self._error(f"`trainable_token_indices` and a LoRA both change {name}")
+            raise self.adapter.error(f"`trainable_token_indices` and a LoRA both change {name}")
 
     def _is_head(self, module: str) -> bool:
         return f"{module}.weight" == self.live.head
@@ -100,12 +99,12 @@ class _LoraPlan:
         name = f"{module}.weight"
         shape = self.live.shape(name)
         if shape is None:
-            raise self._error(f"it contains rows of {name}, which the base lacks", OWN_BASE)
+            raise self.adapter.error(f"it contains rows of {name}, which the base lacks", OWN_BASE)
         rows, *width = shape
         if ids and max(ids) >= rows:
             raise self._resized(max(ids) + 1, rows)
         if not ids or self.adapter.shapes[key] != (len(ids), *width):
-            raise self._error(
+            raise self.adapter.error(
                 f"the rows of {name} have shape {self.adapter.shapes[key]}, but the base and "
                 f"`trainable_token_indices` give {(len(ids), *width)}",
                 OWN_BASE,
@@ -115,11 +114,11 @@ class _LoraPlan:
     def _check_saved_modules(self, found: AdapterTensors) -> None:
         for wanted in self.config.get("modules_to_save") or []:
             if not any(is_within(name.rpartition(".")[0], wanted) for name in found.whole):
-                raise self._error(
+                raise self.adapter.error(
                     f"`modules_to_save` names {wanted}, which {WEIGHTS} lacks", COPY_ADAPTER
                 )
         if self.config.get("trainable_token_indices") and not found.rows:
-            raise self._error(
+            raise self.adapter.error(
                 f"`trainable_token_indices` names rows, which {WEIGHTS} lacks", COPY_ADAPTER
             )
 
@@ -135,100 +134,55 @@ class _LoraPlan:
             if self._target(name) in self.replaced:
                 continue
             if self.config.get("use_dora"):
-                raise self._error(
+                raise self.adapter.error(
                     f"it lacks a LoRA for {module}, which its `target_modules` name", COPY_ADAPTER
                 )
             self.loras.setdefault(self._target(name), []).append(ModuleLora({}, 0.0))
 
     def _add_lora(self, wrapped: str, parts: dict[str, str]) -> str:
         """Take in one LoRA, checked; the tensor of the live model that it changes."""
-        module, name = self._changed_tensor(wrapped)
-        is_layer = self.live.kind(module) != Kind.PARAMETERS
-        on_parameter = not is_layer or self.adapter.targets_parameter(name)
+        place = find_place(self.live, self.adapter, wrapped)
+        module, name = place.module, place.tensor
         weight = self.live.shape(name)
         if weight is None:
-            known = self.live.kind(module) != Kind.PLAIN or self.live.model is not None
-            remedy = MERGED_ELSEWHERE if known else OWN_BASE
-            raise self._error(f"it targets {module}, which the base lacks", remedy)
+            remedy = OWN_BASE if self.live.model is None else MERGED_ELSEWHERE
+            raise self.adapter.error(f"it targets {module}, which the base lacks", remedy)
         if not self.adapter.targets_parameter(name) and not self._targets(module):
-            raise self._error(
+            raise self.adapter.error(
                 f"it contains a LoRA for {module}, which its `target_modules` leave out",
                 "Correct adapter_config.json.",
             )
         bias = f"{module}.bias"
         if self.config.get("lora_bias") and self.live.shape(bias) is None:
-            raise self._error(f"`lora_bias` needs {bias}, which the base lacks")
-        is_in_out = self.live.is_in_out(module)
-        if not on_parameter:
-            is_in_out = self.live.kind(module) == Kind.TRANSPOSED
-        lora = self._lora(name if on_parameter else module, parts, weight, on_parameter, is_in_out)
+            raise self.adapter.error(
+                f"`lora_bias` needs {bias}, which the base lacks; peft cannot merge it either",
+                "Train it without `lora_bias`.",
+            )
+        lora = self._lora(place, parts, weight)
         self.loras.setdefault(self._target(name), []).append(lora)
         if "lora_B.bias" in parts:
             self.loras.setdefault(self._target(bias), []).append(lora)
         return name
 
-    def _changed_tensor(self, wrapped: str) -> tuple[str, str]:
-        """The live module that a LoRA of that name in the file belongs to, and its tensor.
-
-        Several on one module are wrapped in each other, the last of its tensors outermost.
-        """
-        inner = ".base_layer"
-        module, depth = wrapped, 0
-        while module.endswith(inner):
-            module, depth = module.removesuffix(inner), depth + 1
-        module = self.live.module(module)
-        kind = self.live.kind(module)
-        if kind == Kind.UNMERGEABLE:
-            raise self._error(
-                f"it targets {module}, a convolution in groups, which peft cannot merge either",
-                "Train it without that module.",
-            )
-        if kind == Kind.CONVOLUTION:
-            raise self._error(f"it targets {module}, a convolution, which is not supported")
-        if kind == Kind.UNKNOWN and ".experts." not in module:
-            raise self._error(f"it targets {module}, which the base lacks", OWN_BASE)
-        if kind == Kind.UNKNOWN or (self.live.model is None and ".experts." in module):
-            raise self._error(f"it targets {module}, and a LoRA on experts is not supported")
-        tensors = [f"{module}.weight"]
-        if kind == Kind.PARAMETERS:
-            own = [f"{module}.{parameter}" for parameter in self.live.parameters(module)]
-            tensors = [name for name in own if self.adapter.targets_parameter(name)] or tensors
-        if depth >= len(tensors):
-            raise self._error(
-                f"it contains a LoRA for {wrapped}, which its `target_parameters` leave out",
-                "Correct adapter_config.json.",
-            )
-        return module, tensors[len(tensors) - 1 - depth]
-
-    def _lora(
-        self,
-        name: str,
-        parts: dict[str, str],
-        weight: tuple[int, ...],
-        on_parameter: bool,
-        is_in_out: bool,
-    ) -> ModuleLora:
-        """One LoRA, its shapes checked against the weight's and the rank.
-
-        `name` is the module's, or the tensor's where the LoRA is on that alone.
-        """
-        rank, scaling = self.adapter.rank_and_scaling(name)
-        blocks = self.adapter.blocks(name)
-        wanted = self._shapes(weight, rank, "lora_embedding_A" in parts, is_in_out)
+    def _lora(self, place: LoraPlace, parts: dict[str, str], weight: tuple[int, ...]) -> ModuleLora:
+        """One LoRA, its shapes checked against the weight's and the rank."""
+        rank, scaling = self.adapter.rank_and_scaling(place.name)
+        blocks = self.adapter.blocks(place.name)
+        wanted = self._shapes(weight, rank, "lora_embedding_A" in parts, place.is_in_out)
         for part, n in blocks.items():
             if part in wanted:
                 wanted[part] = (wanted[part][0], wanted[part][1] // n)
         for part in sorted(wanted.keys() | parts.keys()):
             found = self.adapter.shapes[parts[part]] if part in parts else None
             if found != wanted.get(part):
-                self._check_vocabulary(name, found, wanted.get(part))
-                raise self._error(
-                    f"{part} of {name} has shape {found}, "
+                self._check_vocabulary(place.module, found, wanted.get(part))
+                raise self.adapter.error(
+                    f"{part} of {place.name} has shape {found}, "
                     f"but the base and adapter_config.json give {wanted.get(part)}",
                     OWN_BASE,
                 )
-        rounded = on_parameter or bool(self.config.get("use_bdlora"))
-        return ModuleLora(parts, scaling, rounded, blocks, is_in_out)
+        rounded = place.on_parameter or bool(self.config.get("use_bdlora"))
+        return ModuleLora(parts, scaling, rounded, blocks, place.is_in_out)
 
     def _targets(self, module: str) -> bool:
         """Whether peft would put a LoRA on the module; the embeddings' is a tied head's as well."""
@@ -275,16 +229,16 @@ class _LoraPlan:
         """A whole tensor of the adapter must replace one of the base's, of the same shape."""
         wanted = self.live.shape(name)
         if wanted is None:
-            raise self._error(f"it contains {name}, which the base lacks", OWN_BASE)
+            raise self.adapter.error(f"it contains {name}, which the base lacks", OWN_BASE)
         found = self.adapter.shapes[key]
         if found == wanted:
             return
         if name in (self.live.embeddings, self.live.head) and found[1:] == wanted[1:]:
             raise self._resized(found[0], wanted[0])
-        raise self._error(f"{name} has shape {found}, the base's has {wanted}", OWN_BASE)
+        raise self.adapter.error(f"{name} has shape {found}, the base's has {wanted}", OWN_BASE)
 
     def _resized(self, found: int, wanted: int) -> ModelError:
-        return self._error(
+        return self.adapter.error(
             f"resized embeddings are not supported: "
             f"its vocabulary has {found} rows, the base's {wanted}"
         )
@@ -317,9 +271,6 @@ class _LoraPlan:
             return False
         stored = self.base.get_tensor(head).to(self.loaded)
         return torch.equal(stored, self.base.get_tensor(embeddings).to(self.loaded))
-
-    def _error(self, what: str, remedy: str = MERGED_ELSEWHERE) -> ModelError:
-        return ModelError(what, where=self.adapter.path, remedy=remedy)
 
 
 def _first_dtype(base: ModelFolder) -> torch.dtype:
