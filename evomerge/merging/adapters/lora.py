@@ -206,7 +206,7 @@ class AdaptedModel(ModelFolder):
         for rows in self._rows.get(name, ()):
             new = self._weights.read(rows.key).to(tensor.dtype)
             tensor = tensor.index_copy(0, torch.tensor(rows.ids), new)
-        return tensor
+        return tensor.contiguous()
 
     def _read_parts(self, lora: ModuleLora) -> dict[str, torch.Tensor]:
         parts = {}
