@@ -9,6 +9,7 @@ the module's type. Whole numbers stay as they are.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +21,8 @@ from evomerge.merging.adapters.adapter import Adapter
 from evomerge.merging.architecture.conversion import Group
 from evomerge.merging.checkpoints.model_folder import ModelFolder
 
-# experts are asked for one by one, each with tensors of two groups
-GROUPS_KEPT = 2
+# experts are asked for one by one, each with tensors of two or three groups
+GROUPS_KEPT = 3
 
 
 def add_to_linear(
@@ -151,6 +152,7 @@ class AdaptedModel(ModelFolder):
     _merged: dict[str, dict[str, torch.Tensor]] = field(
         default_factory=dict, repr=False, compare=False
     )
+    _lock: Any = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @property
     def places(self) -> tuple[Path, ...]:
@@ -177,17 +179,20 @@ class AdaptedModel(ModelFolder):
         group = self._groups.get(name)
         if group is None:
             return self._changed(name, self._dtype(name))
-        merged = self._merged.get(group.target)
-        if merged is None:
-            sources = [self._base_tensor(source) for source in group.sources]
-            changed = {}
-            for live, tensor in group.convert(self._model, sources).items():
-                changed[live] = self._changed(live, tensor.dtype, tensor)
-            merged = group.revert(self._model, changed)
-            while len(self._merged) >= GROUPS_KEPT:
-                self._merged.pop(next(iter(self._merged)), None)
-            self._merged[group.target] = merged
-        return merged[name].contiguous()
+        with self._lock:  # threads ask for the same group's tensors
+            if group.target not in self._merged:
+                while len(self._merged) >= GROUPS_KEPT:
+                    self._merged.pop(next(iter(self._merged)))
+                self._merged[group.target] = self._merge(group)
+            return self._merged[group.target][name].contiguous()
+
+    def _merge(self, group: Group) -> dict[str, torch.Tensor]:
+        """The file's tensors of a group, of which the loaded model's have LoRAs."""
+        sources = [self._base_tensor(source) for source in group.sources]
+        changed = {}
+        for live, tensor in group.convert(self._model, sources).items():
+            changed[live] = self._changed(live, tensor.dtype, tensor)
+        return group.revert(self._model, changed)
 
     def _base_tensor(self, name: str) -> torch.Tensor:
         return self.base.get_tensor(name).to(self._dtype(name))
