@@ -13,6 +13,7 @@ import torch
 from lora_tools import merge_with_peft, peft_adapter, tensors_of
 from merging_tools import differing, load_all
 from safetensors.torch import load_file, save_file
+from transformers.core_model_loading import WeightConverter
 
 from evomerge.cli import main
 from evomerge.errors import ModelError
@@ -283,6 +284,18 @@ def test_what_does_not_fit_is_refused_in_one_line(base_of, tmp_path, case):
     with pytest.raises(ModelError, match=message) as error:
         open_model(f"{base_of(name)}+{adapter}")
     assert "\n" not in str(error.value)
+
+
+def test_a_conversion_without_a_way_back_is_refused(base_of, tmp_path, monkeypatch):
+    base = base_of("qwen3_moe")
+    adapter = peft_adapter(base, tmp_path / "adapter", **ALL)
+
+    def refuse(self):
+        raise NotImplementedError
+
+    monkeypatch.setattr(WeightConverter, "reverse_transform", refuse)
+    with pytest.raises(ModelError, match=r"makes of .* and others\. Merge it with peft first"):
+        open_model(f"{base}+{adapter}")
 
 
 def test_the_command_writes_it(base_of, tmp_path):

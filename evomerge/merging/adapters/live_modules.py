@@ -47,6 +47,8 @@ class LiveModules:
         self.model: Any = None
         self._groups: dict[str, Group] = {}
         self._tied: dict[str, str] = {}
+        self._shapes: dict[str, dict[str, tuple[int, ...]]] = {}  # of what a group makes
+        self._reversible: dict[int, bool] = {}  # by the converter's id
         nested = text_config(base.config) is not base.config
         if nested or not all(map(_LIKE_LLAMA.match, base.keys)):
             self.model = empty_model(_loaded_in(base.config, loaded))
@@ -94,12 +96,35 @@ class LiveModules:
         """The shape of a tensor of the live model; None where the base lacks it."""
         group = self.group(name)
         if group is not None:
-            shapes = {source: self.base.shape(source) for source in group.sources}
-            return shapes_after(self.model, group, shapes).get(self._tied.get(name, name))
+            return self._shapes_after(group).get(self._tied.get(name, name))
         stored = self.file_name(name)
         if stored is None or self.base.stored(stored) not in self.base.keys:
             return None
         return self.base.shape(stored)
+
+    def _shapes_after(self, group: Group) -> Mapping[str, tuple[int, ...]]:
+        if group.target not in self._shapes:
+            shapes = {source: self.base.shape(source) for source in group.sources}
+            self._shapes[group.target] = shapes_after(self.model, group, shapes)
+        return self._shapes[group.target]
+
+    def can_revert(self, group: Group) -> bool:
+        """Whether the file's tensors can be made of the live model's; tried on empty ones."""
+        import torch
+
+        key = id(group.converter)
+        if key not in self._reversible:
+            made = {}
+            for name, shape in self._shapes_after(group).items():
+                made[name] = torch.empty(shape, device="meta")
+            try:
+                found = group.revert(self.model, made)
+            except Exception:  # whatever transformers raises where it has no way back
+                found = {}
+            wanted = {source: self.base.shape(source) for source in group.sources}
+            shapes = {source: tuple(tensor.shape) for source, tensor in found.items()}
+            self._reversible[key] = shapes == wanted
+        return self._reversible[key]
 
     @cached_property
     def dtypes(self) -> dict[str, Any]:

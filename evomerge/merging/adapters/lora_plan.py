@@ -248,6 +248,10 @@ class _LoraPlan:
         if self.tied and name == self.live.head:
             name = self.live.embeddings
         group = self.live.group(name)
+        if group is not None and not self.live.can_revert(group):
+            raise self.adapter.error(
+                f"it changes {name}, which transformers makes of {group.sources[0]} and others"
+            )
         if group is not None:
             self.groups.update(dict.fromkeys(group.sources, group))
             return name
