@@ -221,6 +221,57 @@ def test_a_router_s_lora_of_transformers_4(base_of, tmp_path):
     assert differing(merged, merge_with_peft(base, adapter, tmp_path / "merged")) == []
 
 
+EXPERTS_OF_4 = {
+    "mixtral": ("block_sparse_moe.experts.{}.", {"w1": (64, 32), "w3": (64, 32), "w2": (32, 64)}),
+    "qwen3_moe": (
+        "mlp.experts.{}.",
+        {"gate_proj": (16, 32), "up_proj": (16, 32), "down_proj": (32, 16)},
+    ),
+}
+
+
+def adapter_of_4(name, folder, rank=4, **config):
+    """A LoRA on every expert, as peft saved it with transformers 4; 4 layers of 4 experts."""
+    folder.mkdir()
+    before, modules = EXPERTS_OF_4[name]
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for layer in range(4):
+        for expert in range(4):
+            for module, (rows, columns) in modules.items():
+                place = f"{PREFIX}model.layers.{layer}.{before.format(expert)}{module}."
+                for part, shape in (("A", (rank, columns)), ("B", (rows, rank))):
+                    drawn = 0.3 * torch.randn(shape, generator=generator)
+                    tensors[f"{place}lora_{part}.weight"] = drawn
+    save_file(tensors, folder / WEIGHTS)
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 6, "target_modules": [*modules]}
+    (folder / "adapter_config.json").write_text(json.dumps(settings | config), encoding="utf-8")
+    return str(folder)
+
+
+@pytest.mark.parametrize("rank", [1, 4, 16])
+@pytest.mark.parametrize("name", EXPERTS_OF_4)
+def test_loras_on_single_experts_of_transformers_4(base_of, tmp_path, name, rank):
+    """peft stacks them as transformers stacks the experts; the numbers are the same."""
+    adapter = adapter_of_4(name, tmp_path / "adapter", rank)
+    merged = tensors_of(open_model(f"{base_of(name)}+{adapter}"))
+    assert differing(merged, merge_with_peft(base_of(name), adapter, tmp_path / "merged")) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"use_dora": True}, "an expert, with `use_dora`.* Merge it with transformers 4 and peft"),
+        ({"target_modules": ["q_proj"]}, "which its `target_modules` leave out"),
+        ({"r": 8}, r"has shape \(4, 16\), .* give \(8, 16\)"),
+    ],
+)
+def test_loras_on_single_experts_that_do_not_fit(base_of, tmp_path, config, message):
+    adapter = adapter_of_4("qwen3_moe", tmp_path / "adapter", **config)
+    with pytest.raises(ModelError, match=message):
+        open_model(f"{base_of('qwen3_moe')}+{adapter}")
+
+
 def test_an_adapter_that_peft_reads_only_in_part(base_of, tmp_path):
     """Renaming twice, peft loses a LoRA on Laguna's shared experts; the trained model has it."""
     from peft import LoraConfig, get_peft_model

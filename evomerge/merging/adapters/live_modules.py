@@ -92,6 +92,21 @@ class LiveModules:
         group = self._groups.get(self._tied.get(name, name))
         return None if group is None or group.converter is None else group
 
+    @cached_property
+    def _experts(self) -> frozenset[str]:
+        """The file's matrices of which the live model has stacks."""
+        found = set[str]()
+        shapes = {} if self.model is None else self.model.state_dict()
+        for target, group in self._groups.items():
+            is_stack = group.converter is not None and shapes[target].ndim == 3
+            if is_stack and len(self.base.shape(group.sources[0])) == 2:
+                found.update(group.sources)
+        return frozenset(found)
+
+    def is_expert(self, module: str) -> bool:
+        """Whether a module, which transformers 4 had, is a part of stacked experts now."""
+        return f"{module}.weight" in self._experts
+
     def shape(self, name: str) -> tuple[int, ...] | None:
         """The shape of a tensor of the live model; None where the base lacks it."""
         group = self.group(name)

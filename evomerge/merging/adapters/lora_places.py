@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from evomerge.merging.adapters.adapter import Adapter
 from evomerge.merging.adapters.live_modules import Kind, LiveModules
@@ -18,7 +20,8 @@ class LoraPlace:
     module: str
     tensor: str
     on_parameter: bool  # it is on the tensor rather than on its module
-    is_in_out: bool  # the tensor is (in, out), or (experts, in, out)
+    is_in_out: bool = False  # the tensor is (in, out), or (experts, in, out)
+    is_expert: bool = False  # the tensor is the file's, which transformers stacks with others
 
     @property
     def name(self) -> str:
@@ -32,6 +35,8 @@ def find_place(live: LiveModules, adapter: Adapter, wrapped: str) -> LoraPlace:
     LoRAs on several tensors of one module are wrapped in each other, that of the last one
     outermost. Raises ModelError where peft has no such LoRA, or nobody can merge it.
     """
+    if live.is_expert(wrapped):
+        return LoraPlace(wrapped, f"{wrapped}.weight", on_parameter=False, is_expert=True)
     module, depth = wrapped, 0
     while module.endswith(INNER):
         module, depth = module.removesuffix(INNER), depth + 1
@@ -52,6 +57,33 @@ def find_place(live: LiveModules, adapter: Adapter, wrapped: str) -> LoraPlace:
         is_stacked = len(live.shape(tensor) or ()) == 3
         return LoraPlace(module, tensor, True, is_stacked and live.has_experts_in_out(module))
     return LoraPlace(module, tensor, False, kind == Kind.TRANSPOSED)
+
+
+def shapes_of(
+    config: Mapping[str, Any],
+    weight: tuple[int, ...],
+    rank: int,
+    is_embedding: bool,
+    is_in_out: bool,
+) -> dict[str, tuple[int, ...]]:
+    """Part -> shape of all that a LoRA on a weight of that shape must hold."""
+    rows, columns = weight[-2:] if len(weight) in (2, 3) else (0, 0)
+    if is_in_out:
+        rows, columns = columns, rows
+    if len(weight) == 3:
+        rank *= weight[0]
+    shapes: dict[str, tuple[int, ...]] = {}
+    if is_embedding:
+        shapes["lora_embedding_A"] = (rank, rows)
+        shapes["lora_embedding_B"] = (columns, rank)
+    else:
+        shapes["lora_A.weight"] = (rank, columns)
+        shapes["lora_B.weight"] = (rows, rank)
+        if config.get("lora_bias"):
+            shapes["lora_B.bias"] = (rows,)
+    if config.get("use_dora"):
+        shapes["lora_magnitude_vector"] = (columns,) if is_embedding else (rows,)
+    return shapes
 
 
 def _check_mergeable(live: LiveModules, adapter: Adapter, module: str, kind: Kind) -> None:

@@ -18,7 +18,7 @@ from evomerge.merging.adapters.adapter import (
 from evomerge.merging.adapters.adapter_tensors import AdapterTensors, sort_tensors
 from evomerge.merging.adapters.live_modules import LiveModules
 from evomerge.merging.adapters.lora import AdaptedModel, ModuleLora, TokenRows
-from evomerge.merging.adapters.lora_places import OWN_BASE, LoraPlace, find_place
+from evomerge.merging.adapters.lora_places import OWN_BASE, LoraPlace, find_place, shapes_of
 from evomerge.merging.architecture.conversion import Group
 from evomerge.merging.checkpoints.config_defaults import config_value
 from evomerge.merging.checkpoints.model_folder import ModelFolder
@@ -48,6 +48,7 @@ class _LoraPlan:
         self.loras: dict[str, list[ModuleLora]] = {}
         self.rows: dict[str, list[TokenRows]] = {}
         self.groups: dict[str, Group] = {}
+        self.experts: set[str] = set()  # the file's tensors with a LoRA of their own
         found = sort_tensors(adapter, self.live.names, self.live.embeddings.rpartition(".")[0])
         # the head's comes last, as in the model
         for name, key in sorted(found.whole.items(), key=lambda item: item[0] == self.live.head):
@@ -62,6 +63,8 @@ class _LoraPlan:
         self._add_missing(given)
         for name in self.rows.keys() & self.loras.keys():
             raise self.adapter.error(f"`trainable_token_indices` and a LoRA both change {name}")
+        for name in self.groups.keys() & self.experts:
+            raise self.adapter.error(f"it changes {name} alone and with other experts")
 
     def _is_head(self, module: str) -> bool:
         return f"{module}.weight" == self.live.head
@@ -143,15 +146,15 @@ class _LoraPlan:
         """Take in one LoRA, checked; the tensor of the live model that it changes."""
         place = find_place(self.live, self.adapter, wrapped)
         module, name = place.module, place.tensor
+        if place.is_expert:
+            self._add_expert(place, parts)
+            return name
         weight = self.live.shape(name)
         if weight is None:
             remedy = OWN_BASE if self.live.model is None else MERGED_ELSEWHERE
             raise self.adapter.error(f"it targets {module}, which the base lacks", remedy)
         if not self.adapter.targets_parameter(name) and not self._targets(module):
-            raise self.adapter.error(
-                f"it contains a LoRA for {module}, which its `target_modules` leave out",
-                "Correct adapter_config.json.",
-            )
+            raise self._left_out(module)
         bias = f"{module}.bias"
         if self.config.get("lora_bias") and self.live.shape(bias) is None:
             raise self.adapter.error(
@@ -164,11 +167,31 @@ class _LoraPlan:
             self.loras.setdefault(self._target(bias), []).append(lora)
         return name
 
+    def _add_expert(self, place: LoraPlace, parts: dict[str, str]) -> None:
+        """A LoRA on one of the experts that transformers stacks: on its tensor in the file."""
+        if not self.adapter.targets(place.module):
+            raise self._left_out(place.module)
+        for key in ("use_dora", "lora_bias"):
+            if self.config.get(key):
+                raise self.adapter.error(
+                    f"it targets {place.module}, an expert, with `{key}`, which is not supported",
+                    "Merge it with transformers 4 and peft, and name the result.",
+                )
+        lora = self._lora(place, parts, self.base.shape(place.tensor))
+        self.loras.setdefault(place.tensor, []).append(lora)
+        self.experts.add(place.tensor)
+
+    def _left_out(self, module: str) -> ModelError:
+        return self.adapter.error(
+            f"it contains a LoRA for {module}, which its `target_modules` leave out",
+            "Correct adapter_config.json.",
+        )
+
     def _lora(self, place: LoraPlace, parts: dict[str, str], weight: tuple[int, ...]) -> ModuleLora:
         """One LoRA, its shapes checked against the weight's and the rank."""
         rank, scaling = self.adapter.rank_and_scaling(place.name)
         blocks = self.adapter.blocks(place.name)
-        wanted = self._shapes(weight, rank, "lora_embedding_A" in parts, place.is_in_out)
+        wanted = shapes_of(self.config, weight, rank, "lora_embedding_A" in parts, place.is_in_out)
         for part, n in blocks.items():
             if part in wanted:
                 wanted[part] = (wanted[part][0], wanted[part][1] // n)
@@ -181,7 +204,8 @@ class _LoraPlan:
                     f"but the base and adapter_config.json give {wanted.get(part)}",
                     OWN_BASE,
                 )
-        rounded = place.on_parameter or bool(self.config.get("use_bdlora"))
+        alone = place.on_parameter or place.is_expert
+        rounded = alone or bool(self.config.get("use_bdlora"))
         return ModuleLora(parts, scaling, rounded, blocks, place.is_in_out)
 
     def _targets(self, module: str) -> bool:
@@ -202,28 +226,6 @@ class _LoraPlan:
         for axis in (0, 1):
             if wanted[axis] == shape[0] and found[1 - axis] == wanted[1 - axis]:
                 raise self._resized(found[axis], shape[0])
-
-    def _shapes(
-        self, weight: tuple[int, ...], rank: int, is_embedding: bool, is_in_out: bool
-    ) -> dict[str, tuple[int, ...]]:
-        """Part -> shape of all that a LoRA on a weight of that shape must hold."""
-        rows, columns = weight[-2:] if len(weight) in (2, 3) else (0, 0)
-        if is_in_out:
-            rows, columns = columns, rows
-        if len(weight) == 3:
-            rank *= weight[0]
-        shapes: dict[str, tuple[int, ...]] = {}
-        if is_embedding:
-            shapes["lora_embedding_A"] = (rank, rows)
-            shapes["lora_embedding_B"] = (columns, rank)
-        else:
-            shapes["lora_A.weight"] = (rank, columns)
-            shapes["lora_B.weight"] = (rows, rank)
-            if self.config.get("lora_bias"):
-                shapes["lora_B.bias"] = (rows,)
-        if self.config.get("use_dora"):
-            shapes["lora_magnitude_vector"] = (columns,) if is_embedding else (rows,)
-        return shapes
 
     def _check_whole(self, key: str, name: str) -> None:
         """A whole tensor of the adapter must replace one of the base's, of the same shape."""
