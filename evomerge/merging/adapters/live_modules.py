@@ -225,7 +225,7 @@ class LiveModules:
                     yield module
             return
         for module in self._modules:
-            mergeable = self.kind(module) in (Kind.PLAIN, Kind.TRANSPOSED)
+            mergeable = self.kind(module) in (Kind.PLAIN, Kind.TRANSPOSED, Kind.CONVOLUTION)
             if mergeable and adapter.targets(module, linear=self.is_linear(module)):
                 yield module
 

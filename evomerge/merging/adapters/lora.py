@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import conv1d, conv2d, conv3d
 
 from evomerge.merging.adapters.adapter import Adapter
 from evomerge.merging.architecture.conversion import Group
@@ -81,6 +82,21 @@ def add_to_experts(
     to = "e i o" if is_in_out else "e o i"
     delta = torch.einsum(f"o r e, e r i -> {to}", stacked_b, stacked_a) * scaling
     return weight + delta.to(weight.dtype)
+
+
+def add_to_convolution(
+    weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """r(W + s BA) for each place in the kernel: weight (out, in, …), a (r, in, …), b (out, r, 1 …).
+
+    Computed as peft does, for the same last bits.
+    """
+    if weight.shape[2:4] == (1, 1):
+        delta = (b.float().flatten(1) @ a.float().flatten(1)).view(weight.shape)
+    else:
+        convolve = {3: conv1d, 4: conv2d, 5: conv3d}[weight.ndim]
+        delta = convolve(a.float().transpose(0, 1), b.float()).transpose(0, 1)
+    return (delta * scaling + weight).to(weight.dtype)
 
 
 def add_to_embedding(
@@ -233,7 +249,9 @@ def _add(tensor: torch.Tensor, lora: ModuleLora, parts: Mapping[str, torch.Tenso
         a, b = parts["lora_embedding_A"], parts["lora_embedding_B"]
         return add_to_embedding(tensor, a, b, lora.scaling, magnitude)
     a, b = parts["lora_A.weight"], parts["lora_B.weight"]
-    if tensor.ndim == 3:
+    if tensor.ndim > 2 and not lora.rounded:
+        return add_to_convolution(tensor, a, b, lora.scaling)
+    if tensor.ndim > 2:
         return add_to_experts(tensor, a, b, lora.scaling, lora.is_in_out)
     if lora.rounded:
         return add_rounded(tensor, a, b, lora.scaling)

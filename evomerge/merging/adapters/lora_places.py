@@ -21,6 +21,7 @@ class LoraPlace:
     tensor: str
     on_parameter: bool  # it is on the tensor rather than on its module
     is_in_out: bool = False  # the tensor is (in, out), or (experts, in, out)
+    is_convolution: bool = False
     is_expert: bool = False  # the tensor is the file's, which transformers stacks with others
 
     @property
@@ -56,29 +57,40 @@ def find_place(live: LiveModules, adapter: Adapter, wrapped: str) -> LoraPlace:
     if kind == Kind.PARAMETERS or adapter.targets_parameter(tensor):
         is_stacked = len(live.shape(tensor) or ()) == 3
         return LoraPlace(module, tensor, True, is_stacked and live.has_experts_in_out(module))
-    return LoraPlace(module, tensor, False, kind == Kind.TRANSPOSED)
+    return LoraPlace(
+        module,
+        tensor,
+        on_parameter=False,
+        is_in_out=kind == Kind.TRANSPOSED,
+        is_convolution=kind == Kind.CONVOLUTION,
+    )
 
 
 def shapes_of(
-    config: Mapping[str, Any],
+    place: LoraPlace,
     weight: tuple[int, ...],
     rank: int,
     is_embedding: bool,
-    is_in_out: bool,
+    config: Mapping[str, Any],
 ) -> dict[str, tuple[int, ...]]:
     """Part -> shape of all that a LoRA on a weight of that shape must hold."""
     rows, columns = weight[-2:] if len(weight) in (2, 3) else (0, 0)
-    if is_in_out:
+    if place.is_convolution:
+        rows, columns, *kernel = weight
+        inside, outside = tuple(kernel), (1,) * len(kernel)
+    else:
+        inside = outside = ()
+        if len(weight) == 3:
+            rank *= weight[0]
+    if place.is_in_out:
         rows, columns = columns, rows
-    if len(weight) == 3:
-        rank *= weight[0]
     shapes: dict[str, tuple[int, ...]] = {}
     if is_embedding:
         shapes["lora_embedding_A"] = (rank, rows)
         shapes["lora_embedding_B"] = (columns, rank)
     else:
-        shapes["lora_A.weight"] = (rank, columns)
-        shapes["lora_B.weight"] = (rows, rank)
+        shapes["lora_A.weight"] = (rank, columns, *inside)
+        shapes["lora_B.weight"] = (rows, rank, *outside)
         if config.get("lora_bias"):
             shapes["lora_B.bias"] = (rows,)
     if config.get("use_dora"):
@@ -92,8 +104,8 @@ def _check_mergeable(live: LiveModules, adapter: Adapter, module: str, kind: Kin
             f"it targets {module}, a convolution in groups, which peft cannot merge either",
             "Train it without that module.",
         )
-    if kind == Kind.CONVOLUTION:
-        raise adapter.error(f"it targets {module}, a convolution, which is not supported")
+    if kind == Kind.CONVOLUTION and adapter.config.get("use_dora"):
+        raise adapter.error(f"it targets {module}, and DoRA on a convolution is not supported")
     if ".experts." in module and (kind == Kind.UNKNOWN or live.model is None):
         raise adapter.error(f"it targets {module}, and a LoRA on experts is not supported")
     if kind == Kind.UNKNOWN:

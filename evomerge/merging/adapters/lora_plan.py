@@ -191,7 +191,7 @@ class _LoraPlan:
         """One LoRA, its shapes checked against the weight's and the rank."""
         rank, scaling = self.adapter.rank_and_scaling(place.name)
         blocks = self.adapter.blocks(place.name)
-        wanted = shapes_of(self.config, weight, rank, "lora_embedding_A" in parts, place.is_in_out)
+        wanted = shapes_of(place, weight, rank, "lora_embedding_A" in parts, self.config)
         for part, n in blocks.items():
             if part in wanted:
                 wanted[part] = (wanted[part][0], wanted[part][1] // n)
