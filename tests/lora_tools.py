@@ -6,6 +6,9 @@ import pytest
 import torch
 from merging_tools import load_all
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+
+from evomerge.merging.architecture.empty_model import model_class
 
 # settings that are objects while peft trains, and mappings in the file
 OBJECTS = {
@@ -15,13 +18,16 @@ OBJECTS = {
 }
 
 
+def class_of(base):
+    """AutoModelForCausalLM, as in mergekit, where the type has a class for it."""
+    return model_class(AutoConfig.from_pretrained(str(base)))
+
+
 def peft_adapter(base, out, dtype=torch.float32, **config):
     """An adapter that peft made and saved for `base`, filled with noise."""
     peft = pytest.importorskip(
         "peft", reason="peft cannot be imported: pip install peft", exc_type=ImportError
     )
-    from transformers import AutoModelForCausalLM
-
     torch.manual_seed(0)
     saving = config.pop("save", {})
     for key in config.keys() & OBJECTS.keys():
@@ -34,9 +40,8 @@ def peft_adapter(base, out, dtype=torch.float32, **config):
         "task_type": "CAUSAL_LM",
         "target_modules": ["q_proj", "down_proj"],
     }
-    model = peft.get_peft_model(
-        AutoModelForCausalLM.from_pretrained(str(base)), peft.LoraConfig(**(settings | config))
-    )
+    loaded = class_of(base).from_pretrained(str(base))
+    model = peft.get_peft_model(loaded, peft.LoraConfig(**(settings | config)))
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.requires_grad or "magnitude" in name:
@@ -52,11 +57,7 @@ def merge_with_peft(base, adapter, out):
     peft = pytest.importorskip(
         "peft", reason="peft cannot be imported: pip install peft", exc_type=ImportError
     )
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
-        str(base), torch_dtype=None, low_cpu_mem_usage=True
-    )
+    model = class_of(base).from_pretrained(str(base), torch_dtype=None, low_cpu_mem_usage=True)
     peft.PeftModel.from_pretrained(
         model, adapter, is_trainable=False
     ).merge_and_unload().save_pretrained(out)

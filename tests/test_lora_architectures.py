@@ -18,10 +18,14 @@ from transformers.core_model_loading import WeightConverter
 from evomerge.cli import main
 from evomerge.errors import ModelError
 from evomerge.merging.adapters import live_modules
-from evomerge.merging.adapters.lora import add_to_experts, add_transposed
+from evomerge.merging.adapters.lora import add_to_convolution, add_to_experts, add_transposed
+from evomerge.merging.build import build_model
 from evomerge.merging.checkpoints.open_model import open_model
+from evomerge.merging.live import LiveModel
+from evomerge.recipe import task_arithmetic_recipe
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import architectures
 import tiny_models
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -83,6 +87,11 @@ CASES = {
         },
     ),
     "gemma3: tokens": ("gemma3", {"target_modules": ["o_proj"], "trainable_token_indices": [3, 7]}),
+    "gemma3: a convolution": ("gemma3", {"target_modules": ["patch_embedding", "v_proj"]}),
+    "qwen3_vl: a convolution in time": (
+        "qwen3_vl",
+        {"target_modules": ["patch_embed.proj"], "lora_bias": True},
+    ),
     "qwen3_moe: attention, router and experts": ("qwen3_moe", ALL),
     "qwen3_moe: experts alone": (
         "qwen3_moe",
@@ -296,6 +305,12 @@ REFUSED = {
         {"target_modules": ["conv.conv"]},
         "a convolution in groups, which peft cannot merge either. Train it without that module.",
     ),
+    "DoRA on a convolution": (
+        "gemma3",
+        "model.vision_tower.embeddings.patch_embedding",
+        {"target_modules": ["patch_embedding"], "use_dora": True},
+        "DoRA on a convolution is not supported. Merge it with peft first",
+    ),
     "another model's module": (
         "gpt2",
         "transformer.h.9.attn.c_attn",
@@ -367,6 +382,18 @@ def test_the_command_writes_it(base_of, tmp_path):
         assert all(torch.equal(out[key], tensor) for key, tensor in wanted.items())
 
 
+@pytest.mark.parametrize("name", ["gpt2", "qwen3_moe"])
+def test_a_live_merge_is_the_one_on_disk(base_of, tmp_path, name):
+    base = str(base_of(name))
+    ref = f"{base}+{peft_adapter(base, tmp_path / 'adapter', **ALL)}"
+    slices, weights = [(0, 2), (2, 4)], [[0.7], [1.2]]
+    recipe = task_arithmetic_recipe(base, [ref], slices, weights, dtype="bfloat16")
+    build_model(recipe, tmp_path / "out")
+    model, fresh = architectures.load(base), architectures.load(tmp_path / "out")
+    LiveModel(model, open_model(base), [open_model(ref)]).apply(recipe)
+    assert differing(model.state_dict(), fresh.state_dict()) == []
+
+
 def test_names_like_llama_s_need_no_model(base_of, tmp_path, monkeypatch):
     adapter = peft_adapter(base_of("llama"), tmp_path / "adapter", **ALL)
 
@@ -382,6 +409,16 @@ def test_a_transposed_lora_by_its_formula():
     weight, a, b = (torch.randn(n, generator=generator) for n in [(32, 96), (4, 32), (96, 4)])
     wanted = weight.double() + 1.5 * (b.double() @ a.double()).T
     torch.testing.assert_close(add_transposed(weight, a, b, 1.5), wanted.float())
+
+
+@pytest.mark.parametrize("kernel", [(3,), (1, 1), (2, 3), (2, 1, 3)])
+def test_a_lora_on_a_convolution_by_its_formula(kernel):
+    generator = torch.Generator().manual_seed(0)
+    weight, a = (torch.randn(n, 5, *kernel, generator=generator) for n in (6, 4))
+    b = torch.randn(6, 4, generator=generator)
+    wanted = weight + 1.5 * (b @ a.flatten(1)).view(weight.shape)
+    found = add_to_convolution(weight, a, b.view(6, 4, *(1 for _ in kernel)), 1.5)
+    torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("is_in_out", [False, True])
