@@ -70,6 +70,10 @@ CASES = {
         },
     ),
     "gpt_neox": ("gpt_neox", ALL | {"lora_bias": True}),
+    "gpt_neox: biases of what is saved": (
+        "gpt_neox",
+        {"target_modules": ["dense"], "bias": "all", "modules_to_save": ["final_layer_norm"]},
+    ),
     "gpt_neox: head": ("gpt_neox", {"target_modules": ["embed_in", "embed_out"]}),
     "opt": ("opt", ALL | {"exclude_modules": ["decoder.layers.0.fc1"]}),
     "bloom": ("bloom", ALL | {"modules_to_save": ["ln_f"]}),
@@ -311,6 +315,12 @@ REFUSED = {
         {"target_modules": ["patch_embedding"], "use_dora": True},
         "DoRA on a convolution is not supported. Merge it with peft first",
     ),
+    "torch's attention": (
+        "gemma3",
+        "model.vision_tower.head.attention.base_layer.out_proj",
+        {"target_modules": ["head.attention"]},
+        "MultiheadAttention is not supported. Merge it with peft first",
+    ),
     "another model's module": (
         "gpt2",
         "transformer.h.9.attn.c_attn",
@@ -327,13 +337,13 @@ REFUSED = {
         "qwen3_moe",
         "model.layers.0.mlp.experts.base_layer",
         {"target_modules": [], "target_parameters": ["experts.down_proj"]},
-        "its `target_parameters` leave out",
+        "which its settings leave out. Correct adapter_config.json",
     ),
     "experts that are not targeted": (
         "qwen3_moe",
         "model.layers.0.mlp.experts",
         {"target_modules": ["q_proj"]},
-        "which the base lacks. Merge it with peft first",
+        "which its settings leave out. Correct adapter_config.json",
     ),
 }
 

@@ -15,6 +15,8 @@ PART = re.compile(
     r"^(.+)\.(lora_[AB]\.(?:weight|bias)|lora_embedding_[AB]|lora_magnitude_vector)(?:\.weight)?$"
 )
 TOKENS = re.compile(r"^(.+)\.token_adapter\.trainable_tokens_delta$")
+# second copies of biases in a saved module, which `bias` adds
+COPIES = re.compile(r"\.(modules_to_save|original_module)\..*bias$")
 TOKEN_LAYER = ".token_adapter.base_layer."
 # what only training needs, by the setting that adds it
 TRAINING = {"velora_config": ".lora_velora_embed", "monteclora_config": ".lora_monteclora_sampler."}
@@ -42,6 +44,8 @@ def sort_tensors(adapter: Adapter, base: Collection[str], embeddings: str) -> Ad
         name = key.removeprefix(PREFIX)
         part, tokens = PART.match(name), TOKENS.match(name)
         plain = name.replace(TOKEN_LAYER, ".").replace(".base_layer.", ".")
+        if COPIES.search(name) and adapter.config.get("bias", "none") != "none":
+            continue
         if _is_unused(adapter, name, plain in base):
             unused.append(name)
         elif part:

@@ -25,6 +25,8 @@ _LIKE_LLAMA = re.compile(
     r"|model\.(embed_tokens|norm)\.\w+|lm_head\.\w+)\Z"
 )
 
+WRAPPED = ".base_layer."  # in names of layers within torch's attention
+
 
 class Kind(StrEnum):
     """How peft merges a LoRA into a module."""
@@ -34,6 +36,7 @@ class Kind(StrEnum):
     PARAMETERS = "parameters"  # no layer of torch: each of its tensors is targeted by name
     CONVOLUTION = "convolution"
     UNMERGEABLE = "unmergeable"  # in groups, which peft itself cannot merge
+    ATTENTION = "attention"  # torch's own, with three projections in one tensor
     UNKNOWN = "unknown"
 
 
@@ -66,14 +69,14 @@ class LiveModules:
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             if name not in self._groups and id(parameter) in first:
                 self._tied[name] = first[id(parameter)]
-        names = {id(module): name for name, module in self.model.named_modules()}
-        for attribute, get in (
-            ("embeddings", self.model.get_input_embeddings),
-            ("head", self.model.get_output_embeddings),
-        ):
-            module = names.get(id(get()))
-            if module is not None:
-                setattr(self, attribute, f"{module}.weight")
+        self.embeddings = self._weight(self.model.get_input_embeddings()) or EMBED
+        self.head = self._weight(self.model.get_output_embeddings()) or HEAD
+
+    def _weight(self, module: Any) -> str:
+        for name, found in self._modules.items():
+            if found is module:
+                return f"{name}.weight"
+        return ""
 
     def file_name(self, name: str) -> str | None:
         """The file's tensor behind one of the live model; None where it is made of others.
@@ -192,9 +195,9 @@ class LiveModules:
             return Kind.TRANSPOSED
         if isinstance(found, torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d):
             return Kind.CONVOLUTION if found.groups == 1 else Kind.UNMERGEABLE
-        if found is None or isinstance(found, torch.nn.MultiheadAttention):
-            return Kind.UNKNOWN
-        return Kind.PARAMETERS
+        if isinstance(found, torch.nn.MultiheadAttention) or WRAPPED in module:
+            return Kind.ATTENTION
+        return Kind.UNKNOWN if found is None else Kind.PARAMETERS
 
     def parameters(self, module: str) -> list[str]:
         """A module's own tensors, in the order in which peft wraps them."""

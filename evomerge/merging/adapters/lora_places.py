@@ -47,10 +47,11 @@ def find_place(live: LiveModules, adapter: Adapter, wrapped: str) -> LoraPlace:
     tensors = [f"{module}.weight"]
     if kind == Kind.PARAMETERS:
         own = live.parameters(module)
-        tensors = [name for name in own if adapter.targets_parameter(name)] or tensors
+        tensors = [name for name in own if adapter.targets_parameter(name)]
+        tensors = tensors or [name for name in own if name == f"{module}.weight"]
     if depth >= len(tensors):
         raise adapter.error(
-            f"it contains a LoRA for {wrapped}, which its `target_parameters` leave out",
+            f"it contains a LoRA for {wrapped}, which its settings leave out",
             "Correct adapter_config.json.",
         )
     tensor = tensors[len(tensors) - 1 - depth]
@@ -106,6 +107,10 @@ def _check_mergeable(live: LiveModules, adapter: Adapter, module: str, kind: Kin
         )
     if kind == Kind.CONVOLUTION and adapter.config.get("use_dora"):
         raise adapter.error(f"it targets {module}, and DoRA on a convolution is not supported")
+    if kind == Kind.ATTENTION:
+        raise adapter.error(
+            f"it targets {module}, and a LoRA on torch's MultiheadAttention is not supported"
+        )
     if ".experts." in module and (kind == Kind.UNKNOWN or live.model is None):
         raise adapter.error(f"it targets {module}, and a LoRA on experts is not supported")
     if kind == Kind.UNKNOWN:
