@@ -183,11 +183,11 @@ class LiveModules:
 
     def kind(self, module: str) -> Kind:
         """How peft merges a LoRA into the module."""
+        if self.model is None:
+            return Kind.PLAIN
         import torch
         from transformers.pytorch_utils import Conv1D
 
-        if self.model is None:
-            return Kind.PLAIN
         found = self._modules.get(module)
         if isinstance(found, torch.nn.Linear | torch.nn.Embedding):
             return Kind.PLAIN
@@ -210,10 +210,10 @@ class LiveModules:
 
     def is_linear(self, module: str) -> bool:
         """Whether peft's "all-linear" means the module."""
-        import torch
-
         if self.model is None:
             return module not in OUTSIDE
+        import torch
+
         if f"{module}.weight" == self.head:
             return False
         is_layer = isinstance(self._modules.get(module), torch.nn.Linear)
