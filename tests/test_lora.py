@@ -4,13 +4,13 @@ one line.
 
 import json
 import logging
-from importlib import import_module
 
 import pytest
 import torch
 from conftest import make_model
+from lora_tools import merge_with_peft, peft_adapter, tensors_of
 from merging_tools import differing, load_all, same_bits
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from evomerge.errors import ModelError
 from evomerge.merging.adapters.lora import add_to_embedding, add_to_linear
@@ -64,61 +64,6 @@ def write_adapter(folder, tensors=None, **config):
         {PREFIX + name: t for name, t in tensors.items()}, folder / "adapter_model.safetensors"
     )
     return str(folder)
-
-
-def peft_adapter(base, out, dtype=torch.float32, **config):
-    """An adapter that peft made and saved for `base`, filled with noise."""
-    peft = pytest.importorskip(
-        "peft", reason="peft cannot be imported: pip install peft", exc_type=ImportError
-    )
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    saving = config.pop("save", {})
-    for key in config.keys() & OBJECTS.keys():
-        kind, more = OBJECTS[key]
-        made = getattr(import_module("peft.tuners.lora.config"), kind)
-        config[key] = made(**(config[key] | more))
-    settings = {
-        "r": 4,
-        "lora_alpha": 6,
-        "task_type": "CAUSAL_LM",
-        "target_modules": ["q_proj", "down_proj"],
-    }
-    model = peft.get_peft_model(
-        AutoModelForCausalLM.from_pretrained(str(base)), peft.LoraConfig(**(settings | config))
-    )
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.requires_grad or "magnitude" in name:
-                p.add_(0.3 * torch.randn(p.shape).to(p.dtype))
-    model.save_pretrained(out, **saving)
-    file = out / "adapter_model.safetensors"
-    save_file({name: t.to(dtype) for name, t in load_file(file).items()}, file)
-    return str(out)
-
-
-def merge_with_peft(base, adapter, out):
-    """The folder that mergekit makes of base+adapter before it merges."""
-    peft = pytest.importorskip(
-        "peft", reason="peft cannot be imported: pip install peft", exc_type=ImportError
-    )
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
-        str(base), torch_dtype=None, low_cpu_mem_usage=True
-    )
-    peft.PeftModel.from_pretrained(
-        model, adapter, is_trainable=False
-    ).merge_and_unload().save_pretrained(out)
-    return load_all(out)
-
-
-def tensors_of(model):
-    tensors = {name: model.get_tensor(name) for name in model.keys}
-    for name, tensor in tensors.items():
-        assert (model.shape(name), model.dtype(name)) == (tuple(tensor.shape), tensor.dtype)
-    return tensors
 
 
 CASES = {
@@ -237,12 +182,6 @@ CASES = {
     "velora": ("plain", {"velora_config": {"num_groups": 4}}),
     "monteclora": ("plain", {"monteclora_config": {"num_samples": 2}}),
     "qalora": ("plain", {"use_qalora": True, "qalora_group_size": 16}),
-}
-# settings that are objects while peft trains, and mappings in the file
-OBJECTS = {
-    "use_bdlora": ("BdLoraConfig", {"match_strict": False}),
-    "velora_config": ("VeloraConfig", {}),
-    "monteclora_config": ("MontecloraConfig", {}),
 }
 
 

@@ -86,13 +86,16 @@ class Adapter:
                 return value
         return self.config.get(key)
 
-    def targets(self, module: str) -> bool:
-        """Whether peft would put a LoRA on the module; it silently skips all that is not named."""
+    def targets(self, module: str, linear: bool = True) -> bool:
+        """Whether peft would put a LoRA on the module; it silently skips all that is not named.
+
+        `linear`: whether it is a linear layer other than the head.
+        """
         if self._matches(self.config.get("exclude_modules") or [], module):
             return False
         wanted = self.config.get("target_modules") or []
-        if wanted == "all-linear":
-            return module not in OUTSIDE
+        if isinstance(wanted, str) and wanted.lower() == "all-linear":
+            return linear and module not in OUTSIDE
         matched = self._matches(wanted, module)
         layers = self.config.get("layers_to_transform")
         in_every_layer = isinstance(wanted, str) or module in wanted or layers in (None, [])
@@ -118,6 +121,14 @@ class Adapter:
         """Whether the adapter contains the whole module, or one that it is a part of."""
         return any(is_within(module, name) for name in self.config.get("modules_to_save") or [])
 
+    @property
+    def ties_saved(self) -> bool:
+        """Whether embeddings or head in `modules_to_save` stay tied; peft knows two names."""
+        saved = self.config.get("modules_to_save") or []
+        known = {name.rpartition(".")[-1] for name in OUTSIDE}
+        is_known = any(name.rpartition(".")[-1] in known for name in saved)
+        return is_known and bool(self.config.get("ensure_weight_tying"))
+
     def targets_parameter(self, name: str) -> bool:
         """Whether the tensor itself has a LoRA, rather than its module."""
         wanted = self.config.get("target_parameters") or []
@@ -131,15 +142,22 @@ class Adapter:
                 return {part: settings["nblocks"]}
         return {}
 
-    def token_ids(self, module: str) -> tuple[int, ...]:
-        """The tokens whose rows in the module `trainable_token_indices` names."""
+    def token_ids(self, module: str, embeddings: str) -> tuple[int, ...]:
+        """The tokens whose rows in the module `trainable_token_indices` names.
+
+        A list of them is for the embeddings.
+        """
         found = self.config.get("trainable_token_indices") or {}
         if isinstance(found, list):
-            found = {OUTSIDE[0]: found}
+            found = {embeddings: found}
         for name, ids in found.items():
             if module.endswith(name):
                 return tuple(ids)
         return ()
+
+    def error(self, what: str, remedy: str = MERGED_ELSEWHERE) -> ModelError:
+        """What is wrong with the adapter, and what helps."""
+        return ModelError(what, where=self.path, remedy=remedy)
 
 
 def is_within(module: str, name: str) -> bool:

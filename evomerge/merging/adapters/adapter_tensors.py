@@ -7,8 +7,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from evomerge.errors import ModelError
-from evomerge.merging.adapters.adapter import MERGED_ELSEWHERE, Adapter
+from evomerge.merging.adapters.adapter import Adapter
 
 log = logging.getLogger(__name__)
 PREFIX = "base_model.model."
@@ -16,6 +15,8 @@ PART = re.compile(
     r"^(.+)\.(lora_[AB]\.(?:weight|bias)|lora_embedding_[AB]|lora_magnitude_vector)(?:\.weight)?$"
 )
 TOKENS = re.compile(r"^(.+)\.token_adapter\.trainable_tokens_delta$")
+# second copies of biases in a saved module, which `bias` adds
+COPIES = re.compile(r"\.(modules_to_save|original_module)\..*bias$")
 TOKEN_LAYER = ".token_adapter.base_layer."
 # what only training needs, by the setting that adds it
 TRAINING = {"velora_config": ".lora_velora_embed", "monteclora_config": ".lora_monteclora_sampler."}
@@ -30,8 +31,8 @@ class AdapterTensors:
     rows: dict[str, str] = field(default_factory=dict)  # by module: of single tokens
 
 
-def sort_tensors(adapter: Adapter, base: Collection[str]) -> AdapterTensors:
-    """What the file holds for a base with tensors of these names.
+def sort_tensors(adapter: Adapter, base: Collection[str], embeddings: str) -> AdapterTensors:
+    """What the file holds for a base with tensors of these names and that module of embeddings.
 
     Raises ModelError for a tensor of another kind.
     """
@@ -39,19 +40,21 @@ def sort_tensors(adapter: Adapter, base: Collection[str]) -> AdapterTensors:
     unused = []
     for key in adapter.shapes:
         if not key.startswith(PREFIX):
-            raise _error(adapter, f"tensor {key} is of a kind that is not supported")
+            raise adapter.error(f"tensor {key} is of a kind that is not supported")
         name = key.removeprefix(PREFIX)
         part, tokens = PART.match(name), TOKENS.match(name)
         plain = name.replace(TOKEN_LAYER, ".").replace(".base_layer.", ".")
+        if COPIES.search(name) and adapter.config.get("bias", "none") != "none":
+            continue
         if _is_unused(adapter, name, plain in base):
             unused.append(name)
         elif part:
             found.loras.setdefault(part[1], {})[part[2]] = key
         elif tokens:
             found.rows[tokens[1]] = key
-        elif TOKEN_LAYER in name and not adapter.token_ids(plain.rpartition(".")[0]):
+        elif TOKEN_LAYER in name and not adapter.token_ids(plain.rpartition(".")[0], embeddings):
             # where peft's own merge fails: a saved head that shares the embeddings' rows
-            raise _error(adapter, f"`modules_to_save` and `trainable_token_indices` share {plain}")
+            raise adapter.error(f"`modules_to_save` and `trainable_token_indices` share {plain}")
         elif not any(mark in name and adapter.config.get(k) for k, mark in TRAINING.items()):
             found.whole[plain] = key
     if unused:
@@ -71,7 +74,3 @@ def _is_unused(adapter: Adapter, name: str, stored: bool) -> bool:
     if name.endswith((".lora_A.bias", ".lora_B.bias")):
         return name.endswith("A.bias") or not adapter.config.get("lora_bias")
     return not stored and adapter.config.get("bias", "none") == "none"
-
-
-def _error(adapter: Adapter, what: str) -> ModelError:
-    return ModelError(what, where=adapter.path, remedy=MERGED_ELSEWHERE)

@@ -33,6 +33,27 @@ class Group:
         made = converter.convert(self.target, model=model, config=model.config)
         return {name: _only(value) for name, value in made.items()}
 
+    def revert(self, model: Any, made: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The checkpoint's tensors, by name, that the model's are made of.
+
+        Raises ValueError where the conversion cannot be turned round.
+        """
+        if self.converter is None:
+            return {self.sources[0]: made[self.target]}
+        reverse = copy.deepcopy(self.converter).reverse_transform()
+        found = {}
+        first = ""
+        for name, tensor in made.items():
+            target, pattern = reverse.rename_source_key(name)
+            first = first or target
+            reverse.add_tensor(first, name, pattern, tensor)
+        for name, value in reverse.convert(first, model=model, config=model.config).items():
+            found[name] = _only(value)
+        named = {made: source for source, made in renamed(model, self.sources).items()}
+        if found.keys() != named.keys():
+            raise ValueError(f"{self.target} becomes {sorted(found)[:1]}, not {self.sources[0]}")
+        return {named[name]: tensor for name, tensor in found.items()}
+
     @property
     def targets(self) -> tuple[str, ...]:
         """The names of the model's tensors that it makes, as far as patterns tell."""
@@ -81,6 +102,14 @@ def groups_of(model: Any, names: Iterable[str]) -> tuple[list[Group], dict[str, 
         patterns = tuple(str(each) for _, each in found)
         groups.append(Group(target, sources, patterns, by_pattern[pattern]))
     return groups, left_out
+
+
+def renamed(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """The names that tensors of a checkpoint take where transformers only renames."""
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings = [entry for entry in _conversions(model) if isinstance(entry, WeightRenaming)]
+    return {name: rename_source_key(name, renamings, [])[0] for name in names}
 
 
 def _conversions(model: Any) -> list[Any]:
