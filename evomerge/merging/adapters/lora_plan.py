@@ -270,7 +270,7 @@ class _LoraPlan:
         saved = any(self.adapter.saves(name.removesuffix(".weight")) for name in names)
         if saved and not self.adapter.ties_saved:
             return False
-        embeddings, head = self.base.vocabulary
+        embeddings, head = self.base.embeddings, self.base.head
         if head not in self.base.keys:
             return True
         if not config_value(self.base.config, "tie_word_embeddings"):

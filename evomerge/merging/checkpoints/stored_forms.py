@@ -9,7 +9,6 @@ from evomerge.merging.architecture.conversion import Group, groups_of, shapes_af
 from evomerge.merging.architecture.empty_model import empty_model
 from evomerge.merging.checkpoints.model_folder import ModelFolder
 
-_LAST_NUMBER = re.compile(r"(.*\.)(\d+)(\..*)")
 SAVE_ALIKE = (
     "Load both with the same transformers, and save each with "
     "save_pretrained(folder, save_original_format=False)."
@@ -63,9 +62,12 @@ def _lacking(group: Group, wanted: tuple[int, ...]) -> str | None:
             return f"{pattern}, which {group.target} is made of"
     numbers: dict[tuple[str, str], set[int]] = {}
     for name in group.sources:
-        match = _LAST_NUMBER.fullmatch(name)
-        if match is not None:
-            numbers.setdefault((match[1], match[3]), set()).add(int(match[2]))
+        parts = name.split(".")
+        for i in range(len(parts) - 2, 0, -1):
+            if parts[i].isdecimal():
+                around = (".".join([*parts[:i], ""]), ".".join(["", *parts[i + 1 :]]))
+                numbers.setdefault(around, set()).add(int(parts[i]))
+                break
     count = 1 + max((number for found in numbers.values() for number in found), default=-1)
     if any(isinstance(step, MergeModulelist) for step in group.converter.operations):
         count = max(count, *wanted[:1])
