@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 from evomerge.errors import ModelError
 from evomerge.merging.architecture.conversion import Group, groups_of, shapes_after
 from evomerge.merging.architecture.empty_model import empty_model
