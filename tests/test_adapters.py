@@ -32,6 +32,8 @@ def test_a_trial_is_stored_whole_and_ends_once(url):
     assert (began.params, began.user_attrs) == (NUMBERS, {"role": "candidate"})
     assert stored.running() == [began.number]
     stored.end_trial(began.number, "result", {"x": [1.5]}, 0.1 + 0.2)
+    with pytest.raises(optuna.exceptions.UpdateFinishedTrialError):
+        stored.end_trial(began.number, "reason", "again")
     failed = stored.start_trial(NUMBERS, SPACE, {"role": "candidate"})
     stored.end_trial(failed.number, "reason", "out of memory")
     assert stored.running() == []
@@ -40,6 +42,25 @@ def test_a_trial_is_stored_whole_and_ends_once(url):
     assert first.user_attrs == {"role": "candidate", "result": {"x": [1.5]}}
     assert second.state == optuna.trial.TrialState.FAIL
     assert second.user_attrs["reason"] == "out of memory"
+
+
+def test_what_the_only_writer_knows_is_what_is_stored(url):
+    stored = open_stored(url, "s", create=True)
+    stored.claim()
+    for score in (1.5, None, float("inf"), float("nan")):
+        began = stored.start_trial(NUMBERS, SPACE, {"role": "candidate"})
+        assert same(stored.trials(), open_stored(url, "s").trials())
+        stored.end_trial(began.number, "result", {"x": (1, 2)}, score)
+        assert same(stored.trials(), open_stored(url, "s").trials())
+    open_stored(url, "s", create=True).start_trial(NUMBERS, SPACE, {"role": "parent"})
+    assert stored.start_trial(NUMBERS, SPACE, {}).number == 5, "another's trial has the number 4"
+    assert same(stored.trials(), open_stored(url, "s").trials())
+
+
+def same(found, wanted):
+    keys = ("number", "state", "values", "params", "distributions", "user_attrs")
+    rows = [[[getattr(trial, key) for key in keys] for trial in each] for each in (found, wanted)]
+    return rows[0] == rows[1]
 
 
 def test_what_is_stored_is_found_again(tmp_path):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from evomerge import once
 from evomerge.answering.engine import EngineSpec
 from evomerge.answering.hf.loading import load_model
 from evomerge.answering.vllm.engine import VllmEngine
@@ -24,7 +25,6 @@ from evomerge.cli import main
 from evomerge.errors import ModelError
 from evomerge.merging.architecture.architecture import EMBED
 from evomerge.merging.build import build_model
-from evomerge.merging.checkpoints import dequantized as dequantized_module
 from evomerge.merging.checkpoints.dequantize import dequantize_fp8, dequantize_mxfp4, fp8_block
 from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.checkpoints.safetensors_reader import SafetensorsReader
@@ -46,7 +46,7 @@ SAYS = "weights are dequantised to bfloat16 as they are read"
 
 @pytest.fixture(autouse=True)
 def _told_anew():
-    dequantized_module.told.clear()
+    once.said.clear()
 
 
 def edit(folder, change, **config):

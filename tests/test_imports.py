@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1] / "evomerge"
 ORDER = [
-    ["masking", "errors", "console", "files", "finished", "outputs"],
+    ["masking", "errors", "console", "once", "files", "finished", "outputs"],
     ["sqlite_file", "text", "yaml_json"],
     ["sheets"],
     ["task_files"],

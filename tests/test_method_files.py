@@ -14,6 +14,7 @@ from merging_tools import differing, load_all, make_family
 from transformers import AutoModelForCausalLM
 
 import evomerge
+from evomerge import once
 from evomerge.cli import main
 from evomerge.console import Console
 from evomerge.errors import InputError, RecipeError, StudyError
@@ -21,7 +22,7 @@ from evomerge.merging.build import build_model
 from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.live import LiveModel
 from evomerge.merging.methods import registry
-from evomerge.recipe import METHODS, OWN, Recipe, own_methods, read_recipe
+from evomerge.recipe import METHODS, OWN, Recipe, read_recipe
 from evomerge.reporting.card import model_card
 
 DOCS = Path(__file__).parents[1] / "docs/METHODS.md"
@@ -183,7 +184,7 @@ def install(folder, name, monkeypatch):
 def test_an_entry_point_with_a_built_in_name_is_not_used_and_it_is_said_once(
     family, tmp_path, monkeypatch, caplog
 ):
-    own_methods._tell_of_namesakes.cache_clear()
+    once.said.clear()
     install(tmp_path, "linear", monkeypatch)
     models = [{"model": str(family / "base"), "parameters": {"weight": 1.0}}]
     for _ in range(2):
@@ -191,7 +192,7 @@ def test_an_entry_point_with_a_built_in_name_is_not_used_and_it_is_said_once(
     (record,) = caplog.records
     assert "`merge_method: linear` is the built-in method" in record.getMessage()
     assert "linear = my_clipping:clipped of the package mine" in record.getMessage()
-    own_methods._tell_of_namesakes.cache_clear()
+    once.said.clear()
 
 
 def test_an_entry_point(family, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 # ruff: noqa: F401  # plain is a fixture
 
 import json
+import ssl
 import time
 import tracemalloc
 
@@ -230,3 +231,14 @@ def test_proxies_are_bounded_too(monkeypatch):
         pools = [t._pool for t in client.sdk._client._mounts.values() if t is not None]
         assert pools
         assert all(isinstance(p._network_backend, bounded.BoundedBackend) for p in pools)
+
+
+def test_clients_share_one_context_that_checks_certificates():
+    openai, contexts = pytest.importorskip("openai"), []
+    for _ in range(2):
+        client = bounded.bounded_http(openai.DefaultHttpxClient)
+        contexts.append(client._transport._pool._ssl_context)
+        client.close()
+    assert contexts[0] is contexts[1]
+    assert contexts[0].verify_mode == ssl.CERT_REQUIRED
+    assert contexts[0].check_hostname

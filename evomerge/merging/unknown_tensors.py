@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Mapping
 
+from evomerge.once import warn_once
+
 log = logging.getLogger(__name__)
-TELLING = threading.Lock()
-told = set[str]()  # each line is logged once
 
 
 def tell_what_is_unknown(ref: str, rule: str, stays: Mapping[str, bool]) -> None:
@@ -17,23 +16,16 @@ def tell_what_is_unknown(ref: str, rule: str, stays: Mapping[str, bool]) -> None
     `stays`: the tensors whose role nothing says, and whether they are kept as they are.
     """
     if rule:
-        _say(f"{ref}: {rule}")
+        warn_once(log, f"{ref}: {rule}")
     kept = [name for name in stays if stays[name]]
     merged = [name for name in stays if not stays[name]]
     if kept:
-        _say(f"{ref}: {_unknown(kept)} not merged: the output has this model's")
+        warn_once(log, f"{ref}: {_unknown(kept)} not merged: the output has this model's")
     if merged:
-        _say(f"{ref}: {_unknown(merged)} merged with the first slice's weight")
+        warn_once(log, f"{ref}: {_unknown(merged)} merged with the first slice's weight")
 
 
 def _unknown(names: list[str]) -> str:
     if len(names) == 1:
         return f"the role of {names[0]} is unknown, and it is"
     return f"the role of {len(names)} tensors is unknown, such as {names[0]}, and they are"
-
-
-def _say(text: str) -> None:
-    with TELLING:
-        if text not in told:
-            told.add(text)
-            log.warning(text)

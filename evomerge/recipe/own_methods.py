@@ -16,12 +16,12 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from evomerge.errors import RecipeError
+from evomerge.once import warn_once
 from evomerge.recipe.mergekit_keys import BOOLEANS, COMMON_PARAMETERS
 from evomerge.recipe.method_traits import METHODS, MethodParameter, MethodTraits
 
@@ -93,20 +93,16 @@ def find_method(name: str, folder: Path | None, where: str) -> str:
     return full
 
 
-@cache
 def _tell_of_namesakes(name: str) -> None:
     """Log a line where an installed package gives its method the name of a built-in one."""
     for point in entry_points(group=GROUP, name=name):
         package = "an installed package"
         if point.dist is not None:
             package = f"the package {point.dist.name}"
-        log.warning(
-            "`merge_method: %s` is the built-in method: the entry point %s = %s of %s has its name "
-            "and is not used. Give it another name.",
-            name,
-            name,
-            point.value,
-            package,
+        warn_once(
+            log,
+            f"`merge_method: {name}` is the built-in method: the entry point {name} = "
+            f"{point.value} of {package} has its name and is not used. Give it another name.",
         )
 
 

@@ -109,7 +109,7 @@ def bounded_http(make_client: Any) -> Any:
         if transport is not None:  # a host that no proxy is used for
             pool = transport._pool
             pool._network_backend = BoundedBackend(pool._network_backend)
-            _contexts[make_client] = pool._ssl_context
+    _contexts[make_client] = client._transport._pool._ssl_context
     return client
 
 

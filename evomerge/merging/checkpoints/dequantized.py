@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,7 @@ from evomerge.merging.architecture.text_config import text_config, with_text
 from evomerge.merging.checkpoints.dequantize import dequantize_fp8, dequantize_mxfp4, fp8_block
 from evomerge.merging.checkpoints.model_folder import ModelFolder
 from evomerge.merging.checkpoints.quantized_weights import STATED, packed_tensors, stated_settings
+from evomerge.once import warn_once
 
 log = logging.getLogger(__name__)
 FP8, SCALES = "F8_E4M3", ("F32", "BF16", "F16", "F8_E8M0")  # safetensors' names
@@ -29,8 +29,6 @@ ENDS = {
 }
 OTHER_SCALES = ("_scale", "_scale_inv")  # which one quantiser or another writes
 BLOCKS, MX_SCALES = "_blocks", "_scales"  # of mxfp4
-TELLING = threading.Lock()
-told = set[str]()  # references of models of which it was said that they are dequantised
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,8 @@ class DequantizedModel(ModelFolder):
         packed = self._packed.get(self.stored(name))
         if packed is None:
             return super().get_tensor(name)
-        _say(self.ref, "mxfp4" if packed.block is None else "fp8")
+        kind = "mxfp4" if packed.block is None else "fp8"
+        warn_once(log, f"{self.ref}: {kind} weights are dequantised to bfloat16 as they are read")
         numbers = self.source.get_tensor(packed.numbers)
         scales = self.source.get_tensor(packed.scales)
         if packed.block is None:
@@ -104,15 +103,6 @@ def dequantized(folder: ModelFolder) -> ModelFolder:
     return DequantizedModel(
         folder.path, _plain(folder.config), files, folder.ref, source=folder, _packed=packed
     )
-
-
-def _say(ref: str, kind: str) -> None:
-    """Tell it, once for a model, however many threads read it."""
-    with TELLING:
-        if ref in told:
-            return
-        told.add(ref)
-        log.warning("%s: %s weights are dequantised to bfloat16 as they are read", ref, kind)
 
 
 def _in_mxfp4(folder: ModelFolder) -> dict[str, PackedTensor]:

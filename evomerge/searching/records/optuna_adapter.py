@@ -52,7 +52,8 @@ class StoredStudy:
         self._storage, self._study = storage, study
         self._drafted: dict[str, Any] = {}  # attributes of a study that is not stored yet
         self.only_writer = False
-        self._kept: list[FrozenTrial] | None = None  # the trials as they were read and written
+        # all trials as they were read and written, where nobody else writes
+        self._kept: list[FrozenTrial] | None = None
         # called before each write: raises where another process has taken the study over
         self.guard: Callable[[], None] = lambda: None
 
@@ -96,11 +97,12 @@ class StoredStudy:
         """The trials from number `first` on; they must not be changed."""
         if self._study is None:
             return []
-        if self._kept is not None and self.only_writer:
+        if self._kept is not None:
             return self._kept[first:]
         with storage_errors(self.place, self.name):
             found = self._study.get_trials(deepcopy=False)
-        self._kept = list(found)
+        if self.only_writer:
+            self._kept = found
         return found[first:]
 
     def running(self) -> list[int]:
