@@ -19,7 +19,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import torch
 from torch import Tensor
@@ -120,9 +120,24 @@ def decode(
     return outputs
 
 
+def cache_argument(model: Any) -> str | None:
+    """The argument of the model's forward that takes a cache; None if it takes none.
+
+    transformers 5.24 calls it `cache`, earlier releases and models with their own code
+    `past_key_values`. A `cache` of a kind of its own, as xLSTM's, does not count.
+    """
+    known = inspect.signature(model.forward).parameters
+    if "cache" in known:
+        kinds = [get_origin(kind) or kind for kind in get_args(known["cache"].annotation)]
+        # the annotation of older models says `tuple` or `list`
+        if any(kind in (tuple, list) or issubclass(kind, Cache) for kind in kinds):
+            return "cache"
+    return "past_key_values" if "past_key_values" in known else None
+
+
 def decodable(model: Any) -> bool:
     """Whether the model's cache holds only keys and values; others need `generate`."""
-    if "past_key_values" not in inspect.signature(model.forward).parameters:
+    if cache_argument(model) is None:
         return False
     layers = DynamicCache(config=model.config).layers
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
@@ -150,6 +165,7 @@ class Forward:
         self.positioned = "position_ids" in known
         # arguments of every pass
         self.extra: dict[str, Any] = {"use_cache": True}
+        self.cache_argument = cache_argument(model) or "past_key_values"
         if "logits_to_keep" in known:
             self.extra["logits_to_keep"] = 1
         layers = DynamicCache(config=model.config).layers
@@ -264,10 +280,10 @@ class Forward:
         return layers
 
     def _run(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        extra = self.extra
+        extra = {**self.extra, self.cache_argument: self._cache}
         if self.positioned:
-            extra = {**extra, "position_ids": positions}
-        out = self.model(input_ids=ids, attention_mask=mask, past_key_values=self._cache, **extra)
+            extra["position_ids"] = positions
+        out = self.model(input_ids=ids, attention_mask=mask, **extra)
         logits: Tensor = out.logits[:, -1]
         return logits.to(self.device)
 

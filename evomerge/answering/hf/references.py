@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from evomerge.answering.encode import Encoder
 from evomerge.answering.hf.batching import pack, pad_rows
-from evomerge.answering.hf.decode import SHARED, decodable, shared_prefix
+from evomerge.answering.hf.decode import SHARED, cache_argument, decodable, shared_prefix
 
 TokenPair = tuple[list[int], list[int]]  # tokens of a prompt, and of the reference after it
 
@@ -67,16 +67,11 @@ def answer_logits(model: Any, pairs: Sequence[TokenPair]) -> tuple[Tensor, Tenso
         prefix = min(first, shared_prefix(rows))
     if prefix < SHARED:
         prefix = 0
-    cache = None
     if prefix:
-        cache = _prefix_cache(model, ids[:1, :prefix], len(rows))
-    out = model(
-        input_ids=ids[:, prefix:],
-        attention_mask=mask,
-        past_key_values=cache,
-        use_cache=cache is not None,
-        **extra,
-    )
+        argument = cache_argument(model)
+        assert argument is not None, "a model with a plain cache takes it"
+        extra[argument] = _prefix_cache(model, ids[:1, :prefix], len(rows), argument)
+    out = model(input_ids=ids[:, prefix:], attention_mask=mask, use_cache=prefix > 0, **extra)
     logits = out.logits[:, first - width : -1]
     weight = _token_weights(pairs, first, width).to(logits.device)
     chosen = weight > 0  # (rows, columns): the logits of the others are not converted to fp32
@@ -107,10 +102,10 @@ def has_plain_cache(model: Any) -> bool:
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
 
 
-def _prefix_cache(model: Any, ids: Tensor, rows: int) -> DynamicCache:
+def _prefix_cache(model: Any, ids: Tensor, rows: int, argument: str) -> DynamicCache:
     """Keys and values of tokens (1, columns) for so many rows; gradients flow back through them."""
     cache = DynamicCache(config=model.config)
-    model(input_ids=ids, past_key_values=cache, use_cache=True)
+    model(input_ids=ids, use_cache=True, **{argument: cache})
     for layer in cache.layers:
         assert isinstance(layer, DynamicLayer)
         assert layer.keys is not None
