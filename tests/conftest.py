@@ -29,6 +29,7 @@ if threading.current_thread() is threading.main_thread():
 def pytest_collection_finish():
     """Leave what the libraries made out of every later search for garbage: a fifth of the time."""
     gc.freeze()
+    gc.set_threshold(50_000, 50, 50)  # a run of the tests is short, and full of small objects
     gc.enable()
 
 
