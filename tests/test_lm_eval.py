@@ -573,3 +573,10 @@ def test_files_and_lm_eval_tasks_do_not_mix(pair, tmp_path):
     ):
         with pytest.raises(StudyFileError, match="lm-eval"):
             read_study(pair / "study.yaml", [override])
+
+
+@pytest.mark.parametrize("name", ["tasks.jsonl", "data/Tasks.XLSX"])
+def test_a_file_s_plain_path_is_no_lm_eval_task(pair, name):
+    with pytest.raises(StudyFileError, match=r"tasks\[0\].*{file: …}") as caught:
+        read_study(pair / "study.yaml", [f"tasks=[{name}]"])
+    assert name in str(caught.value)

@@ -14,6 +14,8 @@ LM_EVAL_KEYS = (
     "fewshot_as_multiturn",
     "task_search_path",
 )
+# suffixes of files of tasks; no name of an lm-eval task ends so
+TASK_FILES = (".jsonl", ".json", ".csv", ".tsv", ".xlsx", ".parquet")
 # sections that lm-eval tasks decide, and the keys of them that they leave to the study
 BROUGHT: dict[str, tuple[str, ...]] = {
     "judge": (),
@@ -29,6 +31,14 @@ def read_mergekit_evolve(data: dict[str, Any], where: str) -> None:
     `data` is the content of the file. Raises StudyFileError.
     """
     tasks = data.get("tasks") if isinstance(data.get("tasks"), list) else []
+    for i, entry in enumerate(tasks or []):
+        if isinstance(entry, str) and entry.casefold().endswith(TASK_FILES):
+            raise StudyFileError(
+                f"`tasks[{i}]` is a plain name, which is an lm-eval task's",
+                where=where,
+                found=entry,
+                remedy="Write {file: …} for a file of tasks.",
+            )
     sources = [entry for entry in tasks or [] if isinstance(entry, dict)]
     if any(isinstance(entry, str) for entry in tasks or []) or any("name" in s for s in sources):
         _fill_in(data, where)
