@@ -10,7 +10,8 @@ import torch
 from conftest import make_model, save
 from merging_tools import moved
 
-from evomerge.merging.stream import MergePlan, open_recipe
+from evomerge.merging.open_recipe import open_recipe
+from evomerge.merging.stream import MergePlan
 
 SIBLINGS = ("one", "two", "three")
 LAYERS = {"deep": 12, "tied": 4}  # with 12, sorted names are not in the layers' order

@@ -16,7 +16,8 @@ from evomerge.cli import main
 from evomerge.errors import ModelError, RecipeError
 from evomerge.merging.build import build_model
 from evomerge.merging.checkpoints.open_model import open_model
-from evomerge.merging.stream import MergePlan, open_recipe
+from evomerge.merging.open_recipe import open_recipe
+from evomerge.merging.stream import MergePlan
 from evomerge.recipe import Recipe, task_arithmetic_recipe
 from evomerge.study import EngineSection
 

@@ -23,7 +23,8 @@ from evomerge.console import Console, byte_progress, parse_size, size
 from evomerge.errors import InputError
 from evomerge.merging.build import build_model
 from evomerge.merging.checkpoints import shards
-from evomerge.merging.stream import CHUNK, merged_tensors, open_recipe
+from evomerge.merging.open_recipe import open_recipe
+from evomerge.merging.stream import CHUNK, merged_tensors
 from evomerge.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -19,7 +19,8 @@ from merging_tools import load_all, make_family
 from evomerge.cli import main
 from evomerge.genome.genome import make_genome, walk
 from evomerge.genome.search_space import model_names
-from evomerge.merging.stream import MergePlan, open_recipe
+from evomerge.merging.open_recipe import open_recipe
+from evomerge.merging.stream import MergePlan
 from evomerge.recipe import METHODS, Recipe, task_arithmetic_recipe
 from evomerge.study import GenomeSection, SearchSection, Study, TaskSource
 

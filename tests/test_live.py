@@ -20,7 +20,8 @@ from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.live import LiveModel
 from evomerge.merging.methods import fused
 from evomerge.merging.methods.deltas import add_weighted_into
-from evomerge.merging.stream import merged_tensors, open_recipe
+from evomerge.merging.open_recipe import open_recipe
+from evomerge.merging.stream import merged_tensors
 from evomerge.recipe import METHODS, Recipe, task_arithmetic_recipe
 
 RESIDENCIES = ("device", "host", "disk")

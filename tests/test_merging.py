@@ -21,7 +21,8 @@ from evomerge.merging.build import build_model, parse_size
 from evomerge.merging.checkpoints.compatibility import check_fit
 from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.layout import Layout
-from evomerge.merging.stream import merged_tensors, open_recipe
+from evomerge.merging.open_recipe import open_recipe
+from evomerge.merging.stream import merged_tensors
 from evomerge.recipe import Recipe, task_arithmetic_recipe
 
 

@@ -20,7 +20,8 @@ from evomerge.merging.build import build_model
 from evomerge.merging.checkpoints.fingerprint import fingerprint
 from evomerge.merging.checkpoints.model_folder import num_layers
 from evomerge.merging.checkpoints.open_model import open_model
-from evomerge.merging.stream import merged_tensors, open_recipe
+from evomerge.merging.open_recipe import open_recipe
+from evomerge.merging.stream import merged_tensors
 from evomerge.recipe import Recipe
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

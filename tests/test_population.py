@@ -17,7 +17,8 @@ from evomerge.answering.hf.sampling import SamplingParams
 from evomerge.errors import RecipeError
 from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.live import LiveModel
-from evomerge.merging.stream import MergePlan, merged_tensors, open_recipe
+from evomerge.merging.open_recipe import open_recipe
+from evomerge.merging.stream import MergePlan, merged_tensors
 from evomerge.recipe import Recipe, task_arithmetic_recipe
 from evomerge.study import EngineSection, GenerationSection
 

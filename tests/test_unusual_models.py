@@ -149,6 +149,41 @@ def test_tensors_that_no_model_has_are_missed(tmp_path, missing):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("extra", "lost"),
+    [
+        ("model.layers.2.self_attn.q_proj.bias", True),
+        ("model.projection.weight", True),
+        ("model.layers.3.self_attn.q_proj.bias", False),  # a layer of the base alone
+        ("model.layers.5.self_attn.q_proj.bias", False),
+    ],
+)
+def test_a_tensor_of_a_sibling_that_slices_would_lose(tmp_path, extra, lost):
+    """Of a layer that is merged, or beside the layers of a model that gives what is there."""
+    family = make_family(tmp_path)
+    edit_tensors(family / "one", lambda tensors: tensors | {extra: torch.ones(8)})
+    base, sibling = {"model": str(family / "base")}, {"model": str(family / "one")}
+    weight = {"parameters": {"weight": 0.5}}
+    slices = [
+        {"sources": [m | {"layer_range": [0, 3]} for m in (base, sibling | weight)]},
+        {"sources": [base | {"layer_range": [3, 4]}]},
+    ]
+    recipe = Recipe.from_dict(
+        {
+            "merge_method": "task_arithmetic",
+            "base_model": str(family / "base"),
+            "slices": slices,
+            "dtype": "float32",
+        }
+    )
+    if lost:
+        with pytest.raises(ModelError, match=f"the base lacks {extra}"):
+            build_model(recipe, tmp_path / "out")
+    else:
+        build_model(recipe, tmp_path / "out")
+    assert (tmp_path / "out").exists() != lost
+
+
 def test_numbers_that_the_working_dtype_cannot_hold(tmp_path):
     """Without `dtype` the models' own decides; and a result can pass float16's end though no weight
     does.

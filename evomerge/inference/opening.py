@@ -120,7 +120,7 @@ def open_merged(
     Its models' paths resolve as in `evomerge merge`. Raises RecipeError, ModelError.
     """
     from evomerge.merging.checkpoints.fingerprint import combined, fingerprint
-    from evomerge.merging.stream import open_recipe
+    from evomerge.merging.open_recipe import open_recipe
     from evomerge.merging.vocabulary.chat_templates import chat_template_of
     from evomerge.recipe import read_recipe
 

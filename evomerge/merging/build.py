@@ -15,7 +15,8 @@ from evomerge.merging.checkpoints.model_folder import ModelFolder
 from evomerge.merging.checkpoints.new_folder import check_new, new_folder
 from evomerge.merging.checkpoints.shards import Progress, plan_shards, total_size, write_shards
 from evomerge.merging.merged_config import check_restacked, merged_config
-from evomerge.merging.stream import MergePlan, open_recipe
+from evomerge.merging.open_recipe import open_recipe
+from evomerge.merging.stream import MergePlan
 from evomerge.merging.vocabulary.chat_templates import chat_template_of, write_chat_template
 from evomerge.recipe import Recipe
 

@@ -9,13 +9,10 @@ from typing import Any
 import torch
 
 from evomerge.errors import RecipeError
-from evomerge.merging.architecture.architecture import architecture_of, check_modules
-from evomerge.merging.checkpoints.compatibility import check_fit, check_meaning, check_tensors
 from evomerge.merging.checkpoints.config_defaults import config_value
-from evomerge.merging.checkpoints.model_folder import ModelFolder, num_layers
-from evomerge.merging.checkpoints.open_model import open_model
-from evomerge.merging.layout import Layout
+from evomerge.merging.checkpoints.model_folder import ModelFolder
 from evomerge.merging.methods.dare_draws import Draws
+from evomerge.merging.open_recipe import make_layout
 from evomerge.merging.tensor_merge import (
     ChunkedMerge,
     check_overflow,
@@ -29,39 +26,6 @@ from evomerge.recipe import Recipe
 # elements that go through an element-wise method at once: 1 MB in bf16 stays in a core's cache
 CHUNK = 1 << 19
 FLOAT32_MAX = torch.finfo(torch.float32).max
-
-
-def open_recipe(recipe: Recipe) -> dict[str, ModelFolder]:
-    """Every model of a recipe by its reference, the base first, checked to fit the first one.
-
-    Of models in slices, only what is merged has to fit.
-    """
-    models = {ref: open_model(ref) for ref in recipe.models}
-    first, *others = models.values()
-    same_vocabulary = recipe.tokenizer is None
-    if all(source.layers is None for piece in recipe.slices for source in piece.sources):
-        check_fit(first, others, same_vocabulary)
-        return models
-    check_meaning(first, others)
-    layout = make_layout(recipe, models)
-    for name in layout.names(models):
-        if layout.stays(name):
-            continue
-        inputs = [(models[ref], source) for ref, source in layout.inputs(name)]
-        check_tensors(inputs[0], inputs[1:], same_vocabulary)
-    return models
-
-
-def make_layout(recipe: Recipe, models: Mapping[str, ModelFolder]) -> Layout:
-    """The recipe laid over these models. Raises RecipeError, UnsupportedRecipe."""
-    donor = models[recipe.donor]
-    check_modules(recipe.modules, donor.config)
-    architecture = donor.architecture
-    if recipe.architecture is not None:
-        config = {**donor.config, "architectures": [recipe.architecture]}
-        architecture = architecture_of(config, donor.keys)
-    depths = {ref: num_layers(model.config) for ref, model in models.items()}
-    return Layout(recipe, num_layers(donor.config), architecture, depths)
 
 
 class MergePlan:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 
 from evomerge.errors import ModelError
+from evomerge.merging.architecture.architecture import Architecture
+from evomerge.merging.architecture.roles import Role
 from evomerge.merging.architecture.text_config import text_config
 from evomerge.merging.checkpoints.config_defaults import config_value
 from evomerge.merging.checkpoints.model_folder import ModelFolder, tied_by_config
@@ -67,6 +69,26 @@ def check_tensors(
                 f"does not fit the base: it lacks {name}", where=model.path, remedy=ONLY_SIBLINGS
             )
         _check_shapes(base, wanted, model, name, same_vocabulary)
+
+
+def check_whole(model: ModelFolder, merged: Set[str], architecture: Architecture) -> None:
+    """Raise ModelError for a tensor that would be lost: others of its place are merged, not it.
+
+    Its place is its layer, or its role outside the layers.
+    """
+
+    def place(name: str) -> int | Role:
+        parts = architecture.split(name)
+        return architecture.role(name) if parts is None else parts[1]
+
+    places = {place(name) for name in merged} - {Role.OUTSIDE}
+    for name in sorted(model.keys - merged - {model.head}):
+        if place(name) in places:
+            raise ModelError(
+                f"does not fit the base: the base lacks {name}",
+                where=model.path,
+                remedy=ONLY_SIBLINGS,
+            )
 
 
 def check_meaning(base: ModelFolder, others: Iterable[ModelFolder]) -> None:

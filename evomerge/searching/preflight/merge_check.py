@@ -10,7 +10,8 @@ from evomerge.errors import ModelError
 from evomerge.merging.architecture.conversion import shapes_after
 from evomerge.merging.architecture.empty_model import empty_model
 from evomerge.merging.live import LiveModel
-from evomerge.merging.stream import MergePlan, open_recipe
+from evomerge.merging.open_recipe import open_recipe
+from evomerge.merging.stream import MergePlan
 from evomerge.recipe import METHODS
 from evomerge.searching.prepare import Prepared
 
