@@ -111,7 +111,9 @@ def calls(draw, name):
         each["density"] = draw(st.lists(DENSITIES, min_size=count, max_size=count))
     if "epsilon" in each:  # where the density leaves no room, mergekit refuses
         pairs = zip(each["density"], each["epsilon"], strict=True)
-        each["epsilon"] = [min(e, 0.99 * min(d, 1 - d)) if d < 1 else e for d, e in pairs]
+        fitting = [(d, min(e, 0.99 * min(d, 1 - d)) if d < 1 else e) for d, e in pairs]
+        # a sum that is rounded to 1 is none of mergekit's either
+        each["epsilon"] = [0.0 if d < 1 <= d + e else e for d, e in fitting]
     if traits.takes_deltas and traits.scales:
         shared |= {"normalize": draw(st.booleans()), "rescale": draw(st.booleans())}
         shared |= {"lambda": draw(SCALES)}
