@@ -18,6 +18,7 @@ from vocabulary_tools import (
     byte_pairs,
     save_biased,
     save_with,
+    save_with_layers_embeddings,
     section,
     task_arithmetic,
     word_level,
@@ -158,6 +159,44 @@ def test_the_bias_of_a_head_is_extended_like_its_rows(tmp_path, model_type):
         row[size:] = row[:size].mean()
     wanted = task_arithmetic(rows["base"], [rows["one"], rows["two"]], [0.5, 0.25])
     assert same_bits(model.lm_head.bias.data.to(torch.bfloat16), wanted)
+
+
+@pytest.mark.parametrize("model_type", ["gemma3n_text", "gemma4_text"])
+@pytest.mark.parametrize("short", [False, True])
+def test_embeddings_that_go_to_every_layer_follow_the_tokens(tmp_path, capsys, model_type, short):
+    """Those with fewer rows than there are tokens have none for a token that would get another
+    number.
+    """
+    table, words = "model.embed_tokens_per_layer.weight", {"base": "pqr", "one": "rpq"}
+    for seed, (name, letters) in enumerate(words.items()):
+        tokenizer = word_level(letters)
+        rows = len(tokenizer) - short
+        save_with_layers_embeddings(tokenizer, tmp_path / name, seed, model_type, rows)
+    one = {"model": str(tmp_path / "one"), "parameters": {"weight": 0.5}}
+    recipe = {
+        "merge_method": "task_arithmetic",
+        "dtype": "bfloat16",
+        "base_model": str(tmp_path / "base"),
+        "tokenizer_source": "union",
+        "models": [one],
+    }
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    code = main(["merge", str(tmp_path / "recipe.yml"), str(tmp_path / "out")])
+    if short:
+        assert code == 2
+        assert "embed_tokens_per_layer" in capsys.readouterr().err
+        return
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    vocab = AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
+    assert model.config.vocab_size_per_layer_input == len(vocab) == 4
+    parents = {name: load_all(tmp_path / name)[table] for name in words}
+    rows = {name: torch.zeros_like(parents[name]) for name in words}
+    for token, number in vocab.items():
+        for name, letters in words.items():
+            rows[name][number] = parents[name][["<unk>", *letters].index(token)]
+    wanted = task_arithmetic(rows["base"], [rows["one"]], [0.5])
+    assert same_bits(load_all(tmp_path / "out")[table], wanted)
 
 
 def test_a_union_numbers_plain_tokens_first_then_added_ones(tmp_path):

@@ -72,6 +72,30 @@ def save_biased(tokenizer, folder, seed, model_type="phi"):
     tokenizer.save_pretrained(folder)
 
 
+def save_with_layers_embeddings(tokenizer, folder, seed, model_type, table):
+    """Gemma 3n or 4, whose layers get embeddings of the tokens beside the usual ones."""
+    torch.manual_seed(seed)
+    config = CONFIG_MAPPING[model_type](
+        vocab_size=len(tokenizer),
+        vocab_size_per_layer_input=table,
+        hidden_size=32,
+        hidden_size_per_layer_input=4,
+        num_hidden_layers=2,
+        layer_types=["sliding_attention", "full_attention"],
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_kv_shared_layers=0,
+        **({"laurel_rank": 4} if model_type == "gemma3n_text" else {}),
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    for p in model.parameters():
+        p.data.normal_(0, 0.1)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def task_arithmetic(base, siblings, weights):
     """base + sum of w (x - base), every step rounded to the tensors' dtype, the weights too."""
     rounded = torch.tensor(weights, dtype=base.dtype)

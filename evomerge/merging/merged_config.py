@@ -16,6 +16,8 @@ from evomerge.merging.stream import MergePlan
 
 # lists in config.json with an item for each layer
 BY_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
+# numbers of tokens beside `vocab_size`
+VOCABULARY_SIZES = {"vocab_size_per_layer_input"}
 
 
 def merged_config(plan: MergePlan) -> dict[str, Any]:
@@ -37,8 +39,9 @@ def merged_config(plan: MergePlan) -> dict[str, Any]:
         config["tie_word_embeddings"] = False
     if plan.vocabulary is not None:
         config = plan.vocabulary.move_ids(config, plan.recipe.donor)
-        text = {**text_config(config), "vocab_size": plan.vocabulary.size}
-        config = with_text(config, text)
+        text = dict(text_config(config))
+        text |= dict.fromkeys(VOCABULARY_SIZES & text.keys(), plan.vocabulary.size)
+        config = with_text(config, text | {"vocab_size": plan.vocabulary.size})
     return config
 
 

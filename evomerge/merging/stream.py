@@ -103,7 +103,17 @@ class MergePlan:
             return None
         from evomerge.merging.vocabulary.alignment import make_vocabulary
 
-        return make_vocabulary(self.recipe.tokenizer, self.recipe.base_model, self.models)
+        vocabulary = make_vocabulary(self.recipe.tokenizer, self.recipe.base_model, self.models)
+        for ref, model in self.models.items():
+            if model.has_short_table and not vocabulary.keeps(ref):
+                raise RecipeError(
+                    f"`tokenizer_source` would move rows of {model.layers_embeddings}, which has "
+                    "fewer than the embeddings",
+                    where=ref,
+                    found=self.recipe.tokenizer.source,
+                    remedy="Merge models of one tokenizer.",
+                )
+        return vocabulary
 
     @property
     def unties(self) -> bool:

@@ -61,11 +61,28 @@ class ModelFolder:
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
-        """The tensors with a row for each token: embeddings, head, and the head's bias if any."""
+        """The tensors with a row for each token.
+
+        They are the embeddings, the head, and where there are such the head's bias and the
+        embeddings that go to every layer, as Gemma 3n's and 4's.
+        """
         layer = self.head.removesuffix(".weight")
         # BERT's kin keep the bias above the head
-        biases = {f"{layer}.bias", f"{layer.removesuffix('.decoder')}.bias"}
-        return self.embeddings, self.head, *sorted(biases & self.keys)
+        others = {f"{layer}.bias", f"{layer.removesuffix('.decoder')}.bias"}
+        if not self.has_short_table:
+            others.add(self.layers_embeddings)
+        return self.embeddings, self.head, *sorted(others & self.keys)
+
+    @property
+    def layers_embeddings(self) -> str:
+        """The name of the embeddings that go to every layer, of models that have such."""
+        return self.embeddings.removesuffix(".weight") + "_per_layer.weight"
+
+    @property
+    def has_short_table(self) -> bool:
+        """Whether the last tokens have no row in the embeddings that go to every layer."""
+        table = self.layers_embeddings
+        return table in self.keys and self.shape(table)[0] != self.shape(self.embeddings)[0]
 
     @cached_property
     def _headers(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
