@@ -130,3 +130,25 @@ def test_the_state_is_a_copy():
     found.mean[0] = 7.0
     assert state(optimizer).cov[0, 0] == 1.0
     assert state(optimizer).mean[0] == 0.0
+
+
+def test_a_best_half_that_is_the_mean_leaves_numbers():
+    start = Distribution(np.array([0.4, 0.6]), 0.2, np.eye(2))
+    optimizer = make_cma(start, np.array([[0.0, 1.0]] * 2), 4, seed=1, lr_adapt=True)
+    optimizer.tell([(start.mean.copy(), 0.0)] * 2 + [(optimizer.ask(), 1.0) for _ in range(2)])
+    assert np.array_equal(state(optimizer).mean, start.mean)
+    told = [optimizer.ask() for _ in range(4)]
+    optimizer.tell([(x, float(i)) for i, x in enumerate(told)])
+    assert np.isfinite([*state(optimizer).mean, state(optimizer).sigma]).all()
+
+
+def test_the_learning_rate_is_that_of_cmaes_itself():
+    start, bounds = Distribution(np.array([0.4, 0.6]), 0.2, np.eye(2)), np.array([[0.0, 1.0]] * 2)
+    ours = make_cma(start, bounds, 4, seed=1, lr_adapt=True)
+    plain = CMA(start.mean, 0.2, bounds, population_size=4, seed=1, cov=np.eye(2), lr_adapt=True)
+    for _ in range(5):
+        told = [(x, float(x @ x)) for x in (ours.ask() for _ in range(4))]
+        for optimizer in (ours, plain):
+            optimizer.tell(told)
+    assert np.array_equal(ours.mean, plain.mean)
+    assert ours._sigma == plain._sigma

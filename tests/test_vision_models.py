@@ -211,7 +211,7 @@ def test_modules_of_another_kind_are_left_to_mergekit(mistral, change, words):
         build_model(Recipe.from_dict(data), mistral / "out")
 
 
-def search(folder, tmp_path, genome):
+def search(folder, tmp_path, genome, **more):
     """A study's recipe and card."""
     (tmp_path / "tasks.jsonl").write_text(
         "".join(json.dumps({"input": f"{i}", "output": f"{2 * i}"}) + "\n" for i in range(8))
@@ -220,7 +220,7 @@ def search(folder, tmp_path, genome):
         "genome": {"base_model": f"{folder}/base", "models": [f"{folder}/one"], **genome},
         "tasks": [{"file": "tasks.jsonl"}],
         "judge": {"kind": "rules"},
-        "search": {"trials": 4, "population": 4, "warm_start_steps": 1, "dtype": "bfloat16"},
+        "search": {"trials": 4, "population": 4, "warm_start_steps": 1, "dtype": "bfloat16"} | more,
         "generation": {"max_new_tokens": 2},
         "engine": {"device": "cpu"},
     }
@@ -256,6 +256,19 @@ def test_a_study_exports_what_mergekit_can_merge_or_says_that_it_cannot(
     (tmp_path / "r.yml").write_text(written)
     out = load_all(build_model(read_recipe(tmp_path / "r.yml"), tmp_path / "out"))
     assert not differing(out, load_all(build_model(chosen.recipe, tmp_path / "wanted")))
+
+
+def test_an_exported_recipe_of_modules_is_another_study_s_first_candidate(
+    mistral, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    chosen, _ = search(mistral, tmp_path, {"layer_granularity": 2})
+    (tmp_path / "r.yml").write_text(chosen.recipe_yaml)
+    assert "modules:" in chosen.recipe_yaml
+    (tmp_path / "next").mkdir()
+    again, _ = search(mistral, tmp_path / "next", {"layer_granularity": 2}, recipes=["../r.yml"])
+    first = again.with_trial(min(r.number for r in again.records if r.role == "candidate"))
+    assert first.recipe.digest() == chosen.recipe.digest()
 
 
 def test_names_that_mergekit_s_description_does_not_have_are_not_exported_for_it(with_vision):

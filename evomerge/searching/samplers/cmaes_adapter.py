@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from cmaes import CMA
@@ -25,6 +26,19 @@ class Distribution:
     cov: np.ndarray
 
 
+class SteadyCMA(CMA):
+    """CMA whose learning rate of the mean stays a number while the mean has never moved.
+
+    Its signal-to-noise ratio is 0 / 0 then. So it is where the best of the first generation are the
+    mean itself, as known candidates may be. It is taken as noise alone.
+    """
+
+    def _lr_adaptation(self, *before: Any) -> None:
+        if self._Vmean == 0.0:
+            self._Vmean = 1e-300  # which the first step absorbs
+        super()._lr_adaptation(*before)
+
+
 def make_cma(
     start: Distribution, bounds: np.ndarray, population: int, seed: int = 0, lr_adapt: bool = False
 ) -> CMA:
@@ -34,7 +48,7 @@ def make_cma(
     arXiv 2304.03473). With either learning rate the mean is a convex combination of points within
     the bounds, so it stays within them.
     """
-    return CMA(
+    return SteadyCMA(
         mean=np.clip(start.mean, *bounds.T),
         sigma=start.sigma,
         bounds=bounds,
@@ -51,7 +65,7 @@ def twin(optimizer: CMA) -> CMA:
 
     Copying as `copy` and `pickle` do keeps half of the covariance, whose halves differ in bits.
     """
-    other: CMA = CMA.__new__(CMA)
+    other = SteadyCMA.__new__(SteadyCMA)
     for name, value in vars(optimizer).items():
         if name != "_rng":
             setattr(other, name, value.copy() if isinstance(value, np.ndarray) else value)
