@@ -26,12 +26,14 @@ class Distribution:
     cov: np.ndarray
 
 
-class SteadyCMA(CMA):
+class SteadyCMA(CMA):  # type: ignore[misc]  # cmaes has no types
     """CMA whose learning rate of the mean stays a number while the mean has never moved.
 
     Its signal-to-noise ratio is 0 / 0 then. So it is where the best of the first generation are the
     mean itself, as known candidates may be. It is taken as noise alone.
     """
+
+    _Vmean: float
 
     def _lr_adaptation(self, *before: Any) -> None:
         if self._Vmean == 0.0:
