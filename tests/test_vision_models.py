@@ -183,6 +183,16 @@ def test_slices_of_the_text_decoder_beside_modules_that_are_the_base_s(mistral, 
     assert not differing(load_all(tmp_path / "out"), wanted)
 
 
+def test_the_card_of_slices_says_that_only_evomerge_merges_them(mistral, tmp_path):
+    slices = architectures.recipe_of(mistral)
+    assert "slices" in slices.to_dict()
+    for name, recipe, only in (("s", slices, True), ("m", slices.in_modules(MODULES), False)):
+        (tmp_path / f"{name}.yml").write_text(recipe.to_yaml())
+        assert main(["merge", str(tmp_path / f"{name}.yml"), str(tmp_path / name)]) == 0
+        text = (tmp_path / name / "README.md").read_text()
+        assert ("only evomerge merges the configuration" in text) == only
+
+
 def test_a_whole_text_decoder_beside_modules_that_are_the_base_s(mistral, tmp_path):
     data = {"merge_method": "task_arithmetic", "base_model": f"{mistral}/base", "dtype": "bfloat16"}
     models = [{"model": f"{mistral}/one", "parameters": {"weight": 0.5}}]

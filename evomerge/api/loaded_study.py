@@ -274,8 +274,8 @@ def build_model_folder(
     from evomerge.merging.build import build_model
     from evomerge.reporting.card import model_card
 
-    def write_card(recipe: Recipe, name: str, *, recipe_text: str) -> str:
-        return card or model_card(recipe, name, recipe_text=recipe_text)
+    def write_card(recipe: Recipe, name: str, *, recipe_text: str, only_here: bool) -> str:
+        return card or model_card(recipe, name, recipe_text=recipe_text, only_here=only_here)
 
     return build_model(
         recipe,

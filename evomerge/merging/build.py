@@ -43,9 +43,12 @@ SPARE = 20_000_000  # bytes for configuration and tokenizer
 
 
 class CardWriter(Protocol):
-    """Writes the model card, in Markdown: `evomerge.reporting.card.model_card` is one."""
+    """Writes the model card, in Markdown: `evomerge.reporting.card.model_card` is one.
 
-    def __call__(self, recipe: Recipe, name: str, *, recipe_text: str) -> str: ...
+    `only_here`: mergekit cannot merge the model's modules as the recipe says.
+    """
+
+    def __call__(self, recipe: Recipe, name: str, *, recipe_text: str, only_here: bool) -> str: ...
 
 
 def build_model(
@@ -86,7 +89,10 @@ def build_model(
             write_chat_template(folder, template)
         (folder / "mergekit_config.yml").write_text(text, encoding="utf-8", newline="")
         if write_card is not None:
-            card = write_card(recipe, out.name, recipe_text=text)
+            # mergekit takes slices of a model of several modules in `modules` alone
+            sliced = not recipe.modules and "slices" in recipe.to_dict()
+            only_here = sliced and plan.donor.architecture.modules is not None
+            card = write_card(recipe, out.name, recipe_text=text, only_here=only_here)
             (folder / "README.md").write_text(card, encoding="utf-8")
     return out
 
