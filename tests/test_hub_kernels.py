@@ -53,8 +53,12 @@ def write(folder, settings):
 @pytest.mark.parametrize("case", NAMED)
 def test_transformers_would_load_it_and_no_engine_does(tmp_path, asked, case):
     folder = write(tmp_path, NAMED[case])
-    transformers.AutoModelForCausalLM.from_pretrained(folder)
-    assert asked, "otherwise this is no way in"
+    try:
+        transformers.AutoModelForCausalLM.from_pretrained(folder)
+    except ImportError as error:  # of an older release, which needs the package that downloads
+        assert "kernels" in str(error)
+    else:
+        assert asked, "otherwise this is no way in"
     asked.clear()
     model, engine = open_model(str(folder)), EngineSection(device="cpu")
     loads = {
