@@ -50,15 +50,19 @@ def write(folder, settings):
     return folder
 
 
+def transformers_loads(folder):
+    try:
+        transformers.AutoModelForCausalLM.from_pretrained(folder)
+    except ImportError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("case", NAMED)
 def test_transformers_would_load_it_and_no_engine_does(tmp_path, asked, case):
     folder = write(tmp_path, NAMED[case])
-    try:
-        transformers.AutoModelForCausalLM.from_pretrained(folder)
-    except ImportError as error:  # of an older release, which needs the package that downloads
-        assert "kernels" in str(error)
-    else:
-        assert asked, "otherwise this is no way in"
+    # an older release needs the package that downloads for one of the cases
+    assert transformers_loads(folder) == bool(asked), "otherwise this is no way in"
     asked.clear()
     model, engine = open_model(str(folder)), EngineSection(device="cpu")
     loads = {

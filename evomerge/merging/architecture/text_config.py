@@ -9,6 +9,9 @@ from typing import Any
 PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "layers")
 
+# types of which another key counts the layers: here the first one counts both attentions of each
+OWN_LAYERS = {"longcat_flash": "num_layers"}
+
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The text decoder's part of a configuration; the whole where it has no such part."""
@@ -21,7 +24,8 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def layers_key(config: Mapping[str, Any]) -> str | None:
     """The key of a text decoder's configuration that counts its layers; None where it has none."""
-    for key in LAYERS:
+    own = OWN_LAYERS.get(str(config.get("model_type")))
+    for key in LAYERS if own is None else (own, *LAYERS):
         if isinstance(config.get(key), int):
             return key
     return None
