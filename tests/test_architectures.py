@@ -15,6 +15,7 @@ from evomerge.answering.hf.loading import load_model
 from evomerge.cli import main
 from evomerge.errors import ModelError, RecipeError
 from evomerge.merging.build import build_model
+from evomerge.merging.checkpoints.config_fault import check_config
 from evomerge.merging.checkpoints.model_folder import num_layers
 from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.open_recipe import open_recipe
@@ -326,3 +327,11 @@ def test_a_mask_that_comes_first_in_its_layer_does_not_hide_a_missing_weight(tmp
     recipe = Recipe.from_dict(data)
     with pytest.raises(RecipeError, match=r"`weight` is not set for model\.layers\.1\."):
         MergePlan(recipe, open_recipe(recipe))
+
+
+@pytest.mark.parametrize("name", ["mamba2", "bamba", "falcon_h1", "granitemoehybrid"])
+def test_an_infinite_number_as_transformers_writes_it_is_no_fault(tmp_path, name):
+    tiny_models.tiny_config(name).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert "Infinity" in json.dumps(config)
+    check_config(config)

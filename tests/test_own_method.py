@@ -1,5 +1,6 @@
 """Merge methods that a user registers: on disk and live, with parameters of their own, searched."""
 
+import inspect
 import io
 
 import pytest
@@ -40,6 +41,12 @@ def halved(base, others, plan, generator):
     return total.to(base.dtype)
 
 
+def added_in_place(base, others, plan, generator):
+    for other, weight in zip(others, plan.weights, strict=True):
+        base += other.mul_(weight)
+    return base
+
+
 @pytest.fixture
 def family(tmp_path):
     return make_family(tmp_path)
@@ -62,8 +69,9 @@ def methods():
     evomerge.register_method(
         "halved", evomerge.MergeMethod(halved, takes_deltas=True, parameters={"share": 0.5})
     )
+    register_method("added", MergeMethod(added_in_place, takes_deltas=True))
     yield
-    for name in ("share_of_mean", "loudest", "halved"):
+    for name in ("share_of_mean", "loudest", "halved", "added"):
         del METHODS[name], registry._METHODS[name]
 
 
@@ -190,3 +198,30 @@ def test_a_study_cannot_search_what_needs_more_than_weights(pair, tmp_path):
     ):
         with pytest.raises(StudyFileError, match=f"(?s)`genome.merge_method` {words}"):
             search(pair, tmp_path, method)
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+def test_a_function_that_changes_its_inputs_changes_no_model(tmp_path, in_file):
+    """Live, one candidate after the other, and on disk."""
+    family, method = make_family(tmp_path), "added"
+    if in_file:
+        path, method = tmp_path / "m.py", f"{tmp_path / 'm.py'}:added_in_place"
+        path.write_text(inspect.getsource(added_in_place), encoding="utf-8")
+    model = AutoModelForCausalLM.from_pretrained(family / "base", dtype=torch.bfloat16)
+    siblings = [open_model(str(family / name)) for name in ("one", "two")]
+    live = LiveModel(model, open_model(str(family / "base")), siblings)
+    for weight in (0.5, 0.25):
+        models = [
+            {"model": str(family / name), "parameters": {"weight": weight}}
+            for name in ("one", "two")
+        ]
+        settings = {"base_model": str(family / "base"), "models": models, "dtype": "bfloat16"}
+        plain = Recipe.from_dict(settings | {"merge_method": "task_arithmetic"})
+        ours = Recipe.from_dict(settings | {"merge_method": method})
+        live.apply(ours)
+        found = {name: p.detach().clone() for name, p in model.named_parameters()}
+        out = load_all(build_model(ours, tmp_path / f"out-{weight}"))
+        assert not differing(found, out)
+        wanted = load_all(build_model(plain, tmp_path / f"wanted-{weight}"))
+        for name, tensor in out.items():
+            assert torch.allclose(tensor.float(), wanted[name].float(), rtol=0.02, atol=1e-3), name

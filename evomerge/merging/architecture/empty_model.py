@@ -44,7 +44,7 @@ def _empty_model(text: str) -> Any:
     from transformers import CONFIG_MAPPING
     from transformers.utils import logging
 
-    config = json.loads(text, object_hook=_number)
+    config = json.loads(text, object_hook=stored_number)
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -60,7 +60,7 @@ def _empty_model(text: str) -> Any:
     return model
 
 
-def _number(item: dict[str, Any]) -> Any:
+def stored_number(item: dict[str, Any]) -> Any:
     """transformers writes an infinite number as {"__float__": "Infinity"}."""
     if set(item) == {"__float__"}:
         return float(item["__float__"])

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from evomerge.errors import ModelError
-from evomerge.merging.architecture.empty_model import model_class
+from evomerge.merging.architecture.empty_model import model_class, stored_number
 from evomerge.merging.checkpoints.hub_kernels import without_attention
 
 LONGEST = 200  # characters of transformers' own words
@@ -28,7 +28,8 @@ def made_without_weights(config: Mapping[str, Any]) -> Any:
     import torch
     from transformers import AutoConfig
 
-    settings = without_attention(config)  # a kernel of the hub would be loaded
+    plain = json.loads(json.dumps(config), object_hook=stored_number)
+    settings = without_attention(plain)  # a kernel of the hub would be loaded
     parsed = AutoConfig.for_model(settings.pop("model_type"), **settings)
     with torch.device("meta"):
         return model_class(parsed).from_config(parsed)

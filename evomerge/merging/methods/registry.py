@@ -66,8 +66,24 @@ def register_method(name: str, method: MergeMethod, link: str = "") -> None:
             remedy="Choose another name.",
         )
     METHODS[name] = _METHODS[name] = replace(
-        method, link=link or method.link or name, built_in=False
+        method, merge=_on_copies(method.merge), link=link or method.link or name, built_in=False
     )
+
+
+def _on_copies(merge: MergeFunction) -> MergeFunction:
+    """The function, which may change what it is given: models are merged again and again."""
+
+    def on_copies(
+        base: Tensor | None,
+        others: Iterable[Tensor],
+        plan: TensorPlan,
+        generator: torch.Generator | None,
+        /,
+    ) -> Tensor:
+        own_base = None if base is None else base.clone()
+        return merge(own_base, [other.clone() for other in others], plan, generator)
+
+    return on_copies
 
 
 def get_method(name: str) -> MergeMethod:
@@ -110,7 +126,7 @@ def _own_method(name: str, own: OwnMethod) -> MergeMethod:
             raise _another(own, tensor, f"{merged.dtype} {list(merged.shape)}")
         return merged.to(like.device)
 
-    return with_function(METHODS[name], merge)
+    return with_function(METHODS[name], _on_copies(merge))
 
 
 def _another(own: OwnMethod, tensor: str, found: str) -> RecipeError:
