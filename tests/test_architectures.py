@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from merging_tools import load_all
+from merging_tools import differing, load_all
 from safetensors.torch import save_file
 
 from evomerge.answering.hf.loading import load_model
@@ -335,3 +335,31 @@ def test_an_infinite_number_as_transformers_writes_it_is_no_fault(tmp_path, name
     config = json.loads((tmp_path / "config.json").read_text())
     assert "Infinity" in json.dumps(config)
     check_config(config)
+
+
+@pytest.mark.parametrize("method", ["della", "della_linear"])
+def test_della_drops_nothing_of_rows_of_one_number(tmp_path, caplog, method):
+    """As with `density: 1` for these tensors, which is what mergekit needs."""
+    architectures.make("qwen3_next", tmp_path)
+    out = {}
+    for case, density in (
+        ("plain", 0.5),
+        ("filtered", [{"filter": "conv1d", "value": 1.0}, {"value": 0.5}]),
+    ):
+        parameters = {"weight": 0.7, "density": density}
+        recipe = Recipe.from_dict(
+            {
+                "merge_method": method,
+                "base_model": str(tmp_path / "base"),
+                "models": [{"model": str(tmp_path / "one"), "parameters": parameters}],
+                "parameters": {"normalize": False},
+                "dtype": "bfloat16",
+            }
+        )
+        out[case] = load_all(build_model(recipe, tmp_path / case, random_seed=3))
+    assert not differing(*out.values())
+    assert len([r for r in caplog.records if "drops nothing" in r.getMessage()]) == 1
+    base, one = load_all(tmp_path / "base"), load_all(tmp_path / "one")
+    name = next(n for n in base if n.endswith("conv1d.weight"))
+    delta = (one[name] - base[name]) * torch.tensor(0.7).bfloat16()
+    assert torch.equal(out["plain"][name], base[name] + delta)

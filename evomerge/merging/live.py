@@ -202,7 +202,7 @@ class LiveModel:
         if not vocabulary.keeps(plan.recipe.donor) or vocabulary.size > rows:
             raise RecipeError(
                 "`tokenizer_source` would move rows of the live model's embeddings",
-                found=plan.recipe.tokenizer,
+                found=plan.recipe.tokenizer.source if plan.recipe.tokenizer else None,
                 remedy="Merge the tokenizers first: "
                 "`evomerge merge` each sibling, then search over the results.",
             )

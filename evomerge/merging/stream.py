@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, reduce
 from typing import Any
 
@@ -21,8 +23,10 @@ from evomerge.merging.tensor_merge import (
 )
 from evomerge.merging.tensor_plan import PlannedTensors, TensorPlan, kept
 from evomerge.merging.unknown_tensors import tell_what_is_unknown
+from evomerge.once import warn_once
 from evomerge.recipe import Recipe
 
+log = logging.getLogger(__name__)
 # elements that go through an element-wise method at once: 1 MB in bf16 stays in a core's cache
 CHUNK = 1 << 19
 FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -56,6 +60,7 @@ class MergePlan:
             self.names = self.layout.names(models)
         if after is not None and same_models and after.recipe.tokenizer == recipe.tokenizer:
             self.vocabulary = after.vocabulary
+        self._told = False
         self.tensors = PlannedTensors(self.names, self._tensor)
         if after is None:
             tell_what_is_unknown(self.donor.ref, self.layout.architecture.rule, self._stays())
@@ -71,10 +76,28 @@ class MergePlan:
         return draws or self.layout.filtered or self.recipe.dtype is None
 
     def _tensor(self, name: str) -> TensorPlan:
-        """A tensor's plan; one of whole numbers stays what its lender has."""
-        if self._is_float(name):
-            return self.layout.plan(name)
-        return kept(*self.layout.inputs(name)[0])
+        """A tensor's plan; one of whole numbers stays what its lender has.
+
+        Rows of one number have no ranks that could decide what is dropped, so nothing is.
+        """
+        if not self._is_float(name):
+            return kept(*self.layout.inputs(name)[0])
+        plan = self.layout.plan(name)
+        if plan.draws and self.layout.method.ranks and self._has_rows_of_one(plan):
+            if not self._told:
+                self._told = True
+                warn_once(
+                    log,
+                    f"{self.recipe.merge_method} drops nothing of tensors like {name}, whose rows "
+                    "have one number each; mergekit needs `density: 1` for them",
+                )
+            plan = replace(plan, densities=tuple(1.0 for _ in plan.densities), draws=0)
+        return plan
+
+    def _has_rows_of_one(self, plan: TensorPlan) -> bool:
+        ref, source = plan.inputs[0]
+        shape = self.models[ref].shape(source)
+        return (shape[1] if len(shape) > 1 else shape[0] if shape else 1) == 1
 
     def _is_float(self, name: str) -> bool:
         ref, source = self.layout.inputs(name)[0]

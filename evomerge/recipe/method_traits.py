@@ -122,6 +122,11 @@ class MethodTraits:
         return frozenset(names | {"weight", "density"})
 
     @property
+    def ranks(self) -> bool:
+        """Whether a number's chance to be kept follows its rank in its row."""
+        return any(parameter.within_density for parameter in self.own.values())
+
+    @property
     def reads(self) -> frozenset[str]:
         """The parameters of a recipe that may decide something, and `int8_mask`, on every card."""
         names = {"int8_mask", *self.parameters}
