@@ -4,20 +4,26 @@ layer.
 
 import json
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from merging_tools import differing, load_all, make_family
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from evomerge.cli import main
 from evomerge.errors import ModelError, RecipeError, UnsupportedRecipe
 from evomerge.merging.architecture.architecture import HEAD
+from evomerge.merging.architecture.layer_lists import BY_LAYER
 from evomerge.merging.build import build_model
 from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.live import LiveModel
 from evomerge.recipe import Recipe, task_arithmetic_recipe
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import tiny_models
 
 
 def edit_tensors(folder, change):
@@ -134,6 +140,41 @@ def test_lists_with_an_item_for_each_layer_follow_the_layers(tmp_path):
         types[1],
     ]
     assert len(AutoModelForCausalLM.from_pretrained(out).model.layers) == 7
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "key", "wanted"),
+    [
+        ("gemma2", {}, "layer_types", ["sliding_attention"] * 2 + ["full_attention"]),
+        (
+            "gemma3_text",
+            {"sliding_window_pattern": 3},
+            "layer_types",
+            ["sliding_attention", "full_attention", "sliding_attention"],
+        ),
+        ("smollm3", {"no_rope_layer_interval": 2}, "no_rope_layers", [1, 1, 0]),
+        ("qwen2", {}, "layer_types", None),  # transformers draws the same list again
+    ],
+)
+def test_lists_that_config_json_leaves_to_transformers_follow_the_layers(
+    tmp_path, kind, settings, key, wanted
+):
+    """As the hub's Gemma 2 and 3 do: each layer keeps the attention that it had."""
+    tiny_models.make_tiny(tiny_models.tiny_config(kind), tmp_path / "base", 0)
+    path = tmp_path / "base/config.json"
+    config = json.loads(path.read_text())
+    for stated in BY_LAYER:
+        config.pop(stated, None)
+    path.write_text(json.dumps(config | settings))
+    had = getattr(AutoConfig.from_pretrained(tmp_path / "base"), key)
+    ranges = ([0, 1], [2, 4])
+    slices = []
+    for layers in ranges:
+        slices.append({"sources": [{"model": f"{tmp_path}/base", "layer_range": layers}]})
+    recipe = Recipe.from_dict({"merge_method": "passthrough", "slices": slices})
+    out = build_model(recipe, tmp_path / "out")
+    assert json.loads((out / "config.json").read_text()).get(key) == wanted
+    assert getattr(AutoConfig.from_pretrained(out), key) == [had[i] for i in (0, 2, 3)]
 
 
 @pytest.mark.parametrize("missing", ["model.layers.2.mlp.up_proj.weight", "model.layers.3."])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -41,23 +42,50 @@ def empty_model(config: Mapping[str, Any]) -> Any:
 @lru_cache(maxsize=4)
 def _empty_model(text: str) -> Any:
     import torch
+
+    with _quiet():
+        made = _parsed(text)
+        try:
+            with torch.device("meta"):
+                model: Any = model_class(made).from_config(made)
+            model.tie_weights()
+        except Exception:  # KeyError, TypeError and others, by what is wrong in the file
+            return None
+    return model
+
+
+def parsed_config(config: Mapping[str, Any]) -> Any:
+    """transformers' configuration of a config.json (a PreTrainedConfig), without quantisation.
+
+    None for a type that it does not know or cannot make of the file.
+    """
+    with _quiet():
+        return _parsed(json.dumps(config, sort_keys=True))
+
+
+def _parsed(text: str) -> Any:
     from transformers import CONFIG_MAPPING
-    from transformers.utils import logging
 
     config = json.loads(text, object_hook=_number)
+    config.pop("quantization_config", None)
+    try:
+        made: Any = CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(config))
+    except Exception:  # as above
+        return None
+    return made
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' warnings."""
+    from transformers.utils import logging
+
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        config.pop("quantization_config", None)
-        made: Any = CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(config))
-        with torch.device("meta"):
-            model: Any = model_class(made).from_config(made)
-        model.tie_weights()
-    except Exception:  # KeyError, TypeError and others, by what is wrong with the configuration
-        return None
+        yield
     finally:
         logging.set_verbosity(level)
-    return model
 
 
 def _number(item: dict[str, Any]) -> Any:
