@@ -28,6 +28,7 @@ def merged_config(plan: MergePlan) -> dict[str, Any]:
         config["architectures"] = [plan.recipe.architecture]
     dtype = plan.recipe.out_dtype or plan.recipe.dtype
     if dtype is not None:
+        config = _in_dtype(config, dtype)
         if "torch_dtype" in config:
             config["torch_dtype"] = dtype
         if "dtype" in config or "torch_dtype" not in config:
@@ -39,9 +40,22 @@ def merged_config(plan: MergePlan) -> dict[str, Any]:
     if plan.vocabulary is not None:
         config = plan.vocabulary.move_ids(config, plan.recipe.donor)
         text = dict(text_config(config))
+        if "vocab_size" in config and config["vocab_size"] == text.get("vocab_size"):
+            config["vocab_size"] = plan.vocabulary.size  # PaliGemma's files have both
         text |= dict.fromkeys(VOCABULARY_SIZES & text.keys(), plan.vocabulary.size)
         config = with_text(config, text | {"vocab_size": plan.vocabulary.size})
     return config
+
+
+def _in_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The configuration with another dtype wherever it and its parts state one."""
+    changed = dict(config)
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype") and isinstance(value, str):
+            changed[key] = dtype
+        elif key.endswith("_config") and isinstance(value, Mapping):
+            changed[key] = _in_dtype(value, dtype)
+    return changed
 
 
 def _restacked(plan: MergePlan, text: Mapping[str, Any]) -> dict[str, Any]:
