@@ -10,6 +10,7 @@ import pytest
 import torch
 from merging_tools import load_all
 from safetensors.torch import save_file
+from transformers import ViTConfig, ViTForImageClassification
 
 from evomerge.answering.hf.loading import load_model
 from evomerge.cli import main
@@ -161,7 +162,7 @@ def test_tensors_that_transformers_has_no_place_for_are_named(tmp_path, caplog, 
 
 
 @pytest.mark.parametrize("described", [False, True])
-@pytest.mark.parametrize("named", [None, "somebodys", 5])
+@pytest.mark.parametrize("named", [None, "somebodys"])
 def test_an_unknown_type_with_llama_s_names_is_merged_by_them_and_it_is_said(
     tmp_path, caplog, named, described
 ):
@@ -326,3 +327,16 @@ def test_a_mask_that_comes_first_in_its_layer_does_not_hide_a_missing_weight(tmp
     recipe = Recipe.from_dict(data)
     with pytest.raises(RecipeError, match=r"`weight` is not set for model\.layers\.1\."):
         MergePlan(recipe, open_recipe(recipe))
+
+
+def test_a_model_that_writes_no_text_is_merged_and_it_is_said_truly(tmp_path, caplog):
+    """transformers has the type."""
+    sizes = {"image_size": 32, "patch_size": 16, "num_attention_heads": 4}
+    config = ViTConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=4, **sizes)
+    for seed, name in enumerate(("base", "one")):
+        torch.manual_seed(seed)
+        ViTForImageClassification(config).to(torch.bfloat16).save_pretrained(tmp_path / name)
+    caplog.clear()
+    build_model(architectures.recipe_of(tmp_path), tmp_path / "out")
+    line = caplog.records[0].getMessage()
+    assert f"{tmp_path}/base: transformers has no model of type vit that writes text, so" in line

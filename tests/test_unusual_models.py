@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from merging_tools import differing, load_all, make_family
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
@@ -267,6 +268,91 @@ def test_an_architecture_that_mergekit_does_not_describe_takes_norm_and_head_fro
     unknown = load_all(build_model(recipe, tmp_path / "unknown"))
     assert differing(known, unknown) == [HEAD, "model.norm.weight"]
     assert torch.equal(unknown[HEAD], load_all(family / "base")[HEAD])
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4}
+SMALL |= {"num_attention_heads": 4, "pad_token_id": 0}
+ENCODER_DECODER = {
+    **{"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "vocab_size": 64},
+    **{"encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 32},
+    **{"encoder_ffn_dim": 64, "decoder_ffn_dim": 64},
+}
+T5_SIZES = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 3, "num_heads": 4}
+SPECIAL = dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("T5ForConditionalGeneration", T5_SIZES),
+        ("BartForConditionalGeneration", ENCODER_DECODER),
+        ("BertModel", SMALL),
+        ("BertForSequenceClassification", SMALL),
+        ("ModernBertModel", SMALL | SPECIAL),
+        ("LlamaForSequenceClassification", SMALL),
+        ("Qwen3ForSequenceClassification", SMALL | {"head_dim": 8}),
+    ],
+)
+def test_a_sound_model_of_another_kind_is_not_called_damaged(tmp_path, name, sizes):
+    """The files lack nothing: such models have no head, or a tensor in the first layer alone."""
+    made = getattr(transformers, name)
+    for model in ("base", "one"):
+        made(made.config_class(**sizes)).to(torch.bfloat16).save_pretrained(tmp_path / model)
+    models = [{"model": f"{tmp_path}/one", "parameters": {"weight": 0.5}}]
+    top = {"merge_method": "task_arithmetic", "base_model": f"{tmp_path}/base"}
+    with pytest.raises(UnsupportedRecipe) as refused:
+        build_model(Recipe.from_dict(top | {"models": models}), tmp_path / "out")
+    assert "models that write text with a decoder alone" in str(refused.value)
+    assert refused.value.found == name
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """A model whose layers transformers has to tell, and one whose names do."""
+    folder = tmp_path_factory.mktemp("mixture")
+    for kind in ("qwen3_moe", "llama"):
+        config = tiny_models.tiny_config(kind)
+        for seed, name in enumerate(("base", "one")):
+            tiny_models.make_tiny(config, folder / kind / name, seed)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "llama"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_experts", "4"),
+        ("vocab_size", -1),
+        ("hidden_size", None),
+        ("rope_parameters", "x"),
+        ("dtype", "nosuch"),
+        ("tie_word_embeddings", "yes"),
+        ("text_config", [1]),
+        ("model_type", 3),
+        ("num_hidden_layers", 10**9),
+    ],
+)
+def test_a_value_that_transformers_cannot_use_is_named_and_not_written(
+    mixture, tmp_path, caplog, kind, key, value
+):
+    if (kind, key) == ("llama", "num_experts"):
+        pytest.skip("it has none")
+    shutil.copytree(mixture / kind, tmp_path, dirs_exist_ok=True)
+    for name in ("base", "one"):
+        edit_config(tmp_path / name, **{key: value})
+    with pytest.raises(ModelError, match=f"`{key}` in config.json") as refused:
+        build_model(plain(tmp_path), tmp_path / "out")
+    assert refused.value.found == value
+    assert refused.value.where == tmp_path / "base"
+    assert not caplog.records
+
+
+def test_what_a_model_s_own_code_reads_is_not_transformers_business(mixture, tmp_path):
+    shutil.copytree(mixture / "llama", tmp_path, dirs_exist_ok=True)
+    for name in ("base", "one"):
+        edit_config(tmp_path / name, rope_scaling="x", auto_map={"AutoConfig": "own.Config"})
+    out = build_model(plain(tmp_path), tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["rope_scaling"] == "x"
 
 
 def test_what_only_mergekit_can_merge_is_handed_over_though_it_is_found_late(

@@ -43,7 +43,7 @@ def empty_model(config: Mapping[str, Any]) -> Any:
 def _empty_model(text: str) -> Any:
     import torch
 
-    with _quiet():
+    with without_warnings():
         made = _parsed(text)
         try:
             with torch.device("meta"):
@@ -59,7 +59,7 @@ def parsed_config(config: Mapping[str, Any]) -> Any:
 
     None for a type that it does not know or cannot make of the file.
     """
-    with _quiet():
+    with without_warnings():
         return _parsed(json.dumps(config, sort_keys=True))
 
 
@@ -76,8 +76,8 @@ def _parsed(text: str) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' warnings."""
+def without_warnings() -> Iterator[None]:
+    """Without those of transformers."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -100,17 +100,39 @@ def model_class(config: Any) -> Any:
 
     A class for text alone comes first. The class that config.json names decides where both exist.
     """
+    fitting = _fitting(type(config))
+    named = set(getattr(config, "architectures", None) or [])
+    for auto in fitting:
+        made = auto._model_mapping[type(config)]
+        if not isinstance(made, tuple) and made.__name__ in named:
+            return auto
+    return fitting[0] if fitting else _auto_classes()[0]
+
+
+def text_classes(config: Mapping[str, Any]) -> set[str]:
+    """The names of transformers' classes that write text, of the type that config.json names."""
+    from transformers import CONFIG_MAPPING
+
+    names: set[str] = set()
+    if config["model_type"] not in CONFIG_MAPPING:
+        return names
+    made: Any = CONFIG_MAPPING[config["model_type"]]
+    for auto in _fitting(made):
+        classes = auto._model_mapping[made]
+        for found in classes if isinstance(classes, tuple) else (classes,):
+            names.add(found.__name__)
+    return names
+
+
+def _fitting(config_class: type) -> list[Any]:
+    return [auto for auto in _auto_classes() if config_class in auto._model_mapping]
+
+
+def _auto_classes() -> tuple[Any, ...]:
     from transformers import (
         AutoModelForCausalLM,
         AutoModelForImageTextToText,
         AutoModelForMultimodalLM,
     )
 
-    classes = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
-    fitting = [auto for auto in classes if type(config) in auto._model_mapping]
-    named = set(getattr(config, "architectures", None) or [])
-    for auto in fitting:
-        made = auto._model_mapping[type(config)]
-        if not isinstance(made, tuple) and made.__name__ in named:
-            return auto
-    return fitting[0] if fitting else AutoModelForCausalLM
+    return AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
