@@ -347,6 +347,15 @@ def test_a_value_that_transformers_cannot_use_is_named_and_not_written(
     assert not caplog.records
 
 
+def test_a_dtype_for_each_part_is_no_fault(mixture, tmp_path):
+    """transformers loads it; the output has one dtype."""
+    shutil.copytree(mixture / "llama", tmp_path, dirs_exist_ok=True)
+    for name in ("base", "one"):
+        edit_config(tmp_path / name, dtype={"": "float32"})
+    out = build_model(plain(tmp_path, dtype="bfloat16"), tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+
+
 def test_what_a_model_s_own_code_reads_is_not_transformers_business(mixture, tmp_path):
     shutil.copytree(mixture / "llama", tmp_path, dirs_exist_ok=True)
     for name in ("base", "one"):

@@ -108,7 +108,8 @@ def _odd_values(config: Mapping[str, Any]) -> Iterator[str]:
             if not isinstance(part.get(key), Mapping | None):
                 yield key
         for key in DTYPES:
-            if not isinstance(getattr(torch, str(part.get(key, "float32")), None), torch.dtype):
+            named = part.get(key)  # or a mapping, by parts of the model
+            if isinstance(named, str) and not isinstance(getattr(torch, named, None), torch.dtype):
                 yield key
         if not isinstance(part.get("tie_word_embeddings"), bool | None):
             yield "tie_word_embeddings"
