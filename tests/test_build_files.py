@@ -63,6 +63,43 @@ def test_a_tokenizer_source_loses_no_file(family, source):
     assert all((out / name).read_bytes() == (plain / name).read_bytes() for name in kept)
 
 
+def test_code_that_auto_map_names_is_copied_and_not_run(family):
+    """config.json keeps the key, without which nobody could load the output."""
+    for name in ("base", "one"):
+        folder = family / name
+        (folder / "modeling_x.py").write_text("from .layers_x import X\n")
+        (folder / "layers_x.py").write_text(f"raise SystemExit('{name} was run')\n")
+        config = json.loads((folder / "config.json").read_text())
+        config["auto_map"] = {"AutoModelForCausalLM": "modeling_x.X"}
+        (folder / "config.json").write_text(json.dumps(config))
+    out = build_model(recipe(family), family / "out")
+    for name in ("modeling_x.py", "layers_x.py"):
+        assert (out / name).read_text() == (family / "base" / name).read_text()
+
+
+def test_a_tokenizer_s_code_comes_with_it_and_other_code_stays(family):
+    for name in ("base", "one"):
+        (family / name / f"tokenization_{name}.py").write_text("raise SystemExit('was run')\n")
+    assert "tokenization_base.py" not in files(build_model(recipe(family), family / "plain"))
+    path = family / "base/tokenizer_config.json"
+    settings = json.loads(path.read_text()) | {"auto_map": {"AutoTokenizer": ["x.Y", None]}}
+    path.write_text(json.dumps(settings))
+    found = files(build_model(recipe(family), family / "out"))
+    assert "tokenization_base.py" in found
+    assert "tokenization_one.py" not in found
+
+
+@pytest.mark.parametrize(
+    "name", ["tekken.json", "tiktoken.model", "sentencepiece.bpe.model", "qwen.tiktoken"]
+)
+def test_a_tokenizer_of_one_file_is_copied(family, name):
+    for file in (family / "base").glob("*token*"):
+        file.unlink()
+    (family / "base" / name).write_text("ranks")
+    out = build_model(recipe(family), family / "out")
+    assert (out / name).read_text() == "ranks"
+
+
 def rename_tokens(folder, change):
     """Another vocabulary: what `change` makes of the token -> id of the tokenizer."""
     state = json.loads((folder / "tokenizer.json").read_text())

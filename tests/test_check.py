@@ -6,9 +6,11 @@ import shutil
 import socket
 
 import pytest
+import torch
 import yaml
 from chat_server import Server, status
 from safetensors.torch import load_file, save_file
+from transformers import T5Config, T5ForConditionalGeneration
 
 import evomerge
 from evomerge.cli import main
@@ -293,3 +295,27 @@ def test_a_bad_value_in_a_part_of_config_json():
         check_config(config, "folder")
     assert at.value.where == "folder"
     check_config({"model_type": "gemma3", "text_config": {"num_hidden_layers": 1}})
+
+
+def test_the_search_says_as_check_does_which_shape_config_json_asks_for(place, capsys):
+    """transformers speaks of a report above and of an option that nobody has set."""
+    for name in ("base", "instruct"):
+        path = place / name / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps(config | {"intermediate_size": 80}), encoding="utf-8")
+    (found,) = wrong(place)
+    assert "has the shape" in found.text
+    assert main(["search", "study.yaml"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"evomerge: {found.text}"
+
+
+def test_a_study_of_encoder_decoders_is_refused_by_their_class(place, capsys):
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 4, "num_heads": 4}
+    for name in ("base", "instruct"):
+        model = T5ForConditionalGeneration(T5Config(vocab_size=100, **sizes))
+        model.to(torch.bfloat16).save_pretrained(place / name)
+    lines = [found.text for found in wrong(place)]
+    assert main(["search", "study.yaml"]) == 2
+    for line in (*lines, capsys.readouterr().err.splitlines()[-1]):
+        assert "models that write text with a decoder alone" in line
+        assert "(found: 'T5ForConditionalGeneration'). mergekit may merge it" in line

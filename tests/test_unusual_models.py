@@ -4,20 +4,27 @@ layer.
 
 import json
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from merging_tools import differing, load_all, make_family
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from evomerge.cli import main
 from evomerge.errors import ModelError, RecipeError, UnsupportedRecipe
 from evomerge.merging.architecture.architecture import HEAD
+from evomerge.merging.architecture.layer_lists import BY_LAYER
 from evomerge.merging.build import build_model
 from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.live import LiveModel
 from evomerge.recipe import Recipe, task_arithmetic_recipe
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import tiny_models
 
 
 def edit_tensors(folder, change):
@@ -136,6 +143,41 @@ def test_lists_with_an_item_for_each_layer_follow_the_layers(tmp_path):
     assert len(AutoModelForCausalLM.from_pretrained(out).model.layers) == 7
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings", "key", "wanted"),
+    [
+        ("gemma2", {}, "layer_types", ["sliding_attention"] * 2 + ["full_attention"]),
+        (
+            "gemma3_text",
+            {"sliding_window_pattern": 3},
+            "layer_types",
+            ["sliding_attention", "full_attention", "sliding_attention"],
+        ),
+        ("smollm3", {"no_rope_layer_interval": 2}, "no_rope_layers", [1, 1, 0]),
+        ("qwen2", {}, "layer_types", None),  # transformers draws the same list again
+    ],
+)
+def test_lists_that_config_json_leaves_to_transformers_follow_the_layers(
+    tmp_path, kind, settings, key, wanted
+):
+    """As the hub's Gemma 2 and 3 do: each layer keeps the attention that it had."""
+    tiny_models.make_tiny(tiny_models.tiny_config(kind), tmp_path / "base", 0)
+    path = tmp_path / "base/config.json"
+    config = json.loads(path.read_text())
+    for stated in BY_LAYER:
+        config.pop(stated, None)
+    path.write_text(json.dumps(config | settings))
+    had = getattr(AutoConfig.from_pretrained(tmp_path / "base"), key)
+    ranges = ([0, 1], [2, 4])
+    slices = []
+    for layers in ranges:
+        slices.append({"sources": [{"model": f"{tmp_path}/base", "layer_range": layers}]})
+    recipe = Recipe.from_dict({"merge_method": "passthrough", "slices": slices})
+    out = build_model(recipe, tmp_path / "out")
+    assert json.loads((out / "config.json").read_text()).get(key) == wanted
+    assert getattr(AutoConfig.from_pretrained(out), key) == [had[i] for i in (0, 2, 3)]
+
+
 @pytest.mark.parametrize("missing", ["model.layers.2.mlp.up_proj.weight", "model.layers.3."])
 def test_tensors_that_no_model_has_are_missed(tmp_path, missing):
     family = make_family(tmp_path)
@@ -226,6 +268,100 @@ def test_an_architecture_that_mergekit_does_not_describe_takes_norm_and_head_fro
     unknown = load_all(build_model(recipe, tmp_path / "unknown"))
     assert differing(known, unknown) == [HEAD, "model.norm.weight"]
     assert torch.equal(unknown[HEAD], load_all(family / "base")[HEAD])
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4}
+SMALL |= {"num_attention_heads": 4, "pad_token_id": 0}
+ENCODER_DECODER = {
+    **{"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "vocab_size": 64},
+    **{"encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 32},
+    **{"encoder_ffn_dim": 64, "decoder_ffn_dim": 64},
+}
+T5_SIZES = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 3, "num_heads": 4}
+SPECIAL = dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("T5ForConditionalGeneration", T5_SIZES),
+        ("BartForConditionalGeneration", ENCODER_DECODER),
+        ("BertModel", SMALL),
+        ("BertForSequenceClassification", SMALL),
+        ("ModernBertModel", SMALL | SPECIAL),
+        ("LlamaForSequenceClassification", SMALL),
+        ("Qwen3ForSequenceClassification", SMALL | {"head_dim": 8}),
+    ],
+)
+def test_a_sound_model_of_another_kind_is_not_called_damaged(tmp_path, name, sizes):
+    """The files lack nothing: such models have no head, or a tensor in the first layer alone."""
+    made = getattr(transformers, name)
+    for model in ("base", "one"):
+        made(made.config_class(**sizes)).to(torch.bfloat16).save_pretrained(tmp_path / model)
+    models = [{"model": f"{tmp_path}/one", "parameters": {"weight": 0.5}}]
+    top = {"merge_method": "task_arithmetic", "base_model": f"{tmp_path}/base"}
+    with pytest.raises(UnsupportedRecipe) as refused:
+        build_model(Recipe.from_dict(top | {"models": models}), tmp_path / "out")
+    assert "models that write text with a decoder alone" in str(refused.value)
+    assert refused.value.found == name
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """A model whose layers transformers has to tell, and one whose names do."""
+    folder = tmp_path_factory.mktemp("mixture")
+    for kind in ("qwen3_moe", "llama"):
+        config = tiny_models.tiny_config(kind)
+        for seed, name in enumerate(("base", "one")):
+            tiny_models.make_tiny(config, folder / kind / name, seed)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "llama"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_experts", "4"),
+        ("vocab_size", -1),
+        ("hidden_size", None),
+        ("rope_parameters", "x"),
+        ("dtype", "nosuch"),
+        ("tie_word_embeddings", "yes"),
+        ("text_config", [1]),
+        ("model_type", 3),
+        ("num_hidden_layers", 10**9),
+    ],
+)
+def test_a_value_that_transformers_cannot_use_is_named_and_not_written(
+    mixture, tmp_path, caplog, kind, key, value
+):
+    if (kind, key) == ("llama", "num_experts"):
+        pytest.skip("it has none")
+    shutil.copytree(mixture / kind, tmp_path, dirs_exist_ok=True)
+    for name in ("base", "one"):
+        edit_config(tmp_path / name, **{key: value})
+    with pytest.raises(ModelError, match=f"`{key}` in config.json") as refused:
+        build_model(plain(tmp_path), tmp_path / "out")
+    assert refused.value.found == value
+    assert refused.value.where == tmp_path / "base"
+    assert not caplog.records
+
+
+def test_a_dtype_for_each_part_is_no_fault(mixture, tmp_path):
+    """transformers loads it; the output has one dtype."""
+    shutil.copytree(mixture / "llama", tmp_path, dirs_exist_ok=True)
+    for name in ("base", "one"):
+        edit_config(tmp_path / name, dtype={"": "float32"})
+    out = build_model(plain(tmp_path, dtype="bfloat16"), tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_what_a_model_s_own_code_reads_is_not_transformers_business(mixture, tmp_path):
+    shutil.copytree(mixture / "llama", tmp_path, dirs_exist_ok=True)
+    for name in ("base", "one"):
+        edit_config(tmp_path / name, rope_scaling="x", auto_map={"AutoConfig": "own.Config"})
+    out = build_model(plain(tmp_path), tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["rope_scaling"] == "x"
 
 
 def test_what_only_mergekit_can_merge_is_handed_over_though_it_is_found_late(

@@ -1,6 +1,7 @@
 """Models that read images: what stays, what is merged, and how text reaches them."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -288,3 +289,40 @@ def test_names_that_mergekit_s_description_does_not_have_are_not_exported_for_it
     config = json.loads((with_vision / "base/config.json").read_text())
     as_on_hub = [n.replace("vision_tower.", "vision_tower.vision_model.") for n in names]
     assert architecture_of(config, as_on_hub).modules == MODULES
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_every_part_of_config_json_states_the_dtype_of_the_output(with_vision, tmp_path, key):
+    """transformers 4 reads the text decoder's."""
+    for name in ("base", "one"):
+        shutil.copytree(with_vision / name, tmp_path / name)
+        path = tmp_path / name / "config.json"
+        config = json.loads(path.read_text())
+        for part in (config, config["text_config"], config["vision_config"]):
+            part.pop("dtype", None)
+            part[key] = "bfloat16"
+        path.write_text(json.dumps(config))
+    models = [{"model": f"{tmp_path}/one", "parameters": {"weight": 0.5}}]
+    top = {"merge_method": "task_arithmetic", "base_model": f"{tmp_path}/base"}
+    recipe = Recipe.from_dict(top | {"models": models, "dtype": "float16"})
+    config = json.loads((build_model(recipe, tmp_path / "out") / "config.json").read_text())
+    assert config[key] == config["text_config"][key] == config["vision_config"][key] == "float16"
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_the_number_of_tokens_is_stated_alike_where_it_is_stated_twice(tmp_path, both):
+    """PaliGemma's files have it in the text part and above."""
+    config = tiny_models.tiny_config("paligemma")
+    for seed, name in enumerate(("base", "one")):
+        tiny_models.make_tiny(config, tmp_path / name, seed)
+        path = tmp_path / name / "config.json"
+        stated = json.loads(path.read_text())
+        stated.pop("vocab_size", None)
+        size = {"vocab_size": stated["text_config"]["vocab_size"]} if both else {}
+        path.write_text(json.dumps(stated | size))
+    models = [{"model": f"{tmp_path}/one", "parameters": {"weight": 0.5}}]
+    top = {"merge_method": "task_arithmetic", "base_model": f"{tmp_path}/base"}
+    recipe = Recipe.from_dict(top | {"models": models, "tokenizer_source": "base"})
+    merged = json.loads((build_model(recipe, tmp_path / "out") / "config.json").read_text())
+    assert merged["text_config"]["vocab_size"] < tiny_models.VOCABULARY
+    assert merged.get("vocab_size") == (merged["text_config"]["vocab_size"] if both else None)

@@ -38,7 +38,13 @@ TOKENIZER = (
     "vocab.*",
     "merges.txt",
     "spiece.model",
+    "sentencepiece*.model",
+    "tekken.json",
+    "tiktoken.model",
+    "*.tiktoken",
 )
+# of a model or a tokenizer of its own, which `auto_map` names; it is copied and never run
+CODE = "*.py"
 SPARE = 20_000_000  # bytes for configuration and tokenizer
 
 
@@ -109,15 +115,32 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def _write_tokenizer(plan: MergePlan, folder: Path) -> None:
-    """The tokenizer, and what else stands beside a model's weights and configuration."""
+    """The tokenizer, and what else stands beside a model's weights and configuration.
+
+    The donor's code comes first: config.json is the donor's.
+    """
     owner: ModelFolder | None = plan.donor
     if plan.vocabulary is not None:
         plan.vocabulary.save(folder)
         owner = plan.models.get(plan.vocabulary.owner)
         _move_generation_ids(plan, folder)
+    if _names_code(plan.donor, ("config.json", *PROCESSOR)):
+        copy_files(plan.donor.path, (CODE,), folder)
     if owner is not None:
         copy_files(owner.path, (*TOKENIZER, *CHAT), folder)
+        if _names_code(owner, ("tokenizer_config.json",)):
+            copy_files(owner.path, (CODE,), folder)
     copy_files(plan.donor.path, (GENERATION, *CHAT, *PROCESSOR), folder)
+
+
+def _names_code(model: ModelFolder, files: tuple[str, ...]) -> bool:
+    """Whether one of a model's files has an `auto_map`, which names Python files beside it."""
+    for name in files:
+        with contextlib.suppress(ModelError, FileNotFoundError):  # damaged: it names none
+            content = read_json(model.path / name, "")
+            if isinstance(content, dict) and content.get("auto_map"):
+                return True
+    return False
 
 
 def _move_generation_ids(plan: MergePlan, folder: Path) -> None:

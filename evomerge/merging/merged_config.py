@@ -9,13 +9,12 @@ from evomerge.errors import RecipeError
 from evomerge.merging.architecture.architecture import class_name, misfits_of
 from evomerge.merging.architecture.described import LAST_SLICE
 from evomerge.merging.architecture.empty_model import empty_model
+from evomerge.merging.architecture.layer_lists import BY_LAYER, implied_lists, lists_by_layer
 from evomerge.merging.architecture.roles import Role
 from evomerge.merging.architecture.text_config import layers_key, text_config, with_text
 from evomerge.merging.checkpoints.model_folder import num_layers
 from evomerge.merging.stream import MergePlan
 
-# lists in config.json with an item for each layer
-BY_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
 # numbers of tokens beside `vocab_size`
 VOCABULARY_SIZES = {"vocab_size_per_layer_input"}
 
@@ -29,6 +28,7 @@ def merged_config(plan: MergePlan) -> dict[str, Any]:
         config["architectures"] = [plan.recipe.architecture]
     dtype = plan.recipe.out_dtype or plan.recipe.dtype
     if dtype is not None:
+        config = _in_dtype(config, dtype)
         if "torch_dtype" in config:
             config["torch_dtype"] = dtype
         if "dtype" in config or "torch_dtype" not in config:
@@ -40,29 +40,59 @@ def merged_config(plan: MergePlan) -> dict[str, Any]:
     if plan.vocabulary is not None:
         config = plan.vocabulary.move_ids(config, plan.recipe.donor)
         text = dict(text_config(config))
+        if "vocab_size" in config and config["vocab_size"] == text.get("vocab_size"):
+            config["vocab_size"] = plan.vocabulary.size  # PaliGemma's files have both
         text |= dict.fromkeys(VOCABULARY_SIZES & text.keys(), plan.vocabulary.size)
         config = with_text(config, text | {"vocab_size": plan.vocabulary.size})
     return config
 
 
+def _in_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The configuration with another dtype wherever it and its parts state one."""
+    changed = dict(config)
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype") and isinstance(value, str):
+            changed[key] = dtype
+        elif key.endswith("_config") and isinstance(value, Mapping):
+            changed[key] = _in_dtype(value, dtype)
+    return changed
+
+
 def _restacked(plan: MergePlan, text: Mapping[str, Any]) -> dict[str, Any]:
-    """The text decoder's configuration with the merged model's layers."""
+    """The text decoder's configuration with the merged model's layers.
+
+    A list that the file leaves to transformers is written only where the merged model's layers have
+    others than those that transformers would draw.
+    """
     changed = dict(text)
-    for setting in BY_LAYER:
-        values = text.get(setting)
-        if isinstance(values, list) and len(values) == num_layers(plan.donor.config):
-            changed[setting] = _by_layer(plan, setting, values)
+    config = plan.donor.config
+    lent = {ref: lists_by_layer(plan.models[ref].config) for ref, _ in plan.layout.lenders}
+    drawn = implied_lists(config, plan.layout.n_layers)
+    for key in BY_LAYER:
+        values = text.get(key)
+        if values is None and key in drawn:
+            values = lists_by_layer(config)[key]
+        if isinstance(values, list) and len(values) == num_layers(config):
+            merged = _by_layer(plan, key, values, lent)
+            if merged != drawn.get(key):
+                changed[key] = merged
     changed[layers_key(text) or "num_hidden_layers"] = plan.layout.n_layers
     return changed
 
 
-def _by_layer(plan: MergePlan, setting: str, values: list[Any]) -> list[Any]:
-    """A list with an item for each layer, of the layers that the merged model has."""
+def _by_layer(
+    plan: MergePlan, key: str, values: list[Any], lent: Mapping[str, Mapping[str, list[Any]]]
+) -> list[Any]:
+    """A list with an item for each layer, of the layers that the merged model has.
+
+    `values` are the donor's own, `lent` those of every lender by transformers.
+    """
     merged = []
     for ref, layer in plan.layout.lenders:
-        own = text_config(plan.models[ref].config).get(setting)
-        lent = own if isinstance(own, list) and layer < len(own) else values
-        merged.append(lent[min(layer, len(lent) - 1)])
+        own = text_config(plan.models[ref].config).get(key, lent[ref].get(key))
+        if not isinstance(own, list) or layer >= len(own):
+            own = values
+        merged.append(own[min(layer, len(own) - 1)])
     return merged
 
 

@@ -16,10 +16,11 @@ from transformers.utils import logging as transformers_logging
 
 from evomerge.errors import EngineError, ModelError
 from evomerge.merging.architecture.empty_model import empty_model, model_class
-from evomerge.merging.checkpoints.config_fault import blame_config
 from evomerge.merging.checkpoints.hub_kernels import refuse_hub_kernels
 from evomerge.merging.checkpoints.model_folder import ModelFolder
+from evomerge.merging.checkpoints.model_kind import blame_config
 from evomerge.merging.checkpoints.open_model import INDEX, SINGLE
+from evomerge.merging.checkpoints.stored_forms import check_shapes
 from evomerge.merging.vocabulary.tokenizer_files import open_tokenizer
 from evomerge.study import EngineSection
 
@@ -114,6 +115,7 @@ def load_model(
         raise
     except Exception as error:  # as above: many kinds of errors, none of them ours
         blame_config(folder.config, folder.path)
+        check_shapes(folder)
         raise ModelError(
             f"transformers cannot load the model: {' '.join(str(error).split())[:400]}",
             where=folder.path,

@@ -10,7 +10,7 @@ from typing import Any
 from evomerge.errors import UnsupportedRecipe
 from evomerge.merging.architecture.conversion import Group, groups_of
 from evomerge.merging.architecture.described import LAST_SLICE, MODULES, modules_of
-from evomerge.merging.architecture.empty_model import empty_model, knows_type
+from evomerge.merging.architecture.empty_model import empty_model, knows_type, text_classes
 from evomerge.merging.architecture.roles import Role, is_one_module, text_path
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -113,6 +113,12 @@ def class_name(config: Mapping[str, Any]) -> str:
     """The class that config.json names first; "" where it names none."""
     named = config.get("architectures") or [""]
     return str(named[0])
+
+
+def highest_number(names: Collection[str]) -> int:
+    """The highest number of a layer, or of anything else, in names of tensors; -1 where none is."""
+    numbers = [int(match[1]) for name in names for match in _NUMBERED.finditer(name)]
+    return max(numbers, default=-1)
 
 
 def check_modules(named: tuple[str, ...], config: Mapping[str, Any]) -> None:
@@ -260,7 +266,12 @@ def _by_names(config: Mapping[str, Any], names: Collection[str]) -> Architecture
 def _no_model(config: Mapping[str, Any]) -> str:
     if config.get("model_type") is None:
         return "config.json names no model_type"
-    return f"transformers has no model of type {config['model_type']}"
+    without = f"transformers has no model of type {config['model_type']}"
+    if not knows_type(config):
+        return without
+    if not text_classes(config):
+        return f"{without} that writes text"
+    return "transformers makes no model of config.json whose layers can be told"
 
 
 def _longest_first(prefixes: set[str]) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from evomerge.merging.architecture.roles import Role
 from evomerge.merging.architecture.text_config import text_config
 from evomerge.merging.checkpoints.config_defaults import config_value
 from evomerge.merging.checkpoints.model_folder import ModelFolder, tied_by_config
+from evomerge.merging.checkpoints.model_kind import refuse_other_kinds
 from evomerge.merging.checkpoints.quantized_weights import refuse_quantized
 from evomerge.merging.checkpoints.stored_forms import SAVE_ALIKE, other_form
 
@@ -117,6 +118,7 @@ def _check_config(base: ModelFolder, sibling: ModelFolder, keys: Iterable[str]) 
 def _check_head(model: ModelFolder) -> None:
     """A head that is not stored is the embeddings, unless the model is said to be untied."""
     if model.head not in model.keys and tied_by_config(model.config) is False:
+        refuse_other_kinds(model.config, model.path)
         raise ModelError(
             f"the files lack {model.head}, and config.json says that it is not tied",
             where=model.path,

@@ -43,14 +43,6 @@ def check_config(config: Mapping[str, Any], where: object = None) -> None:
         raise config_error(config, error, where) from error
 
 
-def blame_config(config: Mapping[str, Any], where: object = None) -> None:
-    """Raise ModelError if config.json is why a folder of a known type cannot be loaded."""
-    from transformers import CONFIG_MAPPING
-
-    if config.get("model_type") in CONFIG_MAPPING:
-        check_config(config, where)
-
-
 def config_error(config: Mapping[str, Any], error: Exception, where: object = None) -> ModelError:
     """What transformers has raised at a config.json, as a line about the key that is at fault."""
     from transformers import CONFIG_MAPPING

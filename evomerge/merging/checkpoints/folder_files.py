@@ -27,6 +27,9 @@ NAMED = (
     "vocab.txt",
     "merges.txt",
     "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+    "tiktoken.model",
     "chat_template.jinja",
     "chat_template.json",
 )

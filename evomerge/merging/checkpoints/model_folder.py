@@ -16,6 +16,7 @@ from evomerge.merging.architecture.architecture import Architecture, architectur
 from evomerge.merging.architecture.empty_model import empty_model
 from evomerge.merging.architecture.roles import count_layers
 from evomerge.merging.architecture.text_config import layers_key, text_config
+from evomerge.merging.checkpoints.model_kind import check_usable
 from evomerge.merging.checkpoints.safetensors_reader import SafetensorsReader
 
 
@@ -46,8 +47,13 @@ class ModelFolder:
 
     @cached_property
     def architecture(self) -> Architecture:
-        """Its layers, and the roles of its other tensors."""
-        return architecture_of(self.config, self.keys)
+        """Its layers, and the roles of its other tensors.
+
+        Raises ModelError where transformers knows the type and cannot use the configuration.
+        """
+        found = architecture_of(self.config, self.keys)
+        check_usable(self.config, self.path, has_model=not found.rule)
+        return found
 
     @property
     def head(self) -> str:

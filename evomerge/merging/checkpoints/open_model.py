@@ -13,6 +13,7 @@ from evomerge.merging.checkpoints.dequantized import dequantized
 from evomerge.merging.checkpoints.folder_files import check_files, read_json
 from evomerge.merging.checkpoints.hub import find_folder, local_path
 from evomerge.merging.checkpoints.model_folder import ModelFolder
+from evomerge.merging.checkpoints.model_kind import check_depth
 from evomerge.merging.checkpoints.quantized_weights import refuse_quantized
 from evomerge.merging.checkpoints.safetensors_reader import SafetensorsReader
 
@@ -45,6 +46,7 @@ def open_model(ref: str) -> ModelFolder:
     for name, file in _weight_files(path, config).items():
         if not name.endswith(NOT_WEIGHTS):
             files[name] = file
+    check_depth(config, files, path)
     return dequantized(ModelFolder(path, config, files, ref))
 
 

@@ -34,6 +34,28 @@ def check_converted(folder: ModelFolder) -> None:
                 raise _misfit(folder, group, name, wanted[name])
 
 
+def check_shapes(folder: ModelFolder) -> None:
+    """Raise ModelError where config.json asks for tensors of another shape than the files have.
+
+    Nothing is known of a type without a model in transformers.
+    """
+    check_converted(folder)
+    model = empty_model(folder.config)
+    if model is None:
+        return
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    groups, _ = groups_of(model, folder.keys)
+    for group in groups:
+        stored = {name: folder.shape(name) for name in group.sources}
+        for name, shape in shapes_after(model, group, stored).items():
+            if shape != wanted.get(name, shape):
+                raise ModelError(
+                    f"{name} has the shape {shape}, where config.json asks for {wanted[name]}",
+                    where=folder.path,
+                    remedy="Correct config.json, or copy the model again.",
+                )
+
+
 def _misfit(folder: ModelFolder, group: Group, target: str, wanted: tuple[int, ...]) -> ModelError:
     lacking = _lacking(group, wanted)
     if lacking is not None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from evomerge.errors import ModelError
 from evomerge.merging.architecture.architecture import misfits_of
 from evomerge.merging.checkpoints.model_folder import ModelFolder, num_layers
+from evomerge.merging.checkpoints.model_kind import refuse_other_kinds
 from evomerge.merging.checkpoints.stored_forms import check_converted
 
 
@@ -44,6 +45,7 @@ def check_layers(folder: ModelFolder, by_layer: Mapping[int, set[tuple[str, str]
     if lacking is None:
         lacking = _odd_ones(folder, by_layer, count)
     if lacking:
+        refuse_other_kinds(folder.config, folder.path)
         raise ModelError(
             f"the file lacks {lacking[0]}",
             where=folder.path,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import ModelError
-from evomerge.merging.checkpoints.config_fault import blame_config
+from evomerge.merging.checkpoints.model_kind import blame_config
 
 FILES = (
     "tokenizer.json",

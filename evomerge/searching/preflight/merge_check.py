@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
 
-from evomerge.errors import ModelError
-from evomerge.merging.architecture.conversion import shapes_after
 from evomerge.merging.architecture.empty_model import empty_model
+from evomerge.merging.checkpoints.stored_forms import check_shapes
 from evomerge.merging.live import LiveModel
 from evomerge.merging.open_recipe import open_recipe
 from evomerge.merging.stream import MergePlan
@@ -30,7 +28,7 @@ def check_first_merge(prepared: Prepared) -> bool:
     live = LiveModel(
         copy.deepcopy(model), base, prepared.siblings or [base], study.search.seed, "disk"
     )
-    _check_shapes(live)
+    check_shapes(base)
     _, vector = prepared.genome.references(study.search.uniform)[0]
     live.check_in_place(live.plan(prepared.genome.decode(vector)))
     return True
@@ -54,18 +52,3 @@ def try_own_method(prepared: Prepared) -> str | None:
     for name in smallest.values():
         plan.merge(name)
     return ", ".join(smallest.values())
-
-
-def _check_shapes(live: LiveModel) -> None:
-    """Raise ModelError where config.json asks for tensors of another shape than the files have."""
-    space: Any = live.space
-    for group in space.groups:
-        stored = {name: live.base.shape(name) for name in group.sources}
-        for name, shape in shapes_after(space.model, group, stored).items():
-            wanted = tuple(live.live[name].shape) if name in live.live else shape
-            if shape != wanted:
-                raise ModelError(
-                    f"{name} has the shape {shape}, where config.json asks for {wanted}",
-                    where=live.base.path,
-                    remedy="Correct config.json, or copy the model again.",
-                )

@@ -11,8 +11,8 @@ from typing import Any
 from evomerge.errors import EvomergeError, InputError, ModelError, StudyError
 from evomerge.genome.genome import Genome, make_genome
 from evomerge.merging.checkpoints.compatibility import check_fit
-from evomerge.merging.checkpoints.config_fault import blame_config
 from evomerge.merging.checkpoints.model_folder import ModelFolder, num_layers
+from evomerge.merging.checkpoints.model_kind import blame_config
 from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.searching.answer_room import with_room_for_prompts
 from evomerge.searching.generation.learning import telling_tasks
