@@ -14,6 +14,7 @@ from evomerge.merging.checkpoints.model_folder import ModelFolder
 from evomerge.merging.methods.dare_draws import Draws
 from evomerge.merging.open_recipe import make_layout
 from evomerge.merging.tensor_merge import (
+    MASK_NUMBER,
     ChunkedMerge,
     check_overflow,
     load_finite,
@@ -71,13 +72,35 @@ class MergePlan:
         return draws or self.layout.filtered or self.recipe.dtype is None
 
     def _tensor(self, name: str) -> TensorPlan:
-        """A tensor's plan; one of whole numbers stays what its lender has."""
-        if self._is_float(name):
-            return self.layout.plan(name)
-        return kept(*self.layout.inputs(name)[0])
+        """A tensor's plan.
+
+        It stays what its lender has where it is of whole numbers, where another model lacks it,
+        which only one that is not loaded may, and where it is a mask's infinity.
+        """
+        inputs = self.layout.inputs(name)
+        if not self._is_float(name) or not all(map(self._has, inputs)):
+            return kept(*self._lender(name))
+        if name.endswith(MASK_NUMBER) and any(map(self._is_infinite, inputs)):
+            return kept(*self._lender(name))
+        return self.layout.plan(name)
+
+    def _lender(self, name: str) -> tuple[str, str]:
+        """The tensor whose shape and dtype the merged one has."""
+        first = self.layout.inputs(name)[0]
+        if self.layout.stays(name) or not self._has(first):
+            return self.recipe.donor, name
+        return first
+
+    def _has(self, tensor: tuple[str, str]) -> bool:
+        model = self.models[tensor[0]]
+        return model.stored(tensor[1]) in model.files
+
+    def _is_infinite(self, tensor: tuple[str, str]) -> bool:
+        found = self.models[tensor[0]].get_tensor(tensor[1])
+        return bool(found.to(dtype_named(self.recipe.dtype) or found.dtype).isinf().any())
 
     def _is_float(self, name: str) -> bool:
-        ref, source = self.layout.inputs(name)[0]
+        ref, source = self._lender(name)
         return self.models[ref].dtype(source).is_floating_point
 
     def _stays(self) -> dict[str, bool]:
