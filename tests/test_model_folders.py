@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import socket
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +25,9 @@ from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.open_recipe import open_recipe
 from evomerge.merging.stream import merged_tensors
 from evomerge.recipe import Recipe
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import architectures
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -96,6 +101,21 @@ def unlisted(family):
 def test_an_index_that_is_wrong_is_read_as_transformers_reads_it(family, make):
     make(family)
     assert not differing(opened(family / "two"), loaded(family / "two"))
+
+
+def test_an_index_that_lists_a_tied_head_of_another_name(tmp_path):
+    """As models that read images store it; of one that is not tied it is missed."""
+    architectures.make("gemma3", tmp_path)
+    weight_map = shard(tmp_path / "one")
+    head = "language_model.lm_head.weight"
+    write_index(tmp_path / "one", weight_map | {head: min(weight_map.values())})
+    model = open_model(str(tmp_path / "one"))
+    assert model.keys == weight_map.keys()
+    assert model.head == head
+    config = json.loads((tmp_path / "one/config.json").read_text())
+    (tmp_path / "one/config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    with pytest.raises(ModelError, match=f"the index lists {head}, which no shard holds"):
+        open_model(str(tmp_path / "one"))
 
 
 @pytest.mark.parametrize("key", [True, None])

@@ -33,7 +33,7 @@ MADE = {
     "evomerge.answering.thoughts:bare_thoughts": [re.compile(r"</think>\s*<think>")],
     # of transformers' classes, for names of tensors
     "evomerge.merging.architecture.architecture:_lacking": [re.compile(r"lm_head\.weight")],
-    "evomerge.merging.architecture.architecture:_by_modules": [re.compile(r"^mtp.*")],
+    "evomerge.merging.architecture.spare:spare_of": [re.compile(r"^mtp.*")],
 }
 # a user's own expressions: tests/test_lora.py bounds what they may cost
 USERS = "evomerge.merging.adapters."

@@ -81,7 +81,8 @@ class LiveModel:
                 remedy="Save the models with transformers, or use engine.kind: transformers.",
             )
         for name in self.space.left_out:
-            if self.base.architecture.role(name) != Role.OUTSIDE:
+            is_outside = self.base.architecture.role(name) == Role.OUTSIDE
+            if not is_outside and name not in self.base.spare:
                 raise ModelError(
                     f"the live model has no parameter {name}",
                     where=self.base.path,

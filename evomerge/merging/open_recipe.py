@@ -10,6 +10,7 @@ from evomerge.merging.checkpoints.compatibility import (
     check_meaning,
     check_tensors,
     check_whole,
+    tell_what_is_spare,
 )
 from evomerge.merging.checkpoints.model_folder import ModelFolder, num_layers
 from evomerge.merging.checkpoints.open_model import open_model
@@ -35,10 +36,13 @@ def open_recipe(recipe: Recipe) -> dict[str, ModelFolder]:
         inputs = [(models[ref], source) for ref, source in layout.inputs(name)]
         for model, source in inputs:
             merged[model.ref].add(model.stored(source))
-        if not layout.stays(name):
+        lacked = any(model.stored(source) not in model.files for model, source in inputs)
+        is_spare = lacked and any(source in model.spare for model, source in inputs)
+        if not layout.stays(name) and not is_spare:
             check_tensors(inputs[0], inputs[1:], same_vocabulary)
     for ref, names in merged.items():
         check_whole(models[ref], names, layout.architecture)
+    tell_what_is_spare(first, others)
     return models
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property, reduce
 from typing import Any
 
@@ -14,6 +12,7 @@ from evomerge.errors import RecipeError
 from evomerge.merging.checkpoints.config_defaults import config_value
 from evomerge.merging.checkpoints.model_folder import ModelFolder
 from evomerge.merging.methods.dare_draws import Draws
+from evomerge.merging.odd_tensors import is_infinite_mask, with_whole_rows
 from evomerge.merging.open_recipe import make_layout
 from evomerge.merging.tensor_merge import (
     ChunkedMerge,
@@ -23,10 +22,8 @@ from evomerge.merging.tensor_merge import (
 )
 from evomerge.merging.tensor_plan import PlannedTensors, TensorPlan, kept
 from evomerge.merging.unknown_tensors import tell_what_is_unknown
-from evomerge.once import warn_once
 from evomerge.recipe import Recipe
 
-log = logging.getLogger(__name__)
 # elements that go through an element-wise method at once: 1 MB in bf16 stays in a core's cache
 CHUNK = 1 << 19
 FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -60,7 +57,6 @@ class MergePlan:
             self.names = self.layout.names(models)
         if after is not None and same_models and after.recipe.tokenizer == recipe.tokenizer:
             self.vocabulary = after.vocabulary
-        self._told = False
         self.tensors = PlannedTensors(self.names, self._tensor)
         if after is None:
             tell_what_is_unknown(self.donor.ref, self.layout.architecture.rule, self._stays())
@@ -76,31 +72,35 @@ class MergePlan:
         return draws or self.layout.filtered or self.recipe.dtype is None
 
     def _tensor(self, name: str) -> TensorPlan:
-        """A tensor's plan; one of whole numbers stays what its lender has.
+        """A tensor's plan.
 
-        Rows of one number have no ranks that could decide what is dropped, so nothing is.
+        It stays what its lender has where it is of whole numbers, where another model lacks it,
+        which only one that is not loaded may, and where it is a mask's infinity.
         """
-        if not self._is_float(name):
-            return kept(*self.layout.inputs(name)[0])
+        inputs = self.layout.inputs(name)
+        if not self._is_float(name) or not all(map(self._has, inputs)):
+            return kept(*self._lender(name))
+        dtype = dtype_named(self.recipe.dtype)
+        if any(is_infinite_mask(self.models[ref], source, dtype) for ref, source in inputs):
+            return kept(*self._lender(name))
         plan = self.layout.plan(name)
-        if plan.draws and self.layout.method.ranks and self._has_rows_of_one(plan):
-            if not self._told:
-                self._told = True
-                warn_once(
-                    log,
-                    f"{self.recipe.merge_method} drops nothing of tensors like {name}, whose rows "
-                    "have one number each; mergekit needs `density: 1` for them",
-                )
-            plan = replace(plan, densities=tuple(1.0 for _ in plan.densities), draws=0)
+        if self.layout.method.ranks:
+            return with_whole_rows(plan, name, self.models)
         return plan
 
-    def _has_rows_of_one(self, plan: TensorPlan) -> bool:
-        ref, source = plan.inputs[0]
-        shape = self.models[ref].shape(source)
-        return (shape[1] if len(shape) > 1 else shape[0] if shape else 1) == 1
+    def _lender(self, name: str) -> tuple[str, str]:
+        """The tensor whose shape and dtype the merged one has."""
+        first = self.layout.inputs(name)[0]
+        if self.layout.stays(name) or not self._has(first):
+            return self.recipe.donor, name
+        return first
+
+    def _has(self, tensor: tuple[str, str]) -> bool:
+        model = self.models[tensor[0]]
+        return model.stored(tensor[1]) in model.files
 
     def _is_float(self, name: str) -> bool:
-        ref, source = self.layout.inputs(name)[0]
+        ref, source = self._lender(name)
         return self.models[ref].dtype(source).is_floating_point
 
     def _stays(self) -> dict[str, bool]:

@@ -81,12 +81,12 @@ class LiveModules:
     def file_name(self, name: str) -> str | None:
         """The file's tensor behind one of the live model; None where it is made of others.
 
-        A head that is the embeddings has the name that it would have in the file.
+        A head that the file lacks has the live name, as transformers would save it.
         """
         if self.model is None:
             return name
         if name == self.head and name not in self._groups:
-            return self.base.head
+            return name
         group = self._groups.get(self._tied.get(name, name))
         return group.sources[0] if group is not None and group.converter is None else None
 

@@ -73,7 +73,7 @@ class _LoraPlan:
         """What base and adapter make together, under that reference."""
         files = dict(self.base.files)
         config = dict(self.base.config)
-        head = self.base.head
+        head = self.base.head if self.base.head in files else self.live.head
         if self.tied:
             files.pop(head, None)
         elif config_value(config, "tie_word_embeddings") or head not in files:

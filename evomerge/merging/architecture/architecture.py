@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from evomerge.errors import UnsupportedRecipe
-from evomerge.merging.architecture.conversion import Group, groups_of
+from evomerge.merging.architecture.conversion import Group, groups_of, saved_name
 from evomerge.merging.architecture.described import LAST_SLICE, MODULES, modules_of
 from evomerge.merging.architecture.empty_model import empty_model, knows_type, text_classes
-from evomerge.merging.architecture.roles import Role, is_one_module, text_path
+from evomerge.merging.architecture.roles import Role, TextPath, is_one_module, text_path
+from evomerge.merging.architecture.spare import spare_of
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PLAIN_LAYERS = "model.layers."
@@ -31,15 +32,22 @@ class Architecture:
     roles: Mapping[str, Role] = field(repr=False)  # of everything outside the layers
     embeddings: str = EMBED
     head: str = HEAD
+    other_heads: frozenset[str] = frozenset()  # what it is named in other files of the type
     text: frozenset[str] = field(default=frozenset(), repr=False)  # tensors of the text path
     # what transformers' model has and the files lack; None where only the names speak
     lacking: tuple[str, ...] | None = None
     # what becomes tensors of transformers' model together, such as a layer's experts
     converted: tuple[Group, ...] = field(default=(), repr=False)
     unplaced: tuple[str, ...] = field(default=(), repr=False)  # tensors that nothing says a role of
+    spare: frozenset[str] | None = field(default=None, repr=False)  # None: see `spare_tensors`
     # as mergekit names them, none where it cannot merge them; None for a model of one module
     modules: tuple[str, ...] | None = None
     rule: str = ""  # a sentence: which one decides, where transformers has no such model
+
+    @property
+    def heads(self) -> frozenset[str]:
+        """The names that files may give the head."""
+        return self.other_heads | {self.head}
 
     def split(self, name: str) -> tuple[str, int, str] | None:
         """A layer's tensor as (before, number, after); None for one outside the layers."""
@@ -193,26 +201,35 @@ def _by_modules(
         head = name if target == path.head else head
     if not prefixes:
         return None
-    head = head or path.head
+    heads = _head_names(model, path, embeddings)
+    head = head or heads[0]
     if one_module:
         roles.update(_first_or_last([head], described))
     else:
         roles[head] = Role.LAST
-    lacking = _lacking(model, groups)
     text = frozenset(name for name, role in roles.items() if role != Role.OUTSIDE)
-    expected = model._keys_to_ignore_on_load_unexpected or ()
-    unplaced = [name for name in left_out if not any(re.search(known, name) for known in expected)]
+    spare = spare_of(model, path, left_out)
     return Architecture(
         _longest_first(prefixes),
         roles,
         embeddings or EMBED,
         head,
+        frozenset(heads) - {head},
         text | frozenset(inside),
-        lacking,
+        _lacking(model, groups),
         tuple(group for group in groups if group.converter is not None),
-        tuple(unplaced),
+        tuple(name for name in left_out if name not in spare),
+        spare,
         None if one_module else modules_of(class_name(config), names),
     )
+
+
+def _head_names(model: Any, path: TextPath, embeddings: str) -> tuple[str, ...]:
+    """The names that a head has in files: the first one as the embeddings are named in these."""
+    saved = saved_name(model, path.head)
+    if embeddings == path.embeddings != saved_name(model, path.embeddings):
+        return path.head, saved
+    return saved, path.head
 
 
 def _lacking(model: Any, groups: Sequence[Group]) -> tuple[str, ...]:

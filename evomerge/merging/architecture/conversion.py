@@ -112,6 +112,18 @@ def renamed(model: Any, names: Iterable[str]) -> dict[str, str]:
     return {name: rename_source_key(name, renamings, [])[0] for name in names}
 
 
+def saved_name(model: Any, name: str) -> str:
+    """The name under which transformers saves a tensor of the model, by default."""
+    import torch
+    from transformers.core_model_loading import revert_weight_conversion
+
+    tensor = torch.empty(1, 1, device="meta")
+    try:
+        return str(next(iter(revert_weight_conversion(model, {name: tensor}))))
+    except Exception:  # RuntimeError and others, where it is not only renamed
+        return name
+
+
 def _conversions(model: Any) -> list[Any]:
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence, Set
+import logging
+from collections.abc import Collection, Iterable, Sequence, Set
 
 from evomerge.errors import ModelError
 from evomerge.merging.architecture.architecture import Architecture
 from evomerge.merging.architecture.roles import Role
 from evomerge.merging.architecture.text_config import text_config
-from evomerge.merging.checkpoints.config_defaults import config_value
+from evomerge.merging.checkpoints.config_defaults import SPELLINGS, text_value
 from evomerge.merging.checkpoints.model_folder import ModelFolder, tied_by_config
 from evomerge.merging.checkpoints.model_kind import refuse_other_kinds
 from evomerge.merging.checkpoints.quantized_weights import refuse_quantized
-from evomerge.merging.checkpoints.stored_forms import SAVE_ALIKE, other_form
+from evomerge.merging.checkpoints.stored_forms import SAVE_ALIKE, other_form, unlike
+from evomerge.once import warn_once
+
+log = logging.getLogger(__name__)
 
 # Keys of config.json that must be equal for tensors of one name to have one meaning, which their
 # shapes alone do not show.
@@ -38,7 +42,7 @@ def check_fit(
     """Raise ModelError naming the first key or tensor in which a sibling differs from the base.
 
     Without `same_vocabulary` the number of rows of embeddings and head may differ. Quantised models
-    fit none.
+    fit none. What transformers does not load may be in some models alone, which is told.
     """
     for model in (base, *siblings):
         refuse_quantized(model)
@@ -49,6 +53,26 @@ def check_fit(
         _check_names(base, sibling)
         for name in sorted(base.keys & sibling.keys):
             _check_shapes(base, name, sibling, name, same_vocabulary)
+    tell_what_is_spare(base, siblings)
+
+
+def tell_what_is_spare(base: ModelFolder, siblings: Sequence[ModelFolder]) -> None:
+    """Log what becomes of tensors that some models lack and transformers does not load."""
+    lacked = set[str]()
+    for sibling in siblings:
+        if base.keys != sibling.keys:
+            lacked |= base.spare - sibling.keys
+            _tell(sibling, sibling.spare - base.keys, "not in the base: the output has none")
+    _tell(base, lacked, "not in every model: the output has this model's")
+
+
+def _tell(model: ModelFolder, names: Collection[str], outcome: str) -> None:
+    if not names:
+        return
+    which = f"{min(names)}, which transformers does not load, is"
+    if len(names) > 1:
+        which = f"{len(names)} tensors that transformers does not load, such as {min(names)}, are"
+    warn_once(log, f"{model.ref}: {which} {outcome}")
 
 
 def check_tensors(
@@ -84,7 +108,7 @@ def check_whole(model: ModelFolder, merged: Set[str], architecture: Architecture
 
     places = {place(name) for name in merged} - {Role.OUTSIDE}
     for name in sorted(model.keys - merged - {model.head}):
-        if place(name) in places:
+        if place(name) in places and name not in model.spare:
             raise ModelError(
                 f"does not fit the base: the base lacks {name}",
                 where=model.path,
@@ -100,19 +124,27 @@ def check_meaning(base: ModelFolder, others: Iterable[ModelFolder]) -> None:
 
 
 def _check_config(base: ModelFolder, sibling: ModelFolder, keys: Iterable[str]) -> None:
-    type_of = ("model_type", base.config, sibling.config)
-    text = (text_config(base.config), text_config(sibling.config))
-    compared = [type_of, *((key, *text) for key in (*keys, *EXPERT_KEYS))]
-    for key, our_config, their_config in compared:
-        if our_config.get(key) == their_config.get(key):
+    ours, theirs = (model.config.get("model_type") for model in (base, sibling))
+    if ours != theirs:
+        raise _misfit(sibling, "model_type", theirs, ours)
+    configs = (base.config, sibling.config)
+    for key in (*keys, *EXPERT_KEYS):
+        names = (key, *SPELLINGS.get(key, ()))
+        stated = [[text_config(config).get(name) for name in names] for config in configs]
+        if stated[0] == stated[1]:
             continue
-        ours, theirs = config_value(our_config, key), config_value(their_config, key)
+        ours, theirs = (text_value(config, key) for config in configs)
         if ours != theirs:
-            raise ModelError(
-                f"does not fit the base: `{key}` is {theirs}, the base has {ours}",
-                where=sibling.path,
-                remedy=NAME_A_SOURCE if key == "vocab_size" else ONLY_SIBLINGS,
-            )
+            named = [name for name in names if text_config(sibling.config).get(name) == theirs]
+            raise _misfit(sibling, named[0] if named else key, theirs, ours)
+
+
+def _misfit(sibling: ModelFolder, key: str, theirs: object, ours: object) -> ModelError:
+    return ModelError(
+        f"does not fit the base: `{key}` is {theirs}, the base has {ours}",
+        where=sibling.path,
+        remedy=NAME_A_SOURCE if key == "vocab_size" else ONLY_SIBLINGS,
+    )
 
 
 def _check_head(model: ModelFolder) -> None:
@@ -128,7 +160,10 @@ def _check_head(model: ModelFolder) -> None:
 
 
 def _check_names(base: ModelFolder, sibling: ModelFolder) -> None:
-    for name in sorted((base.keys ^ sibling.keys) - {base.head, sibling.head}):
+    heads = {base.head, sibling.head}
+    for name in sorted((base.keys ^ sibling.keys) - heads):
+        if name in (base if name in base.keys else sibling).spare:
+            continue
         lacking = "the base lacks"
         if name in base.keys:
             lacking = "the sibling lacks"
@@ -148,11 +183,9 @@ def _check_form(model: ModelFolder, lacked: str, sibling: ModelFolder | None = N
     forms = other_form(model, lacked)
     if forms is None:
         return
-    ours, theirs = forms
-    if sibling is not None:
-        theirs, ours = forms
+    theirs, ours = forms if sibling is None else forms[::-1]
     raise ModelError(
-        f"does not fit the base: it stores as {ours} what the base stores as {theirs}",
+        f"does not fit the base: {unlike(theirs, ours)}",
         where=(sibling or model).path,
         remedy=SAVE_ALIKE,
     )

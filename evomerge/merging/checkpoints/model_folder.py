@@ -15,6 +15,7 @@ from evomerge.errors import ModelError, UnsupportedRecipe
 from evomerge.merging.architecture.architecture import Architecture, architecture_of
 from evomerge.merging.architecture.empty_model import empty_model
 from evomerge.merging.architecture.roles import count_layers
+from evomerge.merging.architecture.spare import spare_tensors
 from evomerge.merging.architecture.text_config import layers_key, text_config
 from evomerge.merging.checkpoints.model_kind import check_usable
 from evomerge.merging.checkpoints.safetensors_reader import SafetensorsReader
@@ -54,6 +55,12 @@ class ModelFolder:
         found = architecture_of(self.config, self.keys)
         check_usable(self.config, self.path, has_model=not found.rule)
         return found
+
+    @cached_property
+    def spare(self) -> frozenset[str]:
+        """The tensors that transformers does not load, of kinds that a merge may do without."""
+        found = self.architecture.spare
+        return spare_tensors(self.config, self.keys) if found is None else found
 
     @property
     def head(self) -> str:
@@ -100,10 +107,15 @@ class ModelFolder:
         return reader.shape(name), reader.dtype(name)
 
     def stored(self, name: str) -> str:
-        """The name of a tensor on disk: a tied head is stored as the embeddings."""
+        """The name of a tensor on disk: a tied head is stored as the embeddings.
+
+        A head may have another name here than in other models of the type.
+        """
         if name in self.files:
             return name
-        return self.embeddings if name == self.head else name
+        if name in self.architecture.heads:
+            return self.head if self.head in self.files else self.embeddings
+        return name
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Raises ModelError when a file lacks one of its tensors."""

@@ -8,11 +8,11 @@ from typing import Any
 
 from evomerge.errors import ModelError
 from evomerge.merging.adapters.lora_plan import open_lora
-from evomerge.merging.architecture.architecture import HEAD
+from evomerge.merging.architecture.architecture import architecture_of
 from evomerge.merging.checkpoints.dequantized import dequantized
 from evomerge.merging.checkpoints.folder_files import check_files, read_json
 from evomerge.merging.checkpoints.hub import find_folder, local_path
-from evomerge.merging.checkpoints.model_folder import ModelFolder
+from evomerge.merging.checkpoints.model_folder import ModelFolder, tied_by_config
 from evomerge.merging.checkpoints.model_kind import check_depth
 from evomerge.merging.checkpoints.quantized_weights import refuse_quantized
 from evomerge.merging.checkpoints.safetensors_reader import SafetensorsReader
@@ -130,14 +130,14 @@ def _indexed_files(index: Path, config: Mapping[str, Any]) -> dict[str, Path]:
     for name in sorted(set(weight_map.values())):
         shard = _shard(index, name)
         files.update(dict.fromkeys(SafetensorsReader(shard).keys, shard))
-    for name in sorted(weight_map.keys() - files.keys()):
+    missing = {name for name in weight_map if not name.endswith(NOT_WEIGHTS)} - files.keys()
+    if missing and tied_by_config(config) is not False:
         # a tied head is the embeddings; old files listed it nevertheless
-        if name == HEAD and config.get("tie_word_embeddings") is not False:
-            continue
-        if not name.endswith(NOT_WEIGHTS):
-            raise ModelError(
-                f"the index lists {name}, which no shard holds", where=index, remedy=COPY_MODEL
-            )
+        missing -= architecture_of(config, files.keys()).heads
+    for name in sorted(missing):
+        raise ModelError(
+            f"the index lists {name}, which no shard holds", where=index, remedy=COPY_MODEL
+        )
     return files
 
 

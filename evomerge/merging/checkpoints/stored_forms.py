@@ -98,10 +98,10 @@ def _lacking(group: Group, wanted: tuple[int, ...]) -> str | None:
     return None
 
 
-def other_form(folder: ModelFolder, lacked: str) -> tuple[str, str] | None:
+def other_form(folder: ModelFolder, lacked: str) -> tuple[Group, Group] | None:
     """How a model without the tensor `lacked` stores its numbers, and how one that has it does.
 
-    None where it does not store them. The texts are "one tensor (X)" and "several (such as Y)".
+    None where it does not store them.
     """
     model = empty_model(folder.config)
     if model is None:
@@ -113,8 +113,15 @@ def other_form(folder: ModelFolder, lacked: str) -> tuple[str, str] | None:
     for group in groups:
         same = set(wanted[0].targets) & set(group.targets)
         if same and set(wanted[0].patterns).isdisjoint(group.patterns):
-            return _form(group), _form(wanted[0])
+            return group, wanted[0]
     return None
+
+
+def unlike(theirs: Group, ours: Group) -> str:
+    """In what the two forms differ: "it stores as … what the base stores as …"."""
+    if theirs.converter is None and ours.converter is None:
+        return f"it names {theirs.sources[0]} what the base names {ours.sources[0]}"
+    return f"it stores as {_form(theirs)} what the base stores as {_form(ours)}"
 
 
 def _form(group: Group) -> str:

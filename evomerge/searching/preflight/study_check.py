@@ -74,7 +74,8 @@ def check_study(
         with findings.refusals("fit"):
             same = study.genome.tokenizer_source is None
             check_fit(opened[0], opened[1:], same_vocabulary=same)
-            findings.add("ok", "shapes", f"{len(opened[0].keys)} tensors, the same in every model")
+            shared = frozenset.intersection(*(model.keys for model in opened))
+            findings.add("ok", "shapes", f"{len(shared)} tensors, the same in every model")
         with findings.refusals("tokenizer"):
             check_prompts(findings, study, opened[0], split)
         config = dict(opened[0].config)
