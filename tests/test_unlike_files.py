@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from evomerge.cli import main
 from evomerge.errors import ModelError
 from evomerge.merging.build import build_model
+from evomerge.merging.checkpoints import config_fault
+from evomerge.merging.checkpoints.model_kind import check_usable
 from evomerge.merging.checkpoints.open_model import open_model
 from evomerge.merging.live import LiveModel
 from evomerge.recipe import Recipe
@@ -270,3 +272,35 @@ def test_heads_of_two_names_are_merged(tmp_path):
     out = merged(tmp_path, whole(tmp_path))
     base, one = (load_all(tmp_path / name)[embed] for name in ("base", "one"))
     assert torch.equal(out[head], halfway(base * 2, one * 3))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe", "gpt2"])
+def test_a_layer_that_config_json_forgets_is_no_head(tmp_path, name):
+    """A head for further tokens among the layers has the modules that join two tokens."""
+    architectures.make(name, tmp_path)
+    edit_tensors(
+        tmp_path / "one",
+        lambda tensors: (
+            tensors | {n.replace(".3.", ".4."): t.clone() for n, t in tensors.items() if ".3." in n}
+        ),
+    )
+    with pytest.raises(ModelError, match="the base lacks"):
+        build_model(whole(tmp_path), tmp_path / "out")
+
+
+def test_a_package_that_transformers_lacks_is_no_fault_of_a_configuration(monkeypatch):
+    def lacking(config):
+        raise ImportError("SomeModel requires a library. You can install it.")
+
+    monkeypatch.setattr(config_fault, "made_without_weights", lacking)
+    config = {"model_type": "gemma3n", "text_config": {"num_hidden_layers": 2}}
+    check_usable(config, "folder", has_model=False)
+    with pytest.raises(ModelError, match=r"requires a library\. Install it"):
+        config_fault.check_config(config, "folder")
+
+
+def test_a_kernel_that_is_not_here_hides_no_layers(tmp_path):
+    architectures.make("gemma3", tmp_path)
+    for name in ("base", "one"):
+        edit_config(tmp_path / name, lambda c: c | {"_attn_implementation": "flash_attention_2"})
+    architectures.check_build(tmp_path)

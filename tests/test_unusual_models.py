@@ -327,6 +327,7 @@ def mixture(tmp_path_factory):
         ("rope_parameters", "x"),
         ("dtype", "nosuch"),
         ("tie_word_embeddings", "yes"),
+        ("tie_word_embeddings", None),
         ("text_config", [1]),
         ("model_type", 3),
         ("num_hidden_layers", 10**9),

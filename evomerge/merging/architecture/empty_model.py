@@ -11,6 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+ATTENTION_KEYS = ("attn_implementation", "_attn_implementation")
+
 
 def knows_type(config: Mapping[str, Any]) -> bool:
     """Whether transformers has the `model_type` that config.json names.
@@ -66,7 +68,8 @@ def parsed_config(config: Mapping[str, Any]) -> Any:
 def _parsed(text: str) -> Any:
     from transformers import CONFIG_MAPPING
 
-    config = json.loads(text, object_hook=stored_number)
+    # a kernel of the hub would be loaded
+    config = without_attention(json.loads(text, object_hook=stored_number))
     config.pop("quantization_config", None)
     try:
         made: Any = CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(config))
@@ -86,6 +89,18 @@ def without_warnings() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(level)
+
+
+def without_attention(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with the default attention, in its parts as well."""
+    plain: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in ATTENTION_KEYS:
+            continue
+        if isinstance(value, dict):
+            value = without_attention(value)
+        plain[key] = value
+    return plain
 
 
 def stored_number(item: dict[str, Any]) -> Any:

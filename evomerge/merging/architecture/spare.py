@@ -17,6 +17,8 @@ BUFFERS = (
 )
 # how the part of a name begins that holds a head which predicts further tokens
 MORE_TOKENS = "mtp"
+# modules of such a head that is stored as a further layer
+JOINING = {"eh_proj", "enorm", "hnorm"}
 
 
 def spare_tensors(config: Mapping[str, Any], names: Collection[str]) -> frozenset[str]:
@@ -37,16 +39,30 @@ def spare_of(model: Any, path: TextPath | None, left_out: Mapping[str, str]) -> 
     They are what its class says that files have, buffers, and heads that predict further tokens.
     """
     expected = [re.compile(known) for known in model._keys_to_ignore_on_load_unexpected or ()]
-    layers = 0 if path is None else len(model.get_submodule(path.layers.removesuffix(".")))
+    heads = _heads_among_layers(model, path, left_out)
     spare = set()
     for name, target in left_out.items():
-        layer = None if path is None else path.layer(target)
         if (
             name.endswith(BUFFERS)
             or any(part.startswith(MORE_TOKENS) for part in name.split("."))
-            # such a head of DeepSeek's is stored as a further layer
-            or (layer is not None and layer >= layers)
+            or (path is not None and path.layer(target) in heads)
             or any(known.search(name) or known.search(target) for known in expected)
         ):
             spare.add(name)
     return frozenset(spare)
+
+
+def _heads_among_layers(model: Any, path: TextPath | None, left_out: Mapping[str, str]) -> set[int]:
+    """The numbers of layers that are heads for further tokens, as DeepSeek and its kin store them.
+
+    The projection and norms that join two tokens tell them from layers that config.json forgets.
+    """
+    if path is None:
+        return set()
+    layers = len(model.get_submodule(path.layers.removesuffix(".")))
+    found = set()
+    for target in left_out.values():
+        layer = path.layer(target)
+        if layer is not None and layer >= layers and JOINING & set(target.split(".")):
+            found.add(layer)
+    return found

@@ -9,8 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from evomerge.errors import ModelError
-from evomerge.merging.architecture.empty_model import model_class, stored_number
-from evomerge.merging.checkpoints.hub_kernels import without_attention
+from evomerge.merging.architecture.empty_model import model_class, stored_number, without_attention
 
 LONGEST = 200  # characters of transformers' own words
 _FIELD = re.compile(r"Validation error for field '(\w+)'")
@@ -54,6 +53,13 @@ def config_error(config: Mapping[str, Any], error: Exception, where: object = No
             where=where,
             found=named,
             remedy="Correct it, or install a version of transformers that has it.",
+        )
+    if isinstance(error, ImportError):
+        needed = " ".join(str(error).split()).split(". ")[0][:LONGEST]
+        return ModelError(
+            f"transformers lacks a package for the model: {needed}",
+            where=where,
+            remedy="Install it.",
         )
     reason = _BEFORE.sub("", " ".join(str(error).split())).split(". Errors: ")[0][:LONGEST]
     if isinstance(error, KeyError) and " " not in reason:

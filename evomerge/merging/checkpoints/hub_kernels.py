@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import ModelError
+from evomerge.merging.architecture.empty_model import ATTENTION_KEYS
 
-KEYS = ("attn_implementation", "_attn_implementation")
 # a package that has "flash_attention_2" and the like; without one, transformers takes a kernel
 FLASH = ("flash_attn", "flash_attn_interface", "flash_attn_3")
 
@@ -26,25 +26,13 @@ def refuse_hub_kernels(config: Mapping[str, Any], where: Path) -> None:
             )
 
 
-def without_attention(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration with the default attention, in its parts as well."""
-    plain: dict[str, Any] = {}
-    for key, value in config.items():
-        if key in KEYS:
-            continue
-        if isinstance(value, dict):
-            value = without_attention(value)
-        plain[key] = value
-    return plain
-
-
 def _attentions(config: Mapping[str, Any]) -> Iterator[str]:
     """Every name that those keys hold, of the whole model or of its parts."""
     waiting: list[tuple[object, bool]] = [(config, False)]
     while waiting:
         value, named = waiting.pop()
         if isinstance(value, Mapping):
-            waiting += [(item, named or key in KEYS) for key, item in value.items()]
+            waiting += [(item, named or key in ATTENTION_KEYS) for key, item in value.items()]
         elif named and isinstance(value, str):
             yield value
 

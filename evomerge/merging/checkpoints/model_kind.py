@@ -65,8 +65,12 @@ def check_usable(config: Mapping[str, Any], where: object, *, has_model: bool) -
     if has_model and not any(_odd_values(config)):
         return
     if not config.get("auto_map") and _is_known(config) and text_classes(config):
-        with without_warnings():
-            check_config(config, where)
+        try:
+            with without_warnings():
+                check_config(config, where)
+        except ModelError as error:
+            if not isinstance(error.__cause__, ImportError):  # a package that a merge needs not
+                raise
 
 
 def check_depth(config: Mapping[str, Any], names: Collection[str], where: object) -> None:
@@ -111,7 +115,7 @@ def _odd_values(config: Mapping[str, Any]) -> Iterator[str]:
             named = part.get(key)  # or a mapping, by parts of the model
             if isinstance(named, str) and not isinstance(getattr(torch, named, None), torch.dtype):
                 yield key
-        if not isinstance(part.get("tie_word_embeddings"), bool | None):
+        if not isinstance(part.get("tie_word_embeddings", True), bool):
             yield "tie_word_embeddings"
 
 
