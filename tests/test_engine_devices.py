@@ -8,6 +8,7 @@ as they would between GPUs.
 
 import json
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,11 +16,15 @@ from engine_contract import CONTEXT, NEW, PROMPTS, RECIPES, contract_family, rec
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from evomerge.answering.engine import EngineSpec
+from evomerge.answering.hf import loading
 from evomerge.answering.hf.engine import TransformersEngine
 from evomerge.answering.make_engine import make_engine
+from evomerge.answering.vllm import engine as vllm_engine
 from evomerge.cli import main
+from evomerge.errors import EngineError
 from evomerge.merging.build import build_model
 from evomerge.merging.checkpoints.open_model import open_model
+from evomerge.merging.live import LiveModel
 from evomerge.study import EngineSection, GenerationSection
 
 needs_bitsandbytes = pytest.mark.skipif(
@@ -174,6 +179,82 @@ def test_accelerates_hooks_around_modules_are_gone_through(family):
     assert {p.device.type for p in engine.model.model.layers[1].parameters()} == {"meta"}
     assert engine.answer(PROMPTS) == make(family, batch_size=8).answer(PROMPTS)
     assert engine.context == CONTEXT
+
+
+def test_a_model_is_loaded_straight_to_its_device(family, monkeypatch):
+    """The CPU's memory must not have to hold a model that is for a GPU."""
+    folder, asked = open_model(str(family / "base")), []
+
+    def load(folder, trusted, merged, settings):
+        asked.append(settings["device_map"])
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(loading, "_load", load)
+    with pytest.raises(EngineError, match="does not fit the device"):
+        loading.load_model(folder, EngineSection(device="cuda:1"), torch.bfloat16)
+    with pytest.raises(EngineError, match="does not fit"):
+        loading.load_model(folder, EngineSection(device="cpu"), torch.bfloat16)
+    assert asked == [{"": "cuda:1"}, None]
+
+
+@needs_accelerate
+def test_loading_straight_to_a_device_changes_nothing_else(family):
+    """No hooks around the modules, which would keep parameters from being merged in place."""
+    straight = make(family, device_map={"": "cpu"}).model
+    before = make(family).model
+    assert not [module for module in straight.modules() if hasattr(module, "_hf_hook")]
+    wanted = before.state_dict()
+    assert wanted.keys() == straight.state_dict().keys()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in straight.state_dict().items())
+
+
+def test_attention_leaves_cudnn_out(family):
+    """Its plans take as long as a step, and every step of an answer would make one."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    torch.backends.cuda.enable_flash_sdp(False)
+    make(family)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.cuda.mem_efficient_sdp_enabled()
+    assert torch.backends.cuda.math_sdp_enabled()
+
+
+def test_vllm_leaves_merging_its_threads(family, monkeypatch):
+    """vLLM takes all but one thread from torch when it loads, for its own sake."""
+    merged, most = [], torch.get_num_threads()
+
+    class OneThread:
+        """Stands in for vLLM's LLM."""
+
+        llm_engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=CONTEXT))
+
+        def __init__(self, *_):
+            torch.set_num_threads(1)
+
+        def collective_rpc(self, *_, **__):
+            merged.append(torch.get_num_threads())
+
+    apply = LiveModel.apply
+
+    def watched(live, wanted):
+        merged.append(torch.get_num_threads())
+        apply(live, wanted)
+
+    monkeypatch.setattr(
+        vllm_engine.importlib.util, "find_spec", lambda name: name == "vllm" or find_spec(name)
+    )
+    monkeypatch.setattr(vllm_engine, "load_llm", OneThread)
+    monkeypatch.setattr(LiveModel, "apply", watched)
+    base, one = open_model(str(family / "base")), open_model(str(family / "one"))
+    section = EngineSection(kind="vllm", threads=3)
+    spec = EngineSpec(base, [one], section, GenerationSection(max_new_tokens=NEW), "float32")
+    try:
+        engine = vllm_engine.VllmEngine(spec)
+        engine.apply(recipe(family, {"one": 0.5}))
+        assert merged == [3, 1], "three to merge with, then vLLM's one"
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(most)
 
 
 @needs_gpus

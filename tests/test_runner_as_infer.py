@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import openpyxl
 import pytest
+import torch
 from runner_tools import (
     PROGRAM,
     a_base,
@@ -25,6 +26,7 @@ from runner_tools import (
     task_file,
 )
 from test_chat_template_faults import RAISING, TURNS, set_template
+from test_device_memory import WORDINGS
 
 from evomerge.console import seconds
 from evomerge.reporting.runner import write_runner
@@ -183,7 +185,15 @@ def test_ctrl_c_and_other_failures_are_lines_that_keep_the_answers(
         answer.main()
 
 
-def test_memory_that_runs_out_halves_the_batch(family, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried"),
+        MemoryError(),
+        *map(RuntimeError, WORDINGS),
+    ],
+)
+def test_memory_that_runs_out_halves_the_batch(family, tmp_path, monkeypatch, error):
     write_runner(finish(family), tmp_path / "r", None)
     tasks, out = task_file(tmp_path, 12), tmp_path / "o.jsonl"
     answer = loaded(tmp_path / "r")
@@ -193,7 +203,7 @@ def test_memory_that_runs_out_halves_the_batch(family, tmp_path, monkeypatch):
     def short(self, ids, **options):
         sizes.append(len(ids))
         if len(ids) > 2:
-            raise answer.torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return generate(self, ids, **options)
 
     monkeypatch.setattr(type(model), "generate", short)

@@ -16,16 +16,11 @@ from evomerge.merging import quantized
 from evomerge.merging.architecture.conversion import Group
 from evomerge.merging.architecture.roles import Role
 from evomerge.merging.checkpoints.model_folder import ModelFolder, same_model
+from evomerge.merging.device_memory import is_out_of_memory
 from evomerge.merging.methods import fused
 from evomerge.merging.methods.registry import get_method
 from evomerge.merging.module_space import ModuleSpace, ModuleView, tensors_of, untie
-from evomerge.merging.placement import (
-    Inputs,
-    LiveParameter,
-    Residency,
-    Resident,
-    is_out_of_memory,
-)
+from evomerge.merging.placement import Inputs, LiveParameter, Residency, Resident
 from evomerge.merging.stream import MergePlan
 from evomerge.merging.tensor_merge import check_merged, merge_tensors
 from evomerge.recipe import Recipe

@@ -8,15 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-import psutil
 import torch
 from torch import Tensor
 
 from evomerge.errors import EngineError
 from evomerge.merging.architecture.roles import NUMBER
+from evomerge.merging.device_memory import free_bytes
 from evomerge.merging.tensor_merge import TensorSource, load_finite
 
 log = logging.getLogger(__name__)
@@ -24,7 +23,6 @@ Residency = Literal["device", "host", "disk"]
 # a tensor that does not fit goes to the next one
 ORDER: tuple[Residency, ...] = ("device", "host", "disk")
 SHARE = 0.6  # share of the free memory that models may take; the rest is for keys and values
-CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -221,29 +219,6 @@ def _new_stream(device: torch.device) -> torch.cuda.Stream:
     make: Any = torch.cuda.Stream  # torch leaves its constructor untyped
     stream: torch.cuda.Stream = make(device)
     return stream
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """A device's error, Python's own, or the one line of torch's allocator for the CPU."""
-    return isinstance(
-        error, torch.OutOfMemoryError | MemoryError
-    ) or "can't allocate memory" in str(error)
-
-
-def free_bytes(device: torch.device) -> float:
-    """Memory that can be taken now; on the CPU it includes cached files that can be dropped."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    if device.type != "cpu":
-        return float("inf")
-    free = float(psutil.virtual_memory().available)
-    limit = CGROUP / "memory.max"  # a container's own
-    if limit.is_file():
-        text = limit.read_text(encoding="ascii").strip()
-        if text != "max":
-            used = (CGROUP / "memory.current").read_text(encoding="ascii")
-            free = min(free, float(text) - float(used))
-    return free
 
 
 def _by_layer(names: Sequence[str]) -> list[list[str]]:

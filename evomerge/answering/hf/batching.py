@@ -26,7 +26,7 @@ from evomerge.answering.hf.decode import Hooks, Output
 from evomerge.answering.hf.sampling import SamplingParams
 from evomerge.answering.reply_reader import ReplyReader
 from evomerge.errors import EngineError
-from evomerge.merging.placement import is_out_of_memory
+from evomerge.merging.device_memory import is_out_of_memory
 from evomerge.study import GenerationSection
 
 log = logging.getLogger(__name__)

@@ -22,6 +22,7 @@ from evomerge.answering.lm_eval.documents import LmEvalTasks, Outcome, digest, v
 from evomerge.answering.lm_eval.objectives import line, quiet
 from evomerge.answering.reply_reader import ReplyReader
 from evomerge.errors import EngineError, TaskError
+from evomerge.merging.device_memory import is_out_of_memory
 from evomerge.tasks import Task
 
 if TYPE_CHECKING:
@@ -161,15 +162,14 @@ class LmEvalRunner:
             with quiet(), self._seeded():
                 self._answer(list(chain(*requests.values())))
                 values = self._metrics(self.lm_eval.leaves[name], requests, wanted)
-        except torch.OutOfMemoryError as error:
-            size = self.study.engine.batch_size
-            raise EngineError(
-                f"out of memory in task {name}",
-                where="engine.batch_size",
-                found=size,
-                remedy="Lower it.",
-            ) from error
         except Exception as error:
+            if is_out_of_memory(error):
+                raise EngineError(
+                    f"out of memory in task {name}",
+                    where="engine.batch_size",
+                    found=self.study.engine.batch_size,
+                    remedy="Lower it.",
+                ) from error
             # lm-eval asserts its own invariants and the user's settings alike
             raise EngineError(
                 f"lm-eval failed: {line(error)}",

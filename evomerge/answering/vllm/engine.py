@@ -38,6 +38,7 @@ from evomerge.answering.vllm.loading import (
     refuse_quantized_base,
 )
 from evomerge.errors import EngineError
+from evomerge.merging.device_memory import is_out_of_memory
 from evomerge.merging.live import LiveModel
 from evomerge.recipe import Recipe
 from evomerge.study import GenerationSection
@@ -80,6 +81,7 @@ class VllmEngine:
             self.live = LiveModel(
                 self.weights.module, base, spec.siblings, spec.seed, section.residency
             )
+        self.threads = torch.get_num_threads()  # vLLM leaves one to torch
         self.llm = load_llm(base, section, spec.dtype, spec.seed)
         self.context: int | None = self.llm.llm_engine.model_config.max_model_len
         most = spec.generation.max_new_tokens
@@ -103,7 +105,8 @@ class VllmEngine:
         if recipe.digest() == self._applied:
             return
         self._applied = ""
-        self.live.apply(recipe)
+        with _threads(self.threads):
+            self.live.apply(recipe)
         with self._breaking("vLLM could not load the weights"):
             self.llm.collective_rpc(
                 "reload_weights", kwargs={"weights_path": str(self.weights.folder)}
@@ -197,12 +200,23 @@ class VllmEngine:
         except Exception as error:  # vLLM raises torch's, its own and its kernels' errors
             self._broken = f"{what}: {first_line(error)}"
             self._applied = ""
-            if isinstance(error, torch.OutOfMemoryError):
+            if is_out_of_memory(error):
                 raise EngineError(
                     what + ": out of memory",
                     remedy="Lower engine.vllm.gpu_memory_utilization or max_model_len.",
                 ) from error
             raise EngineError(self._broken, remedy=RESUME) from error
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Let torch use so many CPU threads until the context ends."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def run_steps(

@@ -21,7 +21,7 @@ from evomerge.errors import EngineError
 from evomerge.merging.adapters.lora import AdaptedModel
 from evomerge.merging.checkpoints.config_defaults import config_value
 from evomerge.merging.checkpoints.model_folder import ModelFolder
-from evomerge.merging.placement import free_bytes
+from evomerge.merging.device_memory import free_bytes
 
 # as safetensors writes them
 NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}

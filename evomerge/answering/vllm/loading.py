@@ -14,7 +14,7 @@ from evomerge.errors import EngineError, ModelError
 from evomerge.merging.checkpoints.hub_kernels import refuse_hub_kernels
 from evomerge.merging.checkpoints.model_folder import ModelFolder
 from evomerge.merging.checkpoints.size import kv_cache_bytes
-from evomerge.merging.placement import free_bytes
+from evomerge.merging.device_memory import free_bytes, is_out_of_memory
 from evomerge.study import EngineSection
 
 # Prompts given to vLLM in one call, and the most that it runs concurrently. Answers are kept by
@@ -109,13 +109,13 @@ def load_llm(base: ModelFolder, engine: EngineSection, dtype: str, seed: int) ->
                 use_tqdm=False,
             )
             return llm
-        except torch.OutOfMemoryError as error:
-            raise EngineError(
-                "the model does not fit the device",
-                where=base.path,
-                remedy="Raise engine.vllm.tensor_parallel_size, or quantise.",
-            ) from error
         except Exception as error:  # vLLM raises many kinds of errors
+            if is_out_of_memory(error):
+                raise EngineError(
+                    "the model does not fit the device",
+                    where=base.path,
+                    remedy="Raise engine.vllm.tensor_parallel_size, or quantise.",
+                ) from error
             raise EngineError(
                 f"vLLM cannot load the model: {first_line(error)}",
                 where=base.path,

@@ -22,6 +22,7 @@ with tools.one_line_errors():  # these take some seconds
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 NEVER = "(?!)"  # a pattern that matches nothing
+NO_MEMORY = "(?i)can't allocate memory|out of memory|_STATUS_ALLOC_FAILED"
 
 
 def read_yaml(name: str):
@@ -48,9 +49,8 @@ def merge(model, donor: str, folders: dict[str, str]) -> None:
         sources = of_layer[layer_of(name, model.config.architectures[0])]
         if not linear:
             sources = [source for source in sources if source["model"] != donor]
-        inputs = []
-        for ref in [source["model"] for source in sources]:
-            inputs.append(live if ref == donor else stored[ref, name].get_tensor(name))
+        refs = [source["model"] for source in sources]
+        inputs = [live if ref == donor else stored[ref, name].get_tensor(name) for ref in refs]
         if any(tensor.element_size() < 2 for tensor in (live, *inputs)):  # fp8 and its like
             tools.fail(f"{name} is quantised: evomerge export STUDY --model DIR, --model DIR")
         inputs = [tensor.to(live) for tensor in inputs]
@@ -197,6 +197,7 @@ def prompt(
 
 def load(model_folder: str | None, donor: str, folders: dict[str, str]):
     """The merged model, on the GPU where there is one."""
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length of the keys
     model = tools.load(folders[donor], dtype=RECIPE["dtype"], use_safetensors=True)
     model.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False)
     if not model_folder:
@@ -217,7 +218,9 @@ def answer(model, tokenizer, waiting: list[int], asked: list, own: list[dict]) -
     torch.manual_seed(SETTINGS["seed"] + batch[0])
     try:
         new = model.generate(ids.where(ids >= 0, ids[:, -1:]), attention_mask=(ids >= 0).long())
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:  # CUDA's libraries have only words for it
+        if not isinstance(error, MemoryError) and not re.search(NO_MEMORY, str(error)):
+            raise
         if len(batch) == 1:
             tools.fail("the GPU has no memory for a single answer", 1)
         SETTINGS["batch_size"] = len(batch) // 2
@@ -238,9 +241,7 @@ def answer(model, tokenizer, waiting: list[int], asked: list, own: list[dict]) -
 
 def prompts(tokenizer, context: int, inputs: list[str]) -> tuple[list[list[int]], list[dict]]:
     """The tokens of each task's prompt, and its generation settings."""
-    choices = [(text, SETTINGS["plain"], [], []) for text in inputs]
-    if BASE:
-        choices = list(choose(inputs))
+    choices = choose(inputs) if BASE else [(text, SETTINGS["plain"], [], []) for text in inputs]
     asked, own = [], []
     for choice in choices:
         settings = dict(choice[1]["generation"])
