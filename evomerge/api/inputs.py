@@ -6,9 +6,11 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from evomerge.console import parse_size
 from evomerge.errors import InputError, StudyError
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 LONGEST_OLD_NAME = 240  # bytes: more than new studies may have
 LONGEST_STUDY_FILE = 1 << 20  # bytes that are looked at
+LEAST_GPU, MOST_GPU = 10**9, 10**15  # bytes
 
 Overrides: TypeAlias = Mapping[str, object] | Sequence[str] | None
 StudyFile: TypeAlias = "str | Path | Mapping[str, Any] | Study"
@@ -173,3 +176,18 @@ def check_no_study_file(out: Path) -> None:
             where=out,
             remedy="Name another file to write.",
         )
+
+
+def gpu_memories(gpus: str | Sequence[str]) -> list[int]:
+    """Bytes of each GPU, written as `24GB`. Raises InputError below a gigabyte, or for no size."""
+    memories = []
+    for text in [gpus] if isinstance(gpus, str) else gpus:
+        memory = 0
+        with suppress(InputError):
+            memory = parse_size(text)
+        if not LEAST_GPU <= memory <= MOST_GPU:
+            raise InputError(
+                "is not the memory of a GPU", where="--gpu", found=text, remedy="Write 24GB."
+            )
+        memories.append(memory)
+    return memories

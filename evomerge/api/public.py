@@ -12,6 +12,7 @@ from evomerge.api.inputs import (
     RecipeLike,
     StudyFile,
     Tasks,
+    gpu_memories,
     recipe_inputs,
     result_files,
     results_folder,
@@ -108,6 +109,7 @@ def check(
     trials: int | None = None,
     seed: int | None = None,
     overrides: Overrides = None,
+    gpus: str | Sequence[str] = (),
 ) -> list[PreflightFinding]:
     """Report what a study needs and what `search` would refuse, before any work.
 
@@ -118,6 +120,7 @@ def check(
     ----------
     study_file, storage, results, study, trials, seed, overrides: as for `search`.
     base_config: a config.json to use if the base model cannot be reached.
+    gpus: memory of GPUs, such as 24GB, for which to plan what is kept where.
 
     Returns
     -------
@@ -126,17 +129,18 @@ def check(
 
     Raises
     ------
-    StudyFileError: the study file itself is wrong.
+    StudyFileError: the study file itself is wrong. InputError: a GPU's memory is no size.
 
     >>> [finding.text for finding in evomerge.check("study.yaml") if finding.level == "wrong"]
     []
     """
     checked = searched_study(study_file, overrides, study, trials, seed)
+    memories = gpu_memories(gpus)
     from evomerge.searching.preflight import PreflightFinding, check_study
 
     config = None if base_config is None else Path(base_config)
     url, folder = storage_url(storage, checked.study), results_folder(results, checked.study)
-    findings = check_study(checked, config, url, folder)
+    findings = check_study(checked, config, url, folder, memories)
     try:
         _check_search_outputs(study_file, checked, url, results)
     except InputError as error:

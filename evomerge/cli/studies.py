@@ -81,7 +81,7 @@ def _check_command(commands: Commands) -> None:
         check,
         "report what a study needs, and what `search` would refuse, before it runs",
         "evomerge check search_spaces/demo.yaml\n"
-        "evomerge check search_spaces/llm-jp-3-13b.yaml --base-config config.json",
+        "evomerge check search_spaces/llm-jp-3-13b.yaml --base-config config.json --gpu 24GB",
     )
     _searched_options(p)
     p.add_argument(
@@ -89,6 +89,14 @@ def _check_command(commands: Commands) -> None:
         type=Path,
         metavar="FILE",
         help="a config.json to use if the base model cannot be reached",
+    )
+    p.add_argument(
+        "--gpu",
+        action="append",
+        default=[],
+        metavar="SIZE",
+        help="plan for a GPU of so much memory, such as 24GB, 48GB, 80GB or 141GB, and say what "
+        "would make the study fit; repeat it to compare",
     )
 
 
@@ -184,6 +192,7 @@ def check(args: argparse.Namespace) -> int:
         trials=args.trials,
         seed=args.seed,
         overrides=args.set,
+        gpus=args.gpu,
     )
     for finding in findings:
         put(f"{finding.level:8}{finding.subject}: {finding.text}")

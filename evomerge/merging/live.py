@@ -40,8 +40,12 @@ class LiveModel:
         siblings: Sequence[ModelFolder],
         random_seed: int = 0,
         residency: Literal["auto"] | Residency = "auto",
+        cache: float = 0.0,
     ) -> None:
-        """`random_seed` decides what DARE drops. Raises ModelError where model and files differ."""
+        """`random_seed` decides what DARE drops; `cache` is for `Resident`.
+
+        Raises ModelError where model and files differ.
+        """
         self.base, self.siblings, self.random_seed = base, list(siblings), random_seed
         stored = {name for name in base.keys if base.dtype(name).is_floating_point}
         stored -= {base.head}
@@ -58,7 +62,8 @@ class LiveModel:
             elements = torch.Size(quantized.shape(parameter)).numel()
             parameters[name] = LiveParameter(parameter.device, quantized.dtype(parameter), elements)
         views = [ModuleView(folder, self.space) for folder in siblings]
-        self.resident = Resident(ModuleView(base, self.space), views, parameters, residency)
+        whole = ModuleView(base, self.space)
+        self.resident = Resident(whole, views, parameters, residency, cache)
         self._parameters = sum(parameter.elements for parameter in parameters.values())
         self._plan: MergePlan | None = None  # the last one
         self._applied: dict[str, object] = {}  # what each parameter holds now

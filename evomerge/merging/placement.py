@@ -16,13 +16,13 @@ from torch import Tensor
 from evomerge.errors import EngineError
 from evomerge.merging.architecture.roles import NUMBER
 from evomerge.merging.device_memory import free_bytes
+from evomerge.merging.memory_plan import SHARE, room_for_models
 from evomerge.merging.tensor_merge import TensorSource, load_finite
 
 log = logging.getLogger(__name__)
 Residency = Literal["device", "host", "disk"]
 # a tensor that does not fit goes to the next one
 ORDER: tuple[Residency, ...] = ("device", "host", "disk")
-SHARE = 0.6  # share of the free memory that models may take; the rest is for keys and values
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,17 @@ class Resident:
         siblings: Sequence[TensorSource],
         parameters: Mapping[str, LiveParameter],
         residency: Literal["auto"] | Residency = "auto",
+        cache: float = 0.0,
     ) -> None:
         """`residency` auto fills the device, then the host; the rest is read from disk.
 
-        Each is filled up to SHARE of its free memory.
+        Each is filled up to SHARE of its free memory, and a GPU only as far as bytes of keys and
+        values, `cache`, and activations have room beside that.
         """
         self.base, self.siblings, self.parameters = base, list(siblings), parameters
         self.places: dict[str, Residency]
         if residency == "auto":
-            self.places = self._choose()
+            self.places = self._choose(cache)
         else:
             self.places = dict.fromkeys(parameters, residency)
         self.deltas: bool | None = None  # whether the kept `others` are deltas
@@ -196,11 +198,17 @@ class Resident:
         parameter = self.parameters[name]
         return parameter.elements * parameter.dtype.itemsize * (1 + len(self.siblings))
 
-    def _choose(self) -> dict[str, Residency]:
+    def _choose(self, cache: float) -> dict[str, Residency]:
         """Device, then host, then disk, in the order of the layers."""
         host = torch.device("cpu")
         devices = {host, *(parameter.device for parameter in self.parameters.values())}
-        room = {device: SHARE * free_bytes(device) for device in devices}
+        used = len(devices) - 1  # of a model on several GPUs, each has a part of the cache
+        room = {}
+        for device in devices:
+            free = free_bytes(device)
+            room[device] = SHARE * free
+            if device.type != "cpu":
+                room[device] = room_for_models(free, cache / used)
         places: dict[str, Residency] = {}
         for name, parameter in self.parameters.items():
             size = self._size(name)

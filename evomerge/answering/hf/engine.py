@@ -19,6 +19,7 @@ from evomerge.answering.hf.population import TransformersPopulation
 from evomerge.answering.thoughts import Marks
 from evomerge.errors import EngineError
 from evomerge.merging.live import LiveModel
+from evomerge.merging.memory_plan import batch_cache_bytes
 from evomerge.recipe import Recipe
 
 
@@ -106,7 +107,11 @@ def _open_live(model: Any, spec: EngineSpec) -> LiveModel:
             found=spec.engine.device_map,
             remedy="Use engine.quantization: 4bit, or more GPUs.",
         )
-    return LiveModel(model, spec.base, spec.siblings, spec.seed, spec.engine.residency)
+    section, new = spec.engine, spec.generation.max_new_tokens
+    width = getattr(torch, spec.dtype).itemsize
+    config, most = spec.base.config, section.batch_tokens
+    cache = batch_cache_bytes(config, section.batch_size, new, width, most)
+    return LiveModel(model, spec.base, spec.siblings, spec.seed, section.residency, cache)
 
 
 def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

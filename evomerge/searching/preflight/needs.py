@@ -38,20 +38,22 @@ def check_slices(findings: Findings, genome: Genome) -> None:
 
 def check_memory_and_disk(findings: Findings, study: Study, config: Mapping[str, Any]) -> None:
     """The live model, its cache, the other models, and an exported one."""
-    from evomerge.merging.checkpoints.size import count_parameters, kv_cache_bytes
+    from evomerge.merging.checkpoints.size import count_parameters
+    from evomerge.merging.memory_plan import batch_cache_bytes
 
-    engine = study.engine
+    engine, width = study.engine, BYTES[study.search.dtype]
     parameters = count_parameters(config)
-    model = parameters * BYTES[study.search.dtype]
-    positions = engine.batch_size * (study.generation.max_new_tokens + 512)
+    model = parameters * width
+    new = study.generation.max_new_tokens
+    cache = batch_cache_bytes(config, engine.batch_size, new, width, engine.batch_tokens)
     copies = len(study.genome.all_models)
-    live = size(live_bytes(study, config, parameters))
+    live = size(live_bytes(config, parameters, width, engine.quantization))
     findings.add(
         "ok",
         "memory",
         f"{_millions(parameters)} parameters, {live} live in "
         f"{engine.quantization or study.search.dtype}, about "
-        f"{size(kv_cache_bytes(config, positions))} of keys and values ({engine.batch_size} "
+        f"{size(cache)} of keys and values ({engine.batch_size} "
         f"answers per batch); base and siblings: {size(copies * model)}, "
         f"{WAITING[engine.residency]}",
     )
@@ -61,22 +63,23 @@ def check_memory_and_disk(findings: Findings, study: Study, config: Mapping[str,
     findings.add(level, "disk", f"{text}; {size(free)} free here")
 
 
-def live_bytes(study: Study, config: Mapping[str, Any], parameters: int) -> float:
-    """The size of the live model.
+def live_bytes(
+    config: Mapping[str, Any], parameters: int, width: int, quantization: str | None
+) -> float:
+    """The size of the live model, of so many bytes a number unless it is quantised.
 
     In 4 bits, linears take half a byte and a scale for each 64 numbers; embeddings and head stay.
     """
-    whole = BYTES[study.search.dtype]
-    if study.engine.quantization is None:
-        return parameters * whole
+    if quantization is None:
+        return parameters * width
     text = text_config(config)
     rows = int(config_value(text, "vocab_size")) * int(config_value(text, "hidden_size"))
     if not config_value(config, "tie_word_embeddings"):
         rows *= 2
     scales = 4 / 64
-    if study.engine.quantization != "4bit":  # double: a scale is a byte, and has its own scale
+    if quantization != "4bit":  # double: a scale is a byte, and has its own scale
         scales = 1 / 64 + 4 / (64 * 256)
-    return rows * whole + (parameters - rows) * (0.5 + scales)
+    return rows * width + (parameters - rows) * (0.5 + scales)
 
 
 def cost(study: Study, genome: Genome, split: Split | None) -> str:

@@ -19,6 +19,7 @@ from evomerge.searching.generation.learning import telling_tasks
 from evomerge.searching.ledger import Ledger, open_ledger
 from evomerge.searching.preflight.answers_check import check_engine, check_judge, check_prompts
 from evomerge.searching.preflight.findings import Findings, PreflightFinding
+from evomerge.searching.preflight.gpu_check import check_gpus
 from evomerge.searching.preflight.merge_check import check_first_merge, try_own_method
 from evomerge.searching.preflight.needs import check_memory_and_disk, check_slices, cost
 from evomerge.searching.preflight.verdict_power import advice, grade_scale, verdict_power
@@ -47,11 +48,12 @@ def check_study(
     base_config: Path | None = None,
     url: str | None = None,
     results: Path | None = None,
+    gpus: Sequence[int] = (),
 ) -> list[PreflightFinding]:
     """Every finding, good or bad; nothing is raised for what a user can fix, nothing is written.
 
     `base_config` is used when the base cannot be reached. `url` is the storage, where the study may
-    have begun already, and `results` the folder of its results.
+    have begun already, `results` the folder of its results, and `gpus` bytes of memory.
     """
     findings = Findings()
     begun, references = _begun(url, study.study), tuple[TrialRecord, ...]()
@@ -80,7 +82,7 @@ def check_study(
             check_prompts(findings, study, opened[0], split)
         config = dict(opened[0].config)
     if sound:
-        _slices_and_sizes(findings, study, config, split, references)
+        _slices_and_sizes(findings, study, config, split, references, gpus)
     _places(findings, url, results)
     if opened and findings.all_well:
         _search_itself(findings, study, url)
@@ -151,6 +153,7 @@ def _slices_and_sizes(
     config: dict[str, Any] | None,
     split: Split | None,
     references: Sequence[TrialRecord],
+    gpus: Sequence[int],
 ) -> None:
     """What is searched, what it needs and what it can show."""
     if config is None:
@@ -162,6 +165,7 @@ def _slices_and_sizes(
         check_slices(findings, genome)
         try:
             check_memory_and_disk(findings, study, config)
+            check_gpus(findings, study, config, gpus)
         except KeyError as error:
             text = f"the configuration has no {error}, so that sizes are not known"
             findings.add("unknown", "memory, disk", text)
