@@ -257,7 +257,7 @@ _NAMED_JA = re.compile(
 )
 _NAMED_EN = re.compile(
     r"\b(?:list|give|name|write|suggest|provide|propose|describe|mention|tell)\b"
-    r"(?:\s+(?:me|us|the|a|at|least|your|top|out))*\s+"
+    r"(?:\s++(?:me|us|the|a|at|least|your|top|out))*\s++"
     rf"([0-9]{{1,2}}|{_WORD})\b(?!\s*[-%])",
     re.IGNORECASE,
 )
