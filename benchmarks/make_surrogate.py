@@ -4,18 +4,20 @@
 
 Every task is answered and its reference's likelihood computed at COUNT vectors of the pair's
 numbers: a third drawn at random, a third on lines between two known points, a third as CMA-ES draws
-them. KEPT is a folder for what is done; an interrupted run goes on where it stopped, and OUT can be
-written from any part of the vectors.
+them. KEPT is a folder for what is done; an interrupted run goes on where it stopped. OUT can be
+written from any part of the vectors, and a run without KEPT goes on after those that are in OUT.
 
 OUT is an .npz file: `vectors` (n, d) float32, `kinds` (n,) of KINDS, `task_ids` (t,), and per
 vector and task `correct` (n, t) bool, `tokens` (n, t) uint8 (of the answer) and `nats` (n, t)
-uint8, minus the log-likelihood of a reference's token in steps of STEP nats, at most 255 of them.
+uint8, minus the mean log-likelihood of a reference's tokens, its end token among them, in steps of
+STEP nats, at most 255 of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,9 +25,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from read_once import read_tasks
 from search_studies import say, search_of, study_settings, two_sibling_settings
 
-from evomerge.searching.evaluate import JudgedEvaluator, LikelihoodPart
+from evomerge.answering.hf.engine import TransformersEngine
+from evomerge.searching.evaluate import JudgedEvaluator
 from evomerge.searching.loop import Search
 from evomerge.searching.samplers.cmaes_adapter import Distribution, make_cma
 from evomerge.tasks import Task
@@ -96,32 +100,59 @@ def all_tasks(search: Search) -> list[Task]:
     return sorted([*split.search, *split.validation, *split.held_out], key=lambda t: str(t.task_id))
 
 
-def measure(search: Search, kind: str, vector: Array, label: str) -> dict[str, Any]:
+def measure(search: Search, kind: str, vector: Array) -> dict[str, Any]:
     """What is kept of one vector."""
-    assert isinstance(search.evaluator, JudgedEvaluator)
-    engine, tasks = search.evaluator.engine, all_tasks(search)
-    found = search.evaluator.evaluate(search.genome.decode(vector.tolist()), [tasks], label)
-    assert engine.likelihood is not None
-    part = LikelihoodPart(
-        engine, engine.likelihood, search.evaluator.prompter, search.evaluator.cache
-    )
-    nats = part.of(search.genome.decode(vector.tolist()), tasks)
+    evaluator, tasks = search.evaluator, all_tasks(search)
+    assert isinstance(evaluator, JudgedEvaluator)
+    engine = evaluator.engine
+    assert isinstance(engine, TransformersEngine)
+    engine.apply(search.genome.decode(vector.tolist()))
+    found = read_tasks(engine, evaluator.prompter, tasks, search.study.generation.max_new_tokens)
+    grades = [
+        evaluator.judge.grade(task, one.answer) for task, one in zip(tasks, found, strict=True)
+    ]
     return {
         "kind": KINDS.index(kind),
         "vector": vector.tolist(),
-        "correct": [int(bool(grade.correct)) for grade in found.grades],
-        "tokens": [answer.tokens for answer in found.answers],
-        "nats": [round(-(value or 0.0), 3) for value in nats],
+        "correct": [int(bool(grade.correct)) for grade in grades],
+        "tokens": [one.answer.tokens for one in found],
+        "nats": [round(one.nats, 3) for one in found],
     }
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The vectors that are done; a line that a kill cut short is dropped."""
+def read(path: Path, out: Path, task_ids: list[str]) -> list[dict[str, Any]]:
+    """The vectors that are done: those of `path`, or, where it has fewer, of `out`.
+
+    A line that a kill cut short is dropped. The program ends where `out` is of other tasks.
+    """
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     if not text.endswith("\n"):
         text = text[: text.rfind("\n") + 1]
-        path.write_text(text, encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    rows = [json.loads(line) for line in text.splitlines()]
+    if out.exists():
+        known = read_out(out, task_ids)
+        if len(known) > len(rows):
+            rows = known
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_text(text, encoding="utf-8")
+    return rows
+
+
+def read_out(out: Path, task_ids: list[str]) -> list[dict[str, Any]]:
+    """The rows of a file that `write` has written."""
+    with np.load(out) as file:
+        if file["task_ids"].tolist() != task_ids:
+            sys.exit(f"{out} is of other tasks: move it away")
+        return [
+            {
+                "kind": int(file["kinds"][i]),
+                "vector": file["vectors"][i].tolist(),
+                "correct": file["correct"][i].astype(int).tolist(),
+                "tokens": file["tokens"][i].tolist(),
+                "nats": (file["nats"][i] * STEP).tolist(),
+            }
+            for i in range(len(file["kinds"]))
+        ]
 
 
 def write(rows: list[dict[str, Any]], task_ids: list[str], out: Path) -> None:
@@ -145,6 +176,10 @@ def main() -> None:
     parser.add_argument("kept", type=Path, metavar="KEPT")
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--count", type=int, default=COUNT)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--dtype", default="float32", help="float32 is faster on CPUs without bf16 products"
+    )
     given = parser.parse_args()
     pair, kept = given.pair.resolve(), given.kept
     two = (pair / "b").exists()
@@ -154,11 +189,13 @@ def main() -> None:
         settings = study_settings(
             pair / "parent", pair / "sibling", pair / "tasks.jsonl", layers=2, tokens=24, seed=0
         )
-    settings["search"]["dtype"] = "bfloat16"
+    settings["search"]["dtype"] = given.dtype
+    settings["engine"]["threads"] = given.threads
     with search_of(settings, kept) as search:
         numbers, siblings = search.genome.dimensions, 2 if two else 1
         path = kept / "vectors.jsonl"
-        rows = read(path)
+        task_ids = [str(task.task_id) for task in all_tasks(search)]
+        rows = read(path, given.out, task_ids)
         scores = [float(np.mean(row["correct"])) for row in rows]
         began, first = time.monotonic(), len(rows)
         high = search.genome.genes[0].high
@@ -168,7 +205,7 @@ def main() -> None:
             if i >= given.count:
                 break
             if i >= first:
-                row = measure(search, kind, vector, f"vector {i + 1}/{given.count}")
+                row = measure(search, kind, vector)
                 rows.append(row)
                 scores.append(float(np.mean(row["correct"])))
                 with path.open("a", encoding="utf-8") as file:
@@ -179,7 +216,7 @@ def main() -> None:
                     f"{i + 1}/{given.count}  {scores[-1]:.3f}  {pace:.1f} s each  {rest:.1f} h left"
                 )
             told.append(scores[i])
-        write(rows, [str(task.task_id) for task in all_tasks(search)], given.out)
+        write(rows, task_ids, given.out)
 
 
 if __name__ == "__main__":
