@@ -46,7 +46,7 @@ def found():
 
 def seconds_allowed(size):
     """Far above what a linear pattern takes, far below what a square one does."""
-    return max(0.004, size * 1e-6)
+    return max(0.01, size * 3e-6)
 
 
 def test_all_patterns_are_found(found):
